@@ -1,0 +1,90 @@
+"""Bit planes, and the exact count of what a stored matrix costs.
+
+Every format packs its integer codes as *bit planes*: plane ``p`` holds bit ``p`` (least significant first) of each
+code, eight codes to a byte, code ``8k + j`` in bit ``j`` of byte ``k``. One layout serves 1 to 8 bits without waste
+(3 bits cost 3 bits), and the two planes of dual binarization are the same thing.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+Role = Literal["codes", "scales", "zeros"]
+
+
+class TensorSpec(BaseModel):
+    """Name, dtype and shape of one stored tensor, known before it exists.
+
+    Attributes:
+        role: what the bits are spent on, the line under which the accounting shows them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: Literal["uint8", "float16"]
+    shape: tuple[int, ...]
+    role: Role
+
+    @property
+    def bits(self) -> int:
+        """Stored size in bits."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * (8 if self.dtype == "uint8" else 16)
+
+
+def stored_bits(specs: Mapping[str, TensorSpec]) -> dict[Role, int]:
+    """Bits by role of one matrix: ``{"codes": …, "scales": …, "zeros": …}``."""
+    total: dict[Role, int] = {}
+    for spec in specs.values():
+        total[spec.role] = total.get(spec.role, 0) + spec.bits
+    return total
+
+
+def packed_length(count: int) -> int:
+    """Bytes that ``count`` one-bit values take in one plane."""
+    return (count + 7) // 8
+
+
+def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack integer codes along their last dimension.
+
+    Args:
+        codes: ``[..., n]``, uint8, every value below ``2**bits``.
+        bits: 1 to 8.
+
+    Returns:
+        ``[bits, ..., ceil(n / 8)]``, uint8. The last byte of a row is padded with zero bits.
+    """
+    count = codes.shape[-1]
+    padded = torch.nn.functional.pad(codes, (0, -count % 8))
+    octets = padded.unflatten(-1, (-1, 8))
+    weights = torch.tensor([1 << j for j in range(8)], dtype=torch.uint8, device=codes.device)
+    # Eight distinct powers of two never carry, so a wrapping uint8 sum is exact and stays one byte wide.
+    planes = [(((octets >> p) & 1) * weights).sum(-1, dtype=torch.uint8) for p in range(bits)]
+    return torch.stack(planes)
+
+
+def unpack_planes(planes: torch.Tensor, count: int) -> torch.Tensor:
+    """Undo :func:`pack_planes`.
+
+    Args:
+        planes: ``[bits, ..., ceil(count / 8)]``, uint8.
+        count: number of codes along the last dimension.
+
+    Returns:
+        ``[..., count]``, uint8.
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=planes.device)
+    codes = torch.zeros((*planes.shape[1:], 8), dtype=torch.uint8, device=planes.device)
+    for p, plane in enumerate(planes):
+        codes |= ((plane.unsqueeze(-1) >> shifts) & 1) << p
+    return codes.flatten(-2)[..., :count]
+
+
+def groups_of(columns: int, group_size: int) -> int:
+    """Number of groups in a row; ``group_size`` -1 makes the whole row one group. The caller checked that it divides."""
+    return 1 if group_size == -1 else columns // group_size

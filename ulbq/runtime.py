@@ -1,0 +1,110 @@
+"""Facts of the running process: device, seed, memory, versions."""
+
+import os
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from ulbq.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "lm-eval", "gguf", "numpy")
+
+
+def calm_threads() -> None:
+    """Stop OpenMP from spinning while it waits; on shared cores that costs up to fifty-fold.
+
+    Only works before torch is imported; a variable that the user set stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+
+def resolve_device(name: str = "auto") -> "torch.device":
+    """``auto`` is the first CUDA device, else the CPU. Raises ResourceError where the named device is missing."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ResourceError(f"Device '{name}' cannot be used here.", hint="Try --device cpu.") from error
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the numbers, where installed."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_device(device: "torch.device") -> str:
+    """The device's name as results should quote it."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+class PhaseRecord(BaseModel):
+    """Wall time and peak resident memory of one phase of a run.
+
+    Attributes:
+        seconds: wall time.
+        peak_memory: largest resident memory of the process up to the phase's end, in bytes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    seconds: float
+    peak_memory: int
+
+
+class Stopwatch:
+    """Collects a :class:`PhaseRecord` for every ``with stopwatch.phase(name)``."""
+
+    def __init__(self) -> None:
+        self.records: list[PhaseRecord] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the body; recorded only if it ends without an error."""
+        start = time.monotonic()
+        yield
+        self.records.append(
+            PhaseRecord(name=name, seconds=round(time.monotonic() - start, 3), peak_memory=peak_memory())
+        )
