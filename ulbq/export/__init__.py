@@ -1,0 +1,1 @@
+"""Packed models in the layouts of other tools."""

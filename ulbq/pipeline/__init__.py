@@ -1,0 +1,1 @@
+"""What each command does: a request in, an artifact and its manifest out."""

@@ -1,0 +1,73 @@
+"""``convert``: a packed artifact in another tool's layout."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ulbq import __version__, runtime
+from ulbq.artifacts.manifest import ConvertedManifest
+from ulbq.artifacts.records import Parent
+from ulbq.artifacts.store import ArtifactWriter, fingerprint, free_output
+from ulbq.export.dense import shard_names, write_dense
+from ulbq.models.blocks import skeleton
+from ulbq.models.source import resolve
+from ulbq.pipeline.quantize import ARTIFACTS
+from ulbq.progress import Progress, Silent
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ConvertRequest(BaseModel):
+    """A conversion.
+
+    Attributes:
+        to: ``dense`` is a plain model folder for transformers.
+        dtype: of its tensors.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str | None = None
+    to: Literal["dense"] = "dense"
+    dtype: Literal["fp16", "bf16", "fp32"] = "bf16"
+    offline: bool = False
+    out: Path | None = None
+    force: bool = False
+
+
+def convert(request: ConvertRequest, progress: Progress | None = None) -> tuple[Path, ConvertedManifest]:
+    """Convert a model; a full-precision source is copied in the new dtype.
+
+    Returns:
+        The new folder and its manifest.
+
+    Raises:
+        InputError: no such model, or the output is taken.
+        NumericsError: a weight does not fit the dtype.
+    """
+    progress = progress or Silent()
+    source = resolve(request.source, offline=request.offline)
+    identity = fingerprint(
+        {"ulbq": __version__, "source": source.content_hash, "to": request.to, "dtype": request.dtype}
+    )
+    out = request.out or free_output(ARTIFACTS, f"{source.name}-{request.to}-{request.dtype}", identity)
+    watch = runtime.Stopwatch()
+    with ArtifactWriter(out, identity, force=request.force) as writer:
+        shards = len(shard_names(skeleton(source)))
+        with watch.phase("write"), progress.phase("Writing", shards) as phase:
+            write_dense(source, writer.path, DTYPES[request.dtype], lambda name: phase.advance(detail=name))
+        parent_kind = source.manifest.kind if source.manifest else source.kind
+        parent = Parent(kind=parent_kind, name=source.name, path=source.given, sha256=source.content_hash)
+        manifest = ConvertedManifest(
+            name=out.name,
+            request=request.model_dump(mode="json"),
+            seed=0,
+            device="cpu",
+            parents=(parent,),
+            phases=tuple(watch.records),
+            target=request.to,
+            dtype=request.dtype,
+        )
+        return writer.finish(manifest), manifest

@@ -1,0 +1,139 @@
+"""How a quantized model lies in its folder: shards, configuration, side files, model card."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ulbq.artifacts.disk import writing
+from ulbq.artifacts.records import BitsReport, LayerRecord
+from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
+from ulbq.formats import AffineScheme, DualBinaryScheme
+from ulbq.methods.base import BlockResult
+from ulbq.models.names import read_state, state_names
+from ulbq.models.source import ModelSource
+from ulbq.nn.quant_linear import QuantLinear, linear_layer
+
+OUTER_SHARD = "model-outer.safetensors"
+
+
+def block_shard(index: int) -> str:
+    """File name of a block's shard."""
+    return f"model-block-{index:05d}.safetensors"
+
+
+def write_block(path: Path, prefix: str, source: ModelSource, block_names: Iterable[str], result: BlockResult) -> None:
+    """Write one block's shard.
+
+    Args:
+        prefix: full name of the block, with the dot.
+        block_names: the block's parameters by full name, as the source has them.
+        result: what the method made of it; what it did not touch is copied from the source.
+    """
+    tensors = {
+        f"{prefix}{linear}.{short}": tensor.cpu()
+        for linear, packed in result.packed.items()
+        for short, tensor in packed.items()
+    }
+    replaced = {f"{prefix}{linear}.weight" for linear in result.packed}
+    tensors |= {f"{prefix}{name}": value.cpu() for name, value in result.dense.items()}
+    for name in block_names:
+        if name not in replaced and name not in tensors:
+            tensors[name] = half(source.read(name))
+    write_shard(path, tensors)
+
+
+def write_outer(path: Path, model: PreTrainedModel, source: ModelSource, prefix: str) -> dict[str, int]:
+    """Write everything that is not a block: embeddings, final norm, untied head.
+
+    Args:
+        prefix: full name of the list of blocks, with the dot.
+
+    Returns:
+        Stored bits: ``embeddings`` (matrices) and ``other`` (vectors).
+    """
+    names = {name: aliases for name, aliases in state_names(model).items() if not name.startswith(prefix)}
+    tensors = {name: half(read_state(source, name, aliases)) for name, aliases in names.items()}
+    write_shard(path, tensors)
+    bits = {"embeddings": 0, "other": 0}
+    for tensor in tensors.values():
+        bits["embeddings" if tensor.dim() > 1 else "other"] += tensor.nbytes * 8
+    return bits
+
+
+def half(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor as it is stored: float32 as bfloat16, anything else as it is."""
+    return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
+
+
+def restore_block(
+    block: nn.Module, prefix: str, shard: Path, linears: Sequence[str], scheme: AffineScheme | DualBinaryScheme
+) -> nn.Module:
+    """Turn a full-precision block into the packed one that its shard holds, in place.
+
+    The quantized stream runs through this, in the first run and in a resumed one alike: what later blocks are
+    trained on is what was stored, to the bit.
+    """
+    stored = LazyTensors([shard])
+    for linear in linears:
+        layer = linear_layer(block, linear)
+        packed = QuantLinear(scheme, layer.in_features, layer.out_features, bias=layer.bias is not None, cache=True)
+        device = layer.weight.device
+        packed.assign({name: stored.read(f"{prefix}{linear}.{name}").to(device) for name in packed.tensors()})
+        packed.bias = layer.bias
+        block.set_submodule(linear, packed)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.copy_(stored.read(f"{prefix}{name}"))
+    return block
+
+
+def bits_report(layers: Sequence[LayerRecord], shards: Iterable[Path], outer: Mapping[str, int]) -> BitsReport:
+    """Where the stored bits went, added up from the layers' records and the tensors on disk."""
+    parts: dict[str, int] = {}
+    for layer in layers:
+        for role, bits in layer.bits.items():
+            parts[role] = parts.get(role, 0) + bits
+    in_blocks = 0
+    for shard in shards:
+        stored = LazyTensors([shard])
+        in_blocks += sum(stored.nbytes(name) for name in stored.names) * 8
+    other = in_blocks - sum(parts.values()) + outer["other"]
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    return BitsReport(parts={**parts, "embeddings": outer["embeddings"], "other": other}, weights=weights)
+
+
+def write_folder(
+    folder: Path, source: ModelSource, scheme: AffineScheme | DualBinaryScheme, method: str, bits: BitsReport
+) -> None:
+    """Everything beside the shards: index, configuration, side files and model card."""
+    shards = sorted(path for path in folder.glob("model-*.safetensors"))
+    write_index(folder, {path.name: sorted(LazyTensors([path]).names) for path in shards})
+    with writing(folder):
+        config = source.config.to_dict()
+        config["dtype"] = "bfloat16"
+        config["quantization_config"] = {"quant_method": "ulbq", "method": method, **scheme.model_dump()}
+        updated = type(source.config).from_dict(config)
+        updated.save_pretrained(folder)
+        source.save_tokenizer_files(folder)
+        (folder / "README.md").write_text(_card(source, scheme, method, bits), encoding="utf-8")
+
+
+def _card(source: ModelSource, scheme: AffineScheme | DualBinaryScheme, method: str, bits: BitsReport) -> str:
+    base = f"base_model: {source.given}\n" if source.kind == "hub" else ""
+    return f"""---
+library_name: ulbq
+pipeline_tag: text-generation
+tags: [ulbq, {method}, {scheme.format}]
+{base}---
+
+# {source.name}, {bits.bits_per_weight:.2f} bits
+
+{source.name} quantized with `ulbq quantize --method {method}`: format `{scheme.format}`, {scheme.label},
+{bits.bits_per_weight:.3f} true bits per linear weight (codes, scales and zeros; embeddings stay in half precision).
+
+Score it with `ulbq eval DIR`, look into it with `ulbq inspect DIR`, and turn it into a plain half-precision model for
+transformers with `ulbq convert DIR --to dense`. `manifest.json` records how it was made.
+"""

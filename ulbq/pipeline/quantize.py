@@ -1,0 +1,428 @@
+"""``quantize``: a model in, a packed artifact out, one block at a time."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from transformers import PreTrainedModel
+
+from ulbq import __version__, formats, runtime
+from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_manifest
+from ulbq.artifacts.records import BlockRecord, LayerRecord, Parent
+from ulbq.artifacts.store import ArtifactWriter, fingerprint, free_output
+from ulbq.data.calibration import Calibration, calibration_samples, load_calibration, save_calibration
+from ulbq.data.generate import self_samples
+from ulbq.data.registry import available
+from ulbq.errors import NumericsError
+from ulbq.formats import dual_binary
+from ulbq.formats.bits import stored_bits
+from ulbq.methods.base import BlockResult, BlockTask, Method
+from ulbq.models.blocks import ModelStructure, check_group_size, load_block, skeleton, structure
+from ulbq.models.load import load_model
+from ulbq.models.source import ModelSource, resolve
+from ulbq.models.stream import ActivationStore, BlockStream, run_block
+from ulbq.nn.quant_linear import linear_layer
+from ulbq.pipeline import layout
+from ulbq.pipeline.predict import Cost, heldout_samples, predict
+from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest, build_method, check_options, complete
+from ulbq.progress import Phase, Progress, Silent
+from ulbq.training.block import BlockData, TrainOutcome
+from ulbq.training.precision import Precision
+
+ARTIFACTS = Path("artifacts")
+_CALIBRATION = "calibration.safetensors"
+# A relative error of one half per token: what comes out of the block is hardly the model's any more.
+_ALARM = 0.5
+
+
+class QuantizePlan(BaseModel):
+    """What a run would do and cost.
+
+    Attributes:
+        request: completed: presets, defaults and the calibration source filled in.
+        bits_per_weight: true bits of the linear weights, scales and zeros included.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    request: QuantizeRequest
+    model: str
+    blocks: int
+    layers: int
+    weights: int
+    skipped: tuple[str, ...]
+    scheme: str
+    bits_per_weight: float
+    device: str
+    precision: str
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that is settled before the first tensor is read."""
+
+    request: QuantizeRequest
+    source: ModelSource
+    model: PreTrainedModel
+    found: ModelStructure
+    method: Method
+    precision: Precision
+    plan: QuantizePlan
+
+
+def plan(request: QuantizeRequest, progress: Progress | None = None) -> QuantizePlan:
+    """Check a request and predict its cost; nothing is written.
+
+    Raises:
+        UsageError: options that do not exist or do not go together.
+        InputError: no such model, or a group size that does not divide.
+    """
+    return _prepare(request, progress or Silent()).plan
+
+
+def quantize(request: QuantizeRequest, progress: Progress | None = None) -> tuple[Path, QuantizedManifest]:
+    """Quantize a model.
+
+    Returns:
+        The artifact's folder and its manifest.
+
+    Raises:
+        UsageError, InputError: as :func:`plan`; also where the output is taken or another run's.
+        ResourceError: data, memory or disk are missing.
+        NumericsError: the numbers went wrong beyond repair. The finished blocks stay for a resumed run.
+    """
+    progress = progress or Silent()
+    job = _prepare(request, progress)
+    watch = runtime.Stopwatch()
+    runtime.seed_everything(job.request.seed)
+    drawn = _draw(job) if job.method.calibrated and job.request.calibration != "self" else None
+    identity = _fingerprint(job, drawn)
+    out = request.out or free_output(ARTIFACTS, f"{job.source.name}-{job.method.name}-{job.method.scheme.label}", identity)
+    with ArtifactWriter(out, identity, force=request.force) as writer:
+        if writer.resumed:
+            progress.note(f"Resuming {out}: {len(writer.journal)} of {job.found.n_blocks} blocks are done.")
+        calibration = None
+        if job.method.calibrated:
+            with watch.phase("calibration"):
+                calibration = drawn or _written_samples(job, writer, progress)
+                save_calibration(writer.path / _CALIBRATION, calibration)
+        with watch.phase("blocks"):
+            _Run(job, writer, progress).walk(calibration)
+        with watch.phase("finish"):
+            manifest = _finish(job, writer, calibration, watch)
+        path = writer.finish(manifest)
+    finished = read_manifest(path)
+    if not isinstance(finished, QuantizedManifest):
+        raise TypeError(f"wrote a manifest of kind {finished.kind}")
+    return path, finished
+
+
+def _prepare(request: QuantizeRequest, progress: Progress) -> _Job:
+    check_options(request)
+    device = runtime.resolve_device(request.device)
+    precision = Precision.choose(device, request.precision)
+    source = resolve(request.source, offline=request.offline)
+    request = complete(request, "balanced" if device.type == "cuda" else "quick")
+    method = build_method(request)
+    if method.calibrated and request.calibration is None:
+        request = request.model_copy(update={"calibration": _default_calibration(request, progress)})
+    model = skeleton(source)
+    found = structure(model)
+    check_group_size(found, request.group_size)
+    layers = [linear for block in found.linears for linear in block]
+    sizes = {linear.name: linear.out_features * linear.in_features for linear in layers}
+    stored = sum(
+        formats.bits_per_weight(method.scheme, linear.out_features, linear.in_features) * sizes[linear.name]
+        for linear in layers
+    )
+    outer = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{found.blocks_prefix}."))
+    hidden = model.config.get_text_config().hidden_size
+    described = QuantizePlan(
+        request=request,
+        model=source.name,
+        blocks=found.n_blocks,
+        layers=len(layers),
+        weights=sum(sizes.values()),
+        skipped=found.skipped,
+        scheme=f"{method.scheme.format} {method.scheme.label}",
+        bits_per_weight=stored / sum(sizes.values()),
+        device=runtime.describe_device(device),
+        precision=str(precision.dtype).removeprefix("torch."),
+        cost=predict(request, method, found, hidden, outer),
+    )
+    return _Job(request, source, model, found, method, precision, described)
+
+
+def _default_calibration(request: QuantizeRequest, progress: Progress) -> str:
+    if available("wikitext2", data_dir=request.data_dir, offline=request.offline):
+        return "wikitext2"
+    progress.note("WikiText-2 cannot be had here: the model writes its own calibration samples (--calibration self).")
+    return "self"
+
+
+def _draw(job: _Job) -> Calibration:
+    request = job.request
+    samples = request.samples or 0
+    return calibration_samples(
+        str(request.calibration),
+        job.source.tokenizer(),
+        samples=samples + heldout_samples(samples),
+        length=request.sequence_length or 0,
+        seed=request.seed,
+        data_dir=request.data_dir,
+        offline=request.offline,
+    )
+
+
+def _written_samples(job: _Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
+    """Samples of the model's own, or those that the interrupted run wrote: they take minutes and follow from the seed."""
+    saved = writer.path / _CALIBRATION
+    if writer.resumed and saved.exists():
+        return load_calibration(saved)
+    request, precision = job.request, job.precision
+    samples = request.samples or 0
+    model = load_model(job.source, dtype=precision.dtype, device=precision.device)
+    return self_samples(
+        model,
+        job.source.tokenizer(),
+        samples=samples + heldout_samples(samples),
+        length=request.sequence_length or 0,
+        seed=request.seed,
+        progress=progress,
+    )
+
+
+def _fingerprint(job: _Job, drawn: Calibration | None) -> str:
+    return fingerprint(
+        {
+            "ulbq": __version__,
+            "schema": SCHEMA_VERSION,
+            "source": job.source.content_hash,
+            "request": job.request.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
+            "precision": job.plan.precision,
+            "calibration": drawn.sha256 if drawn else job.request.calibration,
+        }
+    )
+
+
+class _Run:
+    """The walk over the blocks."""
+
+    def __init__(self, job: _Job, writer: ArtifactWriter, progress: Progress) -> None:
+        self._job = job
+        self._writer = writer
+        self._progress = progress
+
+    def walk(self, calibration: Calibration | None) -> None:
+        """Quantize every block that the journal does not hold yet; the others are replayed from their shards."""
+        job = self._job
+        streams = None if calibration is None else _Streams(job, calibration.tokens, self._writer.scratch)
+        steps = job.found.n_blocks * (job.method.epochs + 1)
+        with self._progress.phase("Quantizing", steps) as phase:
+            for index in range(job.found.n_blocks):
+                if streams is not None:
+                    streams.advance_full_precision(index)
+                if str(index) in self._writer.journal:
+                    phase.advance(job.method.epochs + 1, f"block {index} was done")
+                else:
+                    self._quantize(index, streams, phase)
+                if streams is not None and index + 1 < job.found.n_blocks:
+                    streams.advance_quantized(index, self._writer.path / layout.block_shard(index))
+
+    def _quantize(self, index: int, streams: "_Streams | None", phase: Phase) -> None:
+        job, started = self._job, time.monotonic()
+        prefix, linears = _names(job.found, index)
+        block = load_block(job.model, job.source, index, torch.float32, job.precision.device)
+        originals = {linear: linear_layer(block, linear).weight.detach() for linear in linears}
+        epochs = 0
+
+        def on_epoch(error: float) -> None:
+            nonlocal epochs
+            epochs += 1
+            # Retries repeat epochs that were counted already.
+            phase.advance(int(epochs <= job.method.epochs), f"block {index}, error {error:.4f}")
+
+        task = BlockTask(
+            index=index,
+            block=block,
+            linears=linears,
+            importance={} if streams is None else streams.importance,
+            data=None if streams is None else streams.data(index),
+            precision=job.precision,
+            seed=job.request.seed + index,
+            on_epoch=on_epoch,
+        )
+        result = job.method.quantize_block(task)
+        _check_finite(index, result)
+        shard = self._writer.path / layout.block_shard(index)
+        names = [prefix + name for name in job.model.get_submodule(prefix[:-1]).state_dict()]
+        layout.write_block(shard, prefix, job.source, names, result)
+        records: dict[str, Any] = {
+            "layers": [_layer(job, prefix + name, originals[name], result.packed[name]) for name in linears]
+        }
+        if result.outcome is not None:
+            records["block"] = _block(index, result.outcome, time.monotonic() - started)
+            self._report(index, result.outcome)
+        self._writer.record(str(index), records, files=[shard])
+        phase.advance(1 + job.method.epochs - min(epochs, job.method.epochs), f"block {index}")
+
+    def _report(self, index: int, outcome: TrainOutcome) -> None:
+        if outcome.fallback:
+            why = "diverged" if outcome.diverged else "did not improve"
+            self._progress.warn(f"Block {index} {why} in training: it keeps its closed-form start.")
+        elif outcome.retries:
+            self._progress.note(f"Block {index} was rolled back {outcome.retries} times and trained at lower rates.")
+        if outcome.end_error > _ALARM:
+            self._progress.warn(f"Block {index} ends at a relative error of {outcome.end_error:.2f}: expect a bad model.")
+
+
+class _Streams:
+    """The two activation streams, standing before one block."""
+
+    def __init__(self, job: _Job, tokens: torch.Tensor, scratch: Path) -> None:
+        self._job = job
+        self._training = job.request.samples or 0
+        self._batch = job.request.batch_size or 1
+        device = job.precision.device
+        copies = 3 if job.method.augmented else 2
+        stream = BlockStream(
+            job.model,
+            job.source,
+            tokens,
+            dtype=torch.float32,
+            device=device,
+            limit=job.request.activation_memory // copies,
+            directory=scratch,
+        )
+        self._kwargs = stream.block_kwargs
+        self._full = stream.hidden
+        self._quantized = stream.hidden.copy()
+        self._augmented = stream.hidden.copy() if job.method.augmented else None
+        self.importance: dict[str, torch.Tensor] = {}
+
+    def advance_full_precision(self, index: int) -> None:
+        """Run ``x_fp`` through a block in place, and note the mean squared input of each of its linear layers."""
+        _, linears = _names(self._job.found, index)
+        block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
+        with _mean_squares(block, linears) as sums:
+            self._run(block, index, self._full, self._full)
+        count = len(self._full) * self._full.shape[1]
+        self.importance = {linear: total / count for linear, total in sums.items()}
+        if self._augmented is not None:
+            self._run(block, index, self._quantized, self._augmented)
+
+    def advance_quantized(self, index: int, shard: Path) -> None:
+        """Run ``x_q`` through the packed block that a shard holds, in place."""
+        prefix, linears = _names(self._job.found, index)
+        block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
+        layout.restore_block(block, prefix, shard, linears, self._job.method.scheme)
+        self._run(block, index, self._quantized, self._quantized)
+
+    def data(self, index: int) -> BlockData:
+        """What the block is trained on."""
+        return BlockData(self._quantized, self._full, self._augmented, self._kwargs[index], self._training)
+
+    @torch.no_grad()
+    def _run(self, block: nn.Module, index: int, inputs: ActivationStore, outputs: ActivationStore) -> None:
+        for start in range(0, len(inputs), self._batch):
+            hidden = inputs.get(slice(start, start + self._batch)).to(self._job.precision.device)
+            with self._job.precision.autocast():
+                result = run_block(block, hidden, self._kwargs[index])
+            outputs.set(start, result.float())
+
+
+@contextmanager
+def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
+    """Sums over tokens of each layer's squared input, ``[in]`` float32, filled while the block runs."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(linear: str, inputs: torch.Tensor) -> None:
+        square = inputs.float().square().flatten(0, -2).sum(0)
+        sums[linear] = sums[linear] + square if linear in sums else square
+
+    def hook_for(linear: str) -> Any:
+        return lambda module, arguments: add(linear, arguments[0])
+
+    handles = [block.get_submodule(linear).register_forward_pre_hook(hook_for(linear)) for linear in linears]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _names(found: ModelStructure, index: int) -> tuple[str, tuple[str, ...]]:
+    """A block's full name with the dot, and its linear layers' names relative to it."""
+    prefix = f"{found.blocks_prefix}.{index}."
+    return prefix, tuple(linear.name.removeprefix(prefix) for linear in found.linears[index])
+
+
+def _check_finite(index: int, result: BlockResult) -> None:
+    tensors = [t for packed in result.packed.values() for t in packed.values()] + list(result.dense.values())
+    if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()):
+        raise NumericsError(
+            f"Block {index} has scales or norms that are not finite.", hint="Try --precision fp32, or lower rates."
+        )
+
+
+def _layer(job: _Job, name: str, original: torch.Tensor, packed: dict[str, torch.Tensor]) -> LayerRecord:
+    scheme, shape = job.method.scheme, (original.shape[0], original.shape[1])
+    dense = formats.dequantize(scheme, packed, shape[1])
+    error = ((dense - original).square().sum() / original.square().sum().clamp_min(1e-30)).item()
+    sparsity = dual_binary.sparsity(packed, shape[1]) if scheme.format == "dual_binary" else None
+    bits = {str(role): count for role, count in stored_bits(scheme.tensors(*shape)).items()}
+    return LayerRecord(name=name, shape=shape, scheme=scheme.model_dump(), bits=bits, error=error, sparsity=sparsity)
+
+
+def _block(index: int, outcome: TrainOutcome, seconds: float) -> BlockRecord:
+    return BlockRecord(
+        index=index,
+        start_error=outcome.start_error,
+        end_error=outcome.end_error,
+        steps=outcome.steps,
+        retries=outcome.retries,
+        fallback=outcome.fallback,
+        seconds=round(seconds, 3),
+    )
+
+
+def _finish(
+    job: _Job, writer: ArtifactWriter, calibration: Calibration | None, watch: runtime.Stopwatch
+) -> QuantizedManifest:
+    """Write what is not a block, and describe the whole."""
+    folder, source = writer.path, job.source
+    outer = layout.write_outer(folder / layout.OUTER_SHARD, job.model, source, f"{job.found.blocks_prefix}.")
+    entries = [writer.journal[str(index)] for index in range(job.found.n_blocks)]
+    layers = [LayerRecord.model_validate(layer) for entry in entries for layer in entry["layers"]]
+    shards = [folder / layout.block_shard(index) for index in range(job.found.n_blocks)]
+    bits = layout.bits_report(layers, shards, outer)
+    layout.write_folder(folder, source, job.method.scheme, job.method.name, bits)
+    return QuantizedManifest(
+        name=writer.out.name,
+        request=job.request.model_dump(mode="json"),
+        seed=job.request.seed,
+        device=job.plan.device,
+        parents=(
+            Parent(
+                kind=source.manifest.kind if source.manifest else source.kind,
+                name=source.name,
+                path=source.given,
+                sha256=source.content_hash,
+            ),
+        ),
+        phases=tuple(watch.records),
+        method=job.method.name,
+        scheme=job.method.scheme.model_dump(),
+        bits=bits,
+        layers=tuple(layers),
+        blocks=tuple(BlockRecord.model_validate(entry["block"]) for entry in entries if "block" in entry),
+        skipped=job.found.skipped,
+        calibration=calibration.record() if calibration else {},
+    )

@@ -1,0 +1,1 @@
+"""Closed-form ways to codes: no gradients, no training."""

@@ -1,0 +1,90 @@
+"""Round to nearest on an affine grid, with an optional search for the range that rounds best."""
+
+from typing import NamedTuple
+
+import torch
+
+from ulbq.formats.affine import AffineScheme
+
+_SCALE_FLOOR = 1e-8
+"""Smallest scale; a group of equal weights would otherwise divide by zero. Rounds to 0 in float16, harmlessly."""
+
+
+class AffineCodes(NamedTuple):
+    """An affine-quantized matrix, unpacked.
+
+    Attributes:
+        codes: ``[out, in]`` uint8.
+        scales: ``[out, G]`` float32, already rounded to float16 values.
+        zeros: ``[out, G]`` float32 zero points; integers unless the scheme is symmetric at 1 bit.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+
+def round_to_nearest(
+    weight: torch.Tensor,
+    scheme: AffineScheme,
+    *,
+    importance: torch.Tensor | None = None,
+    search: bool = True,
+    candidates: int = 32,
+) -> AffineCodes:
+    """Quantize a matrix group by group.
+
+    The range of each group starts as its minimum and maximum (zero included, so that 0 stays exact); the search
+    shrinks it step by step to 30 % and keeps the factor with the least squared error. The symmetric grid is tried in
+    both orientations.
+
+    Args:
+        weight: ``[out, in]`` float32.
+        scheme: bits, group size, symmetry; the group size divides ``in``.
+        importance: ``[in]`` weights of each column's squared error (the mean squared input); None for all equal.
+        search: whether to shrink ranges; without it this is plain min-max rounding.
+        candidates: number of shrink factors.
+    """
+    group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
+    grouped = weight.unflatten(1, (-1, group_size))
+    cost = None if importance is None else importance.unflatten(0, (-1, group_size)).expand_as(grouped)
+    low = grouped.amin(-1).clamp_max(0)
+    high = grouped.amax(-1).clamp_min(0)
+    factors = torch.linspace(1.0, 0.3, candidates).tolist() if search else [1.0]
+
+    best = torch.full_like(low, torch.inf)
+    scales, zeros = torch.zeros_like(low), torch.zeros_like(low)
+    for factor in factors:
+        for trial_scales, trial_zeros in _grids(low * factor, high * factor, scheme):
+            error = (_reconstruct(grouped, trial_scales, trial_zeros, scheme.bits) - grouped).square_()
+            error = (error if cost is None else error.mul_(cost)).sum(-1)
+            better = error < best
+            best = torch.where(better, error, best)
+            scales = torch.where(better, trial_scales, scales)
+            zeros = torch.where(better, trial_zeros, zeros)
+    codes = _codes(grouped, scales, zeros, scheme.bits)
+    return AffineCodes(codes.flatten(1).to(torch.uint8), scales, zeros)
+
+
+def _grids(low: torch.Tensor, high: torch.Tensor, scheme: AffineScheme) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    top = 2**scheme.bits - 1
+    if not scheme.symmetric:
+        scales = _storable((high - low) / top)
+        return [(scales, (-low / scales).round().clamp(0, top))]
+    magnitude = torch.maximum(-low, high)
+    centre = torch.full_like(low, scheme.centre)
+    # The grid reaches further on the side of code 0; a negative scale turns that side to the positive weights.
+    return [(sign * _storable(magnitude / scheme.centre), centre) for sign in (1.0, -1.0)]
+
+
+def _storable(scales: torch.Tensor) -> torch.Tensor:
+    """The float16 value that will be stored, so that codes are chosen for the scale that decodes them."""
+    return scales.to(torch.float16).float().clamp_min(_SCALE_FLOOR)
+
+
+def _codes(grouped: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    return (grouped / scales.unsqueeze(-1) + zeros.unsqueeze(-1)).round_().clamp_(0, 2**bits - 1)
+
+
+def _reconstruct(grouped: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    return (_codes(grouped, scales, zeros, bits) - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)

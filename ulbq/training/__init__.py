@@ -1,0 +1,1 @@
+"""Training one block, or the whole model, against its full-precision self."""
