@@ -1,0 +1,40 @@
+"""Artifacts: folders with a manifest, written atomically, resumable, checked on reading.
+
+``ulbq.artifacts.shards`` (safetensors files) stands apart because it imports torch.
+"""
+
+from ulbq.artifacts.manifest import (
+    SCHEMA_VERSION,
+    AnyManifest,
+    ConvertedManifest,
+    EvaluationManifest,
+    Manifest,
+    QuantizedManifest,
+    is_artifact,
+    newest,
+    read_manifest,
+    verify,
+)
+from ulbq.artifacts.records import BitsReport, BlockRecord, FileEntry, LayerRecord, Parent
+from ulbq.artifacts.store import ArtifactWriter, fingerprint, free_output
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "AnyManifest",
+    "ArtifactWriter",
+    "BitsReport",
+    "BlockRecord",
+    "ConvertedManifest",
+    "EvaluationManifest",
+    "FileEntry",
+    "LayerRecord",
+    "Manifest",
+    "Parent",
+    "QuantizedManifest",
+    "fingerprint",
+    "free_output",
+    "is_artifact",
+    "newest",
+    "read_manifest",
+    "verify",
+]

@@ -1,0 +1,88 @@
+"""Files that survive a crash, and disk errors as sentences."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ulbq.errors import ResourceError
+
+TEMPORARY_PREFIX = ".tmp"
+"""Names that a killed write may leave behind; safetensors uses the same prefix for its own."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_REFUSED = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ENOLCK, errno.EOPNOTSUPP}
+)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes in hex, streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary(path: Path) -> Path:
+    """Where ``path`` is written before it is renamed into place."""
+    return path.with_name(f"{TEMPORARY_PREFIX}-{path.name}")
+
+
+def replace_synced(temporary_path: Path, path: Path) -> None:
+    """Rename a complete temporary file into place so that after a crash either the old or the new file is there."""
+    sync(temporary_path)
+    os.replace(temporary_path, path)
+    sync(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file, or leave what was there."""
+    scratch = temporary(path)
+    try:
+        scratch.write_bytes(data)
+        replace_synced(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all it holds; nothing happens where there is none."""
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def disk_full(error: BaseException) -> ResourceError | None:
+    """The sentence for a full disk or an exhausted quota; None where ``error`` is anything else."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return ResourceError(
+            f"The disk is full: {error.strerror or error}.",
+            hint="Free some space (or point -o at another disk) and run the same command again.",
+        )
+    return None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk, or a disk that refuses, into ResourceError; ``path`` is what the sentence names."""
+    try:
+        yield
+    except OSError as error:
+        if full := disk_full(error):
+            raise full from error
+        if error.errno in _REFUSED:
+            raise ResourceError(
+                f"'{path}' cannot be written: {error.strerror}.", hint="Give a folder that can be written, with -o."
+            ) from error
+        raise

@@ -1,0 +1,304 @@
+"""What an artifact says about itself: ``manifest.json``.
+
+A manifest is written last, so a folder that has one is complete. Its ``digest`` covers every other field, the hashes
+of all files among them: whoever knows an artifact's digest knows its content.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, Literal, NoReturn
+
+from pydantic import BaseModel, Field, ValidationError
+
+from ulbq import __version__, runtime
+from ulbq.artifacts.disk import sha256_file
+from ulbq.artifacts.records import BitsReport, BlockRecord, FileEntry, LayerRecord, Parent, Record
+from ulbq.errors import InputError
+from ulbq.progress import Progress, Silent
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PARTIAL_SUFFIX = ".partial"
+
+_UPGRADERS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""From a schema version to the function that turns its JSON object into the next version's."""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+class Manifest(Record):
+    """What every kind of artifact records. ``files``, ``fingerprint`` and ``digest`` are the writer's to fill.
+
+    Attributes:
+        created: UTC, ISO 8601 with microseconds.
+        name: short name for people.
+        request: the full request that made the artifact.
+        versions: of the libraries that decide the numbers.
+        files: by path relative to the artifact, with forward slashes; all but the manifest itself.
+        fingerprint: SHA-256 over what decides the content (request, source, calibration).
+        digest: SHA-256 over the canonical JSON of all the other fields.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    ulbq_version: str = __version__
+    created: str = Field(default_factory=_now)
+    name: str
+    request: dict[str, Any]
+    seed: int
+    versions: dict[str, str] = Field(default_factory=runtime.versions)
+    device: str
+    parents: tuple[Parent, ...] = ()
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+    phases: tuple[runtime.PhaseRecord, ...] = ()
+    fingerprint: str = ""
+    digest: str = ""
+
+
+class QuantizedManifest(Manifest):
+    """A packed model.
+
+    Attributes:
+        scheme: the default scheme's JSON object; each layer repeats its own.
+        skipped: modules that stay in full precision.
+        calibration: name, samples, sequence length and SHA-256 of the token samples; empty where none were needed.
+    """
+
+    kind: Literal["quantized"] = "quantized"
+    method: str
+    scheme: dict[str, Any]
+    bits: BitsReport
+    layers: tuple[LayerRecord, ...]
+    blocks: tuple[BlockRecord, ...] = ()
+    skipped: tuple[str, ...] = ()
+    calibration: dict[str, Any] = Field(default_factory=dict)
+
+
+class EvaluationManifest(Manifest):
+    """Scores of a model; ``results`` is what ``results.json`` holds."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    results: dict[str, Any]
+
+
+class ConvertedManifest(Manifest):
+    """A model in another tool's layout; ``target`` names it, ``dtype`` is that of the dense tensors."""
+
+    kind: Literal["converted"] = "converted"
+    target: str
+    dtype: str
+
+
+AnyManifest = QuantizedManifest | EvaluationManifest | ConvertedManifest
+_CLASSES: dict[str, type[AnyManifest]] = {
+    "quantized": QuantizedManifest,
+    "evaluation": EvaluationManifest,
+    "converted": ConvertedManifest,
+}
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces. Takes pydantic models and paths too.
+
+    Raises:
+        ValueError: a number that is not finite.
+        TypeError: a value with no order or no JSON form, a set for one.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=plain)
+
+
+def plain(value: Any) -> Any:
+    """JSON form of a pydantic model or a path; for ``json.dumps(default=...)``."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def sealed(manifest: Manifest) -> bytes:
+    """The bytes of ``manifest.json``, with the digest filled in."""
+    # Through pydantic's own JSON, which alone turns non-finite numbers into strings.
+    data: dict[str, Any] = json.loads(manifest.model_dump_json())
+    data["digest"] = _digest(data)
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in data.items() if key != "digest"}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a folder claims to be an artifact. A damaged one does too, so that reading it can say what is wrong."""
+    try:
+        return _is_ours(_load(path))
+    except ValueError:
+        return True
+    except OSError:
+        return False
+
+
+def is_replaceable(path: Path) -> bool:
+    """Whether a folder is beyond doubt an artifact of ours, which ``--force`` may replace."""
+    return _glance(path) is not None
+
+
+def newest(root: Path, kinds: Collection[str]) -> Path | None:
+    """The finished artifact directly below ``root`` that was made last, of one of the kinds.
+
+    Only glances at the manifests: a damaged artifact may be returned, and reading it says what is wrong.
+    """
+    found: list[tuple[str, Path]] = []
+    for path in sorted(root.glob(f"*/{MANIFEST_NAME}")):
+        folder = path.parent
+        if folder.name.startswith(".") or folder.name.endswith(PARTIAL_SUFFIX):
+            continue
+        data = _glance(folder)
+        if data is not None and data["kind"] in kinds:
+            found.append((str(data.get("created", "")), folder))
+    return max(found)[1] if found else None
+
+
+def read_manifest(path: Path) -> AnyManifest:
+    """Read and check an artifact's manifest, and that its files are there in full size.
+
+    Raises:
+        InputError: no artifact, a foreign or unfinished folder, a corrupt, newer or hand-edited manifest, a missing
+            or truncated file; each in its own words.
+    """
+    manifest = _parse(path, _read_json(path))
+    for name, entry in manifest.files.items():
+        _check_file(path, name, entry)
+    return manifest
+
+
+def verify(path: Path, progress: Progress | None = None) -> None:
+    """Hash every file of an artifact again. Raises InputError naming the first one that is not what was written."""
+    manifest = read_manifest(path)
+    with (progress or Silent()).phase("Verifying", len(manifest.files)) as phase:
+        for name, entry in manifest.files.items():
+            if sha256_file(path / name) != entry.sha256:
+                raise InputError(
+                    f"'{path / name}' was changed after the artifact was written: its SHA-256 differs.",
+                    hint="Make the artifact again, or restore the file from a copy.",
+                )
+            phase.advance(detail=name)
+
+
+def _load(path: Path) -> Any:
+    """The manifest's JSON. Raises OSError where there is none, ValueError where it is not JSON."""
+    text = (path / MANIFEST_NAME).read_text(encoding="utf-8")
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _glance(path: Path) -> dict[str, Any] | None:
+    """The unchecked manifest of a folder; None where it is not ours beyond doubt."""
+    try:
+        data = _load(path)
+    except (OSError, ValueError):
+        return None
+    return data if _is_ours(data) else None
+
+
+def _is_ours(data: Any) -> bool:
+    return isinstance(data, dict) and isinstance(data.get("kind"), str) and _is_version(data.get("schema_version"))
+
+
+def _is_version(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The manifest's JSON object as it stands in the file, known to be ours and of a version that can be read."""
+    try:
+        data = _load(path)
+    except FileNotFoundError as error:
+        raise _absent(path) from error
+    except NotADirectoryError as error:
+        raise InputError(f"'{path}' is a file, not an artifact folder.") from error
+    except OSError as error:
+        raise InputError(f"'{path / MANIFEST_NAME}' cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InputError(
+            f"'{path / MANIFEST_NAME}' is corrupt: {error}.", hint="Make the artifact again, or restore it from a copy."
+        ) from error
+    if not _is_ours(data):
+        raise InputError(
+            f"'{path}' is not an artifact: ulbq did not write its {MANIFEST_NAME}.",
+            hint="Give a folder that a ulbq command made.",
+        )
+    version: int = data["schema_version"]
+    if version > SCHEMA_VERSION:
+        raise InputError(
+            f"'{path}' was written by a newer ulbq ({data.get('ulbq_version', 'unknown')}, schema {version}); "
+            f"this one reads schemas up to {SCHEMA_VERSION}.",
+            hint="Upgrade with 'pip install --upgrade ulbq'.",
+        )
+    return {str(key): value for key, value in data.items()}
+
+
+def _absent(path: Path) -> InputError:
+    if not path.exists():
+        if path.with_name(path.name + PARTIAL_SUFFIX).exists():
+            return InputError(
+                f"'{path}' is not finished yet.",
+                hint="Run the command that makes it again: it goes on where it stopped.",
+            )
+        return InputError(f"There is no artifact '{path}'.", hint="Check the path.")
+    if path.name.endswith(PARTIAL_SUFFIX):
+        return InputError(
+            f"'{path}' is an unfinished run.", hint="Run the command that makes it again: it goes on where it stopped."
+        )
+    return InputError(
+        f"'{path}' is not an artifact: it has no {MANIFEST_NAME}.", hint="Give a folder that a ulbq command made."
+    )
+
+
+def _parse(path: Path, data: dict[str, Any]) -> AnyManifest:
+    if data.get("digest") != _digest(data):
+        raise InputError(
+            f"'{path / MANIFEST_NAME}' was edited after it was written: its digest does not fit its content.",
+            hint="Make the artifact again, or restore the manifest from a copy.",
+        )
+    for version in range(data["schema_version"], SCHEMA_VERSION):
+        if version not in _UPGRADERS:
+            raise InputError(f"'{path}' has schema {version}, which no ulbq ever wrote.")
+        data = {**_UPGRADERS[version](data), "schema_version": version + 1}
+    if data["kind"] not in _CLASSES:
+        raise InputError(f"'{path}' is an artifact of an unknown kind, '{data['kind']}'.")
+    try:
+        return _CLASSES[data["kind"]].model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"The manifest of '{path}' does not fit its schema: {field}: {first['msg']}.") from error
+
+
+def _check_file(path: Path, name: str, entry: FileEntry) -> None:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise InputError(f"The manifest of '{path}' names a file outside the artifact: '{name}'.")
+    file = path / relative
+    if not file.is_file():
+        raise InputError(
+            f"'{file}' is missing from the artifact.", hint="Make the artifact again, or restore the file from a copy."
+        )
+    size = file.stat().st_size
+    if size != entry.size:
+        raise InputError(
+            f"'{file}' holds {size:,} bytes where {entry.size:,} were written: "
+            f"{'truncated' if size < entry.size else 'changed'}.",
+            hint="Make the artifact again, or copy it again in full.",
+        )

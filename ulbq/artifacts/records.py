@@ -1,0 +1,103 @@
+"""The values that manifests are made of."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_NOT_WEIGHTS = frozenset({"embeddings", "other"})
+
+
+class Record(BaseModel):
+    """A frozen value whose JSON says ``"NaN"`` and ``"Infinity"`` where JSON itself has no word."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class FileEntry(Record):
+    """One file of an artifact.
+
+    Attributes:
+        size: bytes.
+        sha256: hex digest of the bytes.
+    """
+
+    size: int
+    sha256: str
+
+
+class Parent(Record):
+    """What an artifact was made from.
+
+    Attributes:
+        kind: ``folder``, ``gguf`` or ``hub`` for a model source, else the kind of the parent artifact.
+        name: short name for people.
+        path: as the user gave it.
+        sha256: the manifest digest of an artifact, the content hash of a model source.
+    """
+
+    kind: str
+    name: str
+    path: str
+    sha256: str
+
+
+class BlockRecord(Record):
+    """How one block trained.
+
+    Attributes:
+        start_error: loss of the closed-form start on held-out samples.
+        end_error: the same loss of what was stored.
+        steps: optimiser steps of the run that was kept.
+        retries: how often the block was rolled back and tried again at a lower rate.
+        fallback: whether the closed-form start was stored because no training improved on it.
+        seconds: wall time.
+    """
+
+    index: int
+    start_error: float
+    end_error: float
+    steps: int
+    retries: int = 0
+    fallback: bool = False
+    seconds: float
+
+
+class LayerRecord(Record):
+    """One packed linear layer.
+
+    Attributes:
+        shape: ``(out_features, in_features)``.
+        scheme: the scheme's JSON object.
+        bits: stored bits by role (``codes``, ``scales``, ``zeros``, …).
+        error: squared error of the weight relative to its squared norm.
+        sparsity: share of zeros in each of two planes, where the format has planes that skip zeros.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: dict[str, Any]
+    bits: dict[str, int]
+    error: float
+    sparsity: tuple[float, float] | None = None
+
+
+class BitsReport(Record):
+    """Where the stored bits of a model went.
+
+    Attributes:
+        parts: bits by part; ``embeddings`` and ``other`` (norms, biases, …) stand apart from the quantized weights.
+        weights: number of weights in the quantized linear layers.
+    """
+
+    parts: dict[str, int]
+    weights: int = Field(gt=0)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per quantized weight: codes, scales, zeros, adapter and whatever else decodes them."""
+        return sum(bits for part, bits in self.parts.items() if self.counts(part)) / self.weights
+
+    @staticmethod
+    def counts(part: str) -> bool:
+        """Whether a part belongs to the quantized weights."""
+        return part not in _NOT_WEIGHTS
