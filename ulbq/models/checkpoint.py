@@ -1,0 +1,93 @@
+"""Stored tensors under the names that the model's own parameters carry.
+
+Checkpoints on the Hub name tensors as the model did when they were written: with or without the base prefix
+(``model.``), under older names (``embed_out``), or one expert a tensor where transformers now holds them fused. How
+to get from those names to today's is transformers' own table; it is applied here one tensor at a time.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+
+class TensorReader(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every name that can be read."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in its stored dtype. Raises KeyError for a name that is not there."""
+        ...
+
+
+@dataclass
+class _Recipe:
+    """How one parameter comes about: from one stored tensor, or from several through a converter."""
+
+    target: str
+    converter: WeightConverter | None = None
+    sources: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Checkpoint:
+    """Reads stored tensors by parameter name.
+
+    Args:
+        stored: the tensors by their stored names.
+        model: the model, on the meta device or not; only its names count.
+    """
+
+    def __init__(self, stored: TensorReader, model: PreTrainedModel) -> None:
+        self._stored = stored
+        self._model = model
+        self._recipes = _recipes(stored.names, model)
+        self._names = frozenset(self._recipes)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Parameters (and persistent buffers) of the model that the checkpoint holds."""
+        return self._names
+
+    def read(self, name: str) -> torch.Tensor:
+        """The parameter ``name``, in its stored dtype. Raises KeyError where the checkpoint lacks it."""
+        recipe = self._recipes[name]
+        if recipe.converter is None:
+            return self._stored.read(recipe.sources[0][0])
+        converter = copy.deepcopy(recipe.converter)
+        for key, pattern in recipe.sources:
+            # Typed for transformers' background reads; it takes a tensor as well.
+            converter.add_tensor(recipe.target, key, pattern, self._stored.read(key))  # type: ignore[arg-type]
+        value = converter.convert(recipe.target, model=self._model, config=self._model.config)[name]
+        tensor: torch.Tensor = value[0] if isinstance(value, list) else value
+        return tensor
+
+
+def _recipes(stored: frozenset[str], model: PreTrainedModel) -> dict[str, _Recipe]:
+    """Recipes by parameter name; the order of the rules is that of ``PreTrainedModel.from_pretrained``."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    wanted = model.state_dict()
+    recipes: dict[str, _Recipe] = {}
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+        if name not in wanted and key in wanted:
+            name, pattern = key, None
+        if name not in wanted:
+            continue
+        converter = None if pattern is None else by_pattern[pattern]
+        recipe = recipes.setdefault(name, _Recipe(name, converter))
+        recipe.sources.append((key, pattern or key))
+        if converter is not None:
+            first, *others = converter.target_patterns
+            recipes.update({name.replace(first, other): recipe for other in others})
+    return recipes

@@ -1,0 +1,117 @@
+"""Reads a model's configuration, and refuses what is not a causal language model that we can open."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+
+from ulbq.errors import InputError
+
+# What transformers raises for a configuration that it cannot use, depending on where it notices.
+_CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
+_NOT_GENERATIVE = (
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a folder in Hugging Face layout, without its ``quantization_config``.
+
+    Raises:
+        InputError: no ``config.json``, not JSON, an architecture that transformers does not know, one that runs code
+            from the repository, or a model that is not a causal language model.
+    """
+    raw = read_raw_config(folder)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError(
+            f"'{folder / 'config.json'}' names no model_type.",
+            hint="ulbq needs the config.json of a transformers causal language model.",
+        )
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise InputError(
+                f"'{folder}' brings its own Python code for model type '{model_type}', which ulbq does not run.",
+                hint="Use a model whose architecture is part of transformers.",
+            )
+        raise InputError(
+            f"transformers {transformers.__version__} does not know the model type '{model_type}' of '{folder}'.",
+            hint="A newer version may: pip install --upgrade transformers.",
+        )
+    raw = {key: value for key, value in raw.items() if key not in ("quantization_config", "auto_map")}
+    try:
+        config = AutoConfig.for_model(**raw)
+    except _CONFIG_ERRORS as error:
+        raise InputError(
+            f"'{folder / 'config.json'}' cannot be read as a '{model_type}' model: {_first(error)}"
+        ) from error
+    config.name_or_path = str(folder)
+    check_causal(config, str(folder))
+    return config
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` as it stands. Raises InputError where it is missing or not a JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"'{folder}' has no config.json, so it is not a model folder.", hint=_what_lies_there(folder))
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"'{path}' cannot be read: {_first(error)}", hint="Fetch the model again.") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"'{path}' is not a JSON object.", hint="Fetch the model again.")
+    return raw
+
+
+def read_gguf_config(file: Path) -> PreTrainedConfig:
+    """The configuration that transformers derives from a GGUF file's metadata. Raises InputError where it cannot."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    except (*_CONFIG_ERRORS, IndexError, struct.error) as error:
+        raise InputError(
+            f"transformers cannot derive a model configuration from '{file}': {_first(error)}",
+            hint="Use the model's original folder or Hub id instead of the GGUF file.",
+        ) from error
+    check_causal(config, str(file))
+    return config
+
+
+def check_causal(config: PreTrainedConfig, where: str) -> None:
+    """Refuse encoders and encoder-decoders. Raises InputError."""
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"'{where}' is an encoder-decoder model ('{config.model_type}').",
+            hint="ulbq quantizes decoder-only causal language models.",
+        )
+    architectures = config.architectures or []
+    headless = bool(architectures) and all(name.endswith(_NOT_GENERATIVE) for name in architectures)
+    if headless or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        what = ", ".join(architectures) or config.model_type
+        raise InputError(
+            f"'{where}' is not a causal language model ({what}).",
+            hint="ulbq quantizes decoder-only causal language models.",
+        )
+
+
+def _what_lies_there(folder: Path) -> str:
+    """A hint drawn from what the folder holds instead."""
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        return f"Give the GGUF file itself: {ggufs[0]}"
+    if (folder / "adapter_config.json").is_file():
+        return "It holds a PEFT adapter; give its base model."
+    return "Give a folder in Hugging Face layout, a .gguf file, a Hub id or an artifact of ulbq."
+
+
+def _first(error: BaseException) -> str:
+    """The first line of an exception's text; the rest is for developers."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,28 @@
+"""Loads a whole model, dense or packed, ready for logits and generation."""
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from ulbq.models.blocks import materialize, skeleton
+from ulbq.models.source import ModelSource
+
+
+def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model with all its parameters in memory, frozen and in eval mode.
+
+    Packed linear layers stay packed, and keep their dequantized weight in ``dtype`` after the first call.
+
+    Args:
+        source: the model.
+        dtype: of parameters and of the arithmetic.
+        device: where it shall be.
+
+    Raises:
+        InputError: a parameter is missing or has another shape than the configuration says.
+    """
+    model = skeleton(source)
+    materialize(model, source, dtype, device=device)
+    model.config.dtype = dtype
+    if (source.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+    return model
