@@ -28,12 +28,18 @@ def quantize(
     bits: Annotated[
         int | None,
         typer.Option(
-            "--bits", metavar="N", help="1, 2, 3, 4 or 8.", show_default="2 for db-llm, 4 for rtn", rich_help_panel=_FORMAT
+            "--bits",
+            metavar="N",
+            help="1, 2, 3, 4 or 8.",
+            show_default="2 for db-llm, 4 for rtn",
+            rich_help_panel=_FORMAT,
         ),
     ] = None,
     group_size: Annotated[
         int,
-        typer.Option("--group-size", metavar="N", help="Columns that share a scale; -1 for rows.", rich_help_panel=_FORMAT),
+        typer.Option(
+            "--group-size", metavar="N", help="Columns that share a scale; -1 for rows.", rich_help_panel=_FORMAT
+        ),
     ] = 64,
     symmetric: Annotated[
         bool | None,
@@ -76,7 +82,12 @@ def quantize(
     samples: Annotated[
         int | None,
         typer.Option(
-            "--samples", min=1, metavar="N", help="Training samples.", show_default="preset", rich_help_panel=_CALIBRATION
+            "--samples",
+            min=1,
+            metavar="N",
+            help="Training samples.",
+            show_default="preset",
+            rich_help_panel=_CALIBRATION,
         ),
     ] = None,
     sequence_length: Annotated[
@@ -132,7 +143,7 @@ def quantize(
             "--scale-rate",
             metavar="X",
             help="Learning rate of the scales, relative to the grid step.",
-            show_default="0.02",
+            show_default="0.005",
             rich_help_panel=_TRAINING,
         ),
     ] = None,
@@ -225,17 +236,14 @@ def quantize(
     from ulbq.pipeline.quantize import plan, quantize
     from ulbq.pipeline.request import QuantizeRequest
 
-    request = QuantizeRequest.model_validate(
-        {**given, "source": source, "activation_memory": _size(activation_memory)}
-    )
-    planned = plan(request, progress)
-    if not quiet:
-        _show(planned)
+    request = QuantizeRequest.model_validate({**given, "source": source, "activation_memory": _size(activation_memory)})
     if dry_run:
+        planned = plan(request, progress)
+        _show(planned)
         if json:
             print(planned.model_dump_json(indent=2))
         return
-    emit(*quantize(request, progress))
+    emit(*quantize(request, progress, on_plan=(lambda planned: None) if quiet else _show))
 
 
 def _size(text: str) -> int:

@@ -120,7 +120,7 @@ def _model_state(parent: Parent, progress: Progress | None) -> State:
     # Imported here because it needs torch and transformers, and a look at a manifest does not.
     from ulbq.models.source import resolve
 
-    with progress.phase(f"hash {parent.name}"):
+    with progress.phase(f"Hashing {parent.name}"):
         try:
             content = resolve(parent.path, offline=True).content_hash
         except ResourceError:

@@ -1,7 +1,7 @@
 """``quantize``: a model in, a packed artifact out, one block at a time."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +87,15 @@ def plan(request: QuantizeRequest, progress: Progress | None = None) -> Quantize
     return _prepare(request, progress or Silent()).plan
 
 
-def quantize(request: QuantizeRequest, progress: Progress | None = None) -> tuple[Path, QuantizedManifest]:
+def quantize(
+    request: QuantizeRequest, progress: Progress | None = None, on_plan: Callable[[QuantizePlan], None] | None = None
+) -> tuple[Path, QuantizedManifest]:
     """Quantize a model.
+
+    Args:
+        request: what to do.
+        progress: told how it goes.
+        on_plan: called with the plan before anything is written.
 
     Returns:
         The artifact's folder and its manifest.
@@ -100,6 +107,8 @@ def quantize(request: QuantizeRequest, progress: Progress | None = None) -> tupl
     """
     progress = progress or Silent()
     job = _prepare(request, progress)
+    if on_plan is not None:
+        on_plan(job.plan)
     watch = runtime.Stopwatch()
     runtime.seed_everything(job.request.seed)
     drawn = _draw(job) if job.method.calibrated and job.request.calibration != "self" else None

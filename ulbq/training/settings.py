@@ -27,8 +27,8 @@ class TrainSettings(BaseModel):
 
     epochs: int = Field(default=10, ge=0)
     batch_size: int = Field(default=4, ge=1)
-    weight_rate: float = Field(default=0.03, gt=0)
-    scale_rate: float = Field(default=0.02, gt=0)
+    weight_rate: float = Field(default=0.015, gt=0)
+    scale_rate: float = Field(default=0.005, gt=0)
     norm_rate: float = Field(default=2e-3, ge=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     final_rate: float = Field(default=0.05, ge=0, le=1)

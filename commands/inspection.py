@@ -1,0 +1,223 @@
+"""An inspection as tables for people."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from ulbq.artifacts import (
+    AnyManifest,
+    BitsReport,
+    BlockRecord,
+    ConvertedManifest,
+    EvaluationManifest,
+    LayerRecord,
+    QuantizedManifest,
+)
+from ulbq.pipeline.inspect import Ancestor, Inspection, State
+
+from .progress import duration
+
+_STANDARD_PARTS = ("codes", "scales", "zeros", "adapter")
+_OUTSIDE_PARTS = ("embeddings", "other")
+_STATES: dict[State, tuple[str, str]] = {
+    "same": ("as recorded", "green"),
+    "changed": ("changed since", "bold red"),
+    "damaged": ("damaged", "bold red"),
+    "missing": ("missing", "yellow"),
+    "unchecked": ("not checked", "dim"),
+}
+
+
+def show(console: Console, inspection: Inspection, *, layers: bool = False) -> None:
+    """Print everything known of an artifact; its layers one by one only with ``layers``."""
+    manifest = inspection.manifest
+    sections: list[tuple[str, RenderableType]] = [("", _facts(inspection))]
+    if isinstance(manifest, QuantizedManifest):
+        sections.append(("Bits", _bits(manifest.bits, inspection.total_size)))
+        if manifest.blocks:
+            sections.append(("Blocks", _blocks(manifest.blocks)))
+        sections.append(("Layers", _layers(manifest.layers) if layers else _layer_summary(manifest.layers)))
+        if manifest.skipped:
+            sections.append(("In full precision", Text(", ".join(manifest.skipped))))
+    elif isinstance(manifest, EvaluationManifest):
+        sections.append(("Results", _grid(dict(_scalars(manifest.results)))))
+    if manifest.phases:
+        sections.append(("Work", _phases(manifest)))
+    if inspection.ancestry:
+        sections.append(("Ancestry", _ancestry(manifest.name, inspection.ancestry)))
+    for title, body in sections:
+        console.print(Group(Text(title, style="bold underline"), body) if title else body)
+        console.print()
+
+
+def size(count: float) -> str:
+    """Bytes as people write them, in powers of ten as file managers do: ``512 B``, ``88.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def scheme(parameters: Mapping[str, Any]) -> str:
+    """A scheme's JSON object in words: ``affine, bits 2, group size 64``."""
+    words = [str(parameters.get("format", ""))]
+    for name, value in parameters.items():
+        if name == "format" or value is False:
+            continue
+        word = name.replace("_", " ")
+        words.append(word if value is True else f"{word} {value}")
+    return ", ".join(words)
+
+
+def _grid(rows: Mapping[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        table.add_row(Text(name, style="bold"), Text(text))
+    return table
+
+
+def _columns(*names: str) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for index, name in enumerate(names):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    return table
+
+
+def _add(table: Table, *cells: str, style: str = "") -> None:
+    # As Text, not as markup: a module may be called experts[a].
+    table.add_row(*map(Text, cells), style=style)
+
+
+def _facts(inspection: Inspection) -> Table:
+    manifest = inspection.manifest
+    checked = "every file hashed and intact" if inspection.verified else "sizes right; --verify hashes every file"
+    rows = {"artifact": inspection.path, "kind": manifest.kind, **_particulars(manifest)}
+    if manifest.parents:
+        rows["source"] = ", ".join(f"{parent.name} ({parent.kind})" for parent in manifest.parents)
+    rows["created"] = (
+        f"{manifest.created[:19].replace('T', ' ')} UTC by ulbq {manifest.ulbq_version}, {manifest.device}"
+    )
+    rows["files"] = f"{len(manifest.files) + 1}, {size(inspection.total_size)}; {checked}"
+    rows["digest"] = manifest.digest
+    return _grid(rows)
+
+
+def _particulars(manifest: AnyManifest) -> dict[str, str]:
+    """The facts that only one kind has."""
+    if isinstance(manifest, ConvertedManifest):
+        return {"target": f"{manifest.target}, {manifest.dtype}"}
+    if not isinstance(manifest, QuantizedManifest):
+        return {}
+    rows = {"method": manifest.method, "format": scheme(manifest.scheme)}
+    if data := manifest.calibration:
+        rows["calibration"] = (
+            f"{data.get('name')}, {data.get('samples')} × {data.get('sequence_length')} tokens, seed {manifest.seed}"
+        )
+    return rows
+
+
+def _bits(report: BitsReport, total_size: int) -> Table:
+    table = _columns("part", "bits per weight", "size")
+
+    def add(name: str, bits: int, style: str = "") -> None:
+        _add(table, name, f"{bits / report.weights:.4f}", size(bits / 8), style=style)
+
+    counted = dict.fromkeys(_STANDARD_PARTS, 0) | {
+        part: bits for part, bits in report.parts.items() if report.counts(part)
+    }
+    for part, bits in counted.items():
+        add(part, bits)
+    add(f"{report.weights:,} quantized weights", sum(counted.values()), "bold")
+    for part in _OUTSIDE_PARTS:
+        add(part, report.parts.get(part, 0), "dim")
+    _add(table, "all files", "", size(total_size), style="bold")
+    return table
+
+
+def _blocks(blocks: Iterable[BlockRecord]) -> Table:
+    table = _columns("block", "error at start", "at end", "change", "steps", "retries", "time", "")
+    for block in blocks:
+        change = f"{block.end_error / block.start_error - 1:+.1%}" if block.start_error else ""
+        _add(
+            table,
+            str(block.index),
+            f"{block.start_error:.4g}",
+            f"{block.end_error:.4g}",
+            change,
+            str(block.steps),
+            str(block.retries),
+            duration(block.seconds),
+            "kept the closed-form start" if block.fallback else "",
+            style="yellow" if block.fallback else "",
+        )
+    return table
+
+
+def _layers(layers: Iterable[LayerRecord]) -> Table:
+    layers = tuple(layers)
+    sparse = any(layer.sparsity for layer in layers)
+    table = _columns("layer", "shape", "bits per weight", "squared error", *(["zeros in planes"] if sparse else []))
+    for layer in layers:
+        cells = [layer.name, f"{layer.shape[0]} × {layer.shape[1]}", f"{_layer_bits(layer):.4f}", f"{layer.error:.3%}"]
+        if sparse:
+            cells.append(", ".join(f"{share:.0%}" for share in layer.sparsity or ()))
+        _add(table, *cells)
+    return table
+
+
+def _layer_bits(layer: LayerRecord) -> float:
+    return sum(layer.bits.values()) / (layer.shape[0] * layer.shape[1])
+
+
+def _layer_summary(layers: tuple[LayerRecord, ...]) -> RenderableType:
+    if not layers:
+        return Text("none")
+    best, worst = (pick(layers, key=lambda layer: layer.error) for pick in (min, max))
+    mean = sum(layer.error for layer in layers) / len(layers)
+    return _grid(
+        {
+            "layers": f"{len(layers)}; --layers lists them",
+            "squared error": f"{mean:.3%} of the weights' squares on average",
+            "least": f"{best.error:.3%} {best.name}",
+            "most": f"{worst.error:.3%} {worst.name}",
+        }
+    )
+
+
+def _scalars(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
+    """The numbers and words in a tree of results, by dotted name."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _scalars(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _scalars(part, f"{name}[{index}]")
+    elif value is not None:
+        yield name, f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _phases(manifest: AnyManifest) -> Table:
+    table = _columns("phase", "time", "peak memory so far")
+    for phase in manifest.phases:
+        _add(table, phase.name, duration(phase.seconds), size(phase.peak_memory))
+    return table
+
+
+def _ancestry(name: str, ancestry: Iterable[Ancestor]) -> Tree:
+    root = Tree(Text(name, style="bold"), guide_style="dim")
+    branches = [root]
+    for one in ancestry:
+        words, style = _STATES[one.state]
+        when = f", {one.created[:16].replace('T', ' ')}" if one.created else ""
+        label = Text.assemble(
+            (one.parent.name, "bold"), f" ({one.parent.kind}{when}) ", (one.parent.path, "dim"), "  ", (words, style)
+        )
+        del branches[one.depth :]
+        branches.append(branches[-1].add(label))
+    return root

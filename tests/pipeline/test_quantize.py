@@ -1,0 +1,251 @@
+"""Whole runs on tiny models: what is written, reloaded, resumed and refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.models.tiny import FAMILIES, save_tiny
+from ulbq import formats
+from ulbq.artifacts.manifest import QuantizedManifest, verify
+from ulbq.errors import InputError, UsageError
+from ulbq.models.load import load_model
+from ulbq.models.source import resolve
+from ulbq.pipeline.quantize import plan, quantize
+from ulbq.pipeline.request import QuantizeRequest
+from ulbq.progress import Silent
+
+TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    """Token samples in a file, so that no data set is needed."""
+    path = tmp_path / "tokens.safetensors"
+    tokens = torch.randint(3, 250, (12, 32), generator=torch.Generator().manual_seed(7))
+    save_file({"tokens": tokens.int()}, path)
+    return path
+
+
+def request(source: Path, out: Path, **changes: Any) -> QuantizeRequest:
+    return QuantizeRequest(source=str(source), out=out, device="cpu", precision="fp32", offline=True, **changes)
+
+
+def db_llm(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:
+    size = {"group_size": 32, "samples": 8, "sequence_length": 32, "epochs": 2}
+    return request(source, out, **{"method": "db-llm", "calibration": str(samples), **size, **changes})
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = load_model(resolve(folder), dtype=torch.float32)(tokens).logits
+        return result
+
+
+def simulated_logits(dense: Path, packed: Path) -> torch.Tensor:
+    """Logits of the full-precision model with the artifact's dequantized weights and norms put in."""
+    source, model = resolve(packed), load_model(resolve(dense), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            linear = name.removesuffix(".weight")
+            if linear in source.packed:
+                tensors = source.read_packed(linear)
+                parameter.copy_(formats.dequantize(source.packed[linear], tensors, parameter.shape[1]))
+            else:
+                parameter.copy_(source.read(name))
+        result: torch.Tensor = model(TOKENS).logits
+        return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_packed_and_reloads_to_the_simulated_model(family: str, tmp_path: Path) -> None:
+    dense = save_tiny(family, tmp_path / family)
+    path, manifest = quantize(request(dense, tmp_path / "q", method="rtn", bits=3, group_size=32))
+    torch.testing.assert_close(logits(path), simulated_logits(dense, path), atol=1e-5, rtol=1e-5)
+    model = load_model(resolve(dense), dtype=torch.float32)
+    outside = {id(model.get_output_embeddings())}
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in outside}
+    assert {layer.name for layer in manifest.layers} == linears
+    verify(path)
+
+
+def test_the_accounting_is_what_lies_on_disk(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    for name, asked in (
+        ("db", db_llm(tiny_llama, tmp_path / "db", samples)),
+        ("rtn", request(tiny_llama, tmp_path / "rtn", method="rtn", bits=3, group_size=32)),
+    ):
+        path, manifest = quantize(asked)
+        stored = [tensor for file in path.glob("model-*.safetensors") for tensor in load_file(file).values()]
+        assert sum(manifest.bits.parts.values()) == 8 * sum(tensor.nbytes for tensor in stored), name
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in manifest.layers)
+        assert manifest.bits.weights == weights
+        assert manifest.bits.bits_per_weight == pytest.approx({"db": 2 + 32 / 32, "rtn": 3 + (16 + 3) / 32}[name])
+
+
+def test_four_bits_stay_close_and_fewer_bits_are_further_away(tiny_llama: Path, tmp_path: Path) -> None:
+    exact = logits(tiny_llama)
+    distance = {}
+    for bits in (8, 4, 2):
+        path, _ = quantize(request(tiny_llama, tmp_path / str(bits), method="rtn", bits=bits, group_size=32))
+        distance[bits] = (logits(path) - exact).norm() / exact.norm()
+    assert distance[8] < 0.02
+    assert distance[8] < distance[4] < distance[2]
+
+
+def test_training_brings_the_blocks_closer_than_their_closed_form_start(
+    tiny_llama: Path, samples: Path, tmp_path: Path
+) -> None:
+    path, manifest = quantize(db_llm(tiny_llama, tmp_path / "q", samples, epochs=6))
+    assert all(block.end_error < block.start_error for block in manifest.blocks)
+    start, _ = quantize(db_llm(tiny_llama, tmp_path / "start", samples, epochs=0))
+    held = load_file(samples)["tokens"][8:].long()
+    exact = logits(tiny_llama, held)
+    assert (logits(path, held) - exact).norm() < (logits(start, held) - exact).norm()
+
+
+def test_the_trained_norms_are_stored(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    path, _ = quantize(db_llm(tiny_llama, tmp_path / "q", samples))
+    frozen, _ = quantize(db_llm(tiny_llama, tmp_path / "f", samples, norm_rate=0))
+    name = "model.layers.1.input_layernorm.weight"
+    original = resolve(tiny_llama).read(name).float()
+    assert not torch.equal(resolve(path).read(name), original)
+    torch.testing.assert_close(resolve(frozen).read(name).float(), original, atol=2**-8, rtol=2**-8)
+
+
+class _StopAt(Silent):
+    """Interrupts the run when the journal has so many blocks."""
+
+    def __init__(self, folder: Path, blocks: int) -> None:
+        self._journal = folder.with_name(folder.name + ".partial") / ".journal.jsonl"
+        self._blocks = blocks
+
+    def phase(self, name: str, total: int | None = None) -> Any:
+        outer = self
+
+        class Phase:
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                return None
+
+            def advance(self, steps: int = 1, detail: str = "") -> None:
+                if outer._journal.exists() and outer._journal.read_text().count("\n") > outer._blocks:
+                    raise KeyboardInterrupt
+
+        return Phase()
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    blocks: int, tiny_llama: Path, samples: Path, tmp_path: Path
+) -> None:
+    straight, _ = quantize(db_llm(tiny_llama, tmp_path / "straight", samples))
+    out = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(db_llm(tiny_llama, out, samples), _StopAt(out, blocks))
+    assert not out.exists()
+    partial = out.with_name("stopped.partial")
+    done = {path.name: path.stat().st_mtime_ns for path in partial.glob("model-block-*")}
+    assert len(done) >= blocks
+    resumed, _ = quantize(db_llm(tiny_llama, out, samples))
+    assert shards(resumed) == shards(straight)
+    kept = {name: (resumed / name).stat().st_mtime_ns for name in done}
+    assert sum(kept[name] == time for name, time in done.items()) >= blocks
+    assert not partial.exists()
+
+
+def test_an_interrupted_run_with_other_settings_is_refused(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(db_llm(tiny_llama, out, samples), _StopAt(out, 1))
+    for changed in ({"epochs": 3}, {"seed": 1}, {"group_size": 16}, {"token_weighting": "uniform"}):
+        with pytest.raises(InputError):
+            quantize(db_llm(tiny_llama, out, samples, **changed))
+    assert quantize(db_llm(tiny_llama, out, samples))[0] == out
+
+
+def test_activations_on_disk_give_the_same_weights(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    memory, _ = quantize(db_llm(tiny_llama, tmp_path / "memory", samples))
+    disk, _ = quantize(db_llm(tiny_llama, tmp_path / "disk", samples, activation_memory=0))
+    assert shards(memory) == shards(disk)
+
+
+def test_the_seed_and_the_options_reach_the_weights(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    variants: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "frozen": {"train_weights": False},
+        "uniform": {"token_weighting": "uniform"},
+        "augmented": {"augmented_loss": True},
+        "rate": {"weight_rate": 0.05},
+        "batch": {"batch_size": 2},
+    }
+    made = {}
+    for name, changes in variants.items():
+        folder, _ = quantize(db_llm(tiny_llama, tmp_path / name, samples, **changes))
+        made[name] = b"".join(shards(folder).values())
+    assert len(set(made.values())) == len(variants)
+
+
+def test_a_sources_side_files_travel_and_the_original_is_left_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in tiny_llama.iterdir()}
+    path, manifest = quantize(request(tiny_llama, tmp_path / "q", method="rtn", group_size=32))
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(manifest.files)
+    assert resolve(path).tokenizer().chat_template == resolve(tiny_llama).tokenizer().chat_template
+    assert {path.name: path.read_bytes() for path in tiny_llama.iterdir()} == before
+
+
+def test_the_model_writes_its_own_samples(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    first, manifest = quantize(db_llm(tiny_llama, tmp_path / "a", samples, calibration="self", epochs=1))
+    assert isinstance(manifest, QuantizedManifest)
+    assert manifest.calibration["name"] == "self"
+    second, _ = quantize(db_llm(tiny_llama, tmp_path / "b", samples, calibration="self", epochs=1))
+    assert shards(first) == shards(second)
+
+
+def test_a_group_size_that_does_not_divide_is_refused_before_anything_is_written(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as refused:
+        quantize(request(tiny_llama, tmp_path / "q", method="rtn", group_size=48))
+    assert "model.layers.0" in refused.value.message
+    assert "32" in refused.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "db-llm", "bits": 3},
+        {"method": "db-llm", "symmetric": True},
+        {"method": "db-llm", "search": False},
+        {"method": "rtn", "epochs": 3},
+        {"method": "rtn", "calibration": "wikitext2"},
+        {"method": "rtn", "token_weighting": "energy"},
+        {"method": "gptq"},
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(changes: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        plan(request(tiny_llama, tmp_path / "q", group_size=32, **changes))
+
+
+def test_the_plan_says_what_the_run_then_does(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    asked = db_llm(tiny_llama, tmp_path / "q", samples)
+    planned = plan(asked)
+    assert list(tmp_path.glob("q*")) == []
+    path, manifest = quantize(asked)
+    assert planned.bits_per_weight == pytest.approx(manifest.bits.bits_per_weight)
+    assert planned.layers == len(manifest.layers)
+    assert planned.blocks == len(manifest.blocks)
+    assert set(planned.skipped) == set(manifest.skipped)
+    on_disk = sum(file.stat().st_size for file in path.glob("model-*.safetensors"))
+    assert planned.cost.artifact == pytest.approx(on_disk, rel=0.25)
+    assert planned.request.model_dump(mode="json") == manifest.request

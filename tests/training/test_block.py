@@ -1,0 +1,157 @@
+"""Block training on a toy block: two linears, a norm, and outputs that a full-precision copy gives."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ulbq.formats.dual_binary import DualBinaryScheme
+from ulbq.models.stream import ActivationStore
+from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
+from ulbq.training.block import BlockData, BlockTrainer, TrainedLinear
+from ulbq.training.precision import Precision
+from ulbq.training.settings import TrainSettings
+
+CPU = Precision(torch.device("cpu"), torch.float32)
+WIDTH = 32
+
+
+class ToyBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 64, bias=False)
+        self.down = nn.Linear(64, WIDTH)
+
+    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+        return x + gain * self.down(torch.relu(self.up(self.norm(x))))
+
+
+def store(values: torch.Tensor, folder: Path) -> ActivationStore:
+    filled = ActivationStore(tuple(values.shape), torch.float32, limit=2**30, directory=folder)
+    filled.set(0, values)
+    return filled
+
+
+@pytest.fixture
+def problem(tmp_path: Path) -> tuple[nn.Module, BlockData]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = ToyBlock().requires_grad_(False)
+        inputs = torch.randn(20, 8, WIDTH)
+    targets = block(inputs, gain=1.0)
+    for name in ("up", "down"):
+        linear = block.get_submodule(name)
+        weight = linear.weight.detach()
+        scales = search_scales(weight, torch.ones(weight.shape[1]), 32)
+        quantizer = DualBinaryQuantizer(weight, scales, DualBinaryScheme(group_size=32))
+        block.set_submodule(name, TrainedLinear(quantizer, linear.bias))
+    data = BlockData(store(inputs, tmp_path), store(targets, tmp_path), None, {"gain": 1.0}, training=16)
+    return block, data
+
+
+def state(block: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(block.state_dict())
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def trainer(problem: tuple[nn.Module, BlockData], **settings: Any) -> BlockTrainer:
+    return BlockTrainer(*problem, TrainSettings(**{"epochs": 6, "batch_size": 4, **settings}), CPU)
+
+
+def test_training_lowers_the_held_out_loss_and_reports_it(problem: Any) -> None:
+    seen: list[float] = []
+    outcome = trainer(problem).train(seed=0, on_epoch=seen.append)
+    assert outcome.end_error < 0.9 * outcome.start_error
+    assert outcome.end_error == min(seen)
+    assert (outcome.steps, outcome.retries, outcome.fallback, outcome.diverged) == (24, 0, False, False)
+
+
+def test_the_same_seed_gives_the_same_parameters_and_another_does_not(problem: Any) -> None:
+    states = []
+    for seed in (1, 1, 2):
+        block, data = copy.deepcopy(problem[0]), problem[1]
+        trainer((block, data)).train(seed=seed)
+        states.append(state(block))
+    assert same(states[0], states[1])
+    assert not same(states[0], states[2])
+
+
+def test_only_scales_weights_and_norms_move(problem: Any) -> None:
+    before = state(problem[0])
+    trainer(problem).train(seed=0)
+    after = state(problem[0])
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = {f"{linear}.quantizer.{part}" for linear in ("up", "down") for part in ("latents", "scales")}
+    assert moved == trained | {"norm.weight"}
+
+
+def test_a_norm_rate_of_zero_freezes_the_norms(problem: Any) -> None:
+    before = state(problem[0])
+    trainer(problem, norm_rate=0).train(seed=0)
+    assert torch.equal(before["norm.weight"], state(problem[0])["norm.weight"])
+
+
+def test_a_block_that_got_worse_at_every_rate_keeps_its_start(problem: Any) -> None:
+    before = state(problem[0])
+    outcome = trainer(problem, weight_rate=1e6, scale_rate=1e6, retries=2, warmup=0).train(seed=0)
+    assert outcome.fallback
+    assert outcome.retries == 2
+    assert outcome.end_error == outcome.start_error
+    assert same(before, state(problem[0]))
+
+
+def test_a_rate_that_is_too_high_is_mended_by_a_lower_one(problem: Any) -> None:
+    outcome = trainer(problem, weight_rate=3.0, scale_rate=1.0, norm_rate=1.0, retries=4).train(seed=0)
+    assert not outcome.fallback
+    assert 1 <= outcome.retries <= 4
+    assert outcome.end_error < outcome.start_error
+
+
+def test_a_loss_that_is_not_finite_is_rolled_back(problem: Any, tmp_path: Path) -> None:
+    block, data = problem
+    inputs = data.inputs.get(slice(0, 20))
+    inputs[3] = math.inf  # a training sample; the held-out ones stay finite
+    broken = BlockData(store(inputs, tmp_path), data.targets, None, data.kwargs, data.training)
+    before = state(block)
+    outcome = trainer((block, broken), retries=1).train(seed=0)
+    assert outcome.diverged
+    assert outcome.fallback
+    assert same(before, state(block))
+
+
+def test_no_epochs_mean_the_closed_form_start(problem: Any) -> None:
+    before = state(problem[0])
+    outcome = trainer(problem, epochs=0).train(seed=0)
+    assert (outcome.steps, outcome.fallback) == (0, False)
+    assert same(before, state(problem[0]))
+
+
+def test_the_augmented_loss_pulls_towards_its_own_targets(problem: Any, tmp_path: Path) -> None:
+    block, data = problem
+    other = store(data.targets.get(slice(0, 20)) * 3.0, tmp_path)
+    plain, pulled = copy.deepcopy(block), copy.deepcopy(block)
+    trainer((plain, data)).train(seed=0)
+    augmented = BlockData(data.inputs, data.targets, other, data.kwargs, data.training)
+    trainer((pulled, augmented), augmented_loss=True).train(seed=0)
+
+    def distance(trained: nn.Module) -> float:
+        return (trained(data.inputs.get(slice(16, 20))) - other.get(slice(16, 20))).square().mean().item()
+
+    assert distance(pulled) < distance(plain)
+
+
+def test_patience_stops_a_block_that_no_longer_improves(problem: Any) -> None:
+    seen: list[float] = []
+    outcome = trainer(problem, epochs=60, weight_rate=0.3, scale_rate=0.2, patience=1, final_rate=1.0, retries=0).train(
+        seed=0, on_epoch=seen.append
+    )
+    assert len(seen) < 60
+    assert outcome.steps == 4 * len(seen)

@@ -1,0 +1,202 @@
+"""Calibration samples: windows of tokens drawn with a seed, hashed, stored.
+
+The protocol of GPTQ and its successors, with one change: texts are joined with blank lines and tokenised without
+special tokens, and ``samples`` windows of ``length`` tokens are drawn at random. The change is that windows do not
+overlap where the text is long enough, so that no token is seen twice in a pass and a sample that is held out of the
+training is truly unseen.
+
+Where the tokenizer itself puts a beginning-of-text token before every text, each window starts with it: that is
+what the model sees at inference, and models such as Gemma are out of their depth without.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from ulbq.artifacts.disk import write_atomically, writing
+from ulbq.data import registry
+from ulbq.data.files import TEXT_SUFFIXES, read_text_file, suffix_of
+from ulbq.data.windows import draw_windows, leading_tokens, token_stream
+from ulbq.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MIX = ("wikitext2", "c4", "alpaca")
+"""The sets that ``mix`` draws equal shares from: an encyclopaedia, the web, instructions."""
+
+_MOST_READ = 1 << 23  # tokens read of one text, about 32 MB: more would cost minutes and change nothing
+_READ_AHEAD = 4  # of an endless set, tokens read for every token used
+_ORIGIN = "calibration"  # the key of a file's metadata
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Token samples and where they come from.
+
+    Attributes:
+        name: the data set, the file's name, ``mix`` or ``self``.
+        tokens: int64 ``[samples, length]``, on the CPU.
+        seed: what the windows, or the model's own words, were drawn with.
+    """
+
+    name: str
+    tokens: torch.Tensor
+    seed: int
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the shape and of the tokens as little-endian int32."""
+        digest = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
+        digest.update(self.tokens.numpy().astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest notes: name, samples, sequence_length, seed, sha256."""
+        samples, length = self.tokens.shape
+        return {
+            "name": self.name,
+            "samples": samples,
+            "sequence_length": length,
+            "seed": self.seed,
+            "sha256": self.sha256,
+        }
+
+
+def calibration_samples(
+    spec: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    data_dir: Path | None = None,
+    offline: bool = False,
+) -> Calibration:
+    """Draw calibration samples from a named set, from ``mix`` or from a file.
+
+    Args:
+        spec: a name in :data:`ulbq.data.registry.TEXT_SETS`; ``mix``; a ``.txt``, ``.jsonl`` or ``.parquet`` file; or a
+            ``.safetensors`` file of tokens, whose first ``samples`` rows are taken and cut to ``length`` (a flat
+            tensor is drawn from like text). What the model writes itself comes from
+            :func:`ulbq.data.generate.self_samples`.
+        tokenizer: the model's.
+        samples: number of windows.
+        length: tokens a window, a beginning-of-text token included.
+        seed: of the draw; torch's global generator is neither read nor moved.
+        data_dir: mirror folder, see :func:`ulbq.data.mirror.data_root`.
+        offline: never touch the network.
+
+    Raises:
+        UsageError: neither a set nor a file; fewer than one sample of two tokens.
+        InputError: unreadable data, too little of it, or tokens outside the vocabulary.
+        ResourceError: the set cannot be had here.
+    """
+    if samples < 1 or length < 2:
+        raise UsageError(
+            "Calibration needs at least one sample of two tokens.", hint="See --samples, --sequence-length."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    path = Path(spec)
+    if suffix_of(path) == ".safetensors":
+        return Calibration(path.name, _stored_samples(path, len(tokenizer), samples, length, generator), seed)
+    leading = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
+    drawn = []
+    for name, share in _shares(spec, samples).items():
+        texts, limit = _source(name, share * length, data_dir, offline)
+        stream = token_stream(texts, tokenizer, limit)
+        windows = draw_windows(stream, share, length - len(leading), generator, name)
+        drawn.append(torch.cat([leading.expand(share, -1), windows], dim=1))
+    # In a random order, so that any slice of the samples is a fair one.
+    order = torch.randperm(samples, generator=generator)
+    return Calibration(path.name, torch.cat(drawn)[order], seed)
+
+
+def _shares(spec: str, samples: int) -> dict[str, int]:
+    """Samples to draw from each source; the first ones take what does not divide."""
+    names = MIX if spec == "mix" else (spec,)
+    each, extra = divmod(samples, len(names))
+    shares = {name: each + (i < extra) for i, name in enumerate(names)}
+    return {name: share for name, share in shares.items() if share}
+
+
+def _source(name: str, needed: int, data_dir: Path | None, offline: bool) -> tuple[Iterator[str], int]:
+    """Texts of a set or file, and how many of their tokens to read."""
+    ahead = _READ_AHEAD * needed
+    if name in registry.TEXT_SETS:
+        limit = ahead if registry.TEXT_SETS[name].endless else max(_MOST_READ, ahead)
+        return registry.texts(name, "train", data_dir=data_dir, offline=offline), limit
+    path = Path(name)
+    if suffix_of(path) in TEXT_SUFFIXES:
+        return read_text_file(path), max(_MOST_READ, ahead)
+    raise UsageError(
+        f"'{name}' is neither a calibration set nor a data file.",
+        hint=f"Sets: {', '.join([*registry.TEXT_SETS, 'mix', 'self'])}. Files: .txt, .jsonl, .parquet, .safetensors.",
+    )
+
+
+def _stored_samples(path: Path, vocabulary: int, samples: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    tokens = load_calibration(path).tokens
+    outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    if outside.numel():
+        raise InputError(
+            f"{path} holds token {int(outside[0])}, outside the vocabulary of {vocabulary:,}.",
+            hint="The file was written with another model's tokenizer.",
+        )
+    rows, columns = tokens.shape
+    if rows == 1 and samples > 1:
+        return draw_windows(tokens[0], samples, length, generator, str(path))
+    if rows < samples or columns < length:
+        raise InputError(
+            f"{path} holds {rows} samples of {columns} tokens, not {samples} of {length}.",
+            hint=f"Pass --samples {min(samples, rows)} --sequence-length {min(length, columns)}.",
+        )
+    return tokens[:samples, :length].contiguous()
+
+
+def save_calibration(path: Path, calibration: Calibration) -> None:
+    """Write samples as safetensors, whole or not at all.
+
+    The file holds ``tokens``, int32 ``[samples, length]``, with name, seed and hash as metadata.
+
+    Raises:
+        ResourceError: the disk is full, or the folder cannot be written.
+    """
+    # One metadata entry: safetensors writes several in an order that changes from file to file.
+    origin = {"name": calibration.name, "seed": calibration.seed, "sha256": calibration.sha256}
+    data = safetensors.torch.save({"tokens": calibration.tokens.to(torch.int32)}, {_ORIGIN: json.dumps(origin)})
+    with writing(path):
+        write_atomically(path, data)
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Read what :func:`save_calibration` wrote, or any safetensors file with integer ``tokens``.
+
+    A flat ``[n]`` tensor counts as one long sample.
+
+    Raises:
+        InputError: no such file, not safetensors, no integer ``tokens``, or not the tokens that were saved.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            origin = json.loads((file.metadata() or {}).get(_ORIGIN, "{}"))
+            tokens = file.get_tensor("tokens") if "tokens" in set(file.keys()) else torch.empty(0)
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {path}.", hint="Check the path.") from error
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a readable safetensors file ({error}).", hint="Write it again.") from error
+    if tokens.is_floating_point() or tokens.dim() not in (1, 2) or not tokens.numel():
+        raise InputError(f"{path} holds no samples.", hint="It needs an integer tensor 'tokens' [samples, length].")
+    tokens = tokens.to(torch.int64).reshape(-1, tokens.shape[-1])
+    loaded = Calibration(origin.get("name", path.name), tokens, origin.get("seed", 0))
+    if origin.get("sha256", loaded.sha256) != loaded.sha256:
+        raise InputError(f"The tokens in {path} are not those that were saved.", hint="The file is damaged.")
+    return loaded

@@ -1,0 +1,154 @@
+"""A user's own data files, and those of a mirror, read lazily: one row or one text at a time."""
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ulbq.errors import InputError, ResourceError
+
+Row = Mapping[str, Any]
+
+ROW_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+TEXT_SUFFIXES = (".txt", *ROW_SUFFIXES)
+
+_CHUNK = 1 << 20  # characters read from a .txt file at a time
+_WHOLE_TEXT = ("text", "content", "page")
+_QUESTION = ("instruction", "prompt", "question", "query")
+_CONTEXT = ("input", "context")
+_ANSWER = ("output", "response", "completion", "answer")
+_CHAT = ("messages", "conversations")
+
+
+def suffix_of(path: Path) -> str:
+    """The ending that says how a file is read, such as ``.parquet`` or ``.jsonl.gz``."""
+    name = path.name.lower()
+    inner = Path(name.removesuffix(".gz")).suffix
+    return inner + (".gz" if name.endswith(".gz") else "")
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Rows of a JSON-lines (plain or gzipped) or Parquet file, in order.
+
+    Raises:
+        InputError: no such file, another ending, or a broken file; a broken line is named by its number.
+        ResourceError: Parquet without pyarrow installed.
+    """
+    _require_file(path)
+    suffix = suffix_of(path)
+    if suffix == ".parquet":
+        return _parquet_rows(path)
+    if suffix in ROW_SUFFIXES:
+        return _json_rows(path)
+    raise _unreadable(path, ROW_SUFFIXES)
+
+
+def read_text_file(path: Path) -> Iterator[str]:
+    r"""Texts of a ``.txt``, JSON-lines or Parquet file.
+
+    A ``.txt`` file comes apart at its blank lines, so that joining the pieces with ``"\n\n"`` gives the file back.
+    A row's text is its column ``text`` (or ``content``, ``page``); else its instruction, input and output, or the
+    turns of its chat, joined with blank lines.
+
+    Raises:
+        InputError: as :func:`read_rows`; or a row holds no text, named by its number.
+        ResourceError: as :func:`read_rows`.
+    """
+    _require_file(path)
+    if suffix_of(path) == ".txt":
+        return _paragraphs(path)
+    if suffix_of(path) in ROW_SUFFIXES:
+        return _row_texts(path)
+    raise _unreadable(path, TEXT_SUFFIXES)
+
+
+def text_of(row: Row) -> str | None:
+    """The text of one row, by the layouts that :func:`read_text_file` names; None where it has none of them."""
+    whole = _first(row, _WHOLE_TEXT)
+    if whole is not None:
+        return whole
+    question, answer = _first(row, _QUESTION), _first(row, _ANSWER)
+    if question is not None and answer is not None:
+        return "\n\n".join(part for part in (question, _first(row, _CONTEXT), answer) if part)
+    for name in _CHAT:
+        if isinstance(row.get(name), list):
+            return _chat_text(row[name])
+    return None
+
+
+def _first(row: Row, names: tuple[str, ...]) -> str | None:
+    return next((row[name] for name in names if isinstance(row.get(name), str)), None)
+
+
+def _chat_text(turns: list[Any]) -> str | None:
+    contents = [_first(turn, ("content", "value")) for turn in turns if isinstance(turn, Mapping)]
+    said = [content for content in contents if content]
+    return "\n\n".join(said) if said else None
+
+
+def _row_texts(path: Path) -> Iterator[str]:
+    for number, row in enumerate(read_rows(path), start=1):
+        text = text_of(row)
+        if text is None:
+            raise InputError(
+                f"{path}, row {number}: no text among the columns {', '.join(map(repr, row)) or '(none)'}.",
+                hint='Name the column "text", or use instruction/output or messages.',
+            )
+        yield text
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    open_binary = gzip.open if path.suffix.lower() == ".gz" else Path.open
+    try:
+        with open_binary(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _json_row(path, number, line)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path} is not a whole gzip file.", hint="Fetch it again.") from error
+
+
+def _json_row(path: Path, number: int, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError both
+        raise InputError(f"{path}, line {number}: not JSON ({error}).", hint="Each line is one JSON object.") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{path}, line {number}: not a JSON object.", hint="Each line is one JSON object.")
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ResourceError(f"Reading {path} needs pyarrow.", hint="pip install pyarrow") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable Parquet file ({error}).", hint="Fetch it again.") from error
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    rest = ""
+    try:
+        with path.open(encoding="utf-8") as file:
+            while chunk := file.read(_CHUNK):
+                *whole, rest = (rest + chunk).split("\n\n")
+                yield from whole
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text.", hint="Convert it, e.g. with iconv -t UTF-8.") from error
+    yield rest
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.", hint="Check the path.")
+
+
+def _unreadable(path: Path, suffixes: tuple[str, ...]) -> InputError:
+    return InputError(f"{path} cannot be read as data.", hint=f"Files end in {', '.join(suffixes)}.")

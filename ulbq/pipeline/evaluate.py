@@ -1,0 +1,132 @@
+"""``evaluate``: models in, their scores out, beside those of the full-precision models that they were made from."""
+
+import json
+from pathlib import Path
+
+from ulbq import __version__, runtime
+from ulbq.artifacts import (
+    ArtifactWriter,
+    EvaluationManifest,
+    Parent,
+    QuantizedManifest,
+    fingerprint,
+    free_output,
+    read_manifest,
+)
+from ulbq.evaluation.report import report
+from ulbq.evaluation.results import Results
+from ulbq.pipeline.evaluation_plan import EvaluateRequest, Job, prepare
+from ulbq.pipeline.measure import Measurer
+from ulbq.pipeline.recorded import merge
+from ulbq.progress import Progress, Silent
+
+ARTIFACTS = Path("artifacts")
+
+__all__ = ["EvaluateRequest", "evaluate"]
+
+
+def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tuple[Path, EvaluationManifest]:
+    """Measure models and write an evaluation: ``results.json``, ``report.html`` and the manifest.
+
+    Args:
+        request: what to do.
+        progress: told how it goes.
+
+    Returns:
+        The artifact's folder and its manifest.
+
+    Raises:
+        UsageError: options, tasks or text sets that do not exist, or do not go together.
+        InputError: a source that cannot be evaluated, or an output that is taken.
+        ResourceError: data, memory, disk or lm-eval are missing; nothing can be measured here.
+        NumericsError: a model's logits are not finite. The finished measurements stay for a resumed run.
+    """
+    progress = progress or Silent()
+    job = prepare(request, progress)
+    runtime.seed_everything(request.seed)
+    identity = _fingerprint(job)
+    out = request.out or free_output(ARTIFACTS, _stem(job), identity)
+    watch = runtime.Stopwatch()
+    with ArtifactWriter(out, identity, force=request.force) as writer:
+        if writer.resumed:
+            progress.note(f"Resuming {out}: {len(writer.journal)} measurements are done.")
+        measurer = Measurer(job.measures, writer, watch, progress) if job.measures else None
+        results = _measure(job, measurer)
+        manifest = EvaluationManifest(
+            name=out.name,
+            request=request.model_dump(mode="json"),
+            seed=request.seed,
+            device=runtime.describe_device(job.device),
+            parents=_ancestors(job),
+            phases=tuple(watch.records),
+            results=results.model_dump(mode="json"),
+        )
+        _write(job, results, manifest, writer.path)
+        path = writer.finish(manifest)
+    finished = read_manifest(path)
+    if not isinstance(finished, EvaluationManifest):
+        raise TypeError(f"wrote a manifest of kind {finished.kind}")
+    return path, finished
+
+
+def _write(job: Job, results: Results, manifest: EvaluationManifest, folder: Path) -> None:
+    text = json.dumps(manifest.results, indent=2, ensure_ascii=False) + "\n"
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    title = job.candidates[0].name if len(job.candidates) == 1 and not job.recorded else "Comparison"
+    created = f"{manifest.created[:16].replace('T', ' ')} UTC"
+    page = report(title, results, _quantized(job), created=created)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def _measure(job: Job, measurer: Measurer | None) -> Results:
+    """Measure parents first, then their compressed children; then add what was measured before."""
+    scores = []
+    if measurer is not None:
+        extra = job.request.parent_scores
+        parents = job.parents
+        for parent in parents:
+            listed = parent in job.candidates
+            found = measurer.measure(
+                parent, with_perplexity=listed or extra is not False, with_tasks=listed or extra is True
+            )
+            if found.perplexity or found.tasks:
+                scores.append(found)
+        scores += [measurer.measure(candidate) for candidate in job.candidates if candidate not in parents]
+    return Results(protocol=job.protocol, models=merge(scores, job.recorded))
+
+
+def _fingerprint(job: Job) -> str:
+    request = job.request.model_dump(mode="json", exclude={"out", "force", "sources", "parent", "data_dir", "offline"})
+    measured = job.measures
+    return fingerprint(
+        {
+            "ulbq": __version__,
+            "request": request,
+            "protocol": job.protocol,
+            "texts": [measured.perplexity, measured.fidelity] if measured else [],
+            "models": {one.name: one.source.content_hash for one in [*job.candidates, *job.parents]},
+            "recorded": [one.manifest.digest for one in job.recorded],
+            "device": str(job.device),
+        }
+    )
+
+
+def _ancestors(job: Job) -> tuple[Parent, ...]:
+    """What the evaluation was made from; the recorded parents of these are theirs to name."""
+    named = job.parents if job.request.parent is not None else []
+    models = [*job.candidates, *(parent for parent in named if parent not in job.candidates)]
+    return (*(one.record() for one in models), *(one.record() for one in job.recorded))
+
+
+def _quantized(job: Job) -> dict[str, QuantizedManifest]:
+    """Manifests of the quantized models in the results, by name."""
+    found = {name: manifest for one in job.recorded for name, manifest in one.quantized().items()}
+    for candidate in job.candidates:
+        if isinstance(candidate.source.manifest, QuantizedManifest):
+            found[candidate.name] = candidate.source.manifest
+    return found
+
+
+def _stem(job: Job) -> str:
+    """Name of the artifact: the model's own where there is one model."""
+    return f"{job.candidates[0].source.name}-eval" if len(job.request.sources) == 1 and job.candidates else "comparison"

@@ -1,0 +1,212 @@
+"""What an evaluation is asked to do, and what that means in full: settled before the first model is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from ulbq import runtime
+from ulbq.data.mirror import data_root
+from ulbq.data.registry import available, text_set
+from ulbq.errors import InputError, ResourceError, UsageError
+from ulbq.evaluation.harness import check_tasks, load_tasks
+from ulbq.evaluation.results import Protocol
+from ulbq.evaluation.subjects import Candidate, open_candidates
+from ulbq.pipeline.measure import Measures
+from ulbq.pipeline.recorded import Recorded, read_recorded
+from ulbq.progress import Progress
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEFAULT_TEXT = "wikitext2"
+DEFAULT_CONTEXT = 1024
+CPU_WINDOWS = 32
+"""Windows of text where nothing was asked for and there is no GPU: minutes instead of a quarter of an hour."""
+
+
+class EvaluateRequest(BaseModel):
+    """An evaluation of one or more models.
+
+    Attributes:
+        sources: models; also finished evaluations, whose scores are taken over where the protocol is the same.
+        perplexity: names of text sets.
+        tasks: names of lm-eval tasks, tags or groups; ``*`` matches.
+        fidelity: compare with the full-precision parent. None: if nothing else was asked for, and it can be read.
+        parent: the parent, where the artifacts' own record of it does not help.
+        parent_scores: measure the parent too. None: its perplexity, not its tasks.
+        context: tokens a window. None: 1024, or the longest that every model takes.
+        limit: windows a text and documents a task; 0: all. None: all, but 32 windows if nothing was asked for on a CPU.
+        fewshot: examples in the prompt of a task. None: as the task says.
+        batch_size: sequences a batch. None: as many as memory takes.
+        seed: of text that a parent writes itself.
+        out: folder of the artifact; None for a telling name under ``./artifacts``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sources: tuple[str, ...] = Field(min_length=1)
+    perplexity: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    fidelity: bool | None = None
+    parent: str | None = None
+    parent_scores: bool | None = None
+    context: int | None = Field(default=None, ge=2)
+    limit: int | None = Field(default=None, ge=0)
+    fewshot: int | None = Field(default=None, ge=0)
+    batch_size: int | None = Field(default=None, ge=1)
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    device: str = "auto"
+    seed: int = Field(default=0, ge=0)
+    data_dir: Path | None = None
+    offline: bool = False
+    out: Path | None = None
+    force: bool = False
+
+    @property
+    def asks(self) -> bool:
+        """Whether it names anything to measure."""
+        return bool(self.perplexity or self.tasks or self.fidelity)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is settled before the first model is loaded.
+
+    Attributes:
+        candidates: the models to be measured; empty where all sources are finished evaluations.
+        measures: None where there is nothing to measure.
+    """
+
+    request: EvaluateRequest
+    candidates: list[Candidate]
+    recorded: list[Recorded]
+    measures: Measures | None
+    protocol: Protocol
+    device: torch.device
+
+    @property
+    def parents(self) -> list[Candidate]:
+        """The full-precision parents, each once."""
+        return list(
+            {candidate.parent.name: candidate.parent for candidate in self.candidates if candidate.parent}.values()
+        )
+
+
+def prepare(request: EvaluateRequest, progress: Progress) -> Job:
+    """Check a request, open its models and load its tasks' data.
+
+    Raises:
+        UsageError: options, tasks or text sets that do not exist, or do not go together.
+        InputError: a source that cannot be evaluated.
+        ResourceError: data or lm-eval are missing; nothing can be measured here.
+    """
+    for name in request.perplexity:
+        text_set(name)
+    tasks = check_tasks(request.tasks) if request.tasks else []
+    data_root(request.data_dir)
+    device = runtime.resolve_device(request.device)
+    # A finished evaluation alone is no model to evaluate, and resolving it will say so.
+    recorded, sources = read_recorded(request.sources) if len(request.sources) > 1 else ([], list(request.sources))
+    candidates = open_candidates(sources, parent=request.parent, offline=request.offline, progress=progress)
+    if candidates:
+        measures = _measures(request, candidates, tasks, device, progress)
+        protocol = _protocol(request, measures)
+    elif request.asks:
+        raise UsageError(
+            "Finished evaluations are put side by side as they are: nothing is measured.",
+            hint="Leave out --perplexity, --tasks and --fidelity, or name the models.",
+        )
+    else:
+        measures, protocol = None, recorded[0].results.protocol
+    for one in recorded:
+        one.check(protocol)
+    return Job(request, candidates, recorded, measures, protocol, device)
+
+
+def _measures(
+    request: EvaluateRequest,
+    candidates: Sequence[Candidate],
+    tasks: Sequence[str],
+    device: torch.device,
+    progress: Progress,
+) -> Measures:
+    perplexity, fidelity = _texts(request, candidates, progress)
+    limit = request.limit or None
+    if request.limit is None and not request.asks and device.type == "cpu":
+        limit = CPU_WINDOWS
+        progress.note(f"On a CPU, nothing asked: the first {limit} windows of the text (--limit 0 reads all).")
+    loaded = None
+    if tasks:
+        loaded = load_tasks(tasks, fewshot=request.fewshot, data_dir=request.data_dir, offline=request.offline)
+    return Measures(
+        perplexity=perplexity,
+        tasks=loaded,
+        fidelity=fidelity,
+        context=_context(request, candidates),
+        limit=limit,
+        batch_size=request.batch_size,
+        dtype=DTYPES[request.dtype],
+        device=device,
+        seed=request.seed,
+        data_dir=request.data_dir,
+        offline=request.offline,
+    )
+
+
+def _texts(
+    request: EvaluateRequest, candidates: Sequence[Candidate], progress: Progress
+) -> tuple[tuple[str, ...], str | None]:
+    """The text sets to take perplexity on, and the text to compare with the parent on (None: no comparison)."""
+    comparable = any(candidate.parent for candidate in candidates)
+    wanted = not request.asks if request.fidelity is None else request.fidelity
+    if request.fidelity and not comparable:
+        raise InputError(
+            "There is no full-precision model to compare with.", hint="Name the one it was made from with --parent."
+        )
+    perplexity, fidelity = request.perplexity, None
+    if not request.asks or (wanted and comparable):
+        at_hand = available(DEFAULT_TEXT, "test", data_dir=request.data_dir, offline=request.offline)
+        if wanted and comparable:
+            fidelity = DEFAULT_TEXT if at_hand else "self"
+        if not request.asks and at_hand:
+            perplexity = (DEFAULT_TEXT,)
+        if not at_hand:
+            instead = "the parent writes its own text for the comparison" if fidelity else "no perplexity"
+            progress.note(f"WikiText-2 cannot be had here: {instead}.")
+    if not (perplexity or fidelity or request.tasks):
+        raise ResourceError(
+            "Nothing can be measured: WikiText-2 cannot be had, and there is no full-precision model to compare with.",
+            hint="Give a mirror of WikiText-2 with --data-dir, a --parent, or --tasks.",
+        )
+    return perplexity, fidelity
+
+
+def _context(request: EvaluateRequest, candidates: Sequence[Candidate]) -> int:
+    """Tokens a window: as asked, if every model takes it, else the usual or what every model takes."""
+    longest = {
+        candidate.name: getattr(candidate.source.config.get_text_config(), "max_position_embeddings", None)
+        for candidate in candidates
+    }
+    known = {name: length for name, length in longest.items() if length}
+    most = min(known.values(), default=DEFAULT_CONTEXT)
+    if request.context is None:
+        return min(DEFAULT_CONTEXT, most)
+    if known and request.context > most:
+        name = min(known, key=lambda name: known[name])
+        raise UsageError(
+            f"'{name}' takes {most:,} tokens, fewer than --context {request.context}.",
+            hint=f"At most --context {most}.",
+        )
+    return request.context
+
+
+def _protocol(request: EvaluateRequest, measures: Measures) -> Protocol:
+    return Protocol(
+        context=measures.context,
+        limit=measures.limit,
+        fewshot=request.fewshot,
+        dtype=str(measures.dtype).removeprefix("torch."),
+        seed=request.seed,
+    )

@@ -1,0 +1,164 @@
+"""The measurements of an evaluation, each a step that an interrupted run need not repeat."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from pydantic import TypeAdapter
+from transformers import PreTrainedModel
+
+from ulbq import runtime
+from ulbq.artifacts import ArtifactWriter
+from ulbq.data.generate import self_samples
+from ulbq.data.registry import TEXT_SETS, texts
+from ulbq.evaluation.fidelity import fidelity
+from ulbq.evaluation.harness import Tasks, run_tasks
+from ulbq.evaluation.perplexity import perplexity
+from ulbq.evaluation.results import Fidelity, ModelScores, Perplexity, TaskScore
+from ulbq.evaluation.subjects import Candidate
+from ulbq.evaluation.text import text_windows
+from ulbq.models.load import load_model
+from ulbq.progress import Progress
+
+FIDELITY_WINDOWS = 8  # eight thousand positions at the usual context: the mean KL is then known to a few per cent
+ENDLESS_WINDOWS = 256  # of a set too large to read whole, where no limit is given; GPTQ's number for C4
+_OWN_LENGTH = 512  # tokens of a sample that the parent writes itself, one forward pass each
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured, and how.
+
+    Attributes:
+        perplexity: names of text sets.
+        tasks: loaded tasks, None for none.
+        fidelity: text set to compare with the parent on, ``self`` for text that the parent writes, None not to compare.
+        context: tokens a window.
+        limit: windows a text and documents a task; None: all.
+        batch_size: sequences a batch; None: as many as memory takes.
+        dtype: what the models compute in.
+        device: where.
+        seed: of text that the parent writes.
+        data_dir, offline: where text comes from.
+    """
+
+    perplexity: tuple[str, ...]
+    tasks: Tasks | None
+    fidelity: str | None
+    context: int
+    limit: int | None
+    batch_size: int | None
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    data_dir: Path | None
+    offline: bool
+
+
+class Measurer:
+    """Measures models one after the other. Two are in memory together only while their predictions are compared."""
+
+    def __init__(
+        self, measures: Measures, writer: ArtifactWriter, watch: runtime.Stopwatch, progress: Progress
+    ) -> None:
+        self._measures = measures
+        self._writer = writer
+        self._watch = watch
+        self._progress = progress
+
+    def measure(self, candidate: Candidate, *, with_perplexity: bool = True, with_tasks: bool = True) -> ModelScores:
+        """Take the scores of one model; fidelity too where it has a parent. It is loaded only if a step is missing."""
+        measures, name = self._measures, candidate.name
+
+        @cache
+        def model() -> PreTrainedModel:
+            with self._progress.phase(f"Loading {name}"):
+                return self._load(candidate)
+
+        def on_text(text: str) -> Perplexity:
+            key = f"{name}: perplexity on {text}"
+            return self._step(key, Perplexity, lambda: self._perplexity(candidate, model(), text))
+
+        perplexities = {text: on_text(text) for text in measures.perplexity} if with_perplexity else {}
+        scores: dict[str, TaskScore] = {}
+        if measures.tasks is not None and with_tasks:
+            tasks = measures.tasks
+            scores = self._step(f"{name}: tasks", dict[str, TaskScore], lambda: self._tasks(candidate, model(), tasks))
+        compared: Fidelity | None = None
+        if measures.fidelity is not None and candidate.parent is not None:
+            parent, text = candidate.parent, measures.fidelity
+            compared = self._step(
+                f"{name}: fidelity on {text}", Fidelity, lambda: self._fidelity(candidate, model(), parent, text)
+            )
+        model.cache_clear()
+        self._forget()
+        return ModelScores(subject=candidate.subject, perplexity=perplexities, fidelity=compared, tasks=scores)
+
+    def _step(self, key: str, kind: type[T], work: Callable[[], T]) -> T:
+        """The recorded value of a finished step, else do it and record it."""
+        if key in self._writer.journal:
+            recorded: T = TypeAdapter(kind).validate_python(self._writer.journal[key])
+            return recorded
+        with self._watch.phase(key):
+            value = work()
+        self._writer.record(key, value)
+        return value
+
+    def _perplexity(self, candidate: Candidate, model: PreTrainedModel, text: str) -> Perplexity:
+        measures = self._measures
+        endless = ENDLESS_WINDOWS if TEXT_SETS[text].endless else None
+        windows = self._windows(candidate, text, measures.limit or endless)
+        label = f"Perplexity of {candidate.name} on {text}"
+        return perplexity(model, windows, batch_size=measures.batch_size, progress=self._progress, label=label)
+
+    def _tasks(self, candidate: Candidate, model: PreTrainedModel, tasks: Tasks) -> dict[str, TaskScore]:
+        measures = self._measures
+        return run_tasks(
+            model,
+            candidate.source.tokenizer(),
+            tasks,
+            limit=measures.limit,
+            batch_size=measures.batch_size,
+            progress=self._progress,
+        )
+
+    def _fidelity(self, candidate: Candidate, model: PreTrainedModel, parent: Candidate, text: str) -> Fidelity:
+        measures = self._measures
+        original = self._load(parent)
+        count = min(measures.limit or FIDELITY_WINDOWS, FIDELITY_WINDOWS)
+        if text == "self":
+            length = min(measures.context, _OWN_LENGTH)
+            written = self_samples(
+                original,
+                parent.source.tokenizer(),
+                samples=count,
+                length=length,
+                seed=measures.seed,
+                progress=self._progress,
+            )
+            windows = written.tokens
+        else:
+            windows = self._windows(parent, text, count, bos=True)
+        return fidelity(model, original, windows, text=text, batch_size=measures.batch_size, progress=self._progress)
+
+    def _windows(self, candidate: Candidate, text: str, limit: int | None, *, bos: bool = False) -> torch.Tensor:
+        measures = self._measures
+        read = texts(text, "test", data_dir=measures.data_dir, offline=measures.offline)
+        return text_windows(
+            read, candidate.source.tokenizer(), context=measures.context, limit=limit, bos=bos, name=text
+        )
+
+    def _load(self, candidate: Candidate) -> PreTrainedModel:
+        return load_model(candidate.source, dtype=self._measures.dtype, device=self._measures.device)
+
+    def _forget(self) -> None:
+        """Give the memory of models that nobody holds any more back at once; their modules refer to each other."""
+        gc.collect()
+        if self._measures.device.type == "cuda":
+            torch.cuda.empty_cache()
