@@ -13,9 +13,7 @@ def convert(
     to: Annotated[
         Literal["dense"], typer.Option("--to", help="dense: a plain model folder that transformers loads.")
     ] = "dense",
-    dtype: Annotated[
-        Literal["fp16", "bf16", "fp32"], typer.Option("--dtype", help="Of the dense tensors.")
-    ] = "bf16",
+    dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option("--dtype", help="Of the dense tensors.")] = "bf16",
     offline: Offline = False,
     out: Out = None,
     force: Force = False,

@@ -73,7 +73,7 @@ def test_stream_is_cut_at_the_limit_and_reads_no_further(monkeypatch: pytest.Mon
 
     stream = token_stream(endless(), ByteTokenizer(), 25)
     assert ByteTokenizer.read(stream.tolist()) == "text 0\n\ntext 1\n\ntext 2\n\nt"
-    assert read == [0, 1, 2, 3]
+    assert read == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("piece", [1, 3, 7, 100])
@@ -93,7 +93,7 @@ def test_texts_are_tokenised_together_as_far_as_a_piece_goes(monkeypatch: pytest
             return super().__call__(text, **options)
 
     token_stream(["a", "b", "c", "d", "e", "f", "0123456789", "g"], Noting(), 1000)
-    assert pieces == ["a\n\nb\n\nc", "\n\nd\n\ne", "\n\nf\n\n0", "123456", "789", "\n\ng"]
+    assert pieces == ["a\n\nb", "\n\nc\n\nd", "\n\ne\n\nf", "\n\n0123", "456789", "\n\ng"]
 
 
 def test_no_text_is_an_empty_stream() -> None:

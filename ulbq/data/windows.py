@@ -43,18 +43,20 @@ def token_stream(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", lim
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The joined text in pieces of about ``_PIECE`` characters, cut between texts where these are not longer."""
+    """The joined text in pieces of at most ``_PIECE`` characters, cut between texts unless one alone is longer."""
     held: list[str] = []
     size = 0
     separator = ""
     for text in texts:
-        held.append(separator + text)
-        size += len(held[-1])
+        part = separator + text
         separator = "\n\n"
-        if size >= _PIECE:
-            whole = "".join(held)
-            yield from (whole[start : start + _PIECE] for start in range(0, size, _PIECE))
+        if held and size + len(part) > _PIECE:
+            yield "".join(held)
             held, size = [], 0
+        *whole, part = [part[start : start + _PIECE] for start in range(0, len(part), _PIECE)] or [""]
+        yield from whole
+        held.append(part)
+        size += len(part)
     if held:
         yield "".join(held)
 

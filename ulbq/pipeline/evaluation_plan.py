@@ -12,7 +12,7 @@ from ulbq import runtime
 from ulbq.data.mirror import data_root
 from ulbq.data.registry import available, text_set
 from ulbq.errors import InputError, ResourceError, UsageError
-from ulbq.evaluation.harness import check_tasks, load_tasks
+from ulbq.evaluation.harness import Tasks, check_tasks, load_tasks
 from ulbq.evaluation.results import Protocol
 from ulbq.evaluation.subjects import Candidate, open_candidates
 from ulbq.pipeline.measure import Measures
@@ -104,14 +104,13 @@ def prepare(request: EvaluateRequest, progress: Progress) -> Job:
     """
     for name in request.perplexity:
         text_set(name)
-    tasks = check_tasks(request.tasks) if request.tasks else []
     data_root(request.data_dir)
     device = runtime.resolve_device(request.device)
     # A finished evaluation alone is no model to evaluate, and resolving it will say so.
     recorded, sources = read_recorded(request.sources) if len(request.sources) > 1 else ([], list(request.sources))
     candidates = open_candidates(sources, parent=request.parent, offline=request.offline, progress=progress)
     if candidates:
-        measures = _measures(request, candidates, tasks, device, progress)
+        measures = _measures(request, candidates, device, progress)
         protocol = _protocol(request, measures)
     elif request.asks:
         raise UsageError(
@@ -128,21 +127,17 @@ def prepare(request: EvaluateRequest, progress: Progress) -> Job:
 def _measures(
     request: EvaluateRequest,
     candidates: Sequence[Candidate],
-    tasks: Sequence[str],
     device: torch.device,
     progress: Progress,
 ) -> Measures:
     perplexity, fidelity = _texts(request, candidates, progress)
     limit = request.limit or None
-    if request.limit is None and not request.asks and device.type == "cpu":
+    if request.limit is None and not request.asks and perplexity and device.type == "cpu":
         limit = CPU_WINDOWS
         progress.note(f"On a CPU, nothing asked: the first {limit} windows of the text (--limit 0 reads all).")
-    loaded = None
-    if tasks:
-        loaded = load_tasks(tasks, fewshot=request.fewshot, data_dir=request.data_dir, offline=request.offline)
     return Measures(
         perplexity=perplexity,
-        tasks=loaded,
+        tasks=_tasks(request, progress) if request.tasks else None,
         fidelity=fidelity,
         context=_context(request, candidates),
         limit=limit,
@@ -181,6 +176,13 @@ def _texts(
             hint="Give a mirror of WikiText-2 with --data-dir, a --parent, or --tasks.",
         )
     return perplexity, fidelity
+
+
+def _tasks(request: EvaluateRequest, progress: Progress) -> Tasks:
+    with progress.phase("Reading lm-eval's list of tasks"):
+        names = check_tasks(request.tasks)
+    with progress.phase("Loading the data of tasks"):
+        return load_tasks(names, fewshot=request.fewshot, data_dir=request.data_dir, offline=request.offline)
 
 
 def _context(request: EvaluateRequest, candidates: Sequence[Candidate]) -> int:

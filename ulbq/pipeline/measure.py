@@ -126,11 +126,13 @@ class Measurer:
             limit=measures.limit,
             batch_size=measures.batch_size,
             progress=self._progress,
+            label=candidate.name,
         )
 
     def _fidelity(self, candidate: Candidate, model: PreTrainedModel, parent: Candidate, text: str) -> Fidelity:
         measures = self._measures
         original = self._load(parent)
+        read = "its parent's text" if text == "self" else text
         count = min(measures.limit or FIDELITY_WINDOWS, FIDELITY_WINDOWS)
         if text == "self":
             length = min(measures.context, _OWN_LENGTH)
@@ -145,7 +147,15 @@ class Measurer:
             windows = written.tokens
         else:
             windows = self._windows(parent, text, count, bos=True)
-        return fidelity(model, original, windows, text=text, batch_size=measures.batch_size, progress=self._progress)
+        return fidelity(
+            model,
+            original,
+            windows,
+            text=text,
+            batch_size=measures.batch_size,
+            progress=self._progress,
+            label=f"Fidelity of {candidate.name} on {read}",
+        )
 
     def _windows(self, candidate: Candidate, text: str, limit: int | None, *, bos: bool = False) -> torch.Tensor:
         measures = self._measures

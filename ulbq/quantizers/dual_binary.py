@@ -21,7 +21,7 @@ _SCALE_FLOOR = 1e-8
 
 
 def search_scales(
-    weight: torch.Tensor, importance: torch.Tensor, group_size: int, *, candidates: int = 24, refits: int = 4
+    weight: torch.Tensor, importance: torch.Tensor, group_size: int, *, candidates: int = 8, refits: int = 4
 ) -> torch.Tensor:
     """Scales of every group by weighted least squares: a search over step and orientation, then alternating fits.
 

@@ -1,0 +1,162 @@
+"""The table of contents of the command line, and the one place where errors become sentences and exit codes.
+
+Exit codes: 0 done, 1 a defect of ulbq, 2 usage, 3 bad input or artifact, 4 environment, 5 the numbers went wrong,
+130 interrupted; a reader that closes the pipe ends the command quietly with 141, as a shell reports it.
+"""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from ulbq import __version__
+from ulbq.errors import ResourceError, UlbqError, UsageError
+from ulbq.runtime import calm_threads
+
+from . import console
+from .convert import convert
+from .eval import eval as evaluate
+from .inspect import inspect
+from .options import State
+from .quantize import quantize
+from .sections import SectionedCommand
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+DEFECT = 1
+
+app = typer.Typer(
+    name="ulbq",
+    help="Turn a causal language model into a 1- to 4-bit one, and show how good it is.",
+    epilog="Commands chain: ulbq quantize --method db-llm | ulbq eval",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ulbq {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def ulbq(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(UsageError.exit_code)
+
+
+for _name, _command in (("quantize", quantize), ("eval", evaluate), ("convert", convert), ("inspect", inspect)):
+    # The first sentence whole; Typer would cut it in the middle.
+    app.command(_name, cls=SectionedCommand, short_help=(_command.__doc__ or "").partition(".")[0] + ".")(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the console script.
+
+    Args:
+        arguments: the words after ``ulbq``; None takes this process's own.
+
+    Returns:
+        The exit code.
+    """
+    calm_threads()
+    state = State()
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("ulbq", list(sys.argv[1:] if arguments is None else arguments), obj=state) as context:
+            command.invoke(context)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except KeyboardInterrupt:
+        console.fail("Interrupted.", hint="Finished steps are kept: run the same command again to go on.")
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_standard_output()
+        return BROKEN_PIPE
+    except Exception as error:
+        if state.debug:
+            traceback.print_exc()
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Say an error as one message and one hint; return its exit code."""
+    known = _as_ulbq_error(error)
+    if known is not None:
+        console.fail(known.message, hint=known.hint)
+        return known.exit_code
+    console.fail(
+        f"{type(error).__name__}: {error}",
+        hint="This is a defect of ulbq. Run again with --debug and report what it shows.",
+    )
+    return DEFECT
+
+
+def _as_ulbq_error(error: Exception) -> UlbqError | None:
+    """The sentence for an error of Python's, Typer's, pydantic's or torch's own; None for one that nobody foresaw."""
+    match error:
+        case UlbqError():
+            return error
+        case typer.TyperException():
+            return UsageError(error.format_message(), hint=_help_hint(error))
+        case ValidationError():  # a request that does not hold together; manifests have their own sentences
+            return UsageError("; ".join(_complaint(problem["loc"], problem["msg"]) for problem in error.errors()))
+        case MemoryError():
+            return _out_of_memory()
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return ResourceError(
+                f"The disk is full{_at(error)}.", hint="Make room and run the same command again, or choose another -o."
+            )
+        case OSError():
+            return ResourceError(f"{error.strerror or error}{_at(error)}.")
+        case RuntimeError() if _is_allocation_failure(error):
+            return _out_of_memory()
+    return None
+
+
+def _help_hint(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"See {context.command_path if context else 'ulbq'} --help."
+
+
+def _complaint(location: tuple[int | str, ...], message: str) -> str:
+    name = ".".join(str(part).replace("_", "-") for part in location)
+    text = message.removeprefix("Value error, ")
+    return f"{name}: {text}" if name else text
+
+
+def _at(error: OSError) -> str:
+    return f" ({error.filename})" if error.filename else ""
+
+
+def _is_allocation_failure(error: RuntimeError) -> bool:
+    # torch.OutOfMemoryError on a GPU, a plain RuntimeError from the CPU allocator; torch may not even be imported.
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _out_of_memory() -> ResourceError:
+    return ResourceError(
+        "Out of memory.",
+        hint="Finished steps are kept: free memory, or ask for fewer or shorter samples, and run again.",
+    )
+
+
+def _drop_standard_output() -> None:
+    """Let Python flush into nothing at exit instead of failing once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

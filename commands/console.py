@@ -1,0 +1,99 @@
+"""What reaches the terminal: results on standard output, everything for people on standard error.
+
+A command opens one :func:`session`, hands its ``progress`` to the pipeline and its result to ``emit``:
+
+    progress, emit = console.session(json=json, quiet=quiet, debug=debug)
+    emit(*quantize(request, progress))
+"""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from ulbq.progress import Progress
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.console import Console
+
+_NOISY = ("transformers", "datasets", "huggingface_hub", "lm_eval", "accelerate")
+_HUSH = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class Emit(Protocol):
+    """Writes a finished artifact to standard output: its path, or its manifest with ``--json``."""
+
+    def __call__(self, path: Path, manifest: "BaseModel") -> None: ...
+
+
+class Session(NamedTuple):
+    """One command's two ways out."""
+
+    progress: Progress
+    emit: Emit
+
+
+def session(json: bool = False, quiet: bool = False, debug: bool = False) -> Session:
+    """Open the way to the terminal for one command.
+
+    Args:
+        json: ``emit`` writes the manifest instead of the path.
+        quiet: no progress and no notes; warnings and errors stay.
+        debug: let the libraries underneath log and warn as they please.
+    """
+    from .progress import LiveProgress, PlainProgress, QuietProgress
+
+    if not debug:
+        _hush_libraries()
+    console = terminal()
+    progress: Progress
+    if quiet:
+        progress = QuietProgress(console)
+    elif console.is_terminal:
+        progress = LiveProgress(console)
+    else:
+        progress = PlainProgress(console)
+    return Session(progress, _emit_manifest if json else _emit_path)
+
+
+def terminal() -> "Console":
+    """The console for people: standard error, no colour and 120 columns where that is no terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+
+
+def fail(message: str, hint: str = "") -> None:
+    """Say what went wrong and, if known, what to do about it."""
+    from .progress import say
+
+    console = terminal()
+    say(console, message, label="error: ", style="bold red")
+    if hint:
+        say(console, hint, label="hint: ", style="bold")
+
+
+def _emit_path(path: Path, manifest: "BaseModel") -> None:
+    print(path, flush=True)
+
+
+def _emit_manifest(path: Path, manifest: "BaseModel") -> None:
+    print(manifest.model_dump_json(indent=2), flush=True)
+
+
+def _hush_libraries() -> None:
+    """Keep the libraries' own logs, bars and warnings off the terminal; variables that the user set stay."""
+    for variable, value in _HUSH.items():
+        os.environ.setdefault(variable, value)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

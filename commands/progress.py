@@ -1,0 +1,213 @@
+"""Renderers of a pipeline's progress: bars on a terminal, whole lines in a log, warnings alone when quiet.
+
+Imported when a command runs, not before: rich alone costs a third of the time of ``--help``.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from ulbq.progress import Phase, Silent
+
+
+def say(console: Console, text: str, *, label: str = "", style: str = "") -> None:
+    """Print one line for people, ``label`` in front of it in ``style``."""
+    # Text objects, not markup: a path such as model[1] is no tag. Lines are not folded, so that logs can be searched.
+    console.print(Text.assemble((label, style), text), soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them: ``4.2 s``, ``42 s``, ``9:40``, ``1:02:03``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Pace:
+    """How far a phase is, and when it will end at the speed so far.
+
+    Steps that arrive within the first second count as done before: a resumed run skips its finished steps at once,
+    and they say nothing about the speed of the rest.
+    """
+
+    _HEAD_START = 1.0  # seconds
+
+    def __init__(self, total: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total = total
+        self.done = 0
+        self._clock = clock
+        self._started = clock()
+        self._head_start = 0
+        self._advanced_at = 0.0
+
+    def advance(self, steps: int) -> None:
+        """Count ``steps`` finished steps."""
+        self.done += steps
+        self._advanced_at = self.elapsed
+        if self._advanced_at < self._HEAD_START:
+            self._head_start = self.done
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the phase began."""
+        return self._clock() - self._started
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the end, or None while nothing is known about the speed."""
+        earned = self.done - self._head_start
+        if self.total is None or earned <= 0:
+            return None
+        ahead = self._advanced_at / earned * (self.total - self.done)
+        return max(ahead - (self.elapsed - self._advanced_at), 0.0)
+
+    def __str__(self) -> str:
+        return str(self.done) if self.total is None else f"{self.done}/{self.total}"
+
+
+class QuietProgress:
+    """Says nothing but warnings."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Phase]:
+        return Silent().phase(name, total)
+
+    def note(self, text: str) -> None:
+        return None
+
+    def warn(self, text: str) -> None:
+        say(self._console, text, label="warning: ", style="yellow")
+
+
+class PlainProgress:
+    """Progress for logs and pipes: whole lines, at most one every ``interval`` seconds, and one as a phase ends."""
+
+    def __init__(
+        self, console: Console, *, interval: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console = console
+        self._interval = interval
+        self._clock = clock
+        self._depth = 0
+        self._last_line = clock()
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
+        pace = Pace(total, self._clock)
+
+        def show(detail: str) -> None:
+            if self._clock() - self._last_line >= self._interval:
+                self._last_line = self._clock()
+                say(self._console, _line(name, pace, detail))
+
+        self._depth += 1
+        try:
+            yield _CountedPhase(pace, show)
+        finally:
+            self._depth -= 1
+        if self._depth == 0:
+            self._last_line = self._clock()
+            say(self._console, _ending(name, pace))
+
+    def note(self, text: str) -> None:
+        say(self._console, text)
+
+    def warn(self, text: str) -> None:
+        say(self._console, text, label="warning: ", style="yellow")
+
+
+class LiveProgress:
+    """Progress for a terminal: a bar per open phase, replaced by one line when the outermost phase ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._depth = 0
+        self._bars = Bars(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            _TimeLeft(),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
+            console=console,
+            transient=True,
+            refresh_per_second=4,
+            # standard output may be the same terminal, or a pipe that must get the artifact's path and nothing else
+            redirect_stdout=False,
+        )
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
+        pace = Pace(total)
+        task = self._bars.add_task(name, total=total, detail="", pace=pace)
+        if self._depth == 0:
+            self._bars.start()
+        self._depth += 1
+        try:
+            yield _CountedPhase(pace, lambda detail: self._show(task, pace, detail))
+        finally:
+            self._depth -= 1
+            self._bars.remove_task(task)
+            if self._depth == 0:
+                self._bars.stop()
+        if self._depth == 0:
+            say(self._console, _ending(name, pace), label="✓ ", style="green")
+
+    def _show(self, task: TaskID, pace: Pace, detail: str) -> None:
+        if detail:
+            self._bars.update(task, completed=pace.done, detail=detail)
+        else:
+            self._bars.update(task, completed=pace.done)
+
+    def note(self, text: str) -> None:
+        say(self._console, text)
+
+    def warn(self, text: str) -> None:
+        say(self._console, text, label="warning: ", style="yellow")
+
+
+class _CountedPhase:
+    def __init__(self, pace: Pace, show: Callable[[str], None]) -> None:
+        self._pace = pace
+        self._show = show
+
+    def advance(self, steps: int = 1, detail: str = "") -> None:
+        self._pace.advance(steps)
+        self._show(detail)
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left where it is known, else the time passed."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        pace: Pace = task.fields["pace"]
+        left = pace.left
+        return Text(duration(pace.elapsed) if left is None else f"{duration(left)} left", style="cyan")
+
+
+def _line(name: str, pace: Pace, detail: str) -> str:
+    parts = [f"{name}: {pace}", f"{duration(pace.elapsed)} passed"]
+    if pace.left is not None:
+        parts.append(f"{duration(pace.left)} left")
+    if detail:
+        parts.append(detail)
+    return ", ".join(parts)
+
+
+def _ending(name: str, pace: Pace) -> str:
+    steps = f" {pace}" if pace.done else ""
+    return f"{name}:{steps} done in {duration(pace.elapsed)}"

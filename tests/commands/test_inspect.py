@@ -1,0 +1,177 @@
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.artifacts.sample import SCHEME, parent_of, quantized, write_artifact
+from ulbq.artifacts import (
+    BitsReport,
+    BlockRecord,
+    ConvertedManifest,
+    EvaluationManifest,
+    LayerRecord,
+    Manifest,
+    Parent,
+    read_manifest,
+)
+from ulbq.commands.app import main
+from ulbq.commands.inspection import scheme, show, size
+from ulbq.pipeline.inspect import inspect
+from ulbq.runtime import PhaseRecord
+
+COMMON: dict[str, Any] = {"name": "x", "request": {}, "seed": 1, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def _no_pipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.chdir(tmp_path)
+
+
+def written(manifest: Manifest, *, layers: bool = False) -> str:
+    """What a person sees of an artifact with this manifest."""
+    console = Console(file=io.StringIO(), width=120)
+    show(console, inspect(write_artifact(Path("q"), manifest)), layers=layers)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def rows(text: str, first: str) -> list[list[str]]:
+    """The cells of every line that begins with ``first``."""
+    return [line.split() for line in text.splitlines() if line.startswith(first)]
+
+
+class TestCommand:
+    def test_people_read_standard_error_and_the_pipe_gets_the_path(self, capsys: pytest.CaptureFixture[str]) -> None:
+        write_artifact(Path("q"))
+        assert main(["inspect", "q"]) == 0
+        output = capsys.readouterr()
+        assert output.out == "q\n"
+        assert "quantized weights" in output.err
+
+    def test_json_is_the_manifest(self, capsys: pytest.CaptureFixture[str]) -> None:
+        write_artifact(Path("q"))
+        assert main(["inspect", "q", "--json", "--quiet"]) == 0
+        output = capsys.readouterr()
+        assert json.loads(output.out) == json.loads(Path("q/manifest.json").read_text())
+        assert output.err == ""
+
+    def test_the_newest_artifact_of_any_kind_is_the_default(self, capsys: pytest.CaptureFixture[str]) -> None:
+        write_artifact(Path("artifacts/old"))
+        write_artifact(Path("artifacts/new"), EvaluationManifest(**COMMON, results={}))
+        assert main(["inspect"]) == 0
+        assert capsys.readouterr().out == "artifacts/new\n"
+
+    def test_a_damaged_artifact_ends_with_three_and_no_path(self, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write_artifact(Path("q"))
+        (path / "model.safetensors").write_bytes(b"WEIGHTS")
+        assert main(["inspect", "q"]) == 0
+        capsys.readouterr()
+        assert main(["inspect", "q", "--verify"]) == 3
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert "error: 'q/model.safetensors' was changed after the artifact was written" in output.err
+        assert "hint: " in output.err
+
+
+class TestTables:
+    def test_every_part_has_its_line(self) -> None:
+        text = written(quantized())
+        assert rows(text, "codes") == [["codes", "2.0000", "1.0", "kB"]]
+        assert rows(text, "scales") == [["scales", "0.2500", "128", "B"]]
+        assert rows(text, "zeros") == [["zeros", "0.0312", "16", "B"]]
+        assert rows(text, "adapter") == [["adapter", "0.0000", "0", "B"]]
+        assert rows(text, "4,096") == [["4,096", "quantized", "weights", "2.2812", "1.2", "kB"]]
+        assert rows(text, "embeddings") == [["embeddings", "2.4412", "1.2", "kB"]]
+        assert rows(text, "all files") == [["all", "files", *size(inspect(Path("q")).total_size).split()]]
+
+    def test_parts_that_later_formats_bring_are_counted(self) -> None:
+        text = written(quantized(bits=BitsReport(parts={"codebooks": 4096, "codes": 8192}, weights=4096)))
+        assert rows(text, "codebooks") == [["codebooks", "1.0000", "512", "B"]]
+        assert rows(text, "4,096")[0][3] == "3.0000"
+
+    def test_blocks_show_their_errors_and_what_went_wrong(self) -> None:
+        blocks = (
+            BlockRecord(index=0, start_error=2.0, end_error=0.5, steps=80, seconds=12.0),
+            BlockRecord(index=1, start_error=0.0, end_error=0.0, steps=0, retries=2, fallback=True, seconds=75.0),
+        )
+        text = written(quantized(blocks=blocks))
+        assert rows(text, "0 ") == [["0", "2", "0.5", "-75.0%", "80", "0", "12", "s"]]
+        assert rows(text, "1 ") == [["1", "0", "0", "0", "2", "1:15", "kept", "the", "closed-form", "start"]]
+
+    def test_layers_are_summed_up_unless_asked_for(self) -> None:
+        layers = tuple(
+            LayerRecord(name=f"experts[a].{i}", shape=(64, 64), scheme=SCHEME, bits={"codes": 8192}, error=0.1 * i)
+            for i in range(3)
+        )
+        text = written(quantized(layers=layers))
+        assert rows(text, "most") == [["most", "20.000%", "experts[a].2"]]
+        assert rows(text, "experts") == []
+        console = Console(file=io.StringIO(), width=120)
+        show(console, inspect(Path("q")), layers=True)
+        assert isinstance(console.file, io.StringIO)
+        listed = rows(console.file.getvalue(), "experts")
+        assert listed[1] == ["experts[a].1", "64", "×", "64", "2.0000", "10.000%"]
+
+    def test_sparsity_is_shown_where_a_format_has_it(self) -> None:
+        assert rows(written(quantized(), layers=True), "model.layers.0")[0][-2:] == ["50%,", "25%"]
+
+    def test_an_artifact_without_layers_or_blocks(self) -> None:
+        text = written(quantized(layers=(), blocks=(), skipped=(), phases=()))
+        assert "Blocks" not in text
+        assert "In full precision" not in text
+
+    def test_facts(self) -> None:
+        calibration = {"name": "wikitext2", "samples": 32, "sequence_length": 512, "sha256": "0"}
+        phases = (PhaseRecord(name="blocks", seconds=523, peak_memory=1_700_000_000),)
+        text = written(quantized(calibration=calibration, phases=phases, created="2026-03-01T10:11:12.000000Z"))
+        assert "wikitext2, 32 × 512 tokens, seed 0" in text
+        assert "affine, bits 2, group size 64" in text
+        assert "2026-03-01 10:11:12 UTC" in text
+        assert "lm_head" in text
+        assert rows(text, "blocks") == [["blocks", "8:43", "1.7", "GB"]]
+
+    def test_other_kinds_show_what_they_have(self) -> None:
+        results = {"models": [{"perplexity": {"wikitext2": 71.0234567}, "fidelity": None}]}
+        assert "models[0].perplexity.wikitext2  71.0235" in written(EvaluationManifest(**COMMON, results=results))
+        Path("q").rename("e")
+        assert "dense, bfloat16" in written(ConvertedManifest(**COMMON, target="dense", dtype="bfloat16"))
+
+    def test_ancestry_is_a_tree_with_the_state_of_each(self) -> None:
+        gguf = Parent(kind="gguf", name="SmolLM2", path="/nowhere/smol.gguf", sha256="0")
+        path = write_artifact(Path("parent"), quantized(name="parent", parents=(gguf,)))
+        middle = parent_of(path, read_manifest(path))
+        hub = Parent(kind="hub", name="tiny", path="nobody/tiny", sha256="0")
+        text = written(EvaluationManifest(**COMMON, results={}, parents=(middle, hub)))
+        tree = [line.rstrip() for line in text[text.index("Ancestry") :].splitlines()]
+        assert tree[1] == "x"
+        assert tree[2].startswith("├── parent (quantized, 20")
+        assert tree[2].endswith("as recorded")
+        assert tree[3] == "│   └── SmolLM2 (gguf) /nowhere/smol.gguf  missing"
+        assert tree[4] == "└── tiny (hub) nobody/tiny  not checked"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (88_512_000, "88.5 MB"),
+        (999_960_000, "1.0 GB"),
+        (3e15, "3000.0 TB"),
+    ],
+)
+def test_size(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+def test_scheme() -> None:
+    assert scheme({"format": "affine", "bits": 2, "group_size": 64, "symmetric": True}) == (
+        "affine, bits 2, group size 64, symmetric"
+    )
+    assert scheme({**SCHEME, "symmetric": False}) == "affine, bits 2, group size 64"

@@ -1,0 +1,83 @@
+"""Fidelity: how close a compressed model's predictions stay to its full-precision parent's.
+
+Unlike perplexity and task accuracy, which reward answers that are right by luck, this asks whether the model still says
+what its parent says ("Accuracy is Not All You Need", Dutta et al. 2024), and it needs no labelled data.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ulbq.errors import InputError, NumericsError
+from ulbq.evaluation.results import Fidelity
+from ulbq.evaluation.text import batches, logits_of
+from ulbq.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CHUNK = 128  # positions compared at a time: two float32 distributions each
+
+
+@torch.inference_mode()
+def fidelity(
+    model: "PreTrainedModel",
+    parent: "PreTrainedModel",
+    windows: torch.Tensor,
+    *,
+    text: str,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    label: str = "Fidelity",
+) -> Fidelity:
+    """Compare the next-token distributions of two models at every position.
+
+    Args:
+        model: the compressed model, in eval mode.
+        parent: the model that it was made from, in eval mode, on the same device.
+        windows: int64 ``[n, t]``, held-out text.
+        text: what the windows are, for the record.
+        batch_size: windows a batch; None: as many as the device's memory takes.
+        progress: told about every window.
+        label: what the progress calls the work.
+
+    Raises:
+        InputError: the two do not share a vocabulary.
+        NumericsError: logits that are not finite.
+        ResourceError: a batch does not fit into the device's memory.
+    """
+    divergences: list[torch.Tensor] = []
+    agreeing = 0
+    with (progress or Silent()).phase(label, len(windows)) as phase:
+        for batch in batches(model, windows, batch_size):
+            ours, theirs = logits_of(model, batch).flatten(0, 1), logits_of(parent, batch).flatten(0, 1)
+            if ours.shape != theirs.shape:
+                raise InputError(
+                    f"The model has {ours.shape[-1]:,} logits, its parent {theirs.shape[-1]:,}.",
+                    hint="Name the model that it was made from with --parent.",
+                )
+            divergences.append(kl_divergence(theirs, ours).cpu())
+            agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            phase.advance(len(batch), f"{float(divergences[-1].mean()):.3f} nats")
+    kl = torch.cat(divergences)
+    if not bool(kl.isfinite().all()):
+        raise NumericsError("The models' logits are not finite.", hint="Try --dtype fp32.")
+    return Fidelity(
+        text=text,
+        tokens=kl.numel(),
+        mean_kl=float(kl.mean()),
+        p99_kl=float(kl.sort().values[int(0.99 * (kl.numel() - 1))]),
+        top1_agreement=agreeing / kl.numel(),
+    )
+
+
+def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``KL(reference || other)`` of each row in nats, float64 ``[n]``, from logits ``[n, vocabulary]`` of any dtype."""
+    pieces = zip(reference.split(_CHUNK), other.split(_CHUNK), strict=True)
+    return torch.cat([_kl(p.float().log_softmax(-1), q.float().log_softmax(-1)) for p, q in pieces])
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    # Where the parent gives a token no probability at all, the term is zero, not zero times infinity.
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.masked_fill(log_p == -torch.inf, 0.0).sum(-1, dtype=torch.float64)

@@ -1,0 +1,206 @@
+"""A causal language model as benchmark tasks use it: likelihoods of given answers, and answers that it writes."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from ulbq.errors import InputError, ResourceError, UsageError
+from ulbq.evaluation.text import tokens_per_batch
+from ulbq.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Row = tuple[int, ...]
+Score = tuple[float, bool]
+"""Log-likelihood of an answer in nats, and whether it is what greedy decoding would write."""
+
+_DEFAULT_LENGTH = 2048  # tokens, where the configuration names no longest input
+_WRITING_BATCH = 16  # answers written side by side where no batch size is given
+
+
+class LanguageModel:
+    """Scores and writes text, in batches that fit.
+
+    Args:
+        model: in eval mode, on its device.
+        tokenizer: the model's own.
+        batch_size: sequences a batch; None: as many as the device's memory takes.
+        progress: told about every answer.
+        label: what the progress calls the model.
+
+    Attributes:
+        max_length: longest input in tokens; what is longer loses its beginning.
+        end_token: the end-of-text token.
+        first_token: what stands before a text that has nothing before it.
+
+    Raises:
+        InputError: the tokenizer names no end-of-text token.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+        label: str = "the model",
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                "The tokenizer names no end-of-text token, which tasks need.", hint="Give it an eos_token."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.progress = progress or Silent()
+        self.label = label
+        self.max_length: int = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+        self.end_token = int(tokenizer.eos_token_id)
+        self.first_token = self.end_token if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def encode(self, text: str, *, special: bool | None = None) -> list[int]:
+        """Token ids; ``special`` None adds the tokenizer's special tokens unless the text starts with them already."""
+        if special is None:
+            special = not text.startswith(self.decode(self.first_token))
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+        return ids
+
+    def decode(self, token: int) -> str:
+        """The text of one token."""
+        return str(self.tokenizer.decode([token]))
+
+    @torch.inference_mode()
+    def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+        """Score answers given what stands before them.
+
+        Answers that differ in their last token only are read off the same logits: a question whose four answers are one
+        token each costs one sequence. Sequences come longest first, so that a batch too large shows at once.
+
+        Args:
+            pairs: tokens before the answer, at least one, and tokens of the answer, at least one.
+
+        Raises:
+            ResourceError: not even one sequence fits into the device's memory.
+        """
+        askers: dict[Row, list[int]] = {}
+        for number, (before, answer) in enumerate(pairs):
+            askers.setdefault(tuple((before + answer)[-(self.max_length + 1) : -1]), []).append(number)
+        answers = {row: [pairs[number][1][-len(row) :] for number in numbers] for row, numbers in askers.items()}
+        scores: list[Score] = [(0.0, False)] * len(pairs)
+        budget = tokens_per_batch(self.model)
+        with self.progress.phase(f"Answers scored by {self.label}", len(pairs)) as phase:
+            for batch in _by_budget(sorted(askers, key=len, reverse=True), budget, self.batch_size):
+                for row, found in zip(batch, self._score(batch, answers), strict=True):
+                    for number, score in zip(askers[row], found, strict=True):
+                        scores[number] = score
+                    phase.advance(len(found))
+        return scores
+
+    def _score(self, batch: Sequence[Row], answers: Mapping[Row, list[list[int]]]) -> list[list[Score]]:
+        """Scores of each row's answers; a batch that does not fit into the device's memory is halved."""
+        # Padding on the right needs no mask: a causal model lets no token see what follows it.
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True)
+        first = min(len(row) - max(map(len, answers[row])) for row in batch)
+        try:
+            logits = self._logits(padded.to(self.model.device), first)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise ResourceError(
+                    f"The device has no memory for a prompt of {len(batch[0])} tokens.", hint="Try --device cpu."
+                ) from error
+            half = len(batch) // 2
+            return self._score(batch[:half], answers) + self._score(batch[half:], answers)
+        return [
+            [_answer_score(row_logits[: len(row) - first], answer) for answer in answers[row]]
+            for row, row_logits in zip(batch, logits, strict=True)
+        ]
+
+    def _logits(self, tokens: torch.Tensor, first: int) -> torch.Tensor:
+        """Logits ``[b, t - first, vocabulary]`` from position ``first`` on; where the model can, no others are made."""
+        if not self._keeps_logits:
+            every: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+            return every[:, first:]
+        kept = torch.arange(first, tokens.shape[1], device=tokens.device)
+        logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, logits_to_keep=kept).logits
+        return logits
+
+    @torch.inference_mode()
+    def write(
+        self, prompts: Sequence[str], *, stops: Sequence[str], new_tokens: int, sampling: Mapping[str, Any]
+    ) -> list[str]:
+        """Continue prompts.
+
+        Args:
+            prompts: texts; one too long to leave room for its answer loses its beginning.
+            stops: an answer ends where it first holds one of these, but may still show what follows.
+            new_tokens: longest answer in tokens.
+            sampling: options of transformers' ``generate``; empty: greedy.
+
+        Raises:
+            UsageError: the model's longest input has no room for the answer.
+        """
+        room = self.max_length - new_tokens
+        if room < 1:
+            raise UsageError(f"An answer may take {new_tokens} tokens; the model holds {self.max_length} in all.")
+        rows = sorted(enumerate(self.encode(prompt)[-room:] for prompt in prompts), key=lambda item: -len(item[1]))
+        size = self.batch_size or _WRITING_BATCH
+        texts = [""] * len(prompts)
+        with self.progress.phase(f"Answers written by {self.label}", len(prompts)) as phase:
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                written = self._write([row for _, row in batch], stops, new_tokens, sampling)
+                for (number, _), text in zip(batch, written, strict=True):
+                    texts[number] = text
+                phase.advance(len(batch))
+        return texts
+
+    def _write(
+        self, rows: list[list[int]], stops: Sequence[str], new_tokens: int, sampling: Mapping[str, Any]
+    ) -> list[str]:
+        length, device = max(map(len, rows)), self.model.device
+        pad = self.end_token if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
+        generated = self.model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device),
+            attention_mask=torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device),
+            max_new_tokens=new_tokens,
+            pad_token_id=pad,
+            stopping_criteria=StoppingCriteriaList([_StopAt(stops, length, self.tokenizer)]),
+            **{"do_sample": False, **sampling},
+        )
+        return [str(text) for text in self.tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)]
+
+
+class _StopAt(StoppingCriteria):
+    """Ends each sequence once its new text holds one of the stop sequences."""
+
+    def __init__(self, stops: Sequence[str], prompt: int, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.stops = [stop for stop in stops if stop]
+        self.prompt = prompt
+        self.tokenizer = tokenizer
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        written = self.tokenizer.batch_decode(input_ids[:, self.prompt :])
+        return torch.tensor([any(stop in text for stop in self.stops) for text in written], device=input_ids.device)
+
+
+def _answer_score(logits: torch.Tensor, answer: list[int]) -> Score:
+    """Score an answer by the last ``len(answer)`` rows of logits ``[n, vocabulary]``, in float32."""
+    wanted = torch.tensor(answer, device=logits.device)
+    log_probs = logits[-len(answer) :].float().log_softmax(-1)
+    chosen = log_probs.gather(1, wanted.unsqueeze(1))
+    return float(chosen.sum()), bool((log_probs.argmax(-1) == wanted).all())
+
+
+def _by_budget(rows: Sequence[Row], budget: int, most: int | None) -> Iterator[Sequence[Row]]:
+    """Split rows, longest first, into batches of ``most`` rows, or of at most ``budget`` tokens with their padding."""
+    start = 0
+    while start < len(rows):
+        size = most or max(1, budget // len(rows[start]))
+        yield rows[start : start + size]
+        start += size

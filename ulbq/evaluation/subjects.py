@@ -1,0 +1,119 @@
+"""Which models an evaluation measures, what they are called, and which full-precision model each was made from."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from ulbq.artifacts import ConvertedManifest, Parent, QuantizedManifest
+from ulbq.errors import UlbqError
+from ulbq.evaluation.results import Subject
+from ulbq.formats import AffineScheme, DualBinaryScheme, Scheme
+from ulbq.models.source import ModelSource, resolve
+from ulbq.progress import Progress, Silent
+
+_SCHEME: TypeAdapter[AffineScheme | DualBinaryScheme] = TypeAdapter(Scheme)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A model to be measured.
+
+    Attributes:
+        source: where it is read from.
+        name: unique within the evaluation.
+        parent: the full-precision model that it was made from; None where it has none, or none that can be read here.
+    """
+
+    source: ModelSource
+    name: str
+    parent: "Candidate | None" = None
+
+    @property
+    def subject(self) -> Subject:
+        """What the results say about it."""
+        manifest = self.source.manifest
+        kind: Literal["model", "quantized", "converted"] = "model"
+        method, scheme, bits = None, None, None
+        if isinstance(manifest, ConvertedManifest):
+            kind = "converted"
+        elif isinstance(manifest, QuantizedManifest):
+            kind = "quantized"
+            method, scheme, bits = manifest.method, _label(manifest), manifest.bits.bits_per_weight
+        return Subject(
+            name=self.name,
+            path=self.source.given,
+            kind=kind,
+            method=method,
+            scheme=scheme,
+            bits_per_weight=bits,
+            parent=self.parent.name if self.parent else None,
+        )
+
+    def record(self) -> Parent:
+        """How the evaluation's manifest names it."""
+        manifest = self.source.manifest
+        return Parent(
+            kind=manifest.kind if isinstance(manifest, QuantizedManifest | ConvertedManifest) else self.source.kind,
+            name=self.source.name,
+            path=self.source.given,
+            sha256=self.source.content_hash,
+        )
+
+
+def open_candidates(
+    sources: Sequence[str | None], *, parent: str | None = None, offline: bool = False, progress: Progress | None = None
+) -> list[Candidate]:
+    """Open models and the full-precision parents of those that have one.
+
+    Args:
+        sources: as :func:`ulbq.models.source.resolve` takes them.
+        parent: everybody's parent, whatever the artifacts say.
+        offline: never touch the network.
+        progress: told about parents that cannot be read, or are not what they were.
+
+    Returns:
+        The models in order, each once. Models made from the same one share their ``parent``, which is itself in the
+        list where it was among the sources.
+
+    Raises:
+        InputError, ResourceError: a source, or the named ``parent``, cannot be opened.
+    """
+    opened = [resolve(source, offline=offline) for source in sources]
+    named = resolve(parent, offline=offline) if parent is not None else None
+    origins = [named or _recorded_parent(source, offline, progress or Silent()) for source in opened]
+    everyone = {source.content_hash: source for source in [*opened, *origins] if source is not None}
+    times = Counter(source.name for source in everyone.values())
+    names = {key: source.name if times[source.name] == 1 else source.given for key, source in everyone.items()}
+    hashes = [origin.content_hash if origin else None for origin in origins]
+    found = {key: Candidate(everyone[key], names[key]) for key in hashes if key is not None}
+    for source, key in zip(opened, hashes, strict=True):
+        own = source.content_hash
+        found.setdefault(own, Candidate(source, names[own], found[key] if key is not None else None))
+    return [found[key] for key in dict.fromkeys(source.content_hash for source in opened)]
+
+
+def _recorded_parent(source: ModelSource, offline: bool, progress: Progress) -> ModelSource | None:
+    """The full-precision model at the end of an artifact's ancestry."""
+    found = source
+    while isinstance(found.manifest, QuantizedManifest | ConvertedManifest):
+        if not found.manifest.parents:
+            return None
+        recorded = found.manifest.parents[0]
+        try:
+            found = resolve(recorded.path, offline=offline)
+        except UlbqError as error:
+            progress.note(f"'{source.name}' was made from '{recorded.path}', which cannot be read: {error.message}")
+            return None
+        if found.content_hash != recorded.sha256:
+            progress.warn(f"'{recorded.path}' has changed since '{source.name}' was made from it.")
+    return None if found is source else found
+
+
+def _label(manifest: QuantizedManifest) -> str:
+    try:
+        return _SCHEME.validate_python(manifest.scheme).label
+    except ValidationError:
+        return str(manifest.scheme.get("format", "?"))

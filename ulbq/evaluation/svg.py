@@ -1,0 +1,116 @@
+"""A few primitives to draw figures as inline SVG. Colours are CSS classes, so that a page's theme decides them."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+
+class Drawing:
+    """Collects shapes on a canvas of ``width`` by ``height`` CSS pixels; coordinates grow to the right and down."""
+
+    def __init__(self, width: float, height: float, title: str) -> None:
+        self.width = width
+        self.height = height
+        self.title = title
+        self._parts: list[str] = []
+
+    def text(self, x: float, y: float, text: str, *, style: str = "", anchor: str = "start") -> None:
+        """Text whose baseline starts, ends or is centred (``anchor`` start, end, middle) at a point."""
+        attributes = f' class="{style}"' if style else ""
+        self._parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{attributes}>{escape(text)}</text>')
+
+    def line(self, start: tuple[float, float], end: tuple[float, float], style: str) -> None:
+        """A straight line."""
+        (x1, y1), (x2, y2) = start, end
+        self._parts.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{style}"/>')
+
+    def path(self, points: Sequence[tuple[float, float]], style: str) -> None:
+        """A line through several points."""
+        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        self._parts.append(f'<polyline points="{drawn}" class="{style}"/>')
+
+    def box(
+        self,
+        corner: tuple[float, float],
+        size: tuple[float, float],
+        style: str,
+        *,
+        hint: str = "",
+        opacity: float = 1.0,
+        radius: float = 2,
+    ) -> None:
+        """A filled rectangle; ``hint`` shows when the pointer rests on it."""
+        (x, y), (width, height) = corner, size
+        inner = f"<title>{escape(hint)}</title>" if hint else ""
+        shade = "" if opacity == 1.0 else f' fill-opacity="{opacity:.3f}"'
+        self._parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{radius:g}" '
+            f'class="{style}"{shade}>{inner}</rect>'
+        )
+
+    def dot(self, x: float, y: float, style: str, *, hint: str = "", radius: float = 5) -> None:
+        """A filled circle; ``hint`` shows when the pointer rests on it."""
+        inner = f"<title>{escape(hint)}</title>" if hint else ""
+        self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="{style}">{inner}</circle>')
+
+    def __str__(self) -> str:
+        return (
+            f'<svg viewBox="0 0 {self.width:g} {self.height:g}" role="img" aria-label="{escape(self.title)}">'
+            f"{''.join(self._parts)}</svg>"
+        )
+
+
+class Scale:
+    """Maps values onto pixels, linearly or by their logarithm.
+
+    Attributes:
+        ticks: round values within the range.
+    """
+
+    def __init__(
+        self, low: float, high: float, pixels: tuple[float, float], *, log: bool = False, ticks: int = 5
+    ) -> None:
+        if low == high:
+            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        self._log = log
+        self._low, self._high = self._at(low), self._at(high)
+        self._from, self._to = pixels
+        self.ticks = _log_ticks(low, high, ticks) if log else _linear_ticks(low, high, ticks)
+
+    def __call__(self, value: float) -> float:
+        share = (self._at(value) - self._low) / (self._high - self._low)
+        return self._from + share * (self._to - self._from)
+
+    def _at(self, value: float) -> float:
+        return math.log(value) if self._log else value
+
+
+def number(value: float) -> str:
+    """A number for an axis or a label: three significant digits, thousands apart."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{min(digits, 6)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _linear_ticks(low: float, high: float, wanted: int) -> list[float]:
+    raw = (high - low) / wanted
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
+    """Round values in the finest pattern that does not crowd; over many powers of ten, every second or third."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for factors in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1, 3), (1,)):
+        ticks = [tick for power in powers for factor in factors if low <= (tick := factor * 10.0**power) <= high]
+        if len(ticks) <= wanted + 1:
+            return ticks
+    return ticks[:: math.ceil(len(ticks) / wanted)]

@@ -1,0 +1,142 @@
+"""Results as rows of text, one column a model: what the terminal and the report show alike."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ulbq.evaluation.results import Metric, ModelScores, Results, Subject
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured quantity.
+
+    Attributes:
+        section: the heading that it stands under.
+        label: its name, with an arrow towards the better side.
+        cells: one text a model; empty where it was not measured.
+        best: index of the best of several compressed models, None where none stands out.
+    """
+
+    section: str
+    label: str
+    cells: tuple[str, ...]
+    best: int | None = None
+
+
+def rows(results: Results) -> list[Row]:
+    """Every quantity that was measured of any model, in a fixed order: size, perplexity, fidelity, tasks."""
+    models = results.models
+    found = [
+        Row("Weights", "method", tuple(describe(scores.subject) for scores in models)),
+        _numbers(
+            results, "Weights", "bits per weight", [scores.subject.bits_per_weight for scores in models], "{:.3f}"
+        ),
+    ]
+    for name in _union(scores.perplexity for scores in models):
+        values = [scores.perplexity[name].value if name in scores.perplexity else None for scores in models]
+        found.append(_numbers(results, "Perplexity", f"{name} ↓", values, "{:,.2f}", -1))
+    found += _fidelity_rows(results)
+    for task, metric in _union(shown_metrics(scores) for scores in models):
+        found.append(_task_row(results, task, metric))
+    return [row for row in found if any(row.cells)]
+
+
+def describe(subject: Subject) -> str:
+    """A model's method and format in a word or two."""
+    if subject.kind == "quantized":
+        return " ".join(part for part in (subject.method, subject.scheme) if part)
+    return "converted" if subject.kind == "converted" else "full precision"
+
+
+def shown_metrics(scores: ModelScores) -> list[tuple[str, str]]:
+    """(task, metric) of every score but those of a group's members, which the group's own score sums up."""
+    return [
+        (task, metric) for task, score in scores.tasks.items() if score.member_of is None for metric in score.metrics
+    ]
+
+
+def metric_of(scores: ModelScores, task: str, metric: str) -> Metric | None:
+    """One metric of one task, None where it was not measured."""
+    score = scores.tasks.get(task)
+    return score.metrics.get(metric) if score else None
+
+
+def parents(results: Results) -> set[str]:
+    """Names of the models that others were made from."""
+    return {scores.subject.parent for scores in results.models if scores.subject.parent is not None}
+
+
+def footnotes(results: Results) -> list[str]:
+    """What a reader must know to compare these numbers with others."""
+    protocol = results.protocol
+    lines = []
+    for name, value in {name: value for scores in results.models for name, value in scores.perplexity.items()}.items():
+        lines.append(
+            f"Perplexity on {name}: text joined with blank lines, {value.windows:,} non-overlapping "
+            f"windows of {value.context:,} tokens."
+        )
+    fidelity = next((scores.fidelity for scores in results.models if scores.fidelity), None)
+    if fidelity:
+        text = "text that the full-precision model wrote" if fidelity.text == "self" else fidelity.text
+        lines.append(
+            f"Fidelity: next-token distributions at {fidelity.tokens:,} positions of {text}; "
+            "the full-precision model itself would have 0 nats and 100 %."
+        )
+    if any(scores.tasks for scores in results.models):
+        documents = "all documents" if protocol.limit is None else f"the first {protocol.limit:,} documents"
+        examples = "as many examples as each task says" if protocol.fewshot is None else f"{protocol.fewshot} examples"
+        lines.append(f"Tasks: lm-eval, {documents}, {examples} in the prompt; ± is the standard error.")
+    return [*lines, f"Computed in {protocol.dtype}."]
+
+
+def _fidelity_rows(results: Results) -> list[Row]:
+    section = "Fidelity to full precision"
+    found = [scores.fidelity for scores in results.models]
+    mean = [value.mean_kl if value else None for value in found]
+    tail = [value.p99_kl if value else None for value in found]
+    same = [value.top1_agreement if value else None for value in found]
+    return [
+        _numbers(results, section, "mean KL, nats a token ↓", mean, "{:.4f}", -1),
+        _numbers(results, section, "99th percentile of KL ↓", tail, "{:.3f}", -1),
+        _numbers(results, section, "same top token ↑", same, "{:.1%}", 1),
+    ]
+
+
+def _task_row(results: Results, task: str, metric: str) -> Row:
+    found = [metric_of(scores, task, metric) for scores in results.models]
+    rising = all(value.higher_is_better for value in found if value)
+    cells = tuple("" if value is None else _with_error(value) for value in found)
+    best = _best(results, [value.value if value else None for value in found], 1 if rising else -1)
+    return Row("Tasks", f"{task} {metric} {'↑' if rising else '↓'}", cells, best)
+
+
+def _with_error(metric: Metric) -> str:
+    return f"{metric.value:.4f}" + ("" if metric.stderr is None else f" ± {metric.stderr:.4f}")
+
+
+def _numbers(
+    results: Results, section: str, label: str, values: Sequence[float | None], form: str, better: int = 0
+) -> Row:
+    """A row of numbers; ``better`` is 1 where more is better, -1 where less is, 0 where neither."""
+    cells = tuple("" if value is None else form.format(value) for value in values)
+    return Row(section, label, cells, _best(results, values, better))
+
+
+def _best(results: Results, values: Sequence[float | None], better: int) -> int | None:
+    originals = parents(results)
+    ranked = [
+        (value * better, index)
+        for index, value in enumerate(values)
+        if value is not None and results.models[index].subject.name not in originals
+    ]
+    if not better or len({value for value, _ in ranked}) < 2:
+        return None
+    return max(ranked)[1]
+
+
+def _union(several: Iterable[Iterable[_T]]) -> list[_T]:
+    """Every element once, in the order of first appearance."""
+    return list(dict.fromkeys(element for elements in several for element in elements))
