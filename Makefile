@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 run: $(READY)  ## quantize the default model to 2 bits and show its scores
-	$(BIN)/ulbq quantize --method db-llm | $(BIN)/ulbq eval
+	$(BIN)/ulbq quantize --method db-llm </dev/null | $(BIN)/ulbq eval
 
 test: lint  ## run every check and the test suite
 	$(BIN)/python -m pytest

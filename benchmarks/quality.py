@@ -30,7 +30,13 @@ SETTINGS: dict[str, list[str]] = {
 
 def ulbq(*words: str) -> dict[str, Any]:
     """Run one command and return its manifest."""
-    command = [sys.executable, "-c", "import sys; from ulbq.commands.app import main; sys.exit(main())", *words, "--json"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from ulbq.commands.app import main; sys.exit(main())",
+        *words,
+        "--json",
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
     manifest: dict[str, Any] = json.loads(done.stdout)
     return manifest

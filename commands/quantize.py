@@ -73,7 +73,7 @@ def quantize(
         typer.Option(
             "--calibration",
             metavar="NAME|FILE",
-            help="wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a .txt, .jsonl, .parquet or .safetensors file.",
+            help="wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a text, JSONL, Parquet or safetensors file.",
             show_default="wikitext2, else self",
             autocompletion=lambda: ["wikitext2", "c4", "ptb", "pile", "redpajama", "alpaca", "mix", "self"],
             rich_help_panel=_CALIBRATION,
@@ -259,7 +259,7 @@ def _show(plan: "QuantizePlan") -> None:
 
     request, cost = plan.request, plan.cost
     rows = {
-        "model": f"{plan.model}: {plan.blocks} blocks, {plan.layers} linear layers, {plan.weights / 1e6:,.1f} M weights",
+        "model": f"{plan.model}: {plan.blocks} blocks, {plan.layers} layers, {plan.weights / 1e6:,.1f} M weights",
         "method": f"{request.method}, {plan.scheme}, {plan.bits_per_weight:.3f} bits per weight",
     }
     if request.samples is not None:

@@ -24,7 +24,7 @@ def show(console: Console, manifest: EvaluationManifest, report: Path) -> None:
         table.add_row(Text(section, style="dim"))
         for row in members:
             cells = [
-                Text(cell, style="bold green" if place == row.best else "") for place, cell in enumerate(row.cells)
+                Text(cell, style="bold green" if place in row.best else "") for place, cell in enumerate(row.cells)
             ]
             table.add_row(Text(f"  {row.label}"), *cells)
     console.print()

@@ -109,34 +109,33 @@ def block_figure(blocks: Mapping[str, Sequence[BlockRecord]], styles: Mapping[st
     return str(drawing)
 
 
-def layer_figure(layers: Sequence[LayerRecord], largest: float) -> str | None:
+def layer_figure(layers: Sequence[LayerRecord], span: tuple[float, float]) -> str | None:
     """A map of relative weight errors, kinds of layers by blocks; None where no layer's name tells its block.
 
     Args:
         layers: of one model.
-        largest: the error shown in full colour; the same for all models of a report.
+        span: the errors shown in the faintest and the fullest colour; the same for all models of a report.
     """
     cells = {place: layer for layer in layers if (place := _place(layer.name))}
-    if not cells or largest <= 0:
+    if not cells:
         return None
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     blocks = sorted({block for _, block in cells})
     left = 16 + max(map(len, kinds)) * _CHARACTER
-    width = (_WIDTH - _RIGHT - left) / len(blocks)
+    width = min((_WIDTH - _RIGHT - left) / len(blocks), 48.0)
+    low, high = span
     drawing = Drawing(_WIDTH, 62 + len(kinds) * 22, "Relative squared error of each layer's weights")
     for (kind, block), layer in cells.items():
         corner = (left + blocks.index(block) * width + 1, 8 + kinds.index(kind) * 22 + 1)
-        share = layer.error / largest
-        drawing.box(
-            corner, (width - 2, 20), "heat", hint=f"{layer.name}: {layer.error:.4f}", opacity=0.06 + 0.94 * share
-        )
+        share = (layer.error - low) / (high - low) if high > low else 1.0
+        drawing.box(corner, (width - 2, 20), "heat", hint=f"{layer.name}: {layer.error:.4f}", opacity=_shade(share))
     for row, kind in enumerate(kinds):
         drawing.text(left - 8, 8 + row * 22 + 15, kind, anchor="end")
     below = 8 + len(kinds) * 22
     every = 1 + len(blocks) // 20
     for column, block in enumerate(blocks[::every]):
         drawing.text(left + (column * every + 0.5) * width, below + 16, str(block), style="muted", anchor="middle")
-    _heat_legend(drawing, (left, below + 34), largest)
+    _heat_legend(drawing, (left, below + 34), span)
     return str(drawing)
 
 
@@ -207,8 +206,13 @@ def _place(name: str) -> tuple[str, int] | None:
     return (name[found.end() :], int(found.group(1))) if found else None
 
 
-def _heat_legend(drawing: Drawing, corner: tuple[float, float], largest: float) -> None:
+def _shade(share: float) -> float:
+    """Opacity of the map's colour for a place between the least (0) and the largest error (1)."""
+    return 0.08 + 0.92 * share
+
+
+def _heat_legend(drawing: Drawing, corner: tuple[float, float], span: tuple[float, float]) -> None:
     x, y = corner
     for step in range(24):
-        drawing.box((x + step * 5, y - 9), (5, 10), "heat", opacity=0.06 + 0.94 * step / 23, radius=0)
-    drawing.text(x + 128, y, f"0 to {number(largest)} of the weights' squared norm", style="muted")
+        drawing.box((x + step * 5, y - 9), (5, 10), "heat", opacity=_shade(step / 23), radius=0)
+    drawing.text(x + 128, y, f"{number(span[0])} to {number(span[1])} of the weights' squared norm", style="muted")

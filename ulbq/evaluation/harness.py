@@ -139,6 +139,7 @@ def _manager() -> Any:
 
 def _load(name: str, offline: bool) -> Mapping[str, Any]:
     from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
 
     try:
         with _quiet(), _offline(offline):
@@ -150,7 +151,7 @@ def _load(name: str, offline: bool) -> Mapping[str, Any]:
         ) from error
     except ImportError as error:
         raise ResourceError(f"Task '{name}' needs a package: {error}.", hint='pip install "lm-eval[all]"') from error
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, TemplateError) as error:
         raise InputError(
             f"The data of task '{name}' do not fit it ({type(error).__name__}: {error}).",
             hint="Check the splits and columns of its folder in the mirror.",

@@ -87,7 +87,7 @@ def _scores(results: Results) -> str:
         for row in members:
             cells = "".join(
                 f'<td class="best">{escape(cell)}</td>'
-                if index == row.best
+                if index in row.best
                 else f"<td>{escape(cell) or '&ndash;'}</td>"
                 for index, cell in enumerate(row.cells)
             )
@@ -120,16 +120,15 @@ def _blocks(results: Results, quantized: Mapping[str, QuantizedManifest]) -> str
 
 
 def _layers(quantized: Mapping[str, QuantizedManifest]) -> str:
-    largest = max((layer.error for manifest in quantized.values() for layer in manifest.layers), default=0.0)
+    errors = [layer.error for manifest in quantized.values() for layer in manifest.layers]
     drawn = []
     for name, manifest in quantized.items():
-        figure = figures.layer_figure(manifest.layers, largest)
+        figure = figures.layer_figure(manifest.layers, (min(errors, default=0.0), max(errors, default=0.0)))
         if figure:
             drawn.append((f"<h3>{escape(name)}</h3>" if len(quantized) > 1 else "") + figure)
-    told = (
-        "Squared difference between the stored and the original weights, relative to the original's. Training moves "
-        "weights away on purpose where that mends an output: read it beside the error by block."
-    )
+    told = "Squared difference between the stored and the original weights, relative to the original's."
+    if any(manifest.blocks for manifest in quantized.values()):
+        told += " Training moves weights away on purpose where that mends an output: read it beside the error by block."
     return _figure("Error by layer", told, "".join(drawn) or None)
 
 

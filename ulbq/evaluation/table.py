@@ -17,13 +17,13 @@ class Row:
         section: the heading that it stands under.
         label: its name, with an arrow towards the better side.
         cells: one text a model; empty where it was not measured.
-        best: index of the best of several compressed models, None where none stands out.
+        best: places of the best of several compressed models; empty where all are equally good.
     """
 
     section: str
     label: str
     cells: tuple[str, ...]
-    best: int | None = None
+    best: frozenset[int] = frozenset()
 
 
 def rows(results: Results) -> list[Row]:
@@ -125,16 +125,17 @@ def _numbers(
     return Row(section, label, cells, _best(results, values, better))
 
 
-def _best(results: Results, values: Sequence[float | None], better: int) -> int | None:
+def _best(results: Results, values: Sequence[float | None], better: int) -> frozenset[int]:
     originals = parents(results)
-    ranked = [
-        (value * better, index)
+    ranked = {
+        index: value * better
         for index, value in enumerate(values)
         if value is not None and results.models[index].subject.name not in originals
-    ]
-    if not better or len({value for value, _ in ranked}) < 2:
-        return None
-    return max(ranked)[1]
+    }
+    if not better or len(set(ranked.values())) < 2:
+        return frozenset()
+    top = max(ranked.values())
+    return frozenset(index for index, value in ranked.items() if value == top)
 
 
 def _union(several: Iterable[Iterable[_T]]) -> list[_T]:

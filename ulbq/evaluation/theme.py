@@ -37,7 +37,7 @@ p { margin: 0; }
 .tile .label { color: var(--soft); font-size: 13px; }
 section { padding: 20px 22px 22px; margin-bottom: 14px; }
 figure { margin: 0; }
-figcaption { margin-bottom: 12px; max-width: 70ch; }
+figcaption { margin-bottom: 12px; }
 svg { display: block; width: 100%; min-width: 560px; height: auto; font-size: 12px; }
 svg text { fill: var(--ink); font-variant-numeric: tabular-nums; }
 svg .muted { fill: var(--soft); }
@@ -51,6 +51,7 @@ svg .on-part { fill: var(--on-part); font-weight: 600; }
 .part.codes { fill: var(--codes); } .part.scales { fill: var(--scales); } .part.zeros { fill: var(--zeros); }
 .part.adapter { fill: var(--adapter); } .part { fill: var(--rest); }
 .scroll { overflow-x: auto; }
+figure table { margin-top: 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--faint); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }

@@ -86,5 +86,5 @@ def unpack_planes(planes: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def groups_of(columns: int, group_size: int) -> int:
-    """Number of groups in a row; ``group_size`` -1 makes the whole row one group. The caller checked that it divides."""
+    """Number of groups in a row; ``group_size`` -1 makes the whole row one group. It has to divide."""
     return 1 if group_size == -1 else columns // group_size

@@ -90,9 +90,7 @@ class Method(Protocol):
         ...
 
 
-def check_packed(
-    linear: str, scheme: AffineScheme | DualBinaryScheme, packed: Packed, simulated: torch.Tensor
-) -> None:
+def check_packed(linear: str, scheme: AffineScheme | DualBinaryScheme, packed: Packed, simulated: torch.Tensor) -> None:
     """Compare what was packed with what was trained.
 
     Args:

@@ -31,9 +31,7 @@ class Cost(BaseModel):
     artifact: int
 
 
-def predict(
-    request: QuantizeRequest, method: Method, found: ModelStructure, hidden: int, outer_weights: int
-) -> Cost:
+def predict(request: QuantizeRequest, method: Method, found: ModelStructure, hidden: int, outer_weights: int) -> Cost:
     """Predict memory and disk of a run.
 
     Args:

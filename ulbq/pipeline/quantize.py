@@ -113,7 +113,9 @@ def quantize(
     runtime.seed_everything(job.request.seed)
     drawn = _draw(job) if job.method.calibrated and job.request.calibration != "self" else None
     identity = _fingerprint(job, drawn)
-    out = request.out or free_output(ARTIFACTS, f"{job.source.name}-{job.method.name}-{job.method.scheme.label}", identity)
+    out = request.out or free_output(
+        ARTIFACTS, f"{job.source.name}-{job.method.name}-{job.method.scheme.label}", identity
+    )
     with ArtifactWriter(out, identity, force=request.force) as writer:
         if writer.resumed:
             progress.note(f"Resuming {out}: {len(writer.journal)} of {job.found.n_blocks} blocks are done.")
@@ -191,7 +193,7 @@ def _draw(job: _Job) -> Calibration:
 
 
 def _written_samples(job: _Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
-    """Samples of the model's own, or those that the interrupted run wrote: they take minutes and follow from the seed."""
+    """Samples of the model's own, or those that the interrupted run wrote: they follow from the seed."""
     saved = writer.path / _CALIBRATION
     if writer.resumed and saved.exists():
         return load_calibration(saved)
@@ -289,7 +291,7 @@ class _Run:
         elif outcome.retries:
             self._progress.note(f"Block {index} was rolled back {outcome.retries} times and trained at lower rates.")
         if outcome.end_error > _ALARM:
-            self._progress.warn(f"Block {index} ends at a relative error of {outcome.end_error:.2f}: expect a bad model.")
+            self._progress.warn(f"Block {index} ends at a relative error of {outcome.end_error:.2f}: expect the worst.")
 
 
 class _Streams:

@@ -182,9 +182,7 @@ class BlockTrainer:
                 parameter.requires_grad_(True)
         return roles
 
-    def _optimizer(
-        self, rate: float, steps: int
-    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    def _optimizer(self, rate: float, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
         settings = self._settings
         rates = {"weights": settings.weight_rate, "scales": settings.scale_rate, "norms": settings.norm_rate}
         groups = [{"params": p, "lr": rate * rates[role]} for role, p in self._roles.items() if p]
