@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 _DB_LLM = ["--method", "db-llm", "--calibration", "wikitext2", "--samples", "32", "--sequence-length", "512"]
+_QUICK = ["--method", "db-llm", "--preset", "quick", "--calibration", "wikitext2"]
 SETTINGS: dict[str, list[str]] = {
-    "rtn-w2g64-plain": ["--method", "rtn", "--bits", "2", "--no-search"],
-    "rtn-w3g64": ["--method", "rtn", "--bits", "3"],
-    "rtn-w4g64": ["--method", "rtn", "--bits", "4"],
-    "db-llm-start": [*_DB_LLM, "--epochs", "0"],
     "db-llm": [*_DB_LLM, "--epochs", "10"],
-    "db-llm-uniform": [*_DB_LLM, "--epochs", "10", "--token-weighting", "uniform"],
-    "db-llm-frozen": [*_DB_LLM, "--epochs", "10", "--freeze-weights"],
-    "db-llm-quick": ["--method", "db-llm"],
+    "quick": _QUICK,
+    "quick-uniform": [*_QUICK, "--token-weighting", "uniform"],
+    "quick-start": [*_QUICK, "--epochs", "0"],
+    "quick-frozen": [*_QUICK, "--freeze-weights"],
+    "rtn-w4g64": ["--method", "rtn", "--bits", "4"],
+    "rtn-w3g64": ["--method", "rtn", "--bits", "3"],
+    "rtn-w2g64": ["--method", "rtn", "--bits", "2"],
+    "rtn-w2g64-plain": ["--method", "rtn", "--bits", "2", "--no-search"],
 }
 
 
@@ -55,7 +57,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "setting": name,
         "options": " ".join(SETTINGS[name]),
         "true_bits": round(counted / made["bits"]["weights"], 4),
-        "perplexity": scored["results"]["perplexity"],
+        "perplexity": round(scored["results"]["models"][0]["perplexity"]["wikitext2"]["value"], 2),
         "seconds": round(sum(phase["seconds"] for phase in made["phases"])),
         "peak_memory_gb": round(max(phase["peak_memory"] for phase in made["phases"]) / 1e9, 2),
         "device": made["device"],

@@ -73,7 +73,7 @@ def quantize(
         typer.Option(
             "--calibration",
             metavar="NAME|FILE",
-            help="wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a text, JSONL, Parquet or safetensors file.",
+            help="Text set, mix of them, self (the model's own words), or a text, JSONL, Parquet or safetensors file.",
             show_default="wikitext2, else self",
             autocompletion=lambda: ["wikitext2", "c4", "ptb", "pile", "redpajama", "alpaca", "mix", "self"],
             rich_help_panel=_CALIBRATION,

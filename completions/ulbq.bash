@@ -38,7 +38,7 @@ _ulbq() {
         --output|-o) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--method -m --bits --group-size --symmetric --asymmetric --search --no-search --preset --calibration --samples --sequence-length --epochs --batch-size --train-weights --freeze-weights --weight-rate --scale-rate --norm-rate --token-weighting --augmented-loss --no-augmented-loss --clip --patience --activation-memory --precision --seed --device --data-dir --offline --output -o --force --dry-run --json --quiet -q --debug -h --help' "$current"
+            _ulbq_value '' '--method -m --bits --group-size --symmetric --asymmetric --search --no-search --preset --calibration --samples --sequence-length --epochs --batch-size --train-weights --freeze-weights --weight-rate --scale-rate --norm-rate --token-weighting --augmented-loss --no-augmented-loss --clip --patience --activation-memory --precision --seed --device --data-dir --offline --output -o --force --dry-run --json --quiet -q --debug --help -h' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -59,7 +59,7 @@ _ulbq() {
         --output|-o) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--compare --perplexity --tasks --fidelity --no-fidelity --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --seed --device --data-dir --offline --output -o --force --json --quiet -q --debug -h --help' "$current"
+            _ulbq_value '' '--compare --perplexity --tasks --fidelity --no-fidelity --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --seed --device --data-dir --offline --output -o --force --json --quiet -q --debug --help -h' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -71,7 +71,7 @@ _ulbq() {
         --output|-o) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--to --dtype --offline --output -o --force --json --quiet -q --debug -h --help' "$current"
+            _ulbq_value '' '--to --dtype --offline --output -o --force --json --quiet -q --debug --help -h' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -80,14 +80,14 @@ _ulbq() {
         case $previous in
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--verify --layers --json --quiet -q --debug -h --help' "$current"
+            _ulbq_value '' '--verify --layers --json --quiet -q --debug --help -h' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
         ;;
     '')
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--version -h --help' "$current"
+            _ulbq_value '' '--version --help -h' "$current"
         else
             _ulbq_value '' 'quantize eval convert inspect' "$current"
         fi

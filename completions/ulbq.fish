@@ -2,7 +2,7 @@
 
 complete -c ulbq -f
 complete -c ulbq -n __fish_use_subcommand -l version -d 'Show the version'
-complete -c ulbq -n __fish_use_subcommand -s h -l help -d 'Show this message and exit'
+complete -c ulbq -n __fish_use_subcommand -l help -s h -d 'Show this message and exit'
 complete -c ulbq -n __fish_use_subcommand -a quantize -d 'Quantize a model to 1 to 4 bits, one block at a time'
 complete -c ulbq -n __fish_use_subcommand -a eval -d 'Measure a model: perplexity, fidelity to its full-precision parent, benchmark tasks'
 complete -c ulbq -n __fish_use_subcommand -a convert -d 'Write a model in a layout that other tools load'
@@ -15,7 +15,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l asymmetric -d 'Not
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l search -d 'Shrink each group\'s range where that lowers its error (rtn)'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-search -d 'Not: Shrink each group\'s range where that lowers its error (rtn)'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l preset -r -f -a 'quick balanced best' -d 'Samples, length and epochs at once'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l calibration -r -F -a 'wikitext2 c4 ptb pile redpajama alpaca mix self' -d 'wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a text, JSONL, Parquet or safetensors file'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l calibration -r -F -a 'wikitext2 c4 ptb pile redpajama alpaca mix self' -d 'Text set, mix of them, self (the model\'s own words), or a text, JSONL, Parquet or safetensors file'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l samples -r -f -d 'Training samples'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l sequence-length -r -f -d 'Tokens a sample'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l epochs -r -f -d 'Passes over the samples, for every block'
@@ -42,7 +42,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l dry-run -d 'Show t
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l json -d 'Write the manifest, not the path, to standard output'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l quiet -s q -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l debug -d 'Tracebacks, and the libraries\' own logs'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s h -l help -d 'Show this message and exit'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l help -s h -d 'Show this message and exit'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -F
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l compare -d 'Put several SOURCEs in one table'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l perplexity -r -f -a '(__fish_append , wikitext2 c4 ptb)' -d 'Text sets: wikitext2, c4, ptb'
@@ -66,7 +66,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from eval' -l force -d 'Replace an a
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l json -d 'Write the manifest, not the path, to standard output'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l quiet -s q -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l debug -d 'Tracebacks, and the libraries\' own logs'
-complete -c ulbq -n '__fish_seen_subcommand_from eval' -s h -l help -d 'Show this message and exit'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l help -s h -d 'Show this message and exit'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -F
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l to -r -f -a 'dense' -d 'dense: a plain model folder that transformers loads'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l dtype -r -f -a 'fp16 bf16 fp32' -d 'Of the dense tensors'
@@ -76,12 +76,12 @@ complete -c ulbq -n '__fish_seen_subcommand_from convert' -l force -d 'Replace a
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l json -d 'Write the manifest, not the path, to standard output'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l quiet -s q -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l debug -d 'Tracebacks, and the libraries\' own logs'
-complete -c ulbq -n '__fish_seen_subcommand_from convert' -s h -l help -d 'Show this message and exit'
+complete -c ulbq -n '__fish_seen_subcommand_from convert' -l help -s h -d 'Show this message and exit'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -F
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l verify -d 'Hash every file again, and the model that it was made from'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l layers -d 'Every layer with its bits and error'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l json -d 'Write the manifest, not the path, to standard output'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l quiet -s q -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l debug -d 'Tracebacks, and the libraries\' own logs'
-complete -c ulbq -n '__fish_seen_subcommand_from inspect' -s h -l help -d 'Show this message and exit'
+complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l help -s h -d 'Show this message and exit'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -F

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.models.tiny import tiny_config, tiny_model, tiny_tokenizer
+from tests.models.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.lm import LanguageModel
 
@@ -121,3 +121,9 @@ def test_a_tokenizer_without_an_end_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="no end-of-text token"):
         LanguageModel(tiny_model(tiny_config("llama")), tokenizer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_scores_alike_in_padded_batches(family, tokenizer):
+    model = tiny_model(tiny_config(family))
+    assert_same(LanguageModel(model, tokenizer, batch_size=3).score(PAIRS), one_by_one(model, PAIRS))

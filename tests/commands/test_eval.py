@@ -1,0 +1,82 @@
+"""``ulbq eval``: how it finds its sources, and what it says where."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation.sample import write_mirror
+from tests.models.tiny import save_tiny
+from ulbq.artifacts import read_manifest
+from ulbq.commands.app import main
+from ulbq.pipeline.quantize import QuantizeRequest, quantize
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Working folder with ``base``, an artifact ``artifacts/q`` made from it, and a mirror; no standard input."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ULBQ_DATA_DIR", str(write_mirror(tmp_path / "mirror")))
+    monkeypatch.setattr(sys, "stdin", None)
+    save_tiny("llama", tmp_path / "base", tied=False)
+    quantize(QuantizeRequest(source="base", method="rtn", bits=2, group_size=32, out=Path("artifacts/q")))
+    return tmp_path
+
+
+def run(capsys, *words: str) -> tuple[int, str, str]:
+    code = main(["eval", *words, "--offline", "--device", "cpu"])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_takes_the_newest_model_and_writes_its_path_alone(folder, capsys):
+    code, out, err = run(capsys, "--limit", "2")
+    assert (code, out) == (0, "artifacts/q-eval\n")
+    assert "taking the newest artifact, artifacts/q." in err
+    for text in ("base", "rtn w2g32", "wikitext2 ↓", "mean KL", "Report: artifacts/q-eval/report.html"):
+        assert text in err
+
+
+def test_an_evaluation_is_no_model_to_take(folder, capsys):
+    assert run(capsys, "--limit", "2")[0] == 0
+    code, out, _ = run(capsys, "--limit", "3")
+    assert (code, out) == (0, "artifacts/q-eval-2\n")
+
+
+def test_json_is_the_manifest(folder, capsys):
+    code, out, _ = run(capsys, "artifacts/q", "--limit", "2", "--json", "-o", "e")
+    assert code == 0
+    assert json.loads(out) == json.loads(read_manifest(Path("e")).model_dump_json())
+
+
+def test_quiet_shows_no_table(folder, capsys):
+    assert run(capsys, "artifacts/q", "--limit", "2", "--quiet") == (0, "artifacts/q-eval\n", "")
+
+
+def test_compares_several(folder, capsys):
+    code, out, err = run(capsys, "--compare", "artifacts/q", "base", "--limit", "2")
+    assert (code, out) == (0, "artifacts/comparison\n")
+    assert "base" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["a", "b"], "Put --compare before them"),
+        (["--compare", "a"], "--compare needs two SOURCEs"),
+        (["--compare", "a", "-"], "Only the first SOURCE can be '-'"),
+        (["artifacts/q", "--context", "1"], "--context"),
+        (["artifacts/q", "--perplexity", "wiki"], "no text set 'wiki'"),
+    ],
+)
+def test_wrong_usage_is_exit_code_two(folder, capsys, words, sentence):
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert sentence in err
+
+
+def test_names_come_apart_at_commas(folder, capsys):
+    code, _, err = run(capsys, "artifacts/q", "--perplexity", "wikitext2, c4x")
+    assert code == 2
+    assert "'c4x'" in err

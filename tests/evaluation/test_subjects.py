@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+
+from tests.models.tiny import save_tiny
+from ulbq.artifacts import QuantizedManifest
+from ulbq.errors import InputError
+from ulbq.evaluation.subjects import open_candidates
+from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.quantize import QuantizeRequest, quantize
+from ulbq.progress import Silent
+
+
+class Listening(Silent):
+    def __init__(self):
+        self.notes, self.warnings = [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Working folder with a model ``base``, a quantized ``q`` made from it, and its dense conversion ``dense``."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", tmp_path / "base", tied=False)
+    quantize(QuantizeRequest(source="base", method="rtn", bits=4, group_size=32, out=Path("q")))
+    convert(ConvertRequest(source="q", out=Path("dense")))
+    return tmp_path
+
+
+def test_finds_the_full_precision_parent_behind_every_generation(folder):
+    q, dense = open_candidates(["q", "dense"])
+    assert q.parent is not None
+    assert q.parent.name == "base"
+    assert q.parent is dense.parent
+    assert (q.subject.kind, q.subject.method, q.subject.scheme) == ("quantized", "rtn", "w4g32")
+    assert isinstance(q.source.manifest, QuantizedManifest)
+    assert q.subject.bits_per_weight == q.source.manifest.bits.bits_per_weight
+    assert (dense.subject.kind, dense.subject.parent) == ("converted", "base")
+
+
+def test_a_full_precision_model_has_no_parent(folder):
+    (base,) = open_candidates(["base"])
+    assert base.parent is None
+    assert (base.subject.kind, base.subject.bits_per_weight) == ("model", None)
+
+
+def test_a_parent_among_the_sources_is_the_same_candidate(folder):
+    q, base = open_candidates(["q", "base"])
+    assert q.parent is base
+
+
+def test_a_source_named_twice_is_measured_once(folder):
+    assert [one.name for one in open_candidates(["q", "./q", "q"])] == ["q"]
+
+
+def test_equal_names_become_paths(folder):
+    save_tiny("llama", folder / "other/base", tied=False, seed=1)
+    assert [one.name for one in open_candidates(["base", "other/base"])] == ["base", "other/base"]
+    assert [one.parent.name for one in open_candidates(["q", "other/base"]) if one.parent] == ["base"]
+
+
+def test_a_parent_that_is_gone_is_told_and_done_without(folder):
+    (folder / "base").rename(folder / "elsewhere")
+    told = Listening()
+    (q,) = open_candidates(["q"], progress=told)
+    assert q.parent is None
+    assert "'base', which cannot be read" in told.notes[0]
+
+
+def test_a_parent_that_changed_is_warned_about(folder):
+    save_tiny("llama", folder / "base", tied=False, seed=7)
+    told = Listening()
+    (q,) = open_candidates(["q"], progress=told)
+    assert q.parent is not None
+    assert "'base' has changed since 'q'" in told.warnings[0]
+
+
+def test_a_named_parent_is_everybodys(folder):
+    (folder / "base").rename(folder / "elsewhere")
+    told = Listening()
+    q, dense = open_candidates(["q", "dense"], parent="elsewhere", progress=told)
+    assert q.parent is dense.parent
+    assert q.parent is not None
+    assert q.parent.name == "elsewhere"
+    assert told.notes == []
+
+
+def test_a_named_parent_must_exist(folder):
+    with pytest.raises(InputError, match=r"no file or folder '\./nowhere'"):
+        open_candidates(["q"], parent="./nowhere")

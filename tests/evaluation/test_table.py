@@ -1,0 +1,67 @@
+from tests.evaluation.sample import model_scores, results, task_score
+from ulbq.evaluation.table import Row, describe, footnotes, rows
+
+PARENT = model_scores("full", perplexity=24.19, tasks={"piqa": {"acc": 0.9}})
+GOOD = model_scores("good", parent="full", method="db-llm", scheme="w2g64", bits_per_weight=2.5, perplexity=71, kl=0.5)
+BAD = model_scores("bad", parent="full", method="rtn", scheme="w2g64", bits_per_weight=2.28, perplexity=356593.2, kl=7)
+
+
+def named(found: list[Row]) -> dict[str, Row]:
+    return {row.label: row for row in found}
+
+
+def test_every_model_has_a_cell_in_every_row():
+    found = rows(results(PARENT, GOOD, BAD))
+    assert {len(row.cells) for row in found} == {3}
+    table = named(found)
+    assert table["method"].cells == ("full precision", "db-llm w2g64", "rtn w2g64")
+    assert table["bits per weight"].cells == ("", "2.500", "2.280")
+    assert table["wikitext2 ↓"].cells == ("24.19", "71.00", "356,593.20")
+    assert table["same top token ↑"].cells == ("", "50.0%", "50.0%")
+
+
+def test_rows_that_nobody_measured_are_left_out():
+    assert [row.label for row in rows(results(model_scores("one", perplexity=10)))] == ["method", "wikitext2 ↓"]
+
+
+def test_the_best_is_picked_among_the_compressed_models_by_the_better_direction():
+    table = named(rows(results(PARENT, GOOD, BAD)))
+    assert table["wikitext2 ↓"].best == {1}
+    assert table["mean KL, nats a token ↓"].best == {1}
+    assert table["bits per weight"].best == frozenset()
+    # Equal values: none stands out.
+    assert table["same top token ↑"].best == frozenset()
+
+
+def test_ties_for_the_best_are_all_marked():
+    twin = model_scores("twin", parent="full", perplexity=71)
+    assert named(rows(results(PARENT, GOOD, BAD, twin)))["wikitext2 ↓"].best == {1, 3}
+
+
+def test_a_single_compressed_model_is_not_called_the_best():
+    assert not any(row.best for row in rows(results(PARENT, GOOD)))
+
+
+def test_members_of_a_group_are_summed_up_by_the_group():
+    scores = model_scores("one", tasks={"mmlu": {"acc": 0.3}})
+    scores = scores.model_copy(
+        update={"tasks": {**scores.tasks, "mmlu_law": task_score({"acc": 0.2}, member_of="mmlu")}}
+    )
+    assert [row.label for row in rows(results(scores))] == ["method", "mmlu acc ↑"]
+
+
+def test_scores_carry_their_standard_error():
+    assert named(rows(results(PARENT)))["piqa acc ↑"].cells == ("0.9000 ± 0.0100",)
+
+
+def test_descriptions():
+    assert [describe(scores.subject) for scores in (PARENT, GOOD)] == ["full precision", "db-llm w2g64"]
+    assert describe(PARENT.subject.model_copy(update={"kind": "converted"})) == "converted"
+
+
+def test_footnotes_tell_the_protocol():
+    told = " ".join(footnotes(results(PARENT, GOOD)))
+    assert "4 non-overlapping windows of 1,024 tokens" in told
+    assert "8,192 positions of wikitext2" in told
+    assert "all documents" in told
+    assert "bfloat16" in told
