@@ -1,0 +1,113 @@
+"""The commands as a user types them, in processes of their own, on a tiny model."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ulbq.models.load import load_model
+from ulbq.models.source import resolve
+
+ULBQ = f"{shlex.quote(sys.executable)} -c 'import sys; from ulbq.commands.app import main; sys.exit(main())'"
+SMALL = "--group-size 32 --samples 6 --sequence-length 32 --epochs 2 --device cpu --offline"
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line in which ``ulbq`` stands for this environment's own, as in a shell with ``pipefail``."""
+    script = f"set -o pipefail; ulbq() {{ {ULBQ} \"$@\"; }}; {line}"
+    return subprocess.run(
+        ["bash", "-c", script], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    words = "the quick brown fox jumps over a lazy dog and runs far into some old dark wood".split()
+    path.write_text("\n\n".join(" ".join(words[i:] + words[:i]) for i in range(len(words))) * 4)
+    return path
+
+
+def test_the_chain_of_the_readme(tiny_llama: Path, text: Path, data_dir: Path, tmp_path: Path) -> None:
+    chain = shell(
+        f"ulbq quantize {tiny_llama} --method db-llm {SMALL} --calibration {text}"
+        f" | ulbq eval --tasks piqa --limit 4 --device cpu --offline --data-dir {data_dir}",
+        tmp_path,
+    )
+    assert chain.returncode == 0, chain.stderr
+    evaluation = tmp_path / chain.stdout.strip()
+    assert chain.stdout == f"{evaluation.relative_to(tmp_path)}\n"
+    results = json.loads((evaluation / "results.json").read_text())
+    (scored,) = [model for model in results["models"] if model["subject"]["method"] == "db-llm"]
+    assert "piqa" in scored["tasks"]
+    assert (evaluation / "report.html").stat().st_size > 1000
+
+    newest = shell("ulbq convert --to dense --dtype fp32 -o dense --offline", tmp_path)
+    assert newest.returncode == 0, newest.stderr
+    assert newest.stdout == "dense\n"
+    looked = shell("ulbq inspect dense --verify --json", tmp_path)
+    assert json.loads(looked.stdout)["parents"][0]["kind"] == "quantized"
+
+
+def test_json_gives_the_manifest_and_nothing_else(tiny_llama: Path, tmp_path: Path) -> None:
+    done = shell(f"ulbq quantize {tiny_llama} --method rtn --group-size 32 -o q --json", tmp_path)
+    assert json.loads(done.stdout) == json.loads((tmp_path / "q" / "manifest.json").read_text())
+
+
+def test_a_failed_command_stops_the_chain_with_its_own_code(tmp_path: Path) -> None:
+    chain = shell("ulbq quantize nowhere/at/all --method rtn | ulbq eval", tmp_path)
+    assert chain.returncode == 3
+    assert chain.stdout == ""
+    assert chain.stderr.count("error:") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_four_bits_converted_to_dense_give_transformers_the_same_logits(tiny_llama: Path, tmp_path: Path) -> None:
+    done = shell(
+        f"ulbq quantize {tiny_llama} --method rtn --bits 4 --group-size 32 -o q | ulbq convert --to dense -o dense",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    tokens = torch.arange(3, 67).view(2, 32)
+    with torch.no_grad():
+        packed = load_model(resolve(tmp_path / "q"), dtype=torch.bfloat16)(tokens).logits
+        dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)(tokens).logits
+    assert torch.equal(packed, dense)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    asked = f"ulbq quantize {tiny_llama} --method db-llm {SMALL} --epochs 12 --calibration {text} -q"
+    straight = shell(f"{asked} -o straight", tmp_path)
+    assert straight.returncode == 0, straight.stderr
+
+    process = subprocess.Popen(
+        ["bash", "-c", f"ulbq() {{ exec {ULBQ} \"$@\"; }}; {asked} -o killed"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    journal = tmp_path / "killed.partial" / ".journal.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        # A header, then a line a block: two lines are one finished block.
+        if journal.exists() and journal.read_bytes().count(b"\n") >= 2:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+
+    resumed = shell(f"{asked} -o killed", tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    for path in sorted((tmp_path / "straight").glob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes(), path.name
