@@ -6,9 +6,13 @@ Exit codes: 0 done, 1 a defect of ulbq, 2 usage, 3 bad input or artifact, 4 envi
 
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -76,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = State()
     command = typer.main.get_command(app)
     try:
-        with command.make_context("ulbq", list(sys.argv[1:] if arguments is None else arguments), obj=state) as context:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        with _noting_interrupts(state), command.make_context("ulbq", words, obj=state) as context:
             command.invoke(context)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -84,15 +89,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except KeyboardInterrupt:
-        console.fail("Interrupted.", hint="Finished steps are kept: run the same command again to go on.")
-        return INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:
         _drop_standard_output()
         return BROKEN_PIPE
     except Exception as error:
         if state.debug:
             traceback.print_exc()
-        return _explain(error)
+        return _interrupted() if state.interrupted else _explain(error)
+
+
+@contextmanager
+def _noting_interrupts(state: State) -> Iterator[None]:
+    """Note Ctrl-C in ``state``: torch, for one, may swallow KeyboardInterrupt and raise an error of its own instead."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        state.interrupted = True
+        signal.default_int_handler(number, frame)
+
+    # Who ignores the signal, as nohup does, or handles it already, goes on doing so; only the main thread may ask.
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupted() -> int:
+    console.fail("Interrupted.", hint="Finished steps are kept: run the same command again to go on.")
+    return INTERRUPTED
 
 
 def _explain(error: Exception) -> int:

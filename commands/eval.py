@@ -146,8 +146,8 @@ def eval(  # the command's name; nothing here evaluates expressions
 
     request = EvaluateRequest(
         sources=chosen,
-        perplexity=_names(perplexity),
-        tasks=_names(tasks),
+        perplexity=_names("--perplexity", perplexity),
+        tasks=_names("--tasks", tasks),
         fidelity=fidelity,
         parent=parent,
         parent_scores=parent_scores,
@@ -189,6 +189,9 @@ def _read(source: str) -> str:
     return source
 
 
-def _names(text: str | None) -> tuple[str, ...]:
-    """The names in a list with commas."""
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+def _names(option: str, text: str | None) -> tuple[str, ...]:
+    """The names in a list with commas; an option that is given must name something."""
+    names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
+    if text is not None and not names:
+        raise UsageError(f"{option} names nothing.", hint=f"As in: {option} a,b")
+    return names

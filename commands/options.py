@@ -22,16 +22,15 @@ import typer
 from ulbq.errors import InputError
 from ulbq.progress import Progress, Silent
 
-ARTIFACTS = Path("artifacts")
-
 _LONGEST_PATH = 4096  # bytes; PATH_MAX of Linux
 
 
 @dataclass
 class State:
-    """What the error handler must know of the options of the command that failed."""
+    """What the error handler must know of the command that failed."""
 
     debug: bool = False
+    interrupted: bool = False
 
 
 def _remember_debug(context: typer.Context, debug: bool) -> bool:
@@ -130,11 +129,12 @@ def read_source(
         progress.note("No SOURCE given: taking the default model.")
         return None
     from ulbq.artifacts.manifest import newest
+    from ulbq.artifacts.store import DEFAULT_ROOT
 
-    found = newest(ARTIFACTS, kinds)
+    found = newest(DEFAULT_ROOT, kinds)
     if found is None:
         raise InputError(
-            f"No SOURCE given, and ./{ARTIFACTS} holds no finished artifact to take.",
+            f"No SOURCE given, and ./{DEFAULT_ROOT} holds no finished artifact to take.",
             hint="Name a SOURCE, or run 'ulbq quantize' first.",
         )
     progress.note(f"No SOURCE given: taking the newest artifact, {found}.")

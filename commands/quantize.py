@@ -73,7 +73,8 @@ def quantize(
         typer.Option(
             "--calibration",
             metavar="NAME|FILE",
-            help="Text set, mix of them, self (the model's own words), or a text, JSONL, Parquet or safetensors file.",
+            help="wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, "
+            "or a file: text, JSONL, Parquet or safetensors.",
             show_default="wikitext2, else self",
             autocompletion=lambda: ["wikitext2", "c4", "ptb", "pile", "redpajama", "alpaca", "mix", "self"],
             rich_help_panel=_CALIBRATION,
@@ -197,22 +198,24 @@ def quantize(
         ),
     ] = None,
     activation_memory: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--activation-memory",
             metavar="SIZE",
             help="Activations beyond this lie on disk (512M, 4G, …).",
+            show_default="4G",
             rich_help_panel=_TRAINING,
         ),
-    ] = "4G",
+    ] = None,
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"],
+        Literal["auto", "fp32", "bf16"] | None,
         typer.Option(
             "--precision",
             help="Dtype of the matrix products; auto is bf16 where the hardware has it.",
+            show_default="auto",
             rich_help_panel=_TRAINING,
         ),
-    ] = "auto",
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     data_dir: DataDir = None,
@@ -236,7 +239,9 @@ def quantize(
     from ulbq.pipeline.quantize import plan, quantize
     from ulbq.pipeline.request import QuantizeRequest
 
-    request = QuantizeRequest.model_validate({**given, "source": source, "activation_memory": _size(activation_memory)})
+    request = QuantizeRequest.model_validate(
+        {**given, "source": source, "activation_memory": activation_memory and _size(activation_memory)}
+    )
     if dry_run:
         planned = plan(request, progress)
         _show(planned)
@@ -256,6 +261,7 @@ def _size(text: str) -> int:
 
 def _show(plan: "QuantizePlan") -> None:
     from rich.table import Table
+    from rich.text import Text
 
     request, cost = plan.request, plan.cost
     rows = {
@@ -277,5 +283,6 @@ def _show(plan: "QuantizePlan") -> None:
         rows["full precision"] = ", ".join(plan.skipped)
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/]", text)
+        # As Text, not as markup: a file may be called text[a].
+        table.add_row(Text(name, style="bold"), Text(text))
     console.terminal().print(table)

@@ -15,7 +15,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l asymmetric -d 'Not
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l search -d 'Shrink each group\'s range where that lowers its error (rtn)'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-search -d 'Not: Shrink each group\'s range where that lowers its error (rtn)'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l preset -r -f -a 'quick balanced best' -d 'Samples, length and epochs at once'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l calibration -r -F -a 'wikitext2 c4 ptb pile redpajama alpaca mix self' -d 'Text set, mix of them, self (the model\'s own words), or a text, JSONL, Parquet or safetensors file'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l calibration -r -F -a 'wikitext2 c4 ptb pile redpajama alpaca mix self' -d 'wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a file: text, JSONL, Parquet or safetensors'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l samples -r -f -d 'Training samples'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l sequence-length -r -f -d 'Tokens a sample'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l epochs -r -f -d 'Passes over the samples, for every block'

@@ -22,7 +22,7 @@ SMALL = "--group-size 32 --samples 6 --sequence-length 32 --epochs 2 --device cp
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a line in which ``ulbq`` stands for this environment's own, as in a shell with ``pipefail``."""
-    script = f"set -o pipefail; ulbq() {{ {ULBQ} \"$@\"; }}; {line}"
+    script = f'set -o pipefail; ulbq() {{ {ULBQ} "$@"; }}; {line}'
     return subprocess.run(
         ["bash", "-c", script], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )
@@ -31,7 +31,7 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    words = "the quick brown fox jumps over a lazy dog and runs far into some old dark wood".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "far", "into", "woods"]
     path.write_text("\n\n".join(" ".join(words[i:] + words[:i]) for i in range(len(words))) * 4)
     return path
 
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_llama: Path, text: Path, tm
     assert straight.returncode == 0, straight.stderr
 
     process = subprocess.Popen(
-        ["bash", "-c", f"ulbq() {{ exec {ULBQ} \"$@\"; }}; {asked} -o killed"],
+        ["bash", "-c", f'ulbq() {{ exec {ULBQ} "$@"; }}; {asked} -o killed'],
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

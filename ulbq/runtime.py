@@ -17,6 +17,9 @@ from ulbq.errors import ResourceError
 if TYPE_CHECKING:
     import torch
 
+MAX_SEED = 2**63 - 1
+"""Beyond it torch's generators take none; the seeds of blocks are counted on from a run's."""
+
 _PACKAGES = ("torch", "transformers", "safetensors", "datasets", "lm-eval", "gguf", "numpy")
 
 
@@ -37,7 +40,7 @@ def resolve_device(name: str = "auto") -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the meta device has no values
     except (RuntimeError, AssertionError) as error:
         raise ResourceError(f"Device '{name}' cannot be used here.", hint="Try --device cpu.") from error
     return device

@@ -268,6 +268,15 @@ class TestOccupiedOutput:
         assert tree(out).keys() == {"new.bin", "manifest.json"}
         assert os.listdir(out.parent) == ["q"]
 
+    @pytest.mark.parametrize("source", ["q", "q/inside"])
+    def test_force_does_not_replace_what_the_run_works_on(self, out: Path, source: str) -> None:
+        write_artifact(out)
+        before = tree(out)
+        with pytest.raises(InputError, match="works on"):
+            ArtifactWriter(out, MINE, force=True, spare=[out.parent / source])
+        assert tree(out) == before
+        assert os.listdir(out.parent) == ["q"]
+
     def test_a_forced_run_that_fails_keeps_the_old(self, out: Path) -> None:
         write_artifact(out)
         before = tree(out)

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,6 +90,25 @@ def test_long_sentences_are_not_folded_and_brackets_are_no_markup(fail_with, cap
     message = "The file " + "folder[1]/" * 30 + "x is corrupt."
     fail_with(InputError(message))
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_an_interrupt_that_a_library_swallowed_is_one_still(monkeypatch, capsys):
+    app = typer.Typer(rich_markup_mode=None)
+
+    @app.callback()
+    def group() -> None: ...
+
+    @app.command()
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+
+    monkeypatch.setattr(app_module, "app", app)
+    assert app_module.main(["work"]) == 130
+    assert "Interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_interrupt_says_how_to_go_on(fail_with, capsys):

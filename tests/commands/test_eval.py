@@ -68,6 +68,9 @@ def test_compares_several(folder, capsys):
         (["--compare", "a", "-"], "Only the first SOURCE can be '-'"),
         (["artifacts/q", "--context", "1"], "--context"),
         (["artifacts/q", "--perplexity", "wiki"], "no text set 'wiki'"),
+        (["artifacts/q", "--tasks", ","], "--tasks names nothing"),
+        (["artifacts/q", "--seed", str(2**64)], "seed"),
+        (["artifacts/q", "--batch-size", str(10**30)], "batch-size"),
     ],
 )
 def test_wrong_usage_is_exit_code_two(folder, capsys, words, sentence):

@@ -212,6 +212,11 @@ def test_damaged_token_files(numbers: Path, tmp_path: Path) -> None:
     save_file({"tokens": torch.zeros(4, dtype=torch.int32)}, path, {"calibration": "not JSON"})
     with pytest.raises(InputError, match="not a readable safetensors file"):
         load_calibration(path)
+    save_file({"tokens": torch.zeros(4, dtype=torch.int32)}, path, {"calibration": "[" * 100_000})
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        load_calibration(path)
+    save_file({"tokens": torch.zeros(4, dtype=torch.int32)}, path, {"calibration": "[1]"})
+    assert load_calibration(path).name == path.name
     save_file({"weights": torch.zeros(4, dtype=torch.int32)}, path)
     with pytest.raises(InputError, match="holds no samples"):
         load_calibration(path)

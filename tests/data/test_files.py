@@ -78,6 +78,8 @@ def test_layouts(row: dict[str, object], text: str | None) -> None:
         ("a.jsonl", b'{"text": "one"}\n[1]\n', "line 2: not a JSON object"),
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not JSON"),
         ("a.jsonl", b'{"text": "one"}\n{"label": 1}\n', "row 2: no text among the columns 'label'"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", b'{"text": "\\ud800 alone"}\n', "row 1: half of a surrogate pair"),
         ("a.txt", b"fine\n\n\xff", "not UTF-8"),
         ("a.parquet", b"PAR1 but no more", "not a readable Parquet file"),
         ("a.jsonl.gz", b'{"text": "plain"}\n', "not a whole gzip file"),

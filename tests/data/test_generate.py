@@ -17,6 +17,7 @@ class CountingModel:
     """Always says the token after the last one, and refuses to be told what it knows already."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=258))
 
     def __call__(self, input_ids: torch.Tensor, past_key_values: int | None, use_cache: bool) -> SimpleNamespace:
         assert use_cache
@@ -68,6 +69,19 @@ def test_special_tokens_are_never_written() -> None:
     tokens = self_samples(Talkative(), SpecialBytes(), samples=16, length=40, seed=0, progress=Silent()).tokens
     assert tokens.max() < 256
     assert (tokens == 7).any()  # added, but text
+
+
+def test_tokens_that_the_model_does_not_have_are_never_written() -> None:
+    class Small(CountingModel):
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=100))
+
+        def __call__(self, **inputs: object) -> SimpleNamespace:  # type: ignore[override]
+            output = super().__call__(**inputs)
+            output.logits = torch.zeros(*output.logits.shape[:2], 100)
+            return output
+
+    tokens = self_samples(Small(), SpecialBytes(), samples=4, length=20, seed=0, progress=Silent()).tokens
+    assert tokens.max() < 100
 
 
 def test_the_cache_changes_nothing(tiny_llama: Path) -> None:

@@ -1,12 +1,14 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.models.tiny import FAMILIES, save_tiny, tiny_config, tiny_model
-from ulbq.errors import InputError, UsageError
+from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.models.blocks import (
     Linear,
     block_list,
@@ -184,6 +186,26 @@ class TestLoading:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
         source = resolve(folder)
         with pytest.raises(InputError, match=r"gate_proj\.weight' as \[128, 64\].* says \[96, 64\]"):
+            load_block(skeleton(source), source, 0, torch.float32)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_values_that_are_not_finite_are_refused(self, tmp_path: Path, bad: float) -> None:
+        folder = save_tiny("llama", tmp_path)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = bad
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        source = resolve(folder)
+        with pytest.raises(NumericsError, match=r"layers\.0\.mlp\.up_proj\.weight' with values that are not finite"):
+            load_block(skeleton(source), source, 0, torch.float32)
+        load_block(skeleton(source), source, 1, torch.float32)
+
+    def test_integers_in_place_of_weights_are_refused(self, tmp_path: Path) -> None:
+        folder = save_tiny("llama", tmp_path)
+        tensors = load_file(folder / "model.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight"
+        save_file({**tensors, name: tensors[name].int()}, folder / "model.safetensors", metadata={"format": "pt"})
+        source = resolve(folder)
+        with pytest.raises(InputError, match=r"as integers \(int32\)"):
             load_block(skeleton(source), source, 0, torch.float32)
 
 

@@ -111,6 +111,12 @@ class TestDense:
         assert not model.training
         assert model.generation_config.to_dict() == reference.generation_config.to_dict()
 
+    def test_broken_generation_config_is_named(self, tmp_path: Path) -> None:
+        folder = save_tiny("llama", tmp_path)
+        (folder / "generation_config.json").write_text("{")
+        with pytest.raises(InputError, match=r"generation_config\.json' cannot be read"):
+            load_model(resolve(folder), dtype=torch.float32)
+
     def test_generates(self, tiny_llama: Path) -> None:
         source = resolve(tiny_llama)
         model = load_model(source, dtype=torch.float32)

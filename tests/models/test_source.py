@@ -120,6 +120,10 @@ def torn_config(folder: Path) -> None:
     path.write_text(path.read_text()[:-20])
 
 
+def bottomless_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
 def list_config(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
 
@@ -144,6 +148,10 @@ def configured(**changes: object) -> Callable[[Path], None]:
         (adapter, "no config.json", "base model"),
         (torn_config, "cannot be read", "again"),
         (list_config, "not a JSON object", "again"),
+        (bottomless_config, "cannot be read", "again"),
+        (configured(num_attention_heads=0), "cannot be read as a 'llama' model", ""),
+        (configured(hidden_act="nosuch"), "makes no model", "damaged"),
+        (configured(hidden_size=-64), "makes no model", "damaged"),
         (without_weights, "holds no weights", ""),
         (pickled, "pickled", "safetensors"),
         (configured(model_type=None), "no model_type", "causal"),
@@ -162,6 +170,12 @@ def test_folder_that_cannot_be_used(folder: Path, damage: Callable[[Path], None]
     with pytest.raises(InputError, match=message) as caught:
         resolve(folder)
     assert hint in caught.value.hint
+
+
+def test_model_that_is_not_finished_yet_is_not_looked_for_on_the_hub(folder: Path, tmp_path: Path) -> None:
+    folder.rename(tmp_path / "q.partial")
+    with pytest.raises(InputError, match="not finished yet"):
+        resolve(tmp_path / "q")
 
 
 def test_unfinished_run_is_no_model(folder: Path) -> None:

@@ -1,4 +1,6 @@
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,27 @@ def test_skeleton_stays_a_skeleton(tiny_llama: Path, tmp_path: Path) -> None:
     BlockStream(model, source, some_tokens(), dtype=torch.float32, device=_CPU, limit=1 << 20, directory=tmp_path)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert [block.forward for block in block_list(model)[1]] == forwards
+
+
+def test_the_embeddings_are_let_go_of_at_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when the garbage collector happens to come by: they can be gigabytes."""
+    seen = []
+    materialize = stream_module.materialize
+
+    def note(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        seen.append(weakref.ref(module))
+        materialize(module, *args, **kwargs)
+
+    monkeypatch.setattr(stream_module, "materialize", note)
+    gc.disable()
+    try:
+        kept = open_stream(resolve(tiny_llama), some_tokens(), tmp_path)
+        assert [reference() for reference in seen] == [None]
+    finally:
+        gc.enable()
+    assert len(kept.hidden) == len(some_tokens())
 
 
 def test_gradients_flow_through_a_block(tiny_llama: Path, tmp_path: Path) -> None:

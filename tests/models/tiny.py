@@ -42,12 +42,26 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {"num_key_value_heads": None}),
 }
 
+# Fused experts, which are no linear layers; the second one with a correction bias in a persistent buffer.
+_MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "deepseek": (
+        "deepseek_v3",
+        {
+            **{"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32},
+            **{"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
+            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+            **{"moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1},
+        },
+    ),
+}
+
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 
 def tiny_config(family: str, *, tied: bool | None = None, vocab: int = 256, **changes: Any) -> PreTrainedConfig:
     """Configuration of a model with three blocks and hidden size 64; ``tied`` None: as the family does."""
-    model_type, special = _FAMILIES[family]
+    model_type, special = (_FAMILIES | _MIXTURES)[family]
     values = {**_COMMON, "vocab_size": vocab, **special, **changes}
     if tied is not None:
         values["tie_word_embeddings"] = tied
@@ -63,6 +77,10 @@ def tiny_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+            stored = model.state_dict()
+            for name, buffer in model.named_buffers():
+                if name in stored:
+                    buffer.add_(torch.randn_like(buffer) * 0.1)
     return model.eval()
 
 

@@ -259,6 +259,7 @@ def test_logits_that_are_not_finite_leave_no_artifact(made, tmp_path):
         ({"data_dir": None}, ResourceError, "Nothing can be measured"),
         ({"data_dir": Path("nowhere")}, InputError, "no data folder"),
         ({"device": "cuda:99"}, ResourceError, "cuda:99"),
+        ({"device": "meta"}, ResourceError, "meta"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(made, loads, changes, error, sentence):

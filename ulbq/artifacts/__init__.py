@@ -12,13 +12,15 @@ from ulbq.artifacts.manifest import (
     QuantizedManifest,
     is_artifact,
     newest,
+    read_back,
     read_manifest,
     verify,
 )
 from ulbq.artifacts.records import BitsReport, BlockRecord, FileEntry, LayerRecord, Parent
-from ulbq.artifacts.store import ArtifactWriter, fingerprint, free_output
+from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 
 __all__ = [
+    "DEFAULT_ROOT",
     "SCHEMA_VERSION",
     "AnyManifest",
     "ArtifactWriter",
@@ -35,6 +37,7 @@ __all__ = [
     "free_output",
     "is_artifact",
     "newest",
+    "read_back",
     "read_manifest",
     "verify",
 ]

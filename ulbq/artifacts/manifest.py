@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -93,6 +93,7 @@ class ConvertedManifest(Manifest):
     dtype: str
 
 
+M = TypeVar("M", QuantizedManifest, EvaluationManifest, ConvertedManifest)
 AnyManifest = QuantizedManifest | EvaluationManifest | ConvertedManifest
 _CLASSES: dict[str, type[AnyManifest]] = {
     "quantized": QuantizedManifest,
@@ -174,6 +175,14 @@ def read_manifest(path: Path) -> AnyManifest:
     manifest = _parse(path, _read_json(path))
     for name, entry in manifest.files.items():
         _check_file(path, name, entry)
+    return manifest
+
+
+def read_back(path: Path, kind: type[M]) -> M:
+    """The manifest that a run of our own has just written, digest and file hashes included."""
+    manifest = read_manifest(path)
+    if not isinstance(manifest, kind):
+        raise TypeError(f"wrote a manifest of kind {manifest.kind}")
     return manifest
 
 

@@ -36,6 +36,9 @@ from ulbq.artifacts.manifest import (
 from ulbq.artifacts.records import FileEntry
 from ulbq.errors import InputError
 
+DEFAULT_ROOT = Path("artifacts")
+"""Where artifacts go, and are looked for, that were given no folder."""
+
 _JOURNAL = ".journal.jsonl"
 _LOCK = ".lock"
 _SCRATCH = ".scratch"
@@ -71,6 +74,7 @@ class ArtifactWriter:
         fingerprint: identifies the run; an unfinished one with the same is resumed.
         force: replace an existing artifact (only once the new one is complete), and discard an unfinished run with
             another fingerprint. A folder that is no artifact is never replaced.
+        spare: what the artifact is made from; an ``out`` that is or holds any of it is never replaced.
 
     Attributes:
         out: as given.
@@ -83,10 +87,11 @@ class ArtifactWriter:
         ResourceError: the folder cannot be written, or the disk is full.
     """
 
-    def __init__(self, out: Path, fingerprint: str, *, force: bool = False) -> None:
+    def __init__(self, out: Path, fingerprint: str, *, force: bool = False, spare: Iterable[Path] = ()) -> None:
         self.out = out
         self.fingerprint = fingerprint
         self._force = force
+        self._spare = [Path(os.path.realpath(path)) for path in spare]
         self._fresh = False
         self._finished = False
         # Absolute: a change of the working folder must not move it. Real: partial and target must share a disk.
@@ -174,6 +179,10 @@ class ArtifactWriter:
             raise InputError(f"'{self.out}' exists and {what}.", hint="Give another -o.")
         if not self._force:
             raise InputError(f"'{self.out}' exists.", hint="Give another -o, or replace it with --force.")
+        if any(path.is_relative_to(self._target) for path in self._spare):
+            raise InputError(
+                f"'{self.out}' is what this run works on, and not even --force replaces that.", hint="Give another -o."
+            )
 
     def _open_journal(self) -> tuple[Journal, bool]:
         path = self.path / _JOURNAL

@@ -191,10 +191,12 @@ def load_calibration(path: Path) -> Calibration:
             tokens = file.get_tensor("tokens") if "tokens" in set(file.keys()) else torch.empty(0)
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.", hint="Check the path.") from error
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error}).", hint="Write it again.") from error
     if tokens.is_floating_point() or tokens.dim() not in (1, 2) or not tokens.numel():
         raise InputError(f"{path} holds no samples.", hint="It needs an integer tensor 'tokens' [samples, length].")
+    if not isinstance(origin, dict):
+        origin = {}  # another tool's note
     tokens = tokens.to(torch.int64).reshape(-1, tokens.shape[-1])
     loaded = Calibration(origin.get("name", path.name), tokens, origin.get("seed", 0))
     if origin.get("sha256", loaded.sha256) != loaded.sha256:

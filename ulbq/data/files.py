@@ -95,6 +95,12 @@ def _row_texts(path: Path) -> Iterator[str]:
                 f"{path}, row {number}: no text among the columns {', '.join(map(repr, row)) or '(none)'}.",
                 hint='Name the column "text", or use instruction/output or messages.',
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{path}, row {number}: half of a surrogate pair, which is no text.", hint="Take that row out."
+            ) from error
         yield text
 
 
@@ -112,7 +118,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 def _json_row(path: Path, number: int, line: bytes) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError both
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"{path}, line {number}: not JSON ({error}).", hint="Each line is one JSON object.") from error
     if not isinstance(row, dict):
         raise InputError(f"{path}, line {number}: not a JSON object.", hint="Each line is one JSON object.")

@@ -54,7 +54,7 @@ def self_samples(
     progress = progress or Silent()
     generator = torch.Generator().manual_seed(seed)
     leading = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
-    allowed = _text_tokens(tokenizer)
+    allowed = _text_tokens(tokenizer, model.config.get_text_config().vocab_size)
     starts = allowed[torch.randint(len(allowed), (samples, 1), generator=generator)]
     openings = torch.cat([leading.expand(samples, -1), starts], dim=1).split(_BATCH)
     with progress.phase("Writing samples", len(openings) * (length - openings[0].shape[1])) as phase:
@@ -62,11 +62,13 @@ def self_samples(
     return Calibration("self", torch.cat(written), seed)
 
 
-def _text_tokens(tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
-    """Ids of every token that is not special, int64, ascending."""
+def _text_tokens(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> torch.Tensor:
+    """Ids below ``vocabulary`` of every token that is not special, int64, ascending."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added.union(tokenizer.all_special_ids)
-    return torch.tensor([index for index in range(len(tokenizer)) if index not in special], dtype=torch.int64)
+    return torch.tensor(
+        [index for index in range(min(len(tokenizer), vocabulary)) if index not in special], dtype=torch.int64
+    )
 
 
 def _continue(
@@ -84,7 +86,9 @@ def _continue(
         cache = output.past_key_values
         logits = output.logits[:, -1].float().cpu()[:, allowed]
         if not logits.isfinite().all():
-            raise NumericsError("The model's logits are not finite.", hint="Try --dtype float32.")
+            raise NumericsError(
+                "The model's logits are not finite.", hint="Try fp32: --precision of quantize, --dtype of eval."
+            )
         step = allowed[torch.multinomial(logits.softmax(-1), 1, generator=generator)]
         tokens = torch.cat([tokens, step], dim=1)
         phase.advance()

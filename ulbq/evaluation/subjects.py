@@ -54,13 +54,7 @@ class Candidate:
 
     def record(self) -> Parent:
         """How the evaluation's manifest names it."""
-        manifest = self.source.manifest
-        return Parent(
-            kind=manifest.kind if isinstance(manifest, QuantizedManifest | ConvertedManifest) else self.source.kind,
-            name=self.source.name,
-            path=self.source.given,
-            sha256=self.source.content_hash,
-        )
+        return self.source.record()
 
 
 def open_candidates(

@@ -19,6 +19,8 @@ Packed = dict[str, torch.Tensor]
 
 # Rounding a float32 scale to float16 moves a level by at most 2^-11 of itself; the levels of a matrix add two scales.
 _ROUNDING = 2.0**-9
+# A matrix of zeros keeps the smallest scale, which float16 stores as 0.
+_UNDERFLOW = 1e-8
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def check_packed(linear: str, scheme: AffineScheme | DualBinaryScheme, packed: P
     dense = formats.dequantize(scheme, packed, simulated.shape[1])
     scale = simulated.abs().amax().item()
     difference = (dense - simulated).abs().amax().item()
-    if not math.isfinite(difference) or difference > _ROUNDING * scale:
+    if not math.isfinite(difference) or difference > _ROUNDING * scale + _UNDERFLOW:
         raise NumericsError(
             f"The packed weight of '{linear}' differs from the trained one by {difference:.3g} (largest weight "
             f"{scale:.3g}).",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ulbq.errors import InputError, UsageError
+from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.models.skeleton import empty_model
 from ulbq.models.source import ModelSource
 from ulbq.nn.quant_linear import QuantLinear
@@ -196,7 +196,9 @@ def materialize(
         without: what is named so, from its start, stays as it is.
 
     Raises:
-        InputError: a parameter or persistent buffer is missing in ``source``, or has another shape there.
+        InputError: a parameter or persistent buffer is missing in ``source``, or has another shape there; a floating
+            parameter is stored as integers.
+        NumericsError: a parameter holds values that are not finite.
     """
     persistent = set(module.state_dict())
     _swap_packed(module, source, prefix, without)
@@ -208,6 +210,8 @@ def materialize(
         # Checkpoints store tied parameters under any one of their names.
         stored = next((name for name in names if prefix + name in source.names), names[0])
         tensor = _read_checked(source, prefix + stored, parameter.shape)
+        if parameter.is_floating_point():
+            check_values(source, prefix + stored, tensor)
         kept = dtype if tensor.is_floating_point() else tensor.dtype
         filled = nn.Parameter(tensor.to(device, kept), requires_grad=False)
         for name in names:
@@ -247,12 +251,37 @@ def _swap_packed(module: nn.Module, source: ModelSource, prefix: str, without: t
 
 def _read_checked(source: ModelSource, name: str, shape: torch.Size) -> torch.Tensor:
     tensor = source.read(name)
+    check_shape(source, name, tensor, shape)
+    return tensor
+
+
+def check_shape(source: ModelSource, name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
+    """Refuse a stored tensor that has another shape than the model's configuration says. Raises InputError."""
     if tensor.shape != shape:
         raise InputError(
             f"'{source.given}' holds '{name}' as {list(tensor.shape)}, its configuration says {list(shape)}.",
             hint="Its config.json belongs to another model.",
         )
-    return tensor
+
+
+def check_values(source: ModelSource, name: str, tensor: torch.Tensor) -> None:
+    """Refuse a floating parameter that is stored as integers, or with NaN or infinity in it.
+
+    Raises:
+        InputError: integers.
+        NumericsError: values that are not finite.
+    """
+    if not tensor.is_floating_point():
+        raise InputError(
+            f"'{source.given}' holds '{name}' as integers ({str(tensor.dtype).removeprefix('torch.')}).",
+            hint="It is quantized already, or damaged: give the full-precision model.",
+        )
+    # The types of eight bits cannot be asked themselves.
+    if not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
+        raise NumericsError(
+            f"'{source.given}' holds '{name}' with values that are not finite.",
+            hint="The checkpoint is damaged, or overflowed when it was made half precision: fetch the original.",
+        )
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from ulbq.errors import InputError
 
 # What transformers raises for a configuration that it cannot use, depending on where it notices.
-_CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
+_CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError)
 _NOT_GENERATIVE = (
     "ForMaskedLM",
     "ForSequenceClassification",
@@ -65,7 +65,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"'{folder}' has no config.json, so it is not a model folder.", hint=_what_lies_there(folder))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"'{path}' cannot be read: {_first(error)}", hint="Fetch the model again.") from error
     if not isinstance(raw, dict):
         raise InputError(f"'{path}' is not a JSON object.", hint="Fetch the model again.")

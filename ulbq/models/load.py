@@ -3,6 +3,7 @@
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from ulbq.errors import InputError
 from ulbq.models.blocks import materialize, skeleton
 from ulbq.models.source import ModelSource
 
@@ -18,11 +19,18 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device 
         device: where it shall be.
 
     Raises:
-        InputError: a parameter is missing or has another shape than the configuration says.
+        InputError: a parameter is missing or has another shape than the configuration says, or a file beside the
+            weights cannot be read.
     """
     model = skeleton(source)
     materialize(model, source, dtype, device=device)
     model.config.dtype = dtype
     if (source.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"'{source.path / 'generation_config.json'}' cannot be read.",
+                hint="Fetch it again, or remove it: the model works without.",
+            ) from error
     return model

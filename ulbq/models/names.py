@@ -17,6 +17,13 @@ def state_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return {first: tuple(aliases) for first, *aliases in names.values()}
 
 
+def check_complete(source: ModelSource, model: PreTrainedModel) -> None:
+    """Refuse a checkpoint that lacks a parameter or persistent buffer of the model. Raises InputError."""
+    for name, aliases in state_names(model).items():
+        if source.names.isdisjoint((name, *aliases)):
+            source.read(name)  # says what is missing
+
+
 def read_state(source: ModelSource, name: str, aliases: tuple[str, ...] = ()) -> torch.Tensor:
     """A dense tensor under whichever of its tied names the checkpoint stores it. Raises InputError where under none."""
     return source.read(next((known for known in (name, *aliases) if known in source.names), name))

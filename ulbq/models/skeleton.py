@@ -7,6 +7,14 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ulbq.errors import InputError
+
+# A bad value shows wherever a model's own code stumbles over it.
+_BUILD_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal language model that ``config`` describes, in eval mode, its parameters on the meta device.
@@ -14,10 +22,20 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     Buffers (rotary frequencies, embedding scales) hold their values: they are computed, not stored in checkpoints.
     The attention implementation is the one that transformers picks for the architecture, which is SDPA wherever the
     architecture has it. Tied parameters are one object. ``config`` itself is left as it is.
+
+    Raises:
+        InputError: no such model can be built, for one of no heads or with an activation that does not exist.
     """
     # A parameter exists for a moment before it goes to meta; as nothing initializes it, its pages are never touched.
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    except _BUILD_ERRORS as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"The configuration of '{config.name_or_path or config.model_type}' makes no model ({cause}).",
+            hint="Its config.json is damaged, or was written for another version of transformers.",
+        ) from error
     model.tie_weights()
     model.requires_grad_(False).eval()
     return model

@@ -24,6 +24,7 @@ from ulbq.artifacts.manifest import (
     is_artifact,
     read_manifest,
 )
+from ulbq.artifacts.records import Parent
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.errors import InputError, ResourceError
 from ulbq.formats import AffineScheme, DualBinaryScheme, Scheme
@@ -112,6 +113,11 @@ class ModelSource:
         shorts = {name.removeprefix(prefix) for name in self.stored.names if name.startswith(prefix)} - dense
         return {short: self.stored.read(prefix + short) for short in sorted(shorts)}
 
+    def record(self) -> Parent:
+        """How the manifest of what is made from it names it."""
+        kind = self.manifest.kind if self.manifest else self.kind
+        return Parent(kind=kind, name=self.name, path=self.given, sha256=self.content_hash)
+
     @property
     def parent(self) -> str | None:
         """Of a quantized artifact, the full-precision model it was made from, as its maker gave it."""
@@ -192,6 +198,11 @@ def resolve(source: str | Path | None, *, offline: bool = False) -> ModelSource:
         return _open_artifact(path, given) if is_artifact(path) else _open_folder(path, given)
     if path.is_file():
         return _open_file(path, given)
+    if path.name and path.with_name(path.name + PARTIAL_SUFFIX).is_dir():
+        raise InputError(
+            f"'{given}' is not finished yet.",
+            hint="Run the command that makes it again: it goes on where it stopped.",
+        )
     if hub.looks_like_hub_id(given):
         return _open_folder(hub.download(given, offline=offline), given, hub_id=given)
     raise InputError(f"There is no file or folder '{given}'.", hint="Check the path.")

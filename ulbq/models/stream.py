@@ -175,10 +175,15 @@ def _check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
             f"The samples hold token {min(low, 0) or high}, the model's vocabulary is 0 to {config.vocab_size - 1}.",
             hint="They were made with the tokenizer of another model.",
         )
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and tokens.shape[1] > positions:
+    check_length(model, tokens.shape[1])
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Refuse samples that are longer than the model's positions. Raises InputError."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
         raise InputError(
-            f"Samples of {tokens.shape[1]} tokens are longer than the model's {positions} positions.",
+            f"Samples of {length} tokens are longer than the model's {positions} positions.",
             hint=f"Use a sequence length of at most {positions}.",
         )
 
@@ -223,7 +228,12 @@ def _arguments(
 
     for index, block in enumerate(blocks):
         block.forward = partial(take, index)
-    _run(outer, tokens)
+    try:
+        _run(outer, tokens)
+    finally:
+        # `take` knows `outer`: left in place it would be a cycle that keeps the embeddings in memory.
+        for block in blocks:
+            del block.forward
     return recorded
 
 

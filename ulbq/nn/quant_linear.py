@@ -63,10 +63,12 @@ class QuantLinear(nn.Module):
         self._dense = None
 
     def weight_dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The dequantized weight ``[out, in]``."""
-        if self._dense is not None and self._dense.dtype == dtype:
-            return self._dense
-        dense = formats.dequantize(self.scheme, self.tensors(), self.in_features, dtype)
+        """The dequantized weight ``[out, in]``, where the packed tensors are."""
+        tensors = self.tensors()
+        kept = self._dense
+        if kept is not None and kept.dtype == dtype and kept.device == tensors["codes"].device:
+            return kept
+        dense = formats.dequantize(self.scheme, tensors, self.in_features, dtype)
         if self.cache:
             self._dense = dense
         return dense

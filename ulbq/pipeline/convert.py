@@ -7,13 +7,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ulbq import __version__, runtime
-from ulbq.artifacts.manifest import ConvertedManifest
-from ulbq.artifacts.records import Parent
-from ulbq.artifacts.store import ArtifactWriter, fingerprint, free_output
+from ulbq.artifacts.manifest import ConvertedManifest, read_back
+from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 from ulbq.export.dense import shard_names, write_dense
 from ulbq.models.blocks import skeleton
 from ulbq.models.source import resolve
-from ulbq.pipeline.quantize import ARTIFACTS
 from ulbq.progress import Progress, Silent
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -52,22 +50,21 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> tuple[
     identity = fingerprint(
         {"ulbq": __version__, "source": source.content_hash, "to": request.to, "dtype": request.dtype}
     )
-    out = request.out or free_output(ARTIFACTS, f"{source.name}-{request.to}-{request.dtype}", identity)
+    out = request.out or free_output(DEFAULT_ROOT, f"{source.name}-{request.to}-{request.dtype}", identity)
     watch = runtime.Stopwatch()
-    with ArtifactWriter(out, identity, force=request.force) as writer:
+    with ArtifactWriter(out, identity, force=request.force, spare=[source.path]) as writer:
         shards = len(shard_names(skeleton(source)))
         with watch.phase("write"), progress.phase("Writing", shards) as phase:
             write_dense(source, writer.path, DTYPES[request.dtype], lambda name: phase.advance(detail=name))
-        parent_kind = source.manifest.kind if source.manifest else source.kind
-        parent = Parent(kind=parent_kind, name=source.name, path=source.given, sha256=source.content_hash)
         manifest = ConvertedManifest(
             name=out.name,
             request=request.model_dump(mode="json"),
             seed=0,
             device="cpu",
-            parents=(parent,),
+            parents=(source.record(),),
             phases=tuple(watch.records),
             target=request.to,
             dtype=request.dtype,
         )
-        return writer.finish(manifest), manifest
+        path = writer.finish(manifest)
+    return path, read_back(path, ConvertedManifest)

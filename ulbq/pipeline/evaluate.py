@@ -5,13 +5,14 @@ from pathlib import Path
 
 from ulbq import __version__, runtime
 from ulbq.artifacts import (
+    DEFAULT_ROOT,
     ArtifactWriter,
     EvaluationManifest,
     Parent,
     QuantizedManifest,
     fingerprint,
     free_output,
-    read_manifest,
+    read_back,
 )
 from ulbq.evaluation.report import report
 from ulbq.evaluation.results import Results
@@ -19,8 +20,6 @@ from ulbq.pipeline.evaluation_plan import EvaluateRequest, Job, prepare
 from ulbq.pipeline.measure import Measurer
 from ulbq.pipeline.recorded import merge
 from ulbq.progress import Progress, Silent
-
-ARTIFACTS = Path("artifacts")
 
 __all__ = ["EvaluateRequest", "evaluate"]
 
@@ -45,9 +44,10 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
     job = prepare(request, progress)
     runtime.seed_everything(request.seed)
     identity = _fingerprint(job)
-    out = request.out or free_output(ARTIFACTS, _stem(job), identity)
+    out = request.out or free_output(DEFAULT_ROOT, _stem(job), identity)
     watch = runtime.Stopwatch()
-    with ArtifactWriter(out, identity, force=request.force) as writer:
+    used = [one.source.path for one in [*job.candidates, *job.parents]] + [Path(one.path) for one in job.recorded]
+    with ArtifactWriter(out, identity, force=request.force, spare=used) as writer:
         if writer.resumed:
             progress.note(f"Resuming {out}: {len(writer.journal)} measurements are done.")
         measurer = Measurer(job.measures, writer, watch, progress) if job.measures else None
@@ -63,10 +63,7 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
         )
         _write(job, results, manifest, writer.path)
         path = writer.finish(manifest)
-    finished = read_manifest(path)
-    if not isinstance(finished, EvaluationManifest):
-        raise TypeError(f"wrote a manifest of kind {finished.kind}")
-    return path, finished
+    return path, read_back(path, EvaluationManifest)
 
 
 def _write(job: Job, results: Results, manifest: EvaluationManifest, folder: Path) -> None:

@@ -25,6 +25,9 @@ DEFAULT_CONTEXT = 1024
 CPU_WINDOWS = 32
 """Windows of text where nothing was asked for and there is no GPU: minutes instead of a quarter of an hour."""
 
+# Beyond any text there is: a slip of the finger, and better said than tried.
+_MOST = 2**31 - 1
+
 
 class EvaluateRequest(BaseModel):
     """An evaluation of one or more models.
@@ -52,13 +55,13 @@ class EvaluateRequest(BaseModel):
     fidelity: bool | None = None
     parent: str | None = None
     parent_scores: bool | None = None
-    context: int | None = Field(default=None, ge=2)
-    limit: int | None = Field(default=None, ge=0)
-    fewshot: int | None = Field(default=None, ge=0)
-    batch_size: int | None = Field(default=None, ge=1)
+    context: int | None = Field(default=None, ge=2, le=_MOST)
+    limit: int | None = Field(default=None, ge=0, le=_MOST)
+    fewshot: int | None = Field(default=None, ge=0, le=_MOST)
+    batch_size: int | None = Field(default=None, ge=1, le=_MOST)
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     device: str = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=runtime.MAX_SEED)
     data_dir: Path | None = None
     offline: bool = False
     out: Path | None = None

@@ -12,6 +12,7 @@ from ulbq.artifacts.records import BitsReport, LayerRecord
 from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
 from ulbq.formats import AffineScheme, DualBinaryScheme
 from ulbq.methods.base import BlockResult
+from ulbq.models.blocks import check_shape, check_values
 from ulbq.models.names import read_state, state_names
 from ulbq.models.source import ModelSource
 from ulbq.nn.quant_linear import QuantLinear, linear_layer
@@ -24,24 +25,26 @@ def block_shard(index: int) -> str:
     return f"model-block-{index:05d}.safetensors"
 
 
-def write_block(path: Path, prefix: str, source: ModelSource, block_names: Iterable[str], result: BlockResult) -> None:
+def write_block(path: Path, prefix: str, source: ModelSource, block: nn.Module, result: BlockResult) -> None:
     """Write one block's shard.
 
     Args:
         prefix: full name of the block, with the dot.
-        block_names: the block's parameters by full name, as the source has them.
+        block: for the names of its parameters and persistent buffers; may be on the meta device.
         result: what the method made of it; what it did not touch is copied from the source.
     """
     tensors = {
-        f"{prefix}{linear}.{short}": tensor.cpu()
+        f"{prefix}{linear}.{short}": tensor
         for linear, packed in result.packed.items()
         for short, tensor in packed.items()
     }
     replaced = {f"{prefix}{linear}.weight" for linear in result.packed}
-    tensors |= {f"{prefix}{name}": value.cpu() for name, value in result.dense.items()}
-    for name in block_names:
+    tensors |= {f"{prefix}{name}": value for name, value in result.dense.items()}
+    buffers = {f"{prefix}{name}" for name, _ in block.named_buffers()}
+    for name in (f"{prefix}{name}" for name in block.state_dict()):
         if name not in replaced and name not in tensors:
-            tensors[name] = half(source.read(name))
+            tensor = source.read(name)
+            tensors[name] = tensor if name in buffers else half(tensor)
     write_shard(path, tensors)
 
 
@@ -53,9 +56,21 @@ def write_outer(path: Path, model: PreTrainedModel, source: ModelSource, prefix:
 
     Returns:
         Stored bits: ``embeddings`` (matrices) and ``other`` (vectors).
+
+    Raises:
+        InputError: a tensor is missing, or stored otherwise than the configuration says.
+        NumericsError: a tensor has values that are not finite.
     """
+    expected = model.state_dict()
     names = {name: aliases for name, aliases in state_names(model).items() if not name.startswith(prefix)}
-    tensors = {name: half(read_state(source, name, aliases)) for name, aliases in names.items()}
+    buffers = {name for name, _ in model.named_buffers()}
+    tensors = {}
+    for name, aliases in names.items():
+        tensor = read_state(source, name, aliases)
+        check_shape(source, name, tensor, expected[name].shape)
+        if name not in buffers and expected[name].is_floating_point():
+            check_values(source, name, tensor)
+        tensors[name] = tensor if name in buffers else half(tensor)
     write_shard(path, tensors)
     bits = {"embeddings": 0, "other": 0}
     for tensor in tensors.values():
@@ -64,7 +79,10 @@ def write_outer(path: Path, model: PreTrainedModel, source: ModelSource, prefix:
 
 
 def half(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense tensor as it is stored: float32 as bfloat16, anything else as it is."""
+    """A parameter that was not trained, as it is stored: float32 as bfloat16, anything else as it is.
+
+    Buffers are stored as they are: the correction biases of a mixture of experts decide in float32 who is called.
+    """
     return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
 
 
@@ -80,13 +98,11 @@ def restore_block(
     for linear in linears:
         layer = linear_layer(block, linear)
         packed = QuantLinear(scheme, layer.in_features, layer.out_features, bias=layer.bias is not None, cache=True)
-        device = layer.weight.device
-        packed.assign({name: stored.read(f"{prefix}{linear}.{name}").to(device) for name in packed.tensors()})
-        packed.bias = layer.bias
-        block.set_submodule(linear, packed)
+        block.set_submodule(linear, packed.to(layer.weight.device))
     with torch.no_grad():
-        for name, parameter in block.named_parameters():
-            parameter.copy_(stored.read(f"{prefix}{name}"))
+        # Parameters, packed tensors and persistent buffers alike.
+        for name, tensor in block.state_dict(keep_vars=True).items():
+            tensor.copy_(stored.read(f"{prefix}{name}"))
     return block
 
 
@@ -113,7 +129,8 @@ def write_folder(
     write_index(folder, {path.name: sorted(LazyTensors([path]).names) for path in shards})
     with writing(folder):
         config = source.config.to_dict()
-        config["dtype"] = "bfloat16"
+        # As `half` leaves them: what came as float16 is still float16.
+        config["dtype"] = "float16" if config.get("dtype") in ("float16", torch.float16) else "bfloat16"
         config["quantization_config"] = {"quant_method": "ulbq", "method": method, **scheme.model_dump()}
         updated = type(source.config).from_dict(config)
         updated.save_pretrained(folder)

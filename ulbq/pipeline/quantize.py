@@ -1,7 +1,7 @@
 """``quantize``: a model in, a packed artifact out, one block at a time."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +13,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ulbq import __version__, formats, runtime
-from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_manifest
-from ulbq.artifacts.records import BlockRecord, LayerRecord, Parent
-from ulbq.artifacts.store import ArtifactWriter, fingerprint, free_output
+from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
+from ulbq.artifacts.records import BlockRecord, LayerRecord
+from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 from ulbq.data.calibration import Calibration, calibration_samples, load_calibration, save_calibration
 from ulbq.data.generate import self_samples
 from ulbq.data.registry import available
-from ulbq.errors import NumericsError
+from ulbq.errors import InputError, NumericsError
 from ulbq.formats import dual_binary
 from ulbq.formats.bits import stored_bits
 from ulbq.methods.base import BlockResult, BlockTask, Method
 from ulbq.models.blocks import ModelStructure, check_group_size, load_block, skeleton, structure
 from ulbq.models.load import load_model
+from ulbq.models.names import check_complete
 from ulbq.models.source import ModelSource, resolve
-from ulbq.models.stream import ActivationStore, BlockStream, run_block
+from ulbq.models.stream import ActivationStore, BlockStream, check_length, run_block
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.predict import Cost, heldout_samples, predict
@@ -35,7 +36,6 @@ from ulbq.progress import Phase, Progress, Silent
 from ulbq.training.block import BlockData, TrainOutcome
 from ulbq.training.precision import Precision
 
-ARTIFACTS = Path("artifacts")
 _CALIBRATION = "calibration.safetensors"
 # A relative error of one half per token: what comes out of the block is hardly the model's any more.
 _ALARM = 0.5
@@ -82,7 +82,8 @@ def plan(request: QuantizeRequest, progress: Progress | None = None) -> Quantize
 
     Raises:
         UsageError: options that do not exist or do not go together.
-        InputError: no such model, or a group size that does not divide.
+        InputError: no such model, one that is quantized or incomplete, a group size that does not divide, or samples
+            longer than the model takes.
     """
     return _prepare(request, progress or Silent()).plan
 
@@ -111,50 +112,63 @@ def quantize(
         on_plan(job.plan)
     watch = runtime.Stopwatch()
     runtime.seed_everything(job.request.seed)
-    drawn = _draw(job) if job.method.calibrated and job.request.calibration != "self" else None
+    drawn = None
+    if job.method.calibrated and job.request.calibration != "self":
+        with watch.phase("calibration"):
+            drawn = _draw(job)
     identity = _fingerprint(job, drawn)
     out = request.out or free_output(
-        ARTIFACTS, f"{job.source.name}-{job.method.name}-{job.method.scheme.label}", identity
+        DEFAULT_ROOT, f"{job.source.name}-{job.method.name}-{job.method.scheme.label}", identity
     )
-    with ArtifactWriter(out, identity, force=request.force) as writer:
+    if job.source.kind == "gguf":
+        job.source.tokenizer()  # written out at the end: better missed now
+    with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
         if writer.resumed:
             progress.note(f"Resuming {out}: {len(writer.journal)} of {job.found.n_blocks} blocks are done.")
-        calibration = None
-        if job.method.calibrated:
+        calibration = drawn
+        if job.method.calibrated and calibration is None:
             with watch.phase("calibration"):
-                calibration = drawn or _written_samples(job, writer, progress)
-                save_calibration(writer.path / _CALIBRATION, calibration)
+                calibration = _written_samples(job, writer, progress)
+        if calibration is not None:
+            save_calibration(writer.path / _CALIBRATION, calibration)
         with watch.phase("blocks"):
+            # First: a source that is damaged here would show only after hours.
+            outer = layout.write_outer(
+                writer.path / layout.OUTER_SHARD, job.model, job.source, f"{job.found.blocks_prefix}."
+            )
             _Run(job, writer, progress).walk(calibration)
         with watch.phase("finish"):
-            manifest = _finish(job, writer, calibration, watch)
+            manifest = _finish(job, writer, calibration, outer, watch)
         path = writer.finish(manifest)
-    finished = read_manifest(path)
-    if not isinstance(finished, QuantizedManifest):
-        raise TypeError(f"wrote a manifest of kind {finished.kind}")
-    return path, finished
+    return path, read_back(path, QuantizedManifest)
 
 
 def _prepare(request: QuantizeRequest, progress: Progress) -> _Job:
     check_options(request)
     device = runtime.resolve_device(request.device)
-    precision = Precision.choose(device, request.precision)
     source = resolve(request.source, offline=request.offline)
+    if source.packed:
+        raise InputError(
+            f"'{source.given}' is quantized already.",
+            hint=f"Give the full-precision model it was made from{f': {source.parent}' if source.parent else ''}.",
+        )
     request = complete(request, "balanced" if device.type == "cuda" else "quick")
+    precision = Precision.choose(device, request.precision or "auto")
     method = build_method(request)
     if method.calibrated and request.calibration is None:
         request = request.model_copy(update={"calibration": _default_calibration(request, progress)})
     model = skeleton(source)
     found = structure(model)
     check_group_size(found, request.group_size)
+    check_complete(source, model)
+    if method.calibrated:
+        check_length(model, request.sequence_length or 0)
     layers = [linear for block in found.linears for linear in block]
     sizes = {linear.name: linear.out_features * linear.in_features for linear in layers}
     stored = sum(
         formats.bits_per_weight(method.scheme, linear.out_features, linear.in_features) * sizes[linear.name]
         for linear in layers
     )
-    outer = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{found.blocks_prefix}."))
-    hidden = model.config.get_text_config().hidden_size
     described = QuantizePlan(
         request=request,
         model=source.name,
@@ -166,7 +180,7 @@ def _prepare(request: QuantizeRequest, progress: Progress) -> _Job:
         bits_per_weight=stored / sum(sizes.values()),
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
-        cost=predict(request, method, found, hidden, outer),
+        cost=predict(request, method, found, model, precision),
     )
     return _Job(request, source, model, found, method, precision, described)
 
@@ -181,15 +195,21 @@ def _default_calibration(request: QuantizeRequest, progress: Progress) -> str:
 def _draw(job: _Job) -> Calibration:
     request = job.request
     samples = request.samples or 0
-    return calibration_samples(
-        str(request.calibration),
-        job.source.tokenizer(),
-        samples=samples + heldout_samples(samples),
-        length=request.sequence_length or 0,
-        seed=request.seed,
-        data_dir=request.data_dir,
-        offline=request.offline,
-    )
+    held_out = heldout_samples(samples)
+    try:
+        return calibration_samples(
+            str(request.calibration),
+            job.source.tokenizer(),
+            samples=samples + held_out,
+            length=request.sequence_length or 0,
+            seed=request.seed,
+            data_dir=request.data_dir,
+            offline=request.offline,
+        )
+    except InputError as error:
+        # The data layer counts all samples alike; who asked for --samples must know about the others.
+        extra = f"Besides --samples {samples}, {held_out} are drawn and held out."
+        raise InputError(error.message, hint=f"{error.hint} {extra}" if error.hint else extra) from error
 
 
 def _written_samples(job: _Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
@@ -217,6 +237,7 @@ def _fingerprint(job: _Job, drawn: Calibration | None) -> str:
             "schema": SCHEMA_VERSION,
             "source": job.source.content_hash,
             "request": job.request.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
+            "device": job.precision.device.type,
             "precision": job.plan.precision,
             "calibration": drawn.sha256 if drawn else job.request.calibration,
         }
@@ -273,8 +294,7 @@ class _Run:
         result = job.method.quantize_block(task)
         _check_finite(index, result)
         shard = self._writer.path / layout.block_shard(index)
-        names = [prefix + name for name in job.model.get_submodule(prefix[:-1]).state_dict()]
-        layout.write_block(shard, prefix, job.source, names, result)
+        layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
         records: dict[str, Any] = {
             "layers": [_layer(job, prefix + name, originals[name], result.packed[name]) for name in linears]
         }
@@ -309,7 +329,7 @@ class _Streams:
             tokens,
             dtype=torch.float32,
             device=device,
-            limit=job.request.activation_memory // copies,
+            limit=(job.request.activation_memory or 0) // copies,
             directory=scratch,
         )
         self._kwargs = stream.block_kwargs
@@ -325,7 +345,7 @@ class _Streams:
         with _mean_squares(block, linears) as sums:
             self._run(block, index, self._full, self._full)
         count = len(self._full) * self._full.shape[1]
-        self.importance = {linear: total / count for linear, total in sums.items()}
+        self.importance = {linear: _importance(index, linear, sums) / count for linear in linears}
         if self._augmented is not None:
             self._run(block, index, self._quantized, self._augmented)
 
@@ -369,6 +389,17 @@ def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[s
             handle.remove()
 
 
+def _importance(index: int, linear: str, sums: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A layer's sums; the same for every column where no token reached it, as with an expert that nobody chose."""
+    if linear not in sums:
+        raise InputError(
+            f"Block {index} never calls its layer '{linear}' on the calibration samples.",
+            hint="Take more samples; a layer whose weight the model uses by itself cannot be quantized.",
+        )
+    total = sums[linear]
+    return total if total.any() else torch.ones_like(total)
+
+
 def _names(found: ModelStructure, index: int) -> tuple[str, tuple[str, ...]]:
     """A block's full name with the dot, and its linear layers' names relative to it."""
     prefix = f"{found.blocks_prefix}.{index}."
@@ -405,11 +436,14 @@ def _block(index: int, outcome: TrainOutcome, seconds: float) -> BlockRecord:
 
 
 def _finish(
-    job: _Job, writer: ArtifactWriter, calibration: Calibration | None, watch: runtime.Stopwatch
+    job: _Job,
+    writer: ArtifactWriter,
+    calibration: Calibration | None,
+    outer: Mapping[str, int],
+    watch: runtime.Stopwatch,
 ) -> QuantizedManifest:
-    """Write what is not a block, and describe the whole."""
+    """Write everything beside the tensors, and describe the whole; ``outer`` are the bits outside the blocks."""
     folder, source = writer.path, job.source
-    outer = layout.write_outer(folder / layout.OUTER_SHARD, job.model, source, f"{job.found.blocks_prefix}.")
     entries = [writer.journal[str(index)] for index in range(job.found.n_blocks)]
     layers = [LayerRecord.model_validate(layer) for entry in entries for layer in entry["layers"]]
     shards = [folder / layout.block_shard(index) for index in range(job.found.n_blocks)]
@@ -420,14 +454,7 @@ def _finish(
         request=job.request.model_dump(mode="json"),
         seed=job.request.seed,
         device=job.plan.device,
-        parents=(
-            Parent(
-                kind=source.manifest.kind if source.manifest else source.kind,
-                name=source.name,
-                path=source.given,
-                sha256=source.content_hash,
-            ),
-        ),
+        parents=(source.record(),),
         phases=tuple(watch.records),
         method=job.method.name,
         scheme=job.method.scheme.model_dump(),

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ulbq import runtime
 from ulbq.errors import UsageError
 from ulbq.formats import AffineScheme, DualBinaryScheme
 from ulbq.methods import METHODS, DbLlm, Rtn
@@ -13,6 +14,9 @@ from ulbq.training.losses import TokenWeighting
 from ulbq.training.settings import TrainSettings
 
 PresetName = Literal["quick", "balanced", "best"]
+
+# No machine holds more samples, or longer ones: a slip of the finger, and better said than tried.
+_MOST = 1_000_000
 
 
 class Preset(BaseModel):
@@ -48,7 +52,8 @@ class QuantizeRequest(BaseModel):
         search: shrink each group's range where that lowers its error (rtn).
         calibration: data set name, file, ``mix`` or ``self``.
         samples, sequence_length: size of the calibration set.
-        epochs … retries: as :class:`~ulbq.training.settings.TrainSettings` has them.
+        epochs … augmented_loss: as :class:`~ulbq.training.settings.TrainSettings` has them.
+        train_weights: let the weights move, not only scales and norms.
         activation_memory: bytes of activations that may stay in memory.
         precision: dtype of the matrix products.
         out: folder of the artifact; None for a telling name under ``./artifacts``.
@@ -64,31 +69,34 @@ class QuantizeRequest(BaseModel):
     search: bool | None = None
     preset: PresetName | None = None
     calibration: str | None = None
-    samples: int | None = Field(default=None, ge=1)
-    sequence_length: int | None = Field(default=None, ge=2)
-    seed: int = Field(default=0, ge=0)
-    epochs: int | None = Field(default=None, ge=0)
-    batch_size: int | None = Field(default=None, ge=1)
-    weight_rate: float | None = Field(default=None, gt=0)
-    scale_rate: float | None = Field(default=None, gt=0)
-    norm_rate: float | None = Field(default=None, ge=0)
-    clip: float | None = Field(default=None, ge=0)
+    samples: int | None = Field(default=None, ge=1, le=_MOST)
+    sequence_length: int | None = Field(default=None, ge=2, le=_MOST)
+    seed: int = Field(default=0, ge=0, le=runtime.MAX_SEED)
+    epochs: int | None = Field(default=None, ge=0, le=_MOST)
+    batch_size: int | None = Field(default=None, ge=1, le=_MOST)
+    weight_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    scale_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    norm_rate: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    clip: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     patience: int | None = Field(default=None, ge=1)
     token_weighting: TokenWeighting | None = None
     augmented_loss: bool | None = None
     train_weights: bool | None = None
-    activation_memory: int = Field(default=4 * 2**30, ge=0)
+    activation_memory: int | None = Field(default=None, ge=0)
     device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] | None = None
     data_dir: Path | None = None
     offline: bool = False
     out: Path | None = None
     force: bool = False
 
 
-# What does not change the weights and so is no part of a run's identity.
+# What does not change the weights and so is no part of a run's identity, or stands there as what it came to.
 NOT_IN_FINGERPRINT = frozenset(
-    {"source", "out", "force", "data_dir", "offline", "calibration", "activation_memory", "preset"}
+    {
+        *("source", "out", "force", "data_dir", "offline", "activation_memory", "preset"),
+        *("calibration", "device", "precision"),
+    }
 )
 
 _CALIBRATION = frozenset({"preset", "calibration", "samples", "sequence_length"})
@@ -98,9 +106,10 @@ _TRAINING = frozenset(
         *("token_weighting", "augmented_loss"),
     }
 )
+_COMPUTE = frozenset({"activation_memory", "precision"})
 _TAKES: dict[str, frozenset[str]] = {
     "rtn": frozenset({"bits", "symmetric", "search"}),
-    "db-llm": _CALIBRATION | _TRAINING | {"bits", "train_weights"},
+    "db-llm": _CALIBRATION | _TRAINING | _COMPUTE | {"bits", "train_weights"},
 }
 """Options that mean something to each method, beyond those that all take. The others are refused, not ignored."""
 
@@ -131,10 +140,12 @@ def complete(request: QuantizeRequest, preset: PresetName) -> QuantizeRequest:
     """
     defaults: dict[str, Any] = {"bits": 2 if request.method == "db-llm" else 4}
     if request.method == "rtn":
-        defaults |= {"symmetric": False, "search": True}
+        # Rounding multiplies nothing, and looks at no activations.
+        defaults |= {"symmetric": False, "search": True, "precision": "fp32"}
     else:
         name = request.preset or preset
         defaults |= {"preset": name, **PRESETS[name].model_dump(), "train_weights": True}
+        defaults |= {"precision": "auto", "activation_memory": 4 * 2**30}
         defaults |= TrainSettings().model_dump(include=set(_TRAINING - {"epochs"}))
     return request.model_copy(
         update={name: value for name, value in defaults.items() if getattr(request, name) is None}

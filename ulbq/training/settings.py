@@ -13,7 +13,8 @@ class TrainSettings(BaseModel):
         batch_size: samples a step.
         weight_rate: learning rate of the weights, in grid steps an update (AdamW moves about that far).
         scale_rate: learning rate of the scales, as a share of the group's starting step.
-        norm_rate: learning rate of the block's norm weights; 0 freezes them.
+        norm_rate: learning rate of the block's norm weights (and of other vectors beside its linear layers); 0
+            freezes them.
         warmup: share of the steps with a rising rate.
         final_rate: share of the rate that is left at the end of the cosine.
         clip: largest norm of the gradients of a step; 0 for none.

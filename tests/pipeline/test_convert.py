@@ -1,0 +1,86 @@
+"""Packed artifacts as plain model folders, read back by transformers itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.models.tiny import save_tiny
+from ulbq.artifacts import read_manifest, verify
+from ulbq.errors import InputError, NumericsError
+from ulbq.models.load import load_model
+from ulbq.models.source import resolve
+from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.quantize import quantize
+from ulbq.pipeline.request import QuantizeRequest
+
+TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+def packed(dense: Path, out: Path) -> Path:
+    return quantize(
+        QuantizeRequest(source=str(dense), out=out, method="rtn", bits=3, group_size=32, device="cpu", offline=True)
+    )[0]
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("qwen2", None), ("deepseek", None)])
+def test_transformers_computes_the_packed_models_logits(family: str, tied: bool | None, tmp_path: Path) -> None:
+    artifact = packed(save_tiny(family, tmp_path / "dense", tied=tied), tmp_path / "q")
+    path, _ = convert(ConvertRequest(source=str(artifact), dtype="fp32", out=tmp_path / "plain"))
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)(TOKENS).logits
+        ours = load_model(resolve(artifact), dtype=torch.float32)(TOKENS).logits
+    torch.testing.assert_close(plain, ours, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_every_tensor_and_the_configuration_have_the_dtype(
+    name: str, dtype: torch.dtype, tiny_llama: Path, tmp_path: Path
+) -> None:
+    path, manifest = convert(ConvertRequest(source=str(tiny_llama), dtype=name, out=tmp_path / "plain"))
+    stored = {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert (resolve(path).config.dtype, manifest.dtype) == (dtype, name)
+    assert not hasattr(resolve(path).config, "quantization_config")
+    original = resolve(tiny_llama)
+    assert stored.keys() == original.names
+    assert all(torch.equal(tensor, original.read(n).to(dtype)) for n, tensor in stored.items())
+
+
+def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
+    path, _ = convert(ConvertRequest(source=str(save_tiny("llama", tmp_path / "d", tied=True)), out=tmp_path / "plain"))
+    stored = {name for file in path.glob("*.safetensors") for name in load_file(file)}
+    assert "model.embed_tokens.weight" in stored
+    assert "lm_head.weight" not in stored
+
+
+def test_the_manifest_that_comes_back_is_the_one_on_disk(tiny_llama: Path, tmp_path: Path) -> None:
+    artifact = packed(tiny_llama, tmp_path / "q")
+    path, manifest = convert(ConvertRequest(source=str(artifact), out=tmp_path / "plain"))
+    assert manifest == read_manifest(path)
+    assert manifest.digest
+    assert "config.json" in manifest.files
+    assert [(parent.kind, parent.sha256) for parent in manifest.parents] == [
+        ("quantized", read_manifest(artifact).digest)
+    ]
+    verify(path)
+
+
+def test_a_weight_beyond_the_dtypes_range_is_refused_and_nothing_stays(tmp_path: Path) -> None:
+    dense = save_tiny("llama", tmp_path / "dense")
+    weights = load_file(dense / "model.safetensors")
+    weights["model.norm.weight"][3] = 1e5
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match="float16"):
+        convert(ConvertRequest(source=str(dense), dtype="fp16", out=tmp_path / "plain"))
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_an_output_that_is_taken_is_refused_unless_forced(tiny_llama: Path, tmp_path: Path) -> None:
+    asked = ConvertRequest(source=str(tiny_llama), out=tmp_path / "plain")
+    convert(asked)
+    with pytest.raises(InputError):
+        convert(asked)
+    convert(asked.model_copy(update={"force": True}))
