@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ulbq.errors import NumericsError
 from ulbq.formats import affine
 from ulbq.formats.affine import AffineScheme
 from ulbq.solvers.rtn import round_to_nearest
@@ -86,3 +87,11 @@ def test_a_constant_group_keeps_its_value(value: float, symmetric: bool) -> None
     scheme = AffineScheme(bits=4, group_size=64, symmetric=symmetric)
     dense = decoded(torch.full((2, 64), value), scheme)
     torch.testing.assert_close(dense, torch.full((2, 64), value), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_weights_beyond_the_range_of_the_scales_are_refused(search: bool) -> None:
+    weight = gaussian()
+    weight[3] *= 1e37
+    with pytest.raises(NumericsError):
+        round_to_nearest(weight, AffineScheme(bits=4, group_size=64), search=search)

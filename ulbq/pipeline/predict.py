@@ -67,7 +67,7 @@ def predict(
         streams = (3 if method.augmented else 2) * held * length * hidden * 4
         memory += min(streams, request.activation_memory or 0) + outer * 4
         disk += max(0, streams - request.activation_memory or 0)
-        memory += (request.batch_size or 1) * length * hidden * 4 * _STEP_ACTIVATIONS
+        memory += min(request.batch_size or 1, held) * length * hidden * 4 * _STEP_ACTIVATIONS
     else:
         memory += outer * 2
     if request.calibration == "self":

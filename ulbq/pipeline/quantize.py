@@ -1,16 +1,11 @@
 """``quantize``: a model in, a packed artifact out, one block at a time."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
-from torch import nn
-from transformers import PreTrainedModel
 
 from ulbq import __version__, formats, runtime
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
@@ -18,74 +13,26 @@ from ulbq.artifacts.records import BlockRecord, LayerRecord
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 from ulbq.data.calibration import Calibration, calibration_samples, load_calibration, save_calibration
 from ulbq.data.generate import self_samples
-from ulbq.data.registry import available
 from ulbq.errors import InputError, NumericsError
 from ulbq.formats import dual_binary
 from ulbq.formats.bits import stored_bits
-from ulbq.methods.base import BlockResult, BlockTask, Method
-from ulbq.models.blocks import ModelStructure, check_group_size, load_block, skeleton, structure
+from ulbq.methods.base import BlockResult, BlockTask
+from ulbq.models.blocks import load_block
 from ulbq.models.load import load_model
-from ulbq.models.names import check_complete
-from ulbq.models.source import ModelSource, resolve
-from ulbq.models.stream import ActivationStore, BlockStream, check_length, run_block
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
-from ulbq.pipeline.predict import Cost, heldout_samples, predict
-from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest, build_method, check_options, complete
+from ulbq.pipeline.predict import heldout_samples
+from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
+from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
+from ulbq.pipeline.streams import Streams
 from ulbq.progress import Phase, Progress, Silent
-from ulbq.training.block import BlockData, TrainOutcome
-from ulbq.training.precision import Precision
+from ulbq.training.block import TrainOutcome
+
+__all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]
 
 _CALIBRATION = "calibration.safetensors"
 # A relative error of one half per token: what comes out of the block is hardly the model's any more.
 _ALARM = 0.5
-
-
-class QuantizePlan(BaseModel):
-    """What a run would do and cost.
-
-    Attributes:
-        request: completed: presets, defaults and the calibration source filled in.
-        bits_per_weight: true bits of the linear weights, scales and zeros included.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    request: QuantizeRequest
-    model: str
-    blocks: int
-    layers: int
-    weights: int
-    skipped: tuple[str, ...]
-    scheme: str
-    bits_per_weight: float
-    device: str
-    precision: str
-    cost: Cost
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Everything that is settled before the first tensor is read."""
-
-    request: QuantizeRequest
-    source: ModelSource
-    model: PreTrainedModel
-    found: ModelStructure
-    method: Method
-    precision: Precision
-    plan: QuantizePlan
-
-
-def plan(request: QuantizeRequest, progress: Progress | None = None) -> QuantizePlan:
-    """Check a request and predict its cost; nothing is written.
-
-    Raises:
-        UsageError: options that do not exist or do not go together.
-        InputError: no such model, one that is quantized or incomplete, a group size that does not divide, or samples
-            longer than the model takes.
-    """
-    return _prepare(request, progress or Silent()).plan
 
 
 def quantize(
@@ -107,7 +54,7 @@ def quantize(
         NumericsError: the numbers went wrong beyond repair. The finished blocks stay for a resumed run.
     """
     progress = progress or Silent()
-    job = _prepare(request, progress)
+    job = prepare(request, progress)
     if on_plan is not None:
         on_plan(job.plan)
     watch = runtime.Stopwatch()
@@ -143,56 +90,7 @@ def quantize(
     return path, read_back(path, QuantizedManifest)
 
 
-def _prepare(request: QuantizeRequest, progress: Progress) -> _Job:
-    check_options(request)
-    device = runtime.resolve_device(request.device)
-    source = resolve(request.source, offline=request.offline)
-    if source.packed:
-        raise InputError(
-            f"'{source.given}' is quantized already.",
-            hint=f"Give the full-precision model it was made from{f': {source.parent}' if source.parent else ''}.",
-        )
-    request = complete(request, "balanced" if device.type == "cuda" else "quick")
-    precision = Precision.choose(device, request.precision or "auto")
-    method = build_method(request)
-    if method.calibrated and request.calibration is None:
-        request = request.model_copy(update={"calibration": _default_calibration(request, progress)})
-    model = skeleton(source)
-    found = structure(model)
-    check_group_size(found, request.group_size)
-    check_complete(source, model)
-    if method.calibrated:
-        check_length(model, request.sequence_length or 0)
-    layers = [linear for block in found.linears for linear in block]
-    sizes = {linear.name: linear.out_features * linear.in_features for linear in layers}
-    stored = sum(
-        formats.bits_per_weight(method.scheme, linear.out_features, linear.in_features) * sizes[linear.name]
-        for linear in layers
-    )
-    described = QuantizePlan(
-        request=request,
-        model=source.name,
-        blocks=found.n_blocks,
-        layers=len(layers),
-        weights=sum(sizes.values()),
-        skipped=found.skipped,
-        scheme=f"{method.scheme.format} {method.scheme.label}",
-        bits_per_weight=stored / sum(sizes.values()),
-        device=runtime.describe_device(device),
-        precision=str(precision.dtype).removeprefix("torch."),
-        cost=predict(request, method, found, model, precision),
-    )
-    return _Job(request, source, model, found, method, precision, described)
-
-
-def _default_calibration(request: QuantizeRequest, progress: Progress) -> str:
-    if available("wikitext2", data_dir=request.data_dir, offline=request.offline):
-        return "wikitext2"
-    progress.note("WikiText-2 cannot be had here: the model writes its own calibration samples (--calibration self).")
-    return "self"
-
-
-def _draw(job: _Job) -> Calibration:
+def _draw(job: Job) -> Calibration:
     request = job.request
     samples = request.samples or 0
     held_out = heldout_samples(samples)
@@ -212,7 +110,7 @@ def _draw(job: _Job) -> Calibration:
         raise InputError(error.message, hint=f"{error.hint} {extra}" if error.hint else extra) from error
 
 
-def _written_samples(job: _Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
+def _written_samples(job: Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
     """Samples of the model's own, or those that the interrupted run wrote: they follow from the seed."""
     saved = writer.path / _CALIBRATION
     if writer.resumed and saved.exists():
@@ -230,7 +128,7 @@ def _written_samples(job: _Job, writer: ArtifactWriter, progress: Progress) -> C
     )
 
 
-def _fingerprint(job: _Job, drawn: Calibration | None) -> str:
+def _fingerprint(job: Job, drawn: Calibration | None) -> str:
     return fingerprint(
         {
             "ulbq": __version__,
@@ -247,7 +145,7 @@ def _fingerprint(job: _Job, drawn: Calibration | None) -> str:
 class _Run:
     """The walk over the blocks."""
 
-    def __init__(self, job: _Job, writer: ArtifactWriter, progress: Progress) -> None:
+    def __init__(self, job: Job, writer: ArtifactWriter, progress: Progress) -> None:
         self._job = job
         self._writer = writer
         self._progress = progress
@@ -255,7 +153,7 @@ class _Run:
     def walk(self, calibration: Calibration | None) -> None:
         """Quantize every block that the journal does not hold yet; the others are replayed from their shards."""
         job = self._job
-        streams = None if calibration is None else _Streams(job, calibration.tokens, self._writer.scratch)
+        streams = None if calibration is None else Streams(job, calibration.tokens, self._writer.scratch)
         steps = job.found.n_blocks * (job.method.epochs + 1)
         with self._progress.phase("Quantizing", steps) as phase:
             for index in range(job.found.n_blocks):
@@ -268,9 +166,9 @@ class _Run:
                 if streams is not None and index + 1 < job.found.n_blocks:
                     streams.advance_quantized(index, self._writer.path / layout.block_shard(index))
 
-    def _quantize(self, index: int, streams: "_Streams | None", phase: Phase) -> None:
+    def _quantize(self, index: int, streams: Streams | None, phase: Phase) -> None:
         job, started = self._job, time.monotonic()
-        prefix, linears = _names(job.found, index)
+        prefix, linears = job.names(index)
         block = load_block(job.model, job.source, index, torch.float32, job.precision.device)
         originals = {linear: linear_layer(block, linear).weight.detach() for linear in linears}
         epochs = 0
@@ -314,98 +212,6 @@ class _Run:
             self._progress.warn(f"Block {index} ends at a relative error of {outcome.end_error:.2f}: expect the worst.")
 
 
-class _Streams:
-    """The two activation streams, standing before one block."""
-
-    def __init__(self, job: _Job, tokens: torch.Tensor, scratch: Path) -> None:
-        self._job = job
-        self._training = job.request.samples or 0
-        self._batch = job.request.batch_size or 1
-        device = job.precision.device
-        copies = 3 if job.method.augmented else 2
-        stream = BlockStream(
-            job.model,
-            job.source,
-            tokens,
-            dtype=torch.float32,
-            device=device,
-            limit=(job.request.activation_memory or 0) // copies,
-            directory=scratch,
-        )
-        self._kwargs = stream.block_kwargs
-        self._full = stream.hidden
-        self._quantized = stream.hidden.copy()
-        self._augmented = stream.hidden.copy() if job.method.augmented else None
-        self.importance: dict[str, torch.Tensor] = {}
-
-    def advance_full_precision(self, index: int) -> None:
-        """Run ``x_fp`` through a block in place, and note the mean squared input of each of its linear layers."""
-        _, linears = _names(self._job.found, index)
-        block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
-        with _mean_squares(block, linears) as sums:
-            self._run(block, index, self._full, self._full)
-        count = len(self._full) * self._full.shape[1]
-        self.importance = {linear: _importance(index, linear, sums) / count for linear in linears}
-        if self._augmented is not None:
-            self._run(block, index, self._quantized, self._augmented)
-
-    def advance_quantized(self, index: int, shard: Path) -> None:
-        """Run ``x_q`` through the packed block that a shard holds, in place."""
-        prefix, linears = _names(self._job.found, index)
-        block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
-        layout.restore_block(block, prefix, shard, linears, self._job.method.scheme)
-        self._run(block, index, self._quantized, self._quantized)
-
-    def data(self, index: int) -> BlockData:
-        """What the block is trained on."""
-        return BlockData(self._quantized, self._full, self._augmented, self._kwargs[index], self._training)
-
-    @torch.no_grad()
-    def _run(self, block: nn.Module, index: int, inputs: ActivationStore, outputs: ActivationStore) -> None:
-        for start in range(0, len(inputs), self._batch):
-            hidden = inputs.get(slice(start, start + self._batch)).to(self._job.precision.device)
-            with self._job.precision.autocast():
-                result = run_block(block, hidden, self._kwargs[index])
-            outputs.set(start, result.float())
-
-
-@contextmanager
-def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
-    """Sums over tokens of each layer's squared input, ``[in]`` float32, filled while the block runs."""
-    sums: dict[str, torch.Tensor] = {}
-
-    def add(linear: str, inputs: torch.Tensor) -> None:
-        square = inputs.float().square().flatten(0, -2).sum(0)
-        sums[linear] = sums[linear] + square if linear in sums else square
-
-    def hook_for(linear: str) -> Any:
-        return lambda module, arguments: add(linear, arguments[0])
-
-    handles = [block.get_submodule(linear).register_forward_pre_hook(hook_for(linear)) for linear in linears]
-    try:
-        yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _importance(index: int, linear: str, sums: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A layer's sums; the same for every column where no token reached it, as with an expert that nobody chose."""
-    if linear not in sums:
-        raise InputError(
-            f"Block {index} never calls its layer '{linear}' on the calibration samples.",
-            hint="Take more samples; a layer whose weight the model uses by itself cannot be quantized.",
-        )
-    total = sums[linear]
-    return total if total.any() else torch.ones_like(total)
-
-
-def _names(found: ModelStructure, index: int) -> tuple[str, tuple[str, ...]]:
-    """A block's full name with the dot, and its linear layers' names relative to it."""
-    prefix = f"{found.blocks_prefix}.{index}."
-    return prefix, tuple(linear.name.removeprefix(prefix) for linear in found.linears[index])
-
-
 def _check_finite(index: int, result: BlockResult) -> None:
     tensors = [t for packed in result.packed.values() for t in packed.values()] + list(result.dense.values())
     if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()):
@@ -414,7 +220,7 @@ def _check_finite(index: int, result: BlockResult) -> None:
         )
 
 
-def _layer(job: _Job, name: str, original: torch.Tensor, packed: dict[str, torch.Tensor]) -> LayerRecord:
+def _layer(job: Job, name: str, original: torch.Tensor, packed: dict[str, torch.Tensor]) -> LayerRecord:
     scheme, shape = job.method.scheme, (original.shape[0], original.shape[1])
     dense = formats.dequantize(scheme, packed, shape[1])
     error = ((dense - original).square().sum() / original.square().sum().clamp_min(1e-30)).item()
@@ -436,7 +242,7 @@ def _block(index: int, outcome: TrainOutcome, seconds: float) -> BlockRecord:
 
 
 def _finish(
-    job: _Job,
+    job: Job,
     writer: ArtifactWriter,
     calibration: Calibration | None,
     outer: Mapping[str, int],

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ulbq.errors import NumericsError
 from ulbq.formats.affine import AffineScheme
 
 _SCALE_FLOOR = 1e-8
@@ -44,6 +45,9 @@ def round_to_nearest(
         importance: ``[in]`` weights of each column's squared error (the mean squared input); None for all equal.
         search: whether to shrink ranges; without it this is plain min-max rounding.
         candidates: number of shrink factors.
+
+    Raises:
+        NumericsError: a group's scale or error overflows.
     """
     group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
     grouped = weight.unflatten(1, (-1, group_size))
@@ -62,6 +66,11 @@ def round_to_nearest(
             best = torch.where(better, error, best)
             scales = torch.where(better, trial_scales, scales)
             zeros = torch.where(better, trial_zeros, zeros)
+    if not torch.isfinite(best).all():
+        raise NumericsError(
+            "A group of weights needs a scale that float16 cannot hold.",
+            hint="The model's weights are far larger than any trained model's: is the checkpoint damaged?",
+        )
     codes = _codes(grouped, scales, zeros, scheme.bits)
     return AffineCodes(codes.flatten(1).to(torch.uint8), scales, zeros)
 

@@ -1,0 +1,111 @@
+"""The two activation streams of a quantization run: through the full-precision blocks, and through the packed ones."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulbq.errors import InputError
+from ulbq.models.blocks import load_block
+from ulbq.models.stream import ActivationStore, BlockStream, run_block
+from ulbq.pipeline import layout
+from ulbq.pipeline.quantization_plan import Job
+from ulbq.training.block import BlockData
+
+
+class Streams:
+    """The streams, standing before one block.
+
+    Args:
+        job: the run.
+        tokens: int64 ``[samples, length]``, the held-out samples last.
+        scratch: for activations beyond the run's ``activation_memory``.
+
+    Attributes:
+        importance: ``[in]`` mean squared input of each linear layer of the block that ``x_fp`` passed last.
+    """
+
+    def __init__(self, job: Job, tokens: torch.Tensor, scratch: Path) -> None:
+        self._job = job
+        self._training = job.request.samples or 0
+        self._batch = job.request.batch_size or 1
+        device = job.precision.device
+        copies = 3 if job.method.augmented else 2
+        stream = BlockStream(
+            job.model,
+            job.source,
+            tokens,
+            dtype=torch.float32,
+            device=device,
+            limit=(job.request.activation_memory or 0) // copies,
+            directory=scratch,
+        )
+        self._kwargs = stream.block_kwargs
+        self._full = stream.hidden
+        self._quantized = stream.hidden.copy()
+        self._augmented = stream.hidden.copy() if job.method.augmented else None
+        self.importance: dict[str, torch.Tensor] = {}
+
+    def advance_full_precision(self, index: int) -> None:
+        """Run ``x_fp`` through a block in place, and note the mean squared input of each of its linear layers."""
+        _, linears = self._job.names(index)
+        block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
+        with _mean_squares(block, linears) as sums:
+            self._run(block, index, self._full, self._full)
+        count = len(self._full) * self._full.shape[1]
+        self.importance = {linear: _importance(index, linear, sums) / count for linear in linears}
+        if self._augmented is not None:
+            self._run(block, index, self._quantized, self._augmented)
+
+    def advance_quantized(self, index: int, shard: Path) -> None:
+        """Run ``x_q`` through the packed block that a shard holds, in place."""
+        prefix, linears = self._job.names(index)
+        block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
+        layout.restore_block(block, prefix, shard, linears, self._job.method.scheme)
+        self._run(block, index, self._quantized, self._quantized)
+
+    def data(self, index: int) -> BlockData:
+        """What the block is trained on."""
+        return BlockData(self._quantized, self._full, self._augmented, self._kwargs[index], self._training)
+
+    @torch.no_grad()
+    def _run(self, block: nn.Module, index: int, inputs: ActivationStore, outputs: ActivationStore) -> None:
+        for start in range(0, len(inputs), self._batch):
+            hidden = inputs.get(slice(start, start + self._batch)).to(self._job.precision.device)
+            with self._job.precision.autocast():
+                result = run_block(block, hidden, self._kwargs[index])
+            outputs.set(start, result.float())
+
+
+@contextmanager
+def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
+    """Sums over tokens of each layer's squared input, ``[in]`` float32, filled while the block runs."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(linear: str, inputs: torch.Tensor) -> None:
+        square = inputs.float().square().flatten(0, -2).sum(0)
+        sums[linear] = sums[linear] + square if linear in sums else square
+
+    def hook_for(linear: str) -> Any:
+        return lambda module, arguments: add(linear, arguments[0])
+
+    handles = [block.get_submodule(linear).register_forward_pre_hook(hook_for(linear)) for linear in linears]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _importance(index: int, linear: str, sums: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A layer's sums; the same for every column where no token reached it, as with an expert that nobody chose."""
+    if linear not in sums:
+        raise InputError(
+            f"Block {index} never calls its layer '{linear}' on the calibration samples.",
+            hint="Take more samples; a layer whose weight the model uses by itself cannot be quantized.",
+        )
+    total = sums[linear]
+    return total if total.any() else torch.ones_like(total)
