@@ -6,7 +6,7 @@ choices, its ``autocompletion`` and its metavar, see ``options.py``.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -254,14 +254,19 @@ def _command(name: str, command: Any, context: Any) -> Command:
     )
 
 
+def _ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """Short names first; those of --help come as a set, in another order in every process."""
+    return tuple(sorted(names, key=lambda name: (name.startswith("--"), name)))
+
+
 def _options(parameter: Any, context: Any) -> Iterator[Option]:
     """One option, or two for a pair of opposite flags."""
     if parameter.param_type_name != "option" or parameter.hidden:
         return
     help_text = _first_sentence(parameter.help)
-    yield Option(tuple(parameter.opts), help_text, None if parameter.is_flag else _value(parameter, context))
+    yield Option(_ordered(parameter.opts), help_text, None if parameter.is_flag else _value(parameter, context))
     if parameter.secondary_opts:
-        yield Option(tuple(parameter.secondary_opts), f"Not: {help_text}", None)
+        yield Option(_ordered(parameter.secondary_opts), f"Not: {help_text}", None)
 
 
 def _value(parameter: Any, context: Any) -> Value:

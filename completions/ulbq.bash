@@ -15,7 +15,7 @@ _ulbq() {
     case $command in
     quantize)
         case $previous in
-        --method|-m) _ulbq_value '' 'db-llm rtn' "$current"; return ;;
+        -m|--method) _ulbq_value '' 'db-llm rtn' "$current"; return ;;
         --bits) _ulbq_value '' '' "$current"; return ;;
         --group-size) _ulbq_value '' '' "$current"; return ;;
         --preset) _ulbq_value '' 'quick balanced best' "$current"; return ;;
@@ -35,10 +35,10 @@ _ulbq() {
         --seed) _ulbq_value '' '' "$current"; return ;;
         --device) _ulbq_value '' 'auto cpu cuda' "$current"; return ;;
         --data-dir) _ulbq_value 'folders' '' "$current"; return ;;
-        --output|-o) _ulbq_value 'folders' '' "$current"; return ;;
+        -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--method -m --bits --group-size --symmetric --asymmetric --search --no-search --preset --calibration --samples --sequence-length --epochs --batch-size --train-weights --freeze-weights --weight-rate --scale-rate --norm-rate --token-weighting --augmented-loss --no-augmented-loss --clip --patience --activation-memory --precision --seed --device --data-dir --offline --output -o --force --dry-run --json --quiet -q --debug --help -h' "$current"
+            _ulbq_value '' '-m --method --bits --group-size --symmetric --asymmetric --search --no-search --preset --calibration --samples --sequence-length --epochs --batch-size --train-weights --freeze-weights --weight-rate --scale-rate --norm-rate --token-weighting --augmented-loss --no-augmented-loss --clip --patience --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -56,10 +56,10 @@ _ulbq() {
         --seed) _ulbq_value '' '' "$current"; return ;;
         --device) _ulbq_value '' 'auto cpu cuda' "$current"; return ;;
         --data-dir) _ulbq_value 'folders' '' "$current"; return ;;
-        --output|-o) _ulbq_value 'folders' '' "$current"; return ;;
+        -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--compare --perplexity --tasks --fidelity --no-fidelity --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --seed --device --data-dir --offline --output -o --force --json --quiet -q --debug --help -h' "$current"
+            _ulbq_value '' '--compare --perplexity --tasks --fidelity --no-fidelity --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --seed --device --data-dir --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -68,10 +68,10 @@ _ulbq() {
         case $previous in
         --to) _ulbq_value '' 'dense' "$current"; return ;;
         --dtype) _ulbq_value '' 'fp16 bf16 fp32' "$current"; return ;;
-        --output|-o) _ulbq_value 'folders' '' "$current"; return ;;
+        -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--to --dtype --offline --output -o --force --json --quiet -q --debug --help -h' "$current"
+            _ulbq_value '' '--to --dtype --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -80,14 +80,14 @@ _ulbq() {
         case $previous in
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--verify --layers --json --quiet -q --debug --help -h' "$current"
+            _ulbq_value '' '--verify --layers --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
         ;;
     '')
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--version --help -h' "$current"
+            _ulbq_value '' '--version -h --help' "$current"
         else
             _ulbq_value '' 'quantize eval convert inspect' "$current"
         fi
