@@ -1,6 +1,6 @@
 """DB-LLM (Chen et al., 2024, https://arxiv.org/abs/2402.11960): dual-binary weights, trained block by block.
 
-The authors published no code. Against the paper's description this differs in three ways, each for the better on
+The authors published no code. Against the paper's description this differs in three ways, meant for
 few samples: the starting scales are searched by activation-weighted error instead of taken from the largest weight,
 rates are relative to each group's step, and training is block-wise instead of end to end. The paper's
 deviation-aware distillation is a loss of the whole model and no part of this.

@@ -101,7 +101,7 @@ class BlockTrainer:
         start_error = self._heldout()
         rate, retries, diverged = 1.0, 0, False
         while self._settings.epochs > 0:
-            error, steps = self._attempt(rate, seed, start_error, on_epoch)
+            error, steps = self._attempt(rate, seed, on_epoch)
             diverged = diverged or not math.isfinite(error)
             if error < start_error:
                 return TrainOutcome(start_error, error, steps, retries, False, diverged)
@@ -113,9 +113,7 @@ class BlockTrainer:
         fallback = self._settings.epochs > 0
         return TrainOutcome(start_error, start_error, 0, retries, fallback, diverged)
 
-    def _attempt(
-        self, rate: float, seed: int, start_error: float, on_epoch: Callable[[float], None]
-    ) -> tuple[float, int]:
+    def _attempt(self, rate: float, seed: int, on_epoch: Callable[[float], None]) -> tuple[float, int]:
         """One run over all epochs, leaving the best parameters; returns the best held-out loss and the steps taken."""
         settings, samples = self._settings, self._data.training
         steps_per_epoch = math.ceil(samples / settings.batch_size)

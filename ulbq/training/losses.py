@@ -9,8 +9,8 @@ class TokenWeighting(StrEnum):
     """How much each token counts in the output loss.
 
     ``energy`` divides a token's squared error by the token's own squared norm, so that every token counts by its
-    relative error. ``uniform`` is the plain mean squared error of the published methods: an attention sink with
-    massive activations can then carry nearly all of the loss, and the block learns that one token.
+    relative error. ``uniform`` is the plain mean squared error of the published methods, in which an attention sink
+    with massive activations weighs by its energy.
     """
 
     ENERGY = "energy"
