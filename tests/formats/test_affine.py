@@ -145,6 +145,12 @@ def test_an_asymmetric_matrix_needs_its_zeros() -> None:
         affine.pack(AffineScheme(group_size=8), torch.zeros(1, 8, dtype=torch.uint8), torch.ones(1, 1))
 
 
+def test_a_symmetric_matrix_takes_no_zeros_that_it_would_not_store() -> None:
+    scheme = AffineScheme(bits=2, group_size=8, symmetric=True)
+    with pytest.raises(ValueError, match="stores no zeros"):
+        affine.pack(scheme, torch.zeros(1, 8), torch.ones(1, 1), torch.ones(1, 1))
+
+
 @pytest.mark.parametrize(
     ("scheme", "label"),
     [

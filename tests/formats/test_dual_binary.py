@@ -3,7 +3,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ulbq import formats
-from ulbq.formats import AffineScheme, DualBinaryScheme, Scheme, dual_binary
+from ulbq.formats import AffineScheme, DualBinaryScheme, Scheme, affine, dual_binary
 from ulbq.formats.bits import stored_bits
 
 SHAPES = [(5, 24, 8), (3, 7, 7), (2, 30, 15), (4, 20, -1)]
@@ -28,32 +28,32 @@ def test_dequantized_as_by_hand(shape: tuple[int, int, int]) -> None:
         for j in range(columns):
             for plane in (0, 1):
                 expected[i, j] += float(scales[plane, i, j // group].half()) * int(planes[plane, i, j])
-    tensors = dual_binary.pack(planes, scales)
+    tensors = dual_binary.pack(scheme, planes, scales)
     # The sum of two float16 numbers rounds once in float32, as the double does on its way there.
-    assert torch.equal(dual_binary.dequantize(tensors, columns), expected.float())
+    assert torch.equal(dual_binary.dequantize(scheme, tensors, columns), expected.float())
     assert torch.equal(formats.dequantize(scheme, tensors, columns), expected.float())
-    assert torch.equal(dual_binary.dequantize(tensors, columns, torch.bfloat16), expected.float().bfloat16())
+    assert torch.equal(dual_binary.dequantize(scheme, tensors, columns, torch.bfloat16), expected.float().bfloat16())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_unpacked_as_packed(shape: tuple[int, int, int]) -> None:
-    _, planes, scales = random_matrix(shape)
-    found = dual_binary.unpack(dual_binary.pack(planes, scales), shape[1])
+    scheme, planes, scales = random_matrix(shape)
+    found = dual_binary.unpack(scheme, dual_binary.pack(scheme, planes, scales), shape[1])
     assert torch.equal(found[0], planes.to(torch.uint8))
     assert torch.equal(found[1], scales.half().float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
 def test_planes_of_any_dtype(dtype: torch.dtype) -> None:
-    _, planes, scales = random_matrix((3, 16, 8))
-    packed = dual_binary.pack(planes.to(dtype), scales)
-    assert torch.equal(packed["codes"], dual_binary.pack(planes, scales)["codes"])
+    scheme, planes, scales = random_matrix((3, 16, 8))
+    packed = dual_binary.pack(scheme, planes.to(dtype), scales)
+    assert torch.equal(packed["codes"], dual_binary.pack(scheme, planes, scales)["codes"])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_is_stored_is_what_was_announced_and_counted(shape: tuple[int, int, int]) -> None:
     scheme, planes, scales = random_matrix(shape)
-    tensors = dual_binary.pack(planes, scales)
+    tensors = dual_binary.pack(scheme, planes, scales)
     specs = scheme.tensors(shape[0], shape[1])
     assert {name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()} == {
         name: (spec.shape, f"torch.{spec.dtype}") for name, spec in specs.items()
@@ -74,23 +74,31 @@ def test_golden_bytes_and_the_four_levels() -> None:
     b1 is 0 1 0 1 0 1 0 1 from bit 0 up: 0b10101010; b2 is 0 0 1 1 0 0 1 1: 0b11001100. In float16 1.0 is 0x3c00 and
     -0.5 is 0xb800.
     """
+    scheme = DualBinaryScheme(group_size=8)
     planes = torch.tensor([[[0, 1, 0, 1] * 2], [[0, 0, 1, 1] * 2]])
-    tensors = dual_binary.pack(planes, torch.tensor([[[1.0]], [[-0.5]]]))
+    tensors = dual_binary.pack(scheme, planes, torch.tensor([[[1.0]], [[-0.5]]]))
     assert tensors["codes"].tolist() == [[[0b10101010]], [[0b11001100]]]
     assert tensors["scales"].view(torch.int16).tolist() == [[[0x3C00]], [[0xB800 - 0x10000]]]
-    assert dual_binary.dequantize(tensors, 8).tolist() == [[0.0, 1.0, -0.5, 0.5] * 2]
+    assert dual_binary.dequantize(scheme, tensors, 8).tolist() == [[0.0, 1.0, -0.5, 0.5] * 2]
 
 
 def test_sparsity_counts_the_zeros_of_each_plane_and_not_the_padding() -> None:
+    scheme = DualBinaryScheme(group_size=-1)
     planes = torch.zeros(2, 3, 10)
     planes[0, :, :3] = 1
     planes[1, 0] = 1
-    found = dual_binary.sparsity(dual_binary.pack(planes, torch.ones(2, 3, 1)), 10)
+    found = dual_binary.sparsity(scheme, dual_binary.pack(scheme, planes, torch.ones(2, 3, 1)), 10)
     assert found == pytest.approx((0.7, 2 / 3))
+    assert formats.sparsity(scheme, dual_binary.pack(scheme, planes, torch.ones(2, 3, 1)), 10) == found
+
+
+def test_only_planes_that_skip_zeros_have_a_sparsity() -> None:
+    scheme = AffineScheme(bits=2, group_size=4, symmetric=True)
+    assert formats.sparsity(scheme, affine.pack(scheme, torch.zeros(1, 4), torch.ones(1, 1)), 4) is None
 
 
 def test_label() -> None:
-    assert (DualBinaryScheme(group_size=64).label, DualBinaryScheme(group_size=-1).label) == ("w2g64", "w2")
+    assert (DualBinaryScheme(group_size=64).label, DualBinaryScheme(group_size=-1).label) == ("w2g64-db", "w2-db")
 
 
 def test_a_stored_scheme_finds_its_class() -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ulbq import formats
-from ulbq.formats import AffineScheme
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme
 from ulbq.formats.affine import pack
 from ulbq.nn.quant_linear import QuantLinear, linear_layer
 
@@ -51,6 +51,58 @@ def test_the_cache_does_not_outlive_a_move_to_another_device() -> None:
     assert made.to("meta").weight_dense(torch.float32).is_meta
 
 
+SCHEMES = [SCHEME, DualBinaryScheme(group_size=8), BinaryMosScheme(experts=4, zeros="input")]
+
+
+def random_layer(scheme: AnyScheme, *, bias: bool = False, cache: bool = False) -> QuantLinear:
+    """Whatever bits: every code means something."""
+    generator = torch.Generator().manual_seed(3)
+    made = QuantLinear(scheme, 24, 5, bias=bias, cache=cache)
+    for tensor in made.tensors().values():
+        if tensor.dtype == torch.uint8:
+            tensor.random_(256, generator=generator)
+        else:
+            tensor.normal_(generator=generator)
+    return made
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+def test_every_format_multiplies_as_it_says(scheme: AnyScheme, cache: bool) -> None:
+    made = random_layer(scheme, bias=True, cache=cache)
+    assert made.bias is not None
+    made.bias.data.fill_(0.5)
+    x = torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(1))
+    factor = formats.matrix(scheme, made.tensors(), 24)
+    for _ in range(2):
+        assert torch.equal(made(x), formats.multiply(scheme, made.tensors(), x, factor, made.bias))
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_a_mixture_is_no_linear_function_unless_it_has_one_expert(experts: int) -> None:
+    made = random_layer(BinaryMosScheme(experts=experts), cache=True)
+    x = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
+    y, dense = made(x), x @ made.weight_dense(torch.float32).T
+    difference = ((y - dense).norm() / y.norm()).item()
+    assert difference < 1e-5 if experts == 1 else difference > 0.2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+def test_packed_tensors_keep_their_dtypes_and_values_when_the_model_is_cast(scheme: AnyScheme) -> None:
+    made = random_layer(scheme, bias=True)
+    before = {name: tensor.clone() for name, tensor in made.tensors().items()}
+    block = torch.nn.Sequential(made).to(torch.bfloat16).float().half()
+    assert block[0].bias.dtype == torch.float16
+    for name, tensor in made.tensors().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+    moved = block.to("meta", torch.bfloat16)[0]
+    assert {name: tensor.dtype for name, tensor in moved.tensors().items()} == {
+        name: tensor.dtype for name, tensor in before.items()
+    }
+    assert all(tensor.is_meta for tensor in moved.tensors().values())
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -71,3 +123,46 @@ def test_only_dense_linear_layers_are_handed_out() -> None:
     assert linear_layer(block, "dense") is block["dense"]
     with pytest.raises(TypeError, match="packed"):
         linear_layer(block, "packed")
+
+
+class TestWeight:
+    """What peft and others see of a packed layer."""
+
+    def test_it_is_a_linear_layer_without_a_weight_of_its_own(self) -> None:
+        made = layer(bias=True)
+        assert isinstance(made, torch.nn.Linear)
+        assert [name for name, _ in made.named_parameters()] == ["bias"]
+        assert set(made.state_dict()) == {"bias", "codes", "scales", "zeros"}
+        assert torch.equal(made.weight, formats.dequantize(SCHEME, packed(), 24))
+        assert not made.weight.requires_grad
+
+    @pytest.mark.parametrize("cache", [False, True])
+    def test_its_dtype_is_that_of_the_module(self, cache: bool) -> None:
+        made = QuantLinear(SCHEME, 24, 5, dtype=torch.bfloat16, cache=cache)
+        assert made.weight.dtype == torch.bfloat16
+        assert made.to(torch.float16).weight.dtype == torch.float16
+        assert made.to("cpu").weight.dtype == torch.float16
+        assert made.to("meta", torch.float32).weight.dtype == torch.float32
+
+    def test_reading_it_costs_nothing_where_it_is_kept(self) -> None:
+        made = layer(cache=True)
+        made(torch.zeros(1, 24))
+        assert made.weight.data_ptr() == made.weight_dense(torch.float32).data_ptr()
+
+    @pytest.mark.parametrize("cache", [False, True])
+    def test_nobody_can_write_to_it(self, cache: bool) -> None:
+        made = layer(cache)
+        before = made(torch.eye(24))
+        with pytest.raises(TypeError, match="cannot be changed"):
+            made.weight.data += 1
+        with pytest.raises(AttributeError):
+            made.weight = torch.zeros(5, 24)
+        with pytest.raises(KeyError):
+            made.weight = torch.nn.Parameter(torch.zeros(5, 24))
+        assert torch.equal(made(torch.eye(24)), before)
+
+    def test_what_is_computed_from_it_is_a_plain_tensor(self) -> None:
+        weight = layer().weight
+        x = torch.zeros(2, 24, requires_grad=True)
+        for computed in (weight + 1, weight.to(torch.bfloat16), torch.nn.functional.linear(x, weight), weight.T):
+            assert type(computed) is torch.Tensor

@@ -9,12 +9,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from ulbq.artifacts import ConvertedManifest, Parent, QuantizedManifest
 from ulbq.errors import UlbqError
-from ulbq.evaluation.results import Subject
-from ulbq.formats import AffineScheme, DualBinaryScheme, Scheme
+from ulbq.evaluation.results import WITHOUT_ADAPTER, Subject
+from ulbq.formats import AnyScheme, Scheme
+from ulbq.models.adapter_files import adapter_folder, read_config
 from ulbq.models.source import ModelSource, resolve
 from ulbq.progress import Progress, Silent
 
-_SCHEME: TypeAdapter[AffineScheme | DualBinaryScheme] = TypeAdapter(Scheme)
+_SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,21 +26,31 @@ class Candidate:
         source: where it is read from.
         name: unique within the evaluation.
         parent: the full-precision model that it was made from; None where it has none, or none that can be read here.
+        adapter: whether it is measured with the adapter that it may have.
     """
 
     source: ModelSource
     name: str
     parent: "Candidate | None" = None
+    adapter: bool = True
+
+    @property
+    def quantized(self) -> QuantizedManifest | None:
+        """The manifest of a quantized model, its bits those of what is measured; None for any other."""
+        manifest = self.source.manifest
+        if not isinstance(manifest, QuantizedManifest):
+            return None
+        return manifest if self.adapter else base_alone(manifest)
 
     @property
     def subject(self) -> Subject:
         """What the results say about it."""
-        manifest = self.source.manifest
+        manifest = self.quantized
         kind: Literal["model", "quantized", "converted"] = "model"
         method, scheme, bits = None, None, None
-        if isinstance(manifest, ConvertedManifest):
+        if isinstance(self.source.manifest, ConvertedManifest):
             kind = "converted"
-        elif isinstance(manifest, QuantizedManifest):
+        elif manifest is not None:
             kind = "quantized"
             method, scheme, bits = manifest.method, _label(manifest), manifest.bits.bits_per_weight
         return Subject(
@@ -49,6 +60,7 @@ class Candidate:
             method=method,
             scheme=scheme,
             bits_per_weight=bits,
+            adapter=self._adapter(),
             parent=self.parent.name if self.parent else None,
         )
 
@@ -56,15 +68,34 @@ class Candidate:
         """How the evaluation's manifest names it."""
         return self.source.record()
 
+    def _adapter(self) -> str | None:
+        folder = adapter_folder(self.source)
+        if folder is None:
+            return None
+        config = read_config(folder)
+        return f"{'DoRA' if config.dora else 'LoRA'} rank {config.rank}" if self.adapter else WITHOUT_ADAPTER
+
+
+def base_alone(manifest: QuantizedManifest) -> QuantizedManifest:
+    """A quantized model's manifest without the bits of its adapter: what is left when only the base is measured."""
+    parts = {part: bits for part, bits in manifest.bits.parts.items() if part != "adapter"}
+    return manifest.model_copy(update={"bits": manifest.bits.model_copy(update={"parts": parts})})
+
 
 def open_candidates(
-    sources: Sequence[str | None], *, parent: str | None = None, offline: bool = False, progress: Progress | None = None
+    sources: Sequence[str | None],
+    *,
+    parent: str | None = None,
+    adapter: bool = True,
+    offline: bool = False,
+    progress: Progress | None = None,
 ) -> list[Candidate]:
     """Open models and the full-precision parents of those that have one.
 
     Args:
         sources: as :func:`ulbq.models.source.resolve` takes them.
         parent: everybody's parent, whatever the artifacts say.
+        adapter: measure artifacts with the adapter that they have; else the base alone, and its name says so.
         offline: never touch the network.
         progress: told about parents that cannot be read, or are not what they were.
 
@@ -81,11 +112,13 @@ def open_candidates(
     everyone = {source.content_hash: source for source in [*opened, *origins] if source is not None}
     times = Counter(source.name for source in everyone.values())
     names = {key: source.name if times[source.name] == 1 else source.given for key, source in everyone.items()}
+    if not adapter:
+        names |= {key: f"{names[key]} {WITHOUT_ADAPTER}" for key, source in everyone.items() if adapter_folder(source)}
     hashes = [origin.content_hash if origin else None for origin in origins]
-    found = {key: Candidate(everyone[key], names[key]) for key in hashes if key is not None}
+    found = {key: Candidate(everyone[key], names[key], None, adapter) for key in hashes if key is not None}
     for source, key in zip(opened, hashes, strict=True):
         own = source.content_hash
-        found.setdefault(own, Candidate(source, names[own], found[key] if key is not None else None))
+        found.setdefault(own, Candidate(source, names[own], found[key] if key is not None else None, adapter))
     return [found[key] for key in dict.fromkeys(source.content_hash for source in opened)]
 
 

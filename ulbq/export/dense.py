@@ -1,6 +1,7 @@
 """A plain half- or full-precision model folder that transformers loads without ulbq."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,10 +10,12 @@ from transformers import PreTrainedModel
 from ulbq import formats
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.shards import write_index, write_shard
-from ulbq.errors import NumericsError
+from ulbq.errors import InputError, NumericsError
+from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, load_adapters
 from ulbq.models.blocks import block_list, skeleton
 from ulbq.models.names import read_state, state_names
 from ulbq.models.source import ModelSource
+from ulbq.nn.adapter import Adapter
 from ulbq.nn.quant_linear import linear_layer
 
 
@@ -30,8 +33,24 @@ def shard_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return {f"model-{i:05d}-of-{count:05d}.safetensors": tuple(names) for i, names in enumerate(parts.values(), 1)}
 
 
+def check_convertible(source: ModelSource) -> None:
+    """Raises InputError where a packed layer has another weight for every token."""
+    for name, scheme in source.packed.items():
+        if not formats.is_one_matrix(scheme):
+            raise InputError(
+                f"'{source.given}' cannot be converted to dense: '{name}' ({scheme.format} {scheme.label}) mixes its "
+                "scales anew for every token, and no dense weight does that.",
+                hint="Use it packed (`ulbq eval` takes it as it is), or quantize with one expert.",
+            )
+
+
 def write_dense(
-    source: ModelSource, folder: Path, dtype: torch.dtype, on_shard: Callable[[str], None] = lambda name: None
+    source: ModelSource,
+    folder: Path,
+    dtype: torch.dtype,
+    on_shard: Callable[[str], None] = lambda name: None,
+    *,
+    merge_adapter: bool = False,
 ) -> None:
     """Write a model densely; one shard's tensors are in memory at a time.
 
@@ -40,35 +59,62 @@ def write_dense(
         folder: exists; side files, tokenizer and configuration land there too.
         dtype: of all floating tensors.
         on_shard: called with each shard's name once it is written.
+        merge_adapter: make an artifact's adapter a part of the weights; else its folder is copied as it is.
 
     Raises:
-        InputError: a tensor is missing in the source.
+        InputError: no dense weight can stand for a layer (then nothing is written), or a tensor is missing;
+            there is no adapter to merge, or it is damaged.
         NumericsError: a weight does not fit the dtype's range.
     """
+    check_convertible(source)
+    beside = adapter_folder(source)
     model = skeleton(source)
+    adapters = _adapters(source, model, beside) if merge_adapter else {}
     aliases = state_names(model)
     shards = shard_names(model)
     for shard, names in shards.items():
-        write_shard(folder / shard, {name: _dense(source, model, name, aliases[name], dtype) for name in names})
+        tensors = {
+            name: _dense(source, model, name, aliases[name], dtype, adapters.get(name.removesuffix(".weight")))
+            for name in names
+        }
+        write_shard(folder / shard, tensors)
         on_shard(shard)
     write_index(folder, shards)
     with writing(folder):
         config = source.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
         type(source.config).from_dict(config).save_pretrained(folder)
         source.save_tokenizer_files(folder)
+        if beside is not None and not merge_adapter:
+            shutil.copytree(beside, folder / ADAPTER_FOLDER)
+
+
+def _adapters(source: ModelSource, model: PreTrainedModel, folder: Path | None) -> Mapping[str, Adapter]:
+    if folder is None:
+        raise InputError(f"'{source.given}' has no adapter to merge.", hint="Leave out --merge-adapter.")
+    return load_adapters(model, folder)
 
 
 def _dense(
-    source: ModelSource, model: PreTrainedModel, name: str, aliases: tuple[str, ...], dtype: torch.dtype
+    source: ModelSource,
+    model: PreTrainedModel,
+    name: str,
+    aliases: tuple[str, ...],
+    dtype: torch.dtype,
+    adapter: Adapter | None,
 ) -> torch.Tensor:
     linear = name.removesuffix(".weight")
     scheme = source.packed.get(linear) if linear != name else None
     if scheme is not None:
         columns = linear_layer(model, linear).in_features
-        tensor = formats.dequantize(scheme, source.read_packed(linear), columns, dtype)
+        # Rounded once, after the adapter where there is one.
+        exact = torch.float32 if adapter is not None else dtype
+        tensor = formats.dequantize(scheme, source.read_packed(linear), columns, exact)
     else:
         tensor = read_state(source, name, aliases)
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if adapter is not None and linear != name:
+        with torch.no_grad():
+            tensor = adapter.merged(tensor)
+    tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if not torch.isfinite(tensor).all():
         raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use --dtype bf16 or fp32.")
     return tensor

@@ -74,7 +74,12 @@ def pack(
 
     Returns:
         The stored tensors, named as in :meth:`AffineScheme.tensors`.
+
+    Raises:
+        ValueError: zeros are missing, or given to a symmetric scheme, which would not store them.
     """
+    if scheme.symmetric and zeros is not None:
+        raise ValueError("a symmetric matrix stores no zeros")
     tensors = {
         "codes": pack_planes(codes.to(torch.uint8), scheme.bits),
         "scales": scales.to(torch.float16).contiguous(),

