@@ -14,6 +14,10 @@ def convert(
         Literal["dense"], typer.Option("--to", help="dense: a plain model folder that transformers loads.")
     ] = "dense",
     dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option("--dtype", help="Of the dense tensors.")] = "bf16",
+    merge_adapter: Annotated[
+        bool,
+        typer.Option("--merge-adapter", help="Make the adapter part of the weights; else it is copied beside them."),
+    ] = False,
     offline: Offline = False,
     out: Out = None,
     force: Force = False,
@@ -27,5 +31,7 @@ def convert(
 
     from ulbq.pipeline.convert import ConvertRequest, convert
 
-    request = ConvertRequest(source=source, to=to, dtype=dtype, offline=offline, out=out, force=force)
+    request = ConvertRequest(
+        source=source, to=to, dtype=dtype, merge_adapter=merge_adapter, offline=offline, out=out, force=force
+    )
     emit(*convert(request, progress))

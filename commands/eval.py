@@ -57,6 +57,14 @@ def eval(  # the command's name; nothing here evaluates expressions
             rich_help_panel=_MEASURES,
         ),
     ] = None,
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter/--no-adapter",
+            help="Score an artifact with the adapter that it has, or its base alone.",
+            rich_help_panel=_MEASURES,
+        ),
+    ] = True,
     parent: Annotated[
         str | None,
         typer.Option(
@@ -150,6 +158,7 @@ def eval(  # the command's name; nothing here evaluates expressions
         tasks=_names("--tasks", tasks),
         fidelity=fidelity,
         parent=parent,
+        adapter=adapter,
         parent_scores=parent_scores,
         context=context,
         limit=limit,

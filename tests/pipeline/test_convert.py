@@ -7,14 +7,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.models.test_load import write_quantized, write_random_adapter
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import read_manifest, verify
 from ulbq.errors import InputError, NumericsError
+from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
+from ulbq.nn.adapter import AdapterConfig
 from ulbq.pipeline.convert import ConvertRequest, convert
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.request import QuantizeRequest
+from ulbq.progress import Silent
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
 
@@ -84,3 +88,59 @@ def test_an_output_that_is_taken_is_refused_unless_forced(tiny_llama: Path, tmp_
     with pytest.raises(InputError):
         convert(asked)
     convert(asked.model_copy(update={"force": True}))
+
+
+class TestAdapter:
+    @pytest.fixture(params=[False, True], ids=["lora", "dora"])
+    def adapted(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        parent = resolve(save_tiny("qwen2", tmp_path / "dense"))
+        config = AdapterConfig(rank=4, dora=request.param, targets=("q_proj", "down_proj"))
+        return write_quantized(parent, tmp_path / "q", AffineScheme(bits=3, group_size=32), config)
+
+    def test_merged_it_is_a_part_of_the_weights(self, adapted: Path, tmp_path: Path) -> None:
+        asked = ConvertRequest(source=str(adapted), dtype="fp32", merge_adapter=True, out=tmp_path / "plain")
+        path, manifest = convert(asked)
+        plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        with torch.no_grad():
+            ours = load_model(resolve(adapted), dtype=torch.float32)(TOKENS).logits
+            torch.testing.assert_close(plain(TOKENS).logits, ours, atol=1e-4, rtol=1e-4)
+        assert not (path / "adapter").exists()
+        assert manifest.request["merge_adapter"] is True
+
+    def test_merging_rounds_once(self, adapted: Path, tmp_path: Path) -> None:
+        weights = {}
+        for dtype in ("fp32", "bf16"):
+            asked = ConvertRequest(source=str(adapted), dtype=dtype, merge_adapter=True, out=tmp_path / dtype)
+            weights[dtype] = resolve(convert(asked)[0]).read("model.layers.1.self_attn.q_proj.weight")
+        assert torch.equal(weights["bf16"], weights["fp32"].bfloat16())
+
+    def test_unmerged_it_lies_beside_the_base(self, adapted: Path, tmp_path: Path) -> None:
+        notes: list[str] = []
+
+        class Notes(Silent):
+            def note(self, text: str) -> None:
+                notes.append(text)
+
+        path, manifest = convert(ConvertRequest(source=str(adapted), dtype="fp32", out=tmp_path / "plain"), Notes())
+        assert any("--merge-adapter" in note for note in notes)
+        assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= manifest.files.keys()
+        with torch.no_grad():
+            for adapter in (False, True):
+                ours, packed_ones = (
+                    load_model(resolve(source), dtype=torch.float32, adapter=adapter)(TOKENS).logits
+                    for source in (path, adapted)
+                )
+                torch.testing.assert_close(ours, packed_ones, atol=1e-5, rtol=1e-5)
+
+    def test_without_one_there_is_nothing_to_merge(self, tiny_llama: Path, tmp_path: Path) -> None:
+        artifact = packed(tiny_llama, tmp_path / "q")
+        with pytest.raises(InputError, match="has no adapter to merge"):
+            convert(ConvertRequest(source=str(artifact), merge_adapter=True, out=tmp_path / "plain"))
+        assert not list(tmp_path.glob("plain*"))
+
+    def test_a_layer_that_the_model_lacks_is_refused(self, tiny_llama: Path, tmp_path: Path) -> None:
+        artifact = packed(tiny_llama, tmp_path / "q")
+        stranger = {"model.layers.9.self_attn.q_proj": torch.zeros(64, 64)}
+        write_random_adapter(artifact / "adapter", AdapterConfig(rank=2), stranger)
+        with pytest.raises(InputError, match=r"another model: 'model\.layers\.9"):
+            convert(ConvertRequest(source=str(artifact), merge_adapter=True, out=tmp_path / "plain"))

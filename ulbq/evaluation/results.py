@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+WITHOUT_ADAPTER = "without adapter"
+
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,7 +80,9 @@ class Subject(_Value):
         kind: ``model``, ``quantized`` or ``converted``.
         method: the quantization method, such as ``db-llm``.
         scheme: the format's short name, such as ``w2g64``.
-        bits_per_weight: exact stored bits per quantized weight.
+        bits_per_weight: exact stored bits per quantized weight, those of the adapter too where it was scored.
+        adapter: such as ``LoRA rank 16``; :data:`WITHOUT_ADAPTER` where the base was scored without the adapter that
+            it has; None where it has none.
         parent: name of the full-precision parent, where it was measured too or compared with.
     """
 
@@ -88,6 +92,7 @@ class Subject(_Value):
     method: str | None = None
     scheme: str | None = None
     bits_per_weight: float | None = None
+    adapter: str | None = None
     parent: str | None = None
 
 

@@ -47,8 +47,10 @@ def rows(results: Results) -> list[Row]:
 def describe(subject: Subject) -> str:
     """A model's method and format in a word or two."""
     if subject.kind == "quantized":
-        return " ".join(part for part in (subject.method, subject.scheme) if part)
-    return "converted" if subject.kind == "converted" else "full precision"
+        words = " ".join(part for part in (subject.method, subject.scheme) if part)
+    else:
+        words = "converted" if subject.kind == "converted" else "full precision"
+    return words if subject.adapter is None else f"{words}, {subject.adapter}"
 
 
 def shown_metrics(scores: ModelScores) -> list[tuple[str, str]]:

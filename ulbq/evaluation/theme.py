@@ -5,14 +5,16 @@ STYLE = """
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #171b22; --soft: #5c6675; --faint: #e4e7ec; --accent: #2f6bd8;
   --s0: #2f6bd8; --s1: #d9730d; --s2: #12907d; --s3: #b1458f; --s4: #7b5bd6; --s5: #a3851c; --parent: #8a93a1;
-  --codes: #2f6bd8; --scales: #e0922f; --zeros: #12907d; --adapter: #b1458f; --rest: #8a93a1; --on-part: #ffffff;
+  --codes: #2f6bd8; --scales: #e0922f; --zeros: #12907d; --router: #7a5cd6; --adapter: #b1458f;
+  --rest: #8a93a1; --on-part: #ffffff;
   --heat: #c2410c;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #0f1217; --card: #171b22; --ink: #e8ebf0; --soft: #97a1b0; --faint: #2a303a; --accent: #7aa7ff;
     --s0: #6f9ff5; --s1: #f0a04b; --s2: #3cc0a8; --s3: #dd7fbe; --s4: #a78bfa; --s5: #d4b545; --parent: #7d8796;
-    --codes: #6f9ff5; --scales: #f0a04b; --zeros: #3cc0a8; --adapter: #dd7fbe; --rest: #7d8796; --on-part: #0f1217;
+    --codes: #6f9ff5; --scales: #f0a04b; --zeros: #3cc0a8; --router: #a78bfa; --adapter: #dd7fbe;
+    --rest: #7d8796; --on-part: #0f1217;
     --heat: #fb923c;
   }
 }
@@ -49,7 +51,7 @@ svg .on-part { fill: var(--on-part); font-weight: 600; }
 .dashed { stroke-dasharray: 4 4; opacity: 0.6; }
 .heat { fill: var(--heat); }
 .part.codes { fill: var(--codes); } .part.scales { fill: var(--scales); } .part.zeros { fill: var(--zeros); }
-.part.adapter { fill: var(--adapter); } .part { fill: var(--rest); }
+.part.router { fill: var(--router); } .part.adapter { fill: var(--adapter); } .part { fill: var(--rest); }
 .scroll { overflow-x: auto; }
 figure table { margin-top: 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
@@ -79,5 +81,7 @@ SERIES = "".join(
 )
 """Colours of the models, one class each."""
 
-PARTS = "".join(f".legend .{name}{{background:var(--{name})}}" for name in ("codes", "scales", "zeros", "adapter"))
+PARTS = "".join(
+    f".legend .{name}{{background:var(--{name})}}" for name in ("codes", "scales", "zeros", "router", "adapter")
+)
 """Colours of the parts that a model's bits are spent on."""

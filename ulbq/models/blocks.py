@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.models.skeleton import empty_model
 from ulbq.models.source import ModelSource
-from ulbq.nn.quant_linear import QuantLinear
+from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
 # Group sizes that engines take.
 _GROUP_SIZES = range(16, 1025, 16)
@@ -75,7 +75,7 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             continue
         if any(name.startswith(f"{outer}.") for outer in found):
             continue
-        if any(isinstance(child, nn.Linear | QuantLinear) for child in module.modules()):
+        if any(isinstance(child, nn.Linear) for child in module.modules()):
             found[name] = module
     if not found:
         raise InputError(
@@ -93,7 +93,7 @@ def structure(model: PreTrainedModel) -> ModelStructure:
         tuple(
             Linear(f"{prefix}.{index}.{name}", module.out_features, module.in_features)
             for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
+            if is_dense_linear(module)
         )
         for index, block in enumerate(blocks)
     )
@@ -201,7 +201,7 @@ def materialize(
         NumericsError: a parameter holds values that are not finite.
     """
     persistent = set(module.state_dict())
-    _swap_packed(module, source, prefix, without)
+    _swap_packed(module, source, dtype, prefix, without)
     tied: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter.is_meta and not name.startswith(without):
@@ -228,14 +228,16 @@ def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(module.get_submodule(owner), leaf, value)
 
 
-def _swap_packed(module: nn.Module, source: ModelSource, prefix: str, without: tuple[str, ...]) -> None:
+def _swap_packed(
+    module: nn.Module, source: ModelSource, dtype: torch.dtype, prefix: str, without: tuple[str, ...]
+) -> None:
     """Replace the linear layers that ``source`` stores packed."""
     for name, linear in list(module.named_modules()):
         scheme = source.packed.get(prefix + name)
-        if scheme is None or not isinstance(linear, nn.Linear) or name.startswith(without):
+        if scheme is None or not is_dense_linear(linear) or name.startswith(without):
             continue
         quantized = QuantLinear(
-            scheme, linear.in_features, linear.out_features, bias=linear.bias is not None, cache=True
+            scheme, linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=dtype, cache=True
         )
         # Back on meta: the bias is read with all the other dense parameters.
         quantized.bias = linear.bias

@@ -4,11 +4,14 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ulbq.errors import InputError
+from ulbq.models.adapter_files import adapter_folder, attach_adapter
 from ulbq.models.blocks import materialize, skeleton
 from ulbq.models.source import ModelSource
 
 
-def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_model(
+    source: ModelSource, *, dtype: torch.dtype, device: torch.device | str = "cpu", adapter: bool = True
+) -> PreTrainedModel:
     """The model with all its parameters in memory, frozen and in eval mode.
 
     Packed linear layers stay packed, and keep their dequantized weight in ``dtype`` after the first call.
@@ -17,10 +20,11 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device 
         source: the model.
         dtype: of parameters and of the arithmetic.
         device: where it shall be.
+        adapter: attach the adapter of an artifact that has one, as peft does; without it, the base alone.
 
     Raises:
         InputError: a parameter is missing or has another shape than the configuration says, or a file beside the
-            weights cannot be read.
+            weights cannot be read, the adapter among them.
     """
     model = skeleton(source)
     materialize(model, source, dtype, device=device)
@@ -33,4 +37,5 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device 
                 f"'{source.path / 'generation_config.json'}' cannot be read.",
                 hint="Fetch it again, or remove it: the model works without.",
             ) from error
-    return model
+    folder = adapter_folder(source) if adapter else None
+    return model if folder is None else attach_adapter(model, folder)

@@ -119,8 +119,8 @@ def _quantized(job: Job) -> dict[str, QuantizedManifest]:
     """Manifests of the quantized models in the results, by name."""
     found = {name: manifest for one in job.recorded for name, manifest in one.quantized().items()}
     for candidate in job.candidates:
-        if isinstance(candidate.source.manifest, QuantizedManifest):
-            found[candidate.name] = candidate.source.manifest
+        if (manifest := candidate.quantized) is not None:
+            found[candidate.name] = manifest
     return found
 
 

@@ -38,6 +38,7 @@ class EvaluateRequest(BaseModel):
         tasks: names of lm-eval tasks, tags or groups; ``*`` matches.
         fidelity: compare with the full-precision parent. None: if nothing else was asked for, and it can be read.
         parent: the parent, where the artifacts' own record of it does not help.
+        adapter: measure artifacts with the adapter that they have; else the base alone.
         parent_scores: measure the parent too. None: its perplexity, not its tasks.
         context: tokens a window. None: 1024, or the longest that every model takes.
         limit: windows a text and documents a task; 0: all. None: all, but 32 windows if nothing was asked for on a CPU.
@@ -54,6 +55,7 @@ class EvaluateRequest(BaseModel):
     tasks: tuple[str, ...] = ()
     fidelity: bool | None = None
     parent: str | None = None
+    adapter: bool = True
     parent_scores: bool | None = None
     context: int | None = Field(default=None, ge=2, le=_MOST)
     limit: int | None = Field(default=None, ge=0, le=_MOST)
@@ -111,7 +113,9 @@ def prepare(request: EvaluateRequest, progress: Progress) -> Job:
     device = runtime.resolve_device(request.device)
     # A finished evaluation alone is no model to evaluate, and resolving it will say so.
     recorded, sources = read_recorded(request.sources) if len(request.sources) > 1 else ([], list(request.sources))
-    candidates = open_candidates(sources, parent=request.parent, offline=request.offline, progress=progress)
+    candidates = open_candidates(
+        sources, parent=request.parent, adapter=request.adapter, offline=request.offline, progress=progress
+    )
     if candidates:
         measures = _measures(request, candidates, device, progress)
         protocol = _protocol(request, measures)

@@ -165,7 +165,8 @@ class Measurer:
         )
 
     def _load(self, candidate: Candidate) -> PreTrainedModel:
-        return load_model(candidate.source, dtype=self._measures.dtype, device=self._measures.device)
+        measures = self._measures
+        return load_model(candidate.source, dtype=measures.dtype, device=measures.device, adapter=candidate.adapter)
 
     def _forget(self) -> None:
         """Give the memory of models that nobody holds any more back at once; their modules refer to each other."""

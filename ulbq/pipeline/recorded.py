@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from ulbq.artifacts import EvaluationManifest, Parent, QuantizedManifest, is_artifact, read_manifest
 from ulbq.errors import InputError
-from ulbq.evaluation.results import ModelScores, Protocol, Results
+from ulbq.evaluation.results import WITHOUT_ADAPTER, ModelScores, Protocol, Results
+from ulbq.evaluation.subjects import base_alone
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Recorded:
         for scores in self.results.models:
             manifest = _manifest_at(Path(scores.subject.path))
             if isinstance(manifest, QuantizedManifest) and manifest.digest == digests.get(scores.subject.path):
-                found[scores.subject.name] = manifest
+                alone = scores.subject.adapter == WITHOUT_ADAPTER
+                found[scores.subject.name] = base_alone(manifest) if alone else manifest
         return found
 
 
