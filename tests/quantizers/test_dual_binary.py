@@ -60,7 +60,7 @@ def test_a_group_of_zeros_stays_zero() -> None:
     weight = weights()
     weight[3, 32:64] = 0
     quantizer = DualBinaryQuantizer(weight, search_scales(weight, torch.ones(96), 32), SCHEME)
-    dense = dual_binary.dequantize(quantizer.finalize(), 96)
+    dense = dual_binary.dequantize(SCHEME, quantizer.finalize(), 96)
     assert torch.isfinite(dense).all()
     assert dense[3, 32:64].abs().max() == 0
 
@@ -71,7 +71,7 @@ def test_the_gradient_of_the_scales_is_exact_and_that_of_the_weights_straight_th
     incoming = torch.randn(24, 96, generator=torch.Generator().manual_seed(3))
     (quantizer() * incoming).sum().backward()
 
-    planes, _ = dual_binary.unpack(quantizer.finalize(), 96)
+    planes, _ = dual_binary.unpack(SCHEME, quantizer.finalize(), 96)
     reference = quantizer.scales.detach().double().requires_grad_()
     step = quantizer.step.double().squeeze(-1)
     grouped = planes.double().unflatten(2, (3, 32))
@@ -103,5 +103,5 @@ def test_what_is_packed_is_what_was_trained() -> None:
         quantizer.scales += 0.2 * torch.randn_like(quantizer.scales)
         quantizer.latents += torch.randn_like(quantizer.latents)
         simulated = quantizer()
-    dense = dual_binary.dequantize(quantizer.finalize(), 96)
+    dense = dual_binary.dequantize(SCHEME, quantizer.finalize(), 96)
     assert (dense - simulated).abs().max() <= 2**-10 * simulated.abs().max()

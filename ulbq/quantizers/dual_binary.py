@@ -8,16 +8,15 @@ group's signed starting step. One learning rate then means the same fraction of 
 scale; a fixed absolute rate moves no 2-bit weight across a threshold in a few dozen steps.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from ulbq.formats import dual_binary
+from ulbq.formats import AnyScheme, dual_binary
 from ulbq.formats.dual_binary import DualBinaryScheme
-
-_SCALE_FLOOR = 1e-8
-"""Smallest step; a group of zeros keeps it and its codes stay 0."""
+from ulbq.quantizers.base import CELL_MARGIN, SCALE_FLOOR, Quantizer
 
 
 def search_scales(
@@ -39,7 +38,7 @@ def search_scales(
     """
     grouped = weight.unflatten(1, (-1, group_size))
     cost = importance.unflatten(0, (-1, group_size)).expand_as(grouped)
-    largest = grouped.abs().amax(-1).clamp_min(_SCALE_FLOOR)
+    largest = grouped.abs().amax(-1).clamp_min(SCALE_FLOOR)
     best = torch.full_like(largest, torch.inf)
     scales = torch.stack([largest, -largest / 2])
     for fraction in torch.linspace(0.12, 0.6, candidates).tolist():
@@ -121,7 +120,7 @@ class _FakeQuantize(torch.autograd.Function):
         return gradient * inside if ctx.needs_input_grad[0] else None, scales, None, None
 
 
-class DualBinaryQuantizer(nn.Module):
+class DualBinaryQuantizer(Quantizer):
     """One weight matrix under training.
 
     Args:
@@ -138,6 +137,7 @@ class DualBinaryQuantizer(nn.Module):
 
     latents: torch.Tensor
     step: torch.Tensor
+    scheme: DualBinaryScheme
 
     def __init__(
         self, weight: torch.Tensor, scales: torch.Tensor, scheme: DualBinaryScheme, *, train_weights: bool = True
@@ -145,7 +145,7 @@ class DualBinaryQuantizer(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.shape = (weight.shape[0], weight.shape[1])
-        step = torch.where(scales[0] < 0, -1.0, 1.0) * scales[1].abs().clamp_min(_SCALE_FLOOR)
+        step = torch.where(scales[0] < 0, -1.0, 1.0) * scales[1].abs().clamp_min(SCALE_FLOOR)
         self.register_buffer("step", step.unsqueeze(-1))
         latents = weight.float().unflatten(1, (scales.shape[2], -1)) / self.step
         if train_weights:
@@ -169,4 +169,23 @@ class DualBinaryQuantizer(nn.Module):
         """The packed tensors of the format; scales are rounded to float16 only here."""
         upper, lower = _planes(self.latents, self.scales)
         planes = torch.stack([upper, lower]).flatten(2)
-        return dual_binary.pack(planes, self.scales * self.step.squeeze(-1))
+        return dual_binary.pack(self.scheme, planes, self.scales * self.step.squeeze(-1))
+
+    @classmethod
+    def from_packed(
+        cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, *, train_weights: bool = True
+    ) -> Self:
+        """Go on from packed tensors, as :meth:`Quantizer.from_packed` says."""
+        if not isinstance(scheme, DualBinaryScheme):
+            raise TypeError(f"{scheme.format} is not dual-binary")
+        planes, scales = dual_binary.unpack(scheme, tensors, weight.shape[1])
+        made = cls(weight, scales, scheme, train_weights=train_weights)
+        upper, lower = (plane.view(made.latents.shape).bool() for plane in planes)
+        first, second = made.scales.detach().unsqueeze(-1)
+        # The borders between the four levels α₂ < 0 < α₁ + α₂ < α₁, from below.
+        bottom, middle, top = second / 2, (first + second) / 2, first + second / 2
+        low = torch.where(upper, torch.where(lower, middle, top), torch.where(lower, -torch.inf, bottom))
+        high = torch.where(upper, torch.where(lower, top, torch.inf), torch.where(lower, bottom, middle))
+        with torch.no_grad():
+            made.latents.copy_(made.latents.clamp(low + CELL_MARGIN, high - CELL_MARGIN))
+        return made

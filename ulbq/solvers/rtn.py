@@ -10,6 +10,9 @@ from ulbq.formats.affine import AffineScheme
 _SCALE_FLOOR = 1e-8
 """Smallest scale; a group of equal weights would otherwise divide by zero. Rounds to 0 in float16, harmlessly."""
 
+_NARROWEST = 0.1
+"""Smallest share of the range that the search tries; 1-bit rows need less than a third of it."""
+
 
 class AffineCodes(NamedTuple):
     """An affine-quantized matrix, unpacked.
@@ -35,14 +38,15 @@ def round_to_nearest(
 ) -> AffineCodes:
     """Quantize a matrix group by group.
 
-    The range of each group starts as its minimum and maximum (zero included, so that 0 stays exact); the search
-    shrinks it step by step to 30 % and keeps the factor with the least squared error. The symmetric grid is tried in
-    both orientations.
+    The range of each group starts as its minimum and maximum (zero included, so that 0 stays exact). The search
+    shrinks both ends together step by step to a tenth, then each end by itself, and keeps what gives the least squared
+    error. The symmetric grid is tried in both orientations.
 
     Args:
         weight: ``[out, in]`` float32.
         scheme: bits, group size, symmetry; the group size divides ``in``.
-        importance: ``[in]`` weights of each column's squared error (the mean squared input); None for all equal.
+        importance: weight of each squared error, ``[in]`` (the mean squared input) or ``[out, in]`` (a saliency); None
+            for all equal.
         search: whether to shrink ranges; without it this is plain min-max rounding.
         candidates: number of shrink factors.
 
@@ -51,21 +55,20 @@ def round_to_nearest(
     """
     group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
     grouped = weight.unflatten(1, (-1, group_size))
-    cost = None if importance is None else importance.unflatten(0, (-1, group_size)).expand_as(grouped)
+    cost = None if importance is None else importance.unflatten(-1, (-1, group_size)).expand_as(grouped)
     low = grouped.amin(-1).clamp_max(0)
     high = grouped.amax(-1).clamp_min(0)
-    factors = torch.linspace(1.0, 0.3, candidates).tolist() if search else [1.0]
-
-    best = torch.full_like(low, torch.inf)
-    scales, zeros = torch.zeros_like(low), torch.zeros_like(low)
+    factors = torch.linspace(1.0, _NARROWEST, candidates).tolist() if search else [1.0]
+    chosen = _Choice(grouped, cost, scheme, low, high)
     for factor in factors:
-        for trial_scales, trial_zeros in _grids(low * factor, high * factor, scheme):
-            error = (_reconstruct(grouped, trial_scales, trial_zeros, scheme.bits) - grouped).square_()
-            error = (error if cost is None else error.mul_(cost)).sum(-1)
-            better = error < best
-            best = torch.where(better, error, best)
-            scales = torch.where(better, trial_scales, scales)
-            zeros = torch.where(better, trial_zeros, zeros)
+        chosen.offer(low * factor, high * factor)
+    if search and not scheme.symmetric:
+        # One end after the other: skewed groups want another share cut from each.
+        for factor in factors[::2]:
+            chosen.offer(chosen.low, high * factor)
+        for factor in factors[::2]:
+            chosen.offer(low * factor, chosen.high)
+    scales, zeros, best = chosen.scales, chosen.zeros, chosen.error
     if not torch.isfinite(best).all():
         raise NumericsError(
             "A group of weights needs a scale that float16 cannot hold.",
@@ -73,6 +76,42 @@ def round_to_nearest(
         )
     codes = _codes(grouped, scales, zeros, scheme.bits)
     return AffineCodes(codes.flatten(1).to(torch.uint8), scales, zeros)
+
+
+class _Choice:
+    """The best range of every group so far.
+
+    Args:
+        grouped: ``[out, G, g]`` weights.
+        cost: ``[out, G, g]`` weight of each squared error, None for all equal.
+        low, high: ``[out, G]`` ends of the full range.
+    """
+
+    def __init__(
+        self,
+        grouped: torch.Tensor,
+        cost: torch.Tensor | None,
+        scheme: AffineScheme,
+        low: torch.Tensor,
+        high: torch.Tensor,
+    ) -> None:
+        self._grouped = grouped
+        self._cost = cost
+        self._scheme = scheme
+        self.low, self.high = low, high
+        self.error = torch.full_like(low, torch.inf)
+        self.scales, self.zeros = torch.zeros_like(low), torch.zeros_like(low)
+
+    def offer(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Take over the ranges that round better."""
+        for scales, zeros in _grids(low, high, self._scheme):
+            error = (_reconstruct(self._grouped, scales, zeros, self._scheme.bits) - self._grouped).square_()
+            error = (error if self._cost is None else error.mul_(self._cost)).sum(-1)
+            better = error < self.error
+            self.error = torch.where(better, error, self.error)
+            self.scales = torch.where(better, scales, self.scales)
+            self.zeros = torch.where(better, zeros, self.zeros)
+            self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
 
 
 def _grids(low: torch.Tensor, high: torch.Tensor, scheme: AffineScheme) -> list[tuple[torch.Tensor, torch.Tensor]]:

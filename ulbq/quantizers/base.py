@@ -1,0 +1,63 @@
+"""What every quantizer gives: the trainable stand-in of one weight matrix."""
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import nn
+
+from ulbq.formats import AnyScheme
+
+SCALE_FLOOR = 1e-8
+"""Smallest grid step; a group of zeros keeps it and its codes stay 0."""
+
+CELL_MARGIN = 1e-3
+"""Grid steps that a latent keeps from the border of its code's cell, so that rounding gives that code back."""
+
+
+class Quantizer(nn.Module):
+    """One ``[out, in]`` weight under training.
+
+    Whatever trains is kept in *grid steps*, relative to where it started, so that one learning rate means the same in
+    every group of every layer of every model.
+
+    Attributes:
+        scheme: of the format that :meth:`finalize` packs into.
+    """
+
+    scheme: AnyScheme
+
+    def forward(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix ``[out, in]`` that the layer multiplies by, in ``dtype``; differentiable in what trains."""
+        raise NotImplementedError
+
+    def multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """The layer's product ``[..., out]`` of inputs ``[..., in]`` and the matrix that :meth:`forward` gave."""
+        return nn.functional.linear(x, matrix)
+
+    def dense(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The weight ``[out, in]`` that the matrix stands for."""
+        return matrix
+
+    def trainable(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by role: ``weights``, ``scales``, ``router``; each role has its own rate."""
+        raise NotImplementedError
+
+    def finalize(self) -> dict[str, torch.Tensor]:
+        """The packed tensors of the format; scales are rounded to float16 only here."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_packed(
+        cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, *, train_weights: bool = True
+    ) -> Self:
+        """Go on from packed tensors: :meth:`finalize` right afterwards gives the same tensors back.
+
+        Args:
+            weight: ``[out, in]``, the full-precision weight; its latent starts at the point of its stored code's cell
+                that is nearest to it.
+            tensors: as :meth:`finalize` gave them.
+            scheme: of the format.
+            train_weights: let the weights move.
+        """
+        raise NotImplementedError
