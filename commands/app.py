@@ -28,6 +28,7 @@ from .eval import eval as evaluate
 from .inspect import inspect
 from .options import State
 from .quantize import quantize
+from .saliency import saliency
 from .sections import SectionedCommand
 
 INTERRUPTED = 130
@@ -62,7 +63,13 @@ def ulbq(
         raise typer.Exit(UsageError.exit_code)
 
 
-for _name, _command in (("quantize", quantize), ("eval", evaluate), ("convert", convert), ("inspect", inspect)):
+for _name, _command in (
+    ("saliency", saliency),
+    ("quantize", quantize),
+    ("eval", evaluate),
+    ("convert", convert),
+    ("inspect", inspect),
+):
     # The first sentence whole; Typer would cut it in the middle.
     app.command(_name, cls=SectionedCommand, short_help=(_command.__doc__ or "").partition(".")[0] + ".")(_command)
 

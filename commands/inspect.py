@@ -8,7 +8,7 @@ import typer
 from . import console
 from .options import Debug, Json, Quiet, read_source
 
-_KINDS = ("quantized", "evaluation", "converted")
+_KINDS = ("quantized", "evaluation", "converted", "saliency")
 
 
 def inspect(
@@ -19,7 +19,9 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash every file again, and the model that it was made from.")
     ] = False,
-    layers: Annotated[bool, typer.Option("--layers", help="Every layer with its bits and error.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Every layer with its bits and error, or its scores.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -16,12 +16,14 @@ from ulbq.artifacts import (
     EvaluationManifest,
     LayerRecord,
     QuantizedManifest,
+    SaliencyManifest,
 )
 from ulbq.pipeline.inspect import Ancestor, Inspection, State
 
 from .progress import duration
+from .saliency_table import each, summary
 
-_STANDARD_PARTS = ("codes", "scales", "zeros", "adapter")
+_STANDARD_PARTS = ("codes", "scales", "zeros", "router", "adapter")
 _OUTSIDE_PARTS = ("embeddings", "other")
 _STATES: dict[State, tuple[str, str]] = {
     "same": ("as recorded", "green"),
@@ -45,6 +47,10 @@ def show(console: Console, inspection: Inspection, *, layers: bool = False) -> N
             sections.append(("In full precision", Text(", ".join(manifest.skipped))))
     elif isinstance(manifest, EvaluationManifest):
         sections.append(("Results", _grid(dict(_scalars(manifest.results)))))
+    elif isinstance(manifest, SaliencyManifest):
+        sections.append(("Scores", summary(manifest)))
+        if layers:
+            sections.append(("Layers", each(manifest.layers)))
     if manifest.phases:
         sections.append(("Work", _phases(manifest)))
     if inspection.ancestry:
@@ -112,9 +118,13 @@ def _particulars(manifest: AnyManifest) -> dict[str, str]:
     """The facts that only one kind has."""
     if isinstance(manifest, ConvertedManifest):
         return {"target": f"{manifest.target}, {manifest.dtype}"}
-    if not isinstance(manifest, QuantizedManifest):
+    if isinstance(manifest, SaliencyManifest):
+        loss = f"; loss of the samples {manifest.loss:.3f}" if manifest.loss is not None else ""
+        rows = {"scores": f"{manifest.score}, {manifest.dtype}, at most {manifest.rounding:.2%} lost in storage{loss}"}
+    elif isinstance(manifest, QuantizedManifest):
+        rows = {"method": manifest.method, "format": scheme(manifest.scheme)}
+    else:
         return {}
-    rows = {"method": manifest.method, "format": scheme(manifest.scheme)}
     if data := manifest.calibration:
         rows["calibration"] = (
             f"{data.get('name')}, {data.get('samples')} × {data.get('sequence_length')} tokens, seed {manifest.seed}"

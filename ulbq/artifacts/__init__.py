@@ -10,6 +10,7 @@ from ulbq.artifacts.manifest import (
     EvaluationManifest,
     Manifest,
     QuantizedManifest,
+    SaliencyManifest,
     is_artifact,
     newest,
     read_back,
@@ -17,6 +18,7 @@ from ulbq.artifacts.manifest import (
     verify,
 )
 from ulbq.artifacts.records import BitsReport, BlockRecord, FileEntry, LayerRecord, Parent
+from ulbq.artifacts.saliency import BlockScores, SaliencyLayer
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "ArtifactWriter",
     "BitsReport",
     "BlockRecord",
+    "BlockScores",
     "ConvertedManifest",
     "EvaluationManifest",
     "FileEntry",
@@ -33,6 +36,8 @@ __all__ = [
     "Manifest",
     "Parent",
     "QuantizedManifest",
+    "SaliencyLayer",
+    "SaliencyManifest",
     "fingerprint",
     "free_output",
     "is_artifact",

@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ulbq import __version__, runtime
 from ulbq.artifacts.disk import sha256_file
-from ulbq.artifacts.records import BitsReport, BlockRecord, FileEntry, LayerRecord, Parent, Record
+from ulbq.artifacts.records import BitsReport, BlockRecord, EndToEndRecord, FileEntry, LayerRecord, Parent, Record
+from ulbq.artifacts.saliency import SaliencyLayer
 from ulbq.errors import InputError
 from ulbq.progress import Progress, Silent
 
@@ -64,6 +65,7 @@ class QuantizedManifest(Manifest):
 
     Attributes:
         scheme: the default scheme's JSON object; each layer repeats its own.
+        end_to_end: how the whole model trained after its blocks; None where it did not.
         skipped: modules that stay in full precision.
         calibration: name, samples, sequence length and SHA-256 of the token samples; empty where none were needed.
     """
@@ -74,6 +76,7 @@ class QuantizedManifest(Manifest):
     bits: BitsReport
     layers: tuple[LayerRecord, ...]
     blocks: tuple[BlockRecord, ...] = ()
+    end_to_end: EndToEndRecord | None = None
     skipped: tuple[str, ...] = ()
     calibration: dict[str, Any] = Field(default_factory=dict)
 
@@ -93,12 +96,35 @@ class ConvertedManifest(Manifest):
     dtype: str
 
 
-M = TypeVar("M", QuantizedManifest, EvaluationManifest, ConvertedManifest)
-AnyManifest = QuantizedManifest | EvaluationManifest | ConvertedManifest
+class SaliencyManifest(Manifest):
+    """Scores of a model's weights, one shard a block.
+
+    Attributes:
+        score: how they were computed: ``fisher``, ``gradient``, ``hessian``, ``wanda`` or ``magnitude``.
+        dtype: in which they are stored, each layer with a scale of its own.
+        top: as a layer's, over the weights of all layers together.
+        rounding: as a layer's; that of the worst layer.
+        loss: mean cross-entropy of the calibration samples, nats a token; None for kinds that need none.
+        calibration: name, samples, sequence length and SHA-256 of the token samples; empty where none were needed.
+    """
+
+    kind: Literal["saliency"] = "saliency"
+    score: str
+    dtype: str
+    layers: tuple[SaliencyLayer, ...]
+    top: dict[str, float]
+    rounding: float
+    loss: float | None = None
+    calibration: dict[str, Any] = Field(default_factory=dict)
+
+
+M = TypeVar("M", QuantizedManifest, EvaluationManifest, ConvertedManifest, SaliencyManifest)
+AnyManifest = QuantizedManifest | EvaluationManifest | ConvertedManifest | SaliencyManifest
 _CLASSES: dict[str, type[AnyManifest]] = {
     "quantized": QuantizedManifest,
     "evaluation": EvaluationManifest,
     "converted": ConvertedManifest,
+    "saliency": SaliencyManifest,
 }
 
 

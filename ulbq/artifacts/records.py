@@ -62,6 +62,28 @@ class BlockRecord(Record):
     seconds: float
 
 
+class EndToEndRecord(Record):
+    """How the whole model trained after its blocks.
+
+    Attributes:
+        loss: ``ce``, ``kl``, ``kl-hidden`` or ``dad``.
+        start_error: loss of the blocks' result on held-out samples.
+        end_error: the same loss of what was stored.
+        epochs: number of the epoch that was stored; 0 where none improved on the start.
+        steps: optimiser steps of all epochs.
+        finite: whether losses and gradients always were.
+        seconds: wall time of the epochs.
+    """
+
+    loss: str
+    start_error: float
+    end_error: float
+    epochs: int
+    steps: int
+    finite: bool = True
+    seconds: float
+
+
 class LayerRecord(Record):
     """One packed linear layer.
 

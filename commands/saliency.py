@@ -1,0 +1,169 @@
+"""``ulbq saliency``: a model in, a score for each of its weights out."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from . import console
+from .options import (
+    DataDir,
+    Debug,
+    Device,
+    DryRun,
+    Force,
+    Json,
+    Offline,
+    Out,
+    Quiet,
+    Seed,
+    Source,
+    read_size,
+    read_source,
+)
+
+if TYPE_CHECKING:
+    from ulbq.pipeline.saliency import SaliencyPlan
+
+_CALIBRATION = "Calibration"
+_COMPUTE = "Compute"
+
+
+def saliency(
+    source: Source = None,
+    kind: Annotated[
+        Literal["fisher", "gradient", "hessian", "wanda", "magnitude"],
+        typer.Option("--kind", "-k", help="Squared or mean absolute gradients, squared inputs, |W|·‖x‖, or |W| alone."),
+    ] = "fisher",
+    dtype: Annotated[
+        Literal["bf16", "fp16"],
+        typer.Option("--dtype", help="Of the stored scores: the wider range, or the finer steps."),
+    ] = "bf16",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="NAME|FILE",
+            help="wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, "
+            "or a file: text, JSONL, Parquet or safetensors.",
+            show_default="wikitext2, else self",
+            autocompletion=lambda: ["wikitext2", "c4", "ptb", "pile", "redpajama", "alpaca", "mix", "self"],
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples",
+            min=1,
+            metavar="N",
+            help="Sequences to score on.",
+            show_default="32 on a CPU, 128 on a GPU",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            "--sequence-length",
+            min=2,
+            metavar="N",
+            help="Tokens a sequence.",
+            show_default="512",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            metavar="N",
+            help="Sequences at once on the way forward; each goes back by itself.",
+            show_default="4",
+            rich_help_panel=_COMPUTE,
+        ),
+    ] = None,
+    activation_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--activation-memory",
+            metavar="SIZE",
+            help="Activations beyond this lie on disk (512M, 4G, …).",
+            show_default="4G",
+            rich_help_panel=_COMPUTE,
+        ),
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"] | None,
+        typer.Option(
+            "--precision",
+            help="Dtype of the matrix products; auto is bf16 where the hardware has it.",
+            show_default="auto",
+            rich_help_panel=_COMPUTE,
+        ),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    offline: Offline = False,
+    out: Out = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Score every weight of a model by how much the model depends on it. A stopped run goes on where it was.
+
+    Quantize uses the scores as weights of its penalty: ulbq saliency | ulbq quantize --method ulb-sapr
+    """
+    given = {
+        name: value
+        for name, value in locals().items()
+        if name not in {"source", "activation_memory", "dry_run", "json", "quiet", "debug"}
+    }
+    progress, emit = console.session(json=json, quiet=quiet, debug=debug)
+    source = read_source(source, "model", progress)
+
+    from ulbq.pipeline.saliency import SaliencyRequest, plan, saliency
+
+    request = SaliencyRequest.model_validate(
+        {**given, "source": source, "activation_memory": activation_memory and read_size(activation_memory)}
+    )
+    if dry_run:
+        planned = plan(request, progress)
+        _show(planned)
+        if json:
+            print(planned.model_dump_json(indent=2))
+        return
+    path, manifest = saliency(request, progress, on_plan=(lambda planned: None) if quiet else _show)
+    if not quiet:
+        from .saliency_table import summary
+
+        console.terminal().print(summary(manifest))
+    emit(path, manifest)
+
+
+def _show(plan: "SaliencyPlan") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    request = plan.request
+    rows = {
+        "model": f"{plan.model}: {plan.blocks} blocks, {plan.layers} layers, {plan.weights / 1e6:,.1f} M weights",
+        "scores": f"{request.kind}, stored as {request.dtype}",
+    }
+    if request.samples is not None:
+        rows["calibration"] = (
+            f"{request.calibration}, {request.samples} × {request.sequence_length} tokens, seed {request.seed}"
+        )
+    rows["compute"] = f"{plan.device}, {plan.precision}"
+    rows["predicted"] = (
+        f"peak memory {plan.peak_memory / 2**30:.2f} GiB, disk {plan.disk / 2**20:,.0f} MiB, "
+        f"artifact {plan.artifact / 2**20:,.0f} MiB"
+    )
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        # As Text, not as markup: a file may be called text[a].
+        table.add_row(Text(name, style="bold"), Text(text))
+    console.terminal().print(table)

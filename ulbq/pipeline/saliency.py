@@ -1,0 +1,155 @@
+"""``saliency``: a model in, a score for each of its weights out, one block at a time."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ulbq import __version__, runtime
+from ulbq.artifacts import BlockScores, SaliencyLayer, SaliencyManifest, read_back
+from ulbq.artifacts.disk import writing
+from ulbq.artifacts.manifest import SCHEMA_VERSION
+from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.data.calibration import Calibration, save_calibration
+from ulbq.pipeline.saliency_page import page
+from ulbq.pipeline.saliency_plan import NOT_IN_FINGERPRINT, SaliencyJob, SaliencyPlan, SaliencyRequest, prepare
+from ulbq.pipeline.samples import CALIBRATION_FILE, draw, written_samples
+from ulbq.progress import Progress, Silent
+from ulbq.saliency import Saliency, Spectrum, block_file, compute_saliency
+
+__all__ = ["SaliencyPlan", "SaliencyRequest", "plan", "saliency"]
+
+_REPORT = "report.html"
+
+
+def plan(request: SaliencyRequest, progress: Progress | None = None) -> SaliencyPlan:
+    """Check a request and predict its cost; nothing is written. Raises as :func:`~.saliency_plan.prepare`."""
+    return prepare(request, progress or Silent()).plan
+
+
+def saliency(
+    request: SaliencyRequest, progress: Progress | None = None, on_plan: Callable[[SaliencyPlan], None] | None = None
+) -> tuple[Path, SaliencyManifest]:
+    """Score the weights of a model.
+
+    Args:
+        request: what to do.
+        progress: told how it goes.
+        on_plan: called with the plan before anything is written.
+
+    Returns:
+        The artifact's folder and its manifest.
+
+    Raises:
+        UsageError, InputError: as :func:`plan`; also where the output is taken or another run's.
+        ResourceError: data, memory or disk are missing.
+        NumericsError: a loss or a score is not finite. The finished blocks stay for a resumed run.
+    """
+    progress = progress or Silent()
+    job = prepare(request, progress)
+    if on_plan is not None:
+        on_plan(job.plan)
+    watch = runtime.Stopwatch()
+    runtime.seed_everything(job.request.seed)
+    drawn = None
+    if job.request.calibration not in (None, "self"):
+        with watch.phase("calibration"):
+            drawn = draw(job.request, job.source, job.request.samples or 0)
+    identity = _fingerprint(job, drawn)
+    out = request.out or free_output(DEFAULT_ROOT, f"{job.source.name}-saliency-{job.request.kind}", identity)
+    with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
+        if writer.resumed:
+            progress.note(f"Resuming {out}: {len(writer.journal)} of {job.found.n_blocks} blocks are done.")
+        calibration = drawn
+        if job.request.calibration == "self":
+            with watch.phase("calibration"):
+                calibration = written_samples(
+                    job.request,
+                    job.source,
+                    job.request.samples or 0,
+                    precision=job.settings.precision,
+                    writer=writer,
+                    progress=progress,
+                )
+        if calibration is not None:
+            save_calibration(writer.path / CALIBRATION_FILE, calibration)
+        with watch.phase("blocks"):
+            blocks = _score(job, calibration, writer, progress)
+        with watch.phase("finish"):
+            manifest = _finish(job, blocks, calibration, writer)
+        # Later than the last phase is timed, so that the manifest has them all.
+        path = writer.finish(manifest.model_copy(update={"phases": tuple(watch.records)}))
+    _warn_of_zeros(manifest.layers, progress)
+    return path, read_back(path, SaliencyManifest)
+
+
+def _fingerprint(job: SaliencyJob, drawn: Calibration | None) -> str:
+    return fingerprint(
+        {
+            "command": "saliency",
+            "ulbq": __version__,
+            "schema": SCHEMA_VERSION,
+            "source": job.source.content_hash,
+            "request": job.request.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
+            "device": job.settings.precision.device.type,
+            "precision": job.plan.precision,
+            "calibration": drawn.sha256 if drawn else job.request.calibration,
+        }
+    )
+
+
+def _score(
+    job: SaliencyJob, calibration: Calibration | None, writer: ArtifactWriter, progress: Progress
+) -> tuple[BlockScores, ...]:
+    def on_block(scores: BlockScores) -> None:
+        writer.record(str(scores.index), scores, files=[writer.path / block_file(scores.index)])
+
+    return compute_saliency(
+        job.model,
+        job.source,
+        job.found,
+        None if calibration is None else calibration.tokens,
+        job.settings,
+        writer.path,
+        scratch=writer.scratch,
+        progress=progress,
+        done={int(index): BlockScores.model_validate(entry) for index, entry in writer.journal.items()},
+        on_block=on_block,
+    )
+
+
+def _finish(
+    job: SaliencyJob, blocks: Sequence[BlockScores], calibration: Calibration | None, writer: ArtifactWriter
+) -> SaliencyManifest:
+    """Write the summary page, and describe the whole."""
+    layers = tuple(layer for block in blocks for layer in block.layers)
+    manifest = SaliencyManifest(
+        name=writer.out.name,
+        request=job.request.model_dump(mode="json"),
+        seed=job.request.seed,
+        device=job.plan.device,
+        parents=(job.source.record(),),
+        score=job.request.kind,
+        dtype=job.request.dtype,
+        layers=layers,
+        top=_overall(writer.path, layers).top(),
+        rounding=max(layer.rounding for layer in layers),
+        loss=blocks[0].loss,
+        calibration=calibration.record() if calibration else {},
+    )
+    with writing(writer.path):
+        (writer.path / _REPORT).write_text(page(manifest), encoding="utf-8")
+    return manifest
+
+
+def _overall(folder: Path, layers: Sequence[SaliencyLayer]) -> Spectrum:
+    """The scores of all layers together, as they were stored."""
+    spectrum, stored = Spectrum(), Saliency(folder, layers)
+    for layer in layers:
+        values = stored.row(layer.name)
+        spectrum.add(values, times=layer.shape[0] // values.shape[0])
+    return spectrum
+
+
+def _warn_of_zeros(layers: Sequence[SaliencyLayer], progress: Progress) -> None:
+    silent = [layer.name for layer in layers if layer.total == 0]
+    if silent:
+        progress.warn(f"{len(silent)} layers score zero, no sample calls them ({silent[0]}): take more samples.")

@@ -1,0 +1,179 @@
+"""The summary of a saliency artifact: one self-contained HTML page, light or dark, without the network."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from ulbq import __version__
+from ulbq.artifacts import SaliencyLayer, SaliencyManifest
+from ulbq.evaluation.svg import Drawing, Scale, number
+from ulbq.evaluation.theme import STYLE
+from ulbq.saliency import KINDS
+
+_WIDTH = 800.0
+_RIGHT = 24.0
+_CHARACTER = 6.6  # pixels, of the labels' 12-pixel type; errs on the wide side
+_LEVELS = 16
+_CURVES = "".join(f".{name}.curve{{stroke:var(--{name})}} .legend .{name}{{background:var(--{name})}}"
+                  for name in ("s0", "s1", "s2"))  # fmt: skip
+_TOPS = {"10": "s0", "1": "s1", "0.1": "s2"}
+
+
+def page(manifest: SaliencyManifest) -> str:
+    """The page, as HTML."""
+    title = f"{manifest.parents[0].name if manifest.parents else manifest.name}: {manifest.score}"
+    body = [
+        f'<header><h1>{escape(title)}</h1><p class="sub">{escape(_told(manifest))}</p></header>',
+        _tiles(manifest),
+        _section("Mean score by layer", "Logarithmic: the fullest colour is the highest mean.", _map(manifest.layers)),
+        _section(
+            "How few weights hold how much",
+            "Share of each layer's total that its highest-scoring weights hold; mean over the block's layers.",
+            _legend() + _concentration(manifest.layers),
+        ),
+        _section(
+            "Salient columns",
+            "Columns from left to right in up to 64 slices, blocks from top to bottom; share of the layer's total, "
+            "logarithmic: nothing at an even share or below, full at ten times and beyond.",
+            _columns(manifest.layers),
+        ),
+        _section("Layers", "The eight columns with the highest sums are in the manifest.", _table(manifest)),
+        f"<footer>ulbq {escape(__version__)} · {escape(manifest.created)}</footer>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)} · ulbq</title>\n<style>{STYLE}{_CURVES}</style>\n</head>\n"
+        f"<body>\n<main>\n{''.join(body)}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _told(manifest: SaliencyManifest) -> str:
+    words = [next((words for kind, words in KINDS.items() if kind == manifest.score), manifest.score)]
+    if data := manifest.calibration:
+        words.append(f"{data.get('name')}, {data.get('samples')} × {data.get('sequence_length')} tokens")
+    if manifest.loss is not None:
+        words.append(f"loss {manifest.loss:.3f} nats a token")
+    return "; ".join(words)
+
+
+def _tiles(manifest: SaliencyManifest) -> str:
+    tiles = [(f"{share:.1%}", f"of the total in the top {name} % of weights") for name, share in manifest.top.items()]
+    tiles.append((f"{manifest.rounding:.2%}", f"largest loss of a layer to {manifest.dtype} storage"))
+    drawn = "".join(
+        f'<div class="tile"><div class="value">{escape(value)}</div><div class="label">{escape(label)}</div></div>'
+        for value, label in tiles
+    )
+    return f'<div class="tiles">{drawn}</div>'
+
+
+def _section(title: str, caption: str, drawn: str) -> str:
+    return (
+        f"<section><figure><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>"
+        f'<div class="scroll">{drawn}</div></figure></section>'
+    )
+
+
+def _legend() -> str:
+    items = "".join(f'<span><i class="{style}"></i>top {name} %</span>' for name, style in _TOPS.items())
+    return f'<div class="legend">{items}</div>'
+
+
+def _map(layers: Sequence[SaliencyLayer]) -> str:
+    """Mean score of every layer, projections by blocks."""
+    kinds, blocks = projections(layers), sorted({layer.block for layer in layers})
+    left = 16 + max(map(len, kinds)) * _CHARACTER
+    width = min((_WIDTH - _RIGHT - left) / len(blocks), 48.0)
+    means = [layer.mean for layer in layers if layer.mean > 0]
+    low, high = (math.log(min(means)), math.log(max(means))) if means else (0.0, 0.0)
+    drawing = Drawing(_WIDTH, 62 + len(kinds) * 22, "Mean score of each layer's weights")
+    for layer in layers:
+        corner = (left + blocks.index(layer.block) * width + 1, 8 + kinds.index(layer.projection) * 22 + 1)
+        share = (math.log(layer.mean) - low) / (high - low) if layer.mean > 0 and high > low else 0.0
+        hint = f"{layer.name}: mean {layer.mean:.3g}"
+        drawing.box(corner, (width - 2, 20), "heat", hint=hint, opacity=0.06 + 0.94 * share)
+    for row, kind in enumerate(kinds):
+        drawing.text(left - 8, 8 + row * 22 + 15, kind, anchor="end")
+    below = 8 + len(kinds) * 22
+    every = 1 + len(blocks) // 20
+    for column, block in enumerate(blocks[::every]):
+        drawing.text(left + (column * every + 0.5) * width, below + 16, str(block), style="muted", anchor="middle")
+    for step in range(24):
+        drawing.box((left + step * 5, below + 25), (5, 10), "heat", opacity=0.06 + 0.94 * step / 23, radius=0)
+    span = f"{min(means):.2g} to {max(means):.2g}" if means else "0"
+    drawing.text(left + 128, below + 34, f"{span} a weight", style="muted")
+    return str(drawing)
+
+
+def _concentration(layers: Sequence[SaliencyLayer]) -> str:
+    """Curves over the blocks of the shares that the top weights hold."""
+    blocks = sorted({layer.block for layer in layers})
+    rows = {block: [layer.top for layer in layers if layer.block == block] for block in blocks}
+    across = Scale(0, max(blocks[-1], 1), (56, _WIDTH - _RIGHT), ticks=min(max(blocks[-1], 1), 15))
+    up = Scale(0, 1, (200, 16))
+    drawing = Drawing(_WIDTH, 246, "Share of the total held by the top weights, by block")
+    for tick in up.ticks:
+        drawing.line((56, up(tick)), (_WIDTH - _RIGHT, up(tick)), "grid")
+        drawing.text(48, up(tick) + 4, f"{tick:.0%}", style="muted", anchor="end")
+    for tick in across.ticks:
+        drawing.text(across(tick), 218, number(tick), style="muted", anchor="middle")
+    drawing.text((56 + _WIDTH - _RIGHT) / 2, 240, "block", style="muted", anchor="middle")
+    for name, style in _TOPS.items():
+        points = [(across(b), up(sum(top[name] for top in tops) / len(tops))) for b, tops in rows.items()]
+        drawing.path(points, f"curve {style}")
+    return str(drawing)
+
+
+def _columns(layers: Sequence[SaliencyLayer]) -> str:
+    """A map for each projection: blocks by slices of columns."""
+    drawn = []
+    for kind in projections(layers):
+        members = sorted((layer for layer in layers if layer.projection == kind), key=lambda layer: layer.block)
+        told = f"{kind}: {members[0].shape[1]:,} columns, blocks {members[0].block} to {members[-1].block}"
+        drawn.append(f"<h3>{escape(told)}</h3>{_raster([layer.columns for layer in members], kind)}")
+    return "".join(drawn)
+
+
+def _raster(rows: Sequence[Sequence[float]], title: str) -> str:
+    """Rows of shares as a picture: one path a level of colour, which is a tenth of the size of one box a share."""
+    height = 6.0
+    paths: dict[int, list[str]] = {}
+    for y, shares in enumerate(rows):
+        width = _WIDTH / len(shares)
+        for x, share in enumerate(shares):
+            excess = math.log10(max(share * len(shares), 1.0))  # 0 at an even share, 1 at ten times
+            if level := round(min(excess, 1.0) * _LEVELS):
+                paths.setdefault(level, []).append(
+                    f"M{x * width:.1f} {y * height:g}h{width:.1f}v{height:g}h-{width:.1f}z"
+                )
+    shapes = "".join(
+        f'<path class="heat" fill-opacity="{level / _LEVELS:.2f}" d="{"".join(parts)}"/>'
+        for level, parts in sorted(paths.items())
+    )
+    tall = len(rows) * height
+    frame = f'<rect x="0.5" y="0.5" width="{_WIDTH - 1:g}" height="{tall - 1:g}" class="grid" fill="none"/>'
+    return f'<svg viewBox="0 0 {_WIDTH:g} {tall:g}" role="img" aria-label="{escape(title)}">{shapes}{frame}</svg>'
+
+
+def _table(manifest: SaliencyManifest) -> str:
+    lines = [_row(layer.name, f"{layer.mean:.3g}", layer.top, _best(layer)) for layer in manifest.layers]
+    heads = "".join(f"<th>top {name} %</th>" for name in manifest.top)
+    return (
+        f"<table><thead><tr><th>layer</th><th>mean</th>{heads}<th>highest column</th></tr></thead>"
+        f"<tbody>{''.join(lines)}{_row('all', '', manifest.top, '', 'total')}</tbody></table>"
+    )
+
+
+def _row(name: str, mean: str, top: dict[str, float], best: str, style: str = "") -> str:
+    shares = "".join(f"<td>{share:.1%}</td>" for share in top.values())
+    attribute = f' class="{style}"' if style else ""
+    return f"<tr{attribute}><th>{escape(name)}</th><td>{mean}</td>{shares}<td>{escape(best)}</td></tr>"
+
+
+def _best(layer: SaliencyLayer) -> str:
+    return f"{layer.top_columns[0][0]} ({layer.top_columns[0][1]:.1%})" if layer.top_columns else ""
+
+
+def projections(layers: Sequence[SaliencyLayer]) -> list[str]:
+    """Names of the layers inside their blocks, each once, in the model's order."""
+    return list(dict.fromkeys(layer.projection for layer in layers))

@@ -1,0 +1,74 @@
+"""The calibration samples of a run, drawn from text or written by the model itself."""
+
+from pathlib import Path
+from typing import Protocol
+
+from ulbq.artifacts.store import ArtifactWriter
+from ulbq.data.calibration import Calibration, calibration_samples, load_calibration
+from ulbq.data.generate import self_samples
+from ulbq.data.registry import available
+from ulbq.models.load import load_model
+from ulbq.models.source import ModelSource
+from ulbq.progress import Progress
+from ulbq.training.precision import Precision
+
+CALIBRATION_FILE = "calibration.safetensors"
+
+
+class Sampled(Protocol):
+    """The part of a request that says which samples."""
+
+    @property
+    def calibration(self) -> str | None: ...
+    @property
+    def sequence_length(self) -> int | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def data_dir(self) -> Path | None: ...
+    @property
+    def offline(self) -> bool: ...
+
+
+def default_calibration(request: Sampled, progress: Progress) -> str:
+    """WikiText-2, or the model's own writing where that cannot be had."""
+    if available("wikitext2", data_dir=request.data_dir, offline=request.offline):
+        return "wikitext2"
+    progress.note("WikiText-2 cannot be had here: the model writes its own calibration samples (--calibration self).")
+    return "self"
+
+
+def draw(request: Sampled, source: ModelSource, samples: int) -> Calibration:
+    """Samples of the text that a completed request names. Raises InputError, ResourceError."""
+    return calibration_samples(
+        str(request.calibration),
+        source.tokenizer(),
+        samples=samples,
+        length=request.sequence_length or 0,
+        seed=request.seed,
+        data_dir=request.data_dir,
+        offline=request.offline,
+    )
+
+
+def written_samples(
+    request: Sampled,
+    source: ModelSource,
+    samples: int,
+    *,
+    precision: Precision,
+    writer: ArtifactWriter,
+    progress: Progress,
+) -> Calibration:
+    """Samples of the model's own, or those that the interrupted run wrote: they follow from the seed."""
+    saved = writer.path / CALIBRATION_FILE
+    if writer.resumed and saved.exists():
+        return load_calibration(saved)
+    return self_samples(
+        load_model(source, dtype=precision.dtype, device=precision.device),
+        source.tokenizer(),
+        samples=samples,
+        length=request.sequence_length or 0,
+        seed=request.seed,
+        progress=progress,
+    )

@@ -1,0 +1,281 @@
+"""Scores of a model's weights, with one block of it in memory at a time.
+
+``fisher`` is the empirical Fisher information's diagonal as ULB-SAPR weights its penalty: the sum over sequences of the
+squared gradient of that sequence's mean cross-entropy. A pass forward keeps the input of every block (on disk beyond a
+limit); the head gives the gradient of each sequence's hidden states behind the last block; then each block, from the
+last to the first, runs again, one sequence at a time, and hands the gradient on.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ulbq.artifacts import BlockScores
+from ulbq.errors import NumericsError
+from ulbq.models.blocks import Linear, ModelStructure, load_block
+from ulbq.models.source import ModelSource
+from ulbq.models.stream import ActivationStore, BlockStream
+from ulbq.nn.quant_linear import linear_layer
+from ulbq.progress import Phase, Progress, Silent
+from ulbq.saliency.head import LossHead
+from ulbq.saliency.settings import BACKWARD, SaliencySettings
+from ulbq.saliency.stored import block_file, write_scores
+
+
+def compute_saliency(
+    model: PreTrainedModel,
+    source: ModelSource,
+    found: ModelStructure,
+    tokens: torch.Tensor | None,
+    settings: SaliencySettings,
+    folder: Path,
+    *,
+    scratch: Path,
+    progress: Progress | None = None,
+    done: Mapping[int, BlockScores] | None = None,
+    on_block: Callable[[BlockScores], None] = lambda scores: None,
+) -> tuple[BlockScores, ...]:
+    """Score every linear layer of a model's blocks; writes one file a block, see :func:`block_file`.
+
+    Args:
+        model: a skeleton of the source's model.
+        found: its structure.
+        tokens: int64 ``[samples, length]``; None for ``magnitude``.
+        folder: for the files.
+        scratch: for activations beyond the settings' ``activation_memory``.
+        progress: told how it goes.
+        done: blocks whose files an earlier run wrote. They are only passed through, with the same result for the rest.
+        on_block: called as soon as a block's file is written.
+
+    Returns:
+        What is to be said of each block, in the model's order. Layers that no sample calls have scores of zero.
+
+    Raises:
+        InputError: tokens that the model cannot take, or a model whose blocks are no plain chain.
+        ResourceError: the disk is full.
+        NumericsError: a loss or a score is not finite.
+    """
+    run = _Run(model, source, found, settings, folder, dict(done or {}), on_block)
+    if len(run.done) < found.n_blocks:
+        steps = found.n_blocks * (2 if settings.kind in BACKWARD else 1)
+        with (progress or Silent()).phase(f"Scoring ({settings.kind})", steps) as phase:
+            if tokens is None:
+                run.magnitudes(phase)
+            elif settings.kind in BACKWARD:
+                run.gradients(_Activations(run, tokens, scratch), phase)
+            else:
+                run.inputs(_Activations(run, tokens, scratch), phase)
+    return tuple(run.done[index] for index in range(found.n_blocks))
+
+
+@dataclass
+class _Run:
+    """One computation; ``done`` grows as it goes."""
+
+    model: PreTrainedModel
+    source: ModelSource
+    found: ModelStructure
+    settings: SaliencySettings
+    folder: Path
+    done: dict[int, BlockScores]
+    on_block: Callable[[BlockScores], None]
+
+    def load(self, index: int) -> nn.Module:
+        """A block in float32, on the device."""
+        return load_block(self.model, self.source, index, torch.float32, self.settings.precision.device)
+
+    def layers(self, index: int, block: nn.Module) -> dict[Linear, torch.Tensor]:
+        """The weights of a block's linear layers."""
+        prefix = self._prefix(index)
+        return {
+            linear: linear_layer(block, linear.name.removeprefix(prefix)).weight for linear in self.found.linears[index]
+        }
+
+    def magnitudes(self, phase: Phase) -> None:
+        """Score by |W|."""
+        for index in range(self.found.n_blocks):
+            if index not in self.done:
+                self._write(index, {x: weight.abs() for x, weight in self.layers(index, self.load(index)).items()})
+            phase.advance(detail=f"block {index}")
+
+    @torch.no_grad()
+    def inputs(self, passing: "_Activations", phase: Phase) -> None:
+        """Score by the inputs of each layer, on one pass forward."""
+        for index in range(self.found.n_blocks):
+            block = self.load(index)
+            weights = self.layers(index, block)
+            names = {linear: linear.name.removeprefix(self._prefix(index)) for linear in weights}
+            with _square_sums(block, names) as sums:
+                passing.forward(index, block, keep=False)
+            if index not in self.done:
+                if self.settings.kind == "hessian":
+                    self._write(index, {linear: sums[linear].float()[None] for linear in weights})
+                else:
+                    norms = {linear: sums[linear].sqrt().float() for linear in weights}
+                    self._write(index, {linear: weight.abs() * norms[linear] for linear, weight in weights.items()})
+            phase.advance(detail=f"block {index}")
+
+    def gradients(self, passing: "_Activations", phase: Phase) -> None:
+        """Score by the gradients of the loss, on one pass forward and one back."""
+        for index in range(self.found.n_blocks):
+            passing.forward(index, self.load(index), keep=True)
+            phase.advance(detail=f"block {index} forward")
+        loss = passing.turn()
+        first = min(index for index in range(self.found.n_blocks) if index not in self.done)
+        for index in reversed(range(first, self.found.n_blocks)):
+            block = self.load(index)
+            if index in self.done:
+                passing.backward(index, block)
+            else:
+                weights = self.layers(index, block)
+                with _accumulating(weights.values(), square=self.settings.kind == "fisher") as sums:
+                    passing.backward(index, block)
+                share = 1 if self.settings.kind == "fisher" else len(passing)
+                self._write(index, {linear: sums[weight] / share for linear, weight in weights.items()}, loss)
+            phase.advance(detail=f"block {index} backward")
+        phase.advance(first)
+
+    def _write(self, index: int, scores: Mapping[Linear, torch.Tensor], loss: float | None = None) -> None:
+        bad = next((linear.name for linear, values in scores.items() if not values.isfinite().all()), None)
+        if bad is not None:
+            raise NumericsError(
+                f"The scores of '{bad}' are not finite.", hint="Try --precision fp32; the model may be damaged."
+            )
+        path = self.folder / block_file(index)
+        layers = write_scores(path, index, self._prefix(index), scores, self.settings.dtype)
+        self.done[index] = BlockScores(index=index, layers=layers, loss=loss)
+        self.on_block(self.done[index])
+
+    def _prefix(self, index: int) -> str:
+        return f"{self.found.blocks_prefix}.{index}."
+
+
+class _Activations:
+    """Hidden states on their way forward, and the gradient of the loss on its way back."""
+
+    def __init__(self, run: _Run, tokens: torch.Tensor, scratch: Path) -> None:
+        self._run = run
+        self._tokens = tokens
+        self._scratch = scratch
+        self._room = run.settings.activation_memory
+        stream = BlockStream(
+            run.model,
+            run.source,
+            tokens,
+            dtype=torch.float32,
+            device=run.settings.precision.device,
+            limit=self._room,
+            directory=scratch,
+            batch_size=run.settings.batch_size,
+        )
+        self._kwargs = stream.block_kwargs
+        self._extras: int | None = None
+        self._stores = [self._counted(stream.hidden)]
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @torch.no_grad()
+    def forward(self, index: int, block: nn.Module, *, keep: bool) -> None:
+        """Pass a block; ``keep`` its inputs for the way back."""
+        inputs, size = self._stores[-1], self._run.settings.batch_size
+        outputs = self._like(inputs) if keep else inputs
+        for start in range(0, len(inputs), size):
+            outputs.set(start, self._call(index, block, inputs.get(slice(start, start + size))))
+        if keep:
+            self._stores.append(outputs)
+
+    def turn(self) -> float:
+        """Put the gradient in the place of the last block's outputs. Returns the mean loss of the sequences."""
+        run, outputs = self._run, self._stores[-1]
+        precision = run.settings.precision
+        head = LossHead(run.model, run.source, precision, extras=self._extras)
+        losses = torch.empty(len(self), dtype=torch.float64)
+        for row in range(len(self)):
+            hidden = outputs.get(slice(row, row + 1)).to(precision.device)
+            losses[row], gradient = head.gradient(hidden, self._tokens[row : row + 1].to(precision.device))
+            outputs.set(row, gradient)
+        if not losses.isfinite().all():
+            raise NumericsError(
+                "The model's loss on the samples is not finite.", hint="Try --precision fp32; the model may be damaged."
+            )
+        return losses.mean().item()
+
+    def backward(self, index: int, block: nn.Module) -> None:
+        """Take the gradient from behind a block to before it. Its inputs, now of no more use, are let go."""
+        gradients, inputs = self._stores.pop(), self._stores[-1]
+        for row in range(len(self)):
+            one = slice(row, row + 1)
+            hidden = inputs.get(one).to(self._run.settings.precision.device).requires_grad_(index > 0)
+            output = self._call(index, block, hidden)
+            if output.requires_grad:
+                torch.autograd.backward(output, gradients.get(one).to(output))
+            if hidden.grad is not None:
+                gradients.set(row, hidden.grad)
+        self._stores[-1] = gradients
+        self._room += inputs.nbytes if inputs.in_memory else 0
+
+    def _call(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        precision = self._run.settings.precision
+        with precision.autocast():
+            output = block(hidden.to(precision.device), **self._kwargs[index])
+        self._extras = len(output) - 1 if isinstance(output, tuple) else None
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def _like(self, store: ActivationStore) -> ActivationStore:
+        return self._counted(ActivationStore(store.shape, store.dtype, limit=self._room, directory=self._scratch))
+
+    def _counted(self, store: ActivationStore) -> ActivationStore:
+        self._room -= store.nbytes if store.in_memory else 0
+        return store
+
+
+@contextmanager
+def _accumulating(weights: Iterable[torch.Tensor], *, square: bool) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
+    """Sums over backward passes of each weight's squared or absolute gradient, float32, in the weight's shape.
+
+    A gradient is counted and forgotten as soon as it is whole, before the next weight's is made: hooks on the layers
+    would miss a weight that a model uses by itself, and split one that it uses twice.
+    """
+    sums = {weight: torch.zeros_like(weight) for weight in weights}
+
+    def count(weight: torch.Tensor) -> None:
+        gradient = weight.grad
+        if gradient is not None:
+            with torch.no_grad():
+                sums[weight].addcmul_(gradient, gradient) if square else sums[weight].add_(gradient.abs())
+        weight.grad = None
+
+    handles = [weight.requires_grad_().register_post_accumulate_grad_hook(count) for weight in sums]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _square_sums(block: nn.Module, names: Mapping[Linear, str]) -> Iterator[dict[Linear, torch.Tensor]]:
+    """Sums over tokens of each layer's squared input, float64 ``[in]``; zeros where no token comes by."""
+    device = next(block.parameters()).device
+    sums = {x: torch.zeros(x.in_features, dtype=torch.float64, device=device) for x in names}
+
+    def hook_for(linear: Linear) -> Any:
+        def add(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            sums[linear] += arguments[0].float().square().flatten(0, -2).sum(0, dtype=torch.float64)
+
+        return add
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(x)) for x, name in names.items()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,92 @@
+"""The end of a model: from hidden states behind the last block to the loss, and back."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ulbq.models.blocks import block_list, materialize
+from ulbq.models.source import ModelSource
+from ulbq.training.precision import Precision
+
+HEAD_MEMORY = 256 << 20
+"""Bytes that the logits of one chunk may take, with all that is made of them."""
+
+# Float32 copies that live together: logits, what caps or scales them, log-probabilities, gradient.
+_COPIES = 4
+
+
+class LossHead:
+    """Final norm, head and cross-entropy, however an architecture writes them (scaled, soft-capped, tied or not).
+
+    The model itself runs, each of its blocks replaced by one that returns the hidden states in question. What comes
+    behind the blocks treats every position by itself, so that a long sequence goes through in chunks.
+
+    Args:
+        model: a skeleton; it stays as it is.
+        precision: of the head's product; the loss is float32.
+        extras: values that a block returns behind the hidden states; None where it returns no tuple.
+
+    Raises:
+        InputError, NumericsError: as :func:`ulbq.models.blocks.materialize`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, source: ModelSource, precision: Precision, *, extras: int | None
+    ) -> None:
+        self._precision = precision
+        self._outer = copy.deepcopy(model)
+        prefix, blocks = block_list(self._outer)
+        unread = _untied_embedding(self._outer)
+        materialize(self._outer, source, torch.float32, device=precision.device, without=(f"{prefix}.", *unread))
+        vocabulary = model.config.get_text_config().vocab_size
+        self._chunk = max(16, HEAD_MEMORY // (vocabulary * 4 * _COPIES))
+        # The stand-ins know this list and not the model, which would be a cycle that keeps the head in memory.
+        self._arriving: list[torch.Tensor] = []
+        arriving = self._arriving
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            return arriving[0] if extras is None else (arriving[0], *(None for _ in range(extras)))
+
+        for block in blocks:
+            block.forward = stand_in
+
+    def gradient(self, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Loss of one sequence, and its gradient.
+
+        Args:
+            hidden: ``[1, length, hidden]``, float32, on the device.
+            tokens: int64 ``[1, length]``, on the device.
+
+        Returns:
+            The mean cross-entropy of the ``length - 1`` predicted tokens, and ``[1, length, hidden]`` float32.
+        """
+        predicted = tokens.shape[1] - 1
+        gradient = torch.zeros_like(hidden)
+        loss = 0.0
+        for start in range(0, predicted, self._chunk):
+            stop = min(start + self._chunk, predicted)
+            part = hidden[:, start:stop].detach().requires_grad_()
+            logits = self._logits(part)
+            entropy = nn.functional.cross_entropy(logits[0].float(), tokens[0, start + 1 : stop + 1], reduction="sum")
+            entropy = entropy / predicted
+            (gradient[:, start:stop],) = torch.autograd.grad(entropy, part)
+            loss += entropy.item()
+        return loss, gradient
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._arriving[:] = [hidden]
+        with self._precision.autocast():
+            logits: torch.Tensor = self._outer(inputs_embeds=hidden.detach(), use_cache=False).logits
+        self._arriving.clear()
+        return logits
+
+
+def _untied_embedding(outer: PreTrainedModel) -> tuple[str, ...]:
+    """Name, with the dot, of an embedding that the head does not share: nothing here looks a token up."""
+    embedding, head = outer.get_input_embeddings(), outer.get_output_embeddings()
+    if head is None or embedding.weight is head.weight:
+        return ()
+    return tuple(f"{name}." for name, module in outer.named_modules() if module is embedding)
