@@ -12,7 +12,9 @@ from torch import nn
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.models.stream import ActivationStore
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
-from ulbq.training.block import BlockData, BlockTrainer, TrainedLinear
+from ulbq.training.block import BlockTrainer
+from ulbq.training.linear import TrainedLinear
+from ulbq.training.objective import BlockData
 from ulbq.training.precision import Precision
 from ulbq.training.settings import TrainSettings
 

@@ -81,6 +81,11 @@ class ActivationStore:
             other.set(start, self.get(slice(start, start + 1)))
         return other
 
+    def alike(self, length: int, width: int) -> "ActivationStore":
+        """An empty store for as many samples of ``[length, width]``, with the same dtype, limit and directory."""
+        shape = (len(self), length, width)
+        return ActivationStore(shape, self.dtype, limit=self._limit, directory=self._directory)
+
     def _release(self) -> None:
         # The file's pages stay in the system's cache, which gives way under pressure, but leave our resident memory.
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):

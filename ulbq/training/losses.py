@@ -44,3 +44,31 @@ def output_loss(outputs: torch.Tensor, targets: torch.Tensor, weights: torch.Ten
         A scalar, dimensionless: 0 for equal outputs, 1 for outputs of zero.
     """
     return ((outputs.float() - targets).square().sum(-1) * weights).mean()
+
+
+def sliced_wasserstein(
+    outputs: torch.Tensor, targets: torch.Tensor, generator: torch.Generator, *, projections: int = 16
+) -> torch.Tensor:
+    """Sliced-Wasserstein distance of the distributions of output tokens, relative to the targets' own spread.
+
+    Tokens are normalized by the targets' root mean square and projected on random unit directions; along each, sorted
+    outputs are compared with sorted targets. It looks at where the tokens of a batch lie, not at which is which.
+
+    Args:
+        outputs, targets: ``[batch, length, hidden]``.
+        generator: of the directions, on the CPU.
+        projections: number of directions.
+
+    Returns:
+        A scalar: mean squared distance of the sorted projections over the mean square of the targets' projections.
+    """
+    width = targets.shape[-1]
+    directions = torch.randn(width, projections, generator=generator).to(targets.device)
+    directions = directions / directions.norm(dim=0)
+    # Per-token norms first: a sink token a thousand times as long as the others would be all there is to see.
+    scale = targets.float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    ours = ((outputs.float() / scale).flatten(0, -2) @ directions).sort(0).values
+    theirs = ((targets.float() / scale).flatten(0, -2) @ directions).sort(0).values
+    spread = theirs.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    distance: torch.Tensor = (ours - theirs).square().mean() / spread
+    return distance

@@ -1,0 +1,183 @@
+"""End-to-end training of tiny students: what moves, what the parts of a step add up to, and what goes wrong."""
+
+import gc
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models.tiny import tiny_config, tiny_model
+from ulbq.errors import UsageError
+from ulbq.formats.dual_binary import DualBinaryScheme
+from ulbq.models.blocks import block_list
+from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
+from ulbq.training.end_to_end import EndToEndSettings, EndToEndTrainer, Epoch, Samples
+from ulbq.training.linear import TrainedLinear
+from ulbq.training.precision import Precision
+from ulbq.training.settings import TrainSettings
+from ulbq.training.student import Student
+from ulbq.training.teacher import StreamedTeacher
+
+PRECISION = Precision(torch.device("cpu"), torch.float32)
+TOKENS = torch.randint(3, 60, (6, 12), generator=torch.Generator().manual_seed(1))
+
+
+def make_student(*, checkpointing: bool = True) -> Student:
+    model = tiny_model(tiny_config("llama", num_hidden_layers=2))
+    blocks = block_list(model)[1]
+    for name, linear in [(n, m) for n, m in blocks.named_modules() if isinstance(m, nn.Linear)]:
+        weight = linear.weight.detach()
+        scales = search_scales(weight, torch.ones(weight.shape[1]), 32)
+        quantizer = DualBinaryQuantizer(weight, scales, DualBinaryScheme(group_size=32))
+        blocks.set_submodule(name, TrainedLinear(quantizer, None))
+    return Student(model, blocks, PRECISION, checkpointing=checkpointing)
+
+
+def make_trainer(folder: Path, student: Student, **changes: Any) -> EndToEndTrainer:
+    values = {"loss": "kl", "epochs": 2, "rate": 1.0, "accumulation": 2, "block": TrainSettings(warmup=0)}
+    teacher = StreamedTeacher(tiny_model(tiny_config("llama", num_hidden_layers=2)), TOKENS, PRECISION, hidden=True)
+    settings = EndToEndSettings.model_validate(values | changes)
+    return EndToEndTrainer(student, teacher, Samples(TOKENS, 4), settings, folder=folder, seed=3)
+
+
+def run(trainer: EndToEndTrainer, done: list[Epoch] | None = None) -> tuple[Epoch, list[Epoch], list[float]]:
+    epochs: list[Epoch] = []
+    losses: list[float] = []
+    last = trainer.train(done or [], lambda epoch, files: epochs.append(epoch), losses.append)
+    return last, epochs, losses
+
+
+def state(student: Student) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in student.model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss", ["kl", "kl-hidden", "dad", "ce"])
+def test_checkpointing_changes_no_gradient(loss: str, tmp_path: Path) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        student = make_student(checkpointing=checkpointing)
+        trainer = make_trainer(tmp_path, student, loss=loss, train="all")
+        trainer._loss(torch.tensor([0, 1]), True).backward()
+        gradients.append({n: p.grad for n, p in student.model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any("latents" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_no_layer_keeps_its_matrix(tmp_path: Path) -> None:
+    student = make_student()
+    make_trainer(tmp_path, student)._loss(torch.tensor([0]), True)
+    assert all(layer.matrix is None for layer in student.layers.values())
+
+
+def test_the_backward_pass_keeps_nothing_of_a_block_behind_it(tmp_path: Path) -> None:
+    student = make_student()
+    trainer = make_trainer(tmp_path, student)
+    largest = max(layer.quantizer.latents.numel() for layer in student.layers.values())
+    kept: list[int] = []
+
+    def count(gradient: torch.Tensor) -> None:
+        found = (x for x in gc.get_objects() if type(x) is torch.Tensor)
+        kept.append(sum(x.dtype == torch.bool and x.numel() == largest for x in found))
+
+    first = next(iter(student.layers.values())).quantizer
+    first.scales.register_hook(count)
+    gc.collect()
+    gc.disable()
+    try:
+        trainer._loss(torch.tensor([0]), True).backward()
+    finally:
+        gc.enable()
+    assert kept == [0]
+
+
+@pytest.mark.parametrize("train", ["scales", "all"])
+def test_what_trains_is_what_was_asked_for(train: str, tmp_path: Path) -> None:
+    student = make_student()
+    before = state(student)
+    last, epochs, losses = run(make_trainer(tmp_path, student, train=train, rate=0.5))
+    moved = {name.rpartition(".")[2] for name, p in state(student).items() if not torch.equal(p, before[name])}
+    assert last.best_error < epochs[0].error
+    assert [epoch.number for epoch in epochs] == [0, 1, 2]
+    assert len(losses) == last.steps == 4
+    assert moved == {"scales", "weight"} | ({"latents"} if train == "all" else set())
+    outside = {
+        name for name, p in state(student).items() if not torch.equal(p, before[name]) and ".layers." not in name
+    }
+    assert not outside
+
+
+def test_accumulated_samples_make_the_step_of_a_batch(tmp_path: Path) -> None:
+    ends = []
+    for size in (1, 4):
+        student = make_student()
+        run(make_trainer(tmp_path / str(size), _made(tmp_path / str(size), student), batch_size=size, accumulation=4))
+        ends.append(state(student))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, atol=2e-4, rtol=2e-4)
+
+
+def _made(folder: Path, student: Student) -> Student:
+    folder.mkdir()
+    return student
+
+
+def test_training_goes_on_from_its_files_to_the_same_values(tmp_path: Path) -> None:
+    straight, resumed = make_student(), make_student()
+    run(make_trainer(_folder(tmp_path, "a"), straight, epochs=3, train="all"))
+
+    epochs: list[Epoch] = []
+
+    def stop(epoch: Epoch, files: list[Path]) -> None:
+        epochs.append(epoch)
+        if epoch.number == 1:
+            raise KeyboardInterrupt
+
+    folder = _folder(tmp_path, "b")
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(folder, make_student(), epochs=3, train="all").train([], stop, lambda loss: None)
+    run(make_trainer(folder, resumed, epochs=3, train="all"), epochs)
+    for name, value in state(straight).items():
+        assert torch.equal(state(resumed)[name], value), name
+
+
+def _folder(path: Path, name: str) -> Path:
+    (path / name).mkdir()
+    return path / name
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make_student()
+    trainer = make_trainer(tmp_path, student)
+    plain, calls = trainer._loss, 0
+
+    def spoiled(indices: torch.Tensor, adapted: bool) -> torch.Tensor:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        return plain(indices, adapted) * (math.nan if calls > 5 else 1.0)
+
+    monkeypatch.setattr(trainer, "_loss", spoiled)
+    last, epochs, _ = run(trainer)
+    assert [epoch.finite for epoch in epochs] == [True, True, False]
+    assert last.best == 1
+    assert Epoch.model_validate_json(last.model_dump_json()) == last
+    assert all(p.isfinite().all() for p in student.model.parameters())
+    monkeypatch.undo()
+    assert trainer.heldout() == pytest.approx(last.best_error)
+
+
+def test_a_rate_is_a_share_of_the_blocks_rate() -> None:
+    block = TrainSettings(scale_rate=0.4, weight_rate=0.2, norm_rate=0)
+    rates = EndToEndSettings(loss="kl", rate=0.5, block=block).rates()
+    assert rates["scales"] == 0.2
+    assert rates.keys() == {"scales", "adapter", "router"}
+    assert EndToEndSettings(loss="kl", rate=0.5, train="all", block=block).rates()["weights"] == 0.1
+
+
+def test_hidden_states_from_a_cache_are_refused() -> None:
+    with pytest.raises(UsageError, match="hidden states"):
+        EndToEndSettings(loss="kl-hidden", teacher="cached")

@@ -1,0 +1,294 @@
+"""End-to-end training: the whole quantized model learns from the text, or from its full-precision self."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+
+from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.errors import UsageError
+from ulbq.training.distill import Loss, cross_entropy, deviation_aware, divergence, hidden_error
+from ulbq.training.optimizer import Group, make_optimizer, rate_factor
+from ulbq.training.settings import Role, TrainSettings
+from ulbq.training.student import Student
+from ulbq.training.teacher import Lesson, Teacher
+
+
+class EndToEndSettings(BaseModel):
+    """Settings of end-to-end training. Building one raises UsageError where values do not go together.
+
+    Attributes:
+        loss: ``ce`` on the text, ``kl`` to the teacher, ``kl-hidden`` with the hidden states, ``dad`` deviation-aware.
+        epochs: passes over the samples.
+        rate: learning rates, as a share of the block-wise training's.
+        train: ``scales`` with norms, router and adapter, or ``all``, the weights too.
+        batch_size: samples that run at once.
+        accumulation: samples a step.
+        teacher: ``streamed`` runs for every batch, ``cached`` keeps its ``top_k`` best guesses of each token.
+        gamma: exponent of the entropies in ``dad``.
+        hidden_weight: weight of the hidden states in ``kl-hidden``.
+        checkpointing: see :class:`~ulbq.training.student.Student`.
+        block: the block-wise training's settings: rates, decays, schedule, warm-up, clip and the base's share of the
+            steps are taken from there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    loss: Loss
+    epochs: int = Field(default=1, ge=1)
+    rate: float = Field(default=0.1, gt=0)
+    train: Literal["scales", "all"] = "scales"
+    batch_size: int = Field(default=1, ge=1)
+    accumulation: int = Field(default=4, ge=1)
+    teacher: Literal["streamed", "cached"] = "streamed"
+    top_k: int = Field(default=64, ge=1)
+    gamma: float = Field(default=0.5, ge=0)
+    hidden_weight: float = Field(default=1.0, ge=0)
+    checkpointing: bool = True
+    block: TrainSettings = TrainSettings()
+
+    @model_validator(mode="after")
+    def _refuse_hidden_states_from_a_cache(self) -> Self:
+        if self.loss == "kl-hidden" and self.teacher == "cached":
+            raise UsageError(
+                "--teacher cached keeps predictions, and --end-to-end kl-hidden wants the hidden states too.",
+                hint="Use --teacher streamed, or --end-to-end kl.",
+            )
+        return self
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher is needed."""
+        return self.loss != "ce"
+
+    def rates(self) -> dict[Role, float]:
+        """Learning rates of the roles that train."""
+        rates = self.block.rates()
+        return {role: self.rate * r for role, r in rates.items() if r and (self.train == "all" or role != "weights")}
+
+
+class Epoch(BaseModel):
+    """How the training stood after an epoch; number 0 is the start.
+
+    Attributes:
+        error: loss of the held-out samples.
+        best: number of the best epoch so far.
+        best_error: its loss.
+        steps: optimizer steps so far.
+        finite: whether loss and gradients always were; if not, the training ended here.
+        seconds: wall time of this epoch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    number: int
+    error: float
+    best: int
+    best_error: float
+    steps: int
+    finite: bool = True
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The text: int64 ``[samples, length]``; the first ``training`` rows train, the others are held out."""
+
+    tokens: torch.Tensor
+    training: int
+
+
+class EndToEndTrainer:
+    """Trains a student in place, and keeps what each epoch left on disk.
+
+    Args:
+        student: who learns.
+        teacher: None for ``ce``.
+        samples: the text.
+        settings: loss, rates and the rest.
+        folder: for the states of the epochs.
+        seed: of the order of the samples, of dropout and of the steps without adapter.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher | None,
+        samples: Samples,
+        settings: EndToEndSettings,
+        *,
+        folder: Path,
+        seed: int,
+    ) -> None:
+        self._student = student
+        self._teacher = teacher
+        self._samples = samples
+        self._settings = settings
+        self._folder = folder
+        self._seed = seed
+        decays = settings.block.decays()
+        self._groups = [
+            Group(student.roles[role], rate, decays.get(role, 0.0))
+            for role, rate in settings.rates().items()
+            if student.roles.get(role)
+        ]
+        self._trained = [p for group in self._groups for p in group.parameters]
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        adapted = any(layer.adapter is not None for layer in student.layers.values())
+        self._share = settings.block.base_share if adapted else 0.0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps."""
+        return math.ceil(self._samples.training / self._settings.accumulation)
+
+    def train(
+        self, done: list[Epoch], on_epoch: Callable[[Epoch, list[Path]], None], on_step: Callable[[float], None]
+    ) -> Epoch:
+        """Train what is left of the epochs, and leave the student in the state of the best one.
+
+        Args:
+            done: what earlier runs reported, in order.
+            on_epoch: called after each epoch, number 0 first, with the files that hold its state: once it has noted
+                them, the epoch need not be repeated.
+            on_step: called after each optimizer step with its loss.
+
+        Returns:
+            The last epoch. Where its ``best`` is 0 nothing improved on the start, and the student is of no use.
+        """
+        epochs = list(done)
+        if not epochs:
+            start = self.heldout()
+            epochs.append(Epoch(number=0, error=start, best=0, best_error=start, steps=0, finite=math.isfinite(start)))
+            on_epoch(epochs[0], [])
+        last = epochs[-1]
+        unfinished = last.finite and last.number < self._settings.epochs and self._trained
+        if unfinished:
+            optimizer = make_optimizer(self._groups)
+            if last.number:
+                self._load(last.number, optimizer)
+            while last.finite and last.number < self._settings.epochs:
+                last = self._epoch(last, optimizer, on_step)
+                files = self._save(last.number, optimizer) if last.finite else []
+                on_epoch(last, files)
+                self._tidy(last)
+        if last.best:
+            self._load(last.best, None)
+        return last
+
+    @torch.no_grad()
+    def heldout(self) -> float:
+        """Mean loss of the held-out samples; with and without the adapter by share."""
+        indices = torch.arange(self._samples.training, len(self._samples.tokens))
+        adapted = self._mean(indices, adapted=True)
+        return adapted if not self._share else (1 - self._share) * adapted + self._share * self._mean(indices, False)
+
+    def _mean(self, indices: torch.Tensor, adapted: bool) -> float:
+        batches = indices.split(self._settings.batch_size)
+        return sum(self._loss(batch, adapted).item() * len(batch) for batch in batches) / len(indices)
+
+    def _loss(self, indices: torch.Tensor, adapted: bool) -> torch.Tensor:
+        """Loss of a batch, a scalar in nats a token (and the hidden states' error)."""
+        settings = self._settings
+        tokens = self._samples.tokens[indices]
+        logits, hidden = self._student.run(tokens, hidden=settings.loss == "kl-hidden", adapted=adapted)
+        tokens = tokens.to(logits.device)
+        if settings.loss == "ce":
+            return cross_entropy(logits, tokens)
+        lesson = self._lesson(indices)
+        if settings.loss == "dad":
+            return deviation_aware(lesson.prediction, logits, tokens, settings.gamma)
+        loss = divergence(lesson.prediction, logits).mean()
+        if hidden is not None and lesson.hidden is not None:
+            loss = loss + settings.hidden_weight * hidden_error(hidden, lesson.hidden)
+        return loss
+
+    def _lesson(self, indices: torch.Tensor) -> Lesson:
+        if self._teacher is None:
+            raise ValueError(f"the loss {self._settings.loss} needs a teacher")
+        return self._teacher.lesson(indices)
+
+    def _epoch(self, last: Epoch, optimizer: torch.optim.AdamW, on_step: Callable[[float], None]) -> Epoch:
+        """One pass over the samples; it ends where a loss or gradient is not finite."""
+        started, settings, number = time.monotonic(), self._settings, last.number + 1
+        factor = rate_factor(settings.block, settings.epochs * self.steps_per_epoch)
+        # Everything random follows from the epoch's number, whatever happened before: a resumed run draws the same.
+        generator = torch.Generator().manual_seed(self._seed + 104729 * number)
+        order = torch.randperm(self._samples.training, generator=generator)
+        steps, finite = last.steps, True
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seed + 104729 * number)
+            for batch in order.split(settings.accumulation):
+                adapted = not (self._share and torch.rand((), generator=generator).item() < self._share)
+                for group, parameters in zip(optimizer.param_groups, self._groups, strict=True):
+                    group["lr"] = parameters.rate * factor(steps)
+                finite, loss = self._step(batch, optimizer, adapted)
+                if not finite:
+                    break
+                steps += 1
+                on_step(loss)
+        error = self.heldout() if finite else math.inf
+        better = math.isfinite(error) and error < last.best_error
+        return Epoch(
+            number=number,
+            error=error,
+            best=number if better else last.best,
+            best_error=error if better else last.best_error,
+            steps=steps,
+            finite=math.isfinite(error),
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    def _step(self, batch: torch.Tensor, optimizer: torch.optim.AdamW, adapted: bool) -> tuple[bool, float]:
+        """One optimizer step on a batch of samples, a few of which run at once; whether it could be made, its loss."""
+        total = 0.0
+        for part in batch.split(self._settings.batch_size):
+            loss = self._loss(part, adapted) * (len(part) / len(batch))
+            loss.backward()
+            total += loss.item()
+        # Without a limit it only measures.
+        norm = nn.utils.clip_grad_norm_(self._trained, self._settings.block.clip or math.inf)
+        finite = math.isfinite(total) and math.isfinite(norm.item())
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        return finite, total
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"epoch-{number:05d}.safetensors"
+
+    def _save(self, number: int, optimizer: torch.optim.AdamW) -> list[Path]:
+        """Write parameters and moments."""
+        tensors: dict[str, torch.Tensor] = {}
+        for index, parameter in enumerate(self._trained):
+            tensors[f"{index:06d}.value"] = parameter
+            for name, value in optimizer.state[parameter].items():
+                tensors[f"{index:06d}.{name}"] = value
+        write_shard(self._file(number), tensors)
+        return [self._file(number)]
+
+    @torch.no_grad()
+    def _load(self, number: int, optimizer: torch.optim.AdamW | None) -> None:
+        """Read an epoch's parameters, and its moments where an optimizer is to go on from them."""
+        stored = LazyTensors([self._file(number)])
+        for index, parameter in enumerate(self._trained):
+            parameter.copy_(stored.read(f"{index:06d}.value"))
+            prefix = f"{index:06d}."
+            if optimizer is not None:
+                moments = ("step", "exp_avg", "exp_avg_sq")
+                state = {name: stored.read(prefix + name) for name in moments if prefix + name in stored.names}
+                optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in state.items()}
+
+    def _tidy(self, last: Epoch) -> None:
+        """Remove the states that nothing goes back to."""
+        kept = {self._file(last.number), self._file(last.best)}
+        for path in self._folder.glob("epoch-*.safetensors"):
+            if path not in kept:
+                path.unlink()

@@ -1,0 +1,199 @@
+"""Layer-wise training (ApiQ-lw): every linear layer learns its own full-precision output, in the order they run.
+
+Layers that read the same input (q, k and v; gate and up) train together. The input of a layer comes from the block
+as it is by then, with the layers before it quantized already; its target is the full-precision layer's output on the
+full-precision stream.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulbq.errors import InputError
+from ulbq.models.stream import ActivationStore, run_block
+from ulbq.training.block import BlockTrainer, TrainOutcome
+from ulbq.training.linear import TrainedLinear
+from ulbq.training.objective import BlockData, Objective, Penalty
+from ulbq.training.precision import Precision
+from ulbq.training.settings import TrainSettings
+from ulbq.training.stages import Stage
+
+
+class _Reached(Exception):
+    """Ends a block's forward pass at the layer whose input was wanted."""
+
+
+class _LayerGroup(nn.Module):
+    """Layers that read the same input, side by side, as if they were a block."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
+class LayerwiseTrainer:
+    """Trains the layers of one block group by group.
+
+    Args:
+        block: the block, its linears already replaced by :class:`TrainedLinear`.
+        reference: the same block in full precision.
+        data: of the block, ``originals`` among them.
+        settings: rates and the rest; norms do not train.
+        precision: device and dtype.
+        stages: as :class:`~ulbq.training.block.BlockTrainer` takes them, for every group anew.
+        penalty: makes the penalty of some layers, by their names; None where they have none.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        reference: nn.Module,
+        data: BlockData,
+        settings: TrainSettings,
+        precision: Precision,
+        *,
+        stages: Sequence[Stage] | None = None,
+        penalty: Callable[[Sequence[str]], Penalty | None] = lambda names: None,
+    ) -> None:
+        if data.originals is None:
+            raise ValueError("layer-wise training needs the full-precision inputs")
+        self._block = block
+        self._reference = reference
+        self._data = data
+        self._originals = data.originals
+        self._settings = settings
+        self._precision = precision
+        self._stages = stages
+        self._penalty = penalty
+
+    def train(self, seed: int, on_epoch: Callable[[float], None] = lambda error: None) -> TrainOutcome:
+        """Train group after group; errors are of the whole block. ``on_epoch`` hears of the last group's epochs."""
+        whole = Objective(self._block, self._data, self._settings, self._precision, None)
+        start_error = whole.heldout_output()
+        groups = input_groups(self._reference, self._originals, self._data.kwargs, tuple(whole.layers), self._precision)
+        ends = []
+        for number, names in enumerate(groups):
+            listener = on_epoch if number == len(groups) - 1 else lambda error: None
+            ends.append(self._group(names, whole.layers).train(seed + number, listener))
+        return TrainOutcome(
+            start_error=start_error,
+            end_error=whole.heldout_output(),
+            steps=sum(end.steps for end in ends),
+            retries=sum(end.retries for end in ends),
+            fallback=all(end.fallback for end in ends),
+            diverged=any(end.diverged for end in ends),
+        )
+
+    def _group(self, names: Sequence[str], layers: dict[str, TrainedLinear]) -> BlockTrainer:
+        """A trainer of some layers on what they read and should give."""
+        full = self._capture(self._reference, names[0], self._originals)
+        inputs = self._capture(self._block, names[0], self._data.inputs)
+        dense = _LayerGroup([self._reference.get_submodule(name) for name in names])
+        targets = self._outputs(dense, full)
+        augmented = None if self._data.augmented is None else self._outputs(dense, inputs)
+        data = BlockData(inputs, targets, augmented, {}, self._data.training)
+        group = _LayerGroup([layers[name] for name in names])
+        by_index = {f"layers.{i}": name for i, name in enumerate(names)}
+        own = self._penalty(names)
+
+        def penalty(found: Mapping[str, TrainedLinear]) -> torch.Tensor:
+            assert own is not None
+            return own({by_index[key]: layer for key, layer in found.items()})
+
+        return BlockTrainer(
+            group, data, self._settings, self._precision, stages=self._stages, penalty=penalty if own else None
+        )
+
+    def _capture(self, block: nn.Module, name: str, hidden: ActivationStore) -> ActivationStore:
+        """What a layer reads for every sample, ``[samples, length, in]``."""
+
+        def run(rows: torch.Tensor) -> torch.Tensor:
+            found = _input_of(block, name, rows, self._data.kwargs, self._precision)
+            if found.shape[:-1] != rows.shape[:-1]:
+                raise InputError(
+                    f"The layer '{name}' does not see every token: layers cannot be trained one by one here.",
+                    hint="Use --granularity block.",
+                )
+            return found
+
+        return _store(hidden, run)
+
+    def _outputs(self, group: nn.Module, inputs: ActivationStore) -> ActivationStore:
+        def run(rows: torch.Tensor) -> torch.Tensor:
+            with self._precision.autocast():
+                result: torch.Tensor = group(rows.to(self._precision.device))
+            return result
+
+        return _store(inputs, run)
+
+
+@torch.no_grad()
+def input_groups(
+    block: nn.Module,
+    hidden: ActivationStore,
+    kwargs: dict[str, Any],
+    linears: Sequence[str],
+    precision: Precision,
+) -> list[list[str]]:
+    """Layers in execution order, those that are called with the very same tensor together."""
+    groups: list[list[str]] = []
+    seen: list[torch.Tensor] = []
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def note(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            if seen and arguments[0] is seen[-1]:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+                seen.append(arguments[0])
+
+        return note
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in linears]
+    try:
+        with precision.autocast():
+            run_block(block, hidden.get(slice(0, 1)).to(precision.device), kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return groups
+
+
+def _input_of(
+    block: nn.Module, name: str, rows: torch.Tensor, kwargs: dict[str, Any], precision: Precision
+) -> torch.Tensor:
+    """What a layer inside a block is called with; the block runs no further than that."""
+    caught: list[torch.Tensor] = []
+
+    def catch(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        caught.append(arguments[0])
+        raise _Reached
+
+    handle = block.get_submodule(name).register_forward_pre_hook(catch)
+    try:
+        with precision.autocast():
+            run_block(block, rows.to(precision.device), kwargs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@torch.no_grad()
+def _store(inputs: ActivationStore, run: Callable[[torch.Tensor], torch.Tensor]) -> ActivationStore:
+    """What ``run`` makes of every sample, stored as ``inputs`` are."""
+    made: ActivationStore | None = None
+    for start in range(len(inputs)):
+        rows = run(inputs.get(slice(start, start + 1))).float()
+        if made is None:
+            made = inputs.alike(rows.shape[1], rows.shape[2])
+        made.set(start, rows)
+    if made is None:
+        raise ValueError("no samples")
+    return made

@@ -1,0 +1,114 @@
+"""What a block minimizes: the distance of its output to the full-precision one, and the penalty on its weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulbq.models.stream import ActivationStore, run_block
+from ulbq.training.linear import TrainedLinear
+from ulbq.training.losses import output_loss, sliced_wasserstein, token_weights
+from ulbq.training.precision import Precision
+from ulbq.training.settings import TrainSettings
+from ulbq.training.stages import Stage
+
+Penalty = Callable[[Mapping[str, TrainedLinear]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """Inputs and targets of one block.
+
+    Attributes:
+        inputs: ``x_q [samples, length, hidden]``, the stream through the quantized blocks before.
+        targets: ``f_fp(x_fp)``, the full-precision stream behind this block.
+        augmented: ``f_fp(x_q)``, for the augmented loss; None without it.
+        kwargs: the block's other arguments (position embeddings, mask), made for a batch of one.
+        training: the first so many samples train, the rest are held out.
+        originals: ``x_fp``, the full-precision stream before this block; None unless the method asks for it.
+    """
+
+    inputs: ActivationStore
+    targets: ActivationStore
+    augmented: ActivationStore | None
+    kwargs: dict[str, Any]
+    training: int
+    originals: ActivationStore | None = None
+
+
+class Objective:
+    """The loss of a block, of a batch that trains or of the samples held out.
+
+    Args:
+        block: with its linears replaced by :class:`TrainedLinear`.
+        data: inputs and targets.
+        settings: token weighting, augmented loss and the like.
+        precision: device and dtype.
+        penalty: on the weights; None for none.
+    """
+
+    def __init__(
+        self, block: nn.Module, data: BlockData, settings: TrainSettings, precision: Precision, penalty: Penalty | None
+    ) -> None:
+        self._block = block
+        self._data = data
+        self._settings = settings
+        self._precision = precision
+        self._penalty = penalty
+        self.layers = {name: m for name, m in block.named_modules() if isinstance(m, TrainedLinear)}
+        self._adapters = [layer for layer in self.layers.values() if layer.adapter is not None]
+
+    def training(self, batch: torch.Tensor, stage: Stage, generator: torch.Generator) -> torch.Tensor:
+        """Loss of a batch of training samples, differentiable; ``generator`` draws what is random in it."""
+        share = self._settings.base_share if self._adapters else 0.0
+        alone = bool(share) and torch.rand((), generator=generator).item() < share
+        loss = torch.zeros((), device=self._precision.device)
+        if stage.output:
+            loss = loss + stage.output * self._output(batch, adapted=not alone, generator=generator)
+        if stage.penalized and self._penalty is not None and stage.penalty:
+            loss = loss + stage.penalty * self._penalty(self.layers)
+        # What a step leaves behind must not be taken for the next step's.
+        for layer in self.layers.values():
+            layer.matrix = None
+        return loss
+
+    @torch.no_grad()
+    def heldout(self, stage: Stage) -> float:
+        """The same loss on the held-out samples, the random parts left out; with and without the adapter by share."""
+        value = stage.output * self.heldout_output() if stage.output else 0.0
+        if stage.penalized and self._penalty is not None and stage.penalty:
+            value += stage.penalty * self._penalty(self.layers).item()
+        return value
+
+    @torch.no_grad()
+    def heldout_output(self) -> float:
+        """Output loss on the held-out samples."""
+        share = self._settings.base_share if self._adapters else 0.0
+        adapted = self._mean_output(adapted=True)
+        return adapted if not share else (1 - share) * adapted + share * self._mean_output(adapted=False)
+
+    def _mean_output(self, *, adapted: bool) -> float:
+        indices = torch.arange(self._data.training, len(self._data.inputs))
+        batches = indices.split(self._settings.batch_size)
+        return sum(self._output(batch, adapted=adapted).item() * len(batch) for batch in batches) / len(indices)
+
+    def _output(self, batch: torch.Tensor, *, adapted: bool, generator: torch.Generator | None = None) -> torch.Tensor:
+        data, device = self._data, self._precision.device
+        targets = data.targets.get(batch).to(device)
+        weights = token_weights(targets, self._settings.token_weighting)
+        for layer in self._adapters:
+            layer.adapted = adapted
+            layer.train(generator is not None)  # dropout is for training alone
+        with self._precision.autocast():
+            outputs = run_block(self._block, data.inputs.get(batch).to(device), data.kwargs)
+        loss = output_loss(outputs, targets, weights)
+        if data.augmented is not None:
+            loss = loss + output_loss(outputs, data.augmented.get(batch).to(device), weights)
+        if generator is not None and self._settings.sliced_wasserstein:
+            distance = sliced_wasserstein(outputs, targets, generator)
+            # Brought to the output loss's size, as published: its own would depend on the batch.
+            scale = (loss / distance.clamp_min(torch.finfo(torch.float32).tiny)).detach()
+            loss = loss + self._settings.sliced_wasserstein * scale * distance
+        return loss

@@ -1,0 +1,48 @@
+"""ULB-SAPR's regularizer: salient weights shall stay where full precision had them."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from ulbq.training.linear import TrainedLinear
+
+Penalized = Literal["before-adapter", "after-adapter"]
+
+
+class WeightPenalty:
+    """``Σ_layers Σ_ij S_ij (W_eff − W)²_ij`` over the same sum for ``W_eff = 0``.
+
+    The published sum is not divided by anything, so that its λ belongs to one model's size and scale. The share is
+    dimensionless: 0 for the full-precision weights, 1 for a block of zeros, whatever the model; the output loss is
+    such a share too, and one λ carries over. Which layer and weight counts how much within a block is as published.
+
+    Args:
+        originals: ``[out, in]`` full-precision weight of each layer, by name.
+        saliency: S of each layer, ``[out, in]`` float32; None for 1 everywhere.
+        penalized: whether ``W_eff`` is the quantized weight alone or with the adapter on top.
+    """
+
+    def __init__(
+        self,
+        originals: Mapping[str, torch.Tensor],
+        saliency: Mapping[str, torch.Tensor] | None,
+        penalized: Penalized = "before-adapter",
+    ) -> None:
+        self._originals = originals
+        self._with_adapter = penalized == "after-adapter"
+        scores = saliency or {name: torch.ones_like(weight) for name, weight in originals.items()}
+        total = sum(
+            ((scores[name] * weight.float().square()).sum().double() for name, weight in originals.items()),
+            start=torch.zeros((), dtype=torch.float64),
+        )
+        scale = 1.0 / total.clamp_min(torch.finfo(torch.float32).tiny).item()
+        self._scores = {name: (scores[name].double() * scale).float().to(originals[name].device) for name in originals}
+
+    def __call__(self, layers: Mapping[str, TrainedLinear]) -> torch.Tensor:
+        """The penalty of a block's layers, a scalar; ``layers`` by the same names."""
+        terms = []
+        for name, layer in layers.items():
+            distance = layer.weight(with_adapter=self._with_adapter) - self._originals[name]
+            terms.append((self._scores[name] * distance.square()).sum())
+        return torch.stack(terms).sum()

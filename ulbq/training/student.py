@@ -1,0 +1,79 @@
+"""A whole model under training: quantized layers, everything beside the blocks frozen."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ulbq.training.linear import TrainedLinear
+from ulbq.training.optimizer import parameters_by_role
+from ulbq.training.precision import Precision
+from ulbq.training.teacher import HiddenTap
+
+
+class Student:
+    """Runs a model whose blocks hold :class:`TrainedLinear` layers.
+
+    Args:
+        model: all of it, float32, on the device, in eval mode.
+        blocks: its decoder blocks.
+        precision: device and dtype of the matrix products.
+        checkpointing: keep only the blocks' inputs for the backward pass, and run each block a second time there.
+            Without it everything that autograd keeps of every block, the quantized weights among it, lives at once.
+
+    Attributes:
+        model: as given.
+        layers: the trained layers by full name.
+        roles: parameters of the blocks by role.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, blocks: nn.ModuleList, precision: Precision, *, checkpointing: bool = True
+    ) -> None:
+        self.model = model
+        self._precision = precision
+        named = model.named_modules()
+        self.layers = {name: layer for name, layer in named if isinstance(layer, TrainedLinear)}
+        model.requires_grad_(False)
+        self.roles = parameters_by_role(blocks, self.layers.values())
+        for layer in self.layers.values():
+            layer.register_forward_hook(_forget_matrix)
+        if checkpointing:
+            # Not transformers' own switch: it works in training mode alone, which turns the model's dropout on.
+            for block in blocks:
+                block.forward = partial(_checkpointed, block.forward)
+        self._tap = HiddenTap(blocks)
+
+    def run(
+        self, tokens: torch.Tensor, *, hidden: bool = False, adapted: bool = True
+    ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        """Logits ``[batch, length, vocabulary]``, and the outputs of all blocks where wanted.
+
+        Args:
+            tokens: int64 ``[batch, length]``.
+            hidden: whether the blocks' outputs are wanted.
+            adapted: whether the adapters take part.
+        """
+        for layer in self.layers.values():
+            layer.adapted = adapted
+            if layer.adapter is not None:
+                layer.adapter.train(torch.is_grad_enabled())  # dropout is for training alone
+        with self._precision.autocast():
+            return self._tap.run(self.model, tokens.to(self._precision.device), hidden=hidden)
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # Stopped early, each block's second run ends in an exception, whose traceback keeps the last layer's tensors.
+    return checkpoint(forward, *args, use_reentrant=False, early_stop=False, **kwargs)
+
+
+def _forget_matrix(layer: nn.Module, arguments: Any, output: Any) -> None:
+    """Penalties on the weights are none of this training's: kept, the matrices would be a second model."""
+    if isinstance(layer, TrainedLinear):
+        layer.matrix = None
