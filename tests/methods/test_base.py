@@ -17,7 +17,7 @@ def matrix(largest: float = 1.0) -> tuple[dict[str, torch.Tensor], torch.Tensor]
     planes = torch.randint(2, (2, 4, 16), generator=generator)
     scales = torch.rand(2, 4, 2, generator=generator) * largest
     dense = (planes.unflatten(2, (2, 8)) * scales.unsqueeze(-1)).sum(0).flatten(1)
-    return dual_binary.pack(planes, scales), dense
+    return dual_binary.pack(SCHEME, planes, scales), dense
 
 
 def test_the_rounding_of_the_scales_is_no_difference() -> None:

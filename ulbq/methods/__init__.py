@@ -1,9 +1,13 @@
 """Published recipes, each composed of a quantizer or solver and a way to train."""
 
+from ulbq.methods.apiq import ApiQ
+from ulbq.methods.base import Method
+from ulbq.methods.binary_mos import BinaryMos
 from ulbq.methods.db_llm import DbLlm
 from ulbq.methods.rtn import Rtn
+from ulbq.methods.ulb_sapr import UlbSapr
 
-METHODS: dict[str, type[Rtn] | type[DbLlm]] = {Rtn.name: Rtn, DbLlm.name: DbLlm}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DbLlm, ApiQ, UlbSapr, BinaryMos, Rtn)}
 """Every method by the name that ``--method`` takes."""
 
-__all__ = ["METHODS", "DbLlm", "Rtn"]
+__all__ = ["METHODS", "ApiQ", "BinaryMos", "DbLlm", "Rtn", "UlbSapr"]

@@ -3,16 +3,20 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from ulbq import formats
 from ulbq.errors import NumericsError
-from ulbq.formats import AffineScheme, DualBinaryScheme
+from ulbq.formats import AnyScheme
+from ulbq.nn.adapter import AdapterConfig
 from ulbq.nn.quant_linear import linear_layer
-from ulbq.training.block import BlockData, TrainOutcome
+from ulbq.training.block import TrainOutcome
+from ulbq.training.end_to_end import EndToEndSettings
+from ulbq.training.objective import BlockData
 from ulbq.training.precision import Precision
 
 Packed = dict[str, torch.Tensor]
@@ -21,6 +25,19 @@ Packed = dict[str, torch.Tensor]
 _ROUNDING = 2.0**-9
 # A matrix of zeros keeps the smallest scale, which float16 stores as 0.
 _UNDERFLOW = 1e-8
+
+
+@dataclass(frozen=True)
+class BlockStart:
+    """What an artifact holds of one block, to go on from.
+
+    Attributes:
+        packed: stored tensors of each quantized layer.
+        adapters: stored tensors of the layers' adapters, under peft's short names; empty without.
+    """
+
+    packed: Mapping[str, Packed]
+    adapters: Mapping[str, Packed]
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,8 @@ class BlockTask:
         precision: device and dtype of the work.
         seed: of everything random in this block.
         on_epoch: called with the held-out loss after each epoch.
+        saliency: ``[out, in]`` float32 score of each layer's weights; None where none was asked for.
+        start: what to go on from; None for a fresh start.
     """
 
     index: int
@@ -46,6 +65,8 @@ class BlockTask:
     precision: Precision
     seed: int
     on_epoch: Callable[[float], None]
+    saliency: Mapping[str, torch.Tensor] | None = None
+    start: BlockStart | None = None
 
     def weight(self, linear: str) -> torch.Tensor:
         """Full-precision weight ``[out, in]`` of a layer."""
@@ -60,11 +81,36 @@ class BlockResult:
         packed: stored tensors of each quantized layer.
         dense: parameters of the block that training changed (norm weights), by name relative to the block.
         outcome: how training went; None for methods that do not train.
+        adapters: stored tensors of each adapted layer's adapter, under peft's short names.
     """
 
     packed: dict[str, Packed]
     dense: dict[str, torch.Tensor] = field(default_factory=dict)
     outcome: TrainOutcome | None = None
+    adapters: dict[str, Packed] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method wants prepared, as its options have it.
+
+    Attributes:
+        epochs: training epochs a block, for progress and prediction; 0 for methods that do not train.
+        augmented: the full-precision block's output on the quantized stream.
+        originals: the full-precision stream before the block.
+        adapter: form of the adapter that it trains; None without.
+        saliency: scores of the weights: an artifact's path, a kind, or None.
+        continues: whether the method can go on from an artifact.
+        end_to_end: training of the whole model after its blocks; None without.
+    """
+
+    epochs: int = 0
+    augmented: bool = False
+    originals: bool = False
+    adapter: AdapterConfig | None = None
+    saliency: str | None = None
+    end_to_end: EndToEndSettings | None = None
+    continues: bool = False
 
 
 class Method(Protocol):
@@ -72,19 +118,27 @@ class Method(Protocol):
 
     Attributes:
         name: as typed after ``--method``.
-        epochs: training epochs a block, for progress and prediction; 0 for methods that do not train.
+        Options: what it takes, with its defaults.
         calibrated: whether it needs calibration samples.
-        augmented: whether it needs the full-precision block's output on the quantized stream.
     """
 
-    name: str
-    epochs: int
-    calibrated: bool
-    augmented: bool
+    name: ClassVar[str]
+    Options: ClassVar[type[BaseModel]]
+    calibrated: ClassVar[bool]
+
+    @classmethod
+    def from_options(cls, options: Any, group_size: int) -> Self:
+        """The method that ``options``, an instance of ``Options``, ask for. Raises UsageError."""
+        ...
 
     @property
-    def scheme(self) -> AffineScheme | DualBinaryScheme:
+    def scheme(self) -> AnyScheme:
         """How every layer is stored."""
+        ...
+
+    @property
+    def needs(self) -> Needs:
+        """What its tasks must hold."""
         ...
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
@@ -92,7 +146,7 @@ class Method(Protocol):
         ...
 
 
-def check_packed(linear: str, scheme: AffineScheme | DualBinaryScheme, packed: Packed, simulated: torch.Tensor) -> None:
+def check_packed(linear: str, scheme: AnyScheme, packed: Packed, simulated: torch.Tensor) -> None:
     """Compare what was packed with what was trained.
 
     Args:

@@ -1,11 +1,26 @@
 """Round to nearest: no calibration, no training, seconds for a whole model."""
 
+from typing import ClassVar, Self
+
 import torch
+from pydantic import BaseModel
 
 from ulbq.formats import affine
 from ulbq.formats.affine import AffineScheme
-from ulbq.methods.base import BlockResult, BlockTask, Packed, check_packed
+from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
+from ulbq.methods.options import AffineBits, AffineOptions
 from ulbq.solvers.rtn import round_to_nearest
+
+
+class RtnOptions(AffineOptions):
+    """Options of ``rtn``.
+
+    Attributes:
+        search: shrink each group's range where that lowers its error.
+    """
+
+    bits: AffineBits = 4
+    search: bool = True
 
 
 class Rtn:
@@ -16,14 +31,20 @@ class Rtn:
         search: shrink each group's range where that lowers its error; without it, plain min-max rounding.
     """
 
-    name = "rtn"
-    epochs = 0
-    calibrated = False
-    augmented = False
+    name: ClassVar[str] = "rtn"
+    Options: ClassVar[type[BaseModel]] = RtnOptions
+    calibrated: ClassVar[bool] = False
+    needs = Needs()
 
     def __init__(self, scheme: AffineScheme, *, search: bool = True) -> None:
         self.scheme = scheme
         self._search = search
+
+    @classmethod
+    def from_options(cls, options: RtnOptions, group_size: int) -> Self:
+        """The method that a request asks for."""
+        scheme = AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric)
+        return cls(scheme, search=options.search)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block; only its weights are looked at."""

@@ -1,0 +1,159 @@
+"""What all trained methods share: put quantizers and adapters into a block, train, pack, check."""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+
+import torch
+
+from ulbq.formats import AnyScheme
+from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
+from ulbq.methods.options import TrainedOptions
+from ulbq.nn.adapter import Adapter
+from ulbq.nn.quant_linear import linear_layer
+from ulbq.quantizers.base import Quantizer
+from ulbq.training.block import BlockTrainer
+from ulbq.training.layers import LayerwiseTrainer
+from ulbq.training.linear import TrainedLinear
+from ulbq.training.objective import Penalty
+from ulbq.training.penalty import WeightPenalty
+from ulbq.training.stages import Stage
+
+MakeQuantizer = Callable[[torch.Tensor, torch.Tensor], Quantizer]
+"""A quantizer from a weight ``[out, in]`` and its importance (``[in]``, the mean squared input)."""
+
+
+class BlockTraining:
+    """Block training as a method's options ask for it.
+
+    Args:
+        options: of the method.
+        scheme: how layers are stored.
+        quantizer: the class that goes on from packed tensors.
+    """
+
+    def __init__(self, options: TrainedOptions, scheme: AnyScheme, quantizer: type[Quantizer]) -> None:
+        self._options = options
+        self._scheme = scheme
+        self._quantizer = quantizer
+        self._adapter = options.adapter_config()
+
+    @property
+    def needs(self) -> Needs:
+        """What the blocks' tasks must hold."""
+        options = self._options
+        weighted = any(stage.penalized and stage.penalty for stage in self._stages(0))
+        return Needs(
+            epochs=sum(stage.epochs for stage in self._stages(0)),
+            augmented=options.augmented_loss,
+            originals=options.granularity == "layer",
+            continues=True,
+            adapter=self._adapter,
+            saliency=options.saliency if weighted and options.saliency != "none" else None,
+            end_to_end=options.end_to_end_settings(),
+        )
+
+    def quantize(self, task: BlockTask, make: MakeQuantizer) -> BlockResult:
+        """Quantize one block.
+
+        Args:
+            task: with activations.
+            make: the closed-form start of one layer.
+
+        Raises:
+            NumericsError: what was packed is not what was trained.
+        """
+        if task.data is None:
+            raise ValueError("training needs activations")
+        layerwise = self._options.granularity == "layer"
+        reference = deepcopy(task.block) if layerwise else None
+        originals = {linear: task.weight(linear) for linear in task.linears}
+        beside = _vectors_beside(task)
+        layers = {linear: self._install(task, linear, make) for linear in task.linears}
+        stages, settings = self._stages(task.index), self._options.settings()
+        if reference is None:
+            penalty = self._penalty(task, originals, task.linears, stages)
+            trainer: BlockTrainer | LayerwiseTrainer = BlockTrainer(
+                task.block, task.data, settings, task.precision, stages=stages, penalty=penalty
+            )
+        else:
+            trainer = LayerwiseTrainer(
+                task.block,
+                reference,
+                task.data,
+                settings,
+                task.precision,
+                stages=stages,
+                penalty=lambda names: self._penalty(task, originals, names, stages),
+            )
+        outcome = trainer.train(task.seed, task.on_epoch)
+        packed = {linear: _pack(linear, layer.quantizer) for linear, layer in layers.items()}
+        adapters = {linear: layer.adapter.tensors() for linear, layer in layers.items() if layer.adapter is not None}
+        dense = {
+            name: value.detach()
+            for name, value in task.block.named_parameters()
+            if name in beside and (task.start is not None or not torch.equal(value, beside[name]))
+        }
+        return BlockResult(packed, dense, outcome, adapters)
+
+    def _stages(self, index: int) -> list[Stage]:
+        """The stages of a block, λ and its growth over the blocks filled in."""
+        options = self._options
+        growth = options.block_multiplier**index
+        if not options.stages:
+            return [Stage(name="mixed", epochs=options.epochs, penalty=growth * options.penalty)]
+        return [
+            stage.model_copy(update={"penalty": growth * (options.penalty if stage.penalty is None else stage.penalty)})
+            for stage in options.stages
+        ]
+
+    def _install(self, task: BlockTask, linear: str, make: MakeQuantizer) -> TrainedLinear:
+        """Put a trained layer in a dense one's place: where it starts is searched, or taken over from an artifact."""
+        dense = linear_layer(task.block, linear)
+        weight = dense.weight.detach()
+        start = task.start
+        if start is None:
+            quantizer = make(weight, task.importance[linear])
+        else:
+            quantizer = self._quantizer.from_packed(
+                weight, start.packed[linear], self._scheme, train_weights=self._options.train_weights
+            )
+        layer = TrainedLinear(quantizer.to(weight.device), dense.bias, self._make_adapter(task, linear, quantizer))
+        task.block.set_submodule(linear, layer)
+        return layer
+
+    def _make_adapter(self, task: BlockTask, linear: str, quantizer: Quantizer) -> Adapter | None:
+        if self._adapter is None or not self._adapter.matches(linear):
+            return None
+        out_features, in_features = linear_layer(task.block, linear).weight.shape
+        # One stream of random numbers a layer: whether others have adapters makes no difference.
+        generator = torch.Generator().manual_seed(task.seed * 1009 + task.linears.index(linear))
+        adapter = Adapter(self._adapter, in_features, out_features, generator=generator).to(task.precision.device)
+        if task.start is not None and linear in task.start.adapters:
+            adapter.assign(task.start.adapters[linear])
+        else:
+            with torch.no_grad():
+                adapter.init_magnitude(quantizer.dense(quantizer()))
+        return adapter
+
+    def _penalty(
+        self, task: BlockTask, originals: Mapping[str, torch.Tensor], names: Sequence[str], stages: Sequence[Stage]
+    ) -> Penalty | None:
+        if not any(stage.penalized and stage.penalty for stage in stages):
+            return None
+        scores, power = task.saliency, self._options.saliency_power
+        saliency = None if scores is None else {name: scores[name] ** power for name in names}
+        return WeightPenalty({name: originals[name] for name in names}, saliency, self._options.penalize)
+
+
+def _vectors_beside(task: BlockTask) -> dict[str, torch.Tensor]:
+    """Values of the vectors outside the linear layers (norms), which training may change."""
+    inside = tuple(f"{linear}." for linear in task.linears)
+    named = task.block.named_parameters()
+    return {name: p.detach().clone() for name, p in named if p.dim() == 1 and not name.startswith(inside)}
+
+
+@torch.no_grad()
+def _pack(linear: str, quantizer: Quantizer) -> Packed:
+    packed = quantizer.finalize()
+    check_packed(linear, quantizer.scheme, packed, quantizer.dense(quantizer()))
+    return packed

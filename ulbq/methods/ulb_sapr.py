@@ -1,0 +1,27 @@
+"""ULB-SAPR (Cao & Aref, 2025, https://arxiv.org/abs/2504.13932): ApiQ that holds salient weights in place.
+
+To the block's output loss comes ``λ Σ S (W_eff − W)²`` over the quantized weights, S a saliency (the empirical Fisher
+information of the full-precision model unless told otherwise), in stages: ``wpt`` minimizes the penalty alone,
+``mixed`` both, ``opt`` the output loss alone. λ is relative here (:mod:`ulbq.training.penalty`), so that one value
+serves models of all sizes.
+"""
+
+from typing import ClassVar
+
+from pydantic import BaseModel
+
+from ulbq.methods.apiq import ApiQ, ApiQOptions
+
+
+class UlbSaprOptions(ApiQOptions):
+    """Options of ``ulb-sapr``; without ``stages``, one ``mixed`` stage of ``epochs``."""
+
+    penalty: float = 0.1
+    saliency: str = "fisher"
+
+
+class UlbSapr(ApiQ):
+    """ApiQ with saliency-weighted weight preservation."""
+
+    name: ClassVar[str] = "ulb-sapr"
+    Options: ClassVar[type[BaseModel]] = UlbSaprOptions
