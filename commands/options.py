@@ -10,6 +10,7 @@ A metavar says what an option wants, and shell completion goes by it: ``FILE`` a
 
 import io
 import os
+import re
 import stat
 import sys
 from collections.abc import Collection
@@ -19,10 +20,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from ulbq.errors import InputError
+from ulbq.errors import InputError, UsageError
 from ulbq.progress import Progress, Silent
 
 _LONGEST_PATH = 4096  # bytes; PATH_MAX of Linux
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass
@@ -173,3 +175,11 @@ def _read_path() -> str:
             hint="Run this command once for each artifact.",
         )
     return lines[0].strip()
+
+
+def read_size(text: str) -> int:
+    """Bytes of ``512M``, ``4G``, ``4GiB``, ``1000``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), flags=re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"'{text}' is no size.", hint="Write a number of bytes, or 512M, 4G and the like.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

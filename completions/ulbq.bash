@@ -13,23 +13,14 @@ _ulbq() {
         command=''
     fi
     case $command in
-    quantize)
+    saliency)
         case $previous in
-        -m|--method) _ulbq_value '' 'db-llm rtn' "$current"; return ;;
-        --bits) _ulbq_value '' '' "$current"; return ;;
-        --group-size) _ulbq_value '' '' "$current"; return ;;
-        --preset) _ulbq_value '' 'quick balanced best' "$current"; return ;;
+        -k|--kind) _ulbq_value '' 'fisher gradient hessian wanda magnitude' "$current"; return ;;
+        --dtype) _ulbq_value '' 'bf16 fp16' "$current"; return ;;
         --calibration) _ulbq_value 'files' 'wikitext2 c4 ptb pile redpajama alpaca mix self' "$current"; return ;;
         --samples) _ulbq_value '' '' "$current"; return ;;
         --sequence-length) _ulbq_value '' '' "$current"; return ;;
-        --epochs) _ulbq_value '' '' "$current"; return ;;
         --batch-size) _ulbq_value '' '' "$current"; return ;;
-        --weight-rate) _ulbq_value '' '' "$current"; return ;;
-        --scale-rate) _ulbq_value '' '' "$current"; return ;;
-        --norm-rate) _ulbq_value '' '' "$current"; return ;;
-        --token-weighting) _ulbq_value '' 'energy uniform' "$current"; return ;;
-        --clip) _ulbq_value '' '' "$current"; return ;;
-        --patience) _ulbq_value '' '' "$current"; return ;;
         --activation-memory) _ulbq_value '' '' "$current"; return ;;
         --precision) _ulbq_value '' 'auto fp32 bf16' "$current"; return ;;
         --seed) _ulbq_value '' '' "$current"; return ;;
@@ -38,7 +29,68 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '-m --method --bits --group-size --symmetric --asymmetric --search --no-search --preset --calibration --samples --sequence-length --epochs --batch-size --train-weights --freeze-weights --weight-rate --scale-rate --norm-rate --token-weighting --augmented-loss --no-augmented-loss --clip --patience --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '-k --kind --dtype --calibration --samples --sequence-length --batch-size --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
+        else
+            _ulbq_value 'files' '' "$current"
+        fi
+        ;;
+    quantize)
+        case $previous in
+        -m|--method) _ulbq_value '' 'db-llm rtn apiq ulb-sapr binary-mos' "$current"; return ;;
+        --recipe) _ulbq_value 'files' 'apiq-w2 apiq-w2-small-cpu apiq-w3 apiq-w4 binary-mos binary-mos-e8 binary-mos-small-cpu db-llm db-llm-small-cpu ulb-sapr-mixed ulb-sapr-w2 ulb-sapr-w2-small-cpu' "$current"; return ;;
+        --bits) _ulbq_value '' '' "$current"; return ;;
+        --group-size) _ulbq_value '' '' "$current"; return ;;
+        --experts) _ulbq_value '' '' "$current"; return ;;
+        --zeros) _ulbq_value '' 'none output input' "$current"; return ;;
+        --preset) _ulbq_value '' 'quick balanced best' "$current"; return ;;
+        --calibration) _ulbq_value 'files' 'wikitext2 c4 ptb pile redpajama alpaca mix self' "$current"; return ;;
+        --samples) _ulbq_value '' '' "$current"; return ;;
+        --sequence-length) _ulbq_value '' '' "$current"; return ;;
+        --epochs) _ulbq_value '' '' "$current"; return ;;
+        --batch-size) _ulbq_value '' '' "$current"; return ;;
+        --granularity) _ulbq_value '' 'block layer' "$current"; return ;;
+        --weight-rate) _ulbq_value '' '' "$current"; return ;;
+        --scale-rate) _ulbq_value '' '' "$current"; return ;;
+        --norm-rate) _ulbq_value '' '' "$current"; return ;;
+        --router-rate) _ulbq_value '' '' "$current"; return ;;
+        --scale-decay) _ulbq_value '' '' "$current"; return ;;
+        --schedule) _ulbq_value '' 'cosine constant' "$current"; return ;;
+        --warmup) _ulbq_value '' '' "$current"; return ;;
+        --final-rate) _ulbq_value '' '' "$current"; return ;;
+        --token-weighting) _ulbq_value '' 'energy uniform' "$current"; return ;;
+        --sliced-wasserstein) _ulbq_value '' '' "$current"; return ;;
+        --clip) _ulbq_value '' '' "$current"; return ;;
+        --patience) _ulbq_value '' '' "$current"; return ;;
+        --retries) _ulbq_value '' '' "$current"; return ;;
+        --activation-memory) _ulbq_value '' '' "$current"; return ;;
+        --precision) _ulbq_value '' 'auto fp32 bf16' "$current"; return ;;
+        --rank) _ulbq_value '' '' "$current"; return ;;
+        --alpha) _ulbq_value '' '' "$current"; return ;;
+        --dropout) _ulbq_value '' '' "$current"; return ;;
+        --targets) _ulbq_value 'list' 'q_proj k_proj v_proj o_proj gate_proj up_proj down_proj' "$current"; return ;;
+        --adapter-rate) _ulbq_value '' '' "$current"; return ;;
+        --adapter-decay) _ulbq_value '' '' "$current"; return ;;
+        --base-share) _ulbq_value '' '' "$current"; return ;;
+        --stage) _ulbq_value '' 'wpt mixed opt' "$current"; return ;;
+        --lambda) _ulbq_value '' '' "$current"; return ;;
+        --block-multiplier) _ulbq_value '' '' "$current"; return ;;
+        --penalise) _ulbq_value '' 'before-adapter after-adapter' "$current"; return ;;
+        --saliency) _ulbq_value 'folders' 'fisher gradient hessian wanda magnitude none' "$current"; return ;;
+        --saliency-power) _ulbq_value '' '' "$current"; return ;;
+        --end-to-end) _ulbq_value '' 'none ce kl kl-hidden dad' "$current"; return ;;
+        --end-to-end-epochs) _ulbq_value '' '' "$current"; return ;;
+        --end-to-end-rate) _ulbq_value '' '' "$current"; return ;;
+        --end-to-end-train) _ulbq_value '' 'scales all' "$current"; return ;;
+        --accumulation) _ulbq_value '' '' "$current"; return ;;
+        --teacher) _ulbq_value '' 'streamed cached' "$current"; return ;;
+        --teacher-top-k) _ulbq_value '' '' "$current"; return ;;
+        --seed) _ulbq_value '' '' "$current"; return ;;
+        --device) _ulbq_value '' 'auto cpu cuda' "$current"; return ;;
+        --data-dir) _ulbq_value 'folders' '' "$current"; return ;;
+        -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
+        esac
+        if [[ $current == -* ]]; then
+            _ulbq_value '' '-m --method --recipe --list-recipes --bits --group-size --symmetric --asymmetric --search --no-search --experts --zeros --preset --calibration --samples --sequence-length --epochs --batch-size --granularity --train-weights --freeze-weights --weight-rate --scale-rate --norm-rate --router-rate --scale-decay --schedule --warmup --final-rate --token-weighting --augmented-loss --no-augmented-loss --sliced-wasserstein --clip --patience --retries --activation-memory --precision --adapter --no-adapter --rank --alpha --dropout --dora --lora --targets --adapter-rate --adapter-decay --base-share --stage --lambda --block-multiplier --penalise --saliency --saliency-power --end-to-end --end-to-end-epochs --end-to-end-rate --end-to-end-train --accumulation --teacher --teacher-top-k --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -59,7 +111,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--compare --perplexity --tasks --fidelity --no-fidelity --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --seed --device --data-dir --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--compare --perplexity --tasks --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --seed --device --data-dir --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -71,7 +123,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--to --dtype --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--to --dtype --merge-adapter --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -89,7 +141,7 @@ _ulbq() {
         if [[ $current == -* ]]; then
             _ulbq_value '' '--version -h --help' "$current"
         else
-            _ulbq_value '' 'quantize eval convert inspect' "$current"
+            _ulbq_value '' 'saliency quantize eval convert inspect' "$current"
         fi
         ;;
     esac

@@ -1,7 +1,47 @@
 """The command ``quantize``: what it shows and refuses before any work."""
 
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
 from tests.models.tiny import save_tiny
-from ulbq.commands.app import main
+from ulbq.commands import completion
+from ulbq.commands.app import app, main
+from ulbq.methods import METHODS
+from ulbq.pipeline import recipes
+from ulbq.pipeline.request import QuantizeRequest, method_options
+from ulbq.training.settings import TrainSettings
+
+NO_REQUEST = {"recipe", "list_recipes", "dry_run", "json", "quiet", "debug", "help"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("dense") / "m")
+
+
+def parameters() -> dict[str, Any]:
+    group: Any = typer.main.get_command(app)
+    return {parameter.name: parameter for parameter in group.commands["quantize"].params}
+
+
+def planned(capsys: pytest.CaptureFixture[str], source: Path, *words: str) -> dict[str, Any]:
+    group = [] if "binary-mos" in words else ["--group-size", "32"]
+    common = ["--calibration", "a.txt"] if "rtn" not in words else []
+    arguments = ["quantize", str(source), *group, *common, "--device", "cpu", "--offline", "--dry-run", "--json"]
+    assert main([*arguments, *words]) == 0
+    request: dict[str, Any] = json.loads(capsys.readouterr().out)["request"]
+    return request
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["quantize", "no-such-model", "--offline", "--dry-run", *words]) in {2, 3}
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
 
 
 def test_brackets_in_a_name_are_no_markup(tmp_path, capsys):
@@ -12,3 +52,88 @@ def test_brackets_in_a_name_are_no_markup(tmp_path, capsys):
     assert captured.out == ""
     assert "m[: 3 blocks" in captured.err
     assert "a[/red].txt" in captured.err
+
+
+def test_every_option_of_a_request_can_be_typed():
+    assert parameters().keys() - NO_REQUEST == QuantizeRequest.model_fields.keys() - {"recipe"}
+
+
+def test_every_method_can_be_chosen():
+    [command] = [command for command in completion.describe(app)[1] if command.name == "quantize"]
+    [method] = [option.value for option in command.options if "--method" in option.names]
+    assert method is not None
+    assert set(method.words) == METHODS.keys()
+
+
+def test_the_help_page_tells_the_numbers_that_are_the_defaults():
+    told = parameters()
+    for name, field in TrainSettings.model_fields.items():
+        text = told[name].show_default
+        if name != "epochs" and isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+            assert float(text.strip("()")) == field.default, name
+    for method in METHODS:
+        for name, field in method_options(method).model_fields.items():
+            text = told[name].show_default if name in told else ""
+            if name not in TrainSettings.model_fields and str(text).replace(".", "").isdigit():
+                assert float(text) == field.default, (method, name)
+
+
+def test_what_is_typed_reaches_the_request(source, capsys):
+    request = planned(
+        capsys,
+        source,
+        *("--method", "ulb-sapr", "--bits", "3", "--rank", "8", "--dora", "--targets", "q_proj, v_proj"),
+        *("--stage", "wpt:epochs=2,adapter-rate=0.01", "--stage", "opt:epochs=1", "--lambda", "0.25"),
+        *("--penalise", "after-adapter", "--saliency", "wanda", "--end-to-end", "kl", "--teacher", "cached"),
+    )
+    assert request["targets"] == ["q_proj", "v_proj"]
+    assert [(stage["name"], stage["epochs"]) for stage in request["stages"]] == [("wpt", 2), ("opt", 1)]
+    assert (request["penalty"], request["penalize"], request["saliency"]) == (0.25, "after-adapter", "wanda")
+    assert (request["epochs"], request["bits"], request["rank"], request["dora"]) == (3, 3, 8, True)
+    assert (request["end_to_end"], request["teacher"], request["teacher_top_k"]) == ("kl", "cached", 64)
+
+
+def test_a_recipe_fills_in_what_is_not_typed(source, capsys):
+    request = planned(capsys, source, "--recipe", "apiq-w2", "--rank", "8", "--samples", "4", "--sequence-length", "32")
+    shipped = recipes.load("apiq-w2")
+    assert (request["method"], request["bits"], request["epochs"]) == ("apiq", 2, 20)
+    assert (request["rank"], request["samples"]) == (8, 4)
+    assert request["recipe"] == {"name": "apiq-w2", "sha256": shipped.sha256}
+    assert planned(capsys, source)["method"] == "db-llm"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plan_of_every_method_tells_what_it_does(method, source, capsys):
+    more = ["--rank", "8", "--lambda", "0.5", "--adapter"] if method not in {"rtn", "binary-mos"} else []
+    planned(capsys, source, "--method", method, *more)
+    words = ["quantize", str(source), "--method", method, "--device", "cpu", "--offline", "--dry-run", *more]
+    words += [] if method == "rtn" else ["--calibration", "a.txt", "--train-weights"]
+    words += [] if method == "binary-mos" else ["--group-size", "32"]
+    assert main(words) == 0
+    told = capsys.readouterr().err
+    assert f"{method}, " in told
+    assert ("training" in told) == (method != "rtn")
+    assert ("rank 8" in told) == bool(more)
+    assert ("lambda 0.5" in told) == bool(more)
+    assert "None" not in told
+
+
+def test_the_recipes_are_listed_on_standard_output(capsys):
+    assert main(["quantize", "--list-recipes"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    for name in recipes.names():
+        [line] = [line for line in lines if line.split()[:1] == [name]]
+        assert recipes.load(name).options["method"] in line
+        assert recipes.load(name).description in line
+    assert captured.err == ""
+
+
+def test_what_does_not_exist_is_a_sentence_with_a_hint(capsys, tmp_path):
+    assert "Did you mean" in refused(capsys, "--recipe", "apiq-w22")
+    assert "no recipe file" in refused(capsys, "--recipe", str(tmp_path / "x.yaml"))
+    assert "no stage" in refused(capsys, "--method", "ulb-sapr", "--stage", "wtp:epochs=1")
+    assert "names no layer" in refused(capsys, "--method", "apiq", "--targets", ",")
+    assert "means nothing to --method rtn" in refused(capsys, "--method", "rtn", "--rank", "4")
+    assert "means nothing without --adapter" in refused(capsys, "--method", "apiq", "--no-adapter", "--rank", "4")
+    assert "is no size" in refused(capsys, "--activation-memory", "much")

@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.records import BitsReport, LayerRecord
 from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
-from ulbq.formats import AffineScheme, DualBinaryScheme
+from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult
+from ulbq.models.adapter_files import split_name
 from ulbq.models.blocks import check_shape, check_values
 from ulbq.models.names import read_state, state_names
 from ulbq.models.source import ModelSource
+from ulbq.nn.adapter import AdaptedLinear, Adapter, AdapterConfig
 from ulbq.nn.quant_linear import QuantLinear, linear_layer
 
 OUTER_SHARD = "model-outer.safetensors"
@@ -23,6 +25,11 @@ OUTER_SHARD = "model-outer.safetensors"
 def block_shard(index: int) -> str:
     """File name of a block's shard."""
     return f"model-block-{index:05d}.safetensors"
+
+
+def adapter_shard(index: int) -> str:
+    """File name of a block's adapters, which lie in the run's scratch folder until all are written as one."""
+    return f"adapter-block-{index:05d}.safetensors"
 
 
 def write_block(path: Path, prefix: str, source: ModelSource, block: nn.Module, result: BlockResult) -> None:
@@ -86,9 +93,7 @@ def half(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
 
 
-def restore_block(
-    block: nn.Module, prefix: str, shard: Path, linears: Sequence[str], scheme: AffineScheme | DualBinaryScheme
-) -> nn.Module:
+def restore_block(block: nn.Module, prefix: str, shard: Path, linears: Sequence[str], scheme: AnyScheme) -> nn.Module:
     """Turn a full-precision block into the packed one that its shard holds, in place.
 
     The quantized stream runs through this, in the first run and in a resumed one alike: what later blocks are
@@ -106,8 +111,44 @@ def restore_block(
     return block
 
 
-def bits_report(layers: Sequence[LayerRecord], shards: Iterable[Path], outer: Mapping[str, int]) -> BitsReport:
-    """Where the stored bits went, added up from the layers' records and the tensors on disk."""
+def take_vectors(block: nn.Module, prefix: str, source: ModelSource, linears: Sequence[str]) -> None:
+    """Overwrite a block's vectors beside its linear layers (norms) with those of an artifact, in place."""
+    inside = tuple(f"{linear}." for linear in linears)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            if parameter.dim() == 1 and not name.startswith(inside):
+                parameter.copy_(source.read(prefix + name))
+
+
+def write_adapters(path: Path, prefix: str, adapters: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Write the adapters of one block under the layers' full names and peft's short ones."""
+    named = {f"{prefix}{linear}.{short}": t for linear, tensors in adapters.items() for short, t in tensors.items()}
+    write_shard(path, named)
+
+
+def restore_adapters(block: nn.Module, prefix: str, shard: Path, config: AdapterConfig) -> None:
+    """Put stored adapters beside the packed layers of a block, in place."""
+    stored = LazyTensors([shard])
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name in stored.names:
+        linear, short = split_name(name.removeprefix(prefix))
+        found.setdefault(linear, {})[short] = stored.read(name)
+    for linear, tensors in found.items():
+        base = block.get_submodule(linear)
+        down, up = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        adapter = Adapter(config, down.shape[1], up.shape[0])
+        adapter.assign(tensors)
+        block.set_submodule(linear, AdaptedLinear(base, adapter.to(next(base.buffers()).device)))
+
+
+def bits_report(
+    layers: Sequence[LayerRecord], shards: Iterable[Path], outer: Mapping[str, int], adapter: int = 0
+) -> BitsReport:
+    """Where the stored bits went, added up from the layers' records and the tensors on disk.
+
+    Args:
+        adapter: bits of the adapters, 0 without any.
+    """
     parts: dict[str, int] = {}
     for layer in layers:
         for role, bits in layer.bits.items():
@@ -118,12 +159,12 @@ def bits_report(layers: Sequence[LayerRecord], shards: Iterable[Path], outer: Ma
         in_blocks += sum(stored.nbytes(name) for name in stored.names) * 8
     other = in_blocks - sum(parts.values()) + outer["other"]
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    if adapter:
+        parts["adapter"] = adapter
     return BitsReport(parts={**parts, "embeddings": outer["embeddings"], "other": other}, weights=weights)
 
 
-def write_folder(
-    folder: Path, source: ModelSource, scheme: AffineScheme | DualBinaryScheme, method: str, bits: BitsReport
-) -> None:
+def write_folder(folder: Path, source: ModelSource, scheme: AnyScheme, method: str, bits: BitsReport) -> None:
     """Everything beside the shards: index, configuration, side files and model card."""
     shards = sorted(path for path in folder.glob("model-*.safetensors"))
     write_index(folder, {path.name: sorted(LazyTensors([path]).names) for path in shards})
@@ -138,8 +179,9 @@ def write_folder(
         (folder / "README.md").write_text(_card(source, scheme, method, bits), encoding="utf-8")
 
 
-def _card(source: ModelSource, scheme: AffineScheme | DualBinaryScheme, method: str, bits: BitsReport) -> str:
+def _card(source: ModelSource, scheme: AnyScheme, method: str, bits: BitsReport) -> str:
     base = f"base_model: {source.given}\n" if source.kind == "hub" else ""
+    counted = ", ".join(part for part in bits.parts if bits.counts(part))
     return f"""---
 library_name: ulbq
 pipeline_tag: text-generation
@@ -149,7 +191,7 @@ tags: [ulbq, {method}, {scheme.format}]
 # {source.name}, {bits.bits_per_weight:.2f} bits
 
 {source.name} quantized with `ulbq quantize --method {method}`: format `{scheme.format}`, {scheme.label},
-{bits.bits_per_weight:.3f} true bits per linear weight (codes, scales and zeros; embeddings stay in half precision).
+{bits.bits_per_weight:.3f} true bits per linear weight ({counted}; embeddings stay in half precision).
 
 Score it with `ulbq eval DIR`, look into it with `ulbq inspect DIR`, and turn it into a plain half-precision model for
 transformers with `ulbq convert DIR --to dense`. `manifest.json` records how it was made.

@@ -1,21 +1,24 @@
 """Everything about a quantization run that is settled before the first tensor is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from ulbq import formats, runtime
-from ulbq.data.registry import available
 from ulbq.errors import InputError
 from ulbq.methods.base import Method
-from ulbq.models.blocks import ModelStructure, check_group_size, skeleton, structure
+from ulbq.models.blocks import Linear, ModelStructure, check_group_size, skeleton, structure
 from ulbq.models.names import check_complete
-from ulbq.models.source import ModelSource, resolve
+from ulbq.models.source import ModelSource
 from ulbq.models.stream import check_length
+from ulbq.pipeline.origins import Start, open_origins, open_saliency
 from ulbq.pipeline.predict import Cost, predict
 from ulbq.pipeline.request import QuantizeRequest, build_method, check_options, complete
+from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress, Silent
+from ulbq.saliency import Saliency
 from ulbq.training.precision import Precision
 
 
@@ -44,7 +47,13 @@ class QuantizePlan(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is settled before the first tensor is read."""
+    """Everything that is settled before the first tensor is read.
+
+    Attributes:
+        source: the full-precision model.
+        start: the artifact to go on from; None for a fresh start.
+        saliency: scores that are read; None where the method wants none, or they are computed first.
+    """
 
     request: QuantizeRequest
     source: ModelSource
@@ -53,6 +62,8 @@ class Job:
     method: Method
     precision: Precision
     plan: QuantizePlan
+    start: Start | None = None
+    saliency: Saliency | None = None
 
     def names(self, index: int) -> tuple[str, tuple[str, ...]]:
         """A block's full name with the dot, and its linear layers' names relative to it."""
@@ -75,29 +86,26 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     """Settle everything that can be settled before the first tensor is read. Raises as :func:`plan`."""
     check_options(request)
     device = runtime.resolve_device(request.device)
-    source = resolve(request.source, offline=request.offline)
-    if source.packed:
-        raise InputError(
-            f"'{source.given}' is quantized already.",
-            hint=f"Give the full-precision model it was made from{f': {source.parent}' if source.parent else ''}.",
-        )
+    origins = open_origins(request.source, offline=request.offline)
+    source = origins.model
+    if origins.saliency is not None and request.saliency is None:
+        request = request.model_copy(update={"saliency": origins.saliency})
+        check_options(request)
     request = complete(request, "balanced" if device.type == "cuda" else "quick")
     precision = Precision.choose(device, request.precision or "auto")
     method = build_method(request)
     if method.calibrated and request.calibration is None:
-        request = request.model_copy(update={"calibration": _default_calibration(request, progress)})
+        request = request.model_copy(update={"calibration": default_calibration(request, progress)})
     model = skeleton(source)
     found = structure(model)
-    check_group_size(found, request.group_size)
+    check_group_size(found, -1 if request.group_size is None else request.group_size)
     check_complete(source, model)
     if method.calibrated:
         check_length(model, request.sequence_length or 0)
     layers = [linear for block in found.linears for linear in block]
+    _check_targets(method, layers)
     sizes = {linear.name: linear.out_features * linear.in_features for linear in layers}
-    stored = sum(
-        formats.bits_per_weight(method.scheme, linear.out_features, linear.in_features) * sizes[linear.name]
-        for linear in layers
-    )
+    stored = sum(_bits(method, linear) for linear in layers)
     described = QuantizePlan(
         request=request,
         model=source.name,
@@ -111,11 +119,28 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
         precision=str(precision.dtype).removeprefix("torch."),
         cost=predict(request, method, found, model, precision),
     )
-    return Job(request, source, model, found, method, precision, described)
+    start = None if origins.start is None else Start(origins.start, method.scheme, method.needs)
+    saliency = open_saliency(method.needs.saliency, source)
+    return Job(request, source, model, found, method, precision, described, start, saliency)
 
 
-def _default_calibration(request: QuantizeRequest, progress: Progress) -> str:
-    if available("wikitext2", data_dir=request.data_dir, offline=request.offline):
-        return "wikitext2"
-    progress.note("WikiText-2 cannot be had here: the model writes its own calibration samples (--calibration self).")
-    return "self"
+def _bits(method: Method, linear: Linear) -> float:
+    """Stored bits of one layer, its adapter included."""
+    adapter = method.needs.adapter
+    weights = linear.out_features * linear.in_features
+    packed = formats.bits_per_weight(method.scheme, linear.out_features, linear.in_features) * weights
+    adapted = adapter is not None and adapter.matches(linear.name)
+    return packed + (adapter.bits(linear.out_features, linear.in_features) if adapter and adapted else 0)
+
+
+def _check_targets(method: Method, layers: Sequence[Linear]) -> None:
+    """Refuse an adapter for layers that the model does not have. Raises InputError."""
+    adapter = method.needs.adapter
+    if adapter is None:
+        return
+    for target in adapter.targets:
+        if not any(adapter.model_copy(update={"targets": (target,)}).matches(linear.name) for linear in layers):
+            names = dict.fromkeys(linear.name.rpartition(".")[2] for linear in layers)
+            raise InputError(
+                f"No linear layer of the model's blocks is called '{target}'.", hint=f"Its layers: {', '.join(names)}."
+            )

@@ -1,36 +1,38 @@
 """``quantize``: a model in, a packed artifact out, one block at a time."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
-from ulbq import __version__, formats, runtime
+from ulbq import __version__, runtime
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
-from ulbq.artifacts.records import BlockRecord, LayerRecord
+from ulbq.artifacts.saliency import BlockScores
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
-from ulbq.data.calibration import Calibration, calibration_samples, load_calibration, save_calibration
-from ulbq.data.generate import self_samples
+from ulbq.data.calibration import Calibration, save_calibration
 from ulbq.errors import InputError, NumericsError
-from ulbq.formats import dual_binary
-from ulbq.formats.bits import stored_bits
 from ulbq.methods.base import BlockResult, BlockTask
 from ulbq.models.blocks import load_block
-from ulbq.models.load import load_model
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
+from ulbq.pipeline.end_to_end import train_end_to_end
+from ulbq.pipeline.finish import block_record, finish, layer_record
+from ulbq.pipeline.origins import KINDS
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
 from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
+from ulbq.pipeline.samples import CALIBRATION_FILE, draw, written_samples
 from ulbq.pipeline.streams import Streams
 from ulbq.progress import Phase, Progress, Silent
+from ulbq.saliency import Saliency, SaliencyKind, SaliencySettings, block_file, compute_saliency
 from ulbq.training.block import TrainOutcome
 
 __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]
 
-_CALIBRATION = "calibration.safetensors"
+_SCORES = "saliency of block "
 # A relative error of one half per token: what comes out of the block is hardly the model's any more.
 _ALARM = 0.5
 
@@ -71,39 +73,39 @@ def quantize(
         job.source.tokenizer()  # written out at the end: better missed now
     with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
         if writer.resumed:
-            progress.note(f"Resuming {out}: {len(writer.journal)} of {job.found.n_blocks} blocks are done.")
+            done = sum(key.isdigit() for key in writer.journal)
+            progress.note(f"Resuming {out}: {done} of {job.found.n_blocks} blocks are done.")
         calibration = drawn
         if job.method.calibrated and calibration is None:
             with watch.phase("calibration"):
                 calibration = _written_samples(job, writer, progress)
         if calibration is not None:
-            save_calibration(writer.path / _CALIBRATION, calibration)
+            save_calibration(writer.path / CALIBRATION_FILE, calibration)
+        saliency = job.saliency
+        if job.method.needs.saliency in KINDS:
+            with watch.phase("saliency"):
+                saliency = _score(job, writer, calibration, progress)
         with watch.phase("blocks"):
             # First: a source that is damaged here would show only after hours.
             outer = layout.write_outer(
                 writer.path / layout.OUTER_SHARD, job.model, job.source, f"{job.found.blocks_prefix}."
             )
-            _Run(job, writer, progress).walk(calibration)
+            _Run(job, writer, progress, saliency).walk(calibration)
+        tuned = None
+        if job.method.needs.end_to_end is not None and calibration is not None:
+            with watch.phase("end to end"):
+                tuned = train_end_to_end(job, writer, calibration, progress)
         with watch.phase("finish"):
-            manifest = _finish(job, writer, calibration, outer, watch)
+            manifest = finish(job, writer, calibration, outer, watch, tuned)
         path = writer.finish(manifest)
     return path, read_back(path, QuantizedManifest)
 
 
 def _draw(job: Job) -> Calibration:
-    request = job.request
-    samples = request.samples or 0
+    samples = job.request.samples or 0
     held_out = heldout_samples(samples)
     try:
-        return calibration_samples(
-            str(request.calibration),
-            job.source.tokenizer(),
-            samples=samples + held_out,
-            length=request.sequence_length or 0,
-            seed=request.seed,
-            data_dir=request.data_dir,
-            offline=request.offline,
-        )
+        return draw(job.request, job.source, samples + held_out)
     except InputError as error:
         # The data layer counts all samples alike; who asked for --samples must know about the others.
         extra = f"Besides --samples {samples}, {held_out} are drawn and held out."
@@ -111,21 +113,43 @@ def _draw(job: Job) -> Calibration:
 
 
 def _written_samples(job: Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
-    """Samples of the model's own, or those that the interrupted run wrote: they follow from the seed."""
-    saved = writer.path / _CALIBRATION
-    if writer.resumed and saved.exists():
-        return load_calibration(saved)
-    request, precision = job.request, job.precision
-    samples = request.samples or 0
-    model = load_model(job.source, dtype=precision.dtype, device=precision.device)
-    return self_samples(
-        model,
-        job.source.tokenizer(),
-        samples=samples + heldout_samples(samples),
-        length=request.sequence_length or 0,
-        seed=request.seed,
-        progress=progress,
+    samples = job.request.samples or 0
+    count = samples + heldout_samples(samples)
+    return written_samples(job.request, job.source, count, precision=job.precision, writer=writer, progress=progress)
+
+
+def _score(job: Job, writer: ArtifactWriter, calibration: Calibration | None, progress: Progress) -> Saliency:
+    """Scores of the model's weights, computed into the scratch folder on the samples that train."""
+    settings = SaliencySettings(
+        kind=TypeAdapter(SaliencyKind).validate_python(job.method.needs.saliency),
+        precision=job.precision,
+        activation_memory=job.request.activation_memory or 0,
     )
+    folder = writer.scratch / "saliency"
+    folder.mkdir(exist_ok=True)
+    done = {
+        scores.index: scores
+        for key, value in writer.journal.items()
+        if key.startswith(_SCORES)
+        for scores in [BlockScores.model_validate(value)]
+    }
+
+    def note(scores: BlockScores) -> None:
+        writer.record(f"{_SCORES}{scores.index}", scores, files=[folder / block_file(scores.index)])
+
+    blocks = compute_saliency(
+        job.model,
+        job.source,
+        job.found,
+        None if calibration is None else calibration.tokens[: job.request.samples],
+        settings,
+        folder,
+        scratch=writer.scratch,
+        progress=progress,
+        done=done,
+        on_block=note,
+    )
+    return Saliency(folder, [layer for block in blocks for layer in block.layers])
 
 
 def _fingerprint(job: Job, drawn: Calibration | None) -> str:
@@ -138,6 +162,8 @@ def _fingerprint(job: Job, drawn: Calibration | None) -> str:
             "device": job.precision.device.type,
             "precision": job.plan.precision,
             "calibration": drawn.sha256 if drawn else job.request.calibration,
+            "start": job.start.source.content_hash if job.start else None,
+            "saliency": job.saliency.digest if job.saliency else job.method.needs.saliency,
         }
     )
 
@@ -145,22 +171,25 @@ def _fingerprint(job: Job, drawn: Calibration | None) -> str:
 class _Run:
     """The walk over the blocks."""
 
-    def __init__(self, job: Job, writer: ArtifactWriter, progress: Progress) -> None:
+    def __init__(self, job: Job, writer: ArtifactWriter, progress: Progress, saliency: Saliency | None) -> None:
         self._job = job
+        self._saliency = saliency
         self._writer = writer
         self._progress = progress
 
     def walk(self, calibration: Calibration | None) -> None:
         """Quantize every block that the journal does not hold yet; the others are replayed from their shards."""
         job = self._job
+        if all(str(index) in self._writer.journal for index in range(job.found.n_blocks)):
+            return
         streams = None if calibration is None else Streams(job, calibration.tokens, self._writer.scratch)
-        steps = job.found.n_blocks * (job.method.epochs + 1)
+        steps = job.found.n_blocks * (job.method.needs.epochs + 1)
         with self._progress.phase("Quantizing", steps) as phase:
             for index in range(job.found.n_blocks):
                 if streams is not None:
                     streams.advance_full_precision(index)
                 if str(index) in self._writer.journal:
-                    phase.advance(job.method.epochs + 1, f"block {index} was done")
+                    phase.advance(job.method.needs.epochs + 1, f"block {index} was done")
                 else:
                     self._quantize(index, streams, phase)
                 if streams is not None and index + 1 < job.found.n_blocks:
@@ -170,6 +199,8 @@ class _Run:
         job, started = self._job, time.monotonic()
         prefix, linears = job.names(index)
         block = load_block(job.model, job.source, index, torch.float32, job.precision.device)
+        if job.start is not None:
+            layout.take_vectors(block, prefix, job.start.source, linears)
         originals = {linear: linear_layer(block, linear).weight.detach() for linear in linears}
         epochs = 0
 
@@ -177,7 +208,7 @@ class _Run:
             nonlocal epochs
             epochs += 1
             # Retries repeat epochs that were counted already.
-            phase.advance(int(epochs <= job.method.epochs), f"block {index}, error {error:.4f}")
+            phase.advance(int(epochs <= job.method.needs.epochs), f"block {index}, error {error:.4f}")
 
         task = BlockTask(
             index=index,
@@ -188,19 +219,31 @@ class _Run:
             precision=job.precision,
             seed=job.request.seed + index,
             on_epoch=on_epoch,
+            saliency=self._scores(prefix, linears),
+            start=job.start.block(prefix, linears) if job.start else None,
         )
         result = job.method.quantize_block(task)
         _check_finite(index, result)
         shard = self._writer.path / layout.block_shard(index)
         layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
         records: dict[str, Any] = {
-            "layers": [_layer(job, prefix + name, originals[name], result.packed[name]) for name in linears]
+            "layers": [layer_record(job, prefix + name, originals[name], result.packed[name]) for name in linears]
         }
         if result.outcome is not None:
-            records["block"] = _block(index, result.outcome, time.monotonic() - started)
+            records["block"] = block_record(index, result.outcome, time.monotonic() - started)
             self._report(index, result.outcome)
-        self._writer.record(str(index), records, files=[shard])
-        phase.advance(1 + job.method.epochs - min(epochs, job.method.epochs), f"block {index}")
+        files = [shard]
+        if job.method.needs.adapter is not None:
+            files.append(self._writer.scratch / layout.adapter_shard(index))
+            layout.write_adapters(files[-1], prefix, result.adapters)
+        self._writer.record(str(index), records, files=files)
+        phase.advance(1 + job.method.needs.epochs - min(epochs, job.method.needs.epochs), f"block {index}")
+
+    def _scores(self, prefix: str, linears: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
+        if self._saliency is None:
+            return None
+        device = self._job.precision.device
+        return {linear: self._saliency.score(prefix + linear).to(device) for linear in linears}
 
     def _report(self, index: int, outcome: TrainOutcome) -> None:
         if outcome.fallback:
@@ -218,55 +261,3 @@ def _check_finite(index: int, result: BlockResult) -> None:
         raise NumericsError(
             f"Block {index} has scales or norms that are not finite.", hint="Try --precision fp32, or lower rates."
         )
-
-
-def _layer(job: Job, name: str, original: torch.Tensor, packed: dict[str, torch.Tensor]) -> LayerRecord:
-    scheme, shape = job.method.scheme, (original.shape[0], original.shape[1])
-    dense = formats.dequantize(scheme, packed, shape[1])
-    error = ((dense - original).square().sum() / original.square().sum().clamp_min(1e-30)).item()
-    sparsity = dual_binary.sparsity(packed, shape[1]) if scheme.format == "dual_binary" else None
-    bits = {str(role): count for role, count in stored_bits(scheme.tensors(*shape)).items()}
-    return LayerRecord(name=name, shape=shape, scheme=scheme.model_dump(), bits=bits, error=error, sparsity=sparsity)
-
-
-def _block(index: int, outcome: TrainOutcome, seconds: float) -> BlockRecord:
-    return BlockRecord(
-        index=index,
-        start_error=outcome.start_error,
-        end_error=outcome.end_error,
-        steps=outcome.steps,
-        retries=outcome.retries,
-        fallback=outcome.fallback,
-        seconds=round(seconds, 3),
-    )
-
-
-def _finish(
-    job: Job,
-    writer: ArtifactWriter,
-    calibration: Calibration | None,
-    outer: Mapping[str, int],
-    watch: runtime.Stopwatch,
-) -> QuantizedManifest:
-    """Write everything beside the tensors, and describe the whole; ``outer`` are the bits outside the blocks."""
-    folder, source = writer.path, job.source
-    entries = [writer.journal[str(index)] for index in range(job.found.n_blocks)]
-    layers = [LayerRecord.model_validate(layer) for entry in entries for layer in entry["layers"]]
-    shards = [folder / layout.block_shard(index) for index in range(job.found.n_blocks)]
-    bits = layout.bits_report(layers, shards, outer)
-    layout.write_folder(folder, source, job.method.scheme, job.method.name, bits)
-    return QuantizedManifest(
-        name=writer.out.name,
-        request=job.request.model_dump(mode="json"),
-        seed=job.request.seed,
-        device=job.plan.device,
-        parents=(source.record(),),
-        phases=tuple(watch.records),
-        method=job.method.name,
-        scheme=job.method.scheme.model_dump(),
-        bits=bits,
-        layers=tuple(layers),
-        blocks=tuple(BlockRecord.model_validate(entry["block"]) for entry in entries if "block" in entry),
-        skipped=job.found.skipped,
-        calibration=calibration.record() if calibration else {},
-    )

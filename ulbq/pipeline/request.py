@@ -1,22 +1,27 @@
 """What ``quantize`` is asked to do, and what that means in full."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ulbq import runtime
 from ulbq.errors import UsageError
-from ulbq.formats import AffineScheme, DualBinaryScheme
-from ulbq.methods import METHODS, DbLlm, Rtn
+from ulbq.formats.binary_mos import Zeros
+from ulbq.methods import METHODS
 from ulbq.methods.base import Method
+from ulbq.methods.options import AffineBits, EndToEnd, MethodOptions, typed
 from ulbq.training.losses import TokenWeighting
-from ulbq.training.settings import TrainSettings
+from ulbq.training.penalty import Penalized
+from ulbq.training.stages import Stage
 
 PresetName = Literal["quick", "balanced", "best"]
 
 # No machine holds more samples, or longer ones: a slip of the finger, and better said than tried.
 _MOST = 1_000_000
+_Count = Annotated[int, Field(ge=1, le=_MOST)]
+_Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Preset(BaseModel):
@@ -42,18 +47,34 @@ PRESETS: dict[PresetName, Preset] = {
 }
 
 
-class QuantizeRequest(BaseModel):
-    """A quantization run. None means: as the preset, the method or the machine has it.
+class RecipeRecord(BaseModel):
+    """The recipe that a request was read from.
 
     Attributes:
-        source: as given; None for the default model.
+        name: as it was asked for: a shipped recipe's name, or the file's.
+        sha256: of its content.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    sha256: str
+
+
+class QuantizeRequest(BaseModel):
+    """A quantization run. None means: as the preset, the method or the machine has it, or that it has no meaning here.
+
+    Every option of every method stands here; what it does is told by the method's ``Options``
+    (:mod:`ulbq.methods.options`), where its default stands too.
+
+    Attributes:
+        source: as given; None for the default model. An artifact is gone on from; a saliency artifact stands for the
+            model that it was computed from, weighted by it.
         method: name in ``METHODS``.
-        bits, group_size, symmetric: of the format; ``group_size`` -1 for whole rows.
-        search: shrink each group's range where that lowers its error (rtn).
+        recipe: where these values come from, for the record.
+        group_size: columns that share a scale; -1 for whole rows.
         calibration: data set name, file, ``mix`` or ``self``.
         samples, sequence_length: size of the calibration set.
-        epochs … augmented_loss: as :class:`~ulbq.training.settings.TrainSettings` has them.
-        train_weights: let the weights move, not only scales and norms.
         activation_memory: bytes of activations that may stay in memory.
         precision: dtype of the matrix products.
         out: folder of the artifact; None for a telling name under ``./artifacts``.
@@ -63,25 +84,64 @@ class QuantizeRequest(BaseModel):
 
     source: str | None = None
     method: str
-    bits: Literal[1, 2, 3, 4, 8] | None = None
-    group_size: int = 64
+    recipe: RecipeRecord | None = None
+    bits: AffineBits | None = None
+    group_size: int | None = None
     symmetric: bool | None = None
     search: bool | None = None
+    experts: _Count | None = None
+    zeros: Zeros | None = None
+
     preset: PresetName | None = None
     calibration: str | None = None
-    samples: int | None = Field(default=None, ge=1, le=_MOST)
+    samples: _Count | None = None
     sequence_length: int | None = Field(default=None, ge=2, le=_MOST)
     seed: int = Field(default=0, ge=0, le=runtime.MAX_SEED)
+
     epochs: int | None = Field(default=None, ge=0, le=_MOST)
-    batch_size: int | None = Field(default=None, ge=1, le=_MOST)
-    weight_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    scale_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    norm_rate: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    clip: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    patience: int | None = Field(default=None, ge=1)
+    batch_size: _Count | None = None
+    train_weights: bool | None = None
+    weight_rate: _Number | None = None
+    scale_rate: _Number | None = None
+    norm_rate: _Number | None = None
+    adapter_rate: _Number | None = None
+    router_rate: _Number | None = None
+    scale_decay: _Number | None = None
+    adapter_decay: _Number | None = None
+    schedule: Literal["cosine", "constant"] | None = None
+    warmup: _Share | None = None
+    final_rate: _Share | None = None
+    clip: _Number | None = None
     token_weighting: TokenWeighting | None = None
     augmented_loss: bool | None = None
-    train_weights: bool | None = None
+    sliced_wasserstein: _Number | None = None
+    patience: int | None = Field(default=None, ge=1)
+    retries: int | None = Field(default=None, ge=0, le=_MOST)
+    granularity: Literal["block", "layer"] | None = None
+
+    adapter: bool | None = None
+    rank: _Count | None = None
+    alpha: _Number | None = None
+    dropout: _Share | None = None
+    dora: bool | None = None
+    targets: tuple[str, ...] | None = None
+    base_share: _Share | None = None
+
+    stages: tuple[Stage, ...] | None = None
+    penalty: _Number | None = None
+    block_multiplier: _Number | None = None
+    penalize: Penalized | None = None
+    saliency: str | None = None
+    saliency_power: _Number | None = None
+
+    end_to_end: EndToEnd | None = None
+    end_to_end_epochs: _Count | None = None
+    end_to_end_rate: _Number | None = None
+    end_to_end_train: Literal["scales", "all"] | None = None
+    accumulation: _Count | None = None
+    teacher: Literal["streamed", "cached"] | None = None
+    teacher_top_k: _Count | None = None
+
     activation_memory: int | None = Field(default=None, ge=0)
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] | None = None
@@ -94,69 +154,97 @@ class QuantizeRequest(BaseModel):
 # What does not change the weights and so is no part of a run's identity, or stands there as what it came to.
 NOT_IN_FINGERPRINT = frozenset(
     {
-        *("source", "out", "force", "data_dir", "offline", "activation_memory", "preset"),
-        *("calibration", "device", "precision"),
+        *("source", "out", "force", "data_dir", "offline", "activation_memory", "preset", "recipe"),
+        *("calibration", "device", "precision", "saliency"),
     }
 )
 
+_ALL_TAKE = frozenset({"source", "method", "recipe", "seed", "device", "data_dir", "offline", "out", "force"})
 _CALIBRATION = frozenset({"preset", "calibration", "samples", "sequence_length"})
-_TRAINING = frozenset(
-    {
-        *("epochs", "batch_size", "weight_rate", "scale_rate", "norm_rate", "clip", "patience"),
-        *("token_weighting", "augmented_loss"),
-    }
-)
 _COMPUTE = frozenset({"activation_memory", "precision"})
-_TAKES: dict[str, frozenset[str]] = {
-    "rtn": frozenset({"bits", "symmetric", "search"}),
-    "db-llm": _CALIBRATION | _TRAINING | _COMPUTE | {"bits", "train_weights"},
-}
-"""Options that mean something to each method, beyond those that all take. The others are refused, not ignored."""
+
+
+def method_class(name: str) -> type[Method]:
+    """The method of that name. Raises UsageError where there is none."""
+    if name not in METHODS:
+        raise UsageError(f"There is no method '{name}'.", hint=f"Methods: {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def method_options(name: str) -> type[MethodOptions]:
+    """What the method of that name takes. Raises UsageError where there is none."""
+    return cast(type[MethodOptions], method_class(name).Options)
+
+
+def takes(name: str) -> frozenset[str]:
+    """Fields of a request that mean something to a method, beyond those that mean something to all."""
+    options = method_options(name)
+    calibrated = _CALIBRATION | _COMPUTE if METHODS[name].calibrated else frozenset[str]()
+    return options.taken() | calibrated | ({"group_size"} if options.grouped else frozenset())
 
 
 def check_options(request: QuantizeRequest) -> None:
-    """Refuse an unknown method, and options that would do nothing with the method asked for. Raises UsageError."""
-    if request.method not in METHODS:
-        raise UsageError(f"There is no method '{request.method}'.", hint=f"Methods: {', '.join(METHODS)}.")
-    optional = frozenset[str]().union(*_TAKES.values())
-    for name in sorted(optional - _TAKES[request.method]):
+    """Refuse an unknown method, and options that would do nothing or do not go together. Raises UsageError."""
+    taken = takes(request.method)
+    for name in sorted(QuantizeRequest.model_fields.keys() - _ALL_TAKE - taken):
         if getattr(request, name) is not None:
-            takers = ", ".join(method for method, names in _TAKES.items() if name in names)
+            takers = ", ".join(method for method in METHODS if name in takes(method))
             raise UsageError(
-                f"--{name.replace('_', '-')} means nothing to --method {request.method}.",
-                hint=f"It belongs to: {takers}. Leave it out.",
+                f"{typed(name)} means nothing to --method {request.method}.",
+                hint=f"It belongs to: {takers}. Leave it out." if takers else "Leave it out.",
             )
-    if request.method == "db-llm" and request.bits not in (None, 2):
-        raise UsageError(
-            f"db-llm stores two bit planes, which is 2 bits and not {request.bits}.", hint="Leave out --bits."
-        )
+    _options(request, {})
 
 
 def complete(request: QuantizeRequest, preset: PresetName) -> QuantizeRequest:
     """Fill in everything that was left open, so that the manifest says what was done.
 
+    What has no meaning beside the other values (the rank of no adapter) stays None.
+
     Args:
         preset: the one to take where the request names none.
+
+    Raises:
+        UsageError: values that do not go together.
     """
-    defaults: dict[str, Any] = {"bits": 2 if request.method == "db-llm" else 4}
-    if request.method == "rtn":
-        # Rounding multiplies nothing, and looks at no activations.
-        defaults |= {"symmetric": False, "search": True, "precision": "fp32"}
-    else:
+    method = method_class(request.method)
+    values: dict[str, Any] = {} if method_options(request.method).grouped else {"group_size": -1}
+    values["group_size"] = values.get("group_size", 64)
+    amount: dict[str, Any] = {}
+    if method.calibrated:
         name = request.preset or preset
-        defaults |= {"preset": name, **PRESETS[name].model_dump(), "train_weights": True}
-        defaults |= {"precision": "auto", "activation_memory": 4 * 2**30}
-        defaults |= TrainSettings().model_dump(include=set(_TRAINING - {"epochs"}))
-    return request.model_copy(
-        update={name: value for name, value in defaults.items() if getattr(request, name) is None}
-    )
+        amount = PRESETS[name].model_dump()
+        if request.stages:
+            del amount["epochs"]  # theirs count
+        if any(getattr(request, field) is None for field in amount):
+            values["preset"] = name
+        values |= {"precision": "auto", "activation_memory": 4 * 2**30, **amount}
+    else:
+        values["precision"] = "fp32"  # multiplies nothing, looks at no activations
+    values |= _options(request, amount).in_effect()
+    return request.model_copy(update={name: value for name, value in values.items() if getattr(request, name) is None})
 
 
 def build_method(request: QuantizeRequest) -> Method:
-    """The method of a completed request."""
-    if request.method == "rtn":
-        scheme = AffineScheme(bits=request.bits or 4, group_size=request.group_size, symmetric=bool(request.symmetric))
-        return Rtn(scheme, search=bool(request.search))
-    settings = TrainSettings.model_validate(request.model_dump(include=set(_TRAINING)))
-    scheme_2 = DualBinaryScheme(group_size=request.group_size)
-    return DbLlm(scheme_2, settings, train_weights=bool(request.train_weights))
+    """The method of a completed request. Raises UsageError where its values do not go together."""
+    if request.group_size is None:
+        raise ValueError("complete the request first")
+    return method_class(request.method).from_options(_options(request, {}), request.group_size)
+
+
+def _options(request: QuantizeRequest, preset: dict[str, Any]) -> MethodOptions:
+    """The method's options as the request has them, the preset's values and the method's defaults filled in."""
+    options = method_options(request.method)
+    asked = {name: getattr(request, name) for name in options.taken() if name in QuantizeRequest.model_fields}
+    given = {name: value for name, value in preset.items() if name in options.taken()}
+    given |= {name: value for name, value in asked.items() if value is not None}
+    try:
+        return options.model_validate(given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = typed(str(problem["loc"][0])) if problem["loc"] else "the options"
+        raise UsageError(
+            f"--method {request.method} cannot take {name} {problem['input']}: {problem['msg'][0].lower()}"
+            f"{problem['msg'][1:]}.",
+            hint=f"See 'ulbq quantize --help' for what {name} takes.",
+        ) from error

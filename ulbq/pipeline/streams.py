@@ -13,7 +13,7 @@ from ulbq.models.blocks import load_block
 from ulbq.models.stream import ActivationStore, BlockStream, run_block
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
-from ulbq.training.block import BlockData
+from ulbq.training.objective import BlockData
 
 
 class Streams:
@@ -22,7 +22,7 @@ class Streams:
     Args:
         job: the run.
         tokens: int64 ``[samples, length]``, the held-out samples last.
-        scratch: for activations beyond the run's ``activation_memory``.
+        scratch: for activations beyond the run's ``activation_memory``; the blocks' adapters lie there too.
 
     Attributes:
         importance: ``[in]`` mean squared input of each linear layer of the block that ``x_fp`` passed last.
@@ -30,10 +30,12 @@ class Streams:
 
     def __init__(self, job: Job, tokens: torch.Tensor, scratch: Path) -> None:
         self._job = job
+        self._scratch = scratch
         self._training = job.request.samples or 0
         self._batch = job.request.batch_size or 1
         device = job.precision.device
-        copies = 3 if job.method.augmented else 2
+        needs = job.method.needs
+        copies = 2 + needs.augmented + needs.originals
         stream = BlockStream(
             job.model,
             job.source,
@@ -46,13 +48,17 @@ class Streams:
         self._kwargs = stream.block_kwargs
         self._full = stream.hidden
         self._quantized = stream.hidden.copy()
-        self._augmented = stream.hidden.copy() if job.method.augmented else None
+        self._augmented = stream.hidden.copy() if needs.augmented else None
+        self._originals = stream.hidden.copy() if needs.originals else None
         self.importance: dict[str, torch.Tensor] = {}
 
     def advance_full_precision(self, index: int) -> None:
         """Run ``x_fp`` through a block in place, and note the mean squared input of each of its linear layers."""
         _, linears = self._job.names(index)
         block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
+        if self._originals is not None:
+            for start in range(len(self._full)):
+                self._originals.set(start, self._full.get(slice(start, start + 1)))
         with _mean_squares(block, linears) as sums:
             self._run(block, index, self._full, self._full)
         count = len(self._full) * self._full.shape[1]
@@ -65,11 +71,16 @@ class Streams:
         prefix, linears = self._job.names(index)
         block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
         layout.restore_block(block, prefix, shard, linears, self._job.method.scheme)
+        if self._job.method.needs.adapter is not None:
+            adapters = self._scratch / layout.adapter_shard(index)
+            layout.restore_adapters(block, prefix, adapters, self._job.method.needs.adapter)
         self._run(block, index, self._quantized, self._quantized)
 
     def data(self, index: int) -> BlockData:
         """What the block is trained on."""
-        return BlockData(self._quantized, self._full, self._augmented, self._kwargs[index], self._training)
+        return BlockData(
+            self._quantized, self._full, self._augmented, self._kwargs[index], self._training, self._originals
+        )
 
     @torch.no_grad()
     def _run(self, block: nn.Module, index: int, inputs: ActivationStore, outputs: ActivationStore) -> None:

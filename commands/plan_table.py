@@ -1,0 +1,83 @@
+"""The plan of a quantization run as a table for people."""
+
+from typing import TYPE_CHECKING
+
+from . import console
+
+if TYPE_CHECKING:
+    from ulbq.pipeline.quantize import QuantizePlan
+    from ulbq.pipeline.request import QuantizeRequest
+
+
+def show_plan(plan: "QuantizePlan") -> None:
+    """Say on standard error what a run does and costs."""
+    from rich.table import Table
+    from rich.text import Text
+
+    cost = plan.cost
+    rows = {
+        "model": f"{plan.model}: {plan.blocks} blocks, {plan.layers} layers, {plan.weights / 1e6:,.1f} M weights",
+        "method": f"{plan.request.method}, {plan.scheme}, {plan.bits_per_weight:.3f} bits per weight",
+        **_what_is_done(plan.request),
+        "compute": f"{plan.device}, {plan.precision}",
+        "predicted": f"peak memory {cost.peak_memory / 2**30:.2f} GiB, disk {cost.disk / 2**20:,.0f} MiB, "
+        f"artifact {cost.artifact / 2**20:,.0f} MiB",
+    }
+    if plan.skipped:
+        rows["full precision"] = ", ".join(plan.skipped)
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        # As Text, not as markup: a file may be called text[a].
+        table.add_row(Text(name, style="bold"), Text(text))
+    console.terminal().print(table)
+
+
+def _what_is_done(request: "QuantizeRequest") -> dict[str, str]:
+    """Rows of a completed request; what has no value there has no meaning to its method."""
+    rows = {}
+    if request.recipe is not None:
+        rows["recipe"] = f"{request.recipe.name} (SHA-256 {request.recipe.sha256[:12]})"
+    if request.samples is not None:
+        size = f"{request.samples} × {request.sequence_length} tokens"
+        rows["calibration"] = f"{request.calibration}, {size}, seed {request.seed}"
+        rows["training"] = _training(request)
+    if request.experts is not None:
+        zeros = "" if request.zeros == "none" else f", zero points by {request.zeros}"
+        rows["mixture"] = f"{request.experts} experts{zeros}"
+    if request.adapter:
+        rows["adapter"] = _adapter(request)
+    if request.saliency is not None:
+        growth = "" if request.block_multiplier == 1 else f" × {request.block_multiplier:g} a block"
+        where = f", {request.penalize}" if request.penalize else ""
+        rows["preserved"] = f"lambda {request.penalty:g}{growth}{where}, saliency {request.saliency}"
+    if request.end_to_end not in (None, "none"):
+        rows["end to end"] = _end_to_end(request)
+    return rows
+
+
+def _training(request: "QuantizeRequest") -> str:
+    if request.stages:
+        epochs = " + ".join(f"{stage.name} {stage.epochs}" for stage in request.stages) + " epochs"
+    else:
+        epochs = f"{request.epochs} epochs"
+    parts = [epochs, f"batches of {request.batch_size}"]
+    if request.train_weights is False:
+        parts.append("weights frozen")
+    if request.granularity == "layer":
+        parts.append("layer by layer")
+    return ", ".join(parts) + (f" (preset {request.preset})" if request.preset else "")
+
+
+def _adapter(request: "QuantizeRequest") -> str:
+    kind = "DoRA" if request.dora else "LoRA"
+    dropout = f", dropout {request.dropout:g}" if request.dropout else ""
+    return f"{kind}, rank {request.rank}, alpha {request.alpha:g}{dropout}, on {', '.join(request.targets or ['all'])}"
+
+
+def _end_to_end(request: "QuantizeRequest") -> str:
+    teacher = f", {request.teacher} teacher" if request.teacher else ""
+    top = f" (top {request.teacher_top_k})" if request.teacher_top_k else ""
+    return (
+        f"{request.end_to_end}, {request.end_to_end_epochs} epochs, {request.accumulation} samples a step, "
+        f"trains {request.end_to_end_train}{teacher}{top}"
+    )

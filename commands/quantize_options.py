@@ -1,0 +1,105 @@
+"""The options of ``ulbq quantize`` as types: what to make, and from which samples. How: ``training_options.py``.
+
+What is not typed is the recipe's, or the method's default: a signature gives None.
+"""
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .recipe_list import complete_recipe, show_recipes
+
+_FORMAT, _CALIBRATION = "Format", "Calibration"
+
+
+def option(name: str, help: str, panel: str, *, default: str, **more: Any) -> Any:
+    """An option of one section.
+
+    Args:
+        default: what the help page says of it.
+        more: as ``typer.Option`` takes it.
+    """
+    return typer.Option(name, help=help, rich_help_panel=panel, show_default=default, **more)
+
+
+Method = Annotated[
+    Literal["db-llm", "rtn", "apiq", "ulb-sapr", "binary-mos"] | None,
+    typer.Option(
+        "--method",
+        "-m",
+        help="db-llm: two bit planes; rtn: affine rounding, in seconds; apiq: affine codes and an adapter; "
+        "ulb-sapr: the same with salient weights held in place; binary-mos: signs and mixed scales, 1 bit.",
+        show_default="the recipe's, else db-llm",
+    ),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE.yaml",
+        help="Options from a file or a shipped recipe; what is typed wins.",
+        show_default=False,
+        autocompletion=complete_recipe,
+    ),
+]
+ListRecipes = Annotated[
+    bool,
+    typer.Option("--list-recipes", help="Show the shipped recipes, then stop.", is_eager=True, callback=show_recipes),
+]
+
+Bits = Annotated[
+    int | None,
+    option("--bits", "1, 2, 3, 4 or 8.", _FORMAT, default="4 for rtn, 2 for apiq and ulb-sapr", metavar="N"),
+]
+GroupSize = Annotated[
+    int | None,
+    option("--group-size", "Columns that share a scale; -1 for rows.", _FORMAT, default="64", metavar="N"),
+]
+Symmetric = Annotated[
+    bool | None,
+    option("--symmetric/--asymmetric", "Fixed zero point, or one a group.", _FORMAT, default="asymmetric"),
+]
+Search = Annotated[
+    bool | None,
+    option(
+        "--search/--no-search",
+        "Shrink each group's range where that lowers its error (rtn).",
+        _FORMAT,
+        default="search",
+    ),
+]
+Experts = Annotated[
+    int | None, option("--experts", "Pairs of scales to mix (binary-mos).", _FORMAT, default="4", min=1, metavar="N")
+]
+Zeros = Annotated[
+    Literal["none", "output", "input"] | None,
+    option("--zeros", "A zero point for each output or input channel (binary-mos).", _FORMAT, default="none"),
+]
+
+Preset = Annotated[
+    Literal["quick", "balanced", "best"] | None,
+    option(
+        "--preset",
+        "Samples, length and epochs at once.",
+        _CALIBRATION,
+        default="quick on a CPU, balanced on a GPU",
+    ),
+]
+TEXTS = ["wikitext2", "c4", "ptb", "pile", "redpajama", "alpaca", "mix", "self"]
+Calibration = Annotated[
+    str | None,
+    option(
+        "--calibration",
+        "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a file: text, JSONL, Parquet or safetensors.",
+        _CALIBRATION,
+        default="wikitext2, else self",
+        metavar="NAME|FILE",
+        autocompletion=lambda: TEXTS,
+    ),
+]
+Samples = Annotated[
+    int | None, option("--samples", "Training samples.", _CALIBRATION, default="preset", min=1, metavar="N")
+]
+SequenceLength = Annotated[
+    int | None, option("--sequence-length", "Tokens a sample.", _CALIBRATION, default="preset", min=2, metavar="N")
+]

@@ -1,0 +1,257 @@
+"""The end-to-end phase in whole runs on tiny models: what it improves, stores, resumes and refuses."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models.tiny import save_tiny
+from ulbq.artifacts.manifest import QuantizedManifest, verify
+from ulbq.artifacts.records import EndToEndRecord
+from ulbq.artifacts.store import ArtifactWriter
+from ulbq.errors import UsageError
+from ulbq.models.load import load_model
+from ulbq.models.source import resolve
+from ulbq.pipeline.quantize import plan, quantize
+from ulbq.pipeline.request import QuantizeRequest
+from ulbq.progress import Silent
+
+_FIELDS = ("end_to_end", "end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "accumulation")
+_NONE: dict[str, Any] = {"end_to_end_epochs": None, "end_to_end_rate": None, "accumulation": None}
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens.safetensors"
+    # Every token is followed by one of two: something that even a text's own tokens teach.
+    generator = torch.Generator().manual_seed(7)
+    steps = 1 + torch.randint(0, 2, (6, 24), generator=generator)
+    tokens = 3 + (torch.randint(0, 40, (6, 1), generator=generator) + steps.cumsum(1)) % 40
+    save_file({"tokens": tokens.int()}, path)
+    return path
+
+
+def request(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:
+    values: dict[str, Any] = {"method": "db-llm", "epochs": 0, "samples": 4, "sequence_length": 24, "precision": "fp32"}
+    values |= {"end_to_end": "kl", "end_to_end_epochs": 1, "end_to_end_rate": 1.0, "accumulation": 1} | changes
+    if values["method"] != "binary-mos":
+        values.setdefault("group_size", 32)
+    return QuantizeRequest(
+        source=str(source), out=out, calibration=str(samples), device="cpu", offline=True, seed=1, **values
+    )
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    found = {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+    return found | {f"adapter/{path.name}": path.read_bytes() for path in sorted(folder.glob("adapter/*.safetensors"))}
+
+
+def divergence(dense: Path, packed: Path, samples: Path) -> float:
+    """KL of the held-out samples between the full model and the artifact as it is loaded, in nats a token."""
+    tokens = load_file(samples)["tokens"][4:].long()
+    with torch.no_grad():
+        teacher, student = (
+            load_model(resolve(path), dtype=torch.float32)(tokens).logits.log_softmax(-1) for path in (dense, packed)
+        )
+    return float((teacher.exp() * (teacher - student)).sum(-1).mean())
+
+
+def record_of(manifest: QuantizedManifest) -> EndToEndRecord:
+    assert manifest.end_to_end is not None
+    return manifest.end_to_end
+
+
+class _Stop(Exception):
+    """Interrupts a run."""
+
+
+class _StopAfter(Silent):
+    """Interrupts the training after so many of its steps."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def phase(self, name: str, total: int | None = None) -> Any:
+        inner, outer = super().phase(name, total), self
+
+        class Phase:
+            def __enter__(self) -> Any:
+                inner.__enter__()
+                return self
+
+            def __exit__(self, *error: Any) -> Any:
+                return inner.__exit__(*error)
+
+            def advance(self, steps: int = 1, detail: str = "") -> None:
+                if name == "Training end to end":
+                    outer._left -= steps
+                    if outer._left < 0:
+                        raise _Stop
+
+        return Phase()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"end_to_end": "kl", "end_to_end_train": "all"},
+        {"end_to_end": "kl", "teacher": "cached", "teacher_top_k": 16},
+        {"end_to_end": "kl-hidden"},
+        {"end_to_end": "dad"},
+        {"method": "apiq", "adapter": False},
+        {"method": "binary-mos", "end_to_end": "kl-hidden", "end_to_end_train": "all"},
+    ],
+    ids=str,
+)
+def test_the_stored_model_comes_closer_to_the_full_one(
+    changes: dict[str, Any], tiny_llama: Path, samples: Path, tmp_path: Path
+) -> None:
+    only = {name: value for name, value in changes.items() if name in ("method", "adapter")}
+    before, plain = quantize(request(tiny_llama, tmp_path / "start", samples, **only, end_to_end="none", **_NONE))
+    after, manifest = quantize(request(tiny_llama, tmp_path / "tuned", samples, **changes))
+    record = record_of(manifest)
+    assert record.end_error < record.start_error
+    assert record.epochs == 1
+    assert record.steps == 4
+    assert divergence(tiny_llama, after, samples) < divergence(tiny_llama, before, samples)
+    assert plain.end_to_end is None
+    verify(after)
+
+
+def test_the_recorded_loss_is_that_of_the_stored_model(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    path, manifest = quantize(request(tiny_llama, tmp_path / "q", samples))
+    assert record_of(manifest).end_error == pytest.approx(divergence(tiny_llama, path, samples), rel=0.01)
+    layers = {layer.name: layer for layer in manifest.layers}
+    dense = resolve(tiny_llama).read("model.layers.1.mlp.up_proj.weight")
+    stored = load_model(resolve(path), dtype=torch.float32).get_submodule("model.layers.1.mlp.up_proj").weight
+    error = float((stored - dense).square().sum() / dense.square().sum())
+    assert layers["model.layers.1.mlp.up_proj"].error == pytest.approx(error, rel=1e-3)
+
+
+def test_a_start_that_nothing_improves_on_stays(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    warnings: list[str] = []
+
+    class Heard(Silent):
+        def warn(self, text: str) -> None:
+            warnings.append(text)
+
+    far = request(tiny_llama, tmp_path / "far", samples, end_to_end_rate=3000.0, end_to_end_train="all")
+    path, manifest = quantize(far, Heard())
+    assert record_of(manifest).epochs == 0
+    assert record_of(manifest).end_error == record_of(manifest).start_error
+    assert any("did not improve" in text for text in warnings)
+    plain = far.model_copy(update={"out": tmp_path / "plain"} | dict.fromkeys(_FIELDS))
+    assert shards(path) == shards(quantize(plain)[0])
+
+
+@pytest.mark.parametrize("steps", [0, 4, 6])
+def test_an_interrupted_phase_goes_on_to_the_same_bytes(
+    steps: int, tiny_llama: Path, samples: Path, tmp_path: Path
+) -> None:
+    changes = {"adapter": True, "rank": 4, "dropout": 0.2, "epochs": 1, "base_share": 0.3, "end_to_end_epochs": 2}
+    straight, _ = quantize(request(tiny_llama, tmp_path / "straight", samples, **changes))
+    out = tmp_path / "stopped"
+    with pytest.raises(_Stop):
+        quantize(request(tiny_llama, out, samples, **changes), _StopAfter(steps))
+    resumed, manifest = quantize(request(tiny_llama, out, samples, **changes))
+    assert shards(resumed) == shards(straight)
+    assert record_of(manifest).steps == 8
+
+
+def test_a_run_stopped_between_the_written_blocks_goes_on_to_the_same_bytes(
+    tiny_llama: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, _ = quantize(request(tiny_llama, tmp_path / "straight", samples))
+    plain = ArtifactWriter.record
+
+    def stopping(self: ArtifactWriter, key: str, value: Any, **more: Any) -> None:
+        plain(self, key, value, **more)
+        if key == "tuned 1":
+            raise _Stop
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        patched.setattr(ArtifactWriter, "record", stopping)
+        with pytest.raises(_Stop):
+            quantize(request(tiny_llama, out, samples))
+    assert shards(quantize(request(tiny_llama, out, samples))[0]) == shards(straight)
+
+
+def test_a_run_stopped_in_the_middle_of_the_exchange_goes_on_to_the_same_bytes(
+    tiny_llama: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, _ = quantize(request(tiny_llama, tmp_path / "straight", samples))
+    plain = os.replace
+
+    def stopping(old: Any, new: Any) -> None:
+        plain(old, new)
+        if Path(old).parent.name == "tuned" and not Path(old).name.startswith(".tmp"):
+            raise _Stop
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        patched.setattr("ulbq.pipeline.end_to_end.os.replace", stopping)
+        with pytest.raises(_Stop):
+            quantize(request(tiny_llama, out, samples))
+    assert shards(quantize(request(tiny_llama, out, samples))[0]) == shards(straight)
+
+
+def test_an_adapter_trains_along(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    with_adapter = {"adapter": True, "rank": 4, "dora": True}
+    before, _ = quantize(request(tiny_llama, tmp_path / "b", samples, **with_adapter, end_to_end="none", **_NONE))
+    after, manifest = quantize(request(tiny_llama, tmp_path / "a", samples, **with_adapter, end_to_end_rate=0.3))
+    assert record_of(manifest).epochs == 1
+    old, new = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (before, after))
+    assert old.keys() == new.keys()
+    assert any(not torch.equal(old[name], new[name]) for name in old if "lora_B" in name)
+    assert any(not torch.equal(old[name], new[name]) for name in old if "magnitude" in name)
+
+
+def test_scales_alone_leave_every_code_where_it_was(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    plain, _ = quantize(
+        request(tiny_llama, tmp_path / "plain", samples, method="binary-mos", end_to_end="none", **_NONE)
+    )
+    codes = {}
+    for train in ("scales", "all"):
+        asked = request(tiny_llama, tmp_path / train, samples, method="binary-mos", end_to_end_train=train)
+        stored = load_file(quantize(asked)[0] / "model-block-00001.safetensors")
+        codes[train] = {name: tensor for name, tensor in stored.items() if name.endswith("codes")}
+    start = load_file(plain / "model-block-00001.safetensors")
+    assert all(torch.equal(start[name], tensor) for name, tensor in codes["scales"].items())
+    assert any(not torch.equal(start[name], tensor) for name, tensor in codes["all"].items())
+
+
+def test_an_artifact_is_gone_on_from(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    first, made = quantize(request(tiny_llama, tmp_path / "first", samples))
+    _, manifest = quantize(request(first, tmp_path / "second", samples))
+    assert record_of(manifest).start_error == pytest.approx(record_of(made).end_error, rel=0.01)
+    assert record_of(manifest).end_error < record_of(made).end_error
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "deepseek", "gemma2"])
+def test_other_families_store_what_was_trained(family: str, samples: Path, tmp_path: Path) -> None:
+    dense = save_tiny(family, tmp_path / family)
+    path, manifest = quantize(request(dense, tmp_path / "q", samples, end_to_end_rate=1.0, end_to_end_epochs=1))
+    assert record_of(manifest).epochs == 1
+    assert record_of(manifest).end_error == pytest.approx(divergence(dense, path, samples), rel=0.02)
+
+
+def test_hidden_states_from_a_cache_are_refused(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="hidden states"):
+        plan(request(tiny_llama, tmp_path / "q", samples, end_to_end="kl-hidden", teacher="cached"))
+
+
+def test_the_plan_counts_student_and_teacher(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    big = save_tiny("llama", tmp_path / "big", num_hidden_layers=24)
+    peak = {}
+    for name, changes in {
+        "none": {"end_to_end": "none", **_NONE},
+        "ce": {"end_to_end": "ce"},
+        "scales": {},
+        "all": {"end_to_end_train": "all"},
+    }.items():
+        peak[name] = plan(request(big, tmp_path / "q", samples, **changes)).cost.peak_memory
+    assert peak["none"] < peak["ce"] < peak["scales"] < peak["all"]

@@ -1,0 +1,133 @@
+"""Requests: which options a method takes, what is filled in, and what is refused."""
+
+from typing import Any
+
+import pytest
+
+from ulbq.errors import UsageError
+from ulbq.methods import METHODS
+from ulbq.pipeline.request import PRESETS, QuantizeRequest, build_method, check_options, complete, method_options, takes
+from ulbq.training.stages import Stage
+
+TRAINED = sorted(name for name, method in METHODS.items() if method.calibrated)
+
+
+def asked(**options: Any) -> QuantizeRequest:
+    return QuantizeRequest.model_validate(options)
+
+
+def completed(**options: Any) -> QuantizeRequest:
+    request = asked(**options)
+    check_options(request)
+    return complete(request, "quick")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_of_a_method_can_be_asked_for(method: str) -> None:
+    assert takes(method) <= QuantizeRequest.model_fields.keys()
+
+
+def test_every_option_of_a_request_is_some_methods() -> None:
+    for_all = {"source", "method", "recipe", "seed", "device", "data_dir", "offline", "out", "force"}
+    assert QuantizeRequest.model_fields.keys() - for_all == frozenset[str]().union(*map(takes, METHODS))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_completed_request_is_complete(method: str) -> None:
+    full = completed(method=method)
+    assert complete(full, "best") == full
+    assert build_method(full).scheme.group_size == full.group_size
+    again = QuantizeRequest.model_validate_json(full.model_dump_json())
+    assert again == full
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_defaults_are_the_methods(method: str) -> None:
+    full, options = completed(method=method), method_options(method)
+    for name, field in options.model_fields.items():
+        value = getattr(full, name, None)
+        if value is not None and name != "epochs":
+            assert value == field.default, name
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_preset_gives_way_to_what_is_explicit(method: str) -> None:
+    full = completed(method=method, preset="best", samples=7)
+    best = PRESETS["best"]
+    assert (full.samples, full.sequence_length, full.epochs) == (7, best.sequence_length, best.epochs)
+    assert full.preset == "best"
+
+
+def test_the_machines_preset_is_no_part_of_a_request_that_needs_none() -> None:
+    assert completed(method="db-llm", samples=4, sequence_length=32, epochs=1).preset is None
+    assert completed(method="db-llm", samples=4).preset == "quick"
+
+
+def test_stages_bring_their_own_epochs() -> None:
+    full = completed(method="ulb-sapr", stages=[{"name": "wpt", "epochs": 3}, {"name": "opt", "epochs": 2}])
+    assert full.epochs == 5
+    assert full.stages == (Stage(name="wpt", epochs=3), Stage(name="opt", epochs=2))
+    assert build_method(full).needs.epochs == 5
+    with pytest.raises(UsageError, match=r"--epochs 4 contradicts the stages: wpt 3"):
+        completed(method="ulb-sapr", epochs=4, stages=[{"name": "wpt", "epochs": 3}])
+
+
+def test_what_has_no_meaning_stays_open() -> None:
+    full = completed(method="apiq", adapter=False, train_weights=False, schedule="constant")
+    assert {full.rank, full.alpha, full.adapter_rate, full.base_share, full.weight_rate, full.final_rate} == {None}
+    assert full.end_to_end_epochs is None
+    assert full.saliency is None
+    build_method(full)
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({"method": "apiq", "adapter": False, "rank": 4}, "--adapter"),
+        ({"method": "db-llm", "rank": 4}, "--adapter"),
+        ({"method": "ulb-sapr", "adapter": False, "penalize": "after-adapter"}, "--adapter"),
+        ({"method": "db-llm", "train_weights": False, "weight_rate": 0.1}, "--train-weights"),
+        ({"method": "apiq", "schedule": "constant", "final_rate": 0.1}, "--schedule cosine"),
+        ({"method": "apiq", "saliency": "fisher"}, "--lambda"),
+        ({"method": "ulb-sapr", "penalty": 0, "penalize": "after-adapter"}, "--lambda"),
+        ({"method": "ulb-sapr", "saliency": "fisher", "stages": [{"name": "opt", "epochs": 1}]}, "--lambda"),
+        ({"method": "db-llm", "accumulation": 2}, "--end-to-end"),
+        ({"method": "db-llm", "end_to_end": "ce", "teacher": "cached"}, "--end-to-end kl"),
+        ({"method": "db-llm", "end_to_end": "kl", "teacher_top_k": 8}, "--teacher cached"),
+    ],
+)
+def test_options_that_others_leave_without_a_meaning_are_refused(options: dict[str, Any], needed: str) -> None:
+    with pytest.raises(UsageError, match=f"means nothing without {needed}[.]") as refused:
+        check_options(asked(**options))
+    assert needed in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "hint"),
+    [
+        ({"method": "rtn", "penalty": 0.1}, "--lambda means nothing to --method rtn", "ulb-sapr"),
+        ({"method": "rtn", "calibration": "c4"}, "--calibration means nothing to --method rtn", "db-llm"),
+        ({"method": "db-llm", "search": True}, "--search means nothing to --method db-llm", "rtn"),
+        ({"method": "gptq"}, "There is no method 'gptq'", "rtn"),
+        ({"method": "db-llm", "bits": 3}, "cannot take --bits 3", "--bits"),
+    ],
+)
+def test_what_a_method_does_not_take_is_refused(options: dict[str, Any], said: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=said) as refused:
+        check_options(asked(**options))
+    assert hint in refused.value.hint
+
+
+def test_a_stages_own_lambda_gives_the_penalty_a_meaning() -> None:
+    stages = [{"name": "mixed", "epochs": 1, "penalty": 0.5}]
+    assert completed(method="apiq", stages=stages, saliency="fisher").saliency == "fisher"
+
+
+def test_the_options_reach_the_method() -> None:
+    full = completed(method="apiq", bits=3, group_size=-1, rank=8, dora=True, targets=["q_proj"], weight_rate=0.5)
+    method = build_method(full)
+    assert method.scheme.bits == 3
+    assert method.scheme.group_size == -1
+    adapter = method.needs.adapter
+    assert adapter is not None
+    assert (adapter.rank, adapter.dora, adapter.targets) == (8, True, ("q_proj",))

@@ -1,0 +1,101 @@
+"""The end of a quantization run: what lies beside the tensors, and the manifest's records."""
+
+from collections.abc import Mapping
+
+import torch
+
+from ulbq import formats, runtime
+from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.artifacts.records import BlockRecord, EndToEndRecord, LayerRecord, Parent
+from ulbq.artifacts.shards import LazyTensors
+from ulbq.artifacts.store import ArtifactWriter
+from ulbq.data.calibration import Calibration
+from ulbq.formats.bits import stored_bits
+from ulbq.models.adapter_files import ADAPTER_FOLDER, write_adapter
+from ulbq.pipeline import layout
+from ulbq.pipeline.quantization_plan import Job
+from ulbq.training.block import TrainOutcome
+
+TUNED = "tuned "
+"""Journal keys of blocks that the end-to-end phase changed, before their index."""
+
+
+def layer_record(job: Job, name: str, original: torch.Tensor, packed: dict[str, torch.Tensor]) -> LayerRecord:
+    """What the manifest says of a layer: its full name, the full-precision weight ``[out, in]``, what is stored."""
+    scheme, shape = job.method.scheme, (original.shape[0], original.shape[1])
+    dense = formats.dequantize(scheme, packed, shape[1])
+    error = ((dense - original).square().sum() / original.square().sum().clamp_min(1e-30)).item()
+    sparsity = formats.sparsity(scheme, packed, shape[1])
+    bits = {str(role): count for role, count in stored_bits(scheme.tensors(*shape)).items()}
+    return LayerRecord(name=name, shape=shape, scheme=scheme.model_dump(), bits=bits, error=error, sparsity=sparsity)
+
+
+def block_record(index: int, outcome: TrainOutcome, seconds: float) -> BlockRecord:
+    """What the manifest says of a block's training."""
+    return BlockRecord(
+        index=index,
+        start_error=outcome.start_error,
+        end_error=outcome.end_error,
+        steps=outcome.steps,
+        retries=outcome.retries,
+        fallback=outcome.fallback,
+        seconds=round(seconds, 3),
+    )
+
+
+def finish(
+    job: Job,
+    writer: ArtifactWriter,
+    calibration: Calibration | None,
+    outer: Mapping[str, int],
+    watch: runtime.Stopwatch,
+    end_to_end: EndToEndRecord | None = None,
+) -> QuantizedManifest:
+    """Write everything beside the tensors, and describe the whole; ``outer`` are the bits outside the blocks."""
+    folder, source = writer.path, job.source
+    entries = [writer.journal[str(index)] for index in range(job.found.n_blocks)]
+    last = [writer.journal.get(f"{TUNED}{index}", entry) for index, entry in enumerate(entries)]
+    layers = [LayerRecord.model_validate(layer) for entry in last for layer in entry["layers"]]
+    shards = [folder / layout.block_shard(index) for index in range(job.found.n_blocks)]
+    adapter = _write_adapter(job, writer)
+    bits = layout.bits_report(layers, shards, outer, adapter)
+    layout.write_folder(folder, source, job.method.scheme, job.method.name, bits)
+    return QuantizedManifest(
+        name=writer.out.name,
+        request=job.request.model_dump(mode="json"),
+        seed=job.request.seed,
+        device=job.plan.device,
+        parents=_parents(job),
+        phases=tuple(watch.records),
+        method=job.method.name,
+        scheme=job.method.scheme.model_dump(),
+        bits=bits,
+        layers=tuple(layers),
+        blocks=tuple(BlockRecord.model_validate(entry["block"]) for entry in entries if "block" in entry),
+        end_to_end=end_to_end,
+        skipped=job.found.skipped,
+        calibration=calibration.record() if calibration else {},
+    )
+
+
+def _write_adapter(job: Job, writer: ArtifactWriter) -> int:
+    """Gather the blocks' adapters in one folder, as peft has it; returns their stored bits."""
+    config = job.method.needs.adapter
+    if config is None:
+        return 0
+    shards = [writer.scratch / layout.adapter_shard(index) for index in range(job.found.n_blocks)]
+    stored = LazyTensors(shards)
+    tensors = {name: stored.read(name) for name in sorted(stored.names)}
+    write_adapter(writer.path / ADAPTER_FOLDER, config, tensors, str(writer.out))
+    return sum(tensor.nbytes for tensor in tensors.values()) * 8
+
+
+def _parents(job: Job) -> tuple[Parent, ...]:
+    """What the artifact was made from: the model first, then what it went on from or was weighted by."""
+    found = [job.source.record()]
+    if job.start is not None:
+        found.append(job.start.source.record())
+    if job.saliency is not None and job.saliency.manifest is not None:
+        manifest, path = job.saliency.manifest, str(job.method.needs.saliency)
+        found.append(Parent(kind=manifest.kind, name=manifest.name, path=path, sha256=manifest.digest))
+    return tuple(found)

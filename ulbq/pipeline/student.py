@@ -1,0 +1,165 @@
+"""Takes a finished artifact's blocks back into training, and out of it."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.formats import AnyScheme
+from ulbq.methods.base import Packed, check_packed
+from ulbq.models.adapter_files import split_name
+from ulbq.models.blocks import load_block, load_outer
+from ulbq.nn.adapter import Adapter
+from ulbq.nn.quant_linear import linear_layer
+from ulbq.pipeline import layout
+from ulbq.pipeline.quantization_plan import Job
+from ulbq.quantizers.affine import AffineQuantizer
+from ulbq.quantizers.base import Quantizer
+from ulbq.quantizers.binary_mos import BinaryMosQuantizer
+from ulbq.quantizers.dual_binary import DualBinaryQuantizer
+from ulbq.training.linear import TrainedLinear
+from ulbq.training.student import Student
+
+_QUANTIZERS: dict[str, type[Quantizer]] = {
+    "affine": AffineQuantizer,
+    "binary_mos": BinaryMosQuantizer,
+    "dual_binary": DualBinaryQuantizer,
+}
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a run's shards lie: the blocks' own, and their adapters."""
+
+    blocks: Path
+    adapters: Path
+
+    def block(self, index: int) -> Path:
+        """A block's shard."""
+        return self.blocks / layout.block_shard(index)
+
+    def adapter(self, index: int) -> Path:
+        """The adapters of a block."""
+        return self.adapters / layout.adapter_shard(index)
+
+
+def build_student(job: Job, folders: Folders, *, train_weights: bool, checkpointing: bool) -> Student:
+    """The whole model as its shards have it, ready to train on.
+
+    One weight after the other is read in full precision and becomes the quantizer's latents; at no time is there a
+    second copy of more than a block.
+
+    Args:
+        job: the run.
+        folders: of its block phase; the shard of everything beside the blocks lies with the blocks.
+        train_weights: let the weights move.
+        checkpointing: see :class:`Student`.
+    """
+    precision = job.precision
+    model = copy.deepcopy(job.model)
+    load_outer(model, job.source, torch.float32, precision.device)
+    outer = LazyTensors([folders.blocks / layout.OUTER_SHARD])
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in outer.names:
+                tensor.copy_(outer.read(name))  # rounded as it will be read
+    blocks = model.get_submodule(job.found.blocks_prefix)
+    if not isinstance(blocks, nn.ModuleList):
+        raise TypeError("the blocks are no list")
+    for index in range(job.found.n_blocks):
+        blocks[index] = _block(job, folders, index, train_weights)
+    return Student(model, blocks, precision, checkpointing=checkpointing)
+
+
+def _block(job: Job, folders: Folders, index: int, train_weights: bool) -> nn.Module:
+    prefix, linears = job.names(index)
+    device = job.precision.device
+    block = load_block(job.model, job.source, index, torch.float32, device)
+    stored = LazyTensors([folders.block(index)])
+    adapters = _adapters(job, folders, index, prefix)
+    for linear in linears:
+        dense = linear_layer(block, linear)
+        packed = {short: t.to(device) for short, t in _packed(stored, prefix + linear, job.method.scheme, dense)}
+        quantizer = _QUANTIZERS[job.method.scheme.format].from_packed(
+            dense.weight.detach(), packed, job.method.scheme, train_weights=train_weights
+        )
+        adapter = adapters.get(linear)
+        layer = TrainedLinear(quantizer.to(device), dense.bias, None if adapter is None else adapter.to(device))
+        block.set_submodule(linear, layer)
+    with torch.no_grad():
+        for name, tensor in block.state_dict(keep_vars=True).items():
+            if prefix + name in stored.names:
+                tensor.copy_(stored.read(prefix + name))
+    return block
+
+
+def _packed(
+    stored: LazyTensors, linear: str, scheme: AnyScheme, dense: nn.Linear
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for short in scheme.tensors(dense.out_features, dense.in_features):
+        yield short, stored.read(f"{linear}.{short}")
+
+
+def _adapters(job: Job, folders: Folders, index: int, prefix: str) -> dict[str, Adapter]:
+    config = job.method.needs.adapter
+    if config is None:
+        return {}
+    stored = LazyTensors([folders.adapter(index)])
+    found: dict[str, Packed] = {}
+    for name in sorted(stored.names):
+        linear, short = split_name(name.removeprefix(prefix))
+        found.setdefault(linear, {})[short] = stored.read(name)
+    made = {}
+    for linear, tensors in found.items():
+        columns, rows = tensors["lora_A.weight"].shape[1], tensors["lora_B.weight"].shape[0]
+        # A generator of its own: its values are replaced, and torch's global one must not notice.
+        made[linear] = Adapter(config, columns, rows, generator=torch.Generator())
+        made[linear].assign(tensors)
+    return made
+
+
+@torch.no_grad()
+def write_tuned(job: Job, student: Student, index: int, before: Folders, after: Folders) -> dict[str, Packed]:
+    """Pack one block of a student, and write its shards.
+
+    What is neither quantized nor trained is copied as it lies in the block phase's shard, and so is a vector whose
+    value did not change.
+
+    Args:
+        before: the block phase's shards.
+        after: where the new ones go.
+
+    Returns:
+        Packed tensors of each layer, by name inside the block.
+
+    Raises:
+        NumericsError: what was packed is not what was trained.
+    """
+    prefix, linears = job.names(index)
+    block = student.model.get_submodule(prefix[:-1])
+    old = LazyTensors([before.block(index)])
+    packed: dict[str, Packed] = {}
+    adapters: dict[str, Packed] = {}
+    for linear in linears:
+        layer = block.get_submodule(linear)
+        if not isinstance(layer, TrainedLinear):
+            raise TypeError(f"'{linear}' does not train")
+        packed[linear] = layer.quantizer.finalize()
+        dense = layer.quantizer.dense(layer.quantizer())
+        check_packed(linear, layer.quantizer.scheme, packed[linear], dense)
+        if layer.adapter is not None:
+            adapters[linear] = layer.adapter.tensors()
+    tensors = {name: old.read(name) for name in old.names}
+    for name, parameter in block.named_parameters():
+        full = prefix + name
+        if full in tensors and not torch.equal(tensors[full].to(parameter.device, parameter.dtype), parameter):
+            tensors[full] = parameter
+    tensors |= {f"{prefix}{linear}.{short}": t for linear, parts in packed.items() for short, t in parts.items()}
+    write_shard(after.block(index), {name: tensors[name] for name in sorted(tensors)})
+    if job.method.needs.adapter is not None:
+        layout.write_adapters(after.adapter(index), prefix, adapters)
+    return packed
