@@ -1,10 +1,12 @@
-"""What the methods reach on the default model: true bits, perplexity, time and memory, in one table.
+"""What the methods reach on the default model: true bits, perplexity, task accuracy, time and memory, in one table.
 
-    python benchmarks/quality.py [NAME ...] [--results benchmarks/results/quality.json]
+    python benchmarks/quality.py [NAME ...] [--folder DIR] [--results benchmarks/results/quality.json]
 
-Runs ``ulbq quantize`` and ``ulbq eval`` as a user would, each in a process of its own. The protocol: db-llm on 32
-samples of 512 tokens of WikiText-2 ``train`` (the ``quick`` rows: what that preset takes); perplexity on WikiText-2
-``test``, context 1024, first 32 windows, bf16. The times mean something only where nothing else runs.
+Runs ``ulbq saliency``, ``ulbq quantize`` and ``ulbq eval`` as a user would, each in a process of its own; with
+``--folder`` the artifacts stay, and what is finished there is not made again. The protocol: 32 samples of 512 tokens
+of WikiText-2 ``train`` (the ``quick``, ``rank`` and ``mos`` rows: 256 tokens, that preset's); perplexity on WikiText-2
+``test``, context 1024, first 32 windows, bf16; accuracy as the mean over six tasks, the first 200 documents of each.
+The times mean something only where nothing else runs.
 """
 
 import argparse
@@ -12,57 +14,125 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from ulbq.artifacts import BitsReport
+from ulbq.artifacts import BitsReport, EvaluationManifest, QuantizedManifest, read_manifest
 
-_DB_LLM = ["--method", "db-llm", "--calibration", "wikitext2", "--samples", "32", "--sequence-length", "512"]
-_QUICK = ["--method", "db-llm", "--preset", "quick", "--calibration", "wikitext2"]
-SETTINGS: dict[str, list[str]] = {
-    "db-llm": [*_DB_LLM, "--epochs", "10"],
-    "quick": _QUICK,
-    "quick-uniform": [*_QUICK, "--token-weighting", "uniform"],
-    "quick-start": [*_QUICK, "--epochs", "0"],
-    "quick-frozen": [*_QUICK, "--freeze-weights"],
-    "rtn-w4g64": ["--method", "rtn", "--bits", "4"],
-    "rtn-w3g64": ["--method", "rtn", "--bits", "3"],
-    "rtn-w2g64": ["--method", "rtn", "--bits", "2"],
-    "rtn-w2g64-plain": ["--method", "rtn", "--bits", "2", "--no-search"],
-}
+TASKS = ("piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "social_iqa")
+SALIENCY = "fisher"
+
+_SAMPLES = ("--calibration", "wikitext2", "--samples", "32", "--sequence-length", "512")
+_QUICK = ("--preset", "quick", "--calibration", "wikitext2")
 
 
-def ulbq(*words: str) -> dict[str, Any]:
-    """Run one command and return its manifest."""
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from ulbq.commands.app import main; sys.exit(main())",
-        *words,
-        "--json",
-    ]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
-    manifest: dict[str, Any] = json.loads(done.stdout)
-    return manifest
+@dataclass(frozen=True)
+class Setting:
+    """One row.
+
+    Attributes:
+        options: of ``ulbq quantize``.
+        base: score it without its adapter too.
+        tasks: score it on the tasks too.
+    """
+
+    options: tuple[str, ...]
+    base: bool = False
+    tasks: bool = False
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it reads the saliency artifact, which is made first."""
+        return SALIENCY in self.options
+
+
+def _settings() -> dict[str, Setting]:
+    db_llm, apiq = ("--method", "db-llm"), ("--method", "apiq")
+    sapr = ("--method", "ulb-sapr", "--saliency", SALIENCY)
+    mos = ("--method", "binary-mos")
+    found = {
+        "db-llm": Setting((*db_llm, *_SAMPLES, "--epochs", "10")),
+        "quick": Setting((*db_llm, *_QUICK)),
+        "quick-uniform": Setting((*db_llm, *_QUICK, "--token-weighting", "uniform")),
+        "quick-start": Setting((*db_llm, *_QUICK, "--epochs", "0")),
+        "quick-frozen": Setting((*db_llm, *_QUICK, "--freeze-weights")),
+        "rtn-w4g64": Setting(("--method", "rtn", "--bits", "4")),
+        "rtn-w3g64": Setting(("--method", "rtn", "--bits", "3")),
+        "rtn-w2g64": Setting(("--method", "rtn", "--bits", "2")),
+        "rtn-w2g64-plain": Setting(("--method", "rtn", "--bits", "2", "--no-search")),
+        "apiq-r16": Setting((*apiq, "--rank", "16", *_SAMPLES, "--epochs", "10"), base=True),
+        "ulb-w3": Setting((*sapr, "--bits", "3", "--rank", "16", *_SAMPLES, "--epochs", "4"), base=True),
+        "ulb-w4": Setting((*sapr, "--bits", "4", "--rank", "16", *_SAMPLES, "--epochs", "4"), base=True),
+    }
+    for seed in ("0", "1", "2"):
+        four = ("--rank", "64", *_SAMPLES, "--epochs", "4", "--seed", seed)
+        found[f"apiq-r64-s{seed}"] = Setting((*apiq, *four), base=True, tasks=True)
+        found[f"ulb-r64-s{seed}"] = Setting((*sapr, *four), base=True, tasks=True)
+    for rank in ("0", "4", "16", "64"):
+        adapter = ("--rank", rank) if rank != "0" else ("--no-adapter",)
+        found[f"rank-{rank}"] = Setting((*apiq, *adapter, *_QUICK, "--epochs", "4"))
+    for experts in ("1", "2", "4", "8"):
+        found[f"mos-{experts}"] = Setting((*mos, "--experts", experts, *_QUICK))
+    found["mos-start"] = Setting((*mos, "--experts", "1", *_QUICK, "--epochs", "0"))
+    return found
+
+
+SETTINGS = _settings()
+
+
+def ulbq(*words: str, folder: Path) -> None:
+    """Run one command inside ``folder``."""
+    code = "import sys; from ulbq.commands.app import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *words, "--quiet"]
+    subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+
+
+def evaluation(name: str, suffix: str, folder: Path, *options: str) -> dict[str, Any]:
+    """Scores of an artifact, taken now or found finished."""
+    out = f"{name}-{suffix}"
+    if not (folder / out).is_dir():
+        ulbq("eval", name, *options, "--no-parent-scores", "--no-fidelity", "-o", out, folder=folder)
+    manifest = read_manifest(folder / out)
+    assert isinstance(manifest, EvaluationManifest)
+    scores: dict[str, Any] = manifest.results["models"][0]
+    return scores
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Quantize with one setting and score it."""
-    packed = folder / name
-    made = ulbq("quantize", *SETTINGS[name], "--seed", "0", "-o", str(packed))
-    scored = ulbq(
-        *("eval", str(packed), "--perplexity", "wikitext2", "--context", "1024", "--limit", "32"),
-        *("--no-parent-scores", "-o", str(folder / f"{name}-eval")),
-    )
-    return {
+    setting = SETTINGS[name]
+    if setting.weighted and not (folder / SALIENCY).is_dir():
+        ulbq("saliency", "--kind", "fisher", *_SAMPLES, "-o", SALIENCY, folder=folder)
+    if not (folder / name).is_dir():
+        options = [f"./{word}" if word == SALIENCY else word for word in setting.options]
+        ulbq("quantize", *options, "-o", name, folder=folder)
+    made = read_manifest(folder / name)
+    assert isinstance(made, QuantizedManifest)
+    text = ("--perplexity", "wikitext2", "--context", "1024", "--limit", "32")
+    bits = BitsReport.model_validate(made.bits)
+    row: dict[str, Any] = {
         "setting": name,
-        "options": " ".join(SETTINGS[name]),
-        "true_bits": round(BitsReport.model_validate(made["bits"]).bits_per_weight, 4),
-        "perplexity": round(scored["results"]["models"][0]["perplexity"]["wikitext2"]["value"], 2),
-        "seconds": round(sum(phase["seconds"] for phase in made["phases"])),
-        "peak_memory_gb": round(max(phase["peak_memory"] for phase in made["phases"]) / 1e9, 2),
-        "device": made["device"],
-        "versions": made["versions"],
+        "options": " ".join(setting.options),
+        "true_bits": round(bits.bits_per_weight, 4),
+        "perplexity": round(evaluation(name, "ppl", folder, *text)["perplexity"]["wikitext2"]["value"], 2),
+    }
+    if setting.base and "adapter" in bits.parts:
+        alone = evaluation(name, "base", folder, *text, "--no-adapter")
+        row["base_bits"] = round(bits.bits_per_weight - bits.parts["adapter"] / bits.weights, 4)
+        row["base_perplexity"] = round(alone["perplexity"]["wikitext2"]["value"], 2)
+    if setting.tasks:
+        scores = evaluation(name, "tasks", folder, "--tasks", ",".join(TASKS), "--limit", "200")["tasks"]
+        row["tasks"] = {task: round(scores[task]["metrics"]["acc"]["value"], 4) for task in TASKS}
+        row["mean_accuracy"] = round(mean(row["tasks"].values()), 4)
+    if made.blocks:
+        row["mean_block_error"] = round(mean(block.end_error for block in made.blocks), 4)
+    return row | {
+        "seconds": round(sum(phase.seconds for phase in made.phases)),
+        "peak_memory_gb": round(max(phase.peak_memory for phase in made.phases) / 1e9, 2),
+        "device": made.device,
+        "versions": made.versions,
     }
 
 
@@ -70,12 +140,15 @@ def main() -> None:
     """Measure what was asked for, print the table as it grows, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*SETTINGS, []], metavar="NAME", help=", ".join(SETTINGS))
+    parser.add_argument("--folder", type=Path, help="keep the artifacts here, and take over what is finished")
     parser.add_argument("--results", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (options.folder or Path(scratch)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         for name in options.names or SETTINGS:
-            rows.append(measure(name, Path(folder)))
+            rows.append(measure(name, folder))
             print(json.dumps({k: v for k, v in rows[-1].items() if k != "versions"}), flush=True)
             if options.results:
                 options.results.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
