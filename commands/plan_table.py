@@ -1,5 +1,6 @@
-"""The plan of a quantization run as a table for people."""
+"""The plan of a run as a table for people."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from . import console
@@ -10,10 +11,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(plan: "QuantizePlan") -> None:
-    """Say on standard error what a run does and costs."""
-    from rich.table import Table
-    from rich.text import Text
-
+    """Say on standard error what a quantization run does and costs."""
     cost = plan.cost
     rows = {
         "model": f"{plan.model}: {plan.blocks} blocks, {plan.layers} layers, {plan.weights / 1e6:,.1f} M weights",
@@ -25,6 +23,14 @@ def show_plan(plan: "QuantizePlan") -> None:
     }
     if plan.skipped:
         rows["full precision"] = ", ".join(plan.skipped)
+    show_rows(rows)
+
+
+def show_rows(rows: Mapping[str, str]) -> None:
+    """Print a plan's rows on standard error."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
         # As Text, not as markup: a file may be called text[a].
@@ -47,9 +53,7 @@ def _what_is_done(request: "QuantizeRequest") -> dict[str, str]:
     if request.adapter:
         rows["adapter"] = _adapter(request)
     if request.saliency is not None:
-        growth = "" if request.block_multiplier == 1 else f" × {request.block_multiplier:g} a block"
-        where = f", {request.penalize}" if request.penalize else ""
-        rows["preserved"] = f"lambda {request.penalty:g}{growth}{where}, saliency {request.saliency}"
+        rows["preserved"] = _preserved(request)
     if request.end_to_end not in (None, "none"):
         rows["end to end"] = _end_to_end(request)
     return rows
@@ -74,10 +78,23 @@ def _adapter(request: "QuantizeRequest") -> str:
     return f"{kind}, rank {request.rank}, alpha {request.alpha:g}{dropout}, on {', '.join(request.targets or ['all'])}"
 
 
+def _preserved(request: "QuantizeRequest") -> str:
+    amounts = [] if request.penalty is None else [f"{request.penalty:g}"]
+    amounts += [f"{stage.penalty:g} in {stage.name}" for stage in request.stages or () if stage.penalty is not None]
+    growth = "" if request.block_multiplier == 1 else f" × {request.block_multiplier:g} a block"
+    where = f", {request.penalize}" if request.penalize else ""
+    return f"lambda {', '.join(amounts)}{growth}{where}, saliency {request.saliency}"
+
+
 def _end_to_end(request: "QuantizeRequest") -> str:
     teacher = f", {request.teacher} teacher" if request.teacher else ""
     top = f" (top {request.teacher_top_k})" if request.teacher_top_k else ""
+    loss = str(request.end_to_end)
+    if request.end_to_end_gamma is not None:
+        loss = f"{loss} with gamma {request.end_to_end_gamma:g}"
+    if request.end_to_end_hidden_weight is not None:
+        loss = f"{loss} × {request.end_to_end_hidden_weight:g}"
     return (
-        f"{request.end_to_end}, {request.end_to_end_epochs} epochs, {request.accumulation} samples a step, "
+        f"{loss}, {request.end_to_end_epochs} epochs, {request.accumulation} samples a step, "
         f"trains {request.end_to_end_train}{teacher}{top}"
     )

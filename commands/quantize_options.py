@@ -9,7 +9,7 @@ import typer
 
 from .recipe_list import complete_recipe, show_recipes
 
-_FORMAT, _CALIBRATION = "Format", "Calibration"
+_FORMAT, CALIBRATION = "Format", "Calibration"
 
 
 def option(name: str, help: str, panel: str, *, default: str, **more: Any) -> Any:
@@ -37,7 +37,7 @@ Recipe = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME|FILE.yaml",
-        help="Options from a file or a shipped recipe; what is typed wins.",
+        help="Options from a file or a shipped recipe; what is typed wins (--stage over its epochs, and the reverse).",
         show_default=False,
         autocompletion=complete_recipe,
     ),
@@ -81,7 +81,7 @@ Preset = Annotated[
     option(
         "--preset",
         "Samples, length and epochs at once.",
-        _CALIBRATION,
+        CALIBRATION,
         default="quick on a CPU, balanced on a GPU",
     ),
 ]
@@ -91,15 +91,15 @@ Calibration = Annotated[
     option(
         "--calibration",
         "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a file: text, JSONL, Parquet or safetensors.",
-        _CALIBRATION,
+        CALIBRATION,
         default="wikitext2, else self",
         metavar="NAME|FILE",
         autocompletion=lambda: TEXTS,
     ),
 ]
 Samples = Annotated[
-    int | None, option("--samples", "Training samples.", _CALIBRATION, default="preset", min=1, metavar="N")
+    int | None, option("--samples", "Training samples.", CALIBRATION, default="preset", min=1, metavar="N")
 ]
 SequenceLength = Annotated[
-    int | None, option("--sequence-length", "Tokens a sample.", _CALIBRATION, default="preset", min=2, metavar="N")
+    int | None, option("--sequence-length", "Tokens a sample.", CALIBRATION, default="preset", min=2, metavar="N")
 ]

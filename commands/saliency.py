@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from . import console
+from . import quantize_options as o
+from . import training_options as t
 from .options import (
     DataDir,
     Debug,
@@ -20,12 +22,10 @@ from .options import (
     read_size,
     read_source,
 )
+from .plan_table import show_rows
 
 if TYPE_CHECKING:
     from ulbq.pipeline.saliency import SaliencyPlan
-
-_CALIBRATION = "Calibration"
-_COMPUTE = "Compute"
 
 
 def saliency(
@@ -38,70 +38,35 @@ def saliency(
         Literal["bf16", "fp16"],
         typer.Option("--dtype", help="Of the stored scores: the wider range, or the finer steps."),
     ] = "bf16",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            "--calibration",
-            metavar="NAME|FILE",
-            help="wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, "
-            "or a file: text, JSONL, Parquet or safetensors.",
-            show_default="wikitext2, else self",
-            autocompletion=lambda: ["wikitext2", "c4", "ptb", "pile", "redpajama", "alpaca", "mix", "self"],
-            rich_help_panel=_CALIBRATION,
-        ),
-    ] = None,
+    calibration: o.Calibration = None,
     samples: Annotated[
         int | None,
-        typer.Option(
+        o.option(
             "--samples",
+            "Sequences to score on.",
+            o.CALIBRATION,
+            default="32 on a CPU, 128 on a GPU",
             min=1,
             metavar="N",
-            help="Sequences to score on.",
-            show_default="32 on a CPU, 128 on a GPU",
-            rich_help_panel=_CALIBRATION,
         ),
     ] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option(
-            "--sequence-length",
-            min=2,
-            metavar="N",
-            help="Tokens a sequence.",
-            show_default="512",
-            rich_help_panel=_CALIBRATION,
-        ),
+        o.option("--sequence-length", "Tokens a sequence.", o.CALIBRATION, default="512", min=2, metavar="N"),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
+        o.option(
             "--batch-size",
+            "Sequences at once on the way forward; each goes back by itself.",
+            t.COMPUTE,
+            default="4",
             min=1,
             metavar="N",
-            help="Sequences at once on the way forward; each goes back by itself.",
-            show_default="4",
-            rich_help_panel=_COMPUTE,
         ),
     ] = None,
-    activation_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--activation-memory",
-            metavar="SIZE",
-            help="Activations beyond this lie on disk (512M, 4G, …).",
-            show_default="4G",
-            rich_help_panel=_COMPUTE,
-        ),
-    ] = None,
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16"] | None,
-        typer.Option(
-            "--precision",
-            help="Dtype of the matrix products; auto is bf16 where the hardware has it.",
-            show_default="auto",
-            rich_help_panel=_COMPUTE,
-        ),
-    ] = None,
+    activation_memory: t.ActivationMemory = None,
+    precision: t.Precision = None,
     seed: Seed = 0,
     device: Device = "auto",
     data_dir: DataDir = None,
@@ -145,9 +110,6 @@ def saliency(
 
 
 def _show(plan: "SaliencyPlan") -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     request = plan.request
     rows = {
         "model": f"{plan.model}: {plan.blocks} blocks, {plan.layers} layers, {plan.weights / 1e6:,.1f} M weights",
@@ -162,8 +124,4 @@ def _show(plan: "SaliencyPlan") -> None:
         f"peak memory {plan.peak_memory / 2**30:.2f} GiB, disk {plan.disk / 2**20:,.0f} MiB, "
         f"artifact {plan.artifact / 2**20:,.0f} MiB"
     )
-    table = Table.grid(padding=(0, 2))
-    for name, text in rows.items():
-        # As Text, not as markup: a file may be called text[a].
-        table.add_row(Text(name, style="bold"), Text(text))
-    console.terminal().print(table)
+    show_rows(rows)

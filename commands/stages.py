@@ -2,14 +2,23 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import get_args
 
 from ulbq.errors import UsageError
 
-NAMES = ("wpt", "mixed", "opt")
-KEYS = (
-    *("epochs", "penalty", "weight-rate", "scale-rate", "norm-rate", "adapter-rate", "router-rate"),
-    *("scale-decay", "adapter-decay"),
-)
+
+def names() -> tuple[str, ...]:
+    """What a stage may be called."""
+    from ulbq.training.stages import StageName
+
+    return get_args(StageName)
+
+
+def keys() -> tuple[str, ...]:
+    """What may be set of a stage, as it is typed."""
+    from ulbq.training.stages import Stage
+
+    return tuple(name.replace("_", "-") for name in Stage.model_fields if name != "name")
 
 
 def read_stages(texts: Sequence[str]) -> list[dict[str, object]]:
@@ -23,14 +32,14 @@ def read_stages(texts: Sequence[str]) -> list[dict[str, object]]:
 
 def _read(text: str) -> dict[str, object]:
     name, _, settings = text.partition(":")
-    if name not in NAMES:
-        raise UsageError(f"There is no stage '{name}'.", hint=f"Stages: {', '.join(NAMES)}.")
+    if name not in names():
+        raise UsageError(f"There is no stage '{name}'.", hint=f"Stages: {', '.join(names())}.")
     stage: dict[str, object] = {"name": name}
     for setting in filter(None, settings.split(",")):
         key, _, value = (part.strip() for part in setting.partition("="))
-        if key not in KEYS:
-            close = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"Keys: {', '.join(KEYS)}."
+        if key not in keys():
+            close = difflib.get_close_matches(key, keys(), n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"Keys: {', '.join(keys())}."
             raise UsageError(f"--stage {text}: a stage has no '{key}'.", hint=hint)
         field = key.replace("-", "_")
         if field in stage:

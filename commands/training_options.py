@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from .quantize_options import option
 
-_TRAINING, _ADAPTER, _STAGES, _END_TO_END = "Training", "Adapter", "Stages", "End to end"
+_TRAINING, _ADAPTER, _STAGES, _END_TO_END, COMPUTE = "Training", "Adapter", "Stages", "End to end", "Compute"
 
 Epochs = Annotated[
     int | None,
@@ -20,7 +20,10 @@ Epochs = Annotated[
         metavar="N",
     ),
 ]
-BatchSize = Annotated[int | None, option("--batch-size", "Samples a step.", _TRAINING, default="4", min=1, metavar="N")]
+BatchSize = Annotated[
+    int | None,
+    option("--batch-size", "Samples a step.", _TRAINING, default="4; 2 for apiq and ulb-sapr", min=1, metavar="N"),
+]
 Granularity = Annotated[
     Literal["block", "layer"] | None,
     option("--granularity", "Match each block's output, or each layer's.", _TRAINING, default="block"),
@@ -36,7 +39,13 @@ TrainWeights = Annotated[
 ]
 WeightRate = Annotated[
     float | None,
-    option("--weight-rate", "Learning rate of the weights, in grid steps.", _TRAINING, default="0.015", metavar="X"),
+    option(
+        "--weight-rate",
+        "Learning rate of the weights, in grid steps.",
+        _TRAINING,
+        default="0.015; 0.02 for apiq and ulb-sapr",
+        metavar="X",
+    ),
 ]
 ScaleRate = Annotated[
     float | None,
@@ -125,25 +134,6 @@ Retries = Annotated[
         metavar="N",
     ),
 ]
-ActivationMemory = Annotated[
-    str | None,
-    option(
-        "--activation-memory",
-        "Activations beyond this lie on disk (512M, 4G, …).",
-        _TRAINING,
-        default="4G",
-        metavar="SIZE",
-    ),
-]
-Precision = Annotated[
-    Literal["auto", "fp32", "bf16"] | None,
-    option(
-        "--precision",
-        "Dtype of the matrix products; auto is bf16 where the hardware has it.",
-        _TRAINING,
-        default="auto",
-    ),
-]
 
 Adapter = Annotated[
     bool | None,
@@ -224,7 +214,7 @@ BlockMultiplier = Annotated[
 Penalize = Annotated[
     Literal["before-adapter", "after-adapter"] | None,
     option(
-        "--penalise",
+        "--penalize",
         "Hold the quantized weight alone, or with its adapter.",
         _STAGES,
         default="before-adapter",
@@ -278,4 +268,34 @@ Teacher = Annotated[
 TeacherTopK = Annotated[
     int | None,
     option("--teacher-top-k", "Guesses a token in that cache.", _END_TO_END, default="64", min=1, metavar="N"),
+]
+EndToEndGamma = Annotated[
+    float | None,
+    option(
+        "--dad-gamma", "Exponent of the entropies that weigh tokens (dad).", _END_TO_END, default="0.5", metavar="X"
+    ),
+]
+EndToEndHiddenWeight = Annotated[
+    float | None,
+    option("--hidden-weight", "Weight of the hidden states' error (kl-hidden).", _END_TO_END, default="1", metavar="X"),
+]
+
+ActivationMemory = Annotated[
+    str | None,
+    option(
+        "--activation-memory",
+        "Activations beyond this lie on disk (512M, 4G, …).",
+        COMPUTE,
+        default="4G",
+        metavar="SIZE",
+    ),
+]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"] | None,
+    option(
+        "--precision",
+        "Dtype of the matrix products; auto is bf16 where the hardware has it.",
+        COMPUTE,
+        default="auto",
+    ),
 ]

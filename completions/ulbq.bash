@@ -62,8 +62,6 @@ _ulbq() {
         --clip) _ulbq_value '' '' "$current"; return ;;
         --patience) _ulbq_value '' '' "$current"; return ;;
         --retries) _ulbq_value '' '' "$current"; return ;;
-        --activation-memory) _ulbq_value '' '' "$current"; return ;;
-        --precision) _ulbq_value '' 'auto fp32 bf16' "$current"; return ;;
         --rank) _ulbq_value '' '' "$current"; return ;;
         --alpha) _ulbq_value '' '' "$current"; return ;;
         --dropout) _ulbq_value '' '' "$current"; return ;;
@@ -74,7 +72,7 @@ _ulbq() {
         --stage) _ulbq_value '' 'wpt mixed opt' "$current"; return ;;
         --lambda) _ulbq_value '' '' "$current"; return ;;
         --block-multiplier) _ulbq_value '' '' "$current"; return ;;
-        --penalise) _ulbq_value '' 'before-adapter after-adapter' "$current"; return ;;
+        --penalize) _ulbq_value '' 'before-adapter after-adapter' "$current"; return ;;
         --saliency) _ulbq_value 'folders' 'fisher gradient hessian wanda magnitude none' "$current"; return ;;
         --saliency-power) _ulbq_value '' '' "$current"; return ;;
         --end-to-end) _ulbq_value '' 'none ce kl kl-hidden dad' "$current"; return ;;
@@ -84,13 +82,17 @@ _ulbq() {
         --accumulation) _ulbq_value '' '' "$current"; return ;;
         --teacher) _ulbq_value '' 'streamed cached' "$current"; return ;;
         --teacher-top-k) _ulbq_value '' '' "$current"; return ;;
+        --dad-gamma) _ulbq_value '' '' "$current"; return ;;
+        --hidden-weight) _ulbq_value '' '' "$current"; return ;;
+        --activation-memory) _ulbq_value '' '' "$current"; return ;;
+        --precision) _ulbq_value '' 'auto fp32 bf16' "$current"; return ;;
         --seed) _ulbq_value '' '' "$current"; return ;;
         --device) _ulbq_value '' 'auto cpu cuda' "$current"; return ;;
         --data-dir) _ulbq_value 'folders' '' "$current"; return ;;
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '-m --method --recipe --list-recipes --bits --group-size --symmetric --asymmetric --search --no-search --experts --zeros --preset --calibration --samples --sequence-length --epochs --batch-size --granularity --train-weights --freeze-weights --weight-rate --scale-rate --norm-rate --router-rate --scale-decay --schedule --warmup --final-rate --token-weighting --augmented-loss --no-augmented-loss --sliced-wasserstein --clip --patience --retries --activation-memory --precision --adapter --no-adapter --rank --alpha --dropout --dora --lora --targets --adapter-rate --adapter-decay --base-share --stage --lambda --block-multiplier --penalise --saliency --saliency-power --end-to-end --end-to-end-epochs --end-to-end-rate --end-to-end-train --accumulation --teacher --teacher-top-k --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '-m --method --recipe --list-recipes --bits --group-size --symmetric --asymmetric --search --no-search --experts --zeros --preset --calibration --samples --sequence-length --epochs --batch-size --granularity --train-weights --freeze-weights --weight-rate --scale-rate --norm-rate --router-rate --scale-decay --schedule --warmup --final-rate --token-weighting --augmented-loss --no-augmented-loss --sliced-wasserstein --clip --patience --retries --adapter --no-adapter --rank --alpha --dropout --dora --lora --targets --adapter-rate --adapter-decay --base-share --stage --lambda --block-multiplier --penalize --saliency --saliency-power --end-to-end --end-to-end-epochs --end-to-end-rate --end-to-end-train --accumulation --teacher --teacher-top-k --dad-gamma --hidden-weight --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

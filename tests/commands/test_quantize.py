@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from tests.models.tiny import save_tiny
-from ulbq.commands import completion
+from ulbq.commands import completion, stages
 from ulbq.commands.app import app, main
 from ulbq.methods import METHODS
 from ulbq.pipeline import recipes
@@ -65,16 +65,24 @@ def test_every_method_can_be_chosen():
     assert set(method.words) == METHODS.keys()
 
 
+def told_default(text, method):
+    """``4; 2 for apiq and ulb-sapr`` is 2 for ``apiq``, 4 for the others."""
+    general, *others = text.strip("()").split("; ")
+    for other in others:
+        value, _, methods = other.partition(" for ")
+        if method in methods.split(" and "):
+            return value
+    return general
+
+
 def test_the_help_page_tells_the_numbers_that_are_the_defaults():
     told = parameters()
-    for name, field in TrainSettings.model_fields.items():
-        text = told[name].show_default
-        if name != "epochs" and isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
-            assert float(text.strip("()")) == field.default, name
     for method in METHODS:
         for name, field in method_options(method).model_fields.items():
-            text = told[name].show_default if name in told else ""
-            if name not in TrainSettings.model_fields and str(text).replace(".", "").isdigit():
+            number = isinstance(field.default, (int, float)) and not isinstance(field.default, bool)
+            text = told_default(str(told[name].show_default), method) if name in told else ""
+            required = name in TrainSettings.model_fields and name != "epochs"
+            if number and (required or text.replace(".", "").isdigit()):
                 assert float(text) == field.default, (method, name)
 
 
@@ -84,8 +92,12 @@ def test_what_is_typed_reaches_the_request(source, capsys):
         source,
         *("--method", "ulb-sapr", "--bits", "3", "--rank", "8", "--dora", "--targets", "q_proj, v_proj"),
         *("--stage", "wpt:epochs=2,adapter-rate=0.01", "--stage", "opt:epochs=1", "--lambda", "0.25"),
-        *("--penalise", "after-adapter", "--saliency", "wanda", "--end-to-end", "kl", "--teacher", "cached"),
+        *("--penalize", "after-adapter", "--saliency", "wanda", "--end-to-end", "kl", "--teacher", "cached"),
     )
+    dad = planned(capsys, source, "--end-to-end", "dad", "--dad-gamma", "0.25")
+    assert (dad["end_to_end_gamma"], dad["end_to_end_hidden_weight"]) == (0.25, None)
+    hidden = planned(capsys, source, "--end-to-end", "kl-hidden", "--hidden-weight", "10")
+    assert (hidden["end_to_end_gamma"], hidden["end_to_end_hidden_weight"]) == (None, 10)
     assert request["targets"] == ["q_proj", "v_proj"]
     assert [(stage["name"], stage["epochs"]) for stage in request["stages"]] == [("wpt", 2), ("opt", 1)]
     assert (request["penalty"], request["penalize"], request["saliency"]) == (0.25, "after-adapter", "wanda")
@@ -102,6 +114,15 @@ def test_a_recipe_fills_in_what_is_not_typed(source, capsys):
     assert planned(capsys, source)["method"] == "db-llm"
 
 
+def test_the_plan_tells_the_stages_own_lambda(source, capsys):
+    words = ["quantize", str(source), "--group-size", "32", "--calibration", "a.txt", "--device", "cpu", "--offline"]
+    words += ["--dry-run", "--method", "ulb-sapr"]
+    assert main([*words, "--stage", "mixed:epochs=1,penalty=0.5"]) == 0
+    assert "lambda 0.5 in mixed, before-adapter" in capsys.readouterr().err
+    assert main([*words, "--stage", "wpt:epochs=1", "--stage", "mixed:epochs=1,penalty=0.5"]) == 0
+    assert "lambda 0.1, 0.5 in mixed, before-adapter" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_plan_of_every_method_tells_what_it_does(method, source, capsys):
     more = ["--rank", "8", "--lambda", "0.5", "--adapter"] if method not in {"rtn", "binary-mos"} else []
@@ -116,6 +137,13 @@ def test_the_plan_of_every_method_tells_what_it_does(method, source, capsys):
     assert ("rank 8" in told) == bool(more)
     assert ("lambda 0.5" in told) == bool(more)
     assert "None" not in told
+
+
+def test_the_help_page_names_every_key_of_a_stage():
+    told = parameters()["stages"].help
+    keys = told.partition("Keys: ")[2].rstrip(".").split(", ")
+    assert keys == list(stages.keys())
+    assert all(f"{name} (" in told or f"{name}:" in told or f" {name}," in told for name in stages.names())
 
 
 def test_the_recipes_are_listed_on_standard_output(capsys):

@@ -52,6 +52,8 @@ def test_a_dry_run_writes_nothing(words, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "fisher, stored as bf16" in captured.err
+    assert "2 × 16 tokens, seed 0" in captured.err
+    assert "peak memory" in captured.err
     assert not (tmp_path / "s").exists()
 
 

@@ -48,7 +48,10 @@ def test_the_published_values_are_in_them() -> None:
     sapr = recipes.request_of({}, recipes.load("ulb-sapr-w2"))
     assert sapr.penalty == 0.1
     assert sapr.stages == (Stage(name="wpt", epochs=15), Stage(name="opt", epochs=5))
-    assert recipes.request_of({}, recipes.load("ulb-sapr-mixed")).penalty == 1e-3
+    mixed = recipes.request_of({}, recipes.load("ulb-sapr-mixed"))
+    assert mixed.penalty == 1e-3
+    assert (sapr.saliency_power, mixed.saliency_power) == (1, 1)
+    assert recipes.request_of({}, recipes.load("binary-mos")).end_to_end_hidden_weight == 10
 
 
 def test_what_is_typed_wins(tmp_path: Path) -> None:
@@ -60,6 +63,31 @@ def test_what_is_typed_wins(tmp_path: Path) -> None:
     check_options(bare)
     best = recipes.request_of({"preset": "best"}, mine)
     assert (best.samples, best.epochs) == (None, None)
+
+
+def test_typed_stages_and_epochs_win_over_the_recipes(tmp_path: Path) -> None:
+    sapr = recipes.load("ulb-sapr-w2")
+    stages = [{"name": "mixed", "epochs": 3}]
+    request = complete(recipes.request_of({"stages": stages}, recipes.load("apiq-w2")), "quick")
+    assert (request.epochs, request.stages) == (3, (Stage(name="mixed", epochs=3),))
+    request = complete(recipes.request_of({"epochs": 2}, sapr), "quick")
+    assert (request.epochs, request.stages, request.penalty) == (2, (), 0.1)
+    # What they leave without a meaning goes too.
+    request = recipes.request_of({"stages": [{"name": "opt", "epochs": 3}]}, sapr)
+    assert (request.penalty, request.saliency, request.saliency_power) == (None, None, None)
+    check_options(request)
+    layers = recipes.request_of({"granularity": "layer"}, sapr)
+    assert layers.norm_rate is None
+    check_options(layers)
+    frozen = recipes.request_of({"train_weights": False}, recipes.load("binary-mos"))
+    assert frozen.end_to_end_train is None
+    check_options(frozen)
+
+
+def test_a_slip_in_a_recipe_is_refused_and_not_mended(tmp_path: Path) -> None:
+    mine = recipes.load(write(tmp_path, "options: {method: apiq, adapter: false, rank: 8}"))
+    with pytest.raises(UsageError, match="--rank means nothing without --adapter"):
+        check_options(recipes.request_of({"bits": 3}, mine))
 
 
 def test_the_record_is_the_contents_hash(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from ulbq.methods import METHODS
 from ulbq.pipeline.request import PRESETS, QuantizeRequest, build_method, check_options, complete, method_options, takes
 from ulbq.training.stages import Stage
 
+OPT = {"name": "opt", "epochs": 1}
+OWN = {"name": "mixed", "epochs": 1, "penalty": 0.5}
 TRAINED = sorted(name for name, method in METHODS.items() if method.calibrated)
 
 
@@ -94,6 +96,26 @@ def test_what_has_no_meaning_stays_open() -> None:
         ({"method": "db-llm", "accumulation": 2}, "--end-to-end"),
         ({"method": "db-llm", "end_to_end": "ce", "teacher": "cached"}, "--end-to-end kl"),
         ({"method": "db-llm", "end_to_end": "kl", "teacher_top_k": 8}, "--teacher cached"),
+        ({"method": "db-llm", "granularity": "layer", "norm_rate": 0.1}, "--granularity block"),
+        ({"method": "binary-mos", "experts": 1, "router_rate": 0.1}, "--experts 2 or more"),
+        ({"method": "ulb-sapr", "penalty": 0.1, "stages": [OPT]}, "a wpt or mixed stage without its own penalty"),
+        ({"method": "ulb-sapr", "penalty": 0.1, "stages": [OWN]}, "a wpt or mixed stage without its own penalty"),
+        ({"method": "apiq", "saliency": "fisher", "stages": [OPT]}, "--lambda"),
+        (
+            {"method": "db-llm", "train_weights": False, "end_to_end": "kl", "end_to_end_train": "all"},
+            "--train-weights",
+        ),
+        ({"method": "db-llm", "end_to_end_gamma": 1}, "--end-to-end dad"),
+        ({"method": "db-llm", "end_to_end": "kl-hidden", "end_to_end_gamma": 1}, "--end-to-end dad"),
+        ({"method": "db-llm", "end_to_end": "dad", "end_to_end_hidden_weight": 1}, "--end-to-end kl-hidden"),
+        ({"method": "apiq", "train_weights": False, "stages": [{**OPT, "weight_rate": 1}]}, "--train-weights"),
+        ({"method": "apiq", "adapter": False, "stages": [{**OPT, "adapter_rate": 1}]}, "--adapter"),
+        ({"method": "db-llm", "stages": [{**OPT, "adapter_decay": 1}]}, "--adapter"),
+        ({"method": "binary-mos", "experts": 1, "stages": [{**OPT, "router_rate": 1}]}, "--experts 2 or more"),
+        (
+            {"method": "db-llm", "granularity": "layer", "end_to_end": "ce", "stages": [{**OPT, "norm_rate": 1}]},
+            "--granularity block",
+        ),
     ],
 )
 def test_options_that_others_leave_without_a_meaning_are_refused(options: dict[str, Any], needed: str) -> None:
@@ -103,8 +125,48 @@ def test_options_that_others_leave_without_a_meaning_are_refused(options: dict[s
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "db-llm", "granularity": "layer", "end_to_end": "ce", "norm_rate": 0.1},
+        {"method": "binary-mos", "experts": 2, "stages": [{**OPT, "router_rate": 1}]},
+        {"method": "ulb-sapr", "penalty": 0.1, "stages": [OPT, {"name": "mixed", "epochs": 1}]},
+        {"method": "db-llm", "adapter": True, "stages": [{**OPT, "adapter_rate": 1, "adapter_decay": 1}]},
+        {"method": "db-llm", "train_weights": False, "end_to_end": "kl", "end_to_end_train": "scales"},
+    ],
+)
+def test_options_that_do_something_are_taken(options: dict[str, Any]) -> None:
+    full = completed(**options)
+    assert complete(full, "best") == full
+    build_method(full)
+
+
+@pytest.mark.parametrize("method", ["apiq", "db-llm", "binary-mos"])
+def test_a_stage_of_the_penalty_alone_wants_a_penalty(method: str) -> None:
+    alone = {"name": "wpt", "epochs": 1}
+    with pytest.raises(UsageError, match="its lambda is 0") as refused:
+        check_options(asked(method=method, stages=[alone]))
+    assert "--lambda X, or penalty=X" in refused.value.hint
+    with pytest.raises(UsageError, match="its lambda is 0"):
+        check_options(asked(method="ulb-sapr", stages=[{**alone, "penalty": 0}]))
+    completed(method=method, stages=[{**alone, "penalty": 1}])
+    completed(method=method, stages=[alone], penalty=1)
+    completed(method="ulb-sapr", stages=[alone])
+
+
+def test_the_settings_of_the_losses_reach_the_phase() -> None:
+    dad = build_method(completed(method="db-llm", end_to_end="dad", end_to_end_gamma=0.25)).needs.end_to_end
+    hidden = build_method(completed(method="db-llm", end_to_end="kl-hidden", end_to_end_hidden_weight=10))
+    assert dad is not None
+    assert dad.gamma == 0.25
+    assert hidden.needs.end_to_end is not None
+    assert hidden.needs.end_to_end.hidden_weight == 10
+
+
+@pytest.mark.parametrize(
     ("options", "said", "hint"),
     [
+        ({"method": "db-llm", "stages": [{**OPT, "router_rate": 1}]}, "opt:router-rate means nothing to", "Leave it"),
+        ({"method": "ulb-sapr", "stages": [{**OPT, "penalty": 1}]}, "opt:penalty means nothing", "mixed"),
         ({"method": "rtn", "penalty": 0.1}, "--lambda means nothing to --method rtn", "ulb-sapr"),
         ({"method": "rtn", "calibration": "c4"}, "--calibration means nothing to --method rtn", "db-llm"),
         ({"method": "db-llm", "search": True}, "--search means nothing to --method db-llm", "rtn"),

@@ -5,13 +5,14 @@ takes, its defaults and what does not go together stand in one place, its ``Opti
 the command line follow.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ulbq.errors import UsageError
 from ulbq.formats.binary_mos import Zeros
+from ulbq.methods.switches import BELONGS_TO, idle, typed
 from ulbq.nn.adapter import AdapterConfig
 from ulbq.training.end_to_end import EndToEndSettings
 from ulbq.training.penalty import Penalized
@@ -20,79 +21,6 @@ from ulbq.training.stages import Stage
 
 AffineBits = Literal[1, 2, 3, 4, 8]
 EndToEnd = Literal["none", "ce", "kl", "kl-hidden", "dad"]
-
-
-class Switch(NamedTuple):
-    """Something that, where it is off, leaves options without a meaning.
-
-    Attributes:
-        needed: what would have to be typed to give them one.
-        off: whether it is off, judged by the options that are known.
-        governs: the options.
-    """
-
-    needed: str
-    off: Callable[[Mapping[str, Any]], bool]
-    governs: frozenset[str]
-
-
-def _has(option: str, *values: object) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda known: option in known and known[option] in values
-
-
-def _unpenalized(known: Mapping[str, Any]) -> bool:
-    """Whether no stage has a λ above 0."""
-    if "penalty" not in known:
-        return False
-    stages = [Stage.model_validate(stage) for stage in known.get("stages") or [{"name": "mixed", "epochs": 0}]]
-    own = [known["penalty"] if stage.penalty is None else stage.penalty for stage in stages if stage.penalized]
-    return not any(own)
-
-
-_TEACHER = frozenset({"teacher", "teacher_top_k"})
-SWITCHES = (
-    Switch("--train-weights", _has("train_weights", False), frozenset({"weight_rate"})),
-    Switch(
-        "--adapter",
-        _has("adapter", False),
-        frozenset(
-            {
-                *("rank", "alpha", "dropout", "dora", "targets"),
-                *("adapter_rate", "adapter_decay", "base_share", "penalize"),
-            }
-        ),
-    ),
-    Switch("--schedule cosine", _has("schedule", "constant"), frozenset({"final_rate"})),
-    Switch("--lambda", _unpenalized, frozenset({"saliency", "saliency_power", "penalize", "block_multiplier"})),
-    Switch("--saliency", _has("saliency", "none"), frozenset({"saliency_power"})),
-    Switch(
-        "--end-to-end",
-        _has("end_to_end", "none"),
-        frozenset({"end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "accumulation"}) | _TEACHER,
-    ),
-    Switch("--end-to-end kl", _has("end_to_end", "ce"), _TEACHER),
-    Switch("--teacher cached", _has("teacher", "streamed"), frozenset({"teacher_top_k"})),
-)
-
-# Settings of the training that mean something only where a method has what they are for.
-_BELONGS_TO = {
-    "weight_rate": "train_weights",
-    "adapter_rate": "adapter",
-    "adapter_decay": "adapter",
-    "base_share": "adapter",
-    "router_rate": "experts",
-}
-_TYPED = {"penalty": "lambda", "penalize": "penalise", "stages": "stage"}
-
-
-def typed(option: str) -> str:
-    """An option as it is typed, ``--group-size`` for ``group_size``."""
-    return "--" + _TYPED.get(option, option).replace("_", "-")
-
-
-def idle(values: Mapping[str, Any]) -> dict[str, Switch]:
-    """Options that the given values of other options leave without a meaning, and which switch does so."""
-    return {name: switch for switch in reversed(SWITCHES) if switch.off(values) for name in switch.governs}
 
 
 class MethodOptions(BaseModel):
@@ -110,21 +38,23 @@ class MethodOptions(BaseModel):
     def taken(cls) -> frozenset[str]:
         """Names of the options that mean something to the method."""
         fields = cls.model_fields.keys()
-        return frozenset(name for name in fields if _BELONGS_TO.get(name, name) in fields)
+        return frozenset(name for name in fields if BELONGS_TO.get(name, name) in fields)
 
     def in_effect(self) -> dict[str, Any]:
         """Every option that the others leave a meaning, with its value."""
-        values = {name: getattr(self, name) for name in type(self).model_fields if name in self.taken()}
-        return {name: value for name, value in values.items() if name not in idle(values)}
+        values = {name: value for name, value in self if name in self.taken()}
+        off = idle(values)
+        return {name: value for name, value in values.items() if name not in off}
 
     @model_validator(mode="after")
     def _refuse_what_would_do_nothing(self) -> Self:
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        for name, switch in sorted(idle(values).items()):
+        for name, switch in sorted(idle(dict(self)).items()):
             if name in self.model_fields_set:
+                value = getattr(self, name)
+                option = f"{typed(name)} {value}" if isinstance(value, str) else typed(name)
                 raise UsageError(
-                    f"{typed(name)} means nothing without {switch.needed}.",
-                    hint=f"Add {switch.needed}, or leave out {typed(name)}.",
+                    f"{option} means nothing without {switch.needed}.",
+                    hint=f"Add {switch.needed}, or leave out {option}.",
                 )
         return self
 
@@ -226,6 +156,33 @@ class StageOptions(MethodOptions):
             )
         return {**data, "epochs": total}
 
+    @model_validator(mode="after")
+    def _refuse_what_does_nothing_in_a_stage(self) -> Self:
+        # The end-to-end phase has the run's rates, not a stage's.
+        off, taken = idle({**dict(self), "end_to_end": "none"}), self.taken()
+        for stage in self.stages:
+            for name in sorted(key for key, value in stage if value is not None and key not in {"name", "epochs"}):
+                _check_key(stage, name, off[name].needed if name in off else None, name in taken)
+            if stage.name == "wpt" and not (self.penalty if stage.penalty is None else stage.penalty):
+                raise UsageError(
+                    "--stage wpt minimizes the penalty alone, and its lambda is 0.",
+                    hint="Give --lambda X, or penalty=X in the stage.",
+                )
+        return self
+
+
+def _check_key(stage: Stage, name: str, needed: str | None, taken: bool) -> None:
+    """Refuse a key of a stage that does nothing. Raises UsageError."""
+    key = f"--stage {stage.name}:{name.replace('_', '-')}"
+    if name == "penalty":
+        # That no stage takes the run's λ says nothing of the stages' own.
+        if not stage.penalized:
+            raise UsageError(f"{key} means nothing: {stage.name} has no penalty.", hint="Leave it out, or take mixed.")
+    elif not taken:
+        raise UsageError(f"{key} means nothing to this method.", hint="Leave it out.")
+    elif needed is not None:
+        raise UsageError(f"{key} means nothing without {needed}.", hint=f"Add {needed}, or leave it out.")
+
 
 def _listed(stages: Iterable[Stage]) -> str:
     return " + ".join(f"{stage.name} {stage.epochs}" for stage in stages)
@@ -259,6 +216,8 @@ class EndToEndOptions(MethodOptions):
         accumulation: samples a step.
         teacher: ``streamed`` runs the full-precision model beside the student, ``cached`` keeps its best guesses.
         teacher_top_k: guesses a token that the cache keeps; the rest is one lump.
+        end_to_end_gamma: exponent of the entropies in ``dad``.
+        end_to_end_hidden_weight: weight of the hidden states' error in ``kl-hidden``.
     """
 
     end_to_end: EndToEnd = "none"
@@ -268,6 +227,8 @@ class EndToEndOptions(MethodOptions):
     accumulation: int = Field(default=4, ge=1)
     teacher: Literal["streamed", "cached"] = "streamed"
     teacher_top_k: int = Field(default=64, ge=1)
+    end_to_end_gamma: float = Field(default=0.5, ge=0)
+    end_to_end_hidden_weight: float = Field(default=1.0, ge=0)
 
 
 class TrainedOptions(EndToEndOptions, StageOptions, GranularityOptions, AdapterOptions, WeightOptions, TrainOptions):
@@ -285,5 +246,7 @@ class TrainedOptions(EndToEndOptions, StageOptions, GranularityOptions, AdapterO
             accumulation=self.accumulation,
             teacher=self.teacher,
             top_k=self.teacher_top_k,
+            gamma=self.end_to_end_gamma,
+            hidden_weight=self.end_to_end_hidden_weight,
             block=self.settings(),
         )

