@@ -10,7 +10,7 @@ from ulbq import formats
 from ulbq.errors import NumericsError
 from ulbq.formats import BinaryMosScheme, binary_mos
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask
-from ulbq.methods.binary_mos import BinaryMos, check_product
+from ulbq.methods.binary_mos import BinaryMos
 from ulbq.models.stream import ActivationStore
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer, closed_form_start
 from ulbq.training.objective import BlockData
@@ -110,7 +110,7 @@ def test_a_packed_layer_that_answers_otherwise_is_noticed(name: str) -> None:
     start = start._replace(out_scales=start.out_scales * torch.tensor([[1.0], [2.0]]))
     quantizer = BinaryMosQuantizer(weight, start, scheme)
     packed = quantizer.finalize()
-    check_product("layer", packed, quantizer)
+    quantizer.check_product("layer", packed)
     packed[name] = packed[name].flip(0 if packed[name].shape[0] > 1 else 1)
     with pytest.raises(NumericsError, match="'layer'"):
-        check_product("layer", packed, quantizer)
+        quantizer.check_product("layer", packed)

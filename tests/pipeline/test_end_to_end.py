@@ -1,6 +1,9 @@
 """The end-to-end phase in whole runs on tiny models: what it improves, stores, resumes and refuses."""
 
+import gc
 import os
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,15 @@ from tests.models.tiny import save_tiny
 from ulbq.artifacts.manifest import QuantizedManifest, verify
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
-from ulbq.errors import UsageError
+from ulbq.errors import NumericsError, UsageError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
+from ulbq.pipeline import end_to_end
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
+from ulbq.quantizers.binary_mos import BinaryMosQuantizer
+from ulbq.training.student import Student
 
 _FIELDS = ("end_to_end", "end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "accumulation")
 _NONE: dict[str, Any] = {"end_to_end_epochs": None, "end_to_end_rate": None, "accumulation": None}
@@ -237,6 +243,95 @@ def test_other_families_store_what_was_trained(family: str, samples: Path, tmp_p
     path, manifest = quantize(request(dense, tmp_path / "q", samples, end_to_end_rate=1.0, end_to_end_epochs=1))
     assert record_of(manifest).epochs == 1
     assert record_of(manifest).end_error == pytest.approx(divergence(dense, path, samples), rel=0.02)
+
+
+@torch.no_grad()
+def _overflow_adapter(student: Student) -> None:
+    adapter = next(iter(student.layers.values())).adapter
+    assert adapter is not None
+    adapter.lora_a.fill_(1e6)
+
+
+@torch.no_grad()
+def _lose_norm(student: Student) -> None:
+    student.roles["norms"][0].fill_(torch.nan)
+
+
+@torch.no_grad()
+def _turn_router(student: Student) -> None:
+    """The experts exchange their tokens while they are packed; the weight at uniform gates does not show it."""
+    quantizer = next(iter(student.layers.values())).quantizer
+    assert isinstance(quantizer, BinaryMosQuantizer)
+    quantizer.out_scales.mul_(torch.tensor([[1.0], [2.0]]))
+    plain = quantizer.finalize
+
+    def turned() -> dict[str, torch.Tensor]:
+        packed = plain()
+        return packed | {"router": packed["router"].flip(0)}
+
+    quantizer.finalize = turned  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("harm", "changes", "says"),
+    [
+        (
+            _overflow_adapter,
+            {"adapter": True, "rank": 4, "end_to_end_rate": 0.3},
+            "Block 0 has scales, norms or adapters",
+        ),
+        (_lose_norm, {}, "Block 0 has scales, norms or adapters"),
+        (_turn_router, {"method": "binary-mos", "experts": 2}, "answers otherwise than the trained one"),
+    ],
+)
+def test_what_cannot_be_stored_is_said_here_too(
+    harm: Callable[[Student], None],
+    changes: dict[str, Any],
+    says: str,
+    tiny_llama: Path,
+    samples: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = end_to_end._write
+
+    def harmed(phase: Any, student: Student) -> None:
+        sizes = student.input_sizes(phase.samples.tokens[-1:])
+        harm(student)
+        monkeypatch.setattr(Student, "input_sizes", lambda self, tokens: sizes)
+        plain(phase, student)
+
+    monkeypatch.setattr(end_to_end, "_write", harmed)
+    with pytest.raises(NumericsError, match=says):
+        quantize(request(tiny_llama, tmp_path / "q", samples, **changes))
+
+
+@pytest.mark.parametrize("loss", ["kl", "kl-hidden"])
+def test_the_student_is_gone_with_its_phase(
+    loss: str, tiny_llama: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, left = [], []
+    build, train = end_to_end.build_student, end_to_end.train_end_to_end
+
+    def watched(*arguments: Any, **named: Any) -> Student:
+        student = build(*arguments, **named)
+        built.extend(weakref.ref(module) for module in student.model.modules())
+        return student
+
+    def trained(*arguments: Any) -> EndToEndRecord:
+        record = train(*arguments)
+        left.extend(type(module()).__name__ for module in built if module() is not None)
+        return record
+
+    monkeypatch.setattr(end_to_end, "build_student", watched)
+    monkeypatch.setattr("ulbq.pipeline.quantize.train_end_to_end", trained)
+    gc.disable()
+    try:
+        quantize(request(tiny_llama, tmp_path / "q", samples, end_to_end=loss))
+    finally:
+        gc.enable()
+    assert built
+    assert left == []
 
 
 def test_hidden_states_from_a_cache_are_refused(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:

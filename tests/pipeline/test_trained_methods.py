@@ -1,6 +1,8 @@
 """Whole runs of the trained methods on tiny models: adapters, stages, saliency, and going on from an artifact."""
 
 import shutil
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,16 @@ from safetensors.torch import load_file, save_file
 from tests.models.tiny import save_tiny
 from tests.pipeline.test_quantize import TOKENS, logits, request, samples, shards  # noqa: F401 - a fixture
 from ulbq.artifacts.manifest import read_manifest, verify
-from ulbq.errors import InputError, UsageError
+from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
+from ulbq.models.stream import ActivationStore
+from ulbq.nn.adapter import Adapter
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.saliency import saliency
 from ulbq.pipeline.saliency_plan import SaliencyRequest
+from ulbq.runtime import MAX_SEED
+from ulbq.training.layers import LayerwiseTrainer
 from ulbq.training.stages import Stage
 
 
@@ -118,6 +124,110 @@ def test_targets_limit_the_adapter(tiny_llama: Path, trained: dict[str, Any], tm
     assert {name.split(".")[-3] for name in names} == {"q_proj", "v_proj"}
 
 
+def test_targets_name_the_layers_of_single_blocks(tiny_llama: Path, trained: dict[str, Any], tmp_path: Path) -> None:
+    asked = request(
+        tiny_llama, tmp_path / "q", method="apiq", targets=("layers.1.self_attn.q_proj",), rank=4, **trained
+    )
+    path, manifest = quantize(asked)
+    names = load_file(path / "adapter" / "adapter_model.safetensors").keys()
+    assert {name.rpartition(".lora")[0] for name in names} == {"base_model.model.model.layers.1.self_attn.q_proj"}
+    assert plan(asked).bits_per_weight == pytest.approx(manifest.bits.bits_per_weight)
+
+
+def test_the_largest_seed_is_taken(tiny_llama: Path, trained: dict[str, Any], tmp_path: Path) -> None:
+    trained["epochs"] = 1
+    quantize(request(tiny_llama, tmp_path / "q", method="apiq", rank=4, seed=MAX_SEED, **trained))
+
+
+def test_an_adapter_that_float16_does_not_hold_is_said(
+    tiny_llama: Path, trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Adapter, "tensors", lambda self: {"lora_A.weight": torch.full((4, 4), torch.inf).half()})
+    with pytest.raises(NumericsError, match="Block 0"):
+        quantize(request(tiny_llama, tmp_path / "q", method="apiq", rank=4, **trained))
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
+    """The most bytes of activations that were at once in memory, and on disk."""
+    stores: weakref.WeakSet[ActivationStore] = weakref.WeakSet()
+    most = [0, 0]
+    plain = ActivationStore.__init__
+
+    def counted(self: ActivationStore, *arguments: Any, **named: Any) -> None:
+        plain(self, *arguments, **named)
+        stores.add(self)
+        for place in (0, 1):
+            most[place] = max(most[place], sum(x.nbytes for x in stores if x.in_memory is (place == 0)))
+
+    monkeypatch.setattr(ActivationStore, "__init__", counted)
+    return lambda: (most[0], most[1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"augmented_loss": True}], ids=str)
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_activations_keep_to_their_memory_and_the_plan_knows_the_rest(
+    granularity: str,
+    changes: dict[str, Any],
+    tiny_llama: Path,
+    trained: dict[str, Any],
+    tmp_path: Path,
+    live: Callable[[], tuple[int, int]],
+) -> None:
+    options = {"method": "apiq", "granularity": granularity, "adapter": False, **trained, **changes, "epochs": 1}
+    # Enough for the streams in memory, layer by layer for nothing else.
+    limit = 4 * (8 + 2) * 32 * 64 * 4
+    quantize(request(tiny_llama, tmp_path / "held", activation_memory=limit, **options))
+    assert live()[0] <= limit
+    asked = request(tiny_llama, tmp_path / "q", activation_memory=0, **options)
+    cost = plan(asked).cost
+    quantize(asked)
+    assert cost.disk - cost.artifact == live()[1]
+
+
+def test_the_plan_counts_adapters_scores_and_references(
+    tiny_llama: Path, scores: Path, trained: dict[str, Any], tmp_path: Path
+) -> None:
+    def cost(**changes: Any) -> Any:
+        options = {"method": "ulb-sapr", "rank": 4, "penalty": 1.0, "saliency": "none", **trained, **changes}
+        return plan(request(tiny_llama, tmp_path / "q", **options)).cost
+
+    trained["samples"] = 4
+    path, _ = quantize(request(tiny_llama, tmp_path / "q", method="apiq", rank=4, **trained))
+    stored = sum(tensor.nbytes for tensor in load_file(path / "adapter" / "adapter_model.safetensors").values())
+    without, adapted, weighed = cost(adapter=False, rank=None), cost(), cost(saliency=str(scores))
+    assert adapted.artifact - without.artifact == stored
+    # Each in turn: what the process had at its peak before can only grow.
+    assert adapted.peak_memory > without.peak_memory
+    assert weighed.peak_memory > adapted.peak_memory
+    assert cost(granularity="layer").peak_memory > cost().peak_memory
+    weights = sum(file.stat().st_size for file in scores.glob("saliency-block-*.safetensors"))
+    assert cost(saliency="fisher").disk - weighed.disk == pytest.approx(weights, rel=0.02)
+    # Beyond the memory, the way back needs the inputs of all blocks on disk; with many samples nothing needs more.
+    many = cost(saliency="fisher", activation_memory=0, samples=64).disk
+    assert many == pytest.approx(weights + 4 * 64 * 32 * 64 * 4, rel=0.02)
+
+
+def test_layer_by_layer_the_model_itself_is_learned_and_not_the_artifact(
+    tiny_llama: Path, trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"method": "apiq", "adapter": False, **trained}
+    first, _ = quantize(request(tiny_llama, tmp_path / "first", **options))
+    seen: list[list[torch.Tensor]] = []
+
+    class Watched(LayerwiseTrainer):
+        def __init__(self, *blocks: Any, **others: Any) -> None:
+            seen.append([block.get_submodule("input_layernorm").weight.detach().clone() for block in blocks[:2]])
+            super().__init__(*blocks, **others)
+
+    monkeypatch.setattr("ulbq.methods.training.LayerwiseTrainer", Watched)
+    quantize(request(first, tmp_path / "more", granularity="layer", **options))
+    name = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(seen[0][0], resolve(first).read(name))
+    assert torch.equal(seen[0][1], resolve(tiny_llama).read(name))
+    assert not torch.equal(*seen[0])
+
+
 def test_ulb_sapr_takes_scores_as_source_by_path_and_on_the_fly(
     tiny_llama: Path, scores: Path, trained: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -179,6 +289,7 @@ def test_scores_mean_nothing_to_rounding(scores: Path, tmp_path: Path) -> None:
         ("apiq", {"bits": 1, "symmetric": True, "adapter": False}),
         ("db-llm", {}),
         ("binary-mos", {"experts": 2, "group_size": None}),
+        ("apiq", {"adapter": False, "norm_rate": 0.0}),
     ],
 )
 def test_no_epochs_from_an_artifact_export_it_again(
@@ -234,10 +345,11 @@ def test_a_model_that_is_gone_is_said(trained: dict[str, Any], tmp_path: Path) -
         plan(request(first, tmp_path / "q", method="apiq", adapter=False, **trained))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_killed_run_with_adapter_and_scores_goes_on_to_the_same_bytes(
-    tiny_llama: Path, trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dropout: float, tiny_llama: Path, trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"method": "ulb-sapr", "rank": 4, "saliency": "fisher", **trained}
+    options = {"method": "ulb-sapr", "rank": 4, "saliency": "fisher", "penalty": 1.0, "dropout": dropout, **trained}
     whole, _ = quantize(request(tiny_llama, tmp_path / "whole", **options))
     from ulbq.methods import UlbSapr
 

@@ -258,3 +258,52 @@ def test_layers_that_see_other_tokens_are_refused(data: BlockData) -> None:
     block.set_submodule("up", TrainedLinear(quantizer, dense.up.bias))
     with pytest.raises(InputError, match="does not see every token"):
         LayerwiseTrainer(block, dense, data, SETTINGS, CPU).train(0)
+
+
+class Chosen(nn.Module):
+    """A layer that takes all tokens of some samples, and none of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.other = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = x + self.up(x)
+        return made + self.other(x) if x[0, 0, 0] > 0 else made
+
+
+@pytest.mark.parametrize("calls", [(False, True), (True, False)])
+def test_layers_that_only_some_samples_call_are_refused(calls: tuple[bool, bool], tmp_path: Path) -> None:
+    inputs = torch.randn(6, 8, WIDTH, generator=torch.Generator().manual_seed(2)).abs()
+    for sample, called in enumerate(calls):
+        inputs[sample, 0, 0] *= 1 if called else -1
+    dense = Chosen().requires_grad_(False)
+    block = copy.deepcopy(dense)
+    for name in ("up", "other"):
+        weight = dense.get_submodule(name).weight
+        start = round_to_nearest(weight, SCHEME)
+        quantizer = AffineQuantizer(weight, start.scales, start.zeros, SCHEME)
+        block.set_submodule(name, TrainedLinear(quantizer, dense.get_submodule(name).bias))
+    x = store(inputs, tmp_path)
+    data = BlockData(x, store(inputs, tmp_path), None, {}, training=4, originals=x)
+    with pytest.raises(InputError, match="'other' does not see every token"):
+        LayerwiseTrainer(block, dense, data, SETTINGS, CPU).train(0)
+
+
+def test_a_penalty_that_reaches_nothing_that_trains_leaves_the_block(data: BlockData) -> None:
+    block = quantized(dense_block(), rank=4)
+    own = penalty(block)
+    stage = Stage(name="wpt", epochs=2, penalty=1.0, weight_rate=0, scale_rate=0, norm_rate=0.01, adapter_rate=0.01)
+    outcome = BlockTrainer(block, data, SETTINGS, CPU, stages=[stage], penalty=own).train(0)
+    assert outcome.steps == 0
+    without = BlockTrainer(block, data, SETTINGS, CPU, stages=[Stage(name="wpt", epochs=2)]).train(0)
+    assert without.steps == 0
+
+
+def test_measuring_without_adapters_leaves_them_switched_on(data: BlockData) -> None:
+    block = quantized(dense_block(), rank=4)
+    settings = SETTINGS.model_copy(update={"epochs": 1, "base_share": 0.5})
+    BlockTrainer(block, data, settings, CPU).train(0)
+    assert all(layer.adapted for layer in layers(block).values())
+    assert not any(layer.adapter.training for layer in layers(block).values() if layer.adapter)

@@ -9,7 +9,7 @@ the grid, and the weights may move; ``--freeze-weights --token-weighting uniform
 from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask
@@ -20,9 +20,11 @@ from ulbq.solvers.rtn import round_to_nearest
 
 
 class ApiQOptions(TrainedOptions, AffineOptions):
-    """Options of ``apiq``."""
+    """Options of ``apiq``; the defaults come from ``benchmarks/sweep.py``."""
 
     adapter: bool = True
+    batch_size: int = Field(default=2, ge=1)
+    weight_rate: float = Field(default=0.02, ge=0)
 
 
 class ApiQ:

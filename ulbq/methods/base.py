@@ -34,10 +34,12 @@ class BlockStart:
     Attributes:
         packed: stored tensors of each quantized layer.
         adapters: stored tensors of the layers' adapters, under peft's short names; empty without.
+        vectors: what training may change beside the linear layers (norms), as stored, by name inside the block.
     """
 
     packed: Mapping[str, Packed]
     adapters: Mapping[str, Packed]
+    vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class BlockTask:
         on_epoch: called with the held-out loss after each epoch.
         saliency: ``[out, in]`` float32 score of each layer's weights; None where none was asked for.
         start: what to go on from; None for a fresh start.
+        prefix: full name of the block, with the dot.
     """
 
     index: int
@@ -67,6 +70,7 @@ class BlockTask:
     on_epoch: Callable[[float], None]
     saliency: Mapping[str, torch.Tensor] | None = None
     start: BlockStart | None = None
+    prefix: str = ""
 
     def weight(self, linear: str) -> torch.Tensor:
         """Full-precision weight ``[out, in]`` of a layer."""
@@ -79,7 +83,7 @@ class BlockResult:
 
     Attributes:
         packed: stored tensors of each quantized layer.
-        dense: parameters of the block that training changed (norm weights), by name relative to the block.
+        dense: parameters of the block that are not the model's any more (norm weights), by name relative to the block.
         outcome: how training went; None for methods that do not train.
         adapters: stored tensors of each adapted layer's adapter, under peft's short names.
     """
@@ -111,6 +115,15 @@ class Needs:
     saliency: str | None = None
     end_to_end: EndToEndSettings | None = None
     continues: bool = False
+
+    @property
+    def stores(self) -> int:
+        """Stores of activations that live at once, of which each gets its share of the memory.
+
+        Both streams and what is wanted beside them; layer by layer also the inputs in full precision, inputs, targets
+        and augmented targets of the layers that train.
+        """
+        return 2 + self.augmented + self.originals + (3 + self.augmented if self.originals else 0)
 
 
 class Method(Protocol):
@@ -144,6 +157,19 @@ class Method(Protocol):
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block. Raises NumericsError where the numbers went wrong beyond repair."""
         ...
+
+
+def check_finite(index: int, result: BlockResult) -> None:
+    """Refuse a block with values that are not finite as they are stored. Raises NumericsError."""
+    stored = [
+        tensor for parts in (result.packed, result.adapters) for named in parts.values() for tensor in named.values()
+    ]
+    tensors = [tensor for tensor in (*stored, *result.dense.values()) if tensor.is_floating_point()]
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise NumericsError(
+            f"Block {index} has scales, norms or adapters that are not finite.",
+            hint="Try --precision fp32, or lower rates.",
+        )
 
 
 def check_packed(linear: str, scheme: AnyScheme, packed: Packed, simulated: torch.Tensor) -> None:

@@ -1,10 +1,13 @@
 """What all trained methods share: put quantizers and adapters into a block, train, pack, check."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
+from torch import nn
 
+from ulbq import runtime
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
 from ulbq.methods.options import TrainedOptions
@@ -67,6 +70,7 @@ class BlockTraining:
         layerwise = self._options.granularity == "layer"
         reference = deepcopy(task.block) if layerwise else None
         originals = {linear: task.weight(linear) for linear in task.linears}
+        # After the copy: the reference keeps the model's own norms, the block goes on from the artifact's.
         beside = _vectors_beside(task)
         layers = {linear: self._install(task, linear, make) for linear in task.linears}
         stages, settings = self._stages(task.index), self._options.settings()
@@ -85,14 +89,16 @@ class BlockTraining:
                 stages=stages,
                 penalty=lambda names: self._penalty(task, originals, names, stages),
             )
-        outcome = trainer.train(task.seed, task.on_epoch)
-        packed = {linear: _pack(linear, layer.quantizer) for linear, layer in layers.items()}
+        with _own_randomness(task.seed, task.precision.device):
+            outcome = trainer.train(task.seed, task.on_epoch)
+        sizes = {linear: task.importance[linear].mean().sqrt().item() for linear in layers}
+        packed = {linear: pack_layer(linear, layer.quantizer, sizes[linear]) for linear, layer in layers.items()}
         adapters = {linear: layer.adapter.tensors() for linear, layer in layers.items() if layer.adapter is not None}
-        dense = {
-            name: value.detach()
-            for name, value in task.block.named_parameters()
-            if name in beside and (task.start is not None or not torch.equal(value, beside[name]))
-        }
+        # An artifact's vectors that did not change are stored as they came, in their dtype.
+        dense = dict(task.start.vectors) if task.start else {}
+        for name, value in task.block.named_parameters():
+            if name in beside and not torch.equal(value, beside[name]):
+                dense[name] = value.detach()
         return BlockResult(packed, dense, outcome, adapters)
 
     def _stages(self, index: int) -> list[Stage]:
@@ -122,11 +128,12 @@ class BlockTraining:
         return layer
 
     def _make_adapter(self, task: BlockTask, linear: str, quantizer: Quantizer) -> Adapter | None:
-        if self._adapter is None or not self._adapter.matches(linear):
+        if self._adapter is None or not self._adapter.matches(task.prefix + linear):
             return None
         out_features, in_features = linear_layer(task.block, linear).weight.shape
         # One stream of random numbers a layer: whether others have adapters makes no difference.
-        generator = torch.Generator().manual_seed(task.seed * 1009 + task.linears.index(linear))
+        seed = task.seed * 1009 + task.linears.index(linear)
+        generator = torch.Generator().manual_seed(seed % (runtime.MAX_SEED + 1))
         adapter = Adapter(self._adapter, in_features, out_features, generator=generator).to(task.precision.device)
         if task.start is not None and linear in task.start.adapters:
             adapter.assign(task.start.adapters[linear])
@@ -145,15 +152,43 @@ class BlockTraining:
         return WeightPenalty({name: originals[name] for name in names}, saliency, self._options.penalize)
 
 
+@torch.no_grad()
 def _vectors_beside(task: BlockTask) -> dict[str, torch.Tensor]:
-    """Values of the vectors outside the linear layers (norms), which training may change."""
-    inside = tuple(f"{linear}." for linear in task.linears)
-    named = task.block.named_parameters()
-    return {name: p.detach().clone() for name, p in named if p.dim() == 1 and not name.startswith(inside)}
+    """Values of the vectors outside the linear layers (norms), which training may change; an artifact's are put in."""
+    found = vectors_beside(task.block, task.linears)
+    for name, value in (task.start.vectors if task.start else {}).items():
+        found[name].copy_(value)
+    return {name: parameter.clone() for name, parameter in found.items()}
+
+
+def vectors_beside(block: nn.Module, linears: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The vectors of a block outside its linear layers, by name."""
+    inside = tuple(f"{linear}." for linear in linears)
+    named = block.named_parameters()
+    return {name: p.detach() for name, p in named if p.dim() == 1 and not name.startswith(inside)}
+
+
+@contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout draws from torch's global generators: seeded anew, a block does not depend on those before it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()
-def _pack(linear: str, quantizer: Quantizer) -> Packed:
+def pack_layer(linear: str, quantizer: Quantizer, size: float) -> Packed:
+    """Pack a trained layer and check what came of it.
+
+    Args:
+        linear: its name, for errors.
+        quantizer: of its weight.
+        size: root mean square of its inputs; 0 for a layer that saw none.
+
+    Raises:
+        NumericsError: what was packed is not what was trained.
+    """
     packed = quantizer.finalize()
     check_packed(linear, quantizer.scheme, packed, quantizer.dense(quantizer()))
+    quantizer.check_product(linear, packed, size=size or 1.0)
     return packed

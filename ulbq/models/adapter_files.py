@@ -119,12 +119,10 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, AdapterTensors]:
     """
     config = read_config(folder)
     stored = LazyTensors([folder / _WEIGHTS])
-    found: AdapterTensors = {}
     for name in sorted(stored.names):
-        linear, short = split_name(name.removeprefix(_PREFIX))
-        if not linear or not name.startswith(_PREFIX):
+        if not split_name(name)[0].startswith(_PREFIX):
             raise InputError(f"'{folder / _WEIGHTS}' holds '{name}', which is no part of an adapter.", hint=_HINT)
-        found.setdefault(linear, {})[short] = stored.read(name)
+    found = by_layer(stored, _PREFIX)
     if not found:
         raise InputError(f"'{folder / _WEIGHTS}' holds no adapter.", hint=_HINT)
     for linear, tensors in found.items():
@@ -144,13 +142,26 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> dict[str, Adapter]:
     """
     config, found = read_adapter(folder)
     _check_fits(model, folder, found)
+    return build_adapters(config, found)
+
+
+def by_layer(stored: LazyTensors, prefix: str) -> AdapterTensors:
+    """The tensors of adapters, by linear layer and peft's short name; ``prefix`` is taken off the layers' names."""
+    found: AdapterTensors = {}
+    for name in sorted(stored.names):
+        linear, short = split_name(name.removeprefix(prefix))
+        found.setdefault(linear, {})[short] = stored.read(name)
+    return found
+
+
+def build_adapters(config: AdapterConfig, found: AdapterTensors) -> dict[str, Adapter]:
+    """Stored adapters as modules, float32 and trainable, by linear layer."""
     adapters = {}
     for linear, tensors in found.items():
         columns, rows = tensors["lora_A.weight"].shape[1], tensors["lora_B.weight"].shape[0]
         # Its own generator: the values are replaced, and torch's global one must not notice.
-        adapter = Adapter(config, columns, rows, generator=torch.Generator())
-        adapter.assign(tensors)
-        adapters[linear] = adapter
+        adapters[linear] = Adapter(config, columns, rows, generator=torch.Generator())
+        adapters[linear].assign(tensors)
     return adapters
 
 

@@ -138,11 +138,12 @@ def _teacher(phase: _Phase) -> Teacher:
 def _write(phase: _Phase, student: Student) -> None:
     """Pack the blocks one by one, and note each with the records of its layers."""
     job = phase.job
+    sizes = student.input_sizes(phase.samples.tokens[-1:])
     for index in range(job.found.n_blocks):
         if f"{TUNED}{index}" in phase.writer.journal:
             continue
         prefix, linears = job.names(index)
-        packed = write_tuned(job, student, index, phase.before, phase.after)
+        packed = write_tuned(job, student, index, phase.before, phase.after, sizes)
         layers = [
             layer_record(job, prefix + linear, _original(job, prefix + linear), packed[linear]) for linear in linears
         ]

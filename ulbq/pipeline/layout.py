@@ -12,7 +12,7 @@ from ulbq.artifacts.records import BitsReport, LayerRecord
 from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult
-from ulbq.models.adapter_files import split_name
+from ulbq.models.adapter_files import build_adapters, by_layer
 from ulbq.models.blocks import check_shape, check_values
 from ulbq.models.names import read_state, state_names
 from ulbq.models.source import ModelSource
@@ -111,33 +111,21 @@ def restore_block(block: nn.Module, prefix: str, shard: Path, linears: Sequence[
     return block
 
 
-def take_vectors(block: nn.Module, prefix: str, source: ModelSource, linears: Sequence[str]) -> None:
-    """Overwrite a block's vectors beside its linear layers (norms) with those of an artifact, in place."""
-    inside = tuple(f"{linear}." for linear in linears)
-    with torch.no_grad():
-        for name, parameter in block.named_parameters():
-            if parameter.dim() == 1 and not name.startswith(inside):
-                parameter.copy_(source.read(prefix + name))
-
-
 def write_adapters(path: Path, prefix: str, adapters: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """Write the adapters of one block under the layers' full names and peft's short ones."""
     named = {f"{prefix}{linear}.{short}": t for linear, tensors in adapters.items() for short, t in tensors.items()}
     write_shard(path, named)
 
 
+def read_adapters(path: Path, prefix: str, config: AdapterConfig) -> dict[str, Adapter]:
+    """The adapters of one block as :func:`write_adapters` left them, by the layers' names inside the block."""
+    return build_adapters(config, by_layer(LazyTensors([path]), prefix))
+
+
 def restore_adapters(block: nn.Module, prefix: str, shard: Path, config: AdapterConfig) -> None:
     """Put stored adapters beside the packed layers of a block, in place."""
-    stored = LazyTensors([shard])
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for name in stored.names:
-        linear, short = split_name(name.removeprefix(prefix))
-        found.setdefault(linear, {})[short] = stored.read(name)
-    for linear, tensors in found.items():
+    for linear, adapter in read_adapters(shard, prefix, config).items():
         base = block.get_submodule(linear)
-        down, up = tensors["lora_A.weight"], tensors["lora_B.weight"]
-        adapter = Adapter(config, down.shape[1], up.shape[0])
-        adapter.assign(tensors)
         block.set_submodule(linear, AdaptedLinear(base, adapter.to(next(base.buffers()).device)))
 
 

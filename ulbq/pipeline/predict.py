@@ -1,20 +1,30 @@
 """What a quantization run will cost, told before it starts."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedModel
 
 from ulbq import formats, runtime
 from ulbq.methods.base import Method
-from ulbq.models.blocks import ModelStructure, block_list
+from ulbq.models.blocks import Linear, ModelStructure, block_list
 from ulbq.pipeline.request import QuantizeRequest
+from ulbq.pipeline.saliency_plan import SaliencyRequest, predict_scoring
+from ulbq.saliency import KINDS, SaliencyKind, SaliencySettings
 from ulbq.training.precision import Precision
 
 # Float32 copies of a block's linear weights that live at the peak: the block itself, latents, gradient, two moments,
 # and the snapshots of the start and of the best epoch; the rest is masks and half-precision copies inside one step.
 _TRAINING_COPIES = 9.0
 _PLAIN_COPIES = 3.5
+# More of them where scores weigh a penalty: the scores as read and as they count, and what autograd keeps of the
+# distance to the full-precision weights and of its square.
+_PENALTY_COPIES = 4
+# Float32 copies of a block's adapters: values, gradient, two moments, two snapshots.
+_ADAPTER_COPIES = 6
 # Hidden-sized float32 activations of one step that autograd keeps, in units of the batch's hidden states.
 _STEP_ACTIVATIONS = 40
 # Float32 copies of a step's logits, of student and teacher together: themselves, log-probabilities, gradients.
@@ -39,6 +49,13 @@ class Cost(BaseModel):
     artifact: int
 
 
+class _Need(NamedTuple):
+    """Bytes of a phase."""
+
+    memory: int
+    disk: int
+
+
 def predict(
     request: QuantizeRequest, method: Method, found: ModelStructure, model: PreTrainedModel, precision: Precision
 ) -> Cost:
@@ -49,88 +66,142 @@ def predict(
         model: the skeleton of which ``found`` tells.
         precision: of the run.
     """
-    hidden = model.config.get_text_config().hidden_size
-    layers = [linear for block in found.linears for linear in block]
-    packed = sum(
-        formats.bits_per_weight(method.scheme, linear.out_features, linear.in_features)
-        * (linear.out_features * linear.in_features)
-        for linear in layers
-    )
-    quantized = [sum(linear.out_features * linear.in_features for linear in block) for block in found.linears]
-    blocks = [sum(p.numel() for p in block.parameters()) for block in block_list(model)[1]]
-    weights = sum(p.numel() for p in model.parameters())
-    outer = weights - sum(blocks)
-    artifact = round(packed / 8) + (weights - sum(quantized)) * 2
-    copies = _TRAINING_COPIES if method.needs.epochs else _PLAIN_COPIES
-    # What a block holds beside its linear layers (experts, for one) is there once.
-    largest = max(copies * inside + (block - inside) for inside, block in zip(quantized, blocks, strict=True))
+    run = _Run(request, method, found, model, precision)
+    adapters = 2 * sum(run.adapter_values(block) for block in found.linears)
+    artifact = run.packed() + (run.weights - sum(run.quantized)) * 2 + adapters
     started = runtime.peak_memory()
-    memory = started + round(4 * largest)
-    disk = artifact
-    if method.calibrated:
-        samples, length = request.samples or 0, request.sequence_length or 0
-        held = samples + heldout_samples(samples)
-        streams = (2 + method.needs.augmented + method.needs.originals) * held * length * hidden * 4
-        memory += min(streams, request.activation_memory or 0) + outer * 4
-        disk += max(0, streams - request.activation_memory or 0)
-        memory += min(request.batch_size or 1, held) * length * hidden * 4 * _STEP_ACTIVATIONS
-    else:
-        memory += outer * 2
-    whole, kept = _end_to_end(request, method, found, model, precision)
+    blocks, whole = run.blocks(), run.end_to_end()
     # On top: most of what the blocks leave behind stays with the allocator, in pieces that the whole does not fit.
-    memory += whole
-    disk += kept and kept + artifact
+    memory = started + blocks.memory + whole.memory
+    # The adapters lie in the scratch folder too, the tuned blocks beside those whose places they take.
+    disk = artifact + adapters + max(blocks.disk, whole.disk and whole.disk + artifact)
+    if method.needs.saliency in KINDS:
+        peak, on_disk, scores = run.scoring()
+        memory, disk = max(memory, peak), max(disk + scores, on_disk)
     if request.calibration == "self":
         # To write, the model is loaded whole.
-        memory = max(memory, started + weights * precision.dtype.itemsize)
+        memory = max(memory, started + run.weights * precision.dtype.itemsize)
     return Cost(peak_memory=memory, disk=disk, artifact=artifact)
 
 
-def _end_to_end(
-    request: QuantizeRequest, method: Method, found: ModelStructure, model: PreTrainedModel, precision: Precision
-) -> tuple[int, int]:
-    """Bytes of memory that the end-to-end phase needs at its peak, and of its states on disk; 0 without one.
+@dataclass
+class _Run:
+    """The sizes of a run, and what its phases make of them."""
 
-    The student lies there in float32, latents for weights, and the teacher in the dtype of the products; whatever
-    trains has a gradient and two moments. One block's activations and quantized weights live at a time, beside the
-    hidden states before every block, and the logits with what the loss makes of them.
-    """
-    settings = method.needs.end_to_end
-    if settings is None:
-        return 0, 0
-    weights = sum(p.numel() for p in model.parameters())
-    quantized = [sum(linear.out_features * linear.in_features for linear in block) for block in found.linears]
-    beside = _trained_beside_weights(method, found)
-    trained = beside + (sum(quantized) if settings.train == "all" else 0)
-    config = model.config.get_text_config()
-    hidden, vocabulary = int(config.hidden_size), int(config.vocab_size)
-    tokens = settings.batch_size * (request.sequence_length or 0)
-    teacher = weights * precision.dtype.itemsize if settings.taught else 0
-    if settings.teacher == "cached":
-        # It is gone before the student comes.
-        cached = (request.samples or 0) * (request.sequence_length or 0) * (settings.top_k * 8 + 4)
-        teacher = min(cached, request.activation_memory or 0)
-    states = tokens * hidden * 4 * found.n_blocks * (3 if settings.loss == "kl-hidden" else 1)
-    step = tokens * (hidden * _STEP_ACTIVATIONS + vocabulary * _LOGITS) * 4
-    memory = 4 * (weights + beside) + 12 * trained + teacher + states + step + max(quantized) * 4 * _QUANTIZED_COPIES
-    # Values and moments, of the best epoch and of the last one.
-    return memory, 2 * 12 * trained
+    request: QuantizeRequest
+    method: Method
+    found: ModelStructure
+    model: PreTrainedModel
+    precision: Precision
 
+    def __post_init__(self) -> None:
+        config = self.model.config.get_text_config()
+        self.hidden, self.vocabulary = int(config.hidden_size), int(config.vocab_size)
+        self.needs = self.method.needs
+        self.samples, self.length = self.request.samples or 0, self.request.sequence_length or 0
+        self.limit = self.request.activation_memory or 0
+        self.weights = sum(p.numel() for p in self.model.parameters())
+        # Of each block: all of its parameters, and those in the layers that are quantized.
+        self.inside = [sum(p.numel() for p in block.parameters()) for block in block_list(self.model)[1]]
+        self.quantized = [sum(x.out_features * x.in_features for x in block) for block in self.found.linears]
 
-def _trained_beside_weights(method: Method, found: ModelStructure) -> int:
-    """Parameters of scales, router and adapters; norms are too few to count."""
-    count = 0
-    for linear in (linear for block in found.linears for linear in block):
-        shape = (linear.out_features, linear.in_features)
-        specs = method.scheme.tensors(*shape).values()
-        small = [spec for spec in specs if spec.role != "codes"]
-        # Zero points are packed by the bit, and there is one for every scale.
-        scales = sum(prod(spec.shape) for spec in small if spec.role != "zeros")
-        count += scales * 2 if len(small) > 1 else scales
-        adapter = method.needs.adapter
-        if adapter is not None and adapter.matches(linear.name):
-            count += adapter.bits(*shape) // 16
-    return count
+    def packed(self) -> int:
+        """Bytes of all packed layers."""
+        shapes = [(x.out_features, x.in_features) for block in self.found.linears for x in block]
+        return round(sum(formats.bits_per_weight(self.method.scheme, *shape) * prod(shape) for shape in shapes) / 8)
+
+    def adapter_values(self, linears: Sequence[Linear]) -> int:
+        """Parameters of some layers' adapters."""
+        adapter = self.needs.adapter
+        if adapter is None:
+            return 0
+        return sum(adapter.bits(x.out_features, x.in_features) for x in linears if adapter.matches(x.name)) // 16
+
+    def scoring(self) -> tuple[int, int, int]:
+        """Bytes of scoring the weights first: memory at its peak, that of the process included; disk; the scores."""
+        asked = SaliencyRequest(
+            kind=TypeAdapter(SaliencyKind).validate_python(self.needs.saliency),
+            samples=self.samples,
+            sequence_length=self.length,
+            batch_size=SaliencySettings.batch_size,
+            activation_memory=self.limit,
+        )
+        return predict_scoring(asked, self.model, self.found, self.precision)
+
+    def blocks(self) -> _Need:
+        """The walk over the blocks, beside the artifact."""
+        outer = self.weights - sum(self.inside)
+        largest = max(map(self._block, range(self.found.n_blocks)))
+        if not self.method.calibrated:
+            return _Need(4 * largest + 2 * outer, 0)
+        held = self.samples + heldout_samples(self.samples)
+        # Each has its share of the memory, and lies on disk whole where that is not enough.
+        stores = [4 * held * self.length * width for width in self._widths()]
+        kept = sum(size for size in stores if size <= self.limit // self.needs.stores)
+        step = min(self.request.batch_size or 1, held) * self.length * self.hidden * _STEP_ACTIVATIONS
+        return _Need(4 * (largest + outer + step) + kept, sum(stores) - kept)
+
+    def _block(self, index: int) -> int:
+        """Float32 values that live at the peak of one block's work."""
+        quantized, inside = self.quantized[index], self.inside[index]
+        copies = _TRAINING_COPIES if self.needs.epochs else _PLAIN_COPIES
+        if self.needs.saliency is not None:
+            copies += _PENALTY_COPIES
+        # What a block holds beside its linear layers (experts, for one) is there once; a reference is a second block.
+        beside = inside - quantized + (inside if self.needs.originals else 0)
+        return round(copies * quantized) + beside + _ADAPTER_COPIES * self.adapter_values(self.found.linears[index])
+
+    def _widths(self) -> list[int]:
+        """Values a token in each store of activations, as :attr:`Needs.stores` lists them."""
+        widths = [self.hidden] * (2 + self.needs.augmented + self.needs.originals)
+        if not self.needs.originals:
+            return widths
+        # Layers that read the same input, as far as names and shapes tell: the widest have the widest stores.
+        groups: dict[tuple[str, int], int] = {}
+        for linear in (linear for block in self.found.linears for linear in block):
+            key = (linear.name.rpartition(".")[0], linear.in_features)
+            groups[key] = groups.get(key, 0) + linear.out_features
+        outputs = 1 + self.needs.augmented
+        (_, columns), rows = max(groups.items(), key=lambda group: 2 * group[0][1] + outputs * group[1])
+        return widths + [columns] * 2 + [rows] * outputs
+
+    def end_to_end(self) -> _Need:
+        """The end-to-end phase: memory on top of the blocks', and its states on disk; 0 without one.
+
+        The student lies there in float32, latents for weights, and the teacher in the dtype of the products; whatever
+        trains has a gradient and two moments. One block's activations and quantized weights live at a time, beside the
+        hidden states before every block, and the logits with what the loss makes of them.
+        """
+        settings = self.needs.end_to_end
+        if settings is None:
+            return _Need(0, 0)
+        beside = self._trained_beside_weights()
+        trained = beside + (sum(self.quantized) if settings.train == "all" else 0)
+        tokens = settings.batch_size * self.length
+        teacher, cached = self.weights * self.precision.dtype.itemsize if settings.taught else 0, 0
+        if settings.teacher == "cached":
+            # It is gone before the student comes.
+            guesses = (self.samples + heldout_samples(self.samples)) * self.length * (settings.top_k * 8 + 4)
+            teacher = min(guesses, self.limit)
+            cached = guesses - teacher
+        states = tokens * self.hidden * 4 * self.found.n_blocks * (3 if settings.loss == "kl-hidden" else 1)
+        step = tokens * (self.hidden * _STEP_ACTIVATIONS + self.vocabulary * _LOGITS) * 4
+        student = 4 * (self.weights + beside) + 12 * trained
+        memory = student + teacher + states + step + max(self.quantized) * 4 * _QUANTIZED_COPIES
+        # Values and moments, of the best epoch and of the last one.
+        return _Need(memory, 2 * 12 * trained + cached)
+
+    def _trained_beside_weights(self) -> int:
+        """Parameters of scales, router and adapters; norms are too few to count."""
+        layers = [linear for block in self.found.linears for linear in block]
+        count = self.adapter_values(layers)
+        for linear in layers:
+            specs = self.method.scheme.tensors(linear.out_features, linear.in_features).values()
+            small = [spec for spec in specs if spec.role != "codes"]
+            # Zero points are packed by the bit, and there is one for every scale.
+            scales = sum(prod(spec.shape) for spec in small if spec.role != "zeros")
+            count += scales * 2 if len(small) > 1 else scales
+        return count
 
 
 def heldout_samples(samples: int) -> int:

@@ -85,6 +85,7 @@ def plan(request: QuantizeRequest, progress: Progress | None = None) -> Quantize
 def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     """Settle everything that can be settled before the first tensor is read. Raises as :func:`plan`."""
     check_options(request)
+    without_adapter = request.adapter is False  # typed, not the method's default
     device = runtime.resolve_device(request.device)
     origins = open_origins(request.source, offline=request.offline)
     source = origins.model
@@ -119,7 +120,9 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
         precision=str(precision.dtype).removeprefix("torch."),
         cost=predict(request, method, found, model, precision),
     )
-    start = None if origins.start is None else Start(origins.start, method.scheme, method.needs)
+    start = None
+    if origins.start is not None:
+        start = Start(origins.start, method.scheme, method.needs, without_adapter=without_adapter)
     saliency = open_saliency(method.needs.saliency, source)
     return Job(request, source, model, found, method, precision, described, start, saliency)
 

@@ -1,5 +1,6 @@
 """``quantize``: a model in, a packed artifact out, one block at a time."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,27 +8,28 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from torch import nn
 
 from ulbq import __version__, runtime
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
 from ulbq.artifacts.saliency import BlockScores
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 from ulbq.data.calibration import Calibration, save_calibration
-from ulbq.errors import InputError, NumericsError
-from ulbq.methods.base import BlockResult, BlockTask
+from ulbq.errors import InputError
+from ulbq.methods.base import BlockStart, BlockTask, check_finite
+from ulbq.methods.training import vectors_beside
 from ulbq.models.blocks import load_block
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.end_to_end import train_end_to_end
 from ulbq.pipeline.finish import block_record, finish, layer_record
-from ulbq.pipeline.origins import KINDS
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
 from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
 from ulbq.pipeline.samples import CALIBRATION_FILE, draw, written_samples
 from ulbq.pipeline.streams import Streams
 from ulbq.progress import Phase, Progress, Silent
-from ulbq.saliency import Saliency, SaliencyKind, SaliencySettings, block_file, compute_saliency
+from ulbq.saliency import KINDS, Saliency, SaliencyKind, SaliencySettings, block_file, compute_saliency
 from ulbq.training.block import TrainOutcome
 
 __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]
@@ -199,8 +201,6 @@ class _Run:
         job, started = self._job, time.monotonic()
         prefix, linears = job.names(index)
         block = load_block(job.model, job.source, index, torch.float32, job.precision.device)
-        if job.start is not None:
-            layout.take_vectors(block, prefix, job.start.source, linears)
         originals = {linear: linear_layer(block, linear).weight.detach() for linear in linears}
         epochs = 0
 
@@ -220,10 +220,11 @@ class _Run:
             seed=job.request.seed + index,
             on_epoch=on_epoch,
             saliency=self._scores(prefix, linears),
-            start=job.start.block(prefix, linears) if job.start else None,
+            start=self._start(block, prefix, linears),
+            prefix=prefix,
         )
         result = job.method.quantize_block(task)
-        _check_finite(index, result)
+        check_finite(index, result)
         shard = self._writer.path / layout.block_shard(index)
         layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
         records: dict[str, Any] = {
@@ -239,6 +240,13 @@ class _Run:
         self._writer.record(str(index), records, files=files)
         phase.advance(1 + job.method.needs.epochs - min(epochs, job.method.needs.epochs), f"block {index}")
 
+    def _start(self, block: nn.Module, prefix: str, linears: tuple[str, ...]) -> BlockStart | None:
+        start = self._job.start
+        if start is None:
+            return None
+        vectors = {name: start.source.read(prefix + name) for name in vectors_beside(block, linears)}
+        return dataclasses.replace(start.block(prefix, linears), vectors=vectors)
+
     def _scores(self, prefix: str, linears: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
         if self._saliency is None:
             return None
@@ -253,11 +261,3 @@ class _Run:
             self._progress.note(f"Block {index} was rolled back {outcome.retries} times and trained at lower rates.")
         if outcome.end_error > _ALARM:
             self._progress.warn(f"Block {index} ends at a relative error of {outcome.end_error:.2f}: expect the worst.")
-
-
-def _check_finite(index: int, result: BlockResult) -> None:
-    tensors = [t for packed in result.packed.values() for t in packed.values()] + list(result.dense.values())
-    if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()):
-        raise NumericsError(
-            f"Block {index} has scales or norms that are not finite.", hint="Try --precision fp32, or lower rates."
-        )

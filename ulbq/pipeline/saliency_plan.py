@@ -141,7 +141,7 @@ def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
         activation_memory=request.activation_memory or 0,
     )
     layers = [linear for block in found.linears for linear in block]
-    peak_memory, disk, artifact = _predict(request, model, found, precision)
+    peak_memory, disk, artifact = predict_scoring(request, model, found, precision)
     plan = SaliencyPlan(
         request=request,
         model=source.name,
@@ -181,7 +181,7 @@ def _complete(request: SaliencyRequest, samples: int, progress: Progress) -> Sal
     )
 
 
-def _predict(
+def predict_scoring(
     request: SaliencyRequest, model: PreTrainedModel, found: ModelStructure, precision: Precision
 ) -> tuple[int, int, int]:
     """Peak memory, disk and artifact of a completed request, in bytes."""

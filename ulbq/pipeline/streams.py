@@ -35,14 +35,13 @@ class Streams:
         self._batch = job.request.batch_size or 1
         device = job.precision.device
         needs = job.method.needs
-        copies = 2 + needs.augmented + needs.originals
         stream = BlockStream(
             job.model,
             job.source,
             tokens,
             dtype=torch.float32,
             device=device,
-            limit=(job.request.activation_memory or 0) // copies,
+            limit=(job.request.activation_memory or 0) // needs.stores,
             directory=scratch,
         )
         self._kwargs = stream.block_kwargs

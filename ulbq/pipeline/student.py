@@ -1,7 +1,7 @@
 """Takes a finished artifact's blocks back into training, and out of it."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,9 @@ from torch import nn
 
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.formats import AnyScheme
-from ulbq.methods.base import Packed, check_packed
-from ulbq.models.adapter_files import split_name
+from ulbq.methods.base import BlockResult, Packed, check_finite
+from ulbq.methods.training import pack_layer
 from ulbq.models.blocks import load_block, load_outer
-from ulbq.nn.adapter import Adapter
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
@@ -80,7 +79,8 @@ def _block(job: Job, folders: Folders, index: int, train_weights: bool) -> nn.Mo
     device = job.precision.device
     block = load_block(job.model, job.source, index, torch.float32, device)
     stored = LazyTensors([folders.block(index)])
-    adapters = _adapters(job, folders, index, prefix)
+    config = job.method.needs.adapter
+    adapters = {} if config is None else layout.read_adapters(folders.adapter(index), prefix, config)
     for linear in linears:
         dense = linear_layer(block, linear)
         packed = {short: t.to(device) for short, t in _packed(stored, prefix + linear, job.method.scheme, dense)}
@@ -104,26 +104,10 @@ def _packed(
         yield short, stored.read(f"{linear}.{short}")
 
 
-def _adapters(job: Job, folders: Folders, index: int, prefix: str) -> dict[str, Adapter]:
-    config = job.method.needs.adapter
-    if config is None:
-        return {}
-    stored = LazyTensors([folders.adapter(index)])
-    found: dict[str, Packed] = {}
-    for name in sorted(stored.names):
-        linear, short = split_name(name.removeprefix(prefix))
-        found.setdefault(linear, {})[short] = stored.read(name)
-    made = {}
-    for linear, tensors in found.items():
-        columns, rows = tensors["lora_A.weight"].shape[1], tensors["lora_B.weight"].shape[0]
-        # A generator of its own: its values are replaced, and torch's global one must not notice.
-        made[linear] = Adapter(config, columns, rows, generator=torch.Generator())
-        made[linear].assign(tensors)
-    return made
-
-
 @torch.no_grad()
-def write_tuned(job: Job, student: Student, index: int, before: Folders, after: Folders) -> dict[str, Packed]:
+def write_tuned(
+    job: Job, student: Student, index: int, before: Folders, after: Folders, sizes: Mapping[str, float]
+) -> dict[str, Packed]:
     """Pack one block of a student, and write its shards.
 
     What is neither quantized nor trained is copied as it lies in the block phase's shard, and so is a vector whose
@@ -132,34 +116,34 @@ def write_tuned(job: Job, student: Student, index: int, before: Folders, after: 
     Args:
         before: the block phase's shards.
         after: where the new ones go.
+        sizes: root mean square of each layer's inputs, by full name.
 
     Returns:
         Packed tensors of each layer, by name inside the block.
 
     Raises:
-        NumericsError: what was packed is not what was trained.
+        NumericsError: what was packed is not what was trained, or not finite.
     """
     prefix, linears = job.names(index)
     block = student.model.get_submodule(prefix[:-1])
     old = LazyTensors([before.block(index)])
-    packed: dict[str, Packed] = {}
-    adapters: dict[str, Packed] = {}
+    result = BlockResult({})
     for linear in linears:
         layer = block.get_submodule(linear)
         if not isinstance(layer, TrainedLinear):
             raise TypeError(f"'{linear}' does not train")
-        packed[linear] = layer.quantizer.finalize()
-        dense = layer.quantizer.dense(layer.quantizer())
-        check_packed(linear, layer.quantizer.scheme, packed[linear], dense)
+        result.packed[linear] = pack_layer(linear, layer.quantizer, sizes[prefix + linear])
         if layer.adapter is not None:
-            adapters[linear] = layer.adapter.tensors()
+            result.adapters[linear] = layer.adapter.tensors()
     tensors = {name: old.read(name) for name in old.names}
     for name, parameter in block.named_parameters():
-        full = prefix + name
-        if full in tensors and not torch.equal(tensors[full].to(parameter.device, parameter.dtype), parameter):
-            tensors[full] = parameter
-    tensors |= {f"{prefix}{linear}.{short}": t for linear, parts in packed.items() for short, t in parts.items()}
+        stored = tensors.get(prefix + name)
+        if stored is not None and not torch.equal(stored.to(parameter.device, parameter.dtype), parameter):
+            result.dense[name] = parameter
+    check_finite(index, result)
+    tensors |= {prefix + name: parameter for name, parameter in result.dense.items()}
+    tensors |= {f"{prefix}{linear}.{short}": t for linear, parts in result.packed.items() for short, t in parts.items()}
     write_shard(after.block(index), {name: tensors[name] for name in sorted(tensors)})
     if job.method.needs.adapter is not None:
-        layout.write_adapters(after.adapter(index), prefix, adapters)
-    return packed
+        layout.write_adapters(after.adapter(index), prefix, result.adapters)
+    return result.packed

@@ -9,7 +9,7 @@ from torch import nn
 from ulbq.formats import AnyScheme
 
 SCALE_FLOOR = 1e-8
-"""Smallest grid step; a group of zeros keeps it and its codes stay 0."""
+"""Smallest grid step; a group of zeros keeps it and its codes stay 0. Rounds to 0 in float16, harmlessly."""
 
 CELL_MARGIN = 1e-3
 """Grid steps that a latent keeps from the border of its code's cell, so that rounding gives that code back."""
@@ -46,6 +46,18 @@ class Quantizer(nn.Module):
     def finalize(self) -> dict[str, torch.Tensor]:
         """The packed tensors of the format; scales are rounded to float16 only here."""
         raise NotImplementedError
+
+    def check_product(self, linear: str, packed: Mapping[str, torch.Tensor], *, size: float = 1.0) -> None:
+        """Compare products of the packed layer with those of this one, where the weight does not tell them.
+
+        Args:
+            linear: name of the layer, for the error.
+            packed: as :meth:`finalize` gave it.
+            size: root mean square of the layer's inputs.
+
+        Raises:
+            NumericsError: they differ by more than rounding, or are not finite.
+        """
 
     @classmethod
     def from_packed(

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from ulbq.errors import NumericsError
 from ulbq.formats import AnyScheme, binary_mos
 from ulbq.formats.binary_mos import BinaryMosScheme, Mixture
 from ulbq.quantizers.base import SCALE_FLOOR, Quantizer
@@ -24,6 +25,9 @@ STE_BOUND = 1.0
 
 _CELL_MARGIN = 1e-3
 """Distance that a negative latent keeps from 0, which counts as positive."""
+
+# Scales lose 2^-11 of themselves in storage and the logits of the gates as much, of which the largest are near 10.
+_ROUNDING = 2.0**-6
 
 _LEAST_COST = 1e-6
 """Smallest weight of a column's error, relative to the mean; a layer that was never called has no better measure."""
@@ -197,6 +201,20 @@ class BinaryMosQuantizer(Quantizer):
     def finalize(self) -> dict[str, torch.Tensor]:
         """The packed tensors of the format; scales, router and zeros are rounded to float16 only here."""
         return binary_mos.pack(self.scheme, self.latents, *self._scales(), self._router(), self.zeros)
+
+    @torch.no_grad()
+    def check_product(self, linear: str, packed: Mapping[str, torch.Tensor], *, size: float = 1.0) -> None:
+        """Compare products with random inputs, as :meth:`Quantizer.check_product` says: the router is in no weight."""
+        columns = self.latents.shape[1]
+        x = (size * torch.randn(64, columns, generator=torch.Generator().manual_seed(0))).to(self.latents.device)
+        trained = self.multiply(x, self())
+        stored = binary_mos.multiply(self.scheme, packed, x, binary_mos.matrix(self.scheme, packed, columns))
+        difference = ((stored - trained).norm() / trained.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+        if not math.isfinite(difference) or difference > _ROUNDING:
+            raise NumericsError(
+                f"The packed layer '{linear}' answers otherwise than the trained one, by {difference:.3g} of its size.",
+                hint="Lower --router-rate and --scale-rate: float16 does not hold what they led to.",
+            )
 
     @classmethod
     def from_packed(

@@ -6,9 +6,7 @@ import torch
 
 from ulbq.errors import NumericsError
 from ulbq.formats.affine import AffineScheme
-
-_SCALE_FLOOR = 1e-8
-"""Smallest scale; a group of equal weights would otherwise divide by zero. Rounds to 0 in float16, harmlessly."""
+from ulbq.quantizers.base import SCALE_FLOOR
 
 _NARROWEST = 0.1
 """Smallest share of the range that the search tries; 1-bit rows need less than a third of it."""
@@ -45,8 +43,7 @@ def round_to_nearest(
     Args:
         weight: ``[out, in]`` float32.
         scheme: bits, group size, symmetry; the group size divides ``in``.
-        importance: weight of each squared error, ``[in]`` (the mean squared input) or ``[out, in]`` (a saliency); None
-            for all equal.
+        importance: ``[in]`` weights of each column's squared error (the mean squared input); None for all equal.
         search: whether to shrink ranges; without it this is plain min-max rounding.
         candidates: number of shrink factors.
 
@@ -55,7 +52,7 @@ def round_to_nearest(
     """
     group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
     grouped = weight.unflatten(1, (-1, group_size))
-    cost = None if importance is None else importance.unflatten(-1, (-1, group_size)).expand_as(grouped)
+    cost = None if importance is None else importance.unflatten(0, (-1, group_size)).expand_as(grouped)
     low = grouped.amin(-1).clamp_max(0)
     high = grouped.amax(-1).clamp_min(0)
     factors = torch.linspace(1.0, _NARROWEST, candidates).tolist() if search else [1.0]
@@ -127,7 +124,7 @@ def _grids(low: torch.Tensor, high: torch.Tensor, scheme: AffineScheme) -> list[
 
 def _storable(scales: torch.Tensor) -> torch.Tensor:
     """The float16 value that will be stored, so that codes are chosen for the scale that decodes them."""
-    return scales.to(torch.float16).float().clamp_min(_SCALE_FLOOR)
+    return scales.to(torch.float16).float().clamp_min(SCALE_FLOOR)
 
 
 def _codes(grouped: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:

@@ -84,7 +84,7 @@ class BlockTrainer:
     def _stage(self, stage: Stage, seed: int, on_epoch: Callable[[float], None]) -> "_StageEnd":
         """One stage, tried again at lower rates where it did not improve on its own start."""
         groups = self._groups(stage)
-        if not groups:
+        if not groups or not self._objective.learns(stage):
             return _StageEnd(0, 0, False)
         trained = [p for group in groups for p in group.parameters]
         start = snapshot(trained)

@@ -91,8 +91,8 @@ class LayerwiseTrainer:
 
     def _group(self, names: Sequence[str], layers: dict[str, TrainedLinear]) -> BlockTrainer:
         """A trainer of some layers on what they read and should give."""
-        full = self._capture(self._reference, names[0], self._originals)
-        inputs = self._capture(self._block, names[0], self._data.inputs)
+        full = self._capture(self._reference, names, self._originals)
+        inputs = self._capture(self._block, names, self._data.inputs)
         dense = _LayerGroup([self._reference.get_submodule(name) for name in names])
         targets = self._outputs(dense, full)
         augmented = None if self._data.augmented is None else self._outputs(dense, inputs)
@@ -109,17 +109,15 @@ class LayerwiseTrainer:
             group, data, self._settings, self._precision, stages=self._stages, penalty=penalty if own else None
         )
 
-    def _capture(self, block: nn.Module, name: str, hidden: ActivationStore) -> ActivationStore:
-        """What a layer reads for every sample, ``[samples, length, in]``."""
+    def _capture(self, block: nn.Module, names: Sequence[str], hidden: ActivationStore) -> ActivationStore:
+        """What the layers of a group read for every sample, ``[samples, length, in]``."""
 
         def run(rows: torch.Tensor) -> torch.Tensor:
-            found = _input_of(block, name, rows, self._data.kwargs, self._precision)
-            if found.shape[:-1] != rows.shape[:-1]:
-                raise InputError(
-                    f"The layer '{name}' does not see every token: layers cannot be trained one by one here.",
-                    hint="Use --granularity block.",
-                )
-            return found
+            found = _inputs_of(block, names, rows, self._data.kwargs, self._precision)
+            for name in names:
+                if name not in found or found[name].shape[:-1] != rows.shape[:-1]:
+                    raise _partial(name)
+            return found[names[0]]
 
         return _store(hidden, run)
 
@@ -140,7 +138,11 @@ def input_groups(
     linears: Sequence[str],
     precision: Precision,
 ) -> list[list[str]]:
-    """Layers in execution order, those that are called with the very same tensor together."""
+    """Layers in execution order, those that are called with the very same tensor together.
+
+    Raises:
+        InputError: the first sample does not call every layer.
+    """
     groups: list[list[str]] = []
     seen: list[torch.Tensor] = []
 
@@ -161,28 +163,44 @@ def input_groups(
     finally:
         for handle in handles:
             handle.remove()
+    called = {name for group in groups for name in group}
+    for name in linears:
+        if name not in called:
+            raise _partial(name)
     return groups
 
 
-def _input_of(
-    block: nn.Module, name: str, rows: torch.Tensor, kwargs: dict[str, Any], precision: Precision
-) -> torch.Tensor:
-    """What a layer inside a block is called with; the block runs no further than that."""
-    caught: list[torch.Tensor] = []
+def _partial(name: str) -> InputError:
+    return InputError(
+        f"The layer '{name}' does not see every token: layers cannot be trained one by one here.",
+        hint="Use --granularity block.",
+    )
 
-    def catch(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        caught.append(arguments[0])
-        raise _Reached
 
-    handle = block.get_submodule(name).register_forward_pre_hook(catch)
+def _inputs_of(
+    block: nn.Module, names: Sequence[str], rows: torch.Tensor, kwargs: dict[str, Any], precision: Precision
+) -> dict[str, torch.Tensor]:
+    """What layers inside a block are called with, those that are; the block runs no further than the last of them."""
+    caught: dict[str, torch.Tensor] = {}
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def catch(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            caught.setdefault(name, arguments[0])
+            if len(caught) == len(names):
+                raise _Reached
+
+        return catch
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
     try:
         with precision.autocast():
             run_block(block, rows.to(precision.device), kwargs)
     except _Reached:
         pass
     finally:
-        handle.remove()
-    return caught[0]
+        for handle in handles:
+            handle.remove()
+    return caught
 
 
 @torch.no_grad()

@@ -51,8 +51,9 @@ def sliced_wasserstein(
 ) -> torch.Tensor:
     """Sliced-Wasserstein distance of the distributions of output tokens, relative to the targets' own spread.
 
-    Tokens are normalized by the targets' root mean square and projected on random unit directions; along each, sorted
-    outputs are compared with sorted targets. It looks at where the tokens of a batch lie, not at which is which.
+    Each output token is divided by the norm of its target, each target by its own, and both are projected on random
+    unit directions; along each, sorted outputs are compared with sorted targets. So it looks at where the tokens of a
+    batch lie, not at which is which, but for that norm.
 
     Args:
         outputs, targets: ``[batch, length, hidden]``.

@@ -1,6 +1,7 @@
 """What a block minimizes: the distance of its output to the full-precision one, and the penalty on its weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,12 @@ class Objective:
         self.layers = {name: m for name, m in block.named_modules() if isinstance(m, TrainedLinear)}
         self._adapters = [layer for layer in self.layers.values() if layer.adapter is not None]
 
+    def learns(self, stage: Stage) -> bool:
+        """Whether anything that trains has a part in a stage's loss; a penalty may reach frozen weights alone."""
+        if stage.output:
+            return True
+        return bool(stage.penalty) and self._penalty is not None and self._penalty(self.layers).requires_grad
+
     def training(self, batch: torch.Tensor, stage: Stage, generator: torch.Generator) -> torch.Tensor:
         """Loss of a batch of training samples, differentiable; ``generator`` draws what is random in it."""
         share = self._settings.base_share if self._adapters else 0.0
@@ -98,10 +105,7 @@ class Objective:
         data, device = self._data, self._precision.device
         targets = data.targets.get(batch).to(device)
         weights = token_weights(targets, self._settings.token_weighting)
-        for layer in self._adapters:
-            layer.adapted = adapted
-            layer.train(generator is not None)  # dropout is for training alone
-        with self._precision.autocast():
+        with self._adapters_set(adapted=adapted, training=generator is not None), self._precision.autocast():
             outputs = run_block(self._block, data.inputs.get(batch).to(device), data.kwargs)
         loss = output_loss(outputs, targets, weights)
         if data.augmented is not None:
@@ -112,3 +116,16 @@ class Objective:
             scale = (loss / distance.clamp_min(torch.finfo(torch.float32).tiny)).detach()
             loss = loss + self._settings.sliced_wasserstein * scale * distance
         return loss
+
+    @contextmanager
+    def _adapters_set(self, *, adapted: bool, training: bool) -> Iterator[None]:
+        """Adapters switched on or off, with dropout in training alone; afterwards on and without, as others expect."""
+        for layer in self._adapters:
+            layer.adapted = adapted
+            layer.train(training)
+        try:
+            yield
+        finally:
+            for layer in self._adapters:
+                layer.adapted = True
+                layer.eval()

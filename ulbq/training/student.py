@@ -1,5 +1,6 @@
 """A whole model under training: quantized layers, everything beside the blocks frozen."""
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -45,7 +46,8 @@ class Student:
         if checkpointing:
             # Not transformers' own switch: it works in training mode alone, which turns the model's dropout on.
             for block in blocks:
-                block.forward = partial(_checkpointed, block.forward)
+                # A bound method would be a cycle, and keep the whole model in memory until somebody collects it.
+                block.forward = partial(_checkpointed, weakref.ref(block))
         self._tap = HiddenTap(blocks)
 
     def run(
@@ -65,8 +67,32 @@ class Student:
         with self._precision.autocast():
             return self._tap.run(self.model, tokens.to(self._precision.device), hidden=hidden)
 
+    @torch.no_grad()
+    def input_sizes(self, tokens: torch.Tensor) -> dict[str, float]:
+        """Root mean square of each layer's inputs, by full name, from one run; 0 for a layer that was not called."""
+        sizes = dict.fromkeys(self.layers, 0.0)
 
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def note(layer: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+                x = arguments[0].float()
+                sizes[name] = (x.square().sum() / max(1, x.numel())).sqrt().item()
+
+            return note
+
+        handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in self.layers.items()]
+        try:
+            self.run(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return sizes
+
+
+def _checkpointed(reference: "weakref.ref[nn.Module]", *args: Any, **kwargs: Any) -> Any:
+    block = reference()
+    if block is None:
+        raise ReferenceError("the block is gone")
+    forward = partial(type(block).forward, block)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     # Stopped early, each block's second run ends in an exception, whose traceback keeps the last layer's tensors.
