@@ -4,7 +4,7 @@
 
 Runs ``ulbq saliency``, ``ulbq quantize`` and ``ulbq eval`` as a user would, each in a process of its own; with
 ``--folder`` the artifacts stay, and what is finished there is not made again. The protocol: 32 samples of 512 tokens
-of WikiText-2 ``train`` (the ``quick``, ``rank`` and ``mos`` rows: 256 tokens, that preset's); perplexity on WikiText-2
+of WikiText-2 ``train`` (the ``quick`` and ``mos`` rows: 256 tokens, that preset's); perplexity on WikiText-2
 ``test``, context 1024, first 32 windows, bf16; accuracy as the mean over six tasks, the first 200 documents of each.
 The times mean something only where nothing else runs.
 """
@@ -62,17 +62,16 @@ def _settings() -> dict[str, Setting]:
         "rtn-w3g64": Setting(("--method", "rtn", "--bits", "3")),
         "rtn-w2g64": Setting(("--method", "rtn", "--bits", "2")),
         "rtn-w2g64-plain": Setting(("--method", "rtn", "--bits", "2", "--no-search")),
-        "apiq-r16": Setting((*apiq, "--rank", "16", *_SAMPLES, "--epochs", "10"), base=True),
-        "ulb-w3": Setting((*sapr, "--bits", "3", "--rank", "16", *_SAMPLES, "--epochs", "4"), base=True),
-        "ulb-w4": Setting((*sapr, "--bits", "4", "--rank", "16", *_SAMPLES, "--epochs", "4"), base=True),
+        "ulb-w3": Setting((*sapr, "--bits", "3", "--no-adapter", *_SAMPLES, "--epochs", "4")),
+        "ulb-w4": Setting((*sapr, "--bits", "4", "--no-adapter", *_SAMPLES, "--epochs", "4")),
     }
     for seed in ("0", "1", "2"):
         four = ("--rank", "64", *_SAMPLES, "--epochs", "4", "--seed", seed)
         found[f"apiq-r64-s{seed}"] = Setting((*apiq, *four), base=True, tasks=True)
         found[f"ulb-r64-s{seed}"] = Setting((*sapr, *four), base=True, tasks=True)
-    for rank in ("0", "4", "16", "64"):
+    for rank in ("0", "4", "16"):
         adapter = ("--rank", rank) if rank != "0" else ("--no-adapter",)
-        found[f"rank-{rank}"] = Setting((*apiq, *adapter, *_QUICK, "--epochs", "4"))
+        found[f"apiq-r{rank}"] = Setting((*apiq, *adapter, *_SAMPLES, "--epochs", "4"), base=True)
     for experts in ("1", "2", "4", "8"):
         found[f"mos-{experts}"] = Setting((*mos, "--experts", experts, *_QUICK))
     found["mos-start"] = Setting((*mos, "--experts", "1", *_QUICK, "--epochs", "0"))
