@@ -47,6 +47,18 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
         },
         **{f"none λ={penalty}": {**_SAPR, "saliency": "none", "penalty": penalty} for penalty in (0.1, 1.0)},
     },
+    "rates": {
+        f"apiq, weights {weights}, scales {scales}, batches of {batch}": {
+            **_APIQ,
+            "weight_rate": weights,
+            "scale_rate": scales,
+            "batch_size": batch,
+        }
+        for weights, scales, batch in (
+            *((0.015, 0.005, 4), (0.02, 0.005, 4), (0.03, 0.005, 4), (0.03, 0.01, 4), (0.045, 0.01, 4)),
+            *((0.02, 0.005, 2), (0.03, 0.005, 2)),
+        )
+    },
     "adapter": {
         "none": {"method": "apiq", "adapter": False},
         **{f"rate {rate}": {**_APIQ, "adapter_rate": rate} for rate in (1e-3, 5e-3, 2e-2)},

@@ -106,7 +106,7 @@ def test_apiq_runs_by_block_and_by_layer(
     assert "adapter" not in manifest.bits.parts
     layers = manifest.layers[0].name.startswith("model.layers.0") and granularity == "layer"
     # Every group of layers has steps of its own: q, k, v; o; gate and up; down.
-    assert all(block.steps == (16 if layers else 4) for block in manifest.blocks)
+    assert all(block.steps == (32 if layers else 8) for block in manifest.blocks)
     assert sum(block.end_error for block in manifest.blocks) < 1.05 * sum(
         block.start_error for block in manifest.blocks
     )
