@@ -120,7 +120,7 @@ def test_the_plan_tells_the_stages_own_lambda(source, capsys):
     assert main([*words, "--stage", "mixed:epochs=1,penalty=0.5"]) == 0
     assert "lambda 0.5 in mixed, before-adapter" in capsys.readouterr().err
     assert main([*words, "--stage", "wpt:epochs=1", "--stage", "mixed:epochs=1,penalty=0.5"]) == 0
-    assert "lambda 0.1, 0.5 in mixed, before-adapter" in capsys.readouterr().err
+    assert "lambda 0.03, 0.5 in mixed, before-adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,7 +16,7 @@ from ulbq.methods.apiq import ApiQ, ApiQOptions
 class UlbSaprOptions(ApiQOptions):
     """Options of ``ulb-sapr``; without ``stages``, one ``mixed`` stage of ``epochs``."""
 
-    penalty: float = 0.1
+    penalty: float = 0.03
     saliency: str = "fisher"
 
 
