@@ -1,5 +1,6 @@
 """What every quantizer gives: the trainable stand-in of one weight matrix."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Self
 
@@ -15,7 +16,7 @@ CELL_MARGIN = 1e-3
 """Grid steps that a latent keeps from the border of its code's cell, so that rounding gives that code back."""
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """One ``[out, in]`` weight under training.
 
     Whatever trains is kept in *grid steps*, relative to where it started, so that one learning rate means the same in
@@ -27,9 +28,9 @@ class Quantizer(nn.Module):
 
     scheme: AnyScheme
 
+    @abstractmethod
     def forward(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix ``[out, in]`` that the layer multiplies by, in ``dtype``; differentiable in what trains."""
-        raise NotImplementedError
 
     def multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """The layer's product ``[..., out]`` of inputs ``[..., in]`` and the matrix that :meth:`forward` gave."""
@@ -39,13 +40,13 @@ class Quantizer(nn.Module):
         """The weight ``[out, in]`` that the matrix stands for."""
         return matrix
 
+    @abstractmethod
     def trainable(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by role: ``weights``, ``scales``, ``router``; each role has its own rate."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finalize(self) -> dict[str, torch.Tensor]:
         """The packed tensors of the format; scales are rounded to float16 only here."""
-        raise NotImplementedError
 
     def check_product(self, linear: str, packed: Mapping[str, torch.Tensor], *, size: float = 1.0) -> None:
         """Compare products of the packed layer with those of this one, where the weight does not tell them.
@@ -60,6 +61,7 @@ class Quantizer(nn.Module):
         """
 
     @classmethod
+    @abstractmethod
     def from_packed(
         cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, *, train_weights: bool = True
     ) -> Self:
@@ -72,4 +74,3 @@ class Quantizer(nn.Module):
             scheme: of the format.
             train_weights: let the weights move.
         """
-        raise NotImplementedError
