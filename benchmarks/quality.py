@@ -69,6 +69,8 @@ def _settings() -> dict[str, Setting]:
         four = ("--rank", "64", *_SAMPLES, "--epochs", "4", "--seed", seed)
         found[f"apiq-r64-s{seed}"] = Setting((*apiq, *four), base=True, tasks=True)
         found[f"ulb-r64-s{seed}"] = Setting((*sapr, *four), base=True, tasks=True)
+    strong = (*sapr, "--lambda", "0.1", "--rank", "64", *_SAMPLES, "--epochs", "4")
+    found["ulb-r64-strong"] = Setting(strong, base=True)
     for rank in ("0", "4", "16"):
         adapter = ("--rank", rank) if rank != "0" else ("--no-adapter",)
         found[f"apiq-r{rank}"] = Setting((*apiq, *adapter, *_SAMPLES, "--epochs", "4"), base=True)

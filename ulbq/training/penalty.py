@@ -15,7 +15,7 @@ class WeightPenalty:
 
     The published sum is not divided by anything, so that its λ belongs to one model's size and scale. The share is
     dimensionless: 0 for the full-precision weights, 1 for a block of zeros, whatever the model; the output loss is
-    such a share too, and one λ carries over. Which layer and weight counts how much within a block is as published.
+    such a share too, so that λ has no unit. Which layer and weight counts how much within a block is as published.
 
     Args:
         originals: ``[out, in]`` full-precision weight of each layer, by name.
