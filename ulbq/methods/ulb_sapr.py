@@ -2,8 +2,8 @@
 
 To the block's output loss comes ``λ Σ S (W_eff − W)²`` over the quantized weights, S a saliency (the empirical Fisher
 information of the full-precision model unless told otherwise), in stages: ``wpt`` minimizes the penalty alone,
-``mixed`` both, ``opt`` the output loss alone. λ is relative here (:mod:`ulbq.training.penalty`): it has no unit and does
-not grow with the model.
+``mixed`` both, ``opt`` the output loss alone. λ is relative here (:mod:`ulbq.training.penalty`): it has no unit and
+does not grow with the model.
 """
 
 from typing import ClassVar
