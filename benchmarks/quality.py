@@ -36,11 +36,13 @@ class Setting:
         options: of ``ulbq quantize``.
         base: score it without its adapter too.
         tasks: score it on the tasks too.
+        start: the setting whose artifact it goes on from; None for the default model.
     """
 
     options: tuple[str, ...]
     base: bool = False
     tasks: bool = False
+    start: str | None = None
 
     @property
     def weighted(self) -> bool:
@@ -76,6 +78,9 @@ def _settings() -> dict[str, Setting]:
         found[f"apiq-r{rank}"] = Setting((*apiq, *adapter, *_SAMPLES, "--epochs", "4"), base=True)
     for experts in ("1", "2", "4", "8"):
         found[f"mos-{experts}"] = Setting((*mos, "--experts", experts, *_QUICK))
+    for loss in ("ce", "kl", "kl-hidden", "dad"):
+        phase = ("--no-adapter", "--epochs", "0", "--end-to-end", loss, "--end-to-end-epochs", "2")
+        found[f"apiq-r0-{loss}"] = Setting((*apiq, *phase, *_SAMPLES), start="apiq-r0")
     found["mos-start"] = Setting((*mos, "--experts", "1", *_QUICK, "--epochs", "0"))
     return found
 
@@ -101,14 +106,23 @@ def evaluation(name: str, suffix: str, folder: Path, *options: str) -> dict[str,
     return scores
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Quantize with one setting and score it."""
+def make(name: str, folder: Path) -> None:
+    """Quantize with one setting, unless it is done."""
     setting = SETTINGS[name]
     if setting.weighted and not (folder / SALIENCY).is_dir():
         ulbq("saliency", "--kind", "fisher", *_SAMPLES, "-o", SALIENCY, folder=folder)
+    if setting.start is not None:
+        make(setting.start, folder)
     if not (folder / name).is_dir():
+        source = () if setting.start is None else (f"./{setting.start}",)
         options = [f"./{word}" if word == SALIENCY else word for word in setting.options]
-        ulbq("quantize", *options, "-o", name, folder=folder)
+        ulbq("quantize", *source, *options, "-o", name, folder=folder)
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """Quantize with one setting and score it."""
+    setting = SETTINGS[name]
+    make(name, folder)
     made = read_manifest(folder / name)
     assert isinstance(made, QuantizedManifest)
     text = ("--perplexity", "wikitext2", "--context", "1024", "--limit", "32")

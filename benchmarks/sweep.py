@@ -41,11 +41,15 @@ _MOS: dict[str, Any] = {"method": "binary-mos"}
 SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "lambda": {
         "apiq": _APIQ,
+        **{f"fisher^0.5 λ={penalty}": {**_SAPR, "penalty": penalty} for penalty in (0.003, 0.01, 0.03, 0.1, 0.3)},
         **{
-            f"fisher^{power} λ={penalty}": {**_SAPR, "penalty": penalty, "saliency_power": power}
-            for power, penalty in ((0.5, 0.03), (0.5, 0.1), (0.5, 0.3), (0.5, 1.0), (1.0, 0.03), (1.0, 0.3))
+            f"fisher^0.5 λ={penalty}, after the adapter": {**_SAPR, "penalty": penalty, "penalize": "after-adapter"}
+            for penalty in (0.03, 0.1)
         },
-        **{f"none λ={penalty}": {**_SAPR, "saliency": "none", "penalty": penalty} for penalty in (0.1, 1.0)},
+        "fisher^1.0 λ=0.03": {**_SAPR, "penalty": 0.03, "saliency_power": 1.0},
+        "none λ=0.1": {**_SAPR, "saliency": "none", "penalty": 0.1},
+        "apiq, seed 1": {**_APIQ, "seed": 1},
+        "fisher^0.5 λ=0.03, seed 1": {**_SAPR, "penalty": 0.03, "seed": 1},
     },
     "rates": {
         f"apiq, weights {weights}, scales {scales}, batches of {batch}": {
@@ -71,10 +75,10 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
             "experts": experts,
             "weight_rate": 0.015 * factor,
             "scale_rate": 0.005 * factor,
-            "router_rate": 0.005 * factor,
+            **({"router_rate": 0.005 * factor} if experts > 1 else {}),
         }
         for experts in (1, 4)
-        for factor in (1, 3, 6)
+        for factor in (1, 3, 6, 12)
     },
 }
 
