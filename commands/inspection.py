@@ -1,5 +1,6 @@
 """An inspection as tables for people."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from .progress import duration
 from .saliency_table import each, summary
 
 _STANDARD_PARTS = ("codes", "scales", "zeros", "router", "adapter")
+# What only the codebook format has, where it stands instead of scales.
+_COLUMN_PARTS = ("codes", "codebooks", "columns", "outliers", "adapter")
 _OUTSIDE_PARTS = ("embeddings", "other")
 _STATES: dict[State, tuple[str, str]] = {
     "same": ("as recorded", "green"),
@@ -73,11 +76,17 @@ def scheme(parameters: Mapping[str, Any]) -> str:
     """A scheme's JSON object in words: ``affine, bits 2, group size 64``."""
     words = [str(parameters.get("format", ""))]
     for name, value in parameters.items():
-        if name == "format" or value is False:
+        # Counts that a format's default scheme leaves to each layer are no facts.
+        if name == "format" or value is False or value == {} or (name == "outliers" and not value):
             continue
         word = name.replace("_", " ")
-        words.append(word if value is True else f"{word} {value}")
+        words.append(word if value is True else f"{word} {_widths(value) if isinstance(value, dict) else value}")
     return ", ".join(words)
+
+
+def _widths(widths: Mapping[Any, int]) -> str:
+    """Columns by bit width: ``2×541 4×35``."""
+    return " ".join(f"{width}×{count}" for width, count in widths.items())
 
 
 def _grid(rows: Mapping[str, str]) -> Table:
@@ -142,9 +151,8 @@ def _bits(report: BitsReport, total_size: int) -> Table:
     def add(name: str, bits: int, style: str = "") -> None:
         _add(table, name, f"{bits / report.weights:.4f}", size(bits / 8), style=style)
 
-    counted = dict.fromkeys(_STANDARD_PARTS, 0) | {
-        part: bits for part, bits in report.parts.items() if report.counts(part)
-    }
+    standard = _COLUMN_PARTS if "codebooks" in report.parts else _STANDARD_PARTS
+    counted = dict.fromkeys(standard, 0) | {part: bits for part, bits in report.parts.items() if report.counts(part)}
     for part, bits in counted.items():
         add(part, bits)
     add(f"{report.weights:,} quantized weights", sum(counted.values()), "bold")
@@ -176,11 +184,15 @@ def _blocks(blocks: Iterable[BlockRecord]) -> Table:
 def _layers(layers: Iterable[LayerRecord]) -> Table:
     layers = tuple(layers)
     sparse = any(layer.sparsity for layer in layers)
-    table = _columns("layer", "shape", "bits per weight", "squared error", *(["zeros in planes"] if sparse else []))
+    columns = any(layer.scheme.get("widths") for layer in layers)
+    extra = ["zeros in planes"] * sparse + ["bits×columns", "outliers"] * columns
+    table = _columns("layer", "shape", "bits per weight", "squared error", *extra)
     for layer in layers:
         cells = [layer.name, f"{layer.shape[0]} × {layer.shape[1]}", f"{_layer_bits(layer):.4f}", f"{layer.error:.3%}"]
         if sparse:
             cells.append(", ".join(f"{share:.0%}" for share in layer.sparsity or ()))
+        if columns:
+            cells += [_widths(layer.scheme.get("widths", {})), f"{layer.scheme.get('outliers', 0):,}"]
         _add(table, *cells)
     return table
 
@@ -194,14 +206,29 @@ def _layer_summary(layers: tuple[LayerRecord, ...]) -> RenderableType:
         return Text("none")
     best, worst = (pick(layers, key=lambda layer: layer.error) for pick in (min, max))
     mean = sum(layer.error for layer in layers) / len(layers)
-    return _grid(
-        {
-            "layers": f"{len(layers)}; --layers lists them",
-            "squared error": f"{mean:.3%} of the weights' squares on average",
-            "least": f"{best.error:.3%} {best.name}",
-            "most": f"{worst.error:.3%} {worst.name}",
-        }
-    )
+    rows = {
+        "layers": f"{len(layers)}; --layers lists them",
+        "squared error": f"{mean:.3%} of the weights' squares on average",
+        "least": f"{best.error:.3%} {best.name}",
+        "most": f"{worst.error:.3%} {worst.name}",
+    }
+    return _grid(rows | _column_summary(layers))
+
+
+def _column_summary(layers: Iterable[LayerRecord]) -> dict[str, str]:
+    """Widths and outliers of all layers whose columns differ; nothing of others."""
+    counted: Counter[str] = Counter()
+    outliers = weights = 0
+    for layer in layers:
+        # As JSON, which knows no numbers as keys.
+        counted.update({str(width): count for width, count in layer.scheme.get("widths", {}).items()})
+        if "widths" in layer.scheme:
+            outliers += layer.scheme.get("outliers", 0)
+            weights += layer.shape[0] * layer.shape[1]
+    if not counted:
+        return {}
+    shares = (f"{counted[width] / counted.total():.2%} at {width} bits" for width in sorted(counted))
+    return {"columns": ", ".join(shares), "outliers": f"{outliers:,}, {outliers / weights:.3%} of the weights"}
 
 
 def _scalars(value: Any, name: str = "") -> Iterable[tuple[str, str]]:

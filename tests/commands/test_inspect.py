@@ -120,6 +120,31 @@ class TestTables:
     def test_sparsity_is_shown_where_a_format_has_it(self) -> None:
         assert rows(written(quantized(), layers=True), "model.layers.0")[0][-2:] == ["50%,", "25%"]
 
+    def test_columns_of_different_widths_are_listed_and_summed_up(self) -> None:
+        schemes = (
+            {"format": "codebook", "bits": 2, "widths": {"2": 60, "4": 4}, "outliers": 30},
+            {"format": "codebook", "bits": 2, "widths": {2: 64}, "outliers": 2},
+        )
+        layers = tuple(
+            LayerRecord(name=f"layer.{i}", shape=(64, 64), scheme=scheme, bits={"codes": 8192}, error=0.1)
+            for i, scheme in enumerate(schemes)
+        )
+        parts = BitsReport(parts={"codes": 8704, "codebooks": 2048, "columns": 64, "outliers": 512}, weights=4096)
+        overall = {"format": "codebook", "bits": 2, "widths": {}, "outliers": 0}
+        text = written(quantized(layers=layers, bits=parts, scheme=overall))
+        assert rows(text, "format") == [["format", "codebook,", "bits", "2"]]
+        assert rows(text, "columns") == [
+            ["columns", "0.0156", "8", "B"],
+            ["columns", "96.88%", "at", "2", "bits,", "3.12%", "at", "4", "bits"],
+        ]
+        assert rows(text, "outliers")[1] == ["outliers", "32,", "0.391%", "of", "the", "weights"]
+        assert rows(text, "zeros") == rows(text, "scales") == []
+        console = Console(file=io.StringIO(), width=120)
+        show(console, inspect(Path("q")), layers=True)
+        assert isinstance(console.file, io.StringIO)
+        listed = rows(console.file.getvalue(), "layer.")
+        assert [cells[-3:] for cells in listed] == [["2×60", "4×4", "30"], ["10.000%", "2×64", "2"]]
+
     def test_an_artifact_without_layers_or_blocks(self) -> None:
         text = written(quantized(layers=(), blocks=(), skipped=(), phases=()))
         assert "Blocks" not in text
@@ -175,3 +200,5 @@ def test_scheme() -> None:
         "affine, bits 2, group size 64, symmetric"
     )
     assert scheme({**SCHEME, "symmetric": False}) == "affine, bits 2, group size 64"
+    columns = {"format": "codebook", "bits": 2, "widths": {"2": 541, "4": 35}, "outliers": 9}
+    assert scheme(columns) == "codebook, bits 2, widths 2×541 4×35, outliers 9"

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from tests.formats.columns import random_columns
 from ulbq import formats
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, codebook
 from ulbq.formats.affine import pack
 from ulbq.nn.quant_linear import QuantLinear, linear_layer
 
@@ -45,19 +46,27 @@ def test_the_cache_keeps_one_weight_until_the_dtype_or_the_tensors_change() -> N
     assert layer().weight_dense(torch.float32) is not layer().weight_dense(torch.float32)
 
 
-def test_the_cache_does_not_outlive_a_move_to_another_device() -> None:
-    made = layer(cache=True)
+@pytest.mark.parametrize("columns", [False, True])
+def test_the_cache_does_not_outlive_a_move_to_another_device(columns: bool) -> None:
+    made = random_layer(SCHEMES[-1], cache=True) if columns else layer(cache=True)
     made.weight_dense(torch.float32)
     assert made.to("meta").weight_dense(torch.float32).is_meta
 
 
-SCHEMES = [SCHEME, DualBinaryScheme(group_size=8), BinaryMosScheme(experts=4, zeros="input")]
+WIDTHS = [2] * 14 + [4] * 3 + [3] + [2] * 6
+SCHEMES = [
+    *(SCHEME, DualBinaryScheme(group_size=8), BinaryMosScheme(experts=4, zeros="input"), CodebookScheme(bits=3)),
+    CodebookScheme(widths={2: 20, 3: 1, 4: 3}, outliers=7),
+]
 
 
 def random_layer(scheme: AnyScheme, *, bias: bool = False, cache: bool = False) -> QuantLinear:
-    """Whatever bits: every code means something."""
+    """Whatever bits: every code means something, save that only some sets of outliers are sets."""
     generator = torch.Generator().manual_seed(3)
     made = QuantLinear(scheme, 24, 5, bias=bias, cache=cache)
+    if isinstance(scheme, CodebookScheme) and scheme.outliers:
+        made.assign(codebook.pack(*random_columns(5, WIDTHS, scheme.outliers)))
+        return made
     for tensor in made.tensors().values():
         if tensor.dtype == torch.uint8:
             tensor.random_(256, generator=generator)

@@ -2,7 +2,7 @@
 
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tests.models.tiny import save_tiny
 from tests.pipeline.test_quantize import TOKENS, logits, request, samples, shards  # noqa: F401 - a fixture
 from ulbq.artifacts.manifest import read_manifest, verify
 from ulbq.errors import InputError, NumericsError, UsageError
+from ulbq.formats import AnyScheme
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.models.stream import ActivationStore
@@ -70,8 +71,8 @@ def test_the_stream_of_later_blocks_is_the_stored_model(
     last: dict[str, torch.Tensor] = {}
     advance = Streams.advance_quantized
 
-    def watched(self: Streams, index: int, shard: Path) -> None:
-        advance(self, index, shard)
+    def watched(self: Streams, index: int, shard: Path, schemes: Mapping[str, AnyScheme]) -> None:
+        advance(self, index, shard, schemes)
         last["hidden"] = self._quantized.get(slice(0, 2))
         last["index"] = torch.tensor(index)
 

@@ -6,12 +6,13 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from ulbq.formats import affine, binary_mos, dual_binary
+from ulbq.formats import affine, binary_mos, codebook, dual_binary
 from ulbq.formats.affine import AffineScheme
 from ulbq.formats.binary_mos import BinaryMosScheme
+from ulbq.formats.codebook import CodebookScheme
 from ulbq.formats.dual_binary import DualBinaryScheme
 
-AnyScheme = AffineScheme | DualBinaryScheme | BinaryMosScheme
+AnyScheme = AffineScheme | DualBinaryScheme | BinaryMosScheme | CodebookScheme
 """Any scheme, as a type."""
 
 Scheme = Annotated[AnyScheme, Field(discriminator="format")]
@@ -21,6 +22,7 @@ __all__ = [
     "AffineScheme",
     "AnyScheme",
     "BinaryMosScheme",
+    "CodebookScheme",
     "DualBinaryScheme",
     "Scheme",
     "bits_per_weight",
@@ -35,6 +37,7 @@ _DEQUANTIZE: dict[str, Callable[..., torch.Tensor]] = {
     "affine": affine.dequantize,
     "dual_binary": dual_binary.dequantize,
     "binary_mos": binary_mos.dequantize,
+    "codebook": codebook.dequantize,
 }
 # What a layer multiplies by, where that is not the weight itself, and how.
 _MATRIX: dict[str, Callable[..., torch.Tensor]] = {"binary_mos": binary_mos.matrix}
@@ -87,6 +90,6 @@ def sparsity(scheme: AnyScheme, tensors: Mapping[str, torch.Tensor], in_features
 
 
 def bits_per_weight(scheme: AnyScheme, out_features: int, in_features: int) -> float:
-    """Exact stored bits per weight of one matrix: codes, scales, zeros and routers."""
+    """Exact stored bits per weight of one matrix, whatever decodes it included."""
     specs = scheme.tensors(out_features, in_features)
     return sum(spec.bits for spec in specs.values()) / (out_features * in_features)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-Role = Literal["codes", "scales", "router", "zeros"]
+Role = Literal["codes", "scales", "router", "zeros", "codebooks", "columns", "outliers"]
 
 
 class TensorSpec(BaseModel):
@@ -53,35 +53,36 @@ def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack integer codes along their last dimension.
 
     Args:
-        codes: ``[..., n]``, uint8, every value below ``2**bits``.
-        bits: 1 to 8.
+        codes: ``[..., n]``, uint8 or int64, every value below ``2**bits``.
+        bits: 1 to 8; more for int64.
 
     Returns:
         ``[bits, ..., ceil(n / 8)]``, uint8. The last byte of a row is padded with zero bits.
     """
     count = codes.shape[-1]
     padded = torch.nn.functional.pad(codes, (0, -count % 8))
-    octets = padded.unflatten(-1, (-1, 8))
+    octets = padded.unflatten(-1, (packed_length(count), 8))
     weights = torch.tensor([1 << j for j in range(8)], dtype=torch.uint8, device=codes.device)
     # Eight distinct powers of two never carry, so a wrapping uint8 sum is exact and stays one byte wide.
     planes = [(((octets >> p) & 1) * weights).sum(-1, dtype=torch.uint8) for p in range(bits)]
     return torch.stack(planes)
 
 
-def unpack_planes(planes: torch.Tensor, count: int) -> torch.Tensor:
+def unpack_planes(planes: torch.Tensor, count: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
     """Undo :func:`pack_planes`.
 
     Args:
         planes: ``[bits, ..., ceil(count / 8)]``, uint8.
         count: number of codes along the last dimension.
+        dtype: of the codes; an integer type that has all their bits.
 
     Returns:
-        ``[..., count]``, uint8.
+        ``[..., count]``, in ``dtype``.
     """
     shifts = torch.arange(8, dtype=torch.uint8, device=planes.device)
-    codes = torch.zeros((*planes.shape[1:], 8), dtype=torch.uint8, device=planes.device)
+    codes = torch.zeros((*planes.shape[1:], 8), dtype=dtype, device=planes.device)
     for p, plane in enumerate(planes):
-        codes |= ((plane.unsqueeze(-1) >> shifts) & 1) << p
+        codes |= ((plane.unsqueeze(-1) >> shifts) & 1).to(dtype) << p
     return codes.flatten(-2)[..., :count]
 
 

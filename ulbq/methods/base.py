@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import BaseModel
@@ -86,12 +86,16 @@ class BlockResult:
         dense: parameters of the block that are not the model's any more (norm weights), by name relative to the block.
         outcome: how training went; None for methods that do not train.
         adapters: stored tensors of each adapted layer's adapter, under peft's short names.
+        schemes: how layers are stored whose scheme is not the method's, as where it counts what one matrix has.
+        notes: sentences that a person must read, of layers that could not be treated as the others.
     """
 
     packed: dict[str, Packed]
     dense: dict[str, torch.Tensor] = field(default_factory=dict)
     outcome: TrainOutcome | None = None
     adapters: dict[str, Packed] = field(default_factory=dict)
+    schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ class Needs:
         saliency: scores of the weights: an artifact's path, a kind, or None.
         continues: whether the method can go on from an artifact.
         end_to_end: training of the whole model after its blocks; None without.
+        hessians: which second moments of the layers' inputs live at once: those of one step in the ``sequence`` of a
+            block's layers, or of the whole ``block``.
     """
 
     epochs: int = 0
@@ -115,6 +121,7 @@ class Needs:
     saliency: str | None = None
     end_to_end: EndToEndSettings | None = None
     continues: bool = False
+    hessians: Literal["none", "sequence", "block"] = "none"
 
     @property
     def stores(self) -> int:
@@ -146,7 +153,7 @@ class Method(Protocol):
 
     @property
     def scheme(self) -> AnyScheme:
-        """How every layer is stored."""
+        """How layers are stored, as far as that is known before any is; :class:`BlockResult` tells the exceptions."""
         ...
 
     @property

@@ -1,8 +1,10 @@
 """The end of a quantization run: what lies beside the tensors, and the manifest's records."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from ulbq import formats, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
@@ -10,7 +12,9 @@ from ulbq.artifacts.records import BlockRecord, EndToEndRecord, LayerRecord, Par
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration
+from ulbq.formats import AnyScheme, Scheme
 from ulbq.formats.bits import stored_bits
+from ulbq.methods.base import Packed
 from ulbq.models.adapter_files import ADAPTER_FOLDER, write_adapter
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
@@ -20,14 +24,39 @@ TUNED = "tuned "
 """Journal keys of blocks that the end-to-end phase changed, before their index."""
 
 
-def layer_record(job: Job, name: str, original: torch.Tensor, packed: dict[str, torch.Tensor]) -> LayerRecord:
-    """What the manifest says of a layer: its full name, the full-precision weight ``[out, in]``, what is stored."""
-    scheme, shape = job.method.scheme, (original.shape[0], original.shape[1])
+_SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
+
+
+def layer_record(
+    job: Job, name: str, original: torch.Tensor, packed: Packed, scheme: AnyScheme | None = None
+) -> LayerRecord:
+    """What the manifest says of a layer.
+
+    Args:
+        job: the run.
+        name: full name of the layer.
+        original: its full-precision weight ``[out, in]``.
+        packed: what is stored.
+        scheme: how; None where it is the method's.
+    """
+    scheme, shape = scheme or job.method.scheme, (original.shape[0], original.shape[1])
     dense = formats.dequantize(scheme, packed, shape[1])
     error = ((dense - original).square().sum() / original.square().sum().clamp_min(1e-30)).item()
     sparsity = formats.sparsity(scheme, packed, shape[1])
     bits = {str(role): count for role, count in stored_bits(scheme.tensors(*shape)).items()}
-    return LayerRecord(name=name, shape=shape, scheme=scheme.model_dump(), bits=bits, error=error, sparsity=sparsity)
+    described = scheme.model_dump(mode="json")
+    return LayerRecord(name=name, shape=shape, scheme=described, bits=bits, error=error, sparsity=sparsity)
+
+
+def recorded_schemes(entry: Mapping[str, Any], prefix: str) -> dict[str, AnyScheme]:
+    """Schemes of a finished block's layers, by name inside the block.
+
+    Args:
+        entry: the block's step in the journal.
+        prefix: full name of the block, with the dot.
+    """
+    layers = [LayerRecord.model_validate(layer) for layer in entry["layers"]]
+    return {layer.name.removeprefix(prefix): _SCHEME.validate_python(layer.scheme) for layer in layers}
 
 
 def block_record(index: int, outcome: TrainOutcome, seconds: float) -> BlockRecord:
@@ -68,7 +97,7 @@ def finish(
         parents=_parents(job),
         phases=tuple(watch.records),
         method=job.method.name,
-        scheme=job.method.scheme.model_dump(),
+        scheme=job.method.scheme.model_dump(mode="json"),
         bits=bits,
         layers=tuple(layers),
         blocks=tuple(BlockRecord.model_validate(entry["block"]) for entry in entries if "block" in entry),

@@ -93,16 +93,32 @@ def half(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
 
 
-def restore_block(block: nn.Module, prefix: str, shard: Path, linears: Sequence[str], scheme: AnyScheme) -> nn.Module:
+def restore_block(
+    block: nn.Module,
+    prefix: str,
+    shard: Path,
+    linears: Sequence[str],
+    scheme: AnyScheme,
+    schemes: Mapping[str, AnyScheme] = {},
+) -> nn.Module:
     """Turn a full-precision block into the packed one that its shard holds, in place.
 
     The quantized stream runs through this, in the first run and in a resumed one alike: what later blocks are
     trained on is what was stored, to the bit.
+
+    Args:
+        block: in full precision.
+        prefix: full name of the block, with the dot.
+        shard: the block's.
+        linears: names of the packed layers, relative to the block.
+        scheme: of every layer that has none of its own.
+        schemes: of those that have.
     """
     stored = LazyTensors([shard])
     for linear in linears:
         layer = linear_layer(block, linear)
-        packed = QuantLinear(scheme, layer.in_features, layer.out_features, bias=layer.bias is not None, cache=True)
+        own, bias = schemes.get(linear, scheme), layer.bias is not None
+        packed = QuantLinear(own, layer.in_features, layer.out_features, bias=bias, cache=True)
         block.set_submodule(linear, packed.to(layer.weight.device))
     with torch.no_grad():
         # Parameters, packed tensors and persistent buffers alike.
@@ -160,7 +176,7 @@ def write_folder(folder: Path, source: ModelSource, scheme: AnyScheme, method: s
         config = source.config.to_dict()
         # As `half` leaves them: what came as float16 is still float16.
         config["dtype"] = "float16" if config.get("dtype") in ("float16", torch.float16) else "bfloat16"
-        config["quantization_config"] = {"quant_method": "ulbq", "method": method, **scheme.model_dump()}
+        config["quantization_config"] = {"quant_method": "ulbq", "method": method, **scheme.model_dump(mode="json")}
         updated = type(source.config).from_dict(config)
         updated.save_pretrained(folder)
         source.save_tokenizer_files(folder)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ulbq.errors import InputError
+from ulbq.formats import AnyScheme
 from ulbq.models.blocks import load_block
 from ulbq.models.stream import ActivationStore, BlockStream, run_block
 from ulbq.pipeline import layout
@@ -65,11 +66,11 @@ class Streams:
         if self._augmented is not None:
             self._run(block, index, self._quantized, self._augmented)
 
-    def advance_quantized(self, index: int, shard: Path) -> None:
-        """Run ``x_q`` through the packed block that a shard holds, in place."""
+    def advance_quantized(self, index: int, shard: Path, schemes: Mapping[str, AnyScheme] = {}) -> None:
+        """Run ``x_q`` through the packed block that a shard holds, in place; ``schemes`` of layers with their own."""
         prefix, linears = self._job.names(index)
         block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
-        layout.restore_block(block, prefix, shard, linears, self._job.method.scheme)
+        layout.restore_block(block, prefix, shard, linears, self._job.method.scheme, schemes)
         if self._job.method.needs.adapter is not None:
             adapters = self._scratch / layout.adapter_shard(index)
             layout.restore_adapters(block, prefix, adapters, self._job.method.needs.adapter)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,10 +32,15 @@ _QUANTIZERS: dict[str, type[Quantizer]] = {
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a run's shards lie: the blocks' own, and their adapters."""
+    """Where a run's shards lie: the blocks' own, and their adapters.
+
+    Attributes:
+        schemes: by full name, of layers whose scheme is not the method's.
+    """
 
     blocks: Path
     adapters: Path
+    schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
 
     def block(self, index: int) -> Path:
         """A block's shard."""
@@ -83,9 +88,10 @@ def _block(job: Job, folders: Folders, index: int, train_weights: bool) -> nn.Mo
     adapters = {} if config is None else layout.read_adapters(folders.adapter(index), prefix, config)
     for linear in linears:
         dense = linear_layer(block, linear)
-        packed = {short: t.to(device) for short, t in _packed(stored, prefix + linear, job.method.scheme, dense)}
-        quantizer = _QUANTIZERS[job.method.scheme.format].from_packed(
-            dense.weight.detach(), packed, job.method.scheme, train_weights=train_weights
+        scheme = folders.schemes.get(prefix + linear, job.method.scheme)
+        packed = {short: t.to(device) for short, t in _packed(stored, prefix + linear, scheme, dense)}
+        quantizer = _QUANTIZERS[scheme.format].from_packed(
+            dense.weight.detach(), packed, scheme, train_weights=train_weights
         )
         adapter = adapters.get(linear)
         layer = TrainedLinear(quantizer.to(device), dense.bias, None if adapter is None else adapter.to(device))
