@@ -46,7 +46,10 @@ def _what_is_done(request: "QuantizeRequest") -> dict[str, str]:
     if request.samples is not None:
         size = f"{request.samples} × {request.sequence_length} tokens"
         rows["calibration"] = f"{request.calibration}, {size}, seed {request.seed}"
+    if request.epochs is not None:
         rows["training"] = _training(request)
+    if request.damping is not None:
+        rows["columns"] = _columns(request)
     if request.experts is not None:
         zeros = "" if request.zeros == "none" else f", zero points by {request.zeros}"
         rows["mixture"] = f"{request.experts} experts{zeros}"
@@ -70,6 +73,13 @@ def _training(request: "QuantizeRequest") -> str:
     if request.granularity == "layer":
         parts.append("layer by layer")
     return ", ".join(parts) + (f" (preset {request.preset})" if request.preset else "")
+
+
+def _columns(request: "QuantizeRequest") -> str:
+    order = "largest inputs first" if request.act_order else "from left to right"
+    layers = "layer after layer" if request.true_sequential else "all layers from one pass"
+    preset = f" (preset {request.preset})" if request.preset else ""
+    return f"{order}, damping {request.damping:g}, {layers}{preset}"
 
 
 def _adapter(request: "QuantizeRequest") -> str:

@@ -9,7 +9,7 @@ import typer
 
 from .recipe_list import complete_recipe, show_recipes
 
-_FORMAT, CALIBRATION = "Format", "Calibration"
+_FORMAT, _COLUMNS, CALIBRATION = "Format", "Columns (gptq)", "Calibration"
 
 
 def option(name: str, help: str, panel: str, *, default: str, **more: Any) -> Any:
@@ -23,12 +23,13 @@ def option(name: str, help: str, panel: str, *, default: str, **more: Any) -> An
 
 
 Method = Annotated[
-    Literal["db-llm", "rtn", "apiq", "ulb-sapr", "binary-mos"] | None,
+    Literal["db-llm", "rtn", "gptq", "apiq", "ulb-sapr", "binary-mos"] | None,
     typer.Option(
         "--method",
         "-m",
-        help="db-llm: two bit planes; rtn: affine rounding, in seconds; apiq: affine codes and an adapter; "
-        "ulb-sapr: the same with salient weights held in place; binary-mos: signs and mixed scales, 1 bit.",
+        help="db-llm: two bit planes; rtn: affine rounding, in seconds; gptq: the same with errors made good, in "
+        "minutes; apiq: affine codes and an adapter; ulb-sapr: the same with salient weights held in place; "
+        "binary-mos: signs and mixed scales, 1 bit.",
         show_default="the recipe's, else db-llm",
     ),
 ]
@@ -49,7 +50,7 @@ ListRecipes = Annotated[
 
 Bits = Annotated[
     int | None,
-    option("--bits", "1, 2, 3, 4 or 8.", _FORMAT, default="4 for rtn, 2 for apiq and ulb-sapr", metavar="N"),
+    option("--bits", "1, 2, 3, 4 or 8.", _FORMAT, default="4 for rtn and gptq, 2 for apiq and ulb-sapr", metavar="N"),
 ]
 GroupSize = Annotated[
     int | None,
@@ -63,7 +64,7 @@ Search = Annotated[
     bool | None,
     option(
         "--search/--no-search",
-        "Shrink each group's range where that lowers its error (rtn).",
+        "Shrink each group's range where that lowers its error (rtn, gptq).",
         _FORMAT,
         default="search",
     ),
@@ -74,6 +75,43 @@ Experts = Annotated[
 Zeros = Annotated[
     Literal["none", "output", "input"] | None,
     option("--zeros", "A zero point for each output or input channel (binary-mos).", _FORMAT, default="none"),
+]
+
+Damping = Annotated[
+    float | None,
+    option(
+        "--damping",
+        "Share of the mean diagonal that is added to the Hessian's diagonal.",
+        _COLUMNS,
+        default="0.01",
+        min=0,
+        max=1,
+        metavar="X",
+    ),
+]
+ActOrder = Annotated[
+    bool | None,
+    option("--act-order/--no-act-order", "Take columns with the largest inputs first.", _COLUMNS, default="act-order"),
+]
+TrueSequential = Annotated[
+    bool | None,
+    option(
+        "--true-sequential/--one-pass",
+        "Let layers read what the quantized ones before them in the block give.",
+        _COLUMNS,
+        default="true-sequential",
+    ),
+]
+ColumnBlock = Annotated[
+    int | None,
+    option(
+        "--column-block",
+        "Columns after which errors are handed on to all others; changes speed alone.",
+        _COLUMNS,
+        default="128",
+        min=1,
+        metavar="N",
+    ),
 ]
 
 Preset = Annotated[

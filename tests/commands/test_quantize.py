@@ -125,15 +125,18 @@ def test_the_plan_tells_the_stages_own_lambda(source, capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_plan_of_every_method_tells_what_it_does(method, source, capsys):
-    more = ["--rank", "8", "--lambda", "0.5", "--adapter"] if method not in {"rtn", "binary-mos"} else []
+    trains = method not in {"rtn", "gptq"}
+    more = ["--rank", "8", "--lambda", "0.5", "--adapter"] if trains and method != "binary-mos" else []
     planned(capsys, source, "--method", method, *more)
     words = ["quantize", str(source), "--method", method, "--device", "cpu", "--offline", "--dry-run", *more]
-    words += [] if method == "rtn" else ["--calibration", "a.txt", "--train-weights"]
+    words += [] if method == "rtn" else ["--calibration", "a.txt"]
+    words += ["--train-weights"] if trains else []
     words += [] if method == "binary-mos" else ["--group-size", "32"]
     assert main(words) == 0
     told = capsys.readouterr().err
     assert f"{method}, " in told
-    assert ("training" in told) == (method != "rtn")
+    assert ("training" in told) == trains
+    assert ("damping" in told) == (method == "gptq")
     assert ("rank 8" in told) == bool(more)
     assert ("lambda 0.5" in told) == bool(more)
     assert "None" not in told

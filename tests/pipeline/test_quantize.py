@@ -352,7 +352,7 @@ def test_absurd_numbers_are_no_request(changes: dict[str, Any], tiny_llama: Path
         {"method": "rtn", "token_weighting": "energy"},
         {"method": "rtn", "precision": "bf16"},
         {"method": "rtn", "activation_memory": 0},
-        {"method": "gptq"},
+        {"method": "awq"},
     ],
 )
 def test_options_that_would_do_nothing_are_refused(changes: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:

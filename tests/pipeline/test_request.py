@@ -11,7 +11,7 @@ from ulbq.training.stages import Stage
 
 OPT = {"name": "opt", "epochs": 1}
 OWN = {"name": "mixed", "epochs": 1, "penalty": 0.5}
-TRAINED = sorted(name for name, method in METHODS.items() if method.calibrated)
+CALIBRATED = sorted(name for name, method in METHODS.items() if method.calibrated)
 
 
 def asked(**options: Any) -> QuantizeRequest:
@@ -52,17 +52,19 @@ def test_the_defaults_are_the_methods(method: str) -> None:
             assert value == field.default, name
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", CALIBRATED)
 def test_a_preset_gives_way_to_what_is_explicit(method: str) -> None:
     full = completed(method=method, preset="best", samples=7)
     best = PRESETS["best"]
-    assert (full.samples, full.sequence_length, full.epochs) == (7, best.sequence_length, best.epochs)
+    epochs = best.epochs if "epochs" in takes(method) else None
+    assert (full.samples, full.sequence_length, full.epochs) == (7, best.sequence_length, epochs)
     assert full.preset == "best"
 
 
 def test_the_machines_preset_is_no_part_of_a_request_that_needs_none() -> None:
     assert completed(method="db-llm", samples=4, sequence_length=32, epochs=1).preset is None
     assert completed(method="db-llm", samples=4).preset == "quick"
+    assert completed(method="gptq", samples=4, sequence_length=32).preset is None
 
 
 def test_stages_bring_their_own_epochs() -> None:
@@ -170,8 +172,10 @@ def test_the_settings_of_the_losses_reach_the_phase() -> None:
         ({"method": "rtn", "penalty": 0.1}, "--lambda means nothing to --method rtn", "ulb-sapr"),
         ({"method": "rtn", "calibration": "c4"}, "--calibration means nothing to --method rtn", "db-llm"),
         ({"method": "db-llm", "search": True}, "--search means nothing to --method db-llm", "rtn"),
-        ({"method": "gptq"}, "There is no method 'gptq'", "rtn"),
+        ({"method": "awq"}, "There is no method 'awq'", "rtn"),
         ({"method": "db-llm", "bits": 3}, "cannot take --bits 3", "--bits"),
+        ({"method": "gptq", "epochs": 3}, "--epochs means nothing to --method gptq", "db-llm"),
+        ({"method": "rtn", "damping": 0.1}, "--damping means nothing to --method rtn", "gptq"),
     ],
 )
 def test_what_a_method_does_not_take_is_refused(options: dict[str, Any], said: str, hint: str) -> None:

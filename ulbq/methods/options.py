@@ -71,6 +71,23 @@ class AffineOptions(MethodOptions):
     symmetric: bool = False
 
 
+class CompensationOptions(MethodOptions):
+    """Of methods that make the error of each column good in the columns after it (GPTQ, CLAQ).
+
+    Attributes:
+        damping: share of the mean diagonal that is added to the diagonal of the inputs' second moments.
+        act_order: take the columns with the largest inputs first.
+        true_sequential: layers read what the quantized layers before them in the block give, in one pass over the
+            samples for each; otherwise all are solved from one pass through the block in full precision.
+        column_block: columns after which the errors are handed on to all others at once; a matter of speed alone.
+    """
+
+    damping: float = Field(default=0.01, ge=0, le=1)
+    act_order: bool = True
+    true_sequential: bool = True
+    column_block: int = Field(default=128, ge=1)
+
+
 class TrainOptions(TrainSettings, MethodOptions):
     """All of the block-wise training's settings; rates of roles that a method lacks are no options of it."""
 

@@ -9,7 +9,7 @@ from ulbq.formats import affine
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
 from ulbq.methods.options import AffineBits, AffineOptions
-from ulbq.solvers.rtn import round_to_nearest
+from ulbq.solvers.rtn import AffineCodes, round_to_nearest
 
 
 class RtnOptions(AffineOptions):
@@ -51,8 +51,13 @@ class Rtn:
         return BlockResult({linear: self._pack(linear, task.weight(linear)) for linear in task.linears})
 
     def _pack(self, linear: str, weight: torch.Tensor) -> Packed:
-        codes, scales, zeros = round_to_nearest(weight, self.scheme, search=self._search)
-        packed = affine.pack(self.scheme, codes, scales, None if self.scheme.symmetric else zeros)
-        steps = codes.view(*scales.shape, -1) - zeros.unsqueeze(-1)
-        check_packed(linear, self.scheme, packed, (steps * scales.unsqueeze(-1)).flatten(1))
-        return packed
+        return pack_codes(linear, self.scheme, round_to_nearest(weight, self.scheme, search=self._search))
+
+
+def pack_codes(linear: str, scheme: AffineScheme, found: AffineCodes) -> Packed:
+    """Pack what a solver found. Raises NumericsError where what is stored is not what was found."""
+    codes, scales, zeros = found
+    packed = affine.pack(scheme, codes, scales, None if scheme.symmetric else zeros)
+    steps = codes.view(*scales.shape, -1) - zeros.unsqueeze(-1)
+    check_packed(linear, scheme, packed, (steps * scales.unsqueeze(-1)).flatten(1))
+    return packed

@@ -20,6 +20,11 @@ from ulbq.training.precision import Precision
 # and the snapshots of the start and of the best epoch; the rest is masks and half-precision copies inside one step.
 _TRAINING_COPIES = 9.0
 _PLAIN_COPIES = 3.5
+# The same where columns are compensated: the weights as they came and as they became, and of the layers that read one
+# input the values, codes and errors of all columns, beside what the search of the grids tries.
+_COMPENSATED_COPIES = 7.0
+# Float32 copies of the largest second moments while they are factored in float64.
+_FACTOR_COPIES = 10
 # More of them where scores weigh a penalty: the scores as read and as they count, and what autograd keeps of the
 # distance to the full-precision weights and of its square.
 _PENALTY_COPIES = 4
@@ -145,11 +150,28 @@ class _Run:
         """Float32 values that live at the peak of one block's work."""
         quantized, inside = self.quantized[index], self.inside[index]
         copies = _TRAINING_COPIES if self.needs.epochs else _PLAIN_COPIES
+        if self.needs.hessians != "none":
+            copies = _COMPENSATED_COPIES
         if self.needs.saliency is not None:
             copies += _PENALTY_COPIES
         # What a block holds beside its linear layers (experts, for one) is there once; a reference is a second block.
         beside = inside - quantized + (inside if self.needs.originals else 0)
-        return round(copies * quantized) + beside + _ADAPTER_COPIES * self.adapter_values(self.found.linears[index])
+        adapters = _ADAPTER_COPIES * self.adapter_values(self.found.linears[index])
+        return round(copies * quantized) + beside + adapters + self._hessians(index)
+
+    def _hessians(self, index: int) -> int:
+        """Float32 values of the second moments of a block's inputs that live at once, and of factoring the largest."""
+        if self.needs.hessians == "none":
+            return 0
+        # Layers of one parent that are as wide read the same input, as far as names tell; experts come all at once.
+        inputs = {(linear.name.rpartition(".")[0], linear.in_features) for linear in self.found.linears[index]}
+        live: dict[tuple[str, int], int] = {}
+        for parent, columns in inputs:
+            _, _, inside = parent.partition(f"{self.found.blocks_prefix}.{index}")
+            place = ".".join("*" if part.isdigit() else part for part in inside.split("."))
+            live[place, columns] = live.get((place, columns), 0) + columns**2
+        at_once = max(live.values()) if self.needs.hessians == "sequence" else sum(live.values())
+        return at_once + _FACTOR_COPIES * max(columns for _, columns in inputs) ** 2
 
     def _widths(self) -> list[int]:
         """Values a token in each store of activations, as :attr:`Needs.stores` lists them."""

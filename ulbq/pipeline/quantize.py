@@ -22,7 +22,7 @@ from ulbq.models.blocks import load_block
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.end_to_end import train_end_to_end
-from ulbq.pipeline.finish import block_record, finish, layer_record
+from ulbq.pipeline.finish import block_record, finish, layer_record, recorded_schemes
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
 from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
@@ -195,7 +195,8 @@ class _Run:
                 else:
                     self._quantize(index, streams, phase)
                 if streams is not None and index + 1 < job.found.n_blocks:
-                    streams.advance_quantized(index, self._writer.path / layout.block_shard(index))
+                    schemes = recorded_schemes(self._writer.journal[str(index)], job.names(index)[0])
+                    streams.advance_quantized(index, self._writer.path / layout.block_shard(index), schemes)
 
     def _quantize(self, index: int, streams: Streams | None, phase: Phase) -> None:
         job, started = self._job, time.monotonic()
@@ -224,11 +225,16 @@ class _Run:
             prefix=prefix,
         )
         result = job.method.quantize_block(task)
+        for note in result.notes:
+            self._progress.warn(note)
         check_finite(index, result)
         shard = self._writer.path / layout.block_shard(index)
         layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
         records: dict[str, Any] = {
-            "layers": [layer_record(job, prefix + name, originals[name], result.packed[name]) for name in linears]
+            "layers": [
+                layer_record(job, prefix + name, originals[name], result.packed[name], result.schemes.get(name))
+                for name in linears
+            ]
         }
         if result.outcome is not None:
             records["block"] = block_record(index, result.outcome, time.monotonic() - started)

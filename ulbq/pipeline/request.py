@@ -90,6 +90,10 @@ class QuantizeRequest(BaseModel):
     group_size: int | None = None
     symmetric: bool | None = None
     search: bool | None = None
+    damping: _Share | None = None
+    act_order: bool | None = None
+    true_sequential: bool | None = None
+    column_block: _Count | None = None
     experts: _Count | None = None
     zeros: Zeros | None = None
 
@@ -216,9 +220,8 @@ def complete(request: QuantizeRequest, preset: PresetName) -> QuantizeRequest:
     amount: dict[str, Any] = {}
     if method.calibrated:
         name = request.preset or preset
-        amount = PRESETS[name].model_dump()
-        if request.stages:
-            del amount["epochs"]  # theirs count
+        wanted = takes(request.method) - ({"epochs"} if request.stages else set())  # the stages' own count
+        amount = {field: value for field, value in PRESETS[name] if field in wanted}
         if any(getattr(request, field) is None for field in amount):
             values["preset"] = name
         values |= {"precision": "auto", "activation_memory": 4 * 2**30, **amount}

@@ -1,0 +1,167 @@
+"""Layers in execution order: who reads what, and from which pass."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ulbq.methods.base import BlockTask
+from ulbq.methods.gptq import Gptq, GptqOptions
+from ulbq.methods.in_sequence import solve_in_sequence
+from ulbq.models.stream import ActivationStore
+from ulbq.nn.quant_linear import linear_layer
+from ulbq.solvers.hessian import HessianSum
+from ulbq.training.objective import BlockData
+from ulbq.training.precision import Precision
+
+WIDTH, SAMPLES, LENGTH = 16, 6, 20
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 24)
+        self.gate = nn.Linear(WIDTH, 24)
+        self.down = nn.Linear(24, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.down(torch.relu(self.gate(x)) * self.up(x))
+        return result
+
+
+class Block(nn.Module):
+    """Two layers on one input, one on what they make, and experts: all tokens, a few, none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Expert() for _ in range(3))
+        self.mix = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+        self.query = nn.Linear(WIDTH, WIDTH)
+        self.value = nn.Linear(WIDTH, 8)
+        self.out = nn.Linear(8, WIDTH)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.layer_norm(hidden, (WIDTH,))
+        hidden = hidden + self.mix(self.out(self.value(x) * self.query(x)[..., :8].sigmoid()))
+        few = hidden[..., 0] > 1.9
+        routed = torch.zeros_like(hidden)
+        routed[few] = self.experts[1](hidden[few]).to(hidden.dtype)
+        result: torch.Tensor = hidden + self.experts[0](hidden) + routed
+        return result
+
+
+LINEARS = tuple(name for name, module in Block().named_modules() if isinstance(module, nn.Linear))
+
+
+def task(folder: Path, precision: torch.dtype = torch.float32) -> BlockTask:
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        block = Block().requires_grad_(False)
+        hidden = torch.randn(SAMPLES + 2, LENGTH, WIDTH)
+    hidden[0, :, 0] = 0  # the first sample calls no second expert with a token, in the first stream at least
+    store = ActivationStore((SAMPLES + 2, LENGTH, WIDTH), torch.float32, limit=2**30, directory=folder)
+    store.set(0, hidden)
+    data = BlockData(store, store, None, {}, SAMPLES)
+    cpu = Precision(torch.device("cpu"), precision)
+    return BlockTask(0, block, LINEARS, {}, data, cpu, 0, lambda error: None)
+
+
+def solved(asked: BlockTask, *, one_by_one: bool) -> list[tuple[tuple[str, ...], HessianSum]]:
+    """Halve every weight; returns what the solver was called with."""
+    calls = []
+
+    def solve(linears, inputs):  # type: ignore[no-untyped-def]
+        calls.append((tuple(linears), inputs))
+        return {linear: asked.weight(linear) / 2 for linear in linears}
+
+    solve_in_sequence(asked, solve, one_by_one=one_by_one)
+    return calls
+
+
+def inputs_of(block: nn.Module, linear: str, hidden: torch.Tensor) -> torch.Tensor:
+    """All that a layer is called with, ``[tokens, in]``."""
+    caught: list[torch.Tensor] = []
+    handle = block.get_submodule(linear).register_forward_pre_hook(
+        lambda module, arguments: caught.append(arguments[0].flatten(0, -2))
+    )
+    block(hidden)
+    handle.remove()
+    return torch.cat(caught) if caught else torch.zeros(0, linear_layer(block, linear).in_features)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_every_layer_is_solved_once_with_those_that_read_the_same(one_by_one: bool, tmp_path: Path) -> None:
+    calls = solved(task(tmp_path), one_by_one=one_by_one)
+    groups = [names for names, _ in calls]
+    assert sorted(name for names in groups for name in names) == sorted(LINEARS)
+    assert groups[:4] == [("value", "query"), ("out",), ("mix.0",), ("mix.2",)]
+    assert ("experts.0.gate", "experts.0.up") in groups
+    order = [name for names in groups for name in names]
+    assert all(order.index(f"experts.{i}.down") > order.index(f"experts.{i}.up") for i in range(3))
+    if one_by_one:
+        assert order.index("experts.0.down") > order.index("experts.2.up")
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_second_moments_are_of_what_the_layer_then_reads(one_by_one: bool, tmp_path: Path) -> None:
+    asked = task(tmp_path)
+    assert asked.data is not None
+    hidden = asked.data.inputs.get(slice(0, SAMPLES))
+    full = task(tmp_path).block
+    for names, found in solved(asked, one_by_one=one_by_one):
+        for name in names:
+            # The quantized layers before it: at the end, all are quantized, and no layer reads what comes later.
+            rows = inputs_of(asked.block if one_by_one else full, name, hidden)
+            assert found.tokens == len(rows), name
+            expected = 2 / max(1, len(rows)) * rows.t() @ rows
+            torch.testing.assert_close(found.matrix, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_experts_are_solved_from_the_tokens_that_reach_them(tmp_path: Path) -> None:
+    tokens = {name: found.tokens for names, found in solved(task(tmp_path), one_by_one=True) for name in names}
+    assert tokens["experts.0.up"] == tokens["query"] == SAMPLES * LENGTH
+    assert 0 < tokens["experts.1.up"] < SAMPLES * LENGTH / 4
+    assert tokens["experts.2.up"] == tokens["experts.2.down"] == 0
+
+
+def test_the_weights_that_came_are_left_to_compare_with(tmp_path: Path) -> None:
+    asked, fresh = task(tmp_path), task(tmp_path).block
+    came = {name: asked.weight(name) for name in LINEARS}
+    solved(asked, one_by_one=True)
+    for name in LINEARS:
+        assert torch.equal(came[name], linear_layer(fresh, name).weight), name
+        assert torch.equal(asked.weight(name), came[name] / 2), name
+
+
+def test_samples_held_out_are_not_looked_at(tmp_path: Path) -> None:
+    asked, other = task(tmp_path), task(tmp_path)
+    assert other.data is not None
+    other.data.inputs.set(SAMPLES, 1000 * torch.ones(2, LENGTH, WIDTH))
+    for (_, ours), (_, theirs) in zip(solved(asked, one_by_one=True), solved(other, one_by_one=True), strict=True):
+        assert torch.equal(ours.matrix, theirs.matrix)
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_layers_with_too_few_tokens_are_rounded_and_named(true_sequential: bool, tmp_path: Path) -> None:
+    asked = task(tmp_path, torch.bfloat16)
+    options = GptqOptions(bits=4, true_sequential=true_sequential)
+    method = Gptq.from_options(options, 8)
+    result = method.quantize_block(asked)
+    assert list(result.packed) == list(LINEARS)
+    told = " ".join(result.notes)
+    assert "experts.2.gate" in told
+    assert "experts.2.down" in told
+    assert "0 tokens are too few for 24 columns" in told
+    assert "query" not in told
+    assert "experts.0" not in told
+    for name, tensors in result.packed.items():
+        assert set(tensors) == {"codes", "scales", "zeros"}, name
+
+
+def test_a_singular_input_is_told(tmp_path: Path) -> None:
+    asked = task(tmp_path)
+    assert asked.data is not None
+    asked.data.inputs.set(0, torch.ones(SAMPLES, LENGTH, WIDTH).cumsum(2))
+    result = Gptq.from_options(GptqOptions(damping=0.0), 8).quantize_block(asked)
+    assert any("query" in note and "damping raised to" in note for note in result.notes)

@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from ulbq.errors import NumericsError
+from ulbq.solvers.hessian import HessianSum, activation_order, factorize
+
+
+def moments(columns: int = 24, tokens: int = 400, seed: int = 0) -> torch.Tensor:
+    """Second moments of correlated inputs of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -1.5, columns).unsqueeze(1)
+    rows = torch.randn(tokens, columns, generator=generator) @ mix * torch.rand(columns, generator=generator)
+    hessian = 2 / tokens * rows.t() @ rows
+    # To the last bit: who reads one triangle and who reads both shall see the same matrix.
+    return (hessian + hessian.t()) / 2
+
+
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    return hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian)).double()
+
+
+def test_the_sum_is_the_mean_over_all_tokens_in_whatever_pieces_they_come() -> None:
+    inputs = torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(1))
+    whole, pieces = HessianSum(16), HessianSum(16)
+    whole.add(inputs)
+    for part in (inputs[:1], inputs[1:2, :3], torch.empty(0, 16), inputs[1:2, 3:], inputs[2:]):
+        pieces.add(part.bfloat16() if part.numel() == 0 else part)
+    rows = inputs.flatten(0, 1)
+    torch.testing.assert_close(whole.matrix, 2 / 35 * rows.t() @ rows)
+    torch.testing.assert_close(pieces.matrix, whole.matrix)
+    assert (whole.tokens, pieces.tokens) == (35, 35)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_factor_is_the_cholesky_factor_of_the_inverse(ordered: bool) -> None:
+    hessian = moments()
+    order = activation_order(hessian) if ordered else torch.arange(24)
+    factor = factorize(hessian, damping=0.02, order=order if ordered else None)
+    inverse = torch.linalg.inv(damped(hessian, 0.02)[order][:, order])
+    expected = torch.linalg.cholesky(inverse, upper=True)
+    torch.testing.assert_close(factor.upper, expected.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(factor.importance[order], expected.diagonal().pow(-2).float(), rtol=1e-5, atol=0)
+    assert torch.equal(factor.order, order)
+    assert factor.damping == 0.02
+    assert not factor.dead.any()
+
+
+def test_the_largest_inputs_come_first_and_equal_ones_stay_in_order() -> None:
+    hessian = torch.diag(torch.tensor([1.0, 3.0, 0.0, 3.0, 1.0]))
+    assert activation_order(hessian).tolist() == [1, 3, 0, 4, 2]
+
+
+def test_the_importance_of_a_column_is_what_its_error_costs_at_best() -> None:
+    """The least ``eᵀHe`` over all e that are 1 in the column, 0 before it and free after it."""
+    hessian = moments(6)
+    factor = factorize(hessian, damping=0.01)
+    exact = damped(hessian, 0.01)
+    for column in range(6):
+        later = slice(column + 1, None)
+        rest = torch.linalg.solve(exact[later, later], exact[later, column]) if column < 5 else torch.zeros(0).double()
+        least = exact[column, column] - exact[column, later] @ rest
+        assert factor.importance[column].item() == pytest.approx(least.item(), rel=1e-5)
+
+
+def test_dead_columns_depend_on_no_other() -> None:
+    hessian = moments()
+    hessian[5], hessian[:, 5] = 0, 0
+    factor = factorize(hessian, order=activation_order(hessian))
+    place = factor.order.tolist().index(5)
+    assert factor.dead.nonzero().flatten().tolist() == [5]
+    assert factor.upper[place].count_nonzero() == factor.upper[:, place].count_nonzero() == 1
+    assert factor.importance[5] == factor.importance[~factor.dead].min()
+    alone = factorize(hessian[~factor.dead][:, ~factor.dead])
+    torch.testing.assert_close(factor.importance.sort().values[1:], factor.importance[~factor.dead].sort().values)
+    assert alone.damping == factor.damping
+
+
+def test_no_inputs_at_all_are_an_identity() -> None:
+    factor = factorize(torch.zeros(8, 8), damping=0.01)
+    torch.testing.assert_close(factor.upper, torch.eye(8) * factor.upper[0, 0])
+    assert factor.importance.unique().numel() == 1
+    assert factor.dead.all()
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_a_singular_hessian_raises_the_damping_and_says_so(size: float) -> None:
+    column = torch.ones(32, 1)
+    factor = factorize(size * column @ column.t(), damping=0.0)
+    assert 0 < factor.damping <= 1e-2
+    assert torch.isfinite(factor.upper).all()
+    assert factorize(moments(), damping=0.0).damping == 0.0
+
+
+def test_what_no_damping_mends_is_an_error() -> None:
+    hessian = moments()
+    hessian[0, 1] = hessian[1, 0] = 100 * hessian.diagonal().max()
+    with pytest.raises(NumericsError, match="singular even with a damping of 1"):
+        factorize(hessian)
+    hessian[3, 3] = torch.nan
+    with pytest.raises(NumericsError, match="not finite"):
+        factorize(hessian)

@@ -1,0 +1,96 @@
+"""GPTQ (Frantar et al., 2023, https://arxiv.org/abs/2210.17323): affine codes column by column, no training.
+
+The error of each column is made good in the columns after it, by the second moments of the layer's inputs in the
+quantized model. Beyond the paper, the range of every group is searched (``--no-search`` for min-max as published),
+and with ``--act-order`` groups stay columns side by side, so that the format needs no index of groups.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
+
+import torch
+from pydantic import BaseModel
+
+from ulbq import formats
+from ulbq.formats.affine import AffineScheme
+from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
+from ulbq.methods.in_sequence import solve_in_sequence
+from ulbq.methods.options import AffineBits, AffineOptions, CompensationOptions
+from ulbq.methods.rtn import pack_codes
+from ulbq.solvers.gptq import GptqSettings, gptq
+from ulbq.solvers.hessian import HessianSum
+from ulbq.solvers.rtn import AffineCodes, round_to_nearest
+
+_FEWEST_TOKENS = 1 / 4
+"""Tokens a column. With fewer, errors go to where these samples happen not to look: on other samples of correlated
+random inputs, the error is then no lower than that of rounding to nearest; at two a column it is a quarter of that."""
+
+
+class GptqOptions(CompensationOptions, AffineOptions):
+    """Options of ``gptq``.
+
+    Attributes:
+        search: shrink each group's range where that lowers its error.
+    """
+
+    bits: AffineBits = 4
+    search: bool = True
+
+
+class Gptq:
+    """Affine codes with errors made good in later columns.
+
+    Args:
+        scheme: any affine scheme.
+        options: order, damping and the rest.
+    """
+
+    name: ClassVar[str] = "gptq"
+    Options: ClassVar[type[BaseModel]] = GptqOptions
+    calibrated: ClassVar[bool] = True
+
+    def __init__(self, scheme: AffineScheme, options: GptqOptions) -> None:
+        self.scheme = scheme
+        self.options = options
+        self.needs = Needs(hessians="sequence" if options.true_sequential else "block")
+        self._settings = GptqSettings(
+            damping=options.damping,
+            act_order=options.act_order,
+            search=options.search,
+            block_size=options.column_block,
+        )
+
+    @classmethod
+    def from_options(cls, options: GptqOptions, group_size: int) -> Self:
+        """The method that a request asks for."""
+        return cls(AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric), options)
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        """Quantize one block from the inputs of its layers."""
+        packed: dict[str, Packed] = {}
+        notes: list[str] = []
+
+        def solve(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
+            weights = [task.weight(linear) for linear in linears]
+            # Rows know nothing of each other: layers that read the same input are one matrix.
+            codes, note = self._solve(torch.cat(weights), inputs)
+            if note:
+                notes.append(f"Block {task.index}, {', '.join(linears)}: {note}.")
+            parts = [tensor.split([len(weight) for weight in weights]) for tensor in codes]
+            for linear, *own in zip(linears, *parts, strict=True):
+                packed[linear] = pack_codes(linear, self.scheme, AffineCodes(*own))
+            return {linear: formats.dequantize(self.scheme, packed[linear], weights[0].shape[1]) for linear in linears}
+
+        solve_in_sequence(task, solve, one_by_one=self.options.true_sequential)
+        return BlockResult({linear: packed[linear] for linear in task.linears}, notes=tuple(notes))
+
+    def _solve(self, weight: torch.Tensor, inputs: HessianSum) -> tuple[AffineCodes, str]:
+        """Codes of a matrix, and what has to be said of them."""
+        if inputs.tokens < _FEWEST_TOKENS * weight.shape[1]:
+            importance = inputs.matrix.diagonal()
+            known = importance if importance.any() else None
+            codes = round_to_nearest(weight, self.scheme, importance=known, search=self.options.search)
+            return codes, f"rounded to nearest, {inputs.tokens} tokens are too few for {weight.shape[1]} columns"
+        solution = gptq(weight, inputs.matrix, self.scheme, self._settings)
+        raised = solution.damping > self.options.damping
+        return solution.codes, f"damping raised to {solution.damping:g}, its inputs are singular" if raised else ""

@@ -1,0 +1,127 @@
+"""A block's layers solved in execution order, each from the second moments of its inputs."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ulbq.methods.base import BlockTask
+from ulbq.models.stream import run_block
+from ulbq.nn.quant_linear import linear_layer
+from ulbq.solvers.hessian import HessianSum
+
+Solve = Callable[[Sequence[str], HessianSum], Mapping[str, torch.Tensor]]
+"""Quantizes the layers of some names, which read the same input; gives their weights ``[out, in]`` as stored."""
+
+
+class _Input(NamedTuple):
+    """A tensor that layers of a block read.
+
+    Attributes:
+        layers: their names, in execution order.
+        calls: how often the first sample hands it to each of them.
+    """
+
+    layers: tuple[str, ...]
+    calls: int
+
+
+class _Reached(Exception):
+    """Ends a block's forward pass where all that was wanted has been seen."""
+
+
+@torch.no_grad()
+def solve_in_sequence(task: BlockTask, solve: Solve, *, one_by_one: bool) -> None:
+    """Solve every layer of a block. Layers that are called with the very same tensor are solved together.
+
+    Args:
+        task: with activations. The block is left with the weights that ``solve`` gave.
+        solve: called once for every distinct input.
+        one_by_one: what a layer reads comes from the quantized layers before it (GPTQ's true-sequential), in as many
+            passes over the samples as there are inputs. Members of one list, a mixture's experts, are solved from the
+            same pass: none of them reads what another made. Otherwise one pass serves all layers.
+    """
+    stages: dict[str, list[_Input]] = {}
+    known: dict[str, str] = {}
+    for one in _distinct_inputs(task):
+        places = [_place(task.block, layer) for layer in one.layers]
+        # An expert that the first sample missed comes where its like do.
+        stage = known.get(places[0], places[0]) if one_by_one else ""
+        known |= dict.fromkeys(places, stage)
+        stages.setdefault(stage, []).append(one)
+    for together in stages.values():
+        sums = _gather(task, together)
+        for one in together:
+            # Taken out, so that each goes as soon as it has served.
+            for name, weight in solve(one.layers, sums.pop(one.layers[0])).items():
+                # A new parameter: the old one's values are still wanted to compare with.
+                linear_layer(task.block, name).weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _distinct_inputs(task: BlockTask) -> list[_Input]:
+    """What the first sample's pass through the block calls layers with; a layer that it misses reads its own."""
+    calls: dict[str, list[torch.Tensor]] = {}
+    with _watching(task.block, task.linears, lambda name, tensor: calls.setdefault(name, []).append(tensor)):
+        _run(task, 0)
+    # The tensors are alive as long as `calls` is, so no two of them have the same id.
+    shared: dict[tuple[int, ...], list[str]] = {}
+    for name, tensors in calls.items():
+        shared.setdefault(tuple(map(id, tensors)), []).append(name)
+    found = [_Input(tuple(names), len(key)) for key, names in shared.items()]
+    return found + [_Input((name,), 0) for name in task.linears if name not in calls]
+
+
+def _place(block: nn.Module, name: str) -> str:
+    """A layer's name without its place in lists of modules, ``experts.*.up_proj`` for ``experts.3.up_proj``."""
+    parts = name.split(".")
+    listed = [isinstance(block.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(len(parts))]
+    return ".".join("*" if inside else part for part, inside in zip(parts, listed, strict=True))
+
+
+def _gather(task: BlockTask, inputs: Sequence[_Input]) -> dict[str, HessianSum]:
+    """Second moments of some inputs over the samples that train, by the first layer that reads them."""
+    assert task.data is not None
+    device = task.precision.device
+    sums = {one.layers[0]: HessianSum(linear_layer(task.block, one.layers[0]).in_features, device) for one in inputs}
+    # Where a layer was missed, as experts are, another sample may well call it, and no call is known to be the last.
+    expected = sum(one.calls for one in inputs) if all(one.calls for one in inputs) else 0
+    seen = 0
+
+    def add(name: str, tensor: torch.Tensor) -> None:
+        nonlocal seen
+        sums[name].add(tensor)
+        seen += 1
+        if seen == expected:
+            raise _Reached
+
+    with _watching(task.block, list(sums), add):
+        for index in range(task.data.training):
+            seen = 0
+            with suppress(_Reached):
+                _run(task, index)
+    return sums
+
+
+def _run(task: BlockTask, index: int) -> None:
+    """Pass one sample of the quantized stream through the block."""
+    if task.data is None:
+        raise ValueError("second moments need activations")
+    with task.precision.autocast():
+        run_block(task.block, task.data.inputs.get(slice(index, index + 1)).to(task.precision.device), task.data.kwargs)
+
+
+@contextmanager
+def _watching(block: nn.Module, linears: Sequence[str], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Have ``see`` told what layers are called with, while the context lasts."""
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda module, arguments: see(name, arguments[0])
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,232 @@
+"""Column by column, each error made good in the columns that are still to come (GPTQ, https://arxiv.org/abs/2210.17323).
+
+With H the Hessian of the layer's output error and ``H⁻¹ = UᵀU``, quantizing column i to q_i leaves the error
+``e_i = (w_i − q_i) / U_ii``, which ``w_j −= U_ij · e_i`` makes good in all later columns j. The sum of all e² is
+``tr((W − Q) H (W − Q)ᵀ)``. How a single column is quantized is the caller's: :class:`ColumnQuantizer`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ulbq.formats.affine import AffineScheme
+from ulbq.solvers.hessian import HessianFactor, activation_order, factorize
+from ulbq.solvers.rtn import AffineCodes, round_to_nearest
+
+
+class ColumnQuantizer(Protocol):
+    """What :func:`compensate` asks to quantize columns; indices count in processing order."""
+
+    def begin(self, first: int, columns: torch.Tensor) -> None:
+        """Get to see a block of columns ``[out, b]`` before it is quantized; ``first`` is the index of the first.
+
+        ``columns`` is a view: it shows, all along the block, what earlier columns of the block have changed.
+        """
+        ...
+
+    def quantize(self, index: int, column: torch.Tensor) -> torch.Tensor:
+        """The quantized values ``[out]`` of a column ``[out]`` in which earlier columns' errors are made good."""
+        ...
+
+
+class Compensated(NamedTuple):
+    """What became of a matrix.
+
+    Attributes:
+        weight: ``[out, in]`` float32 quantized values, in original column order.
+        loss: ``tr((W − Q) H (W − Q)ᵀ)``, H with its damping.
+    """
+
+    weight: torch.Tensor
+    loss: float
+
+
+@torch.no_grad()
+def compensate(
+    weight: torch.Tensor, factor: HessianFactor, quantizer: ColumnQuantizer, block_size: int = 128
+) -> Compensated:
+    """Quantize a matrix column by column.
+
+    Args:
+        weight: ``[out, in]`` float32; rows are independent of each other. It stays as it is.
+        factor: of the Hessian of its inputs, with the order of the columns.
+        quantizer: of the single columns.
+        block_size: columns after which later blocks are changed, all at once; a matter of speed alone.
+    """
+    # Transposed, a column lies in one piece.
+    columns = weight.t()[factor.order]
+    quantized = torch.empty_like(columns)
+    pivots = factor.upper.diagonal().tolist()
+    loss = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for first in range(0, len(columns), block_size):
+        block = columns[first : first + block_size]
+        last = first + len(block)
+        inside = factor.upper[first:last, first:last]
+        errors = torch.empty_like(block)
+        quantizer.begin(first, block.t())
+        for step, column in enumerate(block):
+            values = quantizer.quantize(first + step, column)
+            quantized[first + step] = values
+            error = torch.sub(column, values, out=errors[step]).div_(pivots[first + step])
+            block[step + 1 :].addr_(inside[step, step + 1 :], error, alpha=-1)
+        columns[last:].addmm_(factor.upper[first:last, last:].t(), errors, alpha=-1)
+        loss += errors.square_().sum(dtype=torch.float64)
+    result = torch.empty_like(quantized)
+    result[factor.order] = quantized
+    return Compensated(result.t().contiguous(), loss.item())
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    """How :func:`gptq` goes about it.
+
+    Attributes:
+        damping: share of the mean diagonal that is added to the Hessian's diagonal.
+        act_order: take the columns with the largest inputs first. Groups stay what they are, columns side by side, so
+            their grids are found up front; in plain order they are found when a group's turn comes, on its weights
+            with the errors of all groups before made good.
+        search: shrink each group's range where that lowers its error, weighted by what it costs
+            (:attr:`HessianFactor.importance`). Grids that are found up front are then searched a second time, on the
+            values that their columns had when their turn came, and kept where the loss is lower.
+        block_size: as :func:`compensate` takes it.
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    search: bool = True
+    block_size: int = 128
+
+
+class Solution(NamedTuple):
+    """What :func:`gptq` found.
+
+    Attributes:
+        codes: codes, scales and zero points.
+        loss: ``tr((W − Q) H (W − Q)ᵀ)``, H with its damping.
+        damping: the one that was used, above the settings' where that left the Hessian singular.
+    """
+
+    codes: AffineCodes
+    loss: float
+    damping: float
+
+
+@torch.no_grad()
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: AffineScheme, settings: GptqSettings) -> Solution:
+    """Quantize a matrix to an affine grid. A dead column is rounded to nearest, where the authors' code sets it to 0.
+
+    Args:
+        weight: ``[out, in]`` float32; matrices that read the same input may be stacked along ``out``.
+        hessian: ``[in, in]`` float32 second moments of that input.
+        scheme: the group size divides ``in``. Symmetric grids are tried in both orientations.
+        settings: order and damping.
+
+    Raises:
+        NumericsError: a Hessian that cannot be factored; a group's scale overflows.
+    """
+    order = activation_order(hessian) if settings.act_order else None
+    factor = factorize(hessian, damping=settings.damping, order=order)
+    group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
+    if not settings.act_order and group_size < weight.shape[1]:
+        # Every group has to lie in one block, where its grid can be found.
+        block_size = group_size * max(1, settings.block_size // group_size)
+        moving = _MovingGrids(scheme, factor, settings.search)
+        loss = compensate(weight, factor, moving, block_size).loss
+        return Solution(moving.result(), loss, factor.damping)
+    best: Solution | None = None
+    values = weight
+    for _ in range(2 if settings.search else 1):
+        grids = round_to_nearest(values, scheme, importance=factor.importance, search=settings.search)
+        fixed = _FixedGrids(grids, factor, scheme.bits)
+        loss = compensate(weight, factor, fixed, settings.block_size).loss
+        if best is None or loss < best.loss:
+            best = Solution(fixed.result(), loss, factor.damping)
+        values = fixed.seen()
+    assert best is not None
+    return best
+
+
+class _Columns:
+    """Codes and values of the columns as their turns came, in processing order."""
+
+    def __init__(self, factor: HessianFactor, bits: int) -> None:
+        self._order = factor.order
+        self._top = 2**bits - 1
+        self._codes: list[torch.Tensor] = []
+
+    def round(self, column: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """Take in a column ``[out]`` and round it to the grids ``[out]`` of its group."""
+        codes = (column / scales).add_(zeros).round_().clamp_(0, self._top)
+        self._codes.append(codes.to(torch.uint8))
+        return codes.sub_(zeros).mul_(scales)
+
+    def codes(self) -> torch.Tensor:
+        """``[out, in]`` uint8, in original order."""
+        return in_original_order(self._codes, self._order)
+
+
+def in_original_order(columns: list[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
+    """Columns ``[out]`` in processing order as a matrix ``[out, in]``, contiguous."""
+    matrix = torch.empty(len(columns[0]), len(columns), dtype=columns[0].dtype, device=columns[0].device)
+    matrix[:, order] = torch.stack(columns, 1)
+    return matrix
+
+
+class _FixedGrids:
+    """Rounds columns to grids that are known up front."""
+
+    def __init__(self, grids: AffineCodes, factor: HessianFactor, bits: int) -> None:
+        self._grids = grids
+        self._factor = factor
+        self._columns = _Columns(factor, bits)
+        self._scales, self._zeros = grids.scales.t().contiguous(), grids.zeros.t().contiguous()
+        self._groups = (factor.order // (len(factor.order) // len(self._scales))).tolist()
+        self._seen: list[torch.Tensor] = []
+
+    def begin(self, first: int, columns: torch.Tensor) -> None:
+        return None
+
+    def quantize(self, index: int, column: torch.Tensor) -> torch.Tensor:
+        group = self._groups[index]
+        self._seen.append(column.clone())
+        return self._columns.round(column, self._scales[group], self._zeros[group])
+
+    def seen(self) -> torch.Tensor:
+        """``[out, in]`` the values that the columns had when their turn came."""
+        return in_original_order(self._seen, self._factor.order)
+
+    def result(self) -> AffineCodes:
+        return AffineCodes(self._columns.codes(), self._grids.scales, self._grids.zeros)
+
+
+class _MovingGrids:
+    """Finds a group's grid when its first column's turn comes; for columns in plain order."""
+
+    def __init__(self, scheme: AffineScheme, factor: HessianFactor, search: bool) -> None:
+        self._size = scheme.group_size
+        self._row = scheme.model_copy(update={"group_size": -1})
+        self._importance = factor.importance
+        self._search = search
+        self._columns = _Columns(factor, scheme.bits)
+        self._scales: list[torch.Tensor] = []
+        self._zeros: list[torch.Tensor] = []
+
+    def begin(self, first: int, columns: torch.Tensor) -> None:
+        self._first, self._block = first, columns
+
+    def quantize(self, index: int, column: torch.Tensor) -> torch.Tensor:
+        if index % self._size == 0:
+            start = index - self._first
+            grid = round_to_nearest(
+                self._block[:, start : start + self._size],
+                self._row,
+                importance=self._importance[index : index + self._size],
+                search=self._search,
+            )
+            self._scales.append(grid.scales[:, 0])
+            self._zeros.append(grid.zeros[:, 0])
+        return self._columns.round(column, self._scales[-1], self._zeros[-1])
+
+    def result(self) -> AffineCodes:
+        return AffineCodes(self._columns.codes(), torch.stack(self._scales, 1), torch.stack(self._zeros, 1))

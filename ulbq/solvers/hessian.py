@@ -1,0 +1,123 @@
+"""Second moments of a layer's inputs, factored so that the error of one column is made good in the next ones."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ulbq.errors import NumericsError
+
+_FIRST_DAMPING = 1e-4
+"""Where damping starts to be raised from 0."""
+_MOST_DAMPING = 1.0
+"""A share of the mean diagonal at which no sum of squares is singular any more."""
+
+
+class HessianSum:
+    """``2/n XᵀX``, the Hessian of a layer's squared output error, added up input by input.
+
+    Args:
+        columns: input dimension of the layer.
+        device: where it is added up.
+
+    Attributes:
+        matrix: ``[in, in]`` float32; zeros before the first token.
+        tokens: how many rows of X it is made of.
+    """
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.matrix = torch.zeros(columns, columns, device=device)
+        self.tokens = 0
+
+    @torch.no_grad()
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in some inputs ``[..., in]`` of any float dtype."""
+        rows = inputs.float().flatten(0, -2)
+        if not len(rows):
+            return
+        total = self.tokens + len(rows)
+        self.matrix.addmm_(rows.t(), rows, beta=self.tokens / total, alpha=2 / total)
+        self.tokens = total
+
+
+@dataclass(frozen=True)
+class HessianFactor:
+    """The damped Hessian H of a layer's inputs as the upper U with ``H⁻¹ = UᵀU``, its columns in processing order.
+
+    Attributes:
+        upper: ``[in, in]`` float32, positive on its diagonal.
+        order: ``[in]`` int64, the column that is processed at each step.
+        dead: ``[in]`` bool, in original order: columns whose input was always 0. They depend on no other column.
+        importance: ``[in]`` float32, in original order: what a squared error in a column costs when the columns after
+            it have made good what they can, ``1/U_ii²``. Dead columns count as little as the least of the others.
+        damping: the share of the mean diagonal that was added to the diagonal.
+    """
+
+    upper: torch.Tensor
+    order: torch.Tensor
+    dead: torch.Tensor
+    importance: torch.Tensor
+    damping: float
+
+
+def activation_order(hessian: torch.Tensor) -> torch.Tensor:
+    """Columns ``[in]`` int64 with the largest mean square input first (GPTQ's act-order)."""
+    return hessian.diagonal().argsort(descending=True, stable=True)
+
+
+@torch.no_grad()
+def factorize(hessian: torch.Tensor, *, damping: float = 0.01, order: torch.Tensor | None = None) -> HessianFactor:
+    """Damp, permute and factor a Hessian; the arithmetic is float64.
+
+    GPTQ inverts H and factors the inverse. With J the reversal of all columns and ``JHJ = LLᵀ``, its factor is
+    ``U = J L⁻¹ J``: one factorization less, and H is never inverted.
+
+    Args:
+        hessian: ``[in, in]`` symmetric, positive semi-definite. All zeros are taken for an identity.
+        damping: share of the mean diagonal to add to the diagonal, raised tenfold as long as H is singular.
+        order: ``[in]`` int64, the columns in processing order; None for as they are.
+
+    Raises:
+        NumericsError: values that are not finite, or a matrix that no damping makes positive definite.
+    """
+    if not torch.isfinite(hessian).all():
+        raise NumericsError(
+            "The inputs of a layer have second moments that are not finite.",
+            hint="Try --precision fp32, or other samples.",
+        )
+    order = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    diagonal = hessian.diagonal().double()
+    dead = diagonal <= 0
+    live = diagonal[~dead]
+    mean = live.mean().item() if len(live) else 1.0
+    diagonal = diagonal.masked_fill(dead, mean)
+    reverse = order.flip(0)
+    reversed_ = hessian[reverse][:, reverse].double()
+    while True:
+        reversed_.diagonal().copy_(diagonal[reverse] + damping * mean)
+        upper = _inverse_factor(reversed_)
+        if upper is not None:
+            return HessianFactor(upper, order, dead, _importance(upper, order, dead), damping)
+        if damping >= _MOST_DAMPING:
+            raise NumericsError(
+                f"The second moments of a layer's inputs are singular even with a damping of {damping:g}.",
+                hint="Try --precision fp32, more samples, or other ones.",
+            )
+        damping = min(max(10 * damping, _FIRST_DAMPING), _MOST_DAMPING)
+
+
+def _importance(upper: torch.Tensor, order: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    cost = torch.empty_like(upper.diagonal())
+    cost[order] = upper.diagonal().double().pow(-2).float()
+    return cost if dead.all() else cost.masked_fill(dead, cost[~dead].min().item())
+
+
+def _inverse_factor(reversed_: torch.Tensor) -> torch.Tensor | None:
+    """U of a Hessian whose columns come last first; None where it is singular."""
+    lower, failed = torch.linalg.cholesky_ex(reversed_)
+    if failed.item():
+        return None
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+    # Float32 has less room than float64: a step would be divided by a diagonal of 0 or infinity.
+    usable = torch.isfinite(inverse).all() and (inverse.diagonal() > 0).all()
+    return inverse if usable else None
