@@ -43,7 +43,7 @@ WeightRate = Annotated[
         "--weight-rate",
         "Learning rate of the weights, in grid steps.",
         _TRAINING,
-        default="0.015; 0.02 for apiq and ulb-sapr",
+        default="0.015; 0.02 for apiq and ulb-sapr; 0.09 for binary-mos",
         metavar="X",
     ),
 ]
@@ -53,7 +53,7 @@ ScaleRate = Annotated[
         "--scale-rate",
         "Learning rate of scales and clip ends, relative to the grid step.",
         _TRAINING,
-        default="0.005",
+        default="0.005; 0.03 for binary-mos",
         metavar="X",
     ),
 ]
@@ -65,7 +65,7 @@ NormRate = Annotated[
 ]
 RouterRate = Annotated[
     float | None,
-    option("--router-rate", "Learning rate of the router (binary-mos).", _TRAINING, default="0.001", metavar="X"),
+    option("--router-rate", "Learning rate of the router (binary-mos).", _TRAINING, default="0.03", metavar="X"),
 ]
 ScaleDecay = Annotated[
     float | None, option("--scale-decay", "Weight decay of scales and clip ends.", _TRAINING, default="0", metavar="X")

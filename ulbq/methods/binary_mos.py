@@ -8,7 +8,7 @@ follow (``--end-to-end kl-hidden`` is the paper's loss). Zero points and frozen 
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from ulbq.formats.binary_mos import BinaryMosScheme
 from ulbq.methods.base import BlockResult, BlockTask
@@ -18,11 +18,17 @@ from ulbq.quantizers.binary_mos import BinaryMosQuantizer, closed_form_start
 
 
 class BinaryMosOptions(ExpertOptions, TrainedOptions):
-    """Options of ``binary-mos``; neither an adapter nor a penalty unless asked for."""
+    """Options of ``binary-mos``; neither an adapter nor a penalty unless asked for.
+
+    A sign changes where a weight has moved by its whole size, so the rates are higher than those of a finer grid
+    (``benchmarks/sweep.py mos``).
+    """
 
     bits: Literal[1] = 1
     adapter: bool = False
     penalty: float = 0.0
+    weight_rate: float = Field(default=0.09, ge=0)
+    scale_rate: float = Field(default=0.03, ge=0)
 
 
 class BinaryMos:

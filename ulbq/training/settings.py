@@ -43,7 +43,7 @@ class TrainSettings(BaseModel):
     scale_rate: float = Field(default=0.005, ge=0)
     norm_rate: float = Field(default=2e-3, ge=0)
     adapter_rate: float = Field(default=5e-3, ge=0)
-    router_rate: float = Field(default=1e-3, ge=0)
+    router_rate: float = Field(default=0.03, ge=0)
     scale_decay: float = Field(default=0.0, ge=0)
     adapter_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
