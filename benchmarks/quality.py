@@ -81,6 +81,8 @@ def _settings() -> dict[str, Setting]:
     for loss in ("ce", "kl", "kl-hidden", "dad"):
         phase = ("--no-adapter", "--epochs", "0", "--end-to-end", loss, "--end-to-end-epochs", "2")
         found[f"apiq-r0-{loss}"] = Setting((*apiq, *phase, *_SAMPLES), start="apiq-r0")
+    together = ("--epochs", "0", "--end-to-end", "kl-hidden", "--end-to-end-epochs", "2")
+    found["mos-4-kl-hidden"] = Setting((*mos, "--experts", "4", *_QUICK, *together), start="mos-4")
     found["mos-start"] = Setting((*mos, "--experts", "1", *_QUICK, "--epochs", "0"))
     return found
 

@@ -108,7 +108,7 @@ class _StopAfter(Silent):
         {"end_to_end": "kl-hidden"},
         {"end_to_end": "dad"},
         {"method": "apiq", "adapter": False},
-        {"method": "binary-mos", "end_to_end": "kl-hidden", "end_to_end_train": "all"},
+        {"method": "binary-mos", "end_to_end": "kl-hidden", "end_to_end_train": "all", "end_to_end_rate": 0.2},
     ],
     ids=str,
 )
