@@ -225,7 +225,7 @@ class TestPacked:
             load_model(source, dtype=torch.float32)
 
     def test_unknown_format_is_refused(self, parent: ModelSource, tmp_path: Path) -> None:
-        record = LayerRecord(name="x", shape=(1, 1), scheme={"format": "codebook"}, bits={}, error=0.0)
+        record = LayerRecord(name="x", shape=(1, 1), scheme={"format": "trellis"}, bits={}, error=0.0)
         source = resolve(write_quantized(parent, tmp_path / "q", _SCHEMES[0], layers=(record,)))
         with pytest.raises(InputError, match="does not know"):
             load_model(source, dtype=torch.float32)

@@ -15,7 +15,7 @@ from ulbq import formats
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
 from ulbq.methods.in_sequence import solve_in_sequence
-from ulbq.methods.options import AffineBits, AffineOptions, CompensationOptions
+from ulbq.methods.options import CompensationOptions, RoundingOptions
 from ulbq.methods.rtn import pack_codes
 from ulbq.solvers.gptq import GptqSettings, gptq
 from ulbq.solvers.hessian import HessianSum
@@ -26,15 +26,8 @@ _FEWEST_TOKENS = 1 / 4
 random inputs, the error is then no lower than that of rounding to nearest; at two a column it is a quarter of that."""
 
 
-class GptqOptions(CompensationOptions, AffineOptions):
-    """Options of ``gptq``.
-
-    Attributes:
-        search: shrink each group's range where that lowers its error.
-    """
-
-    bits: AffineBits = 4
-    search: bool = True
+class GptqOptions(CompensationOptions, RoundingOptions):
+    """Options of ``gptq``."""
 
 
 class Gptq:

@@ -1,35 +1,19 @@
 """A block's layers solved in execution order, each from the second moments of its inputs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
 
 from ulbq.methods.base import BlockTask
 from ulbq.models.stream import run_block
+from ulbq.models.watch import Enough, Input, distinct_inputs, watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.solvers.hessian import HessianSum
 
 Solve = Callable[[Sequence[str], HessianSum], Mapping[str, torch.Tensor]]
 """Quantizes the layers of some names, which read the same input; gives their weights ``[out, in]`` as stored."""
-
-
-class _Input(NamedTuple):
-    """A tensor that layers of a block read.
-
-    Attributes:
-        layers: their names, in execution order.
-        calls: how often the first sample hands it to each of them.
-    """
-
-    layers: tuple[str, ...]
-    calls: int
-
-
-class _Reached(Exception):
-    """Ends a block's forward pass where all that was wanted has been seen."""
 
 
 @torch.no_grad()
@@ -43,9 +27,9 @@ def solve_in_sequence(task: BlockTask, solve: Solve, *, one_by_one: bool) -> Non
             passes over the samples as there are inputs. Members of one list, a mixture's experts, are solved from the
             same pass: none of them reads what another made. Otherwise one pass serves all layers.
     """
-    stages: dict[str, list[_Input]] = {}
+    stages: dict[str, list[Input]] = {}
     known: dict[str, str] = {}
-    for one in _distinct_inputs(task):
+    for one in distinct_inputs(_layers(task.block, task.linears), lambda: _run(task, 0)):
         places = [_place(task.block, layer) for layer in one.layers]
         # An expert that the first sample missed comes where its like do.
         stage = known.get(places[0], places[0]) if one_by_one else ""
@@ -60,19 +44,6 @@ def solve_in_sequence(task: BlockTask, solve: Solve, *, one_by_one: bool) -> Non
                 linear_layer(task.block, name).weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _distinct_inputs(task: BlockTask) -> list[_Input]:
-    """What the first sample's pass through the block calls layers with; a layer that it misses reads its own."""
-    calls: dict[str, list[torch.Tensor]] = {}
-    with _watching(task.block, task.linears, lambda name, tensor: calls.setdefault(name, []).append(tensor)):
-        _run(task, 0)
-    # The tensors are alive as long as `calls` is, so no two of them have the same id.
-    shared: dict[tuple[int, ...], list[str]] = {}
-    for name, tensors in calls.items():
-        shared.setdefault(tuple(map(id, tensors)), []).append(name)
-    found = [_Input(tuple(names), len(key)) for key, names in shared.items()]
-    return found + [_Input((name,), 0) for name in task.linears if name not in calls]
-
-
 def _place(block: nn.Module, name: str) -> str:
     """A layer's name without its place in lists of modules, ``experts.*.up_proj`` for ``experts.3.up_proj``."""
     parts = name.split(".")
@@ -80,7 +51,7 @@ def _place(block: nn.Module, name: str) -> str:
     return ".".join("*" if inside else part for part, inside in zip(parts, listed, strict=True))
 
 
-def _gather(task: BlockTask, inputs: Sequence[_Input]) -> dict[str, HessianSum]:
+def _gather(task: BlockTask, inputs: Sequence[Input]) -> dict[str, HessianSum]:
     """Second moments of some inputs over the samples that train, by the first layer that reads them."""
     assert task.data is not None
     device = task.precision.device
@@ -94,14 +65,18 @@ def _gather(task: BlockTask, inputs: Sequence[_Input]) -> dict[str, HessianSum]:
         sums[name].add(tensor)
         seen += 1
         if seen == expected:
-            raise _Reached
+            raise Enough
 
-    with _watching(task.block, list(sums), add):
+    with watching(_layers(task.block, list(sums)), add):
         for index in range(task.data.training):
             seen = 0
-            with suppress(_Reached):
+            with suppress(Enough):
                 _run(task, index)
     return sums
+
+
+def _layers(block: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    return {name: block.get_submodule(name) for name in names}
 
 
 def _run(task: BlockTask, index: int) -> None:
@@ -110,18 +85,3 @@ def _run(task: BlockTask, index: int) -> None:
         raise ValueError("second moments need activations")
     with task.precision.autocast():
         run_block(task.block, task.data.inputs.get(slice(index, index + 1)).to(task.precision.device), task.data.kwargs)
-
-
-@contextmanager
-def _watching(block: nn.Module, linears: Sequence[str], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Have ``see`` told what layers are called with, while the context lasts."""
-
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda module, arguments: see(name, arguments[0])
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in linears]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -88,6 +88,17 @@ class CompensationOptions(MethodOptions):
     column_block: int = Field(default=128, ge=1)
 
 
+class RoundingOptions(AffineOptions):
+    """Of methods that find affine codes without training.
+
+    Attributes:
+        search: shrink each group's range where that lowers its error.
+    """
+
+    bits: AffineBits = 4
+    search: bool = True
+
+
 class TrainOptions(TrainSettings, MethodOptions):
     """All of the block-wise training's settings; rates of roles that a method lacks are no options of it."""
 

@@ -8,19 +8,8 @@ from pydantic import BaseModel
 from ulbq.formats import affine
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
-from ulbq.methods.options import AffineBits, AffineOptions
+from ulbq.methods.options import RoundingOptions
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
-
-
-class RtnOptions(AffineOptions):
-    """Options of ``rtn``.
-
-    Attributes:
-        search: shrink each group's range where that lowers its error.
-    """
-
-    bits: AffineBits = 4
-    search: bool = True
 
 
 class Rtn:
@@ -32,7 +21,7 @@ class Rtn:
     """
 
     name: ClassVar[str] = "rtn"
-    Options: ClassVar[type[BaseModel]] = RtnOptions
+    Options: ClassVar[type[BaseModel]] = RoundingOptions
     calibrated: ClassVar[bool] = False
     needs = Needs()
 
@@ -41,7 +30,7 @@ class Rtn:
         self._search = search
 
     @classmethod
-    def from_options(cls, options: RtnOptions, group_size: int) -> Self:
+    def from_options(cls, options: RoundingOptions, group_size: int) -> Self:
         """The method that a request asks for."""
         scheme = AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric)
         return cls(scheme, search=options.search)

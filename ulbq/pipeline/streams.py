@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from ulbq.errors import InputError
 from ulbq.formats import AnyScheme
 from ulbq.models.blocks import load_block
 from ulbq.models.stream import ActivationStore, BlockStream, run_block
+from ulbq.models.watch import watching
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.training.objective import BlockData
@@ -100,15 +100,8 @@ def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[s
         square = inputs.float().square().flatten(0, -2).sum(0)
         sums[linear] = sums[linear] + square if linear in sums else square
 
-    def hook_for(linear: str) -> Any:
-        return lambda module, arguments: add(linear, arguments[0])
-
-    handles = [block.get_submodule(linear).register_forward_pre_hook(hook_for(linear)) for linear in linears]
-    try:
+    with watching({linear: block.get_submodule(linear) for linear in linears}, add):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _importance(index: int, linear: str, sums: Mapping[str, torch.Tensor]) -> torch.Tensor:

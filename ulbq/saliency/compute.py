@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from ulbq.errors import NumericsError
 from ulbq.models.blocks import Linear, ModelStructure, load_block
 from ulbq.models.source import ModelSource
 from ulbq.models.stream import ActivationStore, BlockStream
+from ulbq.models.watch import watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.progress import Phase, Progress, Silent
 from ulbq.saliency.head import LossHead
@@ -267,15 +267,8 @@ def _square_sums(block: nn.Module, names: Mapping[Linear, str]) -> Iterator[dict
     device = next(block.parameters()).device
     sums = {x: torch.zeros(x.in_features, dtype=torch.float64, device=device) for x in names}
 
-    def hook_for(linear: Linear) -> Any:
-        def add(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            sums[linear] += arguments[0].float().square().flatten(0, -2).sum(0, dtype=torch.float64)
+    def add(linear: Linear, inputs: torch.Tensor) -> None:
+        sums[linear] += inputs.float().square().flatten(0, -2).sum(0, dtype=torch.float64)
 
-        return add
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(x)) for x, name in names.items()]
-    try:
+    with watching({linear: block.get_submodule(name) for linear, name in names.items()}, add):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -6,6 +6,7 @@ full-precision stream.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,16 +14,13 @@ from torch import nn
 
 from ulbq.errors import InputError
 from ulbq.models.stream import ActivationStore, run_block
+from ulbq.models.watch import Enough, distinct_inputs, watching
 from ulbq.training.block import BlockTrainer, TrainOutcome
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.objective import BlockData, Objective, Penalty
 from ulbq.training.precision import Precision
 from ulbq.training.settings import TrainSettings
 from ulbq.training.stages import Stage
-
-
-class _Reached(Exception):
-    """Ends a block's forward pass at the layer whose input was wanted."""
 
 
 class _LayerGroup(nn.Module):
@@ -141,33 +139,18 @@ def input_groups(
     """Layers in execution order, those that are called with the very same tensor together.
 
     Raises:
-        InputError: the first sample does not call every layer.
+        InputError: the first sample does not call every layer once.
     """
-    groups: list[list[str]] = []
-    seen: list[torch.Tensor] = []
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def note(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            if seen and arguments[0] is seen[-1]:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-                seen.append(arguments[0])
-
-        return note
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in linears]
-    try:
+    def run() -> None:
         with precision.autocast():
             run_block(block, hidden.get(slice(0, 1)).to(precision.device), kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    called = {name for group in groups for name in group}
-    for name in linears:
-        if name not in called:
-            raise _partial(name)
-    return groups
+
+    found = distinct_inputs({name: block.get_submodule(name) for name in linears}, run)
+    for one in found:
+        if one.calls != 1:
+            raise _partial(one.layers[0])
+    return [list(one.layers) for one in found]
 
 
 def _partial(name: str) -> InputError:
@@ -183,23 +166,14 @@ def _inputs_of(
     """What layers inside a block are called with, those that are; the block runs no further than the last of them."""
     caught: dict[str, torch.Tensor] = {}
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def catch(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            caught.setdefault(name, arguments[0])
-            if len(caught) == len(names):
-                raise _Reached
+    def catch(name: str, tensor: torch.Tensor) -> None:
+        caught.setdefault(name, tensor)
+        if len(caught) == len(names):
+            raise Enough
 
-        return catch
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
-    try:
-        with precision.autocast():
-            run_block(block, rows.to(precision.device), kwargs)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {name: block.get_submodule(name) for name in names}
+    with watching(layers, catch), precision.autocast(), suppress(Enough):
+        run_block(block, rows.to(precision.device), kwargs)
     return caught
 
 

@@ -1,7 +1,6 @@
 """A whole model under training: quantized layers, everything beside the blocks frozen."""
 
 import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ulbq.models.watch import watching
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.optimizer import parameters_by_role
 from ulbq.training.precision import Precision
@@ -72,19 +72,11 @@ class Student:
         """Root mean square of each layer's inputs, by full name, from one run; 0 for a layer that was not called."""
         sizes = dict.fromkeys(self.layers, 0.0)
 
-        def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-            def note(layer: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-                x = arguments[0].float()
-                sizes[name] = (x.square().sum() / max(1, x.numel())).sqrt().item()
+        def note(name: str, x: torch.Tensor) -> None:
+            sizes[name] = (x.float().square().sum() / max(1, x.numel())).sqrt().item()
 
-            return note
-
-        handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in self.layers.items()]
-        try:
+        with watching(self.layers, note):
             self.run(tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
         return sizes
 
 
