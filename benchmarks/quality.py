@@ -27,6 +27,22 @@ SALIENCY = "fisher"
 _SAMPLES = ("--calibration", "wikitext2", "--samples", "32", "--sequence-length", "512")
 _QUICK = ("--preset", "quick", "--calibration", "wikitext2")
 
+_PUBLISHED = ("--as-published", "--outlier-bits", "0.07")
+_CLAQ: dict[str, tuple[str, ...]] = {
+    "2": (),
+    "2-no-refit": ("--no-refit",),
+    "2-published": ("--as-published",),
+    "2.12-published": (*_PUBLISHED, "--target-bits", "2.12"),
+    "2.12": ("--target-bits", "2.12"),
+    "2.3-outlier": ("--target-bits", "2.3", "--allocation", "outlier", "--outlier-bits", "0.1"),
+    "2.3-hessian": ("--target-bits", "2.3", "--allocation", "hessian", "--outlier-bits", "0.1"),
+    "2.3-layer": ("--target-bits", "2.3", "--allocation", "layer"),
+    "2.3": ("--target-bits", "2.3"),
+    "2.3-fisher": ("--target-bits", "2.3", "--saliency", SALIENCY),
+    "2.3-levels": ("--target-bits", "2.3", "--saliency", SALIENCY, "--epochs", "4"),
+    "2.3-weights": ("--target-bits", "2.3", "--saliency", SALIENCY, "--epochs", "4", "--train-weights"),
+}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -67,6 +83,9 @@ def _settings() -> dict[str, Setting]:
         "ulb-w3": Setting((*sapr, "--bits", "3", "--no-adapter", *_SAMPLES, "--epochs", "4")),
         "ulb-w4": Setting((*sapr, "--bits", "4", "--no-adapter", *_SAMPLES, "--epochs", "4")),
     }
+    for bits in ("2", "3", "4"):
+        found[f"gptq-w{bits}"] = Setting(("--method", "gptq", "--bits", bits, *_SAMPLES))
+    found |= {f"claq-{name}": Setting(("--method", "claq", *options, *_SAMPLES)) for name, options in _CLAQ.items()}
     for seed in ("0", "1", "2"):
         four = ("--rank", "64", *_SAMPLES, "--epochs", "4", "--seed", seed)
         found[f"apiq-r64-s{seed}"] = Setting((*apiq, *four), base=True, tasks=True)

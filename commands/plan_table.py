@@ -50,12 +50,14 @@ def _what_is_done(request: "QuantizeRequest") -> dict[str, str]:
         rows["training"] = _training(request)
     if request.damping is not None:
         rows["columns"] = _columns(request)
+    if request.refit is not None:
+        rows["codebooks"] = _codebooks(request)
     if request.experts is not None:
         zeros = "" if request.zeros == "none" else f", zero points by {request.zeros}"
         rows["mixture"] = f"{request.experts} experts{zeros}"
     if request.adapter:
         rows["adapter"] = _adapter(request)
-    if request.saliency is not None:
+    if request.penalize is not None or request.block_multiplier is not None:
         rows["preserved"] = _preserved(request)
     if request.end_to_end not in (None, "none"):
         rows["end to end"] = _end_to_end(request)
@@ -63,6 +65,8 @@ def _what_is_done(request: "QuantizeRequest") -> dict[str, str]:
 
 
 def _training(request: "QuantizeRequest") -> str:
+    if not request.epochs:
+        return "none"
     if request.stages:
         epochs = " + ".join(f"{stage.name} {stage.epochs}" for stage in request.stages) + " epochs"
     else:
@@ -79,7 +83,26 @@ def _columns(request: "QuantizeRequest") -> str:
     order = "largest inputs first" if request.act_order else "from left to right"
     layers = "layer after layer" if request.true_sequential else "all layers from one pass"
     preset = f" (preset {request.preset})" if request.preset else ""
-    return f"{order}, damping {request.damping:g}, {layers}{preset}"
+    tokens = ", plain squares" if request.token_weighting == "uniform" else ""
+    return f"{order}, damping {request.damping:g}, {layers}{tokens}{preset}"
+
+
+def _codebooks(request: "QuantizeRequest") -> str:
+    parts = [f"{request.bits} bits a column"]
+    if request.target_bits is not None:
+        nominal = "nominal" if request.as_published else "true"
+        parts = [f"{request.bits} bits a column and more, to {request.target_bits:g} {nominal} bits"]
+    if request.allocation is not None:
+        parts.append(f"{request.allocation} allocation")
+    if request.outlier_bits:
+        parts.append(f"{request.outlier_bits:g} bits for outliers")
+    if request.refit:
+        parts.append("fitted together")
+    if request.as_published:
+        parts.append("as published")
+    if request.penalty == 0 and request.saliency not in (None, "none"):
+        parts.append(f"layers weighed by {request.saliency}")
+    return ", ".join(parts)
 
 
 def _adapter(request: "QuantizeRequest") -> str:

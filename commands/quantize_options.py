@@ -9,7 +9,7 @@ import typer
 
 from .recipe_list import complete_recipe, show_recipes
 
-_FORMAT, _COLUMNS, CALIBRATION = "Format", "Columns (gptq)", "Calibration"
+_FORMAT, _COLUMNS, _CODEBOOKS, CALIBRATION = "Format", "Columns (gptq, claq)", "Codebooks (claq)", "Calibration"
 
 
 def option(name: str, help: str, panel: str, *, default: str, **more: Any) -> Any:
@@ -23,13 +23,13 @@ def option(name: str, help: str, panel: str, *, default: str, **more: Any) -> An
 
 
 Method = Annotated[
-    Literal["db-llm", "rtn", "gptq", "apiq", "ulb-sapr", "binary-mos"] | None,
+    Literal["db-llm", "rtn", "gptq", "claq", "apiq", "ulb-sapr", "binary-mos"] | None,
     typer.Option(
         "--method",
         "-m",
         help="db-llm: two bit planes; rtn: affine rounding, in seconds; gptq: the same with errors made good, in "
-        "minutes; apiq: affine codes and an adapter; ulb-sapr: the same with salient weights held in place; "
-        "binary-mos: signs and mixed scales, 1 bit.",
+        "minutes; claq: a codebook for every column, wider where it pays; apiq: affine codes and an adapter; "
+        "ulb-sapr: the same with salient weights held in place; binary-mos: signs and mixed scales, 1 bit.",
         show_default="the recipe's, else db-llm",
     ),
 ]
@@ -50,7 +50,13 @@ ListRecipes = Annotated[
 
 Bits = Annotated[
     int | None,
-    option("--bits", "1, 2, 3, 4 or 8.", _FORMAT, default="4 for rtn and gptq, 2 for apiq and ulb-sapr", metavar="N"),
+    option(
+        "--bits",
+        "1, 2, 3, 4 or 8; claq takes 2, 3 or 4.",
+        _FORMAT,
+        default="4 for rtn and gptq, 2 for apiq, ulb-sapr and claq",
+        metavar="N",
+    ),
 ]
 GroupSize = Annotated[
     int | None,
@@ -111,6 +117,53 @@ ColumnBlock = Annotated[
         default="128",
         min=1,
         metavar="N",
+    ),
+]
+
+TargetBits = Annotated[
+    float | None,
+    option(
+        "--target-bits",
+        "True bits a weight to spend, codebooks and outliers with their positions counted: columns that matter get "
+        "wider codes.",
+        _CODEBOOKS,
+        default="none, all columns alike",
+        min=0,
+        metavar="X",
+    ),
+]
+Allocation = Annotated[
+    Literal["global", "layer", "outlier", "hessian"] | None,
+    option(
+        "--allocation",
+        "Who gets the bits: by the loss that a bit saves, across all layers or in each; or the first columns of an "
+        "order, by extreme values or by the Hessian, as published.",
+        _CODEBOOKS,
+        default="global",
+    ),
+]
+OutlierBits = Annotated[
+    float | None,
+    option(
+        "--outlier-bits",
+        "Of these bits, how many go to single values that are stored as they are.",
+        _CODEBOOKS,
+        default="as pays; by an order none",
+        min=0,
+        metavar="X",
+    ),
+]
+Refit = Annotated[
+    bool | None,
+    option("--refit/--no-refit", "Fit all codebooks together after the pass.", _CODEBOOKS, default="refit"),
+]
+AsPublished = Annotated[
+    bool | None,
+    option(
+        "--as-published/--as-meant",
+        "What the authors' code does, its slips included; bits are nominal.",
+        _CODEBOOKS,
+        default="as-meant",
     ),
 ]
 

@@ -15,7 +15,7 @@ Epochs = Annotated[
         "--epochs",
         "Passes over the samples, for every block; 0 stores the closed-form start.",
         _TRAINING,
-        default="preset",
+        default="preset; 0 for claq",
         min=0,
         metavar="N",
     ),
@@ -34,7 +34,7 @@ TrainWeights = Annotated[
         "--train-weights/--freeze-weights",
         "Let the weights move, or train scales, norms and adapter only.",
         _TRAINING,
-        default="train",
+        default="train; freeze for claq",
     ),
 ]
 WeightRate = Annotated[
@@ -224,7 +224,7 @@ Saliency = Annotated[
     str | None,
     option(
         "--saliency",
-        "What weighs the penalty: an artifact, a kind to compute now, or none.",
+        "What weighs the penalty, or the layers that share claq's budget: an artifact, a kind to compute now, or none.",
         _STAGES,
         default="fisher for ulb-sapr",
         metavar="DIR|KIND|none",
@@ -252,14 +252,20 @@ EndToEndEpochs = Annotated[
 ]
 EndToEndRate = Annotated[
     float | None,
-    option("--end-to-end-rate", "Rates, as a share of those of the blocks.", _END_TO_END, default="0.1", metavar="X"),
+    option(
+        "--end-to-end-rate",
+        "Rates, as a share of those of the blocks.",
+        _END_TO_END,
+        default="0.4; 0.1 for binary-mos",
+        metavar="X",
+    ),
 ]
 EndToEndTrain = Annotated[
     Literal["scales", "all"] | None,
     option("--end-to-end-train", "What trains: scales, or weights too.", _END_TO_END, default="scales"),
 ]
 Accumulation = Annotated[
-    int | None, option("--accumulation", "Samples a step.", _END_TO_END, default="4", min=1, metavar="N")
+    int | None, option("--accumulation", "Samples a step.", _END_TO_END, default="2", min=1, metavar="N")
 ]
 Teacher = Annotated[
     Literal["streamed", "cached"] | None,

@@ -36,14 +36,17 @@ _ulbq() {
         ;;
     quantize)
         case $previous in
-        -m|--method) _ulbq_value '' 'db-llm rtn gptq apiq ulb-sapr binary-mos' "$current"; return ;;
-        --recipe) _ulbq_value 'files' 'apiq-w2 apiq-w2-small-cpu apiq-w3 apiq-w4 binary-mos binary-mos-e8 binary-mos-small-cpu db-llm db-llm-small-cpu ulb-sapr-mixed ulb-sapr-w2 ulb-sapr-w2-small-cpu' "$current"; return ;;
+        -m|--method) _ulbq_value '' 'db-llm rtn gptq claq apiq ulb-sapr binary-mos' "$current"; return ;;
+        --recipe) _ulbq_value 'files' 'apiq-w2 apiq-w2-small-cpu apiq-w3 apiq-w4 binary-mos binary-mos-e8 binary-mos-small-cpu claq-w2 claq-w2-small-cpu claq-w3 claq-w3 claq-w4 db-llm db-llm-small-cpu ulb-sapr-mixed ulb-sapr-w2 ulb-sapr-w2-small-cpu' "$current"; return ;;
         --bits) _ulbq_value '' '' "$current"; return ;;
         --group-size) _ulbq_value '' '' "$current"; return ;;
         --experts) _ulbq_value '' '' "$current"; return ;;
         --zeros) _ulbq_value '' 'none output input' "$current"; return ;;
         --damping) _ulbq_value '' '' "$current"; return ;;
         --column-block) _ulbq_value '' '' "$current"; return ;;
+        --target-bits) _ulbq_value '' '' "$current"; return ;;
+        --allocation) _ulbq_value '' 'global layer outlier hessian' "$current"; return ;;
+        --outlier-bits) _ulbq_value '' '' "$current"; return ;;
         --preset) _ulbq_value '' 'quick balanced best' "$current"; return ;;
         --calibration) _ulbq_value 'files' 'wikitext2 c4 ptb pile redpajama alpaca mix self' "$current"; return ;;
         --samples) _ulbq_value '' '' "$current"; return ;;
@@ -94,7 +97,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '-m --method --recipe --list-recipes --bits --group-size --symmetric --asymmetric --search --no-search --experts --zeros --damping --act-order --no-act-order --true-sequential --one-pass --column-block --preset --calibration --samples --sequence-length --epochs --batch-size --granularity --train-weights --freeze-weights --weight-rate --scale-rate --norm-rate --router-rate --scale-decay --schedule --warmup --final-rate --token-weighting --augmented-loss --no-augmented-loss --sliced-wasserstein --clip --patience --retries --adapter --no-adapter --rank --alpha --dropout --dora --lora --targets --adapter-rate --adapter-decay --base-share --stage --lambda --block-multiplier --penalize --saliency --saliency-power --end-to-end --end-to-end-epochs --end-to-end-rate --end-to-end-train --accumulation --teacher --teacher-top-k --dad-gamma --hidden-weight --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '-m --method --recipe --list-recipes --bits --group-size --symmetric --asymmetric --search --no-search --experts --zeros --damping --act-order --no-act-order --true-sequential --one-pass --column-block --target-bits --allocation --outlier-bits --refit --no-refit --as-published --as-meant --preset --calibration --samples --sequence-length --epochs --batch-size --granularity --train-weights --freeze-weights --weight-rate --scale-rate --norm-rate --router-rate --scale-decay --schedule --warmup --final-rate --token-weighting --augmented-loss --no-augmented-loss --sliced-wasserstein --clip --patience --retries --adapter --no-adapter --rank --alpha --dropout --dora --lora --targets --adapter-rate --adapter-decay --base-share --stage --lambda --block-multiplier --penalize --saliency --saliency-power --end-to-end --end-to-end-epochs --end-to-end-rate --end-to-end-train --accumulation --teacher --teacher-top-k --dad-gamma --hidden-weight --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

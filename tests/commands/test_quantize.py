@@ -29,7 +29,7 @@ def parameters() -> dict[str, Any]:
 
 
 def planned(capsys: pytest.CaptureFixture[str], source: Path, *words: str) -> dict[str, Any]:
-    group = [] if "binary-mos" in words else ["--group-size", "32"]
+    group = [] if {"binary-mos", "claq"} & set(words) else ["--group-size", "32"]
     common = ["--calibration", "a.txt"] if "rtn" not in words else []
     arguments = ["quantize", str(source), *group, *common, "--device", "cpu", "--offline", "--dry-run", "--json"]
     assert main([*arguments, *words]) == 0
@@ -131,12 +131,12 @@ def test_the_plan_of_every_method_tells_what_it_does(method, source, capsys):
     words = ["quantize", str(source), "--method", method, "--device", "cpu", "--offline", "--dry-run", *more]
     words += [] if method == "rtn" else ["--calibration", "a.txt"]
     words += ["--train-weights"] if trains else []
-    words += [] if method == "binary-mos" else ["--group-size", "32"]
+    words += [] if method in {"binary-mos", "claq"} else ["--group-size", "32"]
     assert main(words) == 0
     told = capsys.readouterr().err
     assert f"{method}, " in told
     assert ("training" in told) == trains
-    assert ("damping" in told) == (method == "gptq")
+    assert ("damping" in told) == (method in {"gptq", "claq"})
     assert ("rank 8" in told) == bool(more)
     assert ("lambda 0.5" in told) == bool(more)
     assert "None" not in told

@@ -75,6 +75,7 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
         "order": {"act_order": False},
         "search": {"search": False},
         "damping": {"damping": 0.1},
+        "tokens": {"token_weighting": "uniform"},
     }
     made = {}
     for name, changes in variants.items():

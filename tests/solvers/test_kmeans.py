@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ulbq.errors import NumericsError, UsageError
+from ulbq.formats.levels import assign
 from ulbq.solvers import cuts
-from ulbq.solvers.kmeans import assign, kmeans_1d, refine
+from ulbq.solvers.kmeans import kmeans_1d, refine
 
 
 def exact_error(values: torch.Tensor, k: int, weights: torch.Tensor | None = None) -> torch.Tensor:

@@ -30,6 +30,7 @@ __all__ = [
     "is_one_matrix",
     "matrix",
     "multiply",
+    "nominal",
     "sparsity",
 ]
 
@@ -54,6 +55,11 @@ def dequantize(
     for running the layer.
     """
     return _DEQUANTIZE[scheme.format](scheme, tensors, in_features, dtype)
+
+
+def nominal(scheme: AnyScheme) -> AnyScheme:
+    """The scheme that all layers of a model share, where each counts the columns of its own matrix."""
+    return scheme.nominal if isinstance(scheme, CodebookScheme) else scheme
 
 
 def is_one_matrix(scheme: AnyScheme) -> bool:

@@ -72,6 +72,11 @@ class CodebookScheme(BaseModel):
         mean = sum(width * count for width, count in self.widths.items()) / columns if columns else self.bits
         return f"cb{round(mean, 2):g}" + ("-o" if self.outliers else "")
 
+    @property
+    def nominal(self) -> Self:
+        """The scheme without what counts the columns of one matrix: what matrices of one model have in common."""
+        return type(self)(bits=self.bits)
+
     def columns(self, in_features: int) -> dict[int, int]:
         """Columns of each width in a matrix of so many inputs, widest first. ValueError where they do not add up."""
         columns = self.widths or {self.bits: in_features}
@@ -129,6 +134,16 @@ class Columns(NamedTuple):
     outliers: Outliers | None = None
 
 
+def ascending(columns: Columns) -> Columns:
+    """The same matrix with every column's levels in ascending order: fitting or training may let levels pass others."""
+    codes, widths, books, outliers = columns
+    slots = torch.arange(books.shape[1], device=books.device)
+    absent = slots >= (1 << widths.long()).unsqueeze(1)
+    ordered, order = books.masked_fill(absent, torch.inf).sort(1)
+    ranks = order.argsort(1).to(torch.uint8)
+    return Columns(ranks.gather(1, codes.long()), widths, ordered.masked_fill(absent, 0), outliers)
+
+
 def pack(scheme: CodebookScheme, columns: Columns) -> dict[str, torch.Tensor]:
     """Pack one matrix.
 
@@ -154,7 +169,7 @@ def pack(scheme: CodebookScheme, columns: Columns) -> dict[str, torch.Tensor]:
     levels = codebooks[order][:, : 2 ** max(counts)]
     tensors = {
         "codes": pack_planes(rows[:, :whole], 1)[0],
-        "codebooks": levels[_levels_of(counts, codes.device)].to(torch.float16),
+        "codebooks": levels[levels_of(counts, codes.device)].to(torch.float16),
     }
     if whole < out_features:
         tensors["tail_codes"] = pack_planes(rows[:, whole:].T.contiguous(), 1)[0]
@@ -174,7 +189,7 @@ def unpack(scheme: CodebookScheme, tensors: Mapping[str, torch.Tensor], in_featu
     device = tensors["codes"].device
     widths = torch.cat([torch.full((count,), width, dtype=torch.uint8) for width, count in counts.items()]).to(device)
     codebooks = torch.zeros(in_features, 2 ** max(counts), device=device)
-    codebooks[_levels_of(counts, device)] = tensors["codebooks"].float()
+    codebooks[levels_of(counts, device)] = tensors["codebooks"].float()
     place = _places(tensors, in_features)
     codes = _codes(counts, tensors)
     if place is not None:
@@ -209,7 +224,7 @@ def _wider(counts: Mapping[int, int]) -> list[int]:
     return [sum(count for width, count in counts.items() if width > plane) for plane in range(max(counts))]
 
 
-def _levels_of(counts: Mapping[int, int], device: torch.device) -> torch.Tensor:
+def levels_of(counts: Mapping[int, int], device: torch.device) -> torch.Tensor:
     """Mask ``[in, 2^widest]``, in sorted order, of the levels that each column has."""
     slots = torch.arange(2 ** max(counts))
     return torch.cat([(slots < 2**width).expand(count, -1) for width, count in counts.items()]).to(device)

@@ -3,12 +3,15 @@
 from ulbq.methods.apiq import ApiQ
 from ulbq.methods.base import Method
 from ulbq.methods.binary_mos import BinaryMos
+from ulbq.methods.claq import Claq
 from ulbq.methods.db_llm import DbLlm
 from ulbq.methods.gptq import Gptq
 from ulbq.methods.rtn import Rtn
 from ulbq.methods.ulb_sapr import UlbSapr
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DbLlm, ApiQ, UlbSapr, BinaryMos, Gptq, Rtn)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (DbLlm, ApiQ, UlbSapr, BinaryMos, Claq, Gptq, Rtn)
+}
 """Every method by the name that ``--method`` takes."""
 
-__all__ = ["METHODS", "ApiQ", "BinaryMos", "DbLlm", "Gptq", "Rtn", "UlbSapr"]
+__all__ = ["METHODS", "ApiQ", "BinaryMos", "Claq", "DbLlm", "Gptq", "Rtn", "UlbSapr"]

@@ -35,11 +35,13 @@ class BlockStart:
         packed: stored tensors of each quantized layer.
         adapters: stored tensors of the layers' adapters, under peft's short names; empty without.
         vectors: what training may change beside the linear layers (norms), as stored, by name inside the block.
+        schemes: how layers are stored whose scheme is not the method's.
     """
 
     packed: Mapping[str, Packed]
     adapters: Mapping[str, Packed]
     vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Needs:
         end_to_end: training of the whole model after its blocks; None without.
         hessians: which second moments of the layers' inputs live at once: those of one step in the ``sequence`` of a
             block's layers, or of the whole ``block``.
+        survey: a look at all blocks before the first is quantized, as :class:`SurveyingMethod` has it.
+        target_bits: true bits a weight that the layers will have, where the scheme does not tell; None where it does.
     """
 
     epochs: int = 0
@@ -122,6 +126,8 @@ class Needs:
     end_to_end: EndToEndSettings | None = None
     continues: bool = False
     hessians: Literal["none", "sequence", "block"] = "none"
+    survey: bool = False
+    target_bits: float | None = None
 
     @property
     def stores(self) -> int:
@@ -163,6 +169,18 @@ class Method(Protocol):
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block. Raises NumericsError where the numbers went wrong beyond repair."""
+        ...
+
+
+class SurveyingMethod(Method, Protocol):
+    """A method that decides about one block by what it has seen of all, where its :class:`Needs` say so."""
+
+    def survey_block(self, task: BlockTask) -> Mapping[str, Any]:
+        """What there is to know of each layer of a block in the full-precision model, by the layer's full name."""
+        ...
+
+    def settled(self, surveys: Mapping[str, Any]) -> Method:
+        """The method that has decided."""
         ...
 
 

@@ -29,6 +29,7 @@ class BinaryMosOptions(ExpertOptions, TrainedOptions):
     penalty: float = 0.0
     weight_rate: float = Field(default=0.09, ge=0)
     scale_rate: float = Field(default=0.03, ge=0)
+    end_to_end_rate: float = Field(default=0.1, gt=0)
 
 
 class BinaryMos:

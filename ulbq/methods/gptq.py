@@ -1,8 +1,10 @@
 """GPTQ (Frantar et al., 2023, https://arxiv.org/abs/2210.17323): affine codes column by column, no training.
 
 The error of each column is made good in the columns after it, by the second moments of the layer's inputs in the
-quantized model. Beyond the paper, the range of every group is searched (``--no-search`` for min-max as published),
-and with ``--act-order`` groups stay columns side by side, so that the format needs no index of groups.
+quantized model. Beyond the paper, every token counts by its relative error (``--token-weighting uniform`` for plain
+squares, in which an attention sink is all that counts), the range of every group is searched (``--no-search`` for
+min-max as published), and with ``--act-order`` groups stay columns side by side, so that the format needs no index of
+groups.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,16 +16,12 @@ from pydantic import BaseModel
 from ulbq import formats
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
-from ulbq.methods.in_sequence import solve_in_sequence
+from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
 from ulbq.methods.options import CompensationOptions, RoundingOptions
 from ulbq.methods.rtn import pack_codes
 from ulbq.solvers.gptq import GptqSettings, gptq
 from ulbq.solvers.hessian import HessianSum
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
-
-_FEWEST_TOKENS = 1 / 4
-"""Tokens a column. With fewer, errors go to where these samples happen not to look: on other samples of correlated
-random inputs, the error is then no lower than that of rounding to nearest; at two a column it is a quarter of that."""
 
 
 class GptqOptions(CompensationOptions, RoundingOptions):
@@ -74,12 +72,12 @@ class Gptq:
                 packed[linear] = pack_codes(linear, self.scheme, AffineCodes(*own))
             return {linear: formats.dequantize(self.scheme, packed[linear], weights[0].shape[1]) for linear in linears}
 
-        solve_in_sequence(task, solve, one_by_one=self.options.true_sequential)
+        solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, weighting=self.options.token_weighting)
         return BlockResult({linear: packed[linear] for linear in task.linears}, notes=tuple(notes))
 
     def _solve(self, weight: torch.Tensor, inputs: HessianSum) -> tuple[AffineCodes, str]:
         """Codes of a matrix, and what has to be said of them."""
-        if inputs.tokens < _FEWEST_TOKENS * weight.shape[1]:
+        if inputs.tokens < FEWEST_TOKENS * weight.shape[1]:
             importance = inputs.matrix.diagonal()
             known = importance if importance.any() else None
             codes = round_to_nearest(weight, self.scheme, importance=known, search=self.options.search)

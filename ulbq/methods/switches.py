@@ -41,6 +41,16 @@ def _unpenalized(known: Mapping[str, Any]) -> bool:
     return _overruled(known) or _has("penalty", 0)(known)
 
 
+def _unweighted(known: Mapping[str, Any]) -> bool:
+    """Whether nothing is weighted by scores, neither a penalty nor what layers get of a budget."""
+    return _unpenalized(known) and (_unallocated(known) or known["allocation"] != "global")
+
+
+def _unallocated(known: Mapping[str, Any]) -> bool:
+    """Whether there is no budget of bits to give out."""
+    return known.get("target_bits") is None and not known.get("outlier_bits")
+
+
 def _layers_alone(known: Mapping[str, Any]) -> bool:
     """Whether layers learn their own outputs, and nothing behind them trains norms."""
     return known.get("granularity") == "layer" and known.get("end_to_end", "none") == "none"
@@ -67,7 +77,9 @@ SWITCHES = (
     Switch("--granularity block", _layers_alone, frozenset({"norm_rate"})),
     Switch("--schedule cosine", _has("schedule", "constant"), frozenset({"final_rate"})),
     Switch("a wpt or mixed stage without its own penalty", _overruled, frozenset({"penalty"})),
-    Switch("--lambda", _unpenalized, frozenset({"saliency", "saliency_power", "penalize", "block_multiplier"})),
+    Switch("--lambda", _unpenalized, frozenset({"saliency_power", "penalize", "block_multiplier"})),
+    Switch("--lambda", _unweighted, frozenset({"saliency"})),
+    Switch("--target-bits", _unallocated, frozenset({"allocation"})),
     Switch("--saliency", _has("saliency", "none"), frozenset({"saliency_power"})),
     Switch(
         "--end-to-end",

@@ -55,12 +55,12 @@ class BlockTraining:
             end_to_end=options.end_to_end_settings(),
         )
 
-    def quantize(self, task: BlockTask, make: MakeQuantizer) -> BlockResult:
+    def quantize(self, task: BlockTask, make: MakeQuantizer | None = None) -> BlockResult:
         """Quantize one block.
 
         Args:
             task: with activations.
-            make: the closed-form start of one layer.
+            make: the closed-form start of one layer; not looked at where the task has a start.
 
         Raises:
             NumericsError: what was packed is not what was trained.
@@ -99,7 +99,7 @@ class BlockTraining:
         for name, value in task.block.named_parameters():
             if name in beside and not torch.equal(value, beside[name]):
                 dense[name] = value.detach()
-        return BlockResult(packed, dense, outcome, adapters)
+        return BlockResult(packed, dense, outcome, adapters, task.start.schemes if task.start else {})
 
     def _stages(self, index: int) -> list[Stage]:
         """The stages of a block, λ and its growth over the blocks filled in."""
@@ -112,17 +112,20 @@ class BlockTraining:
             for stage in options.stages
         ]
 
-    def _install(self, task: BlockTask, linear: str, make: MakeQuantizer) -> TrainedLinear:
+    def _install(self, task: BlockTask, linear: str, make: MakeQuantizer | None) -> TrainedLinear:
         """Put a trained layer in a dense one's place: where it starts is searched, or taken over from an artifact."""
         dense = linear_layer(task.block, linear)
         weight = dense.weight.detach()
         start = task.start
-        if start is None:
+        if start is not None:
+            scheme = start.schemes.get(linear, self._scheme)
+            quantizer = self._quantizer.from_packed(
+                weight, start.packed[linear], scheme, train_weights=self._options.train_weights
+            )
+        elif make is not None:
             quantizer = make(weight, task.importance[linear])
         else:
-            quantizer = self._quantizer.from_packed(
-                weight, start.packed[linear], self._scheme, train_weights=self._options.train_weights
-            )
+            raise ValueError("there is nothing to start from")
         layer = TrainedLinear(quantizer.to(weight.device), dense.bias, self._make_adapter(task, linear, quantizer))
         task.block.set_submodule(linear, layer)
         return layer

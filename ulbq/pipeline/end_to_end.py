@@ -14,8 +14,9 @@ from ulbq.artifacts.disk import sync, writing
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration
+from ulbq.formats import AnyScheme
 from ulbq.models.load import load_model
-from ulbq.pipeline.finish import TUNED, layer_record
+from ulbq.pipeline.finish import TUNED, layer_record, recorded_schemes
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.student import Folders, build_student, write_tuned
 from ulbq.progress import Progress
@@ -39,7 +40,13 @@ class _Phase:
     @property
     def before(self) -> Folders:
         """The block phase's shards."""
-        return Folders(self.writer.path, self.writer.scratch)
+        return Folders(self.writer.path, self.writer.scratch, self.schemes)
+
+    @property
+    def schemes(self) -> dict[str, AnyScheme]:
+        """How each layer is stored, by full name."""
+        journal, blocks = self.writer.journal, range(self.job.found.n_blocks)
+        return {name: scheme for index in blocks for name, scheme in recorded_schemes(journal[str(index)], "").items()}
 
     @property
     def after(self) -> Folders:
@@ -138,14 +145,16 @@ def _teacher(phase: _Phase) -> Teacher:
 def _write(phase: _Phase, student: Student) -> None:
     """Pack the blocks one by one, and note each with the records of its layers."""
     job = phase.job
-    sizes = student.input_sizes(phase.samples.tokens[-1:])
+    sizes, schemes = student.input_sizes(phase.samples.tokens[-1:]), phase.schemes
     for index in range(job.found.n_blocks):
         if f"{TUNED}{index}" in phase.writer.journal:
             continue
         prefix, linears = job.names(index)
         packed = write_tuned(job, student, index, phase.before, phase.after, sizes)
+        names = {linear: prefix + linear for linear in linears}
         layers = [
-            layer_record(job, prefix + linear, _original(job, prefix + linear), packed[linear]) for linear in linears
+            layer_record(job, name, _original(job, name), packed[linear], schemes[name])
+            for linear, name in names.items()
         ]
         files = [phase.after.block(index)]
         if job.method.needs.adapter is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ulbq.artifacts.manifest import QuantizedManifest, SaliencyManifest, is_artifact, read_manifest
 from ulbq.errors import InputError
-from ulbq.formats import AnyScheme
+from ulbq.formats import AnyScheme, nominal
 from ulbq.methods.base import BlockStart, Needs
 from ulbq.models.adapter_files import AdapterTensors, adapter_folder, read_adapter, read_config
 from ulbq.models.source import FULL_PRECISION, ModelSource, resolve
@@ -85,7 +85,7 @@ class Start:
                 f"'{source.given}' is quantized already, and this method does not go on from what is.",
                 hint=f"Give the full-precision model it was made from{f': {source.parent}' if source.parent else ''}.",
             )
-        others = {found for found in source.packed.values() if found != scheme}
+        others = {found for found in source.packed.values() if nominal(found) != scheme}
         if others:
             found = min(others, key=str)
             raise InputError(
@@ -131,7 +131,8 @@ class Start:
         """One block's packed layers and adapters, by name inside the block."""
         packed = {linear: self.source.read_packed(prefix + linear) for linear in linears}
         adapters = {name: self._adapters[prefix + name] for name in linears if prefix + name in self._adapters}
-        return BlockStart(packed, adapters)
+        schemes = {linear: self.source.packed[prefix + linear] for linear in linears}
+        return BlockStart(packed, adapters, schemes=schemes)
 
 
 def open_saliency(asked: str | None, model: ModelSource) -> Saliency | None:

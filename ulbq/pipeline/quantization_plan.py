@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from ulbq import formats, runtime
-from ulbq.errors import InputError
+from ulbq.errors import InputError, UsageError
 from ulbq.methods.base import Method
 from ulbq.models.blocks import Linear, ModelStructure, check_group_size, skeleton, structure
 from ulbq.models.names import check_complete
@@ -107,6 +107,10 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     _check_targets(method, layers)
     sizes = {linear.name: linear.out_features * linear.in_features for linear in layers}
     stored = sum(_bits(method, linear) for linear in layers)
+    bits_per_weight = stored / sum(sizes.values())
+    target = method.needs.target_bits
+    if target is not None:
+        _check_target_bits(target, bits_per_weight, request, going_on=origins.start is not None)
     described = QuantizePlan(
         request=request,
         model=source.name,
@@ -115,7 +119,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
         weights=sum(sizes.values()),
         skipped=found.skipped,
         scheme=f"{method.scheme.format} {method.scheme.label}",
-        bits_per_weight=stored / sum(sizes.values()),
+        bits_per_weight=max(bits_per_weight, target or 0.0),
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
         cost=predict(request, method, found, model, precision),
@@ -134,6 +138,21 @@ def _bits(method: Method, linear: Linear) -> float:
     packed = formats.bits_per_weight(method.scheme, linear.out_features, linear.in_features) * weights
     adapted = adapter is not None and adapter.matches(linear.name)
     return packed + (adapter.bits(linear.out_features, linear.in_features) if adapter and adapted else 0)
+
+
+def _check_target_bits(target: float, least: float, request: QuantizeRequest, *, going_on: bool) -> None:
+    """Refuse a budget that nothing can be done with. Raises UsageError."""
+    if going_on:
+        raise UsageError(
+            "--target-bits means nothing to an artifact, whose columns have their widths already.",
+            hint="Leave it out, or start from the full-precision model.",
+        )
+    if target < least and not request.as_published:
+        raise UsageError(
+            f"--target-bits {target:g} is less than the {least:.2f} bits that codes of {request.bits} bits take in "
+            "this model, codebooks included.",
+            hint=f"Give at least {least + 0.01:.2f}, or take fewer --bits.",
+        )
 
 
 def _check_targets(method: Method, layers: Sequence[Linear]) -> None:

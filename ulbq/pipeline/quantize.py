@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
 from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
 from ulbq.pipeline.samples import CALIBRATION_FILE, draw, written_samples
 from ulbq.pipeline.streams import Streams
+from ulbq.pipeline.survey import survey
 from ulbq.progress import Phase, Progress, Silent
 from ulbq.saliency import KINDS, Saliency, SaliencyKind, SaliencySettings, block_file, compute_saliency
 from ulbq.training.block import TrainOutcome
@@ -87,6 +89,11 @@ def quantize(
         if job.method.needs.saliency in KINDS:
             with watch.phase("saliency"):
                 saliency = _score(job, writer, calibration, progress)
+        if job.method.needs.survey and job.start is None and calibration is not None:
+            with watch.phase("survey"):
+                scores = partial(_scores, saliency, job.precision.device)
+                method = survey(job, calibration.tokens, scores, writer.scratch, progress)
+                job = dataclasses.replace(job, method=method)
         with watch.phase("blocks"):
             # First: a source that is damaged here would show only after hours.
             outer = layout.write_outer(
@@ -220,7 +227,7 @@ class _Run:
             precision=job.precision,
             seed=job.request.seed + index,
             on_epoch=on_epoch,
-            saliency=self._scores(prefix, linears),
+            saliency=_scores(self._saliency, job.precision.device, prefix, linears),
             start=self._start(block, prefix, linears),
             prefix=prefix,
         )
@@ -253,12 +260,6 @@ class _Run:
         vectors = {name: start.source.read(prefix + name) for name in vectors_beside(block, linears)}
         return dataclasses.replace(start.block(prefix, linears), vectors=vectors)
 
-    def _scores(self, prefix: str, linears: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
-        if self._saliency is None:
-            return None
-        device = self._job.precision.device
-        return {linear: self._saliency.score(prefix + linear).to(device) for linear in linears}
-
     def _report(self, index: int, outcome: TrainOutcome) -> None:
         if outcome.fallback:
             why = "diverged" if outcome.diverged else "did not improve"
@@ -267,3 +268,12 @@ class _Run:
             self._progress.note(f"Block {index} was rolled back {outcome.retries} times and trained at lower rates.")
         if outcome.end_error > _ALARM:
             self._progress.warn(f"Block {index} ends at a relative error of {outcome.end_error:.2f}: expect the worst.")
+
+
+def _scores(
+    saliency: Saliency | None, device: torch.device, prefix: str, linears: tuple[str, ...]
+) -> dict[str, torch.Tensor] | None:
+    """Scores of a block's layers, by name inside the block; None where there are none."""
+    if saliency is None:
+        return None
+    return {linear: saliency.score(prefix + linear).to(device) for linear in linears}

@@ -94,6 +94,11 @@ class QuantizeRequest(BaseModel):
     act_order: bool | None = None
     true_sequential: bool | None = None
     column_block: _Count | None = None
+    target_bits: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    allocation: Literal["global", "layer", "outlier", "hessian"] | None = None
+    outlier_bits: _Number | None = None
+    refit: bool | None = None
+    as_published: bool | None = None
     experts: _Count | None = None
     zeros: Zeros | None = None
 
@@ -220,7 +225,9 @@ def complete(request: QuantizeRequest, preset: PresetName) -> QuantizeRequest:
     amount: dict[str, Any] = {}
     if method.calibrated:
         name = request.preset or preset
-        wanted = takes(request.method) - ({"epochs"} if request.stages else set())  # the stages' own count
+        # Stages have a count of their own.
+        own = request.stages or not method_options(request.method).preset_epochs
+        wanted = takes(request.method) - ({"epochs"} if own else set())
         amount = {field: value for field, value in PRESETS[name] if field in wanted}
         if any(getattr(request, field) is None for field in amount):
             values["preset"] = name

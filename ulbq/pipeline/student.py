@@ -19,15 +19,20 @@ from ulbq.pipeline.quantization_plan import Job
 from ulbq.quantizers.affine import AffineQuantizer
 from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer
+from ulbq.quantizers.codebook import CodebookQuantizer
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer
+from ulbq.quantizers.fixed import FixedAffine, FixedDualBinary
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.student import Student
 
+# Whether or not weights train, signs and levels of codebooks train the same way.
 _QUANTIZERS: dict[str, type[Quantizer]] = {
     "affine": AffineQuantizer,
     "binary_mos": BinaryMosQuantizer,
+    "codebook": CodebookQuantizer,
     "dual_binary": DualBinaryQuantizer,
 }
+_FIXED: dict[str, type[Quantizer]] = _QUANTIZERS | {"affine": FixedAffine, "dual_binary": FixedDualBinary}
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def build_student(job: Job, folders: Folders, *, train_weights: bool, checkpoint
     Args:
         job: the run.
         folders: of its block phase; the shard of everything beside the blocks lies with the blocks.
-        train_weights: let the weights move.
+        train_weights: let the weights move; otherwise the codes are fixed.
         checkpointing: see :class:`Student`.
     """
     precision = job.precision
@@ -90,9 +95,8 @@ def _block(job: Job, folders: Folders, index: int, train_weights: bool) -> nn.Mo
         dense = linear_layer(block, linear)
         scheme = folders.schemes.get(prefix + linear, job.method.scheme)
         packed = {short: t.to(device) for short, t in _packed(stored, prefix + linear, scheme, dense)}
-        quantizer = _QUANTIZERS[scheme.format].from_packed(
-            dense.weight.detach(), packed, scheme, train_weights=train_weights
-        )
+        made = (_QUANTIZERS if train_weights else _FIXED)[scheme.format]
+        quantizer = made.from_packed(dense.weight.detach(), packed, scheme, train_weights=train_weights)
         adapter = adapters.get(linear)
         layer = TrainedLinear(quantizer.to(device), dense.bias, None if adapter is None else adapter.to(device))
         block.set_submodule(linear, layer)

@@ -11,6 +11,9 @@ _FIRST_DAMPING = 1e-4
 _MOST_DAMPING = 1.0
 """A share of the mean diagonal at which no sum of squares is singular any more."""
 
+_TINY = 1e-12
+"""A token whose input is smaller counts for nothing."""
+
 
 class HessianSum:
     """``2/n XᵀX``, the Hessian of a layer's squared output error, added up input by input.
@@ -18,13 +21,16 @@ class HessianSum:
     Args:
         columns: input dimension of the layer.
         device: where it is added up.
+        relative: divide each row of X by its root mean square, so that every token counts by its relative error. An
+            attention sink's activations are larger than all others together: by plain squares they are all that counts.
 
     Attributes:
         matrix: ``[in, in]`` float32; zeros before the first token.
         tokens: how many rows of X it is made of.
     """
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, columns: int, device: torch.device | str = "cpu", *, relative: bool = False) -> None:
+        self._relative = relative
         self.matrix = torch.zeros(columns, columns, device=device)
         self.tokens = 0
 
@@ -34,6 +40,8 @@ class HessianSum:
         rows = inputs.float().flatten(0, -2)
         if not len(rows):
             return
+        if self._relative:
+            rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp_min(_TINY)
         total = self.tokens + len(rows)
         self.matrix.addmm_(rows.t(), rows, beta=self.tokens / total, alpha=2 / total)
         self.tokens = total

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ulbq.errors import NumericsError, UsageError
+from ulbq.formats.levels import limits
 from ulbq.solvers.cuts import NO_MASS, SortedColumns, chunks, search
 
 _VALUES = 2**17
@@ -59,25 +60,6 @@ def kmeans_1d(values: torch.Tensor, k: int, *, weights: torch.Tensor | None = No
     return Clusters(torch.cat([part.centroids for part in found]), torch.cat([part.error for part in found]))
 
 
-def assign(values: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """The nearest centroid of each value, the lower of two that are equally near.
-
-    Args:
-        values: ``[columns, n]``.
-        centroids: ``[columns, k]`` ascending, of the same type; ``k`` at most 256.
-
-    Returns:
-        ``[columns, n]`` uint8.
-    """
-    limits = _limits(centroids)
-    if limits.shape[1] > 15:  # where a binary search costs less than all comparisons
-        return torch.searchsorted(limits, values.contiguous()).to(torch.uint8)
-    codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
-    for limit in limits.unsqueeze(-1).unbind(1):
-        codes += values > limit
-    return codes
-
-
 def refine(
     values: torch.Tensor, centroids: torch.Tensor, steps: int = 2, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -111,13 +93,6 @@ def refine(
         means = inside[..., 1] / np.maximum(mass, _TINY)
         found = np.where(mass > 0, means, found).astype(np.float32)
     return torch.from_numpy(found).to(centroids.device)
-
-
-def _limits(centroids: torch.Tensor) -> torch.Tensor:
-    """``[columns, k - 1]``: what is above a limit is nearer to the centroid above it."""
-    lower, upper = centroids[:, :-1], centroids[:, 1:]
-    # The middle of two adjacent floats rounds to either; the step down keeps the upper one above it.
-    return torch.minimum(lower * 0.5 + upper * 0.5, upper.nextafter(torch.full_like(upper, -torch.inf)))
 
 
 def _checked(weights: torch.Tensor) -> torch.Tensor:
@@ -195,7 +170,7 @@ def _settle(columns: SortedColumns, cuts: torch.Tensor) -> Clusters:
     """Centroids of cuts ``[columns, k - 1]``, and their error."""
     for _ in range(_STEPS):  # one suffices but for ties and rounding
         centroids = _means(columns, cuts)
-        before, cuts = cuts, torch.searchsorted(columns.values, _limits(centroids).contiguous(), right=True)
+        before, cuts = cuts, torch.searchsorted(columns.values, limits(centroids).contiguous(), right=True)
         if torch.equal(before, cuts):
             break
     counts = _bounds(columns, cuts).diff(dim=1)

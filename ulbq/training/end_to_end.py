@@ -42,10 +42,10 @@ class EndToEndSettings(BaseModel):
 
     loss: Loss
     epochs: int = Field(default=1, ge=1)
-    rate: float = Field(default=0.1, gt=0)
+    rate: float = Field(default=0.4, gt=0)
     train: Literal["scales", "all"] = "scales"
     batch_size: int = Field(default=1, ge=1)
-    accumulation: int = Field(default=4, ge=1)
+    accumulation: int = Field(default=2, ge=1)
     teacher: Literal["streamed", "cached"] = "streamed"
     top_k: int = Field(default=64, ge=1)
     gamma: float = Field(default=0.5, ge=0)

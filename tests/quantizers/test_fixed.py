@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from ulbq import formats
+from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme, dual_binary
+from ulbq.methods.rtn import pack_codes
+from ulbq.quantizers.base import Quantizer
+from ulbq.quantizers.fixed import FixedAffine, FixedDualBinary
+from ulbq.solvers.rtn import round_to_nearest
+
+AFFINE = [
+    AffineScheme(bits=bits, group_size=16, symmetric=symmetric) for bits in (1, 2, 3, 4, 8) for symmetric in (0, 1)
+]
+
+
+def weight() -> torch.Tensor:
+    return torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
+
+
+def packed(scheme: AnyScheme) -> dict[str, torch.Tensor]:
+    if isinstance(scheme, AffineScheme):
+        return pack_codes("up", scheme, round_to_nearest(weight(), scheme))
+    assert isinstance(scheme, DualBinaryScheme)
+    planes = torch.rand(2, 12, 32, generator=torch.Generator().manual_seed(1)) < 0.5
+    return dual_binary.pack(scheme, planes, torch.stack([weight()[:, :2].abs() + 1, -weight()[:, 2:4].abs() - 0.1]))
+
+
+def made(scheme: AnyScheme) -> Quantizer:
+    kind: type[Quantizer] = FixedAffine if isinstance(scheme, AffineScheme) else FixedDualBinary
+    return kind.from_packed(weight(), packed(scheme), scheme, train_weights=False)
+
+
+@pytest.mark.parametrize("scheme", [*AFFINE, DualBinaryScheme(group_size=16)], ids=lambda scheme: scheme.label)
+def test_codes_stay_and_scales_train(scheme: AnyScheme) -> None:
+    quantizer, before = made(scheme), packed(scheme)
+    torch.testing.assert_close(quantizer(), formats.dequantize(scheme, before, 32))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in quantizer.finalize().items())
+    [scales] = quantizer.trainable()["scales"]
+    assert quantizer.trainable()["weights"] == []
+    # Far more than rounding to other codes would survive.
+    with torch.no_grad():
+        scales.mul_(torch.linspace(0.5, 2, scales.numel()).view(scales.shape))
+    after = quantizer.finalize()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"scales"}
+    torch.testing.assert_close(quantizer(), formats.dequantize(scheme, after, 32), rtol=2e-3, atol=2e-3)  # float16
+
+
+@pytest.mark.parametrize("scheme", [AFFINE[2], AFFINE[3], DualBinaryScheme(group_size=16)], ids=lambda s: s.label)
+def test_the_gradient_of_a_scale_is_what_it_multiplies(scheme: AnyScheme) -> None:
+    quantizer = made(scheme).double()
+    [scales] = quantizer.trainable()["scales"]
+
+    def product(values: torch.Tensor) -> torch.Tensor:
+        result = torch.func.functional_call(quantizer, {"scales": values}, (torch.float64,))
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    assert torch.autograd.gradcheck(product, scales.detach().requires_grad_(True))
+
+
+def test_codes_that_would_train_are_refused() -> None:
+    with pytest.raises(ValueError, match="fixed"):
+        FixedAffine.from_packed(weight(), packed(AFFINE[0]), AFFINE[0])

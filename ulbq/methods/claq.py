@@ -1,0 +1,215 @@
+"""CLAQ (Wang et al., 2024, https://arxiv.org/abs/2405.17233): a codebook for every column, precision where it pays.
+
+GPTQ's loop with one-dimensional k-means in every column. Columns that matter get wider codes, and single values are
+stored as they are (*outliers*). Beyond the paper, the whole model shares one budget of true bits, given out by the
+loss that a bit saves (``--allocation global``); codebooks are fitted together after the pass (``--refit``); and they
+may train afterwards, block by block (``--epochs``). ``--as-published`` is what the authors' code does, slips included.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
+
+import torch
+from pydantic import BaseModel, Field
+from torch import nn
+
+from ulbq import formats
+from ulbq.formats import AnyScheme, codebook
+from ulbq.formats.codebook import CodebookScheme
+from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Packed
+from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
+from ulbq.methods.options import CodebookOptions, CompensationOptions, TrainedOptions
+from ulbq.methods.training import BlockTraining
+from ulbq.nn.quant_linear import linear_layer
+from ulbq.quantizers.codebook import CodebookQuantizer
+from ulbq.solvers import allocation
+from ulbq.solvers.allocation import Survey
+from ulbq.solvers.claq import ClaqSettings, ColumnPlan, claq
+from ulbq.solvers.hessian import HessianFactor, HessianSum, activation_order, factorize
+
+
+class ClaqOptions(TrainedOptions, CodebookOptions, CompensationOptions):
+    """Options of ``claq``."""
+
+    preset_epochs: ClassVar[bool] = False
+
+    epochs: int = Field(default=0, ge=0)
+    train_weights: bool = False
+
+
+class Claq:
+    """Column codebooks, adaptive precision and outliers.
+
+    Args:
+        options: of budget, passes and training.
+        plans: of the columns of each layer, by its full name, where the whole model shares one budget.
+    """
+
+    name: ClassVar[str] = "claq"
+    Options: ClassVar[type[BaseModel]] = ClaqOptions
+    calibrated: ClassVar[bool] = True
+
+    def __init__(self, options: ClaqOptions, plans: Mapping[str, ColumnPlan] | None = None) -> None:
+        self.options = options
+        self.scheme = CodebookScheme(bits=options.bits)
+        self._plans = plans
+        self._training = BlockTraining(options, self.scheme, CodebookQuantizer)
+        self._settings = ClaqSettings(options.column_block, options.refit, options.as_published)
+        trained = self._training.needs
+        self.needs = dataclasses.replace(
+            trained,
+            hessians="sequence" if options.true_sequential and not options.surveyed else "block",
+            saliency=options.saliency if options.surveyed and options.saliency != "none" else trained.saliency,
+            survey=options.surveyed,
+            target_bits=options.target_bits,
+        )
+
+    @classmethod
+    def from_options(cls, options: ClaqOptions, group_size: int) -> Self:
+        """The method that a request asks for."""
+        return cls(options)
+
+    def survey_block(self, task: BlockTask) -> dict[str, Survey]:
+        """What bits would do for each layer of a block, by the layer's full name."""
+        found: dict[str, Survey] = {}
+
+        def look(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
+            hessian, factor = self._factored(inputs)
+            for linear in linears:
+                weight = task.weight(linear)
+                scores = None if task.saliency is None else task.saliency[linear]
+                importance = factor.importance * _cost(weight, hessian, scores)
+                found[task.prefix + linear] = allocation.survey(weight, importance, self.options.bits)
+            return {}
+
+        solve_in_sequence(task, look, one_by_one=False, weighting=self.options.token_weighting)
+        return found
+
+    def settled(self, surveys: Mapping[str, Survey]) -> Self:
+        """The method with the bits of all layers given out."""
+        base, found = self.options.bits, list(surveys.values())
+        sizes = [(one.out_features, one.losses.shape[1]) for one in found]
+        surplus, for_outliers = self._surplus(sizes)
+        plain = sum(_base_bits(base, *size) for size in sizes)
+        plans = allocation.allocate(found, base, plain + surplus, for_outliers)
+        return type(self)(self.options, dict(zip(surveys, plans, strict=True)))
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        """Quantize one block from the inputs of its layers, or take it from an artifact; train where asked to."""
+        notes: tuple[str, ...] = ()
+        if task.start is None:
+            solved = self._solve_block(task)
+            if not self.needs.epochs and self.needs.adapter is None:
+                return solved
+            task, notes = (
+                dataclasses.replace(task, start=BlockStart(solved.packed, {}, schemes=solved.schemes)),
+                solved.notes,
+            )
+        return dataclasses.replace(self._training.quantize(task), notes=notes)
+
+    def _solve_block(self, task: BlockTask) -> BlockResult:
+        packed: dict[str, Packed] = {}
+        schemes: dict[str, AnyScheme] = {}
+        notes: list[str] = []
+        originals = {linear: task.weight(linear) for linear in task.linears}
+        budgets = self._budgets(originals)
+
+        def solve(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
+            hessian, factor = self._factored(inputs)
+            note = self._note(inputs, factor)
+            if note:
+                notes.append(f"Block {task.index}, {', '.join(linears)}: {note}.")
+            made = {}
+            for linear in linears:
+                weight = task.weight(linear)
+                plan = self._plan(task.prefix + linear, weight, factor, budgets[linear])
+                plan = ColumnPlan(plan.widths.to(weight.device), plan.outliers.to(weight.device))
+                columns = claq(weight, hessian, factor, plan, self._settings).columns
+                scheme = schemes[linear] = allocation.scheme_of(plan, self.options.bits)
+                packed[linear] = codebook.pack(scheme, columns)
+                made[linear] = formats.dequantize(scheme, packed[linear], weight.shape[1])
+            return made
+
+        solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, weighting=self.options.token_weighting)
+        for linear, weight in originals.items():
+            linear_layer(task.block, linear).weight = nn.Parameter(weight, requires_grad=False)
+        return BlockResult({linear: packed[linear] for linear in task.linears}, schemes=schemes, notes=tuple(notes))
+
+    def _factored(self, inputs: HessianSum) -> tuple[torch.Tensor, HessianFactor]:
+        """Second moments and their factor; where there are too few tokens, of columns that know nothing of others."""
+        hessian = inputs.matrix
+        if inputs.tokens < FEWEST_TOKENS * len(hessian):
+            hessian = hessian.diagonal().diag()
+        order = activation_order(hessian) if self.options.act_order else None
+        return hessian, factorize(hessian, damping=self.options.damping, order=order)
+
+    def _note(self, inputs: HessianSum, factor: HessianFactor) -> str:
+        """What has to be said of layers that read an input; empty for nothing."""
+        columns = len(factor.order)
+        if inputs.tokens < FEWEST_TOKENS * columns:
+            return f"errors are not made good in other columns, {inputs.tokens} tokens are too few for {columns}"
+        if factor.damping > self.options.damping:
+            return f"damping raised to {factor.damping:g}, its inputs are singular"
+        return ""
+
+    def _surplus(self, sizes: Sequence[tuple[int, int]]) -> tuple[float, float | None]:
+        """Bits that matrices ``(out, in)`` have beyond those of base widths, and how many of them are outliers'.
+
+        None for as many as pay.
+        """
+        options, weights = self.options, sum(rows * columns for rows, columns in sizes)
+        reserved = None if options.outlier_bits is None else options.outlier_bits * weights
+        if options.target_bits is None:
+            return reserved or 0.0, reserved or 0.0
+        plain = sum(_base_bits(options.bits, *size) for size in sizes)
+        surplus = max(0.0, options.target_bits * weights - plain)
+        return surplus, None if reserved is None else min(reserved, surplus)
+
+    def _budgets(self, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float | None]]:
+        """Surplus of each layer of a block, and what of it outliers get; as much for a weight in all of them."""
+        sizes = {linear: (weight.shape[0], weight.shape[1]) for linear, weight in weights.items()}
+        surplus, for_outliers = self._surplus(list(sizes.values()))
+        total = sum(rows * columns for rows, columns in sizes.values())
+        shares = {linear: rows * columns / total for linear, (rows, columns) in sizes.items()}
+        return {
+            linear: (surplus * share, None if for_outliers is None else for_outliers * share)
+            for linear, share in shares.items()
+        }
+
+    def _plan(
+        self, name: str, weight: torch.Tensor, factor: HessianFactor, budget: tuple[float, float | None]
+    ) -> ColumnPlan:
+        """Widths and outliers of a layer's columns."""
+        options, (surplus, for_outliers) = self.options, budget
+        base, (rows, columns) = options.bits, weight.shape
+        if self._plans is not None:
+            return self._plans[name]
+        if not options.allocated:
+            return allocation.base_plan(columns, base)
+        plain = _base_bits(base, rows, columns)
+        if options.allocation == "layer":
+            found = allocation.survey(weight, factor.importance, base)
+            return allocation.allocate([found], base, plain + surplus, for_outliers)[0]
+        by_outliers = options.allocation == "outlier"
+        order = allocation.outlier_order(weight) if by_outliers else allocation.hessian_order(weight, factor.importance)
+        if options.as_published:
+            nominal = options.outlier_bits or 0.0
+            target = options.bits if options.target_bits is None else options.target_bits - nominal
+            return allocation.published_plan(order, factor.order, rows, base, target, nominal)
+        return allocation.allocate_by_order(order, rows, base, plain + surplus, for_outliers or 0.0)
+
+
+def _base_bits(base: allocation.Base, rows: int, columns: int) -> int:
+    return allocation.bits_of(allocation.base_plan(columns, base), base, rows)
+
+
+def _cost(weight: torch.Tensor, hessian: torch.Tensor, scores: torch.Tensor | None) -> float:
+    """What a layer's squared output error costs, in a unit that all layers share.
+
+    With Fisher scores ``Σ (∂CE/∂W)²``, the mean squared gradient at the layer's outputs: a score is about that times a
+    squared input (the layer's Fisher matrix as a Kronecker product). Without, the error counts relative to the output.
+    """
+    if scores is not None:
+        return (scores.sum() / (len(weight) * hessian.diagonal().sum()).clamp_min(1e-30)).item()
+    return 1 / (weight @ hessian * weight).sum().clamp_min(1e-30).item()
