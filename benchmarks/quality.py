@@ -28,19 +28,24 @@ _SAMPLES = ("--calibration", "wikitext2", "--samples", "32", "--sequence-length"
 _QUICK = ("--preset", "quick", "--calibration", "wikitext2")
 
 _PUBLISHED = ("--as-published", "--outlier-bits", "0.07")
+_GLOBAL = ("--saliency", SALIENCY)
 _CLAQ: dict[str, tuple[str, ...]] = {
     "2": (),
+    "2-uniform": ("--token-weighting", "uniform"),
     "2-no-refit": ("--no-refit",),
-    "2-published": ("--as-published",),
     "2.12-published": (*_PUBLISHED, "--target-bits", "2.12"),
-    "2.12": ("--target-bits", "2.12"),
+    "2.12": (*_GLOBAL, "--target-bits", "2.12"),
     "2.3-outlier": ("--target-bits", "2.3", "--allocation", "outlier", "--outlier-bits", "0.1"),
     "2.3-hessian": ("--target-bits", "2.3", "--allocation", "hessian", "--outlier-bits", "0.1"),
     "2.3-layer": ("--target-bits", "2.3", "--allocation", "layer"),
     "2.3": ("--target-bits", "2.3"),
-    "2.3-fisher": ("--target-bits", "2.3", "--saliency", SALIENCY),
-    "2.3-levels": ("--target-bits", "2.3", "--saliency", SALIENCY, "--epochs", "4"),
-    "2.3-weights": ("--target-bits", "2.3", "--saliency", SALIENCY, "--epochs", "4", "--train-weights"),
+    "2.3-fisher": (*_GLOBAL, "--target-bits", "2.3"),
+}
+# What goes on from the row of 2.3 bits.
+_CLAQ_TRAINED: dict[str, tuple[str, ...]] = {
+    "2.3-levels": ("--epochs", "4"),
+    "2.3-weights": ("--epochs", "4", "--train-weights"),
+    "2.3-ce": ("--epochs", "0", "--end-to-end", "ce", "--end-to-end-epochs", "2"),
 }
 
 
@@ -84,8 +89,12 @@ def _settings() -> dict[str, Setting]:
         "ulb-w4": Setting((*sapr, "--bits", "4", "--no-adapter", *_SAMPLES, "--epochs", "4")),
     }
     for bits in ("2", "3", "4"):
-        found[f"gptq-w{bits}"] = Setting(("--method", "gptq", "--bits", bits, *_SAMPLES))
-    found |= {f"claq-{name}": Setting(("--method", "claq", *options, *_SAMPLES)) for name, options in _CLAQ.items()}
+        gptq = ("--method", "gptq", "--bits", bits, *_SAMPLES)
+        found |= {f"gptq-w{bits}": Setting(gptq)}
+        found |= {f"gptq-w{bits}-uniform": Setting((*gptq, "--token-weighting", "uniform"))}
+    for name, options in (_CLAQ | _CLAQ_TRAINED).items():
+        start = "claq-2.3-fisher" if name in _CLAQ_TRAINED else None
+        found[f"claq-{name}"] = Setting(("--method", "claq", *options, *_SAMPLES), start=start)
     for seed in ("0", "1", "2"):
         four = ("--rank", "64", *_SAMPLES, "--epochs", "4", "--seed", seed)
         found[f"apiq-r64-s{seed}"] = Setting((*apiq, *four), base=True, tasks=True)

@@ -127,6 +127,7 @@ def test_the_plan_tells_the_stages_own_lambda(source, capsys):
 def test_the_plan_of_every_method_tells_what_it_does(method, source, capsys):
     trains = method not in {"rtn", "gptq"}
     more = ["--rank", "8", "--lambda", "0.5", "--adapter"] if trains and method != "binary-mos" else []
+    more += ["--epochs", "1"] if method == "claq" else []
     planned(capsys, source, "--method", method, *more)
     words = ["quantize", str(source), "--method", method, "--device", "cpu", "--offline", "--dry-run", *more]
     words += [] if method == "rtn" else ["--calibration", "a.txt"]

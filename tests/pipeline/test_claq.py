@@ -22,6 +22,7 @@ from ulbq.formats.codebook import CodebookScheme
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
+from ulbq.saliency import Saliency
 
 
 def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:  # noqa: F811
@@ -92,11 +93,20 @@ def test_outliers_alone(tiny_llama: Path, samples: Path, tmp_path: Path) -> None
 
 
 def test_the_global_budget_follows_the_scores(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
-    found = [
-        mean_widths(quantize(asked(tiny_llama, tmp_path / kind, samples, target_bits=4.3, saliency=kind))[1])
-        for kind in ("none", "fisher")
-    ]
-    assert found[0] != found[1]
+    """Scores a hundred times as high in the layers of one block widen that block's columns."""
+    options = {"target_bits": 4.3, "saliency": "fisher"}
+    _, plain = quantize(asked(tiny_llama, tmp_path / "plain", samples, **options))
+    raised = Saliency.score
+
+    def louder(self: Saliency, name: str) -> torch.Tensor:
+        return raised(self, name) * (100 if name.startswith("model.layers.1.") else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saliency, "score", louder)
+        _, loud = quantize(asked(tiny_llama, tmp_path / "loud", samples, **options))
+    before, after = mean_widths(plain), mean_widths(loud)
+    assert sum(after[7:14]) > sum(before[7:14]) + 1
+    assert sum(after[:7]) < sum(before[:7])
 
 
 def test_as_published_is_nominal(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -130,11 +140,11 @@ def test_training_lowers_the_errors_and_leaves_the_bits(
     samples: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    start, before = quantize(asked(tiny_llama, tmp_path / "start", samples, target_bits=4.3))
-    options = {"target_bits": 4.3, "epochs": 4, "train_weights": train_weights}
+    start, before = quantize(asked(tiny_llama, tmp_path / "start", samples, outlier_bits=0.1))
+    options = {"outlier_bits": 0.1, "epochs": 4, "batch_size": 1, "train_weights": train_weights}
     trained, after = quantize(asked(tiny_llama, tmp_path / "trained", samples, **options))
     assert all(block.end_error <= block.start_error for block in after.blocks)
-    assert sum(block.end_error < 0.99 * block.start_error for block in after.blocks) >= 2
+    assert any(block.end_error < 0.98 * block.start_error for block in after.blocks)
     assert [layer.bits for layer in after.layers] == [layer.bits for layer in before.layers]
     torch.testing.assert_close(logits(trained), simulated_logits(tiny_llama, trained), atol=1e-5, rtol=1e-5)
     # An artifact is gone on from: without an epoch it is the same, with one it learns.
@@ -165,15 +175,16 @@ def test_a_whole_model_trains_end_to_end(tiny_llama: Path, samples: Path, tmp_pa
     verify(path)
 
 
-def test_few_tokens_are_said_aloud(samples: Path, tmp_path: Path) -> None:  # noqa: F811
-    dense = save_tiny("mixtral", tmp_path / "experts", num_local_experts=64, num_hidden_layers=1)
+def test_few_tokens_are_said_aloud(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
     told: list[str] = []
 
     class Listening(Silent):
         def warn(self, message: str) -> None:
             told.append(message)
 
-    quantize(asked(dense, tmp_path / "q", samples).model_copy(update={"samples": 1}), Listening())
+    short = {"samples": 1, "sequence_length": 8}
+    path, _ = quantize(asked(tiny_llama, tmp_path / "q", samples).model_copy(update=short), Listening())
+    assert torch.isfinite(logits(path)).all()
     assert any("too few" in message for message in told)
 
 
@@ -202,9 +213,18 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
     [
         ({"target_bits": 2.0}, "leaves nothing"),
         ({"target_bits": 2.1}, "codebooks included"),
+        ({"target_bits": 3.4, "outlier_bits": 0.95, "allocation": "outlier"}, "for outliers"),
+        ({"target_bits": 9.0}, "codes of 4 bits"),
+        ({"target_bits": 4.5, "bits": 4}, "none is wider"),
+        ({"outlier_bits": 0.3}, "by loss"),
+        ({"target_bits": 2.05, "outlier_bits": 0.07, "as_published": True}, "leaves nothing"),
+        ({"target_bits": 4.3, "saliency": "wanda"}, "squared|fisher"),
+        ({"scale_rate": 0.1}, "--epochs 1"),
+        ({"penalty": 1.0}, "--epochs 1"),
+        ({"adapter": True}, "--epochs 1"),
         ({"allocation": "layer"}, "--target-bits"),
-        ({"saliency": "fisher"}, "--lambda"),
-        ({"target_bits": 4.3, "allocation": "layer", "saliency": "fisher"}, "--lambda"),
+        ({"saliency": "fisher"}, "--target-bits"),
+        ({"target_bits": 4.3, "allocation": "layer", "saliency": "fisher"}, "--allocation global"),
         ({"as_published": True, "refit": True}, "not as published"),
         ({"as_published": True, "target_bits": 2.2, "allocation": "global"}, "not as published"),
         ({"group_size": 32}, "--group-size"),
@@ -224,11 +244,24 @@ def test_what_does_not_go_together_is_refused(
 
 def test_what_an_artifact_has_already_is_not_asked_for(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
     start, _ = quantize(asked(tiny_llama, tmp_path / "start", samples))
-    with pytest.raises(UsageError, match="means nothing to an artifact"):
-        plan(asked(start, tmp_path / "q", samples, target_bits=4.3))
+    for changes in ({"target_bits": 4.3}, {"outlier_bits": 0.1}, {"refit": False}, {"damping": 0.1}):
+        with pytest.raises(UsageError, match="means nothing to an artifact"):
+            plan(asked(start, tmp_path / "q", samples, **changes))
 
 
 def test_the_plan_tells_the_target(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
     found = plan(asked(tiny_llama, tmp_path / "q", samples, target_bits=4.3))
     assert found.bits_per_weight == pytest.approx(4.3)
     assert found.request.epochs == 0
+    adapted = plan(asked(tiny_llama, tmp_path / "a", samples, target_bits=4.3, epochs=1, adapter=True, rank=4))
+    assert adapted.bits_per_weight > 4.31
+    narrow = plan(asked(tiny_llama, tmp_path / "n", samples))
+    assert narrow.bits_per_weight < 4.2
+    assert found.cost.artifact > narrow.cost.artifact
+    beside = plan(asked(tiny_llama, tmp_path / "o", samples, outlier_bits=0.2))
+    assert beside.bits_per_weight == pytest.approx(narrow.bits_per_weight + 0.2)
+
+
+def test_as_published_alone_is_plain_squares_and_no_common_fit(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+    request = plan(asked(tiny_llama, tmp_path / "q", samples, as_published=True)).request
+    assert (request.token_weighting, request.refit, request.allocation) == ("uniform", False, None)

@@ -117,4 +117,20 @@ def test_the_published_slips() -> None:
     swapped = published_plan(order, torch.arange(columns), 1000, 2, 2.05, 0.07)
     assert swapped.outliers[:30].tolist() == [28] * 30
     assert swapped.outliers[128:158].tolist() == [28] * 30
-    assert published_plan(order, processing, 1000, 3, 3.5, 0.0).outliers.sum() == 0
+    half = published_plan(order, processing, 1000, 3, 3.5, 0.0)
+    assert half.outliers.sum() == 0
+    assert int((half.widths == 4).sum()) == columns // 2
+    assert set(published_plan(order, processing, 1000, 2, 2.0, 0.07).widths.tolist()) == {2}
+
+
+@pytest.mark.parametrize("base", [2, 3, 4])
+def test_every_base_width(base: allocation.Base) -> None:
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(4)) ** 3
+    one = survey(weight, torch.ones(COLUMNS), base)
+    assert one.losses.shape == (5 - base, COLUMNS)
+    plain = bits_of(base_plan(COLUMNS, base), base, ROWS)
+    [plan] = allocate([one], base, plain + 500)
+    assert plain < bits_of(plan, base, ROWS) <= plain + 500
+    assert int(plan.widths.min()) >= base
+    order = torch.arange(COLUMNS)
+    assert bits_of(allocate_by_order(order, ROWS, base, plain + 500, 500), base, ROWS) <= plain + 500

@@ -115,7 +115,8 @@ class Needs:
         hessians: which second moments of the layers' inputs live at once: those of one step in the ``sequence`` of a
             block's layers, or of the whole ``block``.
         survey: a look at all blocks before the first is quantized, as :class:`SurveyingMethod` has it.
-        target_bits: true bits a weight that the layers will have, where the scheme does not tell; None where it does.
+        target_bits: true bits a weight that the layers will have, where that is not what the scheme tells.
+        extra_bits: how many more than the scheme tells they will have, about.
     """
 
     epochs: int = 0
@@ -128,6 +129,7 @@ class Needs:
     hessians: Literal["none", "sequence", "block"] = "none"
     survey: bool = False
     target_bits: float | None = None
+    extra_bits: float = 0.0
 
     @property
     def stores(self) -> int:
@@ -179,8 +181,12 @@ class SurveyingMethod(Method, Protocol):
         """What there is to know of each layer of a block in the full-precision model, by the layer's full name."""
         ...
 
-    def settled(self, surveys: Mapping[str, Any]) -> Method:
-        """The method that has decided."""
+    def decide(self, surveys: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """What follows from the surveys of all layers, by names of the method's own."""
+        ...
+
+    def decided(self, decisions: Mapping[str, torch.Tensor]) -> Method:
+        """The method that goes by what :meth:`decide` gave."""
         ...
 
 

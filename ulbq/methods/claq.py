@@ -62,7 +62,8 @@ class Claq:
             hessians="sequence" if options.true_sequential and not options.surveyed else "block",
             saliency=options.saliency if options.surveyed and options.saliency != "none" else trained.saliency,
             survey=options.surveyed,
-            target_bits=options.target_bits,
+            target_bits=None if options.as_published else options.target_bits,
+            extra_bits=options.extra_bits,
         )
 
     @classmethod
@@ -79,21 +80,28 @@ class Claq:
             for linear in linears:
                 weight = task.weight(linear)
                 scores = None if task.saliency is None else task.saliency[linear]
-                importance = factor.importance * _cost(weight, hessian, scores)
+                importance = factor.importance * _cost(weight, hessian, inputs.tokens, scores)
                 found[task.prefix + linear] = allocation.survey(weight, importance, self.options.bits)
             return {}
 
         solve_in_sequence(task, look, one_by_one=False, weighting=self.options.token_weighting)
         return found
 
-    def settled(self, surveys: Mapping[str, Survey]) -> Self:
-        """The method with the bits of all layers given out."""
+    def decide(self, surveys: Mapping[str, Survey]) -> dict[str, torch.Tensor]:
+        """Widths and outliers of the columns of all layers, the bits of one budget given out among them."""
         base, found = self.options.bits, list(surveys.values())
         sizes = [(one.out_features, one.losses.shape[1]) for one in found]
         surplus, for_outliers = self._surplus(sizes)
         plain = sum(_base_bits(base, *size) for size in sizes)
         plans = allocation.allocate(found, base, plain + surplus, for_outliers)
-        return type(self)(self.options, dict(zip(surveys, plans, strict=True)))
+        widths = {f"{name}.widths": plan.widths for name, plan in zip(surveys, plans, strict=True)}
+        return widths | {f"{name}.outliers": plan.outliers for name, plan in zip(surveys, plans, strict=True)}
+
+    def decided(self, decisions: Mapping[str, torch.Tensor]) -> Self:
+        """The method with these widths and outliers."""
+        names = [name.removesuffix(".widths") for name in decisions if name.endswith(".widths")]
+        plans = {name: ColumnPlan(decisions[f"{name}.widths"], decisions[f"{name}.outliers"]) for name in names}
+        return type(self)(self.options, plans)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block from the inputs of its layers, or take it from an artifact; train where asked to."""
@@ -204,12 +212,15 @@ def _base_bits(base: allocation.Base, rows: int, columns: int) -> int:
     return allocation.bits_of(allocation.base_plan(columns, base), base, rows)
 
 
-def _cost(weight: torch.Tensor, hessian: torch.Tensor, scores: torch.Tensor | None) -> float:
+def _cost(weight: torch.Tensor, hessian: torch.Tensor, tokens: int, scores: torch.Tensor | None) -> float:
     """What a layer's squared output error costs, in a unit that all layers share.
 
     With Fisher scores ``Σ (∂CE/∂W)²``, the mean squared gradient at the layer's outputs: a score is about that times a
-    squared input (the layer's Fisher matrix as a Kronecker product). Without, the error counts relative to the output.
+    squared input (the layer's Fisher matrix as a Kronecker product). Without, a token's error counts relative to the
+    mean output. What no token reaches costs nothing.
     """
+    if not tokens:
+        return 0.0
     if scores is not None:
         return (scores.sum() / (len(weight) * hessian.diagonal().sum()).clamp_min(1e-30)).item()
-    return 1 / (weight @ hessian * weight).sum().clamp_min(1e-30).item()
+    return tokens / (weight @ hessian * weight).sum().clamp_min(1e-30).item()

@@ -104,6 +104,10 @@ class RoundingOptions(AffineOptions):
     search: bool = True
 
 
+_MOST_OUTLIER_BITS = 0.25
+"""A weight: what a survey's candidates take, a hundredth of the values at 25 bits each."""
+
+
 class CodebookOptions(MethodOptions):
     """Of column codebooks (CLAQ).
 
@@ -112,8 +116,9 @@ class CodebookOptions(MethodOptions):
         target_bits: true bits a weight of all layers, codebooks and outliers with their positions counted; None for
             columns of ``bits`` alone. As published, nominal: of codes and outliers, ``outlier_bits`` included.
         allocation: how bits beyond the base are given out. ``global``: by the loss that a bit saves, across all layers;
-            ``layer``: the same in each layer, all with as many bits a weight; ``outlier`` and ``hessian``: to the first
-            columns of an order, by their share of extreme values or by what losing them would cost, as published.
+            ``layer``: the same inside each layer, all with as many bits a weight beyond the base; ``outlier`` and
+            ``hessian``: to the first columns of an order, by their share of extreme values or by what losing them would
+            cost, as published.
         outlier_bits: those of the bits a weight that outliers get; None for as many as pay, or none by an order.
         refit: fit the codebooks of all columns together after the pass.
         as_published: what the authors' code does, slips included.
@@ -124,7 +129,7 @@ class CodebookOptions(MethodOptions):
     bits: Literal[2, 3, 4] = 2
     target_bits: float | None = Field(default=None, gt=0)
     allocation: Literal["global", "layer", "outlier", "hessian"] = "global"
-    outlier_bits: float | None = Field(default=None, ge=0)
+    outlier_bits: float | None = Field(default=None, ge=0, le=1)
     refit: bool = True
     as_published: bool = False
 
@@ -138,10 +143,20 @@ class CodebookOptions(MethodOptions):
         """Whether all layers have to be seen before bits are given out."""
         return self.allocated and self.allocation == "global"
 
+    @property
+    def extra_bits(self) -> float:
+        """About how many bits a weight come on top of columns of ``bits``, where no true target tells."""
+        outlier_bits = self.outlier_bits or 0.0
+        if self.as_published:
+            wider = 0.0 if self.target_bits is None else self.target_bits - outlier_bits - self.bits
+            # Counted at 14 bits each, taken at both tails; a value and its position take about 25.
+            return wider + outlier_bits / 14 * 2 * 25
+        return outlier_bits if self.target_bits is None else 0.0
+
     @model_validator(mode="before")
     @classmethod
     def _as_published(cls, data: Any) -> Any:
-        """The authors' code has orders only, and no fit of all columns."""
+        """The authors' code has orders only, no fit of all columns, and plain squares."""
         if not isinstance(data, dict) or not data.get("as_published"):
             return data
         if data.get("refit"):
@@ -150,15 +165,33 @@ class CodebookOptions(MethodOptions):
             raise UsageError(
                 f"--allocation {data['allocation']} is not as published.", hint="Take --allocation outlier or hessian."
             )
-        return {"allocation": "outlier", "token_weighting": "uniform", **data, "refit": False}
+        more = data.get("target_bits") is not None or data.get("outlier_bits")
+        meant = {"token_weighting": "uniform"} | ({"allocation": "outlier"} if more else {})
+        return {**meant, **data, "refit": False}
 
     @model_validator(mode="after")
-    def _check_target(self) -> Self:
-        if self.target_bits is not None and self.target_bits <= self.bits:
+    def _check_budget(self) -> Self:
+        reserved, target = self.outlier_bits or 0.0, self.target_bits
+        if self.allocation in {"global", "layer"} and reserved > _MOST_OUTLIER_BITS:
             raise UsageError(
-                f"--target-bits {self.target_bits:g} leaves nothing beside codes of {self.bits} bits.",
+                f"--outlier-bits {reserved:g} is more than the {_MOST_OUTLIER_BITS:g} that outliers can take by loss.",
+                hint="Give fewer, or --allocation outlier.",
+            )
+        if target is None:
+            return self
+        if self.bits == 4:
+            raise UsageError(
+                "--target-bits widens columns, and none is wider than the 4 bits of --bits.",
+                hint="Give --outlier-bits, or fewer --bits.",
+            )
+        if target - reserved <= self.bits:
+            outliers = f" and {reserved:g} for outliers" if reserved else ""
+            raise UsageError(
+                f"--target-bits {target:g} leaves nothing beside codes of {self.bits} bits{outliers}.",
                 hint="Raise it, or leave it out for columns of one width.",
             )
+        if self.as_published and target - reserved > 4:
+            raise UsageError(f"--target-bits {target:g} is more than 4 bits.", hint="Give fewer.")
         return self
 
 

@@ -42,13 +42,25 @@ def _unpenalized(known: Mapping[str, Any]) -> bool:
 
 
 def _unweighted(known: Mapping[str, Any]) -> bool:
-    """Whether nothing is weighted by scores, neither a penalty nor what layers get of a budget."""
-    return _unpenalized(known) and (_unallocated(known) or known["allocation"] != "global")
+    """Whether nothing is weighted by scores, where only a penalty could be."""
+    return _unpenalized(known) and "allocation" not in known
+
+
+def _unshared(known: Mapping[str, Any]) -> bool:
+    """Whether nothing is weighted by scores, where a budget could be shared by them."""
+    shared = known.get("allocation") == "global" and not _unallocated(known)
+    return _unpenalized(known) and "allocation" in known and not shared
 
 
 def _unallocated(known: Mapping[str, Any]) -> bool:
     """Whether there is no budget of bits to give out."""
     return known.get("target_bits") is None and not known.get("outlier_bits")
+
+
+def _untrained(known: Mapping[str, Any]) -> bool:
+    """Whether a method that trains only where it is told to was not told to."""
+    trains = known.get("epochs") or known.get("stages") or known.get("end_to_end", "none") != "none"
+    return "as_published" in known and not trains
 
 
 def _layers_alone(known: Mapping[str, Any]) -> bool:
@@ -79,6 +91,18 @@ SWITCHES = (
     Switch("a wpt or mixed stage without its own penalty", _overruled, frozenset({"penalty"})),
     Switch("--lambda", _unpenalized, frozenset({"saliency_power", "penalize", "block_multiplier"})),
     Switch("--lambda", _unweighted, frozenset({"saliency"})),
+    Switch("--target-bits and --allocation global", _unshared, frozenset({"saliency"})),
+    Switch(
+        "--epochs 1 or more",
+        _untrained,
+        frozenset(
+            {
+                *("train_weights", "weight_rate", "scale_rate", "norm_rate", "adapter_rate", "scale_decay"),
+                *("adapter_decay", "schedule", "warmup", "final_rate", "clip", "patience", "retries"),
+                *("augmented_loss", "sliced_wasserstein", "granularity", "base_share", "penalty", "adapter"),
+            }
+        ),
+    ),
     Switch("--target-bits", _unallocated, frozenset({"allocation"})),
     Switch("--saliency", _has("saliency", "none"), frozenset({"saliency_power"})),
     Switch(

@@ -119,9 +119,8 @@ class BlockTraining:
         start = task.start
         if start is not None:
             scheme = start.schemes.get(linear, self._scheme)
-            quantizer = self._quantizer.from_packed(
-                weight, start.packed[linear], scheme, train_weights=self._options.train_weights
-            )
+            packed = {name: tensor.to(weight.device) for name, tensor in start.packed[linear].items()}
+            quantizer = self._quantizer.from_packed(weight, packed, scheme, train_weights=self._options.train_weights)
         elif make is not None:
             quantizer = make(weight, task.importance[linear])
         else:

@@ -113,7 +113,9 @@ class _Run:
     def packed(self) -> int:
         """Bytes of all packed layers."""
         shapes = [(x.out_features, x.in_features) for block in self.found.linears for x in block]
-        return round(sum(formats.bits_per_weight(self.method.scheme, *shape) * prod(shape) for shape in shapes) / 8)
+        stored = sum(formats.bits_per_weight(self.method.scheme, *shape) * prod(shape) for shape in shapes)
+        weights = sum(map(prod, shapes))
+        return round(max(stored + self.needs.extra_bits * weights, (self.needs.target_bits or 0.0) * weights) / 8)
 
     def adapter_values(self, linears: Sequence[Linear]) -> int:
         """Parameters of some layers' adapters."""
@@ -151,7 +153,7 @@ class _Run:
         quantized, inside = self.quantized[index], self.inside[index]
         copies = _TRAINING_COPIES if self.needs.epochs else _PLAIN_COPIES
         if self.needs.hessians != "none":
-            copies = _COMPENSATED_COPIES
+            copies = max(copies, _COMPENSATED_COPIES)
         if self.needs.saliency is not None:
             copies += _PENALTY_COPIES
         # What a block holds beside its linear layers (experts, for one) is there once; a reference is a second block.

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from ulbq import formats, runtime
 from ulbq.errors import InputError, UsageError
+from ulbq.formats import AnyScheme, CodebookScheme
 from ulbq.methods.base import Method
+from ulbq.methods.switches import typed
 from ulbq.models.blocks import Linear, ModelStructure, check_group_size, skeleton, structure
 from ulbq.models.names import check_complete
 from ulbq.models.source import ModelSource
@@ -92,6 +95,8 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     if origins.saliency is not None and request.saliency is None:
         request = request.model_copy(update={"saliency": origins.saliency})
         check_options(request)
+    if origins.start is not None:
+        _refuse_what_is_decided(request)
     request = complete(request, "balanced" if device.type == "cuda" else "quick")
     precision = Precision.choose(device, request.precision or "auto")
     method = build_method(request)
@@ -106,11 +111,8 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     layers = [linear for block in found.linears for linear in block]
     _check_targets(method, layers)
     sizes = {linear.name: linear.out_features * linear.in_features for linear in layers}
-    stored = sum(_bits(method, linear) for linear in layers)
-    bits_per_weight = stored / sum(sizes.values())
-    target = method.needs.target_bits
-    if target is not None:
-        _check_target_bits(target, bits_per_weight, request, going_on=origins.start is not None)
+    if method.needs.target_bits is not None:
+        _check_target_bits(request, method, found)
     described = QuantizePlan(
         request=request,
         model=source.name,
@@ -119,7 +121,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
         weights=sum(sizes.values()),
         skipped=found.skipped,
         scheme=f"{method.scheme.format} {method.scheme.label}",
-        bits_per_weight=max(bits_per_weight, target or 0.0),
+        bits_per_weight=_planned_bits(method, layers),
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
         cost=predict(request, method, found, model, precision),
@@ -128,30 +130,73 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     if origins.start is not None:
         start = Start(origins.start, method.scheme, method.needs, without_adapter=without_adapter)
     saliency = open_saliency(method.needs.saliency, source)
+    if method.needs.survey:
+        _check_score(method, saliency)
     return Job(request, source, model, found, method, precision, described, start, saliency)
 
 
-def _bits(method: Method, linear: Linear) -> float:
-    """Stored bits of one layer, its adapter included."""
-    adapter = method.needs.adapter
-    weights = linear.out_features * linear.in_features
-    packed = formats.bits_per_weight(method.scheme, linear.out_features, linear.in_features) * weights
-    adapted = adapter is not None and adapter.matches(linear.name)
-    return packed + (adapter.bits(linear.out_features, linear.in_features) if adapter and adapted else 0)
+def _planned_bits(method: Method, layers: Sequence[Linear]) -> float:
+    """True bits a weight that the layers will have, adapters included."""
+    needs, weights = method.needs, sum(linear.out_features * linear.in_features for linear in layers)
+    packed = max(_packed_bits(method.scheme, layers) + needs.extra_bits, needs.target_bits or 0.0)
+    if needs.adapter is None:
+        return packed
+    adapted = [linear for linear in layers if needs.adapter.matches(linear.name)]
+    return packed + sum(needs.adapter.bits(x.out_features, x.in_features) for x in adapted) / weights
 
 
-def _check_target_bits(target: float, least: float, request: QuantizeRequest, *, going_on: bool) -> None:
-    """Refuse a budget that nothing can be done with. Raises UsageError."""
-    if going_on:
-        raise UsageError(
-            "--target-bits means nothing to an artifact, whose columns have their widths already.",
-            hint="Leave it out, or start from the full-precision model.",
-        )
-    if target < least and not request.as_published:
+def _packed_bits(scheme: AnyScheme, layers: Sequence[Linear]) -> float:
+    """Stored bits a weight of some layers."""
+    shapes = [(linear.out_features, linear.in_features) for linear in layers]
+    stored = sum(formats.bits_per_weight(scheme, *shape) * prod(shape) for shape in shapes)
+    return stored / sum(map(prod, shapes))
+
+
+_DECIDED = (
+    *("target_bits", "allocation", "outlier_bits", "refit", "as_published"),
+    *("damping", "act_order", "true_sequential", "column_block"),
+)
+
+
+def _refuse_what_is_decided(request: QuantizeRequest) -> None:
+    """Refuse options of a pass over the columns, which an artifact has behind it. Raises UsageError."""
+    for name in _DECIDED:
+        if getattr(request, name) is not None:
+            raise UsageError(
+                f"{typed(name)} means nothing to an artifact, whose codes are found already.",
+                hint="Leave it out, or start from the full-precision model.",
+            )
+
+
+def _check_target_bits(request: QuantizeRequest, method: Method, found: ModelStructure) -> None:
+    """Refuse a budget that cannot be kept, or not be spent. Raises UsageError."""
+    target, reserved = method.needs.target_bits or 0.0, request.outlier_bits or 0.0
+    # Each block keeps the target by itself, unless the whole model does.
+    whole = [linear for block in found.linears for linear in block]
+    least = max(_packed_bits(method.scheme, block) for block in ([whole] if method.needs.survey else found.linears))
+    if target - reserved < least:
+        outliers = f" and {reserved:g} for outliers" if reserved else ""
         raise UsageError(
             f"--target-bits {target:g} is less than the {least:.2f} bits that codes of {request.bits} bits take in "
-            "this model, codebooks included.",
-            hint=f"Give at least {least + 0.01:.2f}, or take fewer --bits.",
+            f"this model, codebooks included{outliers}.",
+            hint=f"Give at least {least + reserved + 0.01:.2f}.",
+        )
+    most = _packed_bits(CodebookScheme(bits=4), whole)
+    if target - reserved > most:
+        raise UsageError(
+            f"--target-bits {target:g} is more than the {most:.2f} bits that codes of 4 bits take in this model.",
+            hint="Give fewer, or take --bits 4.",
+        )
+
+
+def _check_score(method: Method, saliency: Saliency | None) -> None:
+    """Refuse scores that are no squared gradients. Raises UsageError."""
+    asked = method.needs.saliency
+    score = saliency.manifest.score if saliency is not None and saliency.manifest is not None else asked
+    if score not in (None, "fisher"):
+        raise UsageError(
+            f"--saliency {asked}: layers are compared by fisher scores, and these are {score}.",
+            hint="Give --saliency fisher, or an artifact of that kind.",
         )
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import TypeAdapter
@@ -14,10 +14,11 @@ from torch import nn
 from ulbq import __version__, runtime
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
 from ulbq.artifacts.saliency import BlockScores
+from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 from ulbq.data.calibration import Calibration, save_calibration
 from ulbq.errors import InputError
-from ulbq.methods.base import BlockStart, BlockTask, check_finite
+from ulbq.methods.base import BlockStart, BlockTask, Method, SurveyingMethod, check_finite
 from ulbq.methods.training import vectors_beside
 from ulbq.models.blocks import load_block
 from ulbq.nn.quant_linear import linear_layer
@@ -37,6 +38,7 @@ from ulbq.training.block import TrainOutcome
 __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]
 
 _SCORES = "saliency of block "
+_DECISIONS = "decisions"
 # A relative error of one half per token: what comes out of the block is hardly the model's any more.
 _ALARM = 0.5
 
@@ -91,9 +93,8 @@ def quantize(
                 saliency = _score(job, writer, calibration, progress)
         if job.method.needs.survey and job.start is None and calibration is not None:
             with watch.phase("survey"):
-                scores = partial(_scores, saliency, job.precision.device)
-                method = survey(job, calibration.tokens, scores, writer.scratch, progress)
-                job = dataclasses.replace(job, method=method)
+                method = _decided(job, writer, calibration, saliency, progress)
+            job = dataclasses.replace(job, method=method)
         with watch.phase("blocks"):
             # First: a source that is damaged here would show only after hours.
             outer = layout.write_outer(
@@ -159,6 +160,19 @@ def _score(job: Job, writer: ArtifactWriter, calibration: Calibration | None, pr
         on_block=note,
     )
     return Saliency(folder, [layer for block in blocks for layer in block.layers])
+
+
+def _decided(
+    job: Job, writer: ArtifactWriter, calibration: Calibration, saliency: Saliency | None, progress: Progress
+) -> Method:
+    """The method, once it has looked at all blocks; a resumed run goes by what the first one decided."""
+    shard = writer.scratch / "decisions.safetensors"
+    if _DECISIONS not in writer.journal:
+        scores = partial(_scores, saliency, job.precision.device)
+        write_shard(shard, survey(job, calibration.tokens, scores, writer.scratch, progress))
+        writer.record(_DECISIONS, {}, files=[shard])
+    stored = LazyTensors([shard])
+    return cast(SurveyingMethod, job.method).decided({name: stored.read(name) for name in stored.names})
 
 
 def _fingerprint(job: Job, drawn: Calibration | None) -> str:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from ulbq.methods.base import BlockTask, Method, SurveyingMethod
+from ulbq.methods.base import BlockTask, SurveyingMethod
 from ulbq.models.blocks import load_block
 from ulbq.models.stream import BlockStream, run_block
 from ulbq.pipeline.quantization_plan import Job
@@ -18,8 +18,10 @@ Scores = Callable[[str, tuple[str, ...]], dict[str, torch.Tensor] | None]
 
 
 @torch.no_grad()
-def survey(job: Job, tokens: torch.Tensor, scores: Scores, scratch: Path, progress: Progress) -> Method:
-    """Walk the full-precision model once; gives the method that has decided.
+def survey(
+    job: Job, tokens: torch.Tensor, scores: Scores, scratch: Path, progress: Progress
+) -> dict[str, torch.Tensor]:
+    """Walk the full-precision model once; gives what the method decides by it.
 
     Args:
         job: of a method that surveys.
@@ -62,4 +64,4 @@ def survey(job: Job, tokens: torch.Tensor, scores: Scores, scratch: Path, progre
                 with job.precision.autocast():
                     hidden.set(start, run_block(task.block, inputs, stream.block_kwargs[index]).float())
             phase.advance(1, f"block {index}")
-    return method.settled(found)
+    return method.decide(found)

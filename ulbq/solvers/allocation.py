@@ -194,7 +194,7 @@ def published_plan(
 ) -> ColumnPlan:
     """What the published code makes of nominal bits, its slips included.
 
-    Half of the target's excess over 2, or all of it over 3, is the share of columns that get 4 bits. Outliers are
+    Half of the target's excess over 2 bits, or all of it over 3, is the share of columns that get 4. Outliers are
     taken at both tails of a column, twice what was meant, and a column's share of them is looked up by its place in
     its block: the first 128 columns' shares are everybody's.
 
@@ -202,13 +202,13 @@ def published_plan(
         order: ``[in]`` int64, by which columns are widened.
         processing: ``[in]`` int64, in which they are processed.
         out_features: rows.
-        base: width of the other columns.
-        target: nominal bits of the codes.
+        base: width of the other columns, 2 or 3.
+        target: nominal bits of the codes, from ``base`` to 4.
         outlier_bits: nominal bits a weight of the outliers, 0.07 in the paper.
     """
     order = order.cpu()
-    share = (target - 2) / 2 if target < 3 else target - 3
     plan = base_plan(len(order), base)
+    share = (target - base) / (WIDEST - base) if target > base else 0.0
     plan.widths[order[: round(share * len(order))]] = WIDEST
     mean = outlier_bits / _NOMINAL_OUTLIER_BITS
     shares = _shares(order)

@@ -146,11 +146,12 @@ class _Codebooks:
         return quantized
 
     def _farthest(self, values: torch.Tensor, book: torch.Tensor, count: int) -> torch.Tensor | None:
-        """Places of the values that the codebook serves worst, or of the largest as published; None for none."""
+        """Places of the values that the codebook serves worst, or of both tails as published; None for none."""
         if not count:
             return None
         if self._whole_fit:
-            return values[0].abs().topk(count).indices
+            upper = values[0].topk(count // 2).indices
+            return torch.cat([upper, values[0].topk(count - count // 2, largest=False).indices])
         nearest = book[0][assign(values, book)[0].long()]
         return (values[0] - nearest).abs().topk(count).indices
 
