@@ -9,6 +9,8 @@ import pytest
 
 # No test reaches for the network, unless whoever starts pytest says so. The Hub client reads this when imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The tests' tensors are so small that a second thread costs more than it brings, and most where cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.models.tiny import save_tiny
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.models.tiny import save_tiny
+from tests.models.tiny import FAMILIES, save_tiny
 from tests.pipeline.test_quantize import (  # noqa: F401 - a fixture
     _StopAt,
     logits,
@@ -42,14 +42,14 @@ def mean_widths(manifest: QuantizedManifest) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "mixtral", "deepseek"])
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "deepseek"])
 def test_families_are_packed_and_reload_to_the_simulated_model(
     family: str,
     samples: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    dense = save_tiny(family, tmp_path / family, num_hidden_layers=2)
-    path, manifest = quantize(asked(dense, tmp_path / "q", samples, target_bits=4.6))
+    dense = save_tiny(family, tmp_path / family)
+    path, manifest = quantize(asked(dense, tmp_path / "q", samples, target_bits=4.6, refit=False))
     torch.testing.assert_close(logits(path), simulated_logits(dense, path), atol=1e-5, rtol=1e-5)
     assert 4.5 < manifest.bits.bits_per_weight <= 4.6
     stored = [tensor for file in path.glob("model-*.safetensors") for tensor in load_file(file).values()]
