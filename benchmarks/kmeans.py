@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/kmeans.py [--bits 2] [--sample 16] [--repeats 10] [--results FILE]
 
 Columns of the default model's middle block. Ours fits batches of 128, without and with random weights; scikit-learn's
-``KMeans(n_clusters=2**bits, random_state=0, n_init="auto", max_iter=100)`` fits a sample of the same columns one by
+``KMeans(n_clusters=2**bits, random_state=10, n_init="auto", max_iter=100)`` fits a sample of the same columns one by
 one. Times are microseconds a column: ``cpu`` the processor's, on average, which other programs on the machine disturb
 less than ``wall``, the clock's, least of all repeats. ``error`` is ours over scikit-learn's, ``exact`` ours over the
 optimum's (dynamic programming over all values), summed over the sample. Totals are over the columns of the whole model.
@@ -82,7 +82,7 @@ def measure(values: torch.Tensor, k: int, sample: int, repeats: int) -> dict[str
     some = values[:sample].double().numpy()
 
     def theirs() -> float:
-        fits = (KMeans(n_clusters=k, random_state=0, n_init="auto", max_iter=100) for _ in some)
+        fits = (KMeans(n_clusters=k, random_state=10, n_init="auto", max_iter=100) for _ in some)
         return sum(fit.fit(column[:, None]).inertia_ for fit, column in zip(fits, some, strict=True))
 
     ours = float(fitted.error[:sample].sum())

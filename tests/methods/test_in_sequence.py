@@ -12,6 +12,7 @@ from ulbq.methods.in_sequence import solve_in_sequence
 from ulbq.models.stream import ActivationStore
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.solvers.hessian import HessianSum
+from ulbq.training.losses import TokenWeighting
 from ulbq.training.objective import BlockData
 from ulbq.training.precision import Precision
 
@@ -67,7 +68,9 @@ def task(folder: Path, precision: torch.dtype = torch.float32) -> BlockTask:
     return BlockTask(0, block, LINEARS, {}, data, cpu, 0, lambda error: None)
 
 
-def solved(asked: BlockTask, *, one_by_one: bool) -> list[tuple[tuple[str, ...], HessianSum]]:
+def solved(
+    asked: BlockTask, *, one_by_one: bool, weighting: TokenWeighting = TokenWeighting.ENERGY
+) -> list[tuple[tuple[str, ...], HessianSum]]:
     """Halve every weight; returns what the solver was called with."""
     calls = []
 
@@ -75,7 +78,7 @@ def solved(asked: BlockTask, *, one_by_one: bool) -> list[tuple[tuple[str, ...],
         calls.append((tuple(linears), inputs))
         return {linear: asked.weight(linear) / 2 for linear in linears}
 
-    solve_in_sequence(asked, solve, one_by_one=one_by_one)
+    solve_in_sequence(asked, solve, one_by_one=one_by_one, weighting=weighting)
     return calls
 
 
@@ -103,17 +106,22 @@ def test_every_layer_is_solved_once_with_those_that_read_the_same(one_by_one: bo
         assert order.index("experts.0.down") > order.index("experts.2.up")
 
 
+@pytest.mark.parametrize("weighting", list(TokenWeighting))
 @pytest.mark.parametrize("one_by_one", [False, True])
-def test_second_moments_are_of_what_the_layer_then_reads(one_by_one: bool, tmp_path: Path) -> None:
+def test_second_moments_are_of_what_the_layer_then_reads(
+    one_by_one: bool, weighting: TokenWeighting, tmp_path: Path
+) -> None:
     asked = task(tmp_path)
     assert asked.data is not None
     hidden = asked.data.inputs.get(slice(0, SAMPLES))
     full = task(tmp_path).block
-    for names, found in solved(asked, one_by_one=one_by_one):
+    for names, found in solved(asked, one_by_one=one_by_one, weighting=weighting):
         for name in names:
             # The quantized layers before it: at the end, all are quantized, and no layer reads what comes later.
             rows = inputs_of(asked.block if one_by_one else full, name, hidden)
             assert found.tokens == len(rows), name
+            if weighting is TokenWeighting.ENERGY:
+                rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
             expected = 2 / max(1, len(rows)) * rows.t() @ rows
             torch.testing.assert_close(found.matrix, expected, rtol=1e-4, atol=1e-6, msg=name)
 

@@ -78,20 +78,18 @@ def refine(
     Returns:
         ``[columns, k]`` float32, ascending.
     """
-    column, found = values.numpy(force=True), centroids.numpy(force=True)
-    basis = np.empty((*column.shape, 2))
-    basis[..., 0] = 1.0 if weights is None else weights.numpy(force=True)
-    np.multiply(basis[..., 0], column, out=basis[..., 1])
-    total = basis.sum(1, keepdims=True)
-    half = np.float32(0.5)
-    for _ in range(steps):
-        limits = found[:, :-1] * half + found[:, 1:] * half
-        above = (column[:, None] > limits[..., None]).astype(np.float64) @ basis  # [columns, k - 1, 2]
-        inside = np.concatenate((total, above), 1)
-        inside[:, :-1] -= above
-        mass = inside[..., 0]
-        means = inside[..., 1] / np.maximum(mass, _TINY)
-        found = np.where(mass > 0, means, found).astype(np.float32)
+    columns, found = values.numpy(force=True), centroids.numpy(force=True).copy()
+    masses = None if weights is None else weights.numpy(force=True)
+    k, half = found.shape[1], np.float32(0.5)
+    for row, column in enumerate(columns):
+        mass = None if masses is None else masses[row]
+        weighted = column if mass is None else mass * column
+        for _ in range(steps):
+            lower, upper = found[row, :-1], found[row, 1:]
+            codes = np.searchsorted(lower * half + upper * half, column)
+            total = np.bincount(codes, mass, k)
+            means = np.bincount(codes, weighted, k) / np.maximum(total, _TINY)
+            found[row] = np.where(total > 0, means, found[row])
     return torch.from_numpy(found).to(centroids.device)
 
 
