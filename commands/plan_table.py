@@ -100,7 +100,7 @@ def _codebooks(request: "QuantizeRequest") -> str:
         parts.append("fitted together")
     if request.as_published:
         parts.append("as published")
-    if request.penalty == 0 and request.saliency not in (None, "none"):
+    if not request.penalty and request.saliency not in (None, "none"):
         parts.append(f"layers weighed by {request.saliency}")
     return ", ".join(parts)
 

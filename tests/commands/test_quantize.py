@@ -143,6 +143,19 @@ def test_the_plan_of_every_method_tells_what_it_does(method, source, capsys):
     assert "None" not in told
 
 
+def test_the_plan_of_a_budget_tells_who_shares_it(source, capsys):
+    words = ["quantize", str(source), "--method", "claq", "--device", "cpu", "--offline", "--dry-run", "--calibration"]
+    assert main([*words, "a.txt", "--target-bits", "4.3", "--saliency", "fisher"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "4.300 bits per weight" in told
+    assert "training none" in told
+    assert "to 4.3 true bits, global allocation, fitted together, layers weighed by fisher" in told
+    assert main([*words, "a.txt", "--target-bits", "2.32", "--outlier-bits", "0.12", "--as-published"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "to 2.32 nominal bits, outlier allocation, 0.12 bits for outliers, as published" in told
+    assert "plain squares" in told
+
+
 def test_the_help_page_names_every_key_of_a_stage():
     told = parameters()["stages"].help
     keys = told.partition("Keys: ")[2].rstrip(".").split(", ")

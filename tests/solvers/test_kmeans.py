@@ -63,7 +63,7 @@ def nearest_error(values: torch.Tensor, centroids: torch.Tensor, weights: torch.
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("k", "worst"), [(2, 1e-3), (4, 1e-3), (8, 5e-3), (16, 5e-3)])
+@pytest.mark.parametrize(("k", "worst"), [(2, 1e-3), (4, 1e-3), (8, 1e-3), (16, 1e-3)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_as_good_as_the_exact_solution(family: str, k: int, worst: float, weighted: bool) -> None:
     values = columns(family, 12, 180, seed=k)
@@ -77,14 +77,15 @@ def test_as_good_as_the_exact_solution(family: str, k: int, worst: float, weight
 
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")
 @pytest.mark.parametrize("family", ["gaussian", "student-t", "bimodal", "outliers", "few values"])
-def test_never_worse_than_the_best_of_50_starts_of_scikit_learn(family: str) -> None:
+@pytest.mark.parametrize("k", [4, 8, 16])
+def test_never_worse_than_the_best_of_50_starts_of_scikit_learn(k: int, family: str) -> None:
     from sklearn.cluster import KMeans
 
     values, weights = columns(family, 2, 300, seed=3), uneven(2, 300, seed=3)
     for weight in (None, weights):
-        found = kmeans_1d(values, 4, weights=weight).error
+        found = kmeans_1d(values, k, weights=weight).error
         for row, column in enumerate(values.double().numpy()):
-            fitted = KMeans(4, n_init=50, random_state=0).fit(
+            fitted = KMeans(k, n_init=50, random_state=0).fit(
                 column[:, None], sample_weight=None if weight is None else weight[row].numpy()
             )
             assert found[row] <= fitted.inertia_ * (1 + 1e-3) + 1e-9

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-_PLACES, _PLACES_A_CLUSTER = 64, 8
-"""How many intervals the places where the first search may cut leave between them: so many, and so many a cluster."""
+_INTERVALS = 96
+"""How many intervals the places where the first search may cut leave between them, for up to four clusters."""
 
 _FARTHEST = 1 / 8
 """Share of a column by which the second search moves a cut at most in one pass."""
@@ -63,6 +63,14 @@ class SortedColumns(NamedTuple):
         return self.sums.take(flat), places.double() / self.size if self.mass is None else self.mass.take(flat)
 
 
+def intervals(k: int) -> int:
+    """How many intervals the places where the first search may cut leave between them.
+
+    Found by trial: with fewer, one column in a hundred of eight clusters is 0.1 % from the optimum or more.
+    """
+    return _INTERVALS if k <= 4 else 176 + 10 * k
+
+
 def search(columns: SortedColumns, k: int) -> torch.Tensor:
     """The best cuts found, ascending: ``[columns, k - 1]`` int64, each the number of values in front of it."""
     return _second_search(columns, _first_search(columns, k)).T.contiguous()
@@ -107,7 +115,7 @@ def _gains(sums: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
 
 def _first_search(columns: SortedColumns, k: int) -> torch.Tensor:
     """The best cuts at a few places: ``[k - 1, columns]``."""
-    places = _places(columns, _PLACES + _PLACES_A_CLUSTER * k)
+    places = _places(columns, intervals(k))
     rows = torch.arange(len(places), device=places.device)
     found = []
     for part in chunks(places, places.shape[1] ** 2, _PAIRS):

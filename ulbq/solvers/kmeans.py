@@ -34,10 +34,11 @@ def kmeans_1d(values: torch.Tensor, k: int, *, weights: torch.Tensor | None = No
     """Cluster every column by itself, as good as exactly.
 
     What holds, up to rounding: the error is at most that of the best clustering that cuts at the places of the first
-    search, which are all there are if a column has up to 64 + 8k values, or half as many distinct ones; and moving any
-    of the cuts together, each by up to an eighth of the column in powers of two, gives no lower one. Measured on 512
-    columns from eight families of distributions, half of them with very uneven weights: k = 4 is optimal in 98 % of
-    the columns and 0.08 % off at worst; k = 8 and 16 in 97 %, 0.4 % off at worst, 0.002 % on average.
+    search, which are all there are if a column has up to 96 values (176 + 10k for k > 4), or half as many distinct
+    ones; and moving any of the cuts together, each by up to an eighth of the column in powers of two, gives no lower
+    one. Measured on 1,024 columns of 300 values from eight families of distributions, half of them with very uneven
+    weights: k = 4 is optimal in 98 % of the columns and 0.15 % off in the worst, k = 8 in 99.5 % and 0.02 % off, and
+    k = 16 in all of them.
 
     Args:
         values: ``[columns, n]``, ``n`` at least 1; taken as float32.
