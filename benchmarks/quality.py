@@ -28,7 +28,7 @@ _SAMPLES = ("--calibration", "wikitext2", "--samples", "32", "--sequence-length"
 _QUICK = ("--preset", "quick", "--calibration", "wikitext2")
 
 _PUBLISHED = ("--as-published", "--outlier-bits", "0.07")
-_GLOBAL = ("--saliency", SALIENCY)
+_GLOBAL = ("--allocation", "global", "--saliency", SALIENCY)
 _CLAQ: dict[str, tuple[str, ...]] = {
     "2": (),
     "2-uniform": ("--token-weighting", "uniform"),
@@ -37,8 +37,8 @@ _CLAQ: dict[str, tuple[str, ...]] = {
     "2.12": (*_GLOBAL, "--target-bits", "2.12"),
     "2.3-outlier": ("--target-bits", "2.3", "--allocation", "outlier", "--outlier-bits", "0.1"),
     "2.3-hessian": ("--target-bits", "2.3", "--allocation", "hessian", "--outlier-bits", "0.1"),
-    "2.3-layer": ("--target-bits", "2.3", "--allocation", "layer"),
     "2.3": ("--target-bits", "2.3"),
+    "2.3-global": ("--target-bits", "2.3", "--allocation", "global"),
     "2.3-fisher": (*_GLOBAL, "--target-bits", "2.3"),
 }
 # What goes on from the row of 2.3 bits.

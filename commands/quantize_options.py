@@ -136,10 +136,10 @@ Allocation = Annotated[
     Literal["global", "layer", "outlier", "hessian"] | None,
     option(
         "--allocation",
-        "Who gets the bits: by the loss that a bit saves, across all layers or in each; or the first columns of an "
+        "Who gets the bits: by the loss that a bit saves, in each layer or across all; or the first columns of an "
         "order, by extreme values or by the Hessian, as published.",
         _CODEBOOKS,
-        default="global",
+        default="layer",
     ),
 ]
 OutlierBits = Annotated[

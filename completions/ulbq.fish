@@ -46,7 +46,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l true-sequential -d
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l one-pass -d 'Not: Let layers read what the quantized ones before them in the block give'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l column-block -r -f -d 'Columns after which errors are handed on to all others'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l target-bits -r -f -d 'True bits a weight to spend, codebooks and outliers with their positions counted: columns that matter get wider codes'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l allocation -r -f -a 'global layer outlier hessian' -d 'Who gets the bits: by the loss that a bit saves, across all layers or in each'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l allocation -r -f -a 'global layer outlier hessian' -d 'Who gets the bits: by the loss that a bit saves, in each layer or across all'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l outlier-bits -r -f -d 'Of these bits, how many go to single values that are stored as they are'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l refit -d 'Fit all codebooks together after the pass'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-refit -d 'Not: Fit all codebooks together after the pass'

@@ -145,7 +145,7 @@ def test_the_plan_of_every_method_tells_what_it_does(method, source, capsys):
 
 def test_the_plan_of_a_budget_tells_who_shares_it(source, capsys):
     words = ["quantize", str(source), "--method", "claq", "--device", "cpu", "--offline", "--dry-run", "--calibration"]
-    assert main([*words, "a.txt", "--target-bits", "4.3", "--saliency", "fisher"]) == 0
+    assert main([*words, "a.txt", "--target-bits", "4.3", "--allocation", "global", "--saliency", "fisher"]) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "4.300 bits per weight" in told
     assert "training none" in told

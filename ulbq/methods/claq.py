@@ -1,9 +1,10 @@
 """CLAQ (Wang et al., 2024, https://arxiv.org/abs/2405.17233): a codebook for every column, precision where it pays.
 
 GPTQ's loop with one-dimensional k-means in every column. Columns that matter get wider codes, and single values are
-stored as they are (*outliers*). Beyond the paper, the whole model shares one budget of true bits, given out by the
-loss that a bit saves (``--allocation global``); codebooks are fitted together after the pass (``--refit``); and they
-may train afterwards, block by block (``--epochs``). ``--as-published`` is what the authors' code does, slips included.
+stored as they are (*outliers*). Beyond the paper, the budget counts true bits, and is given out by the loss that a bit
+saves, in each layer or across the whole model (``--allocation global``); codebooks are fitted together after the pass
+(``--refit``); and they may train afterwards, block by block (``--epochs``). ``--as-published`` is what the authors'
+code does, slips included.
 """
 
 import dataclasses

@@ -115,8 +115,8 @@ class CodebookOptions(MethodOptions):
         bits: a code, in columns that are not widened.
         target_bits: true bits a weight of all layers, codebooks and outliers with their positions counted; None for
             columns of ``bits`` alone. As published, nominal: of codes and outliers, ``outlier_bits`` included.
-        allocation: how bits beyond the base are given out. ``global``: by the loss that a bit saves, across all layers;
-            ``layer``: the same inside each layer, all with as many bits a weight beyond the base; ``outlier`` and
+        allocation: how bits beyond the base are given out. ``layer``: by the loss that a bit saves inside each layer,
+            all with as many bits a weight beyond the base; ``global``: by the same across all layers; ``outlier`` and
             ``hessian``: to the first columns of an order, by their share of extreme values or by what losing them would
             cost, as published.
         outlier_bits: those of the bits a weight that outliers get; None for as many as pay, or none by an order.
@@ -128,7 +128,7 @@ class CodebookOptions(MethodOptions):
 
     bits: Literal[2, 3, 4] = 2
     target_bits: float | None = Field(default=None, gt=0)
-    allocation: Literal["global", "layer", "outlier", "hessian"] = "global"
+    allocation: Literal["global", "layer", "outlier", "hessian"] = "layer"
     outlier_bits: float | None = Field(default=None, ge=0, le=1)
     refit: bool = True
     as_published: bool = False
