@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ulbq.methods.base import BlockTask
+from ulbq.methods.claq import Claq, ClaqOptions
 from ulbq.methods.gptq import Gptq, GptqOptions
 from ulbq.methods.in_sequence import solve_in_sequence
 from ulbq.models.stream import ActivationStore
@@ -173,3 +174,10 @@ def test_a_singular_input_is_told(tmp_path: Path) -> None:
     asked.data.inputs.set(0, torch.ones(SAMPLES, LENGTH, WIDTH).cumsum(2))
     result = Gptq.from_options(GptqOptions(damping=0.0), 8).quantize_block(asked)
     assert any("query" in note and "damping raised to" in note for note in result.notes)
+
+
+def test_a_layer_that_no_token_reaches_costs_nothing_in_a_survey(tmp_path: Path) -> None:
+    found = Claq.from_options(ClaqOptions(target_bits=2.5, allocation="global"), -1).survey_block(task(tmp_path))
+    assert set(found) == set(LINEARS)
+    for name, survey in found.items():
+        assert survey.losses.any() != name.startswith("experts.2."), name

@@ -128,8 +128,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     straight, _ = quantize(asked(tiny_llama, tmp_path / "straight", samples, **options))
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        quantize(asked(tiny_llama, out, samples, **options), _StopAt(out, 1))
-    resumed, _ = quantize(asked(tiny_llama, out, samples, **options))
+        # After the first line, the scores of two blocks, the decisions and the first block.
+        quantize(asked(tiny_llama, out, samples, **options), _StopAt(out, 4))
+
+    def again(*args: Any) -> Any:
+        raise AssertionError("the decisions are on disk")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ulbq.pipeline.quantize.survey", again)
+        resumed, _ = quantize(asked(tiny_llama, out, samples, **options))
     assert shards(resumed) == shards(straight)
 
 

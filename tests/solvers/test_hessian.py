@@ -103,9 +103,9 @@ def test_what_no_damping_mends_is_an_error() -> None:
 
 def test_relative_tokens_count_alike() -> None:
     rows = torch.randn(50, 16, generator=torch.Generator().manual_seed(6))
-    plain, relative = HessianSum(16, relative=True), HessianSum(16, relative=True)
-    plain.add(rows)
-    relative.add(rows * torch.logspace(-3, 5, 50).unsqueeze(1))
-    torch.testing.assert_close(relative.matrix, plain.matrix)
-    relative.add(torch.zeros(50, 16))
-    torch.testing.assert_close(relative.matrix, plain.matrix / 2)
+    unscaled, scaled = HessianSum(16, relative=True), HessianSum(16, relative=True)
+    unscaled.add(rows)
+    scaled.add(rows * torch.logspace(-3, 5, 50).unsqueeze(1))
+    torch.testing.assert_close(scaled.matrix, unscaled.matrix)
+    scaled.add(torch.zeros(50, 16))
+    torch.testing.assert_close(scaled.matrix, unscaled.matrix / 2)

@@ -106,16 +106,13 @@ class Claq:
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block from the inputs of its layers, or take it from an artifact; train where asked to."""
-        notes: tuple[str, ...] = ()
-        if task.start is None:
-            solved = self._solve_block(task)
-            if not self.needs.epochs and self.needs.adapter is None:
-                return solved
-            task, notes = (
-                dataclasses.replace(task, start=BlockStart(solved.packed, {}, schemes=solved.schemes)),
-                solved.notes,
-            )
-        return dataclasses.replace(self._training.quantize(task), notes=notes)
+        if task.start is not None:
+            return self._training.quantize(task)
+        solved = self._solve_block(task)
+        if not self.needs.epochs and self.needs.adapter is None:
+            return solved
+        start = BlockStart(solved.packed, {}, schemes=solved.schemes)
+        return dataclasses.replace(self._training.quantize(dataclasses.replace(task, start=start)), notes=solved.notes)
 
     def _solve_block(self, task: BlockTask) -> BlockResult:
         packed: dict[str, Packed] = {}

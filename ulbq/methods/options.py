@@ -14,6 +14,7 @@ from ulbq.errors import UsageError
 from ulbq.formats.binary_mos import Zeros
 from ulbq.methods.switches import BELONGS_TO, idle, typed
 from ulbq.nn.adapter import AdapterConfig
+from ulbq.solvers.allocation import CANDIDATES, NOMINAL_OUTLIER_BITS, OUTLIER_BITS
 from ulbq.training.end_to_end import EndToEndSettings
 from ulbq.training.losses import TokenWeighting
 from ulbq.training.penalty import Penalized
@@ -21,6 +22,7 @@ from ulbq.training.settings import TrainSettings
 from ulbq.training.stages import Stage
 
 AffineBits = Literal[1, 2, 3, 4, 8]
+Allocation = Literal["global", "layer", "outlier", "hessian"]
 EndToEnd = Literal["none", "ce", "kl", "kl-hidden", "dad"]
 
 
@@ -104,8 +106,8 @@ class RoundingOptions(AffineOptions):
     search: bool = True
 
 
-_MOST_OUTLIER_BITS = 0.25
-"""A weight: what a survey's candidates take, a hundredth of the values at 25 bits each."""
+_MOST_OUTLIER_BITS = CANDIDATES * OUTLIER_BITS
+"""A weight: what all candidates of a survey take."""
 
 
 class CodebookOptions(MethodOptions):
@@ -128,7 +130,7 @@ class CodebookOptions(MethodOptions):
 
     bits: Literal[2, 3, 4] = 2
     target_bits: float | None = Field(default=None, gt=0)
-    allocation: Literal["global", "layer", "outlier", "hessian"] = "layer"
+    allocation: Allocation = "layer"
     outlier_bits: float | None = Field(default=None, ge=0, le=1)
     refit: bool = True
     as_published: bool = False
@@ -149,8 +151,8 @@ class CodebookOptions(MethodOptions):
         outlier_bits = self.outlier_bits or 0.0
         if self.as_published:
             wider = 0.0 if self.target_bits is None else self.target_bits - outlier_bits - self.bits
-            # Counted at 14 bits each, taken at both tails; a value and its position take about 25.
-            return wider + outlier_bits / 14 * 2 * 25
+            # Taken at both tails, twice as many as are counted.
+            return wider + 2 * outlier_bits / NOMINAL_OUTLIER_BITS * OUTLIER_BITS
         return outlier_bits if self.target_bits is None else 0.0
 
     @model_validator(mode="before")

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedModel
 
 from ulbq import formats, runtime
+from ulbq.formats import AnyScheme
 from ulbq.methods.base import Method
 from ulbq.models.blocks import Linear, ModelStructure, block_list
 from ulbq.pipeline.request import QuantizeRequest
@@ -112,10 +113,9 @@ class _Run:
 
     def packed(self) -> int:
         """Bytes of all packed layers."""
-        shapes = [(x.out_features, x.in_features) for block in self.found.linears for x in block]
-        stored = sum(formats.bits_per_weight(self.method.scheme, *shape) * prod(shape) for shape in shapes)
-        weights = sum(map(prod, shapes))
-        return round(max(stored + self.needs.extra_bits * weights, (self.needs.target_bits or 0.0) * weights) / 8)
+        return round(
+            planned_bits(self.method, [x for block in self.found.linears for x in block]) * sum(self.quantized) / 8
+        )
 
     def adapter_values(self, linears: Sequence[Linear]) -> int:
         """Parameters of some layers' adapters."""
@@ -226,6 +226,18 @@ class _Run:
             scales = sum(prod(spec.shape) for spec in small if spec.role != "zeros")
             count += scales * 2 if len(small) > 1 else scales
         return count
+
+
+def scheme_bits(scheme: AnyScheme, layers: Sequence[Linear]) -> float:
+    """Bits a weight of some layers that are all stored by one scheme."""
+    shapes = [(linear.out_features, linear.in_features) for linear in layers]
+    stored = sum(formats.bits_per_weight(scheme, *shape) * prod(shape) for shape in shapes)
+    return stored / sum(map(prod, shapes))
+
+
+def planned_bits(method: Method, layers: Sequence[Linear]) -> float:
+    """True bits a weight that a method will store of all layers, without adapters."""
+    return max(scheme_bits(method.scheme, layers) + method.needs.extra_bits, method.needs.target_bits or 0.0)
 
 
 def heldout_samples(samples: int) -> int:

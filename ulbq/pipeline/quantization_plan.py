@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from ulbq import formats, runtime
+from ulbq import runtime
 from ulbq.errors import InputError, UsageError
-from ulbq.formats import AnyScheme, CodebookScheme
+from ulbq.formats import CodebookScheme
 from ulbq.methods.base import Method
 from ulbq.methods.switches import typed
 from ulbq.models.blocks import Linear, ModelStructure, check_group_size, skeleton, structure
@@ -17,7 +16,7 @@ from ulbq.models.names import check_complete
 from ulbq.models.source import ModelSource
 from ulbq.models.stream import check_length
 from ulbq.pipeline.origins import Start, open_origins, open_saliency
-from ulbq.pipeline.predict import Cost, predict
+from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
 from ulbq.pipeline.request import QuantizeRequest, build_method, check_options, complete
 from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress, Silent
@@ -121,7 +120,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
         weights=sum(sizes.values()),
         skipped=found.skipped,
         scheme=f"{method.scheme.format} {method.scheme.label}",
-        bits_per_weight=_planned_bits(method, layers),
+        bits_per_weight=_bits_per_weight(method, layers),
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
         cost=predict(request, method, found, model, precision),
@@ -135,21 +134,13 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     return Job(request, source, model, found, method, precision, described, start, saliency)
 
 
-def _planned_bits(method: Method, layers: Sequence[Linear]) -> float:
+def _bits_per_weight(method: Method, layers: Sequence[Linear]) -> float:
     """True bits a weight that the layers will have, adapters included."""
-    needs, weights = method.needs, sum(linear.out_features * linear.in_features for linear in layers)
-    packed = max(_packed_bits(method.scheme, layers) + needs.extra_bits, needs.target_bits or 0.0)
-    if needs.adapter is None:
+    packed, adapter = planned_bits(method, layers), method.needs.adapter
+    if adapter is None:
         return packed
-    adapted = [linear for linear in layers if needs.adapter.matches(linear.name)]
-    return packed + sum(needs.adapter.bits(x.out_features, x.in_features) for x in adapted) / weights
-
-
-def _packed_bits(scheme: AnyScheme, layers: Sequence[Linear]) -> float:
-    """Stored bits a weight of some layers."""
-    shapes = [(linear.out_features, linear.in_features) for linear in layers]
-    stored = sum(formats.bits_per_weight(scheme, *shape) * prod(shape) for shape in shapes)
-    return stored / sum(map(prod, shapes))
+    adapted = sum(adapter.bits(x.out_features, x.in_features) for x in layers if adapter.matches(x.name))
+    return packed + adapted / sum(x.out_features * x.in_features for x in layers)
 
 
 _DECIDED = (
@@ -173,7 +164,7 @@ def _check_target_bits(request: QuantizeRequest, method: Method, found: ModelStr
     target, reserved = method.needs.target_bits or 0.0, request.outlier_bits or 0.0
     # Each block keeps the target by itself, unless the whole model does.
     whole = [linear for block in found.linears for linear in block]
-    least = max(_packed_bits(method.scheme, block) for block in ([whole] if method.needs.survey else found.linears))
+    least = max(scheme_bits(method.scheme, block) for block in ([whole] if method.needs.survey else found.linears))
     if target - reserved < least:
         outliers = f" and {reserved:g} for outliers" if reserved else ""
         raise UsageError(
@@ -181,7 +172,7 @@ def _check_target_bits(request: QuantizeRequest, method: Method, found: ModelStr
             f"this model, codebooks included{outliers}.",
             hint=f"Give at least {least + reserved + 0.01:.2f}.",
         )
-    most = _packed_bits(CodebookScheme(bits=4), whole)
+    most = scheme_bits(CodebookScheme(bits=4), whole)
     if target - reserved > most:
         raise UsageError(
             f"--target-bits {target:g} is more than the {most:.2f} bits that codes of 4 bits take in this model.",

@@ -10,7 +10,7 @@ from ulbq.errors import UsageError
 from ulbq.formats.binary_mos import Zeros
 from ulbq.methods import METHODS
 from ulbq.methods.base import Method
-from ulbq.methods.options import AffineBits, EndToEnd, MethodOptions
+from ulbq.methods.options import AffineBits, Allocation, EndToEnd, MethodOptions
 from ulbq.methods.switches import typed
 from ulbq.training.losses import TokenWeighting
 from ulbq.training.penalty import Penalized
@@ -95,7 +95,7 @@ class QuantizeRequest(BaseModel):
     true_sequential: bool | None = None
     column_block: _Count | None = None
     target_bits: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    allocation: Literal["global", "layer", "outlier", "hessian"] | None = None
+    allocation: Allocation | None = None
     outlier_bits: _Number | None = None
     refit: bool | None = None
     as_published: bool | None = None

@@ -25,13 +25,13 @@ from ulbq.quantizers.fixed import FixedAffine, FixedDualBinary
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.student import Student
 
-# Whether or not weights train, signs and levels of codebooks train the same way.
 _QUANTIZERS: dict[str, type[Quantizer]] = {
     "affine": AffineQuantizer,
     "binary_mos": BinaryMosQuantizer,
     "codebook": CodebookQuantizer,
     "dual_binary": DualBinaryQuantizer,
 }
+# Where weights do not train. Scales of signs have no part in choosing them, and codebooks fix their codes themselves.
 _FIXED: dict[str, type[Quantizer]] = _QUANTIZERS | {"affine": FixedAffine, "dual_binary": FixedDualBinary}
 
 

@@ -20,12 +20,12 @@ from ulbq.solvers.kmeans import kmeans_1d
 
 Base = Literal[2, 3, 4]
 WIDEST = 4
-_CANDIDATES = 0.01
+CANDIDATES = 0.01
 """Share of a matrix's values that a survey keeps as candidates for outliers: at 25 bits each a quarter bit a weight."""
 _FOURTH_BIT = 0.94
 """The fourth bit divides the error of a normal distribution by 3.64 and the third by 3.40 (Max 1960)."""
 _LEVEL_BITS = 16
-_OUTLIER_BITS = 25
+OUTLIER_BITS = 25
 """What a budget is charged for an outlier when prices are compared: a float16, and the position of one value in 128.
 The plans that come out are counted exactly."""
 _STEPS = 50
@@ -35,7 +35,7 @@ _TOP_RATIO = 3.5
 """The published share of columns that keep more outliers, and how many times as many: 1.4 % against 0.4 %."""
 _EXTREME = 13
 """In units of the mean magnitude, where the published outlier ratio begins to count."""
-_NOMINAL_OUTLIER_BITS = 14
+NOMINAL_OUTLIER_BITS = 14
 """What the paper counts for an outlier: a float16 in place of 2 bits, and nothing for its position."""
 _PUBLISHED_BLOCK = 128
 
@@ -80,7 +80,7 @@ def survey(weight: torch.Tensor, importance: torch.Tensor, base: Base) -> Survey
         book, errors = (two if base == 2 else three).centroids, torch.stack([two.error, three.error, four])[base - 2 :]
     losses = errors.float() * importance
     saved = (values - book.gather(1, assign(values, book).long())).square_().mul_(importance.unsqueeze(1)).flatten()
-    gains, places = saved.topk(max(1, round(_CANDIDATES * len(saved))))
+    gains, places = saved.topk(max(1, round(CANDIDATES * len(saved))))
     return Survey(len(weight), losses.cpu(), gains.cpu(), (places // len(weight)).int().cpu())
 
 
@@ -111,30 +111,26 @@ def allocate(
         budget: stored bits of all of them together; no less than what base widths take.
         outlier_budget: those of them that outliers get; None for as many as pay.
     """
-    base_bits = sum(bits_of(base_plan(one.losses.shape[1], base), base, one.out_features) for one in surveys)
     highest = max(float(max(one.losses.max(), one.gains.max())) for one in surveys) + 1e-30
-    counts: list[torch.Tensor] | None = None
+    narrow = [base_plan(one.losses.shape[1], base) for one in surveys]
 
     def bits(plans: Sequence[ColumnPlan]) -> int:
         return sum(bits_of(plan, base, one.out_features) for plan, one in zip(plans, surveys, strict=True))
 
-    def outliers_alone(price: float) -> list[ColumnPlan]:
-        narrow = [base_plan(one.losses.shape[1], base) for one in surveys]
-        return [ColumnPlan(plan.widths, _outliers(one, price)) for plan, one in zip(narrow, surveys, strict=True)]
-
     def joint(price: float) -> list[ColumnPlan]:
         return [_joint(one, base, price) for one in surveys]
 
-    def widths_beside(price: float) -> list[ColumnPlan]:
-        assert counts is not None
-        return [ColumnPlan(_widths(one, base, price), own) for one, own in zip(surveys, counts, strict=True)]
+    def outliers(price: float) -> list[ColumnPlan]:
+        return [plan._replace(outliers=_outliers(one, price)) for plan, one in zip(narrow, surveys, strict=True)]
 
     if outlier_budget is None:
         return _within(joint, bits, budget, highest)
-    counts = [torch.zeros(one.losses.shape[1], dtype=torch.int64) for one in surveys]
-    if outlier_budget > 0:
-        counts = [plan.outliers for plan in _within(outliers_alone, bits, base_bits + outlier_budget, highest)]
-    return _within(widths_beside, bits, budget, highest)
+    first = _within(outliers, bits, bits(narrow) + outlier_budget, highest) if outlier_budget else narrow
+
+    def widths(price: float) -> list[ColumnPlan]:
+        return [plan._replace(widths=_widths(one, base, price)) for plan, one in zip(first, surveys, strict=True)]
+
+    return _within(widths, bits, budget, highest)
 
 
 def outlier_order(weight: torch.Tensor) -> torch.Tensor:
@@ -210,7 +206,7 @@ def published_plan(
     plan = base_plan(len(order), base)
     share = (target - base) / (WIDEST - base) if target > base else 0.0
     plan.widths[order[: round(share * len(order))]] = WIDEST
-    mean = outlier_bits / _NOMINAL_OUTLIER_BITS
+    mean = outlier_bits / NOMINAL_OUTLIER_BITS
     shares = _shares(order)
     shares *= mean / (1 + _TOP_COLUMNS * (_TOP_RATIO - 1))
     looked_up = shares[processing.cpu()[:_PUBLISHED_BLOCK]]
@@ -235,7 +231,7 @@ def _widths(one: Survey, base: Base, price: float) -> torch.Tensor:
 
 def _outliers(one: Survey, price: float) -> torch.Tensor:
     """``[in]`` how many values of each column pay, were it of the base width."""
-    pays = one.gains > price * _OUTLIER_BITS
+    pays = one.gains > price * OUTLIER_BITS
     return one.columns[pays].bincount(minlength=one.losses.shape[1])
 
 

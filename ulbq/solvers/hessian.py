@@ -93,15 +93,11 @@ def factorize(hessian: torch.Tensor, *, damping: float = 0.01, order: torch.Tens
             hint="Try --precision fp32, or other samples.",
         )
     order = torch.arange(len(hessian), device=hessian.device) if order is None else order
-    diagonal = hessian.diagonal().double()
-    dead = diagonal <= 0
-    live = diagonal[~dead]
-    mean = live.mean().item() if len(live) else 1.0
-    diagonal = diagonal.masked_fill(dead, mean)
+    dead = hessian.diagonal() <= 0
     reverse = order.flip(0)
     reversed_ = hessian[reverse][:, reverse].double()
     while True:
-        reversed_.diagonal().copy_(diagonal[reverse] + damping * mean)
+        reversed_.diagonal().copy_(damped_diagonal(hessian, damping)[reverse])
         upper = _inverse_factor(reversed_)
         if upper is not None:
             return HessianFactor(upper, order, dead, _importance(upper, order, dead), damping)
@@ -111,6 +107,14 @@ def factorize(hessian: torch.Tensor, *, damping: float = 0.01, order: torch.Tens
                 hint="Try --precision fp32, more samples, or other ones.",
             )
         damping = min(max(10 * damping, _FIRST_DAMPING), _MOST_DAMPING)
+
+
+def damped_diagonal(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """``[in]`` float64 diagonal of a Hessian with a share of its mean added, that of dead columns being the mean."""
+    diagonal = hessian.diagonal().double()
+    dead = diagonal <= 0
+    mean = 1.0 if dead.all() else diagonal[~dead].mean().item()
+    return diagonal.masked_fill(dead, mean) + damping * mean
 
 
 def _importance(upper: torch.Tensor, order: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ulbq.formats.codebook import Columns, ascending
-from ulbq.solvers.hessian import HessianFactor
+from ulbq.solvers.hessian import HessianFactor, damped_diagonal
 
 _STEPS = 16
 _TOLERANCE = 3e-3
@@ -32,10 +32,11 @@ def refit(weight: torch.Tensor, hessian: torch.Tensor, factor: HessianFactor, co
     Args:
         weight: ``[out, in]`` float32.
         hessian: ``[in, in]`` float32 second moments of its inputs, without damping.
-        factor: says how the Hessian is damped.
+        factor: says how much the Hessian is damped.
         columns: what a pass found.
     """
-    damped = _damped(hessian, factor)
+    damped = hessian.clone()
+    damped.diagonal().copy_(damped_diagonal(hessian, factor.damping))
     system = _System(columns, damped)
     error = weight.T.contiguous() - system.matrix(columns.codebooks)
     if columns.outliers is not None:
@@ -46,15 +47,6 @@ def refit(weight: torch.Tensor, hessian: torch.Tensor, factor: HessianFactor, co
     error = error - system.matrix(books - columns.codebooks)
     loss = (error * (damped @ error)).sum(dtype=torch.float64).item()
     return Refitted(ascending(columns._replace(codebooks=books)), loss)
-
-
-def _damped(hessian: torch.Tensor, factor: HessianFactor) -> torch.Tensor:
-    diagonal = hessian.diagonal()
-    live = diagonal[~factor.dead]
-    mean = live.mean().item() if len(live) else 1.0
-    damped = hessian.clone()
-    damped.diagonal().copy_(diagonal.masked_fill(factor.dead, mean) + factor.damping * mean)
-    return damped
 
 
 class _System:
