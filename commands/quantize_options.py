@@ -23,12 +23,13 @@ def option(name: str, help: str, panel: str, *, default: str, **more: Any) -> An
 
 
 Method = Annotated[
-    Literal["db-llm", "rtn", "gptq", "claq", "apiq", "ulb-sapr", "binary-mos"] | None,
+    Literal["db-llm", "rtn", "gptq", "claq", "efficientqat", "apiq", "ulb-sapr", "binary-mos"] | None,
     typer.Option(
         "--method",
         "-m",
         help="db-llm: two bit planes; rtn: affine rounding, in seconds; gptq: the same with errors made good, in "
-        "minutes; claq: a codebook for every column, wider where it pays; apiq: affine codes and an adapter; "
+        "minutes; claq: a codebook for every column, wider where it pays; efficientqat: affine "
+        "codes, all of a block trained; apiq: affine codes and an adapter; "
         "ulb-sapr: the same with salient weights held in place; binary-mos: signs and mixed scales, 1 bit.",
         show_default="the recipe's, else db-llm",
     ),
@@ -65,6 +66,15 @@ GroupSize = Annotated[
 Symmetric = Annotated[
     bool | None,
     option("--symmetric/--asymmetric", "Fixed zero point, or one a group.", _FORMAT, default="asymmetric"),
+]
+Start = Annotated[
+    Literal["min-max", "search", "gptq"] | None,
+    option(
+        "--start",
+        "Where training starts (efficientqat): plain rounding as published, searched ranges, or gptq's codes.",
+        _FORMAT,
+        default="search",
+    ),
 ]
 Search = Annotated[
     bool | None,

@@ -24,6 +24,17 @@ BatchSize = Annotated[
     int | None,
     option("--batch-size", "Samples a step.", _TRAINING, default="4; 2 for apiq and ulb-sapr", min=1, metavar="N"),
 ]
+MicroBatch = Annotated[
+    int | None,
+    option(
+        "--micro-batch",
+        "Samples that run at once; a step adds up several. For less memory.",
+        _TRAINING,
+        default="the batch",
+        min=1,
+        metavar="N",
+    ),
+]
 Granularity = Annotated[
     Literal["block", "layer"] | None,
     option("--granularity", "Match each block's output, or each layer's.", _TRAINING, default="block"),
@@ -35,6 +46,29 @@ TrainWeights = Annotated[
         "Let the weights move, or train scales, norms and adapter only.",
         _TRAINING,
         default="train; freeze for claq",
+    ),
+]
+Train = Annotated[
+    Literal["clipping", "grid", "rounding", "weights", "all"] | None,
+    option(
+        "--train",
+        "Of efficientqat: clip ends; scales and zero points; these and each weight within half a step; weights alone; "
+        "or weights and clip ends.",
+        _TRAINING,
+        default="all",
+    ),
+]
+Optimizer = Annotated[
+    Literal["adamw", "sign"] | None,
+    option("--optimizer", "AdamW, or descent by the gradients' signs.", _TRAINING, default="adamw"),
+]
+RateUnit = Annotated[
+    Literal["step", "weight"] | None,
+    option(
+        "--rate-unit",
+        "What rates of weights and scales count in: grid steps, or the weight's own unit as published (efficientqat).",
+        _TRAINING,
+        default="step",
     ),
 ]
 WeightRate = Annotated[

@@ -107,6 +107,9 @@ def test_what_has_no_meaning_stays_open() -> None:
             {"method": "db-llm", "train_weights": False, "end_to_end": "kl", "end_to_end_train": "all"},
             "--train-weights",
         ),
+        ({"method": "efficientqat", "train": "grid", "weight_rate": 0.1}, "--train all"),
+        ({"method": "efficientqat", "train": "clipping", "end_to_end": "ce", "end_to_end_train": "all"}, "--train all"),
+        ({"method": "efficientqat", "train": "weights", "scale_rate": 0.1}, "--train all"),
         ({"method": "db-llm", "end_to_end_gamma": 1}, "--end-to-end dad"),
         ({"method": "db-llm", "end_to_end": "kl-hidden", "end_to_end_gamma": 1}, "--end-to-end dad"),
         ({"method": "db-llm", "end_to_end": "dad", "end_to_end_hidden_weight": 1}, "--end-to-end kl-hidden"),
@@ -134,6 +137,8 @@ def test_options_that_others_leave_without_a_meaning_are_refused(options: dict[s
         {"method": "ulb-sapr", "penalty": 0.1, "stages": [OPT, {"name": "mixed", "epochs": 1}]},
         {"method": "db-llm", "adapter": True, "stages": [{**OPT, "adapter_rate": 1, "adapter_decay": 1}]},
         {"method": "db-llm", "train_weights": False, "end_to_end": "kl", "end_to_end_train": "scales"},
+        {"method": "efficientqat", "train": "weights", "end_to_end": "ce", "scale_rate": 0.1},
+        {"method": "efficientqat", "train": "rounding", "optimizer": "sign", "weight_rate": 0.1},
     ],
 )
 def test_options_that_do_something_are_taken(options: dict[str, Any]) -> None:

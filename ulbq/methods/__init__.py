@@ -5,13 +5,14 @@ from ulbq.methods.base import Method
 from ulbq.methods.binary_mos import BinaryMos
 from ulbq.methods.claq import Claq
 from ulbq.methods.db_llm import DbLlm
+from ulbq.methods.efficientqat import EfficientQat
 from ulbq.methods.gptq import Gptq
 from ulbq.methods.rtn import Rtn
 from ulbq.methods.ulb_sapr import UlbSapr
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (DbLlm, ApiQ, UlbSapr, BinaryMos, Claq, Gptq, Rtn)
+    method.name: method for method in (DbLlm, EfficientQat, ApiQ, UlbSapr, BinaryMos, Claq, Gptq, Rtn)
 }
 """Every method by the name that ``--method`` takes."""
 
-__all__ = ["METHODS", "ApiQ", "BinaryMos", "Claq", "DbLlm", "Gptq", "Rtn", "UlbSapr"]
+__all__ = ["METHODS", "ApiQ", "BinaryMos", "Claq", "DbLlm", "EfficientQat", "Gptq", "Rtn", "UlbSapr"]

@@ -6,6 +6,7 @@ paper the start is searched by activation-weighted error, tokens count by their 
 the grid, and the weights may move; ``--freeze-weights --token-weighting uniform`` is what the paper does.
 """
 
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -13,13 +14,13 @@ from pydantic import BaseModel, Field
 
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask
-from ulbq.methods.options import AffineOptions, TrainedOptions
+from ulbq.methods.options import AffineOptions, TrainedOptions, WeightOptions
 from ulbq.methods.training import BlockTraining
 from ulbq.quantizers.affine import AffineQuantizer
 from ulbq.solvers.rtn import round_to_nearest
 
 
-class ApiQOptions(TrainedOptions, AffineOptions):
+class ApiQOptions(TrainedOptions, WeightOptions, AffineOptions):
     """Options of ``apiq``; the defaults come from ``benchmarks/sweep.py``."""
 
     adapter: bool = True
@@ -42,7 +43,9 @@ class ApiQ:
     def __init__(self, scheme: AffineScheme, options: ApiQOptions) -> None:
         self.scheme = scheme
         self.options = options
-        self._training = BlockTraining(options, scheme, AffineQuantizer)
+        self._training = BlockTraining(
+            options, scheme, partial(AffineQuantizer.from_packed, train_weights=options.train_weights)
+        )
         self.needs = self._training.needs
 
     @classmethod

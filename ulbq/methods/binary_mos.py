@@ -5,6 +5,7 @@ other as with the other methods, from an activation-weighted rank-one start; the
 follow (``--end-to-end kl-hidden`` is the paper's loss). Zero points and frozen weights are ULB-SAPR's options.
 """
 
+from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -12,12 +13,12 @@ from pydantic import BaseModel, Field
 
 from ulbq.formats.binary_mos import BinaryMosScheme
 from ulbq.methods.base import BlockResult, BlockTask
-from ulbq.methods.options import ExpertOptions, TrainedOptions
+from ulbq.methods.options import ExpertOptions, TrainedOptions, WeightOptions
 from ulbq.methods.training import BlockTraining
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer, closed_form_start
 
 
-class BinaryMosOptions(ExpertOptions, TrainedOptions):
+class BinaryMosOptions(ExpertOptions, TrainedOptions, WeightOptions):
     """Options of ``binary-mos``; neither an adapter nor a penalty unless asked for.
 
     A sign changes where a weight has moved by its whole size, so the rates are higher than those of a finer grid
@@ -47,7 +48,9 @@ class BinaryMos:
     def __init__(self, scheme: BinaryMosScheme, options: BinaryMosOptions) -> None:
         self.scheme = scheme
         self.options = options
-        self._training = BlockTraining(options, scheme, BinaryMosQuantizer)
+        self._training = BlockTraining(
+            options, scheme, partial(BinaryMosQuantizer.from_packed, train_weights=options.train_weights)
+        )
         self.needs = self._training.needs
 
     @classmethod

@@ -9,6 +9,7 @@ code does, slips included.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -20,7 +21,7 @@ from ulbq.formats import AnyScheme, codebook
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Packed
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
-from ulbq.methods.options import CodebookOptions, CompensationOptions, TrainedOptions
+from ulbq.methods.options import CodebookOptions, CompensationOptions, TrainedOptions, WeightOptions
 from ulbq.methods.training import BlockTraining
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.codebook import CodebookQuantizer
@@ -30,7 +31,7 @@ from ulbq.solvers.claq import ClaqSettings, ColumnPlan, claq
 from ulbq.solvers.hessian import HessianFactor, HessianSum, activation_order, factorize
 
 
-class ClaqOptions(TrainedOptions, CodebookOptions, CompensationOptions):
+class ClaqOptions(TrainedOptions, WeightOptions, CodebookOptions, CompensationOptions):
     """Options of ``claq``."""
 
     preset_epochs: ClassVar[bool] = False
@@ -55,7 +56,9 @@ class Claq:
         self.options = options
         self.scheme = CodebookScheme(bits=options.bits)
         self._plans = plans
-        self._training = BlockTraining(options, self.scheme, CodebookQuantizer)
+        self._training = BlockTraining(
+            options, self.scheme, partial(CodebookQuantizer.from_packed, train_weights=options.train_weights)
+        )
         self._settings = ClaqSettings(options.column_block, options.refit, options.as_published)
         trained = self._training.needs
         self.needs = dataclasses.replace(

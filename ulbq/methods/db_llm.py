@@ -6,6 +6,7 @@ rates are relative to each group's step, and training is block-wise instead of e
 deviation-aware distillation is a loss of the whole model (``--end-to-end dad``).
 """
 
+from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -13,12 +14,12 @@ from pydantic import BaseModel
 
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.methods.base import BlockResult, BlockTask
-from ulbq.methods.options import TrainedOptions
+from ulbq.methods.options import TrainedOptions, WeightOptions
 from ulbq.methods.training import BlockTraining
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
 
 
-class DbLlmOptions(TrainedOptions):
+class DbLlmOptions(TrainedOptions, WeightOptions):
     """Options of ``db-llm``; ULB-SAPR's variant freezes the weights and trains α and an adapter."""
 
     bits: Literal[2] = 2
@@ -39,7 +40,9 @@ class DbLlm:
     def __init__(self, scheme: DualBinaryScheme, options: DbLlmOptions) -> None:
         self.scheme = scheme
         self.options = options
-        self._training = BlockTraining(options, scheme, DualBinaryQuantizer)
+        self._training = BlockTraining(
+            options, scheme, partial(DualBinaryQuantizer.from_packed, train_weights=options.train_weights)
+        )
         self.needs = self._training.needs
 
     @classmethod

@@ -43,7 +43,7 @@ class MethodOptions(BaseModel):
     def taken(cls) -> frozenset[str]:
         """Names of the options that mean something to the method."""
         fields = cls.model_fields.keys()
-        return frozenset(name for name in fields if BELONGS_TO.get(name, name) in fields)
+        return frozenset(name for name in fields if BELONGS_TO.get(name, frozenset({name})) & fields)
 
     def in_effect(self) -> dict[str, Any]:
         """Every option that the others leave a meaning, with its value."""
@@ -358,7 +358,7 @@ class EndToEndOptions(MethodOptions):
     end_to_end_hidden_weight: float = Field(default=1.0, ge=0)
 
 
-class TrainedOptions(EndToEndOptions, StageOptions, GranularityOptions, AdapterOptions, WeightOptions, TrainOptions):
+class TrainedOptions(EndToEndOptions, StageOptions, GranularityOptions, AdapterOptions, TrainOptions):
     """What every trained method takes."""
 
     def end_to_end_settings(self) -> EndToEndSettings | None:

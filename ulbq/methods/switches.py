@@ -72,9 +72,20 @@ def _frozen_for_good(known: Mapping[str, Any]) -> bool:
     return known.get("train_weights") is False and known.get("end_to_end_train") == "all"
 
 
+def _grid_for_good(known: Mapping[str, Any]) -> bool:
+    return known.get("train") in {"clipping", "grid"} and known.get("end_to_end_train") == "all"
+
+
+def _fixed_grid(known: Mapping[str, Any]) -> bool:
+    """Whether no scale trains, in the blocks or behind them."""
+    return known.get("train") == "weights" and known.get("end_to_end", "none") == "none"
+
+
 _TEACHER = frozenset({"teacher", "teacher_top_k"})
 SWITCHES = (
     Switch("--train-weights", _has("train_weights", False), frozenset({"weight_rate"})),
+    Switch("--train all", _has("train", "clipping", "grid"), frozenset({"weight_rate"})),
+    Switch("--train all", _fixed_grid, frozenset({"scale_rate", "scale_decay"})),
     Switch(
         "--adapter",
         _has("adapter", False),
@@ -98,7 +109,7 @@ SWITCHES = (
         frozenset(
             {
                 *("train_weights", "weight_rate", "scale_rate", "norm_rate", "adapter_rate", "scale_decay"),
-                *("adapter_decay", "schedule", "warmup", "final_rate", "clip", "patience", "retries"),
+                *("adapter_decay", "schedule", "warmup", "final_rate", "clip", "patience", "retries", "optimizer"),
                 *("augmented_loss", "sliced_wasserstein", "granularity", "base_share", "penalty", "adapter"),
             }
         ),
@@ -111,6 +122,7 @@ SWITCHES = (
         frozenset({"end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "accumulation"}) | _TEACHER,
     ),
     Switch("--train-weights", _frozen_for_good, frozenset({"end_to_end_train"})),
+    Switch("--train all", _grid_for_good, frozenset({"end_to_end_train"})),
     Switch("--end-to-end kl", _has("end_to_end", "ce"), _TEACHER),
     Switch("--end-to-end dad", _has("end_to_end", "none", "ce", "kl", "kl-hidden"), frozenset({"end_to_end_gamma"})),
     Switch(
@@ -123,11 +135,11 @@ SWITCHES = (
 
 # Settings of the training that mean something only where a method has what they are for.
 BELONGS_TO = {
-    "weight_rate": "train_weights",
-    "adapter_rate": "adapter",
-    "adapter_decay": "adapter",
-    "base_share": "adapter",
-    "router_rate": "experts",
+    "weight_rate": frozenset({"train_weights", "train"}),
+    "adapter_rate": frozenset({"adapter"}),
+    "adapter_decay": frozenset({"adapter"}),
+    "base_share": frozenset({"adapter"}),
+    "router_rate": frozenset({"experts"}),
 }
 _TYPED = {
     "penalty": "lambda",

@@ -24,6 +24,9 @@ from ulbq.training.stages import Stage
 MakeQuantizer = Callable[[torch.Tensor, torch.Tensor], Quantizer]
 """A quantizer from a weight ``[out, in]`` and its importance (``[in]``, the mean squared input)."""
 
+GoOn = Callable[[torch.Tensor, Packed, AnyScheme], Quantizer]
+"""A quantizer from a weight ``[out, in]`` and what is packed of it (:meth:`Quantizer.from_packed`)."""
+
 
 class BlockTraining:
     """Block training as a method's options ask for it.
@@ -31,13 +34,13 @@ class BlockTraining:
     Args:
         options: of the method.
         scheme: how layers are stored.
-        quantizer: the class that goes on from packed tensors.
+        go_on: makes a quantizer that goes on from packed tensors.
     """
 
-    def __init__(self, options: TrainedOptions, scheme: AnyScheme, quantizer: type[Quantizer]) -> None:
+    def __init__(self, options: TrainedOptions, scheme: AnyScheme, go_on: GoOn) -> None:
         self._options = options
         self._scheme = scheme
-        self._quantizer = quantizer
+        self._go_on = go_on
         self._adapter = options.adapter_config()
 
     @property
@@ -120,7 +123,7 @@ class BlockTraining:
         if start is not None:
             scheme = start.schemes.get(linear, self._scheme)
             packed = {name: tensor.to(weight.device) for name, tensor in start.packed[linear].items()}
-            quantizer = self._quantizer.from_packed(weight, packed, scheme, train_weights=self._options.train_weights)
+            quantizer = self._go_on(weight, packed, scheme)
         elif make is not None:
             quantizer = make(weight, task.importance[linear])
         else:

@@ -145,7 +145,7 @@ def _bits_per_weight(method: Method, layers: Sequence[Linear]) -> float:
 
 _DECIDED = (
     *("target_bits", "allocation", "outlier_bits", "refit", "as_published"),
-    *("damping", "act_order", "true_sequential", "column_block"),
+    *("damping", "act_order", "true_sequential", "column_block", "start"),
 )
 
 

@@ -10,10 +10,12 @@ from ulbq.errors import UsageError
 from ulbq.formats.binary_mos import Zeros
 from ulbq.methods import METHODS
 from ulbq.methods.base import Method
+from ulbq.methods.efficientqat import BlockApStart, RateUnit, Trained
 from ulbq.methods.options import AffineBits, Allocation, EndToEnd, MethodOptions
 from ulbq.methods.switches import typed
 from ulbq.training.losses import TokenWeighting
 from ulbq.training.penalty import Penalized
+from ulbq.training.settings import OptimizerKind
 from ulbq.training.stages import Stage
 
 PresetName = Literal["quick", "balanced", "best"]
@@ -99,6 +101,8 @@ class QuantizeRequest(BaseModel):
     outlier_bits: _Number | None = None
     refit: bool | None = None
     as_published: bool | None = None
+    start: BlockApStart | None = None
+    train: Trained | None = None
     experts: _Count | None = None
     zeros: Zeros | None = None
 
@@ -110,6 +114,7 @@ class QuantizeRequest(BaseModel):
 
     epochs: int | None = Field(default=None, ge=0, le=_MOST)
     batch_size: _Count | None = None
+    micro_batch: _Count | None = None
     train_weights: bool | None = None
     weight_rate: _Number | None = None
     scale_rate: _Number | None = None
@@ -119,6 +124,8 @@ class QuantizeRequest(BaseModel):
     scale_decay: _Number | None = None
     adapter_decay: _Number | None = None
     schedule: Literal["cosine", "constant"] | None = None
+    optimizer: OptimizerKind | None = None
+    rate_unit: RateUnit | None = None
     warmup: _Share | None = None
     final_rate: _Share | None = None
     clip: _Number | None = None

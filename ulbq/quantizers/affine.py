@@ -8,10 +8,14 @@ The published parametrization keeps the ends as ``σ(u) · max`` and ``σ(l) · 
 start. Here the ends are kept in *grid steps* of a searched start, which leaves them free on both sides and makes one
 rate mean the same for all groups, and the gradient passes straight through the rounding of ``z``: a weight that is
 clipped pulls at the end that clips it, and at nothing else.
+
+:class:`AffineForm` has the other ways: scales and zero points themselves (EfficientQAT), weights that move no further
+than a step (trained rounding), rates in the weight's own unit.
 """
 
 from collections.abc import Mapping
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -63,6 +67,27 @@ class _FakeQuantize(torch.autograd.Function):
         return to_latent if ctx.needs_input_grad[0] else None, to_scales, to_zeros, None, None, None
 
 
+@dataclass(frozen=True)
+class AffineForm:
+    """What of a grid trains, and in which terms.
+
+    Attributes:
+        grid: ``ends`` trains both clip ends, ``scales`` scales and zero points (float, rounded straight-through),
+            ``fixed`` neither.
+        reach: grid steps, of the start's, that a weight may move to either side; None for any number. With one half it
+            can be rounded up or down and no further. Where it starts beyond its reach, that far it may go.
+        unit: what a rate of 1 stands for: the group's starting grid ``step``, or 1 in the unit of the ``weight``, as
+            published. Zero points are counted in codes in either.
+    """
+
+    grid: Literal["ends", "scales", "fixed"] = "ends"
+    reach: float | None = None
+    unit: Literal["step", "weight"] = "step"
+
+
+_CLIP_ENDS = AffineForm()
+
+
 class AffineQuantizer(Quantizer):
     """One weight matrix under training.
 
@@ -72,16 +97,21 @@ class AffineQuantizer(Quantizer):
             symmetric grid is mirrored.
         zeros: ``[out, G]`` starting zero points; not looked at where the scheme is symmetric.
         scheme: the format's parameters.
-        train_weights: let the weights move too; otherwise only the clip ends train (LWC as published).
+        train_weights: let the weights move too; otherwise only the grid trains (LWC as published).
+        form: what of the grid trains, and in which terms.
 
     Attributes:
-        latents: the weight in grid steps, ``[out, G, g]`` float32; a parameter, or a buffer where frozen.
-        ends: ``[2, out, G]`` lower and upper end in grid steps, where asymmetric; starts at ``(−z, 2^b − 1 − z)``.
-        scales: ``[out, G]`` scale in grid steps, where symmetric; starts at 1.
-        step: signed starting scale of each group, ``[out, G, 1]``.
+        latents: the weight in units, ``[out, G, g]`` float32; a parameter, or a buffer where frozen.
+        ends: ``[2, out, G]`` lower and upper end in units, where asymmetric ends train; ``(−z, 2^b − 1 − z)`` steps at
+            the start.
+        scales: ``[out, G]`` scale in units, where ends do not train; one step at the start.
+        zeros: ``[out, G]`` zero point in codes, beside the scales of an asymmetric grid.
+        step: unit of each group with the sign of its scale, ``[out, G, 1]``: the starting scale, or 1.
     """
 
     latents: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
     step: torch.Tensor
     scheme: AffineScheme
 
@@ -93,32 +123,39 @@ class AffineQuantizer(Quantizer):
         scheme: AffineScheme,
         *,
         train_weights: bool = True,
+        form: AffineForm = _CLIP_ENDS,
     ) -> None:
         super().__init__()
         self.scheme = scheme
+        self.form = form
         self._top = 2**scheme.bits - 1
-        step = torch.where(scales < 0, -1.0, 1.0) * scales.float().abs().clamp_min(SCALE_FLOOR)
-        self.register_buffer("step", step.unsqueeze(-1))
-        latents = weight.float().unflatten(1, (scales.shape[1], -1)) / self.step
-        if train_weights:
-            self.latents = nn.Parameter(latents)
+        size = scales.float().abs().clamp_min(SCALE_FLOOR)
+        unit = size if form.unit == "step" else torch.ones_like(size)
+        self._least = _LEAST_SPAN if form.unit == "step" else SCALE_FLOOR
+        self.register_buffer("step", (torch.where(scales < 0, -1.0, 1.0) * unit).unsqueeze(-1))
+        self._hold("latents", weight.float().unflatten(1, (scales.shape[1], -1)) / self.step, trains=train_weights)
+        start = size / unit
+        if form.grid == "ends" and not scheme.symmetric:
+            self.ends = nn.Parameter(start * torch.stack([-zeros, self._top - zeros]).float())
         else:
-            self.register_buffer("latents", latents)
-        if scheme.symmetric:
-            self.scales = nn.Parameter(torch.ones_like(step))
-        else:
-            self.ends = nn.Parameter(torch.stack([-zeros, self._top - zeros]).float())
+            self._hold("scales", start, trains=form.grid != "fixed")
+            fixed = zeros.float() if not scheme.symmetric else torch.full_like(start, scheme.centre)
+            self._hold("zeros", fixed, trains=form.grid != "fixed" and not scheme.symmetric)
+        self._limit(start, train_weights)
 
     def forward(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The dequantized weight ``[out, in]`` in ``dtype``, differentiable in latents and clip ends."""
+        """The dequantized weight ``[out, in]`` in ``dtype``, differentiable in what trains."""
+        if self.low is not None and self.high is not None:
+            with torch.no_grad():
+                self.latents.clamp_(self.low, self.high)
         scales, zeros = self._grid()
         weight: torch.Tensor = _FakeQuantize.apply(self.latents, scales, zeros, self.step, self._top, dtype)  # type: ignore[no-untyped-call]
         return weight
 
     def trainable(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by role: ``weights`` (none where frozen) and ``scales``."""
-        latents = [self.latents] if isinstance(self.latents, nn.Parameter) else []
-        return {"weights": latents, "scales": [self.scales if self.scheme.symmetric else self.ends]}
+        """Parameters by role: ``weights`` (none where frozen) and ``scales`` (clip ends and zero points too)."""
+        grid = [p for name, p in self.named_parameters() if name != "latents"]
+        return {"weights": [self.latents] if isinstance(self.latents, nn.Parameter) else [], "scales": grid}
 
     @torch.no_grad()
     def finalize(self) -> dict[str, torch.Tensor]:
@@ -131,29 +168,55 @@ class AffineQuantizer(Quantizer):
 
     @classmethod
     def from_packed(
-        cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, *, train_weights: bool = True
+        cls,
+        weight: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+        scheme: AnyScheme,
+        *,
+        train_weights: bool = True,
+        form: AffineForm = _CLIP_ENDS,
     ) -> Self:
-        """Go on from packed tensors, as :meth:`Quantizer.from_packed` says."""
+        """Go on from packed tensors, as :meth:`Quantizer.from_packed` says; ``form`` as the class takes it."""
         if not isinstance(scheme, AffineScheme):
             raise TypeError(f"{scheme.format} is not affine")
         codes, scales, zeros = affine.unpack(scheme, tensors, weight.shape[1])
-        made = cls(weight, scales, zeros, scheme, train_weights=train_weights)
+        made = cls(weight, scales, zeros, scheme, train_weights=train_weights, form=form)
+        size = scales.abs().clamp_min(SCALE_FLOOR).unsqueeze(-1) / made.step.abs()
         grouped = codes.view(made.latents.shape).float()
         steps = grouped - zeros.unsqueeze(-1)
         reach = 0.5 - CELL_MARGIN
-        low = torch.where(grouped == 0, -torch.inf, steps - reach)
-        high = torch.where(grouped == made._top, torch.inf, steps + reach)
+        low = torch.where(grouped == 0, -torch.inf, (steps - reach) * size)
+        high = torch.where(grouped == made._top, torch.inf, (steps + reach) * size)
         with torch.no_grad():
             made.latents.copy_(made.latents.clamp(low, high))
+            if made.low is not None and made.high is not None:
+                made.low.copy_(torch.minimum(made.low, made.latents))
+                made.high.copy_(torch.maximum(made.high, made.latents))
         return made
 
+    def _hold(self, name: str, values: torch.Tensor, *, trains: bool) -> None:
+        if trains:
+            self.register_parameter(name, nn.Parameter(values))
+        else:
+            self.register_buffer(name, values)
+
+    def _limit(self, start: torch.Tensor, train_weights: bool) -> None:
+        """How far the latents may go."""
+        self.low: torch.Tensor | None
+        self.high: torch.Tensor | None
+        reach = None if self.form.reach is None or not train_weights else self.form.reach * start.unsqueeze(-1)
+        self.register_buffer("low", None if reach is None else self.latents.detach() - reach)
+        self.register_buffer("high", None if reach is None else self.latents.detach() + reach)
+
     def _grid(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales and zero points ``[out, G]`` in grid steps."""
-        if self.scheme.symmetric:
-            scales = self.scales.clamp_min(_LEAST_SPAN)
-            return scales, torch.full_like(scales, self.scheme.centre)
-        low, high = self.ends
-        scales = ((high - low) / self._top).clamp_min(_LEAST_SPAN)
-        exact = -low / scales
+        """Scales in units and zero points in codes, both ``[out, G]``."""
+        if self.form.grid == "ends" and not self.scheme.symmetric:
+            low, high = self.ends
+            scales = ((high - low) / self._top).clamp_min(self._least)
+            exact = -low / scales
+        else:
+            scales, exact = self.scales.clamp_min(self._least), self.zeros
+            if self.scheme.symmetric:
+                return scales, exact  # at 1 bit the centre lies between two codes
         rounded = exact + (exact.round() - exact).detach()
         return scales, rounded.clamp(0, self._top)

@@ -8,12 +8,24 @@ import torch
 from torch import nn
 
 from ulbq.training.objective import BlockData, Objective, Penalty
-from ulbq.training.optimizer import Group, make_optimizer, parameters_by_role, rate_factor, restore, snapshot
+from ulbq.training.optimizer import (
+    Group,
+    make_optimizer,
+    parameters_by_role,
+    rate_factor,
+    restore,
+    sign_descent,
+    snapshot,
+)
 from ulbq.training.precision import Precision
-from ulbq.training.settings import Role, TrainSettings
+from ulbq.training.settings import OptimizerKind, Role, TrainSettings
 from ulbq.training.stages import Stage
 
 _RETRY_FACTOR = 0.25
+_OPTIMIZERS: dict[OptimizerKind, Callable[[Sequence[Group], float], torch.optim.Optimizer]] = {
+    "adamw": make_optimizer,
+    "sign": sign_descent,
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class BlockTrainer:
         """One run over a stage's epochs, leaving the best parameters; returns the best held-out loss and the steps."""
         settings = self._settings
         steps_per_epoch = math.ceil(self._samples / settings.batch_size)
-        optimizer = make_optimizer(groups, rate)
+        optimizer = _OPTIMIZERS[settings.optimizer](groups, rate)
         factor = rate_factor(settings, stage.epochs * steps_per_epoch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         trained = [p for group in groups for p in group.parameters]
@@ -117,14 +129,15 @@ class BlockTrainer:
             order = torch.randperm(self._samples, generator=generator)
             total = torch.zeros((), device=self._device)
             for batch in order.split(settings.batch_size):
-                loss = self._objective.training(batch, stage, generator)
-                loss.backward()
+                for part in batch.split(settings.micro_batch or len(batch)):
+                    loss = self._objective.training(part, stage, generator) * (len(part) / len(batch))
+                    loss.backward()
+                    total += loss.detach()
                 if settings.clip:
                     nn.utils.clip_grad_norm_(trained, settings.clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                total += loss.detach()
                 steps += 1
             error = self._objective.heldout(stage)
             on_epoch(error)

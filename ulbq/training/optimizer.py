@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,10 +39,38 @@ def parameters_by_role(module: nn.Module, layers: Iterable[TrainedLinear]) -> di
     return roles
 
 
+class SignDescent(torch.optim.Optimizer):
+    """Every value moves by its rate against its gradient's sign; no state, as AutoRound trains roundings.
+
+    Args:
+        groups: with ``params``, ``lr`` and ``weight_decay``, the latter decoupled as AdamW's.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update."""
+        for group in self.param_groups:
+            found = [p for p in group["params"] if p.grad is not None]
+            for parameter in found:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
+
+
 def make_optimizer(groups: Sequence[Group], rate: float = 1.0) -> torch.optim.AdamW:
     """AdamW over groups, their rates multiplied by ``rate``."""
-    scaled = [{"params": g.parameters, "lr": rate * g.rate, "weight_decay": g.decay} for g in groups]
-    return torch.optim.AdamW(scaled, fused=True)
+    return torch.optim.AdamW(_scaled(groups, rate), fused=True)
+
+
+def sign_descent(groups: Sequence[Group], rate: float = 1.0) -> SignDescent:
+    """Descent by signs over groups, their rates multiplied by ``rate``."""
+    return SignDescent(_scaled(groups, rate))
+
+
+def _scaled(groups: Sequence[Group], rate: float) -> list[dict[str, Any]]:
+    return [{"params": g.parameters, "lr": rate * g.rate, "weight_decay": g.decay} for g in groups]
 
 
 def rate_factor(settings: TrainSettings, steps: int) -> Callable[[int], float]:

@@ -10,19 +10,25 @@ Role = Literal["weights", "scales", "norms", "adapter", "router"]
 """What parameters are for; each role has a rate of its own."""
 
 
+OptimizerKind = Literal["adamw", "sign"]
+
+
 class TrainSettings(BaseModel):
     """Settings of block-wise training.
 
     Attributes:
         epochs: passes over the calibration samples; 0 stores the closed-form start.
         batch_size: samples a step.
+        micro_batch: samples that run at once, their gradients accumulated over a step; None for all of them. A matter
+            of memory alone.
         weight_rate: learning rate of the weights, in grid steps an update (AdamW moves about that far); 0 freezes them.
         scale_rate: learning rate of scales and clip ends, as a share of the group's starting step.
         norm_rate: learning rate of the block's norm weights (and of other vectors beside its linear layers); 0
             freezes them.
         adapter_rate: learning rate of LoRA's or DoRA's matrices.
         router_rate: learning rate of a mixture's router.
-        scale_decay, adapter_decay: weight decay of these roles (AdamW's, towards 0).
+        optimizer: ``adamw``, or ``sign`` descent: each value moves by its rate in every step, as AutoRound does it.
+        scale_decay, adapter_decay: weight decay of these roles (decoupled, towards 0).
         schedule: ``cosine`` falls to ``final_rate``, ``constant`` does not fall.
         warmup: share of the steps with a rising rate.
         final_rate: share of the rate that is left at the end of the cosine.
@@ -39,11 +45,13 @@ class TrainSettings(BaseModel):
 
     epochs: int = Field(default=10, ge=0)
     batch_size: int = Field(default=4, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
     weight_rate: float = Field(default=0.015, ge=0)
     scale_rate: float = Field(default=0.005, ge=0)
     norm_rate: float = Field(default=2e-3, ge=0)
     adapter_rate: float = Field(default=5e-3, ge=0)
     router_rate: float = Field(default=0.03, ge=0)
+    optimizer: OptimizerKind = "adamw"
     scale_decay: float = Field(default=0.0, ge=0)
     adapter_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"

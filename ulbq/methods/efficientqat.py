@@ -1,0 +1,110 @@
+"""EfficientQAT (Chen et al., 2024, https://arxiv.org/abs/2407.11062): all of a block trains, then all scales together.
+
+*Block-AP*: weights, scales, zero points and norms of a block learn the output of its full-precision self. *E2E-QP*:
+codes and zero points are fixed, and the scales of all blocks learn the text (``--end-to-end ce``) or the model's own
+predictions. Beyond the paper the start is searched or solved instead of min-max, tokens count by their relative error,
+and rates are relative to the grid; ``--start min-max --train all --rate-unit weight --token-weighting uniform`` is what
+the paper does, and the recipes ``efficientqat-w2`` … ``-w4`` have the rest of it.
+"""
+
+import dataclasses
+from functools import partial
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from ulbq.formats.affine import AffineScheme
+from ulbq.methods.base import BlockResult, BlockStart, BlockTask
+from ulbq.methods.gptq import Gptq, GptqOptions
+from ulbq.methods.options import AffineOptions, TrainedOptions
+from ulbq.methods.training import BlockTraining
+from ulbq.nn.quant_linear import linear_layer
+from ulbq.quantizers.affine import AffineForm, AffineQuantizer
+from ulbq.solvers.rtn import round_to_nearest
+
+BlockApStart = Literal["min-max", "search", "gptq"]
+Trained = Literal["clipping", "grid", "rounding", "weights", "all"]
+RateUnit = Literal["step", "weight"]
+
+_FORMS: dict[Trained, AffineForm] = {
+    "clipping": AffineForm(grid="ends"),
+    "grid": AffineForm(grid="scales"),
+    "rounding": AffineForm(grid="scales", reach=0.5),
+    "weights": AffineForm(grid="fixed"),
+    "all": AffineForm(grid="ends"),
+}
+
+
+class EfficientQatOptions(TrainedOptions, AffineOptions):
+    """Options of ``efficientqat``.
+
+    Attributes:
+        start: of a fresh run: ``min-max`` rounding as published, ranges that are ``search``-ed by activation-weighted
+            error, or ``gptq``.
+        train: what learns, as in the paper's ablation: ``clipping`` (ends of the ranges, weights frozen), ``grid``
+            (scales and zero points, weights frozen), ``rounding`` (these, and each weight within half a step of where
+            it was), ``weights`` (alone) or ``all``. ``rounding`` with ``--optimizer sign`` is much
+            what AutoRound does.
+        rate_unit: of the rates of weights and scales: grid steps, or the weight's own unit as published.
+    """
+
+    start: BlockApStart = "search"
+    train: Trained = "all"
+    rate_unit: RateUnit = "step"
+
+    @property
+    def train_weights(self) -> bool:
+        """Whether weights move."""
+        return self.train in {"rounding", "weights", "all"}
+
+
+class EfficientQat:
+    """Affine codes trained block by block from a start of choice.
+
+    Args:
+        scheme: any affine scheme.
+        options: of start and training.
+    """
+
+    name: ClassVar[str] = "efficientqat"
+    Options: ClassVar[type[BaseModel]] = EfficientQatOptions
+    calibrated: ClassVar[bool] = True
+
+    def __init__(self, scheme: AffineScheme, options: EfficientQatOptions) -> None:
+        self.scheme = scheme
+        self.options = options
+        self._form = dataclasses.replace(_FORMS[options.train], unit=options.rate_unit)
+        self._training = BlockTraining(
+            options,
+            scheme,
+            partial(AffineQuantizer.from_packed, train_weights=options.train_weights, form=self._form),
+        )
+        self._solver = None
+        if options.start == "gptq":
+            given = {"bits": options.bits, "symmetric": options.symmetric, "token_weighting": options.token_weighting}
+            self._solver = Gptq(scheme, GptqOptions.model_validate(given))
+        hessians = "none" if self._solver is None else self._solver.needs.hessians
+        self.needs = dataclasses.replace(self._training.needs, hessians=hessians)
+
+    @classmethod
+    def from_options(cls, options: EfficientQatOptions, group_size: int) -> Self:
+        """The method that a request asks for."""
+        return cls(AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric), options)
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        """Find the start, train, pack."""
+        if task.start is not None or self._solver is None:
+            return self._training.quantize(task, self._round)
+        originals = {linear: task.weight(linear) for linear in task.linears}
+        solved = self._solver.quantize_block(task)
+        for linear, weight in originals.items():
+            linear_layer(task.block, linear).weight = nn.Parameter(weight, requires_grad=False)
+        result = self._training.quantize(dataclasses.replace(task, start=BlockStart(solved.packed, {})))
+        return dataclasses.replace(result, notes=solved.notes)
+
+    def _round(self, weight: torch.Tensor, importance: torch.Tensor) -> AffineQuantizer:
+        start = round_to_nearest(weight, self.scheme, importance=importance, search=self.options.start == "search")
+        train = self.options.train_weights
+        return AffineQuantizer(weight, start.scales, start.zeros, self.scheme, train_weights=train, form=self._form)
