@@ -64,6 +64,14 @@ def _what_is_done(request: "QuantizeRequest") -> dict[str, str]:
     return rows
 
 
+_TRAINED: dict[str | None, str] = {
+    "clipping": "clip ends alone",
+    "grid": "scales and zero points alone",
+    "rounding": "weights within half a step",
+    "weights": "weights alone",
+}
+
+
 def _training(request: "QuantizeRequest") -> str:
     if not request.epochs:
         return "none"
@@ -74,6 +82,12 @@ def _training(request: "QuantizeRequest") -> str:
     parts = [epochs, f"batches of {request.batch_size}"]
     if request.train_weights is False:
         parts.append("weights frozen")
+    if request.train in _TRAINED:
+        parts.append(_TRAINED[request.train])
+    if request.start not in (None, "search"):
+        parts.append(f"start {request.start}")
+    if request.optimizer == "sign":
+        parts.append("sign descent")
     if request.granularity == "layer":
         parts.append("layer by layer")
     return ", ".join(parts) + (f" (preset {request.preset})" if request.preset else "")

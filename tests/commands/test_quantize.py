@@ -131,7 +131,7 @@ def test_the_plan_of_every_method_tells_what_it_does(method, source, capsys):
     planned(capsys, source, "--method", method, *more)
     words = ["quantize", str(source), "--method", method, "--device", "cpu", "--offline", "--dry-run", *more]
     words += [] if method == "rtn" else ["--calibration", "a.txt"]
-    words += ["--train-weights"] if trains else []
+    words += ["--train-weights"] if trains and method != "efficientqat" else []
     words += [] if method in {"binary-mos", "claq"} else ["--group-size", "32"]
     assert main(words) == 0
     told = capsys.readouterr().err
@@ -141,6 +141,14 @@ def test_the_plan_of_every_method_tells_what_it_does(method, source, capsys):
     assert ("rank 8" in told) == bool(more)
     assert ("lambda 0.5" in told) == bool(more)
     assert "None" not in told
+
+
+def test_the_plan_tells_what_of_a_block_trains(source, capsys):
+    words = ["quantize", str(source), "--method", "efficientqat", "--device", "cpu", "--offline", "--dry-run"]
+    more = ["--train", "rounding", "--start", "gptq", "--optimizer", "sign"]
+    assert main([*words, "--calibration", "a.txt", "--group-size", "32", *more]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "weights within half a step, start gptq, sign descent" in told
 
 
 def test_the_plan_of_a_budget_tells_who_shares_it(source, capsys):
