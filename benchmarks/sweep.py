@@ -107,7 +107,7 @@ def run(
 ) -> dict[str, Any]:
     """Quantize the first blocks with one setting and measure; the scores are computed by the first who needs them."""
     size = {"device": "cpu", "calibration": str(text), "samples": 32, "sequence_length": 512, "epochs": 4}
-    job = prepare(QuantizeRequest(**size, **changes), Silent())
+    job = prepare(QuantizeRequest(**{**size, **changes}), Silent())
     seed_everything(0)
     tokens = draw(job.request, job.source, 36).tokens
     if job.method.needs.saliency is not None and not saliency:

@@ -6,6 +6,7 @@ from ulbq.formats import AffineScheme, dual_binary
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.methods.base import BlockTask, check_packed
 from ulbq.methods.rtn import Rtn
+from ulbq.methods.training import half_vector
 from ulbq.training.precision import Precision
 
 SCHEME = DualBinaryScheme(group_size=8)
@@ -50,3 +51,19 @@ def test_a_matrix_of_zeros_can_be_rounded(bits: int, symmetric: bool) -> None:
     task = BlockTask(0, block, ("0",), {}, None, cpu, 0, lambda error: None)
     packed = Rtn(AffineScheme(bits=bits, group_size=8, symmetric=symmetric)).quantize_block(task).packed["0"]
     assert packed["scales"].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([1.0, -0.3, 0.0], torch.float16),
+        ([1.0, 1e5], torch.float32),  # beyond float16's range
+        ([1.0, 1e-7], torch.float32),  # below where it rounds finely
+    ],
+)
+def test_trained_vectors_are_stored_in_half_precision_where_that_holds_them(
+    values: list[float], dtype: torch.dtype
+) -> None:
+    stored = half_vector(torch.tensor(values))
+    assert stored.dtype == dtype
+    torch.testing.assert_close(stored.float(), torch.tensor(values), rtol=1e-3, atol=0)

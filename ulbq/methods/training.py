@@ -101,7 +101,7 @@ class BlockTraining:
         dense = dict(task.start.vectors) if task.start else {}
         for name, value in task.block.named_parameters():
             if name in beside and not torch.equal(value, beside[name]):
-                dense[name] = value.detach()
+                dense[name] = half_vector(value.detach())
         return BlockResult(packed, dense, outcome, adapters, task.start.schemes if task.start else {})
 
     def _stages(self, index: int) -> list[Stage]:
@@ -171,6 +171,12 @@ def vectors_beside(block: nn.Module, linears: Sequence[str]) -> dict[str, torch.
     inside = tuple(f"{linear}." for linear in linears)
     named = block.named_parameters()
     return {name: p.detach() for name, p in named if p.dim() == 1 and not name.startswith(inside)}
+
+
+def half_vector(value: torch.Tensor) -> torch.Tensor:
+    """A trained vector as it is stored: in float16 where that rounds no element by more than 2⁻¹⁰ of itself."""
+    half = value.to(torch.float16)
+    return half if ((half.float() - value).abs() <= 2.0**-10 * value.abs()).all() else value
 
 
 @contextmanager
