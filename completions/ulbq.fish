@@ -33,6 +33,8 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l recipe -r -F -a 'a
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l list-recipes -d 'Show the shipped recipes, then stop'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l bits -r -f -d '1, 2, 3, 4 or 8'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l group-size -r -f -d 'Columns that share a scale'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l rotate -d 'Spread outliers first, by rotations that leave the model\'s function as it is'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-rotate -d 'Not: Spread outliers first, by rotations that leave the model\'s function as it is'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l symmetric -d 'Fixed zero point, or one a group'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l asymmetric -d 'Not: Fixed zero point, or one a group'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l search -d 'Shrink each group\'s range where that lowers its error (rtn, gptq)'
