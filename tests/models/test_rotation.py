@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tests.models.tiny import FAMILIES, save_tiny
 from ulbq.errors import InputError, NumericsError
+from ulbq.models import rotation
 from ulbq.models.blocks import skeleton, structure
 from ulbq.models.hadamard import hadamard_factors
 from ulbq.models.load import load_model
@@ -147,28 +148,30 @@ def test_a_family_that_does_not_fit_is_refused(family: str, tmp_path: Path) -> N
     assert "Leave out --rotate" in refused.value.hint
 
 
-@pytest.mark.parametrize("name", ["self_attn.sinks", "self_attn.o_norm.weight"])
-def test_a_parameter_more_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = resolve(save_tiny("llama", tmp_path / "m"))
-    config = source.config
-    from ulbq.models import rotation
-
-    empty = rotation.empty_model
+@pytest.mark.parametrize(
+    ("owner", "name", "said"),
+    [
+        (
+            "model.layers.1.self_attn",
+            "sinks",
+            r"are not as they are known here \('model\.layers\.1\.self_attn\.sinks'\)",
+        ),
+        ("lm_head", "bias", r"do not stand alone \('lm_head\.bias'\)"),
+    ],
+)
+def test_a_parameter_more_is_refused(
+    owner: str, name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty_model = rotation.empty_model
 
     def more(config: Any) -> PreTrainedModel:
-        model = empty(config)
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "weight":
-            owner, _, child = owner.rpartition(".")
-            model.model.layers[1].get_submodule(owner).add_module(child, torch.nn.RMSNorm(4))
-        else:
-            model.model.layers[1].get_submodule(owner).register_parameter(leaf, torch.nn.Parameter(torch.ones(4)))
+        model = empty_model(config)
+        model.get_submodule(owner).register_parameter(name, torch.nn.Parameter(torch.ones(4)))
         return model
 
     monkeypatch.setattr(rotation, "empty_model", more)
-    with pytest.raises(InputError, match=rf"are not as they are known here \('model\.layers\.1\.{name}'\)"):
-        rotated(source, 0)
-    assert source.config is config
+    with pytest.raises(InputError, match=said):
+        rotated(resolve(save_tiny("llama", tmp_path / "m", tied=False)), 0)
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
@@ -197,9 +200,9 @@ def test_a_rotation_is_the_product_of_signs_and_factors(order: int) -> None:
     assert factors is not None
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(2, (2 * order,), generator=generator).double() * 2 - 1
-    rotation = Rotation(signs, factors)
+    turn = Rotation(signs, factors)
     one = reduce(torch.kron, factors) / order**0.5
     whole = signs[:, None] * torch.block_diag(one, one)
     rows = torch.randn(3, 2 * order, dtype=torch.float64, generator=generator)
-    torch.testing.assert_close(rotation(rows), rows @ whole, atol=1e-12, rtol=0)
+    torch.testing.assert_close(turn(rows), rows @ whole, atol=1e-12, rtol=0)
     torch.testing.assert_close(whole @ whole.T, torch.eye(2 * order, dtype=torch.float64), atol=1e-12, rtol=0)
