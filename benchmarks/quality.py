@@ -92,6 +92,10 @@ def _settings() -> dict[str, Setting]:
         gptq = ("--method", "gptq", "--bits", bits, *_SAMPLES)
         found |= {f"gptq-w{bits}": Setting(gptq)}
         found |= {f"gptq-w{bits}-uniform": Setting((*gptq, "--token-weighting", "uniform"))}
+        found |= {f"gptq-w{bits}-rotated": Setting((*gptq, "--rotate"))}
+        found |= {f"gptq-w{bits}-rotated-uniform": Setting((*gptq, "--rotate", "--token-weighting", "uniform"))}
+    for bits in ("3", "4"):
+        found[f"rtn-w{bits}g64-rotated"] = Setting(("--method", "rtn", "--bits", bits, "--rotate"))
     for name, options in (_CLAQ | _CLAQ_TRAINED).items():
         start = "claq-2.3-fisher" if name in _CLAQ_TRAINED else None
         found[f"claq-{name}"] = Setting(("--method", "claq", *options, *_SAMPLES), start=start)

@@ -132,6 +132,8 @@ def _particulars(manifest: AnyManifest) -> dict[str, str]:
         rows = {"scores": f"{manifest.score}, {manifest.dtype}, at most {manifest.rounding:.2%} lost in storage{loss}"}
     elif isinstance(manifest, QuantizedManifest):
         rows = {"method": manifest.method, "format": scheme(manifest.scheme)}
+        if manifest.rotation is not None:
+            rows["rotation"] = manifest.rotation.label
         if (after := manifest.end_to_end) is not None:
             rows["end to end"] = (
                 f"{after.loss}, held-out loss {after.start_error:.4f} to {after.end_error:.4f} in epoch {after.epochs}"

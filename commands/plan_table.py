@@ -16,6 +16,7 @@ def show_plan(plan: "QuantizePlan") -> None:
     rows = {
         "model": f"{plan.model}: {plan.blocks} blocks, {plan.layers} layers, {plan.weights / 1e6:,.1f} M weights",
         "method": f"{plan.request.method}, {plan.scheme}, {plan.bits_per_weight:.3f} bits per weight",
+        **({"rotation": plan.rotation.label} if plan.rotation is not None else {}),
         **_what_is_done(plan.request),
         "compute": f"{plan.device}, {plan.precision}",
         "predicted": f"peak memory {cost.peak_memory / 2**30:.2f} GiB, disk {cost.disk / 2**20:,.0f} MiB, "

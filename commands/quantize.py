@@ -39,6 +39,7 @@ def quantize(
     list_recipes: o.ListRecipes = False,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    rotate: o.Rotate = None,
     symmetric: o.Symmetric = None,
     search: o.Search = None,
     start: o.Start = None,

@@ -63,6 +63,15 @@ GroupSize = Annotated[
     int | None,
     option("--group-size", "Columns that share a scale; -1 for rows.", _FORMAT, default="64", metavar="N"),
 ]
+Rotate = Annotated[
+    bool | None,
+    option(
+        "--rotate/--no-rotate",
+        "Spread outliers first, by rotations that leave the model's function as it is.",
+        _FORMAT,
+        default="no-rotate",
+    ),
+]
 Symmetric = Annotated[
     bool | None,
     option("--symmetric/--asymmetric", "Fixed zero point, or one a group.", _FORMAT, default="asymmetric"),

@@ -37,7 +37,7 @@ _ulbq() {
     quantize)
         case $previous in
         -m|--method) _ulbq_value '' 'db-llm rtn gptq claq efficientqat apiq ulb-sapr binary-mos' "$current"; return ;;
-        --recipe) _ulbq_value 'files' 'apiq-w2 apiq-w2-small-cpu apiq-w3 apiq-w4 binary-mos binary-mos-e8 binary-mos-small-cpu claq-w2 claq-w2-small-cpu claq-w3 claq-w3 claq-w4 db-llm db-llm-small-cpu ulb-sapr-mixed ulb-sapr-w2 ulb-sapr-w2-small-cpu' "$current"; return ;;
+        --recipe) _ulbq_value 'files' 'apiq-w2 apiq-w2-small-cpu apiq-w3 apiq-w4 binary-mos binary-mos-e8 binary-mos-small-cpu claq-w2 claq-w2-small-cpu claq-w3 claq-w3 claq-w4 db-llm db-llm-small-cpu efficientqat-w2 efficientqat-w2-small-cpu efficientqat-w3 efficientqat-w4 ulb-sapr-mixed ulb-sapr-w2 ulb-sapr-w2-small-cpu' "$current"; return ;;
         --bits) _ulbq_value '' '' "$current"; return ;;
         --group-size) _ulbq_value '' '' "$current"; return ;;
         --start) _ulbq_value '' 'min-max search gptq' "$current"; return ;;
@@ -102,7 +102,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '-m --method --recipe --list-recipes --bits --group-size --symmetric --asymmetric --search --no-search --start --experts --zeros --damping --act-order --no-act-order --true-sequential --one-pass --column-block --target-bits --allocation --outlier-bits --refit --no-refit --as-published --as-meant --preset --calibration --samples --sequence-length --epochs --batch-size --micro-batch --granularity --train-weights --freeze-weights --train --optimizer --rate-unit --weight-rate --scale-rate --norm-rate --router-rate --scale-decay --schedule --warmup --final-rate --token-weighting --augmented-loss --no-augmented-loss --sliced-wasserstein --clip --patience --retries --adapter --no-adapter --rank --alpha --dropout --dora --lora --targets --adapter-rate --adapter-decay --base-share --stage --lambda --block-multiplier --penalize --saliency --saliency-power --end-to-end --end-to-end-epochs --end-to-end-rate --end-to-end-train --accumulation --teacher --teacher-top-k --dad-gamma --hidden-weight --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '-m --method --recipe --list-recipes --bits --group-size --rotate --no-rotate --symmetric --asymmetric --search --no-search --start --experts --zeros --damping --act-order --no-act-order --true-sequential --one-pass --column-block --target-bits --allocation --outlier-bits --refit --no-refit --as-published --as-meant --preset --calibration --samples --sequence-length --epochs --batch-size --micro-batch --granularity --train-weights --freeze-weights --train --optimizer --rate-unit --weight-rate --scale-rate --norm-rate --router-rate --scale-decay --schedule --warmup --final-rate --token-weighting --augmented-loss --no-augmented-loss --sliced-wasserstein --clip --patience --retries --adapter --no-adapter --rank --alpha --dropout --dora --lora --targets --adapter-rate --adapter-decay --base-share --stage --lambda --block-multiplier --penalize --saliency --saliency-power --end-to-end --end-to-end-epochs --end-to-end-rate --end-to-end-train --accumulation --teacher --teacher-top-k --dad-gamma --hidden-weight --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

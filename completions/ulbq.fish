@@ -29,10 +29,12 @@ complete -c ulbq -n '__fish_seen_subcommand_from saliency' -l debug -d 'Tracebac
 complete -c ulbq -n '__fish_seen_subcommand_from saliency' -s h -l help -d 'Show this message and exit'
 complete -c ulbq -n '__fish_seen_subcommand_from saliency' -F
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s m -l method -r -f -a 'db-llm rtn gptq claq efficientqat apiq ulb-sapr binary-mos' -d 'db-llm: two bit planes'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l recipe -r -F -a 'apiq-w2 apiq-w2-small-cpu apiq-w3 apiq-w4 binary-mos binary-mos-e8 binary-mos-small-cpu claq-w2 claq-w2-small-cpu claq-w3 claq-w3 claq-w4 db-llm db-llm-small-cpu ulb-sapr-mixed ulb-sapr-w2 ulb-sapr-w2-small-cpu' -d 'Options from a file or a shipped recipe'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l recipe -r -F -a 'apiq-w2 apiq-w2-small-cpu apiq-w3 apiq-w4 binary-mos binary-mos-e8 binary-mos-small-cpu claq-w2 claq-w2-small-cpu claq-w3 claq-w3 claq-w4 db-llm db-llm-small-cpu efficientqat-w2 efficientqat-w2-small-cpu efficientqat-w3 efficientqat-w4 ulb-sapr-mixed ulb-sapr-w2 ulb-sapr-w2-small-cpu' -d 'Options from a file or a shipped recipe'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l list-recipes -d 'Show the shipped recipes, then stop'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l bits -r -f -d '1, 2, 3, 4 or 8'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l group-size -r -f -d 'Columns that share a scale'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l rotate -d 'Spread outliers first, by rotations that leave the model\'s function as it is'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-rotate -d 'Not: Spread outliers first, by rotations that leave the model\'s function as it is'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l symmetric -d 'Fixed zero point, or one a group'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l asymmetric -d 'Not: Fixed zero point, or one a group'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l search -d 'Shrink each group\'s range where that lowers its error (rtn, gptq)'

@@ -18,6 +18,7 @@ from ulbq.artifacts import (
     Parent,
     read_manifest,
 )
+from ulbq.artifacts.records import RotationRecord
 from ulbq.commands.app import main
 from ulbq.commands.inspection import scheme, show, size
 from ulbq.pipeline.inspect import inspect
@@ -144,6 +145,11 @@ class TestTables:
         assert isinstance(console.file, io.StringIO)
         listed = rows(console.file.getvalue(), "layer.")
         assert [cells[-3:] for cells in listed] == [["2×60", "4×4", "30"], ["10.000%", "2×64", "2"]]
+
+    def test_a_rotation_is_told(self) -> None:
+        turned = RotationRecord(seed=3, residual="Hadamard 576 = 12·12·4", values="Hadamard 64 a head")
+        [row] = rows(written(quantized(rotation=turned)), "rotation")
+        assert " ".join(row[1:]) == "residual stream (Hadamard 576 = 12·12·4), values (Hadamard 64 a head), seed 3"
 
     def test_an_artifact_without_layers_or_blocks(self) -> None:
         text = written(quantized(layers=(), blocks=(), skipped=(), phases=()))

@@ -105,6 +105,18 @@ def test_what_is_typed_reaches_the_request(source, capsys):
     assert (request["end_to_end"], request["teacher"], request["teacher_top_k"]) == ("kl", "cached", 64)
 
 
+def test_the_plan_tells_the_rotation(source, capsys):
+    for method in METHODS:
+        assert planned(capsys, source, "--method", method)["rotate"] is False
+        assert planned(capsys, source, "--method", method, "--rotate", "--seed", "3")["rotate"] is True
+    words = ["quantize", str(source), "--method", "rtn", "--group-size", "32", "--device", "cpu", "--dry-run"]
+    assert main([*words, "--no-rotate"]) == 0
+    assert "rotation" not in capsys.readouterr().err
+    assert main([*words, "--rotate", "--seed", "3"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "rotation residual stream (Hadamard 64), values (Hadamard 16 a head), seed 3" in told
+
+
 def test_a_recipe_fills_in_what_is_not_typed(source, capsys):
     request = planned(capsys, source, "--recipe", "apiq-w2", "--rank", "8", "--samples", "4", "--sequence-length", "32")
     shipped = recipes.load("apiq-w2")

@@ -56,12 +56,27 @@ _MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Whose weights can be rotated like Llama's, with what each has of its own; and one that only looks so.
+_LIKE_LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
+    "ministral": ("ministral", {"head_dim": 32}),
+    "smollm3": ("smollm3", {}),
+    "seed_oss": ("seed_oss", {"head_dim": 32, "attention_bias": True, "attention_out_bias": True}),
+    "granite": (
+        "granite",
+        {
+            **{"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+            **{"attention_multiplier": 0.3, "logits_scaling": 2.0},
+        },
+    ),
+    "gemma": ("gemma", {"head_dim": 16}),
+}
+
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 
 def tiny_config(family: str, *, tied: bool | None = None, vocab: int = 256, **changes: Any) -> PreTrainedConfig:
     """Configuration of a model with three blocks and hidden size 64; ``tied`` None: as the family does."""
-    model_type, special = (_FAMILIES | _MIXTURES)[family]
+    model_type, special = (_FAMILIES | _MIXTURES | _LIKE_LLAMA)[family]
     values = {**_COMMON, "vocab_size": vocab, **special, **changes}
     if tied is not None:
         values["tie_word_embeddings"] = tied

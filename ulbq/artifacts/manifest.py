@@ -15,7 +15,16 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ulbq import __version__, runtime
 from ulbq.artifacts.disk import sha256_file
-from ulbq.artifacts.records import BitsReport, BlockRecord, EndToEndRecord, FileEntry, LayerRecord, Parent, Record
+from ulbq.artifacts.records import (
+    BitsReport,
+    BlockRecord,
+    EndToEndRecord,
+    FileEntry,
+    LayerRecord,
+    Parent,
+    Record,
+    RotationRecord,
+)
 from ulbq.artifacts.saliency import SaliencyLayer
 from ulbq.errors import InputError
 from ulbq.progress import Progress, Silent
@@ -67,6 +76,7 @@ class QuantizedManifest(Manifest):
         scheme: the default scheme's JSON object; each layer repeats its own.
         end_to_end: how the whole model trained after its blocks; None where it did not.
         skipped: modules that stay in full precision.
+        rotation: of the weights that were quantized, against those of the model that it was made from; None for none.
         calibration: name, samples, sequence length and SHA-256 of the token samples; empty where none were needed.
     """
 
@@ -78,6 +88,7 @@ class QuantizedManifest(Manifest):
     blocks: tuple[BlockRecord, ...] = ()
     end_to_end: EndToEndRecord | None = None
     skipped: tuple[str, ...] = ()
+    rotation: RotationRecord | None = None
     calibration: dict[str, Any] = Field(default_factory=dict)
 
 

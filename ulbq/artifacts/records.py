@@ -84,6 +84,25 @@ class EndToEndRecord(Record):
     seconds: float
 
 
+class RotationRecord(Record):
+    """How a model's weights were rotated before they were quantized; its function is that of the original.
+
+    Attributes:
+        seed: of the signs.
+        residual: the matrix that the residual stream was rotated by, ``Hadamard 576 = 12·12·4``.
+        values: the matrix that the values of every attention head were rotated by.
+    """
+
+    seed: int
+    residual: str
+    values: str
+
+    @property
+    def label(self) -> str:
+        """In words: ``residual stream (Hadamard 64), values (Hadamard 16 a head), seed 0``."""
+        return f"residual stream ({self.residual}), values ({self.values}), seed {self.seed}"
+
+
 class LayerRecord(Record):
     """One packed linear layer.
 

@@ -25,7 +25,7 @@ from ulbq.artifacts.manifest import (
     is_artifact,
     read_manifest,
 )
-from ulbq.artifacts.records import Parent
+from ulbq.artifacts.records import Parent, RotationRecord
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.errors import InputError, ResourceError
 from ulbq.formats import AnyScheme, Scheme
@@ -63,8 +63,9 @@ class ModelSource:
         kind: ``artifact`` is a quantized or converted model that ulbq wrote.
         config: without ``quantization_config``.
         tensors: the dense tensors by the model's own parameter names.
-        stored: the tensors by their stored names; None for GGUF.
+        stored: the tensors by their stored names; None for GGUF, and where they are rotated when read.
         manifest: of an artifact, else None.
+        rotation: what is done to the tensors when they are read; None where they are read as stored.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ModelSource:
     tensors: TensorReader
     stored: LazyTensors | None = None
     manifest: AnyManifest | None = None
+    rotation: RotationRecord | None = None
 
     @property
     def names(self) -> frozenset[str]:

@@ -103,6 +103,7 @@ def finish(
         blocks=tuple(BlockRecord.model_validate(entry["block"]) for entry in entries if "block" in entry),
         end_to_end=end_to_end,
         skipped=job.found.skipped,
+        rotation=job.source.rotation,
         calibration=calibration.record() if calibration else {},
     )
 

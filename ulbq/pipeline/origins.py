@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ulbq.artifacts.manifest import QuantizedManifest, SaliencyManifest, is_artifact, read_manifest
+from ulbq.artifacts.records import RotationRecord
 from ulbq.errors import InputError
 from ulbq.formats import AnyScheme, nominal
 from ulbq.methods.base import BlockStart, Needs
@@ -62,6 +63,35 @@ def _parent(given: str, manifest: QuantizedManifest | SaliencyManifest, offline:
             hint="Make the artifact again from the model as it is now.",
         )
     return model
+
+
+def rotation_seed(asked: bool | None, seed: int, start: ModelSource | None) -> int | None:
+    """Seed that a run's model is rotated by; None where it stays as it is.
+
+    What goes on from an artifact is rotated as that was, whatever the run's own seed: its codes are of those weights.
+
+    Args:
+        asked: as the request has it.
+        seed: of the run.
+        start: the artifact to go on from.
+
+    Raises:
+        InputError: the artifact was made the other way.
+    """
+    if start is None:
+        return seed if asked else None
+    recorded = _rotation(start)
+    if asked is not None and asked != (recorded is not None):
+        raise InputError(
+            f"'{start.given}' was made {'without' if asked else 'with'} --rotate, and its codes cannot be changed to "
+            "the other.",
+            hint="Leave out the option, or start from the full-precision model.",
+        )
+    return None if recorded is None else recorded.seed
+
+
+def _rotation(start: ModelSource) -> RotationRecord | None:
+    return start.manifest.rotation if isinstance(start.manifest, QuantizedManifest) else None
 
 
 class Start:
@@ -143,7 +173,7 @@ def open_saliency(asked: str | None, model: ModelSource) -> Saliency | None:
         model: whose weights are to be scored.
 
     Raises:
-        InputError: no such artifact, or one of another model.
+        InputError: no such artifact, or one of another model, of which a rotated one is one.
     """
     if asked is None or asked in KINDS:
         return None
@@ -151,6 +181,11 @@ def open_saliency(asked: str | None, model: ModelSource) -> Saliency | None:
         raise InputError(
             f"There is no saliency artifact '{asked}'.",
             hint=f"Give one's path, or a kind to compute first: {', '.join(KINDS)}.",
+        )
+    if model.rotation is not None:
+        raise InputError(
+            f"The scores in '{asked}' are of weights that were not rotated, and this run rotates them.",
+            hint=f"Give --saliency a kind to compute first ({', '.join(KINDS)}), or leave out --rotate.",
         )
     found = Saliency.open(Path(asked).expanduser())
     made_from = {parent.sha256 for parent in found.manifest.parents} if found.manifest else set()

@@ -7,15 +7,17 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from ulbq import runtime
+from ulbq.artifacts.records import RotationRecord
 from ulbq.errors import InputError, UsageError
 from ulbq.formats import CodebookScheme
 from ulbq.methods.base import Method
 from ulbq.methods.switches import typed
 from ulbq.models.blocks import Linear, ModelStructure, check_group_size, skeleton, structure
 from ulbq.models.names import check_complete
+from ulbq.models.rotation import rotated
 from ulbq.models.source import ModelSource
 from ulbq.models.stream import check_length
-from ulbq.pipeline.origins import Start, open_origins, open_saliency
+from ulbq.pipeline.origins import Start, open_origins, open_saliency, rotation_seed
 from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
 from ulbq.pipeline.request import QuantizeRequest, build_method, check_options, complete
 from ulbq.pipeline.samples import default_calibration
@@ -30,6 +32,7 @@ class QuantizePlan(BaseModel):
     Attributes:
         request: completed: presets, defaults and the calibration source filled in.
         bits_per_weight: true bits of the linear weights, scales and zeros included.
+        rotation: of the weights before they are quantized; None for none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +47,7 @@ class QuantizePlan(BaseModel):
     bits_per_weight: float
     device: str
     precision: str
+    rotation: RotationRecord | None = None
     cost: Cost
 
 
@@ -52,7 +56,7 @@ class Job:
     """Everything that is settled before the first tensor is read.
 
     Attributes:
-        source: the full-precision model.
+        source: the full-precision model, rotated where that was asked for.
         start: the artifact to go on from; None for a fresh start.
         saliency: scores that are read; None where the method wants none, or they are computed first.
     """
@@ -78,8 +82,8 @@ def plan(request: QuantizeRequest, progress: Progress | None = None) -> Quantize
 
     Raises:
         UsageError: options that do not exist or do not go together.
-        InputError: no such model, one that is quantized or incomplete, a group size that does not divide, or samples
-            longer than the model takes.
+        InputError: no such model, one that is quantized, incomplete or not to be rotated, a group size that does not
+            divide, or samples longer than the model takes.
     """
     return prepare(request, progress or Silent()).plan
 
@@ -90,7 +94,9 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     without_adapter = request.adapter is False  # typed, not the method's default
     device = runtime.resolve_device(request.device)
     origins = open_origins(request.source, offline=request.offline)
-    source = origins.model
+    turn = rotation_seed(request.rotate, request.seed, origins.start)
+    source = origins.model if turn is None else rotated(origins.model, turn)
+    request = request.model_copy(update={"rotate": turn is not None})
     if origins.saliency is not None and request.saliency is None:
         request = request.model_copy(update={"saliency": origins.saliency})
         check_options(request)
@@ -123,6 +129,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
         bits_per_weight=_bits_per_weight(method, layers),
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
+        rotation=source.rotation,
         cost=predict(request, method, found, model, precision),
     )
     start = None

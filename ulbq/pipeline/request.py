@@ -78,6 +78,7 @@ class QuantizeRequest(BaseModel):
         group_size: columns that share a scale; -1 for whole rows.
         calibration: data set name, file, ``mix`` or ``self``.
         samples, sequence_length: size of the calibration set.
+        rotate: rotate the weights first, the model's function left as it is; of an artifact, as it was made.
         activation_memory: bytes of activations that may stay in memory.
         precision: dtype of the matrix products.
         out: folder of the artifact; None for a telling name under ``./artifacts``.
@@ -90,6 +91,7 @@ class QuantizeRequest(BaseModel):
     recipe: RecipeRecord | None = None
     bits: AffineBits | None = None
     group_size: int | None = None
+    rotate: bool | None = None
     symmetric: bool | None = None
     search: bool | None = None
     damping: _Share | None = None
@@ -178,7 +180,7 @@ NOT_IN_FINGERPRINT = frozenset(
     }
 )
 
-_ALL_TAKE = frozenset({"source", "method", "recipe", "seed", "device", "data_dir", "offline", "out", "force"})
+_ALL_TAKE = frozenset({"source", "method", "recipe", "rotate", "seed", "device", "data_dir", "offline", "out", "force"})
 _CALIBRATION = frozenset({"preset", "calibration", "samples", "sequence_length"})
 _COMPUTE = frozenset({"activation_memory", "precision"})
 
