@@ -49,7 +49,7 @@ def _replaced(trunk: nn.Module, states: torch.Tensor) -> Iterator[None]:
 
     def stand_in(*args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
         # The widest of transformers' outputs: models without experts do not ask for theirs.
-        return MoeModelOutputWithPast(last_hidden_state=states)  # type: ignore[arg-type]
+        return MoeModelOutputWithPast(last_hidden_state=states)
 
     trunk.forward = stand_in
     try:
