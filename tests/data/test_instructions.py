@@ -122,7 +122,6 @@ def test_what_is_behind_an_answer_is_filled_up_and_not_learnt(tmp_path: Path) ->
         ('{"instruction": "a", ', "not JSON"),
         ('["a"]', "not a JSON object"),
         ('{"instruction": "a"}', "no question with an answer among the columns 'instruction'"),
-        ('{"instruction": "a", "output": " "}', "the answer is empty"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', "no text of user, assistant or system"),
         ('{"messages": [{"role": "user", "content": ["a"]}]}', "no text of user, assistant or system"),
         ('{"messages": ["a"]}', "no text of user, assistant or system"),
@@ -170,6 +169,15 @@ def test_long_examples_are_cut_or_passed_over_and_that_is_said(tmp_path: Path) -
     assert "1 of 2 examples are cut at 400 tokens" in heard.notes[0]
     with pytest.raises(InputError, match="holds 2 examples, not 3; 2 more have their answer behind 400 tokens"):
         read(rows, samples=3)
+
+
+def test_empty_answers_are_left_out_and_that_is_said(tmp_path: Path) -> None:
+    heard = Heard()
+    rows = write_jsonl(tmp_path / "a.jsonl", [{**PAIR, "output": "\n"}, PAIR, {**PAIR, "output": ""}])
+    assert ByteTokenizer.read(parts(read(rows, progress=heard))[1][:-1]) == "It is 3."
+    assert "2 of 3 rows have an empty answer" in heard.notes[0]
+    with pytest.raises(InputError, match="holds 1 examples, not 2"):
+        read(rows, samples=2)
 
 
 def test_a_seed_draws_the_same_examples(tmp_path: Path) -> None:

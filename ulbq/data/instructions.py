@@ -137,7 +137,12 @@ def training_text(
             data_dir=data_dir,
             offline=offline,
         )
-    examples = [_example(where, row) for where, row in rows]
+    read = [_example(where, row) for where, row in rows]
+    examples = [example for example in read if example is not None]
+    if len(examples) < len(read):
+        progress.note(
+            f"Of '{spec}', {len(read) - len(examples)} of {len(read):,} rows have an empty answer and are left out."
+        )
     template = _template(template, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(examples), generator=generator).tolist()
@@ -204,8 +209,8 @@ def _is_instruction(row: Row) -> bool:
     return asked or any(isinstance(row.get(name), list) for name in CHAT)
 
 
-def _example(where: str, row: Row) -> _Example:
-    """The example in a row. Raises InputError where it is in no layout, or there is nothing to learn."""
+def _example(where: str, row: Row) -> _Example | None:
+    """The example in a row; None where its answer is empty. Raises InputError where it is in no layout."""
     for name in CHAT:
         if isinstance(row.get(name), list):
             return _Example(where, _turns(where, name, row[name]))
@@ -214,7 +219,7 @@ def _example(where: str, row: Row) -> _Example:
         columns = ", ".join(map(repr, row)) or "(none)"
         raise InputError(f"{where}: no question with an answer among the columns {columns}.", hint=_LAYOUTS)
     if not answer.strip():
-        raise InputError(f"{where}: the answer is empty.", hint="Take that row out, or name another split's file.")
+        return None  # published sets have some
     _check_text(where, question, answer)
     context = first(row, CONTEXT) or ""
     _check_text(where, context)
