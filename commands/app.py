@@ -25,6 +25,7 @@ from ulbq.runtime import calm_threads
 from . import console
 from .convert import convert
 from .eval import eval as evaluate
+from .finetune import finetune
 from .inspect import inspect
 from .options import State
 from .quantize import quantize
@@ -67,6 +68,7 @@ for _name, _command in (
     ("saliency", saliency),
     ("quantize", quantize),
     ("eval", evaluate),
+    ("finetune", finetune),
     ("convert", convert),
     ("inspect", inspect),
 ):

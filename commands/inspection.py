@@ -135,9 +135,9 @@ def _particulars(manifest: AnyManifest) -> dict[str, str]:
         if manifest.rotation is not None:
             rows["rotation"] = manifest.rotation.label
         if (after := manifest.end_to_end) is not None:
-            rows["end to end"] = (
-                f"{after.loss}, held-out loss {after.start_error:.4f} to {after.end_error:.4f} in epoch {after.epochs}"
-            )
+            text = f" on {after.data['name']}" if after.data else ""
+            losses = f"held-out loss {after.start_error:.4f} to {after.end_error:.4f}"
+            rows["end to end"] = f"{after.loss}{text}, {losses} in epoch {after.epochs}"
     else:
         return {}
     if data := manifest.calibration:

@@ -44,7 +44,7 @@ def _what_is_done(request: "QuantizeRequest") -> dict[str, str]:
     rows = {}
     if request.recipe is not None:
         rows["recipe"] = f"{request.recipe.name} (SHA-256 {request.recipe.sha256[:12]})"
-    if request.samples is not None:
+    if request.calibration is not None and request.samples is not None:
         size = f"{request.samples} × {request.sequence_length} tokens"
         rows["calibration"] = f"{request.calibration}, {size}, seed {request.seed}"
     if request.epochs is not None:
@@ -142,7 +142,11 @@ def _end_to_end(request: "QuantizeRequest") -> str:
         loss = f"{loss} with gamma {request.end_to_end_gamma:g}"
     if request.end_to_end_hidden_weight is not None:
         loss = f"{loss} × {request.end_to_end_hidden_weight:g}"
+    text = ""
+    if request.end_to_end_data is not None:
+        samples = request.end_to_end_samples or request.samples
+        text = f" on {request.end_to_end_data}, {samples} × {request.sequence_length} tokens"
     return (
-        f"{loss}, {request.end_to_end_epochs} epochs, {request.accumulation} samples a step, "
+        f"{loss}{text}, {request.end_to_end_epochs} epochs, {request.accumulation} samples a step, "
         f"trains {request.end_to_end_train}{teacher}{top}"
     )

@@ -5,7 +5,7 @@ What is not typed is the recipe's, or the method's default: a signature gives No
 
 from typing import Annotated, Literal
 
-from .quantize_options import option
+from .quantize_options import TEXTS, option
 
 _TRAINING, _ADAPTER, _STAGES, _END_TO_END, COMPUTE = "Training", "Adapter", "Stages", "End to end", "Compute"
 
@@ -271,13 +271,39 @@ SaliencyPower = Annotated[
 ]
 
 EndToEnd = Annotated[
-    Literal["none", "ce", "kl", "kl-hidden", "dad"] | None,
+    Literal["none", "ce", "kl", "ce-kl", "kl-hidden", "dad"] | None,
     option(
         "--end-to-end",
-        "Train the whole model after its blocks: on the text, to the teacher's predictions, with hidden states too, "
-        "or deviation-aware.",
+        "Train the whole model after its blocks: on the text, to the teacher's predictions, both, with hidden states "
+        "too, or deviation-aware.",
         _END_TO_END,
         default="none",
+    ),
+]
+DATA_SETS = [*TEXTS, "llm-adapters/math"]
+EndToEndData = Annotated[
+    str | None,
+    option(
+        "--end-to-end-data",
+        "What it trains on: text as --calibration takes it, or an instruction set, whose answers alone are learnt: "
+        "alpaca, a Hub id, or a file of instruction and output, prompt and completion, or chats.",
+        _END_TO_END,
+        default="the calibration samples",
+        metavar="NAME|FILE",
+        autocompletion=lambda: DATA_SETS,
+    ),
+]
+EndToEndSamples = Annotated[
+    int | None,
+    option("--end-to-end-samples", "How many of these train.", _END_TO_END, default="as --samples", min=1, metavar="N"),
+]
+EndToEndTemplate = Annotated[
+    Literal["chat", "alpaca"] | None,
+    option(
+        "--template",
+        "How instructions are laid out: by the tokenizer's chat template, or as Alpaca's prompt.",
+        _END_TO_END,
+        default="chat where there is one",
     ),
 ]
 EndToEndEpochs = Annotated[
@@ -295,8 +321,32 @@ EndToEndRate = Annotated[
     ),
 ]
 EndToEndTrain = Annotated[
-    Literal["scales", "all"] | None,
-    option("--end-to-end-train", "What trains: scales, or weights too.", _END_TO_END, default="scales"),
+    Literal["scales", "scales-zeros", "all"] | None,
+    option(
+        "--end-to-end-train",
+        "What trains: scales; the zero points of an asymmetric affine format too; or weights too.",
+        _END_TO_END,
+        default="scales",
+    ),
+]
+EndToEndZeroRate = Annotated[
+    float | None,
+    option(
+        "--zero-rate",
+        "Learning rate of zero points (scales-zeros), in grid steps.",
+        _END_TO_END,
+        default="0.1",
+        metavar="X",
+    ),
+]
+Checkpointing = Annotated[
+    bool | None,
+    option(
+        "--checkpointing/--no-checkpointing",
+        "Run each block again for its gradients, or keep all that they need in memory.",
+        _END_TO_END,
+        default="checkpointing",
+    ),
 ]
 Accumulation = Annotated[
     int | None, option("--accumulation", "Samples a step.", _END_TO_END, default="2", min=1, metavar="N")

@@ -85,10 +85,14 @@ _ulbq() {
         --penalize) _ulbq_value '' 'before-adapter after-adapter' "$current"; return ;;
         --saliency) _ulbq_value 'folders' 'fisher gradient hessian wanda magnitude none' "$current"; return ;;
         --saliency-power) _ulbq_value '' '' "$current"; return ;;
-        --end-to-end) _ulbq_value '' 'none ce kl kl-hidden dad' "$current"; return ;;
+        --end-to-end) _ulbq_value '' 'none ce kl ce-kl kl-hidden dad' "$current"; return ;;
+        --end-to-end-data) _ulbq_value 'files' 'wikitext2 c4 ptb pile redpajama alpaca mix self llm-adapters/math' "$current"; return ;;
+        --end-to-end-samples) _ulbq_value '' '' "$current"; return ;;
+        --template) _ulbq_value '' 'chat alpaca' "$current"; return ;;
         --end-to-end-epochs) _ulbq_value '' '' "$current"; return ;;
         --end-to-end-rate) _ulbq_value '' '' "$current"; return ;;
-        --end-to-end-train) _ulbq_value '' 'scales all' "$current"; return ;;
+        --end-to-end-train) _ulbq_value '' 'scales scales-zeros all' "$current"; return ;;
+        --zero-rate) _ulbq_value '' '' "$current"; return ;;
         --accumulation) _ulbq_value '' '' "$current"; return ;;
         --teacher) _ulbq_value '' 'streamed cached' "$current"; return ;;
         --teacher-top-k) _ulbq_value '' '' "$current"; return ;;
@@ -102,7 +106,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '-m --method --recipe --list-recipes --bits --group-size --rotate --no-rotate --symmetric --asymmetric --search --no-search --start --experts --zeros --damping --act-order --no-act-order --true-sequential --one-pass --column-block --target-bits --allocation --outlier-bits --refit --no-refit --as-published --as-meant --preset --calibration --samples --sequence-length --epochs --batch-size --micro-batch --granularity --train-weights --freeze-weights --train --optimizer --rate-unit --weight-rate --scale-rate --norm-rate --router-rate --scale-decay --schedule --warmup --final-rate --token-weighting --augmented-loss --no-augmented-loss --sliced-wasserstein --clip --patience --retries --adapter --no-adapter --rank --alpha --dropout --dora --lora --targets --adapter-rate --adapter-decay --base-share --stage --lambda --block-multiplier --penalize --saliency --saliency-power --end-to-end --end-to-end-epochs --end-to-end-rate --end-to-end-train --accumulation --teacher --teacher-top-k --dad-gamma --hidden-weight --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '-m --method --recipe --list-recipes --bits --group-size --rotate --no-rotate --symmetric --asymmetric --search --no-search --start --experts --zeros --damping --act-order --no-act-order --true-sequential --one-pass --column-block --target-bits --allocation --outlier-bits --refit --no-refit --as-published --as-meant --preset --calibration --samples --sequence-length --epochs --batch-size --micro-batch --granularity --train-weights --freeze-weights --train --optimizer --rate-unit --weight-rate --scale-rate --norm-rate --router-rate --scale-decay --schedule --warmup --final-rate --token-weighting --augmented-loss --no-augmented-loss --sliced-wasserstein --clip --patience --retries --adapter --no-adapter --rank --alpha --dropout --dora --lora --targets --adapter-rate --adapter-decay --base-share --stage --lambda --block-multiplier --penalize --saliency --saliency-power --end-to-end --end-to-end-data --end-to-end-samples --template --end-to-end-epochs --end-to-end-rate --end-to-end-train --zero-rate --accumulation --checkpointing --no-checkpointing --teacher --teacher-top-k --dad-gamma --hidden-weight --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -124,6 +128,50 @@ _ulbq() {
         esac
         if [[ $current == -* ]]; then
             _ulbq_value '' '--compare --perplexity --tasks --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --seed --device --data-dir --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
+        else
+            _ulbq_value 'files' '' "$current"
+        fi
+        ;;
+    finetune)
+        case $previous in
+        --task) _ulbq_value '' 'end-to-end' "$current"; return ;;
+        --loss) _ulbq_value '' 'ce kl ce-kl kl-hidden dad' "$current"; return ;;
+        --data) _ulbq_value 'files' 'wikitext2 c4 ptb pile redpajama alpaca mix self llm-adapters/math' "$current"; return ;;
+        --template) _ulbq_value '' 'chat alpaca' "$current"; return ;;
+        --preset) _ulbq_value '' 'quick balanced best' "$current"; return ;;
+        --samples) _ulbq_value '' '' "$current"; return ;;
+        --sequence-length) _ulbq_value '' '' "$current"; return ;;
+        --epochs) _ulbq_value '' '' "$current"; return ;;
+        --train) _ulbq_value '' 'scales scales-zeros all' "$current"; return ;;
+        --accumulation) _ulbq_value '' '' "$current"; return ;;
+        --clip) _ulbq_value '' '' "$current"; return ;;
+        --schedule) _ulbq_value '' 'cosine constant' "$current"; return ;;
+        --warmup) _ulbq_value '' '' "$current"; return ;;
+        --final-rate) _ulbq_value '' '' "$current"; return ;;
+        --dropout) _ulbq_value '' '' "$current"; return ;;
+        --base-share) _ulbq_value '' '' "$current"; return ;;
+        --teacher) _ulbq_value '' 'streamed cached' "$current"; return ;;
+        --teacher-top-k) _ulbq_value '' '' "$current"; return ;;
+        --dad-gamma) _ulbq_value '' '' "$current"; return ;;
+        --hidden-weight) _ulbq_value '' '' "$current"; return ;;
+        --rate) _ulbq_value '' '' "$current"; return ;;
+        --scale-rate) _ulbq_value '' '' "$current"; return ;;
+        --zero-rate) _ulbq_value '' '' "$current"; return ;;
+        --weight-rate) _ulbq_value '' '' "$current"; return ;;
+        --norm-rate) _ulbq_value '' '' "$current"; return ;;
+        --router-rate) _ulbq_value '' '' "$current"; return ;;
+        --adapter-rate) _ulbq_value '' '' "$current"; return ;;
+        --scale-decay) _ulbq_value '' '' "$current"; return ;;
+        --adapter-decay) _ulbq_value '' '' "$current"; return ;;
+        --activation-memory) _ulbq_value '' '' "$current"; return ;;
+        --precision) _ulbq_value '' 'auto fp32 bf16' "$current"; return ;;
+        --seed) _ulbq_value '' '' "$current"; return ;;
+        --device) _ulbq_value '' 'auto cpu cuda' "$current"; return ;;
+        --data-dir) _ulbq_value 'folders' '' "$current"; return ;;
+        -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
+        esac
+        if [[ $current == -* ]]; then
+            _ulbq_value '' '--task --loss --data --template --preset --samples --sequence-length --epochs --train --accumulation --checkpointing --no-checkpointing --clip --schedule --warmup --final-rate --dropout --base-share --teacher --teacher-top-k --dad-gamma --hidden-weight --rate --scale-rate --zero-rate --weight-rate --norm-rate --router-rate --adapter-rate --scale-decay --adapter-decay --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -153,7 +201,7 @@ _ulbq() {
         if [[ $current == -* ]]; then
             _ulbq_value '' '--version -h --help' "$current"
         else
-            _ulbq_value '' 'saliency quantize eval convert inspect' "$current"
+            _ulbq_value '' 'saliency quantize eval finetune convert inspect' "$current"
         fi
         ;;
     esac

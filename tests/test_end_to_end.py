@@ -111,3 +111,25 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_llama: Path, text: Path, tm
     assert resumed.returncode == 0, resumed.stderr
     for path in sorted((tmp_path / "straight").glob("*.safetensors")):
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes(), path.name
+
+
+def test_an_artifact_from_a_pipe_is_fine_tuned(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {word}", "completion": f"{word} {word}"} for word in "abcdefgh"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tune = "ulbq finetune --task end-to-end --data pairs.jsonl --samples 4 --sequence-length 24 --rate 2 --offline"
+    chain = shell(f"ulbq quantize {tiny_llama} --method rtn --bits 3 --group-size 32 -o q | {tune}", tmp_path)
+    assert chain.returncode == 0, chain.stderr
+    assert chain.stdout == "artifacts/q-end-to-end\n"
+    # Without a source and a pipe: the newest artifact, which is the one just made.
+    again = shell(f"{tune} --loss kl --seed 1 --json", tmp_path)
+    assert again.returncode == 0, again.stderr
+    manifest = json.loads(again.stdout)
+    assert "taking the newest artifact, artifacts/q-end-to-end" in " ".join(again.stderr.split())
+    assert (manifest["method"], manifest["end_to_end"]["loss"]) == ("rtn", "kl")
+    assert manifest["end_to_end"]["data"]["name"] == "pairs.jsonl"
+    piped = shell(
+        "ls -d q | ulbq finetune - --task end-to-end --data pairs.jsonl --samples 4 --sequence-length 24 "
+        "--offline -o last -q | ulbq inspect - --json",
+        tmp_path,
+    )
+    assert json.loads(piped.stdout)["name"] == "last"

@@ -8,6 +8,7 @@ class ByteTokenizer:
 
     bos_token_id = 256
     eos_token_id = 257
+    pad_token_id = None
 
     def __init__(self, *, bos: bool = False) -> None:
         self.bos = bos

@@ -1,6 +1,7 @@
 """The end-to-end phase in whole runs on tiny models: what it improves, stores, resumes and refuses."""
 
 import gc
+import json
 import os
 import weakref
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from tests.models.tiny import save_tiny
 from ulbq.artifacts.manifest import QuantizedManifest, verify
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
-from ulbq.errors import NumericsError, UsageError
+from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import end_to_end
@@ -350,3 +351,141 @@ def test_the_plan_counts_student_and_teacher(tiny_llama: Path, samples: Path, tm
     }.items():
         peak[name] = plan(request(big, tmp_path / "q", samples, **changes)).cost.peak_memory
     assert peak["none"] < peak["ce"] < peak["scales"] < peak["all"]
+
+
+@pytest.fixture
+def instructions(tmp_path: Path) -> Path:
+    path = tmp_path / "instructions.jsonl"
+    rows = [{"instruction": f"say {word}", "output": f"{word} {word}"} for word in "abcdefghijkl"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def on_instructions(source: Path, out: Path, samples: Path, text: Path, **changes: Any) -> QuantizeRequest:
+    own = {"end_to_end_data": str(text), "end_to_end_samples": 5, "end_to_end": "ce", "sequence_length": 24}
+    return request(source, out, samples, **own | changes)
+
+
+def test_an_instruction_set_teaches_its_answers(
+    tiny_llama: Path, samples: Path, instructions: Path, tmp_path: Path
+) -> None:
+    path, manifest = quantize(on_instructions(tiny_llama, tmp_path / "q", samples, instructions))
+    record = record_of(manifest)
+    assert record.end_error < record.start_error
+    assert record.steps == 5
+    assert (record.data["name"], record.data["samples"]) == ("instructions.jsonl", 7)
+    assert manifest.calibration["name"] == "tokens.safetensors"
+    stored = load_file(path / "end-to-end.safetensors")
+    assert int(stored["taught"].sum()) == record.data["taught_tokens"]
+    # The held-out loss is that of the answers alone.
+    tokens, taught = stored["tokens"][5:].long(), stored["taught"][5:]
+    with torch.no_grad():
+        logits = load_model(resolve(path), dtype=torch.float32)(tokens).logits[:, :-1].log_softmax(-1)
+    losses = -logits.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    assert record.end_error == pytest.approx(float(losses[taught[:, 1:]].mean()), rel=0.01)
+    verify(path)
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_a_phase_on_instructions_goes_on_to_the_same_bytes(
+    steps: int, tiny_llama: Path, samples: Path, instructions: Path, tmp_path: Path
+) -> None:
+    changes = {"end_to_end": "ce-kl", "end_to_end_epochs": 2, "method": "apiq", "adapter": False}
+    changes |= {"end_to_end_train": "scales-zeros", "accumulation": 2}
+    straight, _ = quantize(on_instructions(tiny_llama, tmp_path / "straight", samples, instructions, **changes))
+    asked = on_instructions(tiny_llama, tmp_path / "stopped", samples, instructions, **changes)
+    with pytest.raises(_Stop):
+        quantize(asked, _StopAfter(steps))
+    assert shards(quantize(asked)[0]) == shards(straight)
+
+
+def test_zero_points_train_where_they_are_asked_to(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    changes = {"method": "apiq", "adapter": False, "bits": 3}
+    zeros = {"end_to_end_train": "scales-zeros", "end_to_end_zero_rate": 0.15}
+    learning = {"end_to_end": "ce", "end_to_end_epochs": 2}
+    path, manifest = quantize(request(tiny_llama, tmp_path / "z", samples, **changes, **zeros, **learning))
+    plain, _ = quantize(request(tiny_llama, tmp_path / "p", samples, **changes | _NONE | {"end_to_end": "none"}))
+    before, after = (load_file(folder / "model-block-00001.safetensors") for folder in (plain, path))
+    moved = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"scales", "zeros", "weight"}
+    assert record_of(manifest).end_error < record_of(manifest).start_error
+    tokens = load_file(samples)["tokens"][4:].long()
+    with torch.no_grad():
+        logits = load_model(resolve(path), dtype=torch.float32)(tokens).logits[:, :-1].log_softmax(-1)
+    stored = -logits.gather(-1, tokens[:, 1:, None]).mean()
+    assert record_of(manifest).end_error == pytest.approx(float(stored), rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [{"method": "db-llm"}, {"method": "apiq", "symmetric": True}, {"method": "claq"}])
+def test_zero_points_that_are_not_there_are_refused(
+    changes: dict[str, Any], tiny_llama: Path, samples: Path, tmp_path: Path
+) -> None:
+    group = {"group_size": None} if changes["method"] == "claq" else {}
+    with pytest.raises(UsageError, match="wants zero points"):
+        plan(request(tiny_llama, tmp_path / "q", samples, end_to_end_train="scales-zeros", **changes, **group))
+
+
+def test_embeddings_and_head_as_they_are_stored_give_the_same_bytes(
+    tiny_llama: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tied = save_tiny("llama", tmp_path / "tied", tied=True)
+    for name, dense in {"untied": tiny_llama, "tied": tied}.items():
+        halved, _ = quantize(request(dense, tmp_path / f"{name}-half", samples, precision="bf16"))
+        with monkeypatch.context() as patched:
+            patched.setattr("ulbq.pipeline.student._keep_as_stored", lambda model, outer: None)
+            full, _ = quantize(request(dense, tmp_path / f"{name}-full", samples, precision="bf16"))
+        assert shards(halved) == shards(full)
+
+
+def test_the_student_holds_embeddings_and_head_once_and_as_stored(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[set[torch.dtype]] = []
+    build = end_to_end.build_student
+
+    def watched(*arguments: Any, **named: Any) -> Student:
+        student = build(*arguments, **named)
+        embedding, head = student.model.get_input_embeddings(), student.model.get_output_embeddings()
+        assert embedding.weight is head.weight
+        held.append({embedding.weight.dtype})
+        return student
+
+    monkeypatch.setattr(end_to_end, "build_student", watched)
+    tied = save_tiny("llama", tmp_path / "tied", tied=True)
+    for precision in ("bf16", "fp32"):
+        quantize(request(tied, tmp_path / precision, samples, precision=precision))
+    assert held == [{torch.bfloat16}, {torch.float32}]
+
+
+def test_an_artifact_trains_without_a_walk_over_its_blocks(
+    tiny_llama: Path, samples: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = quantize(request(tiny_llama, tmp_path / "first", samples, end_to_end="none", **_NONE))
+    monkeypatch.setattr("ulbq.pipeline.quantize.Streams", None)
+    path, manifest = quantize(request(first, tmp_path / "second", samples))
+    assert manifest.blocks == ()
+    assert manifest.calibration["name"] == "tokens.safetensors"
+    own = on_instructions(first, tmp_path / "third", samples, instructions)
+    with pytest.raises(UsageError, match="--calibration means nothing"):
+        plan(own)
+    alone, manifest = quantize(own.model_copy(update={"calibration": None}))
+    assert manifest.calibration == {}
+    assert not (alone / "calibration.safetensors").exists()
+    assert (
+        plan(request(first, path, samples)).cost.peak_memory < plan(request(tiny_llama, path, samples)).cost.peak_memory
+    )
+
+
+def test_samples_of_answers_are_no_calibration(
+    tiny_llama: Path, samples: Path, instructions: Path, tmp_path: Path
+) -> None:
+    path, _ = quantize(on_instructions(tiny_llama, tmp_path / "q", samples, instructions))
+    with pytest.raises(InputError, match="examples of an instruction set"):
+        quantize(request(tiny_llama, tmp_path / "r", path / "end-to-end.safetensors"))
+
+
+def test_the_model_may_write_the_text_itself(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    asked = request(tiny_llama, tmp_path / "q", samples, end_to_end_data="self", end_to_end_samples=3)
+    path, manifest = quantize(asked)
+    assert record_of(manifest).data["name"] == "self"
+    assert load_file(path / "end-to-end.safetensors")["tokens"].shape == (5, 24)

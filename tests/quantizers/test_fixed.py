@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ulbq import formats
-from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme, dual_binary
+from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme, affine, dual_binary
 from ulbq.methods.rtn import pack_codes
 from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.fixed import FixedAffine, FixedDualBinary
@@ -61,3 +61,61 @@ def test_the_gradient_of_a_scale_is_what_it_multiplies(scheme: AnyScheme) -> Non
 def test_codes_that_would_train_are_refused() -> None:
     with pytest.raises(ValueError, match="fixed"):
         FixedAffine.from_packed(weight(), packed(AFFINE[0]), AFFINE[0])
+
+
+ASYMMETRIC = [scheme for scheme in AFFINE if not scheme.symmetric]
+
+
+def with_zeros(scheme: AffineScheme) -> FixedAffine:
+    return FixedAffine.from_packed(weight(), packed(scheme), scheme, train_weights=False).let_zeros_train()
+
+
+@pytest.mark.parametrize("scheme", ASYMMETRIC, ids=lambda scheme: scheme.label)
+def test_zero_points_that_moved_are_packed_as_the_nearest_integers(scheme: AffineScheme) -> None:
+    quantizer, before, top = with_zeros(scheme), packed(scheme), 2**scheme.bits - 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in quantizer.finalize().items())
+    [zeros] = quantizer.trainable()["zeros"]
+    stored = zeros.detach().clone()
+    with torch.no_grad():
+        zeros.add_(torch.linspace(-2, 2, zeros.numel()).view(zeros.shape))
+    after = quantizer.finalize()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"zeros"}
+    expected = (stored + torch.linspace(-2, 2, zeros.numel()).view(zeros.shape)).round().clamp(0, top)
+    assert torch.equal(affine.unpack(scheme, after, 32)[2], expected)
+    torch.testing.assert_close(quantizer(), formats.dequantize(scheme, after, 32), rtol=2e-3, atol=2e-3)
+    again = FixedAffine.from_packed(weight(), after, scheme, train_weights=False).let_zeros_train()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in again.finalize().items())
+
+
+def test_the_gradient_of_a_zero_point_passes_straight_through() -> None:
+    quantizer = with_zeros(AFFINE[2])
+    [zeros], [scales] = quantizer.trainable()["zeros"], quantizer.trainable()["scales"]
+    with torch.no_grad():
+        zeros[0, 0] = 9.0  # beyond the border, from where it must find back
+        scales.mul_(1.5)
+    incoming = torch.randn(12, 32, generator=torch.Generator().manual_seed(2))
+    (quantizer() * incoming).sum().backward()
+    absolute = packed(AFFINE[2])["scales"].float() * 1.5
+    torch.testing.assert_close(zeros.grad, -incoming.view(12, 2, 16).sum(-1) * absolute)
+
+
+def test_symmetric_grids_have_no_zero_points_to_train() -> None:
+    with pytest.raises(ValueError, match="no zero points"):
+        with_zeros(AFFINE[3])
+
+
+def test_a_group_of_zeros_stays_one() -> None:
+    scheme, dense = AFFINE[2], weight()
+    dense[0, :16] = 0
+    before = pack_codes("up", scheme, round_to_nearest(dense, scheme))
+    before["scales"][0, 0] = 0
+    quantizer = FixedAffine.from_packed(dense, before, scheme, train_weights=False)
+    assert torch.equal(quantizer.finalize()["scales"], before["scales"])
+    assert (quantizer()[0, :16].abs() < 1e-6).all()
+
+
+def test_nothing_unpacked_is_kept_for_the_backward_pass() -> None:
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
+        made(AFFINE[2])(torch.bfloat16)
+    assert sum(kept) < weight().numel() / 4

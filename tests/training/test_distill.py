@@ -8,20 +8,37 @@ import torch
 from torch import nn
 
 from ulbq.training.distill import (
+    Loss,
     Predicted,
     best_guesses,
     cross_entropy,
-    deviation_aware,
     divergence,
     entropy,
     hidden_error,
+    mean_loss,
     predicted,
+    token_terms,
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
 TEACHER = 3 * torch.randn(2, 5, 11, generator=GENERATOR)
 STUDENT = 3 * torch.randn(2, 5, 11, generator=GENERATOR)
 TOKENS = torch.randint(0, 11, (2, 5), generator=GENERATOR)
+# The tokens that come next; none after the last.
+FOLLOWING = torch.cat([TOKENS[:, 1:], torch.full((2, 1), -100)], 1).flatten()
+
+
+def loss_of(loss: Loss, teacher: Predicted | None, logits: torch.Tensor, gamma: float = 0.5) -> torch.Tensor:
+    """The loss of all positions of both samples."""
+    if teacher is not None:
+        ids = None if teacher.ids is None else teacher.ids.flatten(0, 1)
+        teacher = Predicted(teacher.values.flatten(0, 1), ids)
+    return mean_loss(loss, token_terms(loss, logits.flatten(0, 1), FOLLOWING, teacher, gamma), FOLLOWING)
+
+
+def text_loss(logits: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the text, as torch has it."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
 
 
 def test_the_divergence_is_torchs() -> None:
@@ -83,32 +100,40 @@ def test_a_sure_teacher_has_a_rest_that_survives() -> None:
 
 def test_the_cross_entropy_is_that_of_the_next_token() -> None:
     expected = -STUDENT.log_softmax(-1)[:, :-1].gather(-1, TOKENS[:, 1:, None]).mean()
-    torch.testing.assert_close(cross_entropy(STUDENT, TOKENS), expected)
+    torch.testing.assert_close(loss_of("ce", None, STUDENT), expected)
+    assert cross_entropy(STUDENT.flatten(0, 1), FOLLOWING)[4] == 0
+
+
+def test_both_losses_are_the_sum_of_the_two() -> None:
+    teacher = predicted(TEACHER)
+    expected = divergence(teacher, STUDENT).mean() + text_loss(STUDENT)
+    torch.testing.assert_close(loss_of("ce-kl", teacher, STUDENT), expected)
+    torch.testing.assert_close(loss_of("kl", teacher, STUDENT), divergence(teacher, STUDENT).mean())
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_deviation_aware_weighs_tokens_by_both_entropies(gamma: float) -> None:
     teacher = predicted(TEACHER)
     weights = (entropy(teacher) * entropy(predicted(STUDENT))) ** gamma
-    expected = (weights * divergence(teacher, STUDENT)).sum() / weights.sum() + cross_entropy(STUDENT, TOKENS)
-    torch.testing.assert_close(deviation_aware(teacher, STUDENT, TOKENS, gamma), expected)
+    expected = (weights * divergence(teacher, STUDENT)).sum() / weights.sum() + text_loss(STUDENT)
+    torch.testing.assert_close(loss_of("dad", teacher, STUDENT, gamma), expected)
     if gamma == 0:
-        plain = divergence(teacher, STUDENT).mean() + cross_entropy(STUDENT, TOKENS)
-        torch.testing.assert_close(deviation_aware(teacher, STUDENT, TOKENS, gamma), plain)
+        plain = divergence(teacher, STUDENT).mean() + text_loss(STUDENT)
+        torch.testing.assert_close(loss_of("dad", teacher, STUDENT, gamma), plain)
 
 
 def test_deviation_aware_takes_its_weights_as_constants() -> None:
     teacher, logits = predicted(TEACHER), STUDENT.clone().requires_grad_()
     weights = ((entropy(teacher) * entropy(predicted(STUDENT))) ** 0.5).detach()
     fixed = STUDENT.clone().requires_grad_()
-    ((weights / weights.mean() * divergence(teacher, fixed)).mean() + cross_entropy(fixed, TOKENS)).backward()
-    deviation_aware(teacher, logits, TOKENS, 0.5).backward()
+    ((weights / weights.mean() * divergence(teacher, fixed)).mean() + text_loss(fixed)).backward()
+    loss_of("dad", teacher, logits, 0.5).backward()
     torch.testing.assert_close(logits.grad, fixed.grad)
 
 
 def test_deviation_aware_of_a_teacher_that_is_sure_everywhere_is_finite() -> None:
     sure = Predicted(torch.full((2, 5, 11), -torch.inf).index_fill(-1, torch.tensor([4]), 0.0))
-    assert torch.isfinite(deviation_aware(sure, STUDENT, TOKENS, 0.5))
+    assert torch.isfinite(loss_of("dad", sure, STUDENT, 0.5))
 
 
 def test_a_sink_token_does_not_hide_the_others_hidden_error() -> None:

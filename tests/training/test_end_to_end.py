@@ -14,9 +14,11 @@ from ulbq.errors import UsageError
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.models.blocks import block_list
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
-from ulbq.training.end_to_end import EndToEndSettings, EndToEndTrainer, Epoch, Samples
+from ulbq.training.end_to_end import EndToEndSettings, EndToEndTrainer, Epoch
+from ulbq.training.head import Head
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.precision import Precision
+from ulbq.training.samples import Samples
 from ulbq.training.settings import TrainSettings
 from ulbq.training.student import Student
 from ulbq.training.teacher import StreamedTeacher
@@ -38,9 +40,10 @@ def make_student(*, checkpointing: bool = True) -> Student:
 
 def make_trainer(folder: Path, student: Student, **changes: Any) -> EndToEndTrainer:
     values = {"loss": "kl", "epochs": 2, "rate": 1.0, "accumulation": 2, "block": TrainSettings(warmup=0)}
-    teacher = StreamedTeacher(tiny_model(tiny_config("llama", num_hidden_layers=2)), TOKENS, PRECISION, hidden=True)
+    samples = changes.pop("samples", Samples(TOKENS, 4))
+    teacher = StreamedTeacher(tiny_model(tiny_config("llama", num_hidden_layers=2)), samples, PRECISION, hidden=True)
     settings = EndToEndSettings.model_validate(values | changes)
-    return EndToEndTrainer(student, teacher, Samples(TOKENS, 4), settings, folder=folder, seed=3)
+    return EndToEndTrainer(student, teacher, samples, settings, folder=folder, seed=3)
 
 
 def run(trainer: EndToEndTrainer, done: list[Epoch] | None = None) -> tuple[Epoch, list[Epoch], list[float]]:
@@ -54,7 +57,7 @@ def state(student: Student) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in student.model.named_parameters()}
 
 
-@pytest.mark.parametrize("loss", ["kl", "kl-hidden", "dad", "ce"])
+@pytest.mark.parametrize("loss", ["kl", "kl-hidden", "dad", "ce", "ce-kl"])
 def test_checkpointing_changes_no_gradient(loss: str, tmp_path: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -181,3 +184,87 @@ def test_a_rate_is_a_share_of_the_blocks_rate() -> None:
 def test_hidden_states_from_a_cache_are_refused() -> None:
     with pytest.raises(UsageError, match="hidden states"):
         EndToEndSettings(loss="kl-hidden", teacher="cached")
+
+
+TAUGHT = torch.zeros_like(TOKENS, dtype=torch.bool)
+TAUGHT[:, 5:9] = True
+TAUGHT[1, 7:9] = False
+LOSSES = ["ce", "kl", "ce-kl", "kl-hidden", "dad"]
+
+
+def masked(tokens: torch.Tensor) -> Samples:
+    return Samples(tokens, 4, TAUGHT)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_is_not_taught_does_not_count(loss: str, tmp_path: Path) -> None:
+    behind = TOKENS.clone()
+    behind[:, 9:] = 5
+    before = TOKENS.clone()
+    before[0, 7] = 5
+    pair, student = torch.tensor([0, 1]), make_student()
+    values = [
+        make_trainer(tmp_path, student, loss=loss, samples=samples)._loss(pair, True).item()
+        for samples in (masked(TOKENS), masked(behind), masked(before), Samples(TOKENS, 4))
+    ]
+    assert values[0] == values[1]
+    assert abs(values[0] - values[2]) > 1e-4
+    assert abs(values[0] - values[3]) > 1e-4
+
+
+def test_masked_losses_are_means_over_the_answers_alone(tmp_path: Path) -> None:
+    student = make_student()
+    pair = torch.tensor([0, 1])
+    with torch.no_grad():
+        ours = student.model(TOKENS[pair]).logits.log_softmax(-1)
+        theirs = tiny_model(tiny_config("llama", num_hidden_layers=2))(TOKENS[pair]).logits.log_softmax(-1)
+    text = -ours[:, :-1].gather(-1, TOKENS[pair, 1:, None]).squeeze(-1)[TAUGHT[pair, 1:]].mean()
+    distances = (theirs.exp() * (theirs - ours)).sum(-1)[:, :-1][TAUGHT[pair, 1:]].mean()
+    for loss, expected in {"ce": text, "kl": distances, "ce-kl": text + distances}.items():
+        trainer = make_trainer(tmp_path, student, loss=loss, samples=masked(TOKENS))
+        torch.testing.assert_close(trainer._loss(pair, True).detach(), expected)
+
+
+def test_a_batch_is_cut_behind_its_longest_answer() -> None:
+    batch = masked(TOKENS).batch(torch.tensor([1]))
+    assert torch.equal(batch.tokens, TOKENS[1:2, :7])
+    assert batch.counted[0].nonzero().squeeze(1).tolist() == [4, 5]
+    whole = Samples(TOKENS, 4).batch(torch.tensor([1]))
+    assert whole.counted.all()
+    assert whole.following[0].tolist() == [*TOKENS[1, 1:].tolist(), -100]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_chunks_of_the_head_change_no_gradient(loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = []
+    for chunk in (1000, 3):
+        monkeypatch.setattr(Head, "chunk", lambda self, copies, chunk=chunk: chunk)
+        student = make_student()
+        trainer = make_trainer(tmp_path, student, loss=loss, train="all", samples=masked(TOKENS))
+        trainer._loss(torch.tensor([0, 1, 2]), True).backward()
+        gradients.append({n: p.grad for n, p in student.model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt_neox", "mixtral", "deepseek", "phi3"])
+def test_the_head_is_what_the_model_has_behind_its_trunk(family: str) -> None:
+    model = tiny_model(tiny_config(family))
+    student = Student(model, block_list(model)[1], PRECISION)
+    with torch.no_grad():
+        expected = model(TOKENS[:2]).logits
+        states, _ = student.run(TOKENS[:2])
+        torch.testing.assert_close(student.head.logits(states.flatten(0, 1)[5:9]), expected.flatten(0, 1)[5:9])
+        torch.testing.assert_close(model(TOKENS[:2]).logits, expected)
+
+
+def test_samples_of_different_length_count_by_their_answers(tmp_path: Path) -> None:
+    ends = []
+    for size in (1, 4):
+        student = make_student()
+        folder = _folder(tmp_path, str(size))
+        run(make_trainer(folder, student, batch_size=size, accumulation=4, samples=masked(TOKENS)))
+        ends.append(state(student))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, atol=2e-4, rtol=2e-4)

@@ -7,13 +7,22 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.models.tiny import tiny_config, tiny_model
-from ulbq.training.distill import divergence
+from ulbq.training.distill import Predicted, divergence
 from ulbq.training.precision import Precision
-from ulbq.training.teacher import CachedTeacher, StreamedTeacher
+from ulbq.training.samples import Samples
+from ulbq.training.teacher import CachedTeacher, Lesson, StreamedTeacher
 
 TOKENS = torch.randint(3, 250, (5, 12), generator=torch.Generator().manual_seed(1))
 PRECISION = Precision(torch.device("cpu"), torch.float32)
 SOME = torch.tensor([3, 0])
+SAMPLES = Samples(TOKENS, 3)
+
+
+def said(lesson: Lesson) -> Predicted:
+    """The lesson of two whole samples."""
+    flat = lesson.predict(torch.arange(2 * TOKENS.shape[1]))
+    ids = None if flat.ids is None else flat.ids.unflatten(0, (2, -1))
+    return Predicted(flat.values.unflatten(0, (2, -1)), ids)
 
 
 @pytest.fixture(scope="module")
@@ -22,24 +31,24 @@ def model() -> PreTrainedModel:
 
 
 def test_a_streamed_lesson_is_what_the_model_says(model: PreTrainedModel) -> None:
-    lesson = StreamedTeacher(model, TOKENS, PRECISION, hidden=True).lesson(SOME)
+    lesson = StreamedTeacher(model, SAMPLES, PRECISION, hidden=True).lesson(SOME)
     with torch.no_grad():
         expected = model(TOKENS[SOME], output_hidden_states=True)
-    torch.testing.assert_close(lesson.prediction.values, expected.logits.log_softmax(-1))
+    torch.testing.assert_close(said(lesson).values, expected.logits.log_softmax(-1))
     assert lesson.hidden is not None
     assert len(lesson.hidden) == 3
     for ours, theirs in zip(lesson.hidden[:-1], expected.hidden_states[1:], strict=False):
         torch.testing.assert_close(ours, theirs)
-    assert StreamedTeacher(model, TOKENS, PRECISION).lesson(SOME).hidden is None
+    assert StreamedTeacher(model, SAMPLES, PRECISION).lesson(SOME).hidden is None
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 20])
 def test_a_cache_gives_back_the_best_guesses(limit: int, model: PreTrainedModel, tmp_path: Path) -> None:
-    asked = StreamedTeacher(model, TOKENS, PRECISION)
+    asked = StreamedTeacher(model, SAMPLES, PRECISION)
     heard: list[int] = []
     cached = CachedTeacher(
         asked,
-        TOKENS,
+        SAMPLES,
         top_k=7,
         device=PRECISION.device,
         limit=limit,
@@ -47,7 +56,7 @@ def test_a_cache_gives_back_the_best_guesses(limit: int, model: PreTrainedModel,
         on_sample=lambda: heard.append(1),
     )
     assert len(heard) == len(TOKENS)
-    lesson, full = cached.lesson(SOME).prediction, asked.lesson(SOME).prediction
+    lesson, full = said(cached.lesson(SOME)), said(asked.lesson(SOME))
     best = full.values.topk(7, dim=-1)
     assert lesson.ids is not None
     assert torch.equal(lesson.ids, best.indices)
@@ -56,8 +65,8 @@ def test_a_cache_gives_back_the_best_guesses(limit: int, model: PreTrainedModel,
 
 
 def test_a_cache_of_the_whole_vocabulary_teaches_the_same(model: PreTrainedModel, tmp_path: Path) -> None:
-    asked = StreamedTeacher(model, TOKENS, PRECISION)
-    cached = CachedTeacher(asked, TOKENS, top_k=9999, device=PRECISION.device, limit=1 << 30, directory=tmp_path)
+    asked = StreamedTeacher(model, SAMPLES, PRECISION)
+    cached = CachedTeacher(asked, SAMPLES, top_k=9999, device=PRECISION.device, limit=1 << 30, directory=tmp_path)
     student = torch.randn(2, 12, 256, generator=torch.Generator().manual_seed(2))
-    whole = divergence(asked.lesson(SOME).prediction, student)
-    torch.testing.assert_close(divergence(cached.lesson(SOME).prediction, student), whole)
+    whole = divergence(said(asked.lesson(SOME)), student)
+    torch.testing.assert_close(divergence(said(cached.lesson(SOME)), student), whole)

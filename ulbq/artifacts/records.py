@@ -66,7 +66,8 @@ class EndToEndRecord(Record):
     """How the whole model trained after its blocks.
 
     Attributes:
-        loss: ``ce``, ``kl``, ``kl-hidden`` or ``dad``.
+        loss: ``ce``, ``kl``, ``ce-kl``, ``kl-hidden`` or ``dad``.
+        data: of the text, as the calibration's; empty where it was the calibration's.
         start_error: loss of the blocks' result on held-out samples.
         end_error: the same loss of what was stored.
         epochs: number of the epoch that was stored; 0 where none improved on the start.
@@ -76,6 +77,7 @@ class EndToEndRecord(Record):
     """
 
     loss: str
+    data: dict[str, Any] = {}
     start_error: float
     end_error: float
     epochs: int

@@ -45,27 +45,33 @@ class Calibration:
     Attributes:
         name: the data set, the file's name, ``mix`` or ``self``.
         tokens: int64 ``[samples, length]``, on the CPU.
-        seed: what the windows, or the model's own words, were drawn with.
+        seed: what the windows, the examples or the model's own words were drawn with.
+        taught: bool ``[samples, length]``, the tokens that are to be learnt; None for all.
     """
 
     name: str
     tokens: torch.Tensor
     seed: int
+    taught: torch.Tensor | None = None
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the shape and of the tokens as little-endian int32."""
+        """Hash of the shape, of the tokens as little-endian int32, and of which are learnt as bytes."""
         digest = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
         digest.update(self.tokens.numpy().astype("<i4").tobytes())
+        if self.taught is not None:
+            digest.update(self.taught.numpy().tobytes())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """What a manifest notes: name, samples, sequence_length, seed, sha256."""
+        """What a manifest notes: name, samples, sequence_length, seed, sha256; and how many tokens are learnt."""
         samples, length = self.tokens.shape
+        learnt = {} if self.taught is None else {"taught_tokens": int(self.taught.sum())}
         return {
             "name": self.name,
             "samples": samples,
             "sequence_length": length,
+            **learnt,
             "seed": self.seed,
             "sha256": self.sha256,
         }
@@ -107,7 +113,7 @@ def calibration_samples(
     generator = torch.Generator().manual_seed(seed)
     path = Path(spec)
     if suffix_of(path) == ".safetensors":
-        return Calibration(path.name, _stored_samples(path, len(tokenizer), samples, length, generator), seed)
+        return _stored_samples(path, len(tokenizer), samples, length, generator, seed)
     leading = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
     drawn = []
     for name, share in _shares(spec, samples).items():
@@ -143,8 +149,11 @@ def _source(name: str, needed: int, data_dir: Path | None, offline: bool) -> tup
     )
 
 
-def _stored_samples(path: Path, vocabulary: int, samples: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    tokens = load_calibration(path).tokens
+def _stored_samples(
+    path: Path, vocabulary: int, samples: int, length: int, generator: torch.Generator, seed: int
+) -> Calibration:
+    loaded = load_calibration(path)
+    tokens, taught = loaded.tokens, loaded.taught
     outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
     if outside.numel():
         raise InputError(
@@ -152,27 +161,37 @@ def _stored_samples(path: Path, vocabulary: int, samples: int, length: int, gene
             hint="The file was written with another model's tokenizer.",
         )
     rows, columns = tokens.shape
-    if rows == 1 and samples > 1:
-        return draw_windows(tokens[0], samples, length, generator, str(path))
+    if rows == 1 and samples > 1 and taught is None:
+        return Calibration(path.name, draw_windows(tokens[0], samples, length, generator, str(path)), seed)
     if rows < samples or columns < length:
         raise InputError(
             f"{path} holds {rows} samples of {columns} tokens, not {samples} of {length}.",
             hint=f"Pass --samples {min(samples, rows)} --sequence-length {min(length, columns)}.",
         )
-    return tokens[:samples, :length].contiguous()
+    cut = None if taught is None else taught[:samples, :length].contiguous()
+    if cut is not None and not cut[:, 1:].any(1).all():
+        raise InputError(
+            f"{path} holds samples whose answers begin behind {length} tokens.",
+            hint=f"Pass --sequence-length {columns}.",
+        )
+    return Calibration(path.name, tokens[:samples, :length].contiguous(), seed, cut)
 
 
 def save_calibration(path: Path, calibration: Calibration) -> None:
     """Write samples as safetensors, whole or not at all.
 
-    The file holds ``tokens``, int32 ``[samples, length]``, with name, seed and hash as metadata.
+    The file holds ``tokens``, int32 ``[samples, length]``, and ``taught`` bool where not all are to be learnt, with
+    name, seed and hash as metadata.
 
     Raises:
         ResourceError: the disk is full, or the folder cannot be written.
     """
     # One metadata entry: safetensors writes several in an order that changes from file to file.
     origin = {"name": calibration.name, "seed": calibration.seed, "sha256": calibration.sha256}
-    data = safetensors.torch.save({"tokens": calibration.tokens.to(torch.int32)}, {_ORIGIN: json.dumps(origin)})
+    tensors = {"tokens": calibration.tokens.to(torch.int32)}
+    if calibration.taught is not None:
+        tensors["taught"] = calibration.taught
+    data = safetensors.torch.save(tensors, {_ORIGIN: json.dumps(origin)})
     with writing(path):
         write_atomically(path, data)
 
@@ -180,7 +199,7 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
 def load_calibration(path: Path) -> Calibration:
     """Read what :func:`save_calibration` wrote, or any safetensors file with integer ``tokens``.
 
-    A flat ``[n]`` tensor counts as one long sample.
+    A flat ``[n]`` tensor counts as one long sample. ``taught`` is read where it is there.
 
     Raises:
         InputError: no such file, not safetensors, no integer ``tokens``, or not the tokens that were saved.
@@ -188,7 +207,9 @@ def load_calibration(path: Path) -> Calibration:
     try:
         with safetensors.safe_open(path, "pt") as file:
             origin = json.loads((file.metadata() or {}).get(_ORIGIN, "{}"))
-            tokens = file.get_tensor("tokens") if "tokens" in set(file.keys()) else torch.empty(0)
+            names = set(file.keys())
+            tokens = file.get_tensor("tokens") if "tokens" in names else torch.empty(0)
+            taught = file.get_tensor("taught") if "taught" in names else None
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.", hint="Check the path.") from error
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -198,7 +219,9 @@ def load_calibration(path: Path) -> Calibration:
     if not isinstance(origin, dict):
         origin = {}  # another tool's note
     tokens = tokens.to(torch.int64).reshape(-1, tokens.shape[-1])
-    loaded = Calibration(origin.get("name", path.name), tokens, origin.get("seed", 0))
+    if taught is not None and (taught.dtype != torch.bool or taught.shape != tokens.shape):
+        raise InputError(f"'taught' in {path} does not fit its tokens.", hint="It needs booleans [samples, length].")
+    loaded = Calibration(origin.get("name", path.name), tokens, origin.get("seed", 0), taught)
     if origin.get("sha256", loaded.sha256) != loaded.sha256:
         raise InputError(f"The tokens in {path} are not those that were saved.", hint="The file is damaged.")
     return loaded

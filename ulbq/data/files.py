@@ -15,10 +15,10 @@ TEXT_SUFFIXES = (".txt", *ROW_SUFFIXES)
 
 _CHUNK = 1 << 20  # characters read from a .txt file at a time
 _WHOLE_TEXT = ("text", "content", "page")
-_QUESTION = ("instruction", "prompt", "question", "query")
-_CONTEXT = ("input", "context")
-_ANSWER = ("output", "response", "completion", "answer")
-_CHAT = ("messages", "conversations")
+QUESTION = ("instruction", "prompt", "question", "query")
+CONTEXT = ("input", "context")
+ANSWER = ("output", "response", "completion", "answer")
+CHAT = ("messages", "conversations")
 
 
 def suffix_of(path: Path) -> str:
@@ -35,10 +35,15 @@ def read_rows(path: Path) -> Iterator[Row]:
         InputError: no such file, another ending, or a broken file; a broken line is named by its number.
         ResourceError: Parquet without pyarrow installed.
     """
+    return (row for _, row in numbered_rows(path))
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Rows as :func:`read_rows` gives them, each with its line in the file; of Parquet, with its number. From 1 on."""
     _require_file(path)
     suffix = suffix_of(path)
     if suffix == ".parquet":
-        return _parquet_rows(path)
+        return enumerate(_parquet_rows(path), start=1)
     if suffix in ROW_SUFFIXES:
         return _json_rows(path)
     raise _unreadable(path, ROW_SUFFIXES)
@@ -65,24 +70,25 @@ def read_text_file(path: Path) -> Iterator[str]:
 
 def text_of(row: Row) -> str | None:
     """The text of one row, by the layouts that :func:`read_text_file` names; None where it has none of them."""
-    whole = _first(row, _WHOLE_TEXT)
+    whole = first(row, _WHOLE_TEXT)
     if whole is not None:
         return whole
-    question, answer = _first(row, _QUESTION), _first(row, _ANSWER)
+    question, answer = first(row, QUESTION), first(row, ANSWER)
     if question is not None and answer is not None:
-        return "\n\n".join(part for part in (question, _first(row, _CONTEXT), answer) if part)
-    for name in _CHAT:
+        return "\n\n".join(part for part in (question, first(row, CONTEXT), answer) if part)
+    for name in CHAT:
         if isinstance(row.get(name), list):
             return _chat_text(row[name])
     return None
 
 
-def _first(row: Row, names: tuple[str, ...]) -> str | None:
+def first(row: Row, names: tuple[str, ...]) -> str | None:
+    """The first of some columns that holds text; None where none does."""
     return next((row[name] for name in names if isinstance(row.get(name), str)), None)
 
 
 def _chat_text(turns: list[Any]) -> str | None:
-    contents = [_first(turn, ("content", "value")) for turn in turns if isinstance(turn, Mapping)]
+    contents = [first(turn, ("content", "value")) for turn in turns if isinstance(turn, Mapping)]
     said = [content for content in contents if content]
     return "\n\n".join(said) if said else None
 
@@ -104,13 +110,13 @@ def _row_texts(path: Path) -> Iterator[str]:
         yield text
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
     open_binary = gzip.open if path.suffix.lower() == ".gz" else Path.open
     try:
         with open_binary(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _json_row(path, number, line)
+                    yield number, _json_row(path, number, line)
     except (gzip.BadGzipFile, EOFError) as error:
         raise InputError(f"{path} is not a whole gzip file.", hint="Fetch it again.") from error
 

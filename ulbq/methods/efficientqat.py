@@ -25,10 +25,10 @@ from ulbq.quantizers.affine import AffineForm, AffineQuantizer
 from ulbq.solvers.rtn import round_to_nearest
 
 BlockApStart = Literal["min-max", "search", "gptq"]
-Trained = Literal["clipping", "grid", "rounding", "weights", "all"]
+BlockTrained = Literal["clipping", "grid", "rounding", "weights", "all"]
 RateUnit = Literal["step", "weight"]
 
-_FORMS: dict[Trained, AffineForm] = {
+_FORMS: dict[BlockTrained, AffineForm] = {
     "clipping": AffineForm(grid="ends"),
     "grid": AffineForm(grid="scales"),
     "rounding": AffineForm(grid="scales", reach=0.5),
@@ -51,7 +51,7 @@ class EfficientQatOptions(TrainedOptions, AffineOptions):
     """
 
     start: BlockApStart = "search"
-    train: Trained = "all"
+    train: BlockTrained = "all"
     rate_unit: RateUnit = "step"
 
     @property

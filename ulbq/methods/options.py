@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ulbq.data.instructions import Template
 from ulbq.errors import UsageError
 from ulbq.formats.binary_mos import Zeros
 from ulbq.methods.switches import BELONGS_TO, idle, typed
 from ulbq.nn.adapter import AdapterConfig
 from ulbq.solvers.allocation import CANDIDATES, NOMINAL_OUTLIER_BITS, OUTLIER_BITS
-from ulbq.training.end_to_end import EndToEndSettings
+from ulbq.training.end_to_end import EndToEndSettings, Trained
 from ulbq.training.losses import TokenWeighting
 from ulbq.training.penalty import Penalized
 from ulbq.training.settings import TrainSettings
@@ -23,7 +24,7 @@ from ulbq.training.stages import Stage
 
 AffineBits = Literal[1, 2, 3, 4, 8]
 Allocation = Literal["global", "layer", "outlier", "hessian"]
-EndToEnd = Literal["none", "ce", "kl", "kl-hidden", "dad"]
+EndToEnd = Literal["none", "ce", "kl", "ce-kl", "kl-hidden", "dad"]
 
 
 class MethodOptions(BaseModel):
@@ -335,11 +336,17 @@ class EndToEndOptions(MethodOptions):
 
     Attributes:
         end_to_end: the loss: ``none`` for no such phase, ``ce`` on the text, ``kl`` to the teacher's predictions,
-            ``kl-hidden`` with the distance of the hidden states too, ``dad`` deviation-aware (DB-LLM).
+            ``ce-kl`` both, ``kl-hidden`` with the distance of the hidden states too, ``dad`` deviation-aware (DB-LLM).
+        end_to_end_data: plain text or an instruction set, see :func:`ulbq.data.instructions.training_text`; None for
+            the calibration samples.
+        end_to_end_samples: how many of that train; None for as many as the calibration has.
+        end_to_end_template: how instructions are laid out; None for the tokenizer's chat template, if it has one.
         end_to_end_epochs: passes over the samples.
         end_to_end_rate: learning rates, as a share of those of the blocks' training; 0.4 in steps of 2 samples was the
             best of five settings for two epochs of ``kl`` on 16 samples.
-        end_to_end_train: scales and what is as small, the codes fixed, or weights too.
+        end_to_end_train: scales and what is as small, the codes fixed; zero points too; or weights too.
+        end_to_end_zero_rate: learning rate of zero points in grid steps, before ``end_to_end_rate``.
+        checkpointing: keep only the blocks' inputs for the backward pass, and run each block again there.
         accumulation: samples a step.
         teacher: ``streamed`` runs the full-precision model beside the student, ``cached`` keeps its best guesses.
         teacher_top_k: guesses a token that the cache keeps; the rest is one lump.
@@ -348,14 +355,29 @@ class EndToEndOptions(MethodOptions):
     """
 
     end_to_end: EndToEnd = "none"
+    end_to_end_data: str | None = None
+    end_to_end_samples: int | None = Field(default=None, ge=1)
+    end_to_end_template: Template | None = None
     end_to_end_epochs: int = Field(default=1, ge=1)
     end_to_end_rate: float = Field(default=0.4, gt=0)
-    end_to_end_train: Literal["scales", "all"] = "scales"
+    end_to_end_train: Trained = "scales"
+    end_to_end_zero_rate: float = Field(default=0.1, ge=0)
     accumulation: int = Field(default=2, ge=1)
+    checkpointing: bool = True
     teacher: Literal["streamed", "cached"] = "streamed"
     teacher_top_k: int = Field(default=64, ge=1)
     end_to_end_gamma: float = Field(default=0.5, ge=0)
     end_to_end_hidden_weight: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _refuse_zero_points_that_are_not_there(self) -> Self:
+        # Of all formats only affine's asymmetric grids have zero points that are integers.
+        if self.end_to_end_train == "scales-zeros" and getattr(self, "symmetric", True):
+            raise UsageError(
+                "--end-to-end-train scales-zeros wants zero points, which only an asymmetric affine format has.",
+                hint="Take --end-to-end-train scales.",
+            )
+        return self
 
 
 class TrainedOptions(EndToEndOptions, StageOptions, GranularityOptions, AdapterOptions, TrainOptions):
@@ -370,7 +392,9 @@ class TrainedOptions(EndToEndOptions, StageOptions, GranularityOptions, AdapterO
             epochs=self.end_to_end_epochs,
             rate=self.end_to_end_rate,
             train=self.end_to_end_train,
+            zero_rate=self.end_to_end_zero_rate,
             accumulation=self.accumulation,
+            checkpointing=self.checkpointing,
             teacher=self.teacher,
             top_k=self.teacher_top_k,
             gamma=self.end_to_end_gamma,

@@ -81,6 +81,16 @@ def _fixed_grid(known: Mapping[str, Any]) -> bool:
     return known.get("train") == "weights" and known.get("end_to_end", "none") == "none"
 
 
+def _textless(known: Mapping[str, Any]) -> bool:
+    """Whether an end-to-end phase has no text of its own."""
+    return "end_to_end_data" in known and (known["end_to_end_data"] is None or known.get("end_to_end") == "none")
+
+
+def _zeros_fixed(known: Mapping[str, Any]) -> bool:
+    train = known.get("end_to_end_train", "scales-zeros")
+    return train != "scales-zeros" or known.get("end_to_end") == "none"
+
+
 _TEACHER = frozenset({"teacher", "teacher_top_k"})
 SWITCHES = (
     Switch("--train-weights", _has("train_weights", False), frozenset({"weight_rate"})),
@@ -119,15 +129,27 @@ SWITCHES = (
     Switch(
         "--end-to-end",
         _has("end_to_end", "none"),
-        frozenset({"end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "accumulation"}) | _TEACHER,
+        frozenset(
+            {
+                *("end_to_end_data", "end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "accumulation"),
+                *("checkpointing",),
+            }
+        )
+        | _TEACHER,
     ),
+    Switch("--end-to-end-data", _textless, frozenset({"end_to_end_samples", "end_to_end_template"})),
+    Switch("--end-to-end-train scales-zeros", _zeros_fixed, frozenset({"end_to_end_zero_rate"})),
     Switch("--train-weights", _frozen_for_good, frozenset({"end_to_end_train"})),
     Switch("--train all", _grid_for_good, frozenset({"end_to_end_train"})),
     Switch("--end-to-end kl", _has("end_to_end", "ce"), _TEACHER),
-    Switch("--end-to-end dad", _has("end_to_end", "none", "ce", "kl", "kl-hidden"), frozenset({"end_to_end_gamma"})),
+    Switch(
+        "--end-to-end dad",
+        _has("end_to_end", "none", "ce", "kl", "ce-kl", "kl-hidden"),
+        frozenset({"end_to_end_gamma"}),
+    ),
     Switch(
         "--end-to-end kl-hidden",
-        _has("end_to_end", "none", "ce", "kl", "dad"),
+        _has("end_to_end", "none", "ce", "kl", "ce-kl", "dad"),
         frozenset({"end_to_end_hidden_weight"}),
     ),
     Switch("--teacher cached", _has("teacher", "streamed"), frozenset({"teacher_top_k"})),
@@ -144,6 +166,8 @@ BELONGS_TO = {
 _TYPED = {
     "penalty": "lambda",
     "stages": "stage",
+    "end_to_end_template": "template",
+    "end_to_end_zero_rate": "zero-rate",
     "end_to_end_gamma": "dad-gamma",
     "end_to_end_hidden_weight": "hidden-weight",
 }

@@ -20,7 +20,8 @@ from ulbq.pipeline.finish import TUNED, layer_record, recorded_schemes
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.student import Folders, build_student, write_tuned
 from ulbq.progress import Progress
-from ulbq.training.end_to_end import EndToEndSettings, EndToEndTrainer, Epoch, Samples
+from ulbq.training.end_to_end import EndToEndSettings, EndToEndTrainer, Epoch
+from ulbq.training.samples import Samples
 from ulbq.training.student import Student
 from ulbq.training.teacher import CachedTeacher, StreamedTeacher, Teacher
 
@@ -73,13 +74,13 @@ class _Phase:
         return all(f"{TUNED}{index}" in self.writer.journal for index in range(self.job.found.n_blocks))
 
 
-def train_end_to_end(job: Job, writer: ArtifactWriter, calibration: Calibration, progress: Progress) -> EndToEndRecord:
+def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progress: Progress) -> EndToEndRecord:
     """Train the packed model as a whole, and exchange its shards where that made it better.
 
     Args:
         job: the run, with settings of the phase.
         writer: with all blocks written and noted.
-        calibration: the samples, those held out last.
+        text: the samples, those held out last.
         progress: told how it goes.
 
     Raises:
@@ -89,22 +90,22 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, calibration: Calibration,
     settings = job.method.needs.end_to_end
     if settings is None:
         raise ValueError("there is no end-to-end phase")
-    phase = _Phase(job, writer, progress, settings, Samples(calibration.tokens, job.request.samples or 0))
+    samples = Samples(text.tokens, job.text_samples, text.taught)
+    phase = _Phase(job, writer, progress, settings, samples)
     phase.after.blocks.mkdir(exist_ok=True)
     if not phase.tuned and not (phase.over and not phase.epochs[-1].best):
         _train(phase)
     if phase.tuned:
         _exchange(phase)
-    return _record(phase)
+    record = _record(phase)
+    return record if job.request.end_to_end_data is None else record.model_copy(update={"data": text.record()})
 
 
 def _train(phase: _Phase) -> None:
     """Train what is left, and write the tuned blocks where any epoch was better than the start."""
     job, settings, writer = phase.job, phase.settings, phase.writer
     teacher = None if phase.over or not settings.taught else _teacher(phase)
-    student = build_student(
-        job, phase.before, train_weights=settings.train == "all", checkpointing=settings.checkpointing
-    )
+    student = build_student(job, phase.before, train=settings.train, checkpointing=settings.checkpointing)
     folder = writer.scratch / "end-to-end"
     folder.mkdir(exist_ok=True)
     trainer = EndToEndTrainer(student, teacher, phase.samples, settings, folder=folder, seed=job.request.seed)
@@ -125,15 +126,15 @@ def _train(phase: _Phase) -> None:
 
 def _teacher(phase: _Phase) -> Teacher:
     """The full-precision model in the dtype of the run's products, or what a pass through it left."""
-    job, settings, tokens = phase.job, phase.settings, phase.samples.tokens
+    job, settings, samples = phase.job, phase.settings, phase.samples
     model = load_model(job.source, dtype=job.precision.dtype, device=job.precision.device)
-    streamed = StreamedTeacher(model, tokens, job.precision, hidden=settings.loss == "kl-hidden")
+    streamed = StreamedTeacher(model, samples, job.precision, hidden=settings.loss == "kl-hidden")
     if settings.teacher == "streamed":
         return streamed
-    with phase.progress.phase("Asking the teacher", len(tokens)) as bar:
+    with phase.progress.phase("Asking the teacher", len(samples.tokens)) as bar:
         return CachedTeacher(
             streamed,
-            tokens,
+            samples,
             top_k=settings.top_k,
             device=job.precision.device,
             limit=job.request.activation_memory or 0,
@@ -145,7 +146,8 @@ def _teacher(phase: _Phase) -> Teacher:
 def _write(phase: _Phase, student: Student) -> None:
     """Pack the blocks one by one, and note each with the records of its layers."""
     job = phase.job
-    sizes, schemes = student.input_sizes(phase.samples.tokens[-1:]), phase.schemes
+    last = torch.tensor([len(phase.samples.tokens) - 1])
+    sizes, schemes = student.input_sizes(phase.samples.batch(last).tokens), phase.schemes
     for index in range(job.found.n_blocks):
         if f"{TUNED}{index}" in phase.writer.journal:
             continue

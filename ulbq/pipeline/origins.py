@@ -154,6 +154,11 @@ class Start:
             )
         return adapters
 
+    @property
+    def adapted(self) -> bool:
+        """Whether it brings an adapter."""
+        return bool(self._adapters)
+
     def _adapted(self, config: AdapterConfig) -> set[str]:
         return {linear for linear in self.source.packed if config.matches(linear)}
 

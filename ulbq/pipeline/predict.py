@@ -12,9 +12,10 @@ from ulbq import formats, runtime
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import Method
 from ulbq.models.blocks import Linear, ModelStructure, block_list
-from ulbq.pipeline.request import QuantizeRequest
+from ulbq.pipeline.request import QuantizeRequest, text_samples
 from ulbq.pipeline.saliency_plan import SaliencyRequest, predict_scoring
 from ulbq.saliency import KINDS, SaliencyKind, SaliencySettings
+from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
 
 # Float32 copies of a block's linear weights that live at the peak: the block itself, latents, gradient, two moments,
@@ -33,10 +34,10 @@ _PENALTY_COPIES = 4
 _ADAPTER_COPIES = 6
 # Hidden-sized float32 activations of one step that autograd keeps, in units of the batch's hidden states.
 _STEP_ACTIVATIONS = 40
-# Float32 copies of a step's logits, of student and teacher together: themselves, log-probabilities, gradients.
-_LOGITS = 7
 # Float32 copies of one block's weights while it runs: the quantized weight, its gradient, and what autograd keeps.
 _QUANTIZED_COPIES = 4
+# Bytes a weight whose code is fixed takes in memory while the whole model trains; 0 for what its format stores.
+_FIXED_BYTES = {"affine": 0.0, "dual_binary": 0.0, "codebook": 1.0, "binary_mos": 4.0}
 
 
 class Cost(BaseModel):
@@ -63,7 +64,13 @@ class _Need(NamedTuple):
 
 
 def predict(
-    request: QuantizeRequest, method: Method, found: ModelStructure, model: PreTrainedModel, precision: Precision
+    request: QuantizeRequest,
+    method: Method,
+    found: ModelStructure,
+    model: PreTrainedModel,
+    precision: Precision,
+    *,
+    blocks_stay: bool = False,
 ) -> Cost:
     """Predict memory and disk of a run.
 
@@ -71,20 +78,21 @@ def predict(
         request: completed.
         model: the skeleton of which ``found`` tells.
         precision: of the run.
+        blocks_stay: an artifact's blocks are taken as they are.
     """
     run = _Run(request, method, found, model, precision)
     adapters = 2 * sum(run.adapter_values(block) for block in found.linears)
     artifact = run.packed() + (run.weights - sum(run.quantized)) * 2 + adapters
     started = runtime.peak_memory()
-    blocks, whole = run.blocks(), run.end_to_end()
+    blocks, whole = run.untouched() if blocks_stay else run.blocks(), run.end_to_end()
     # On top: most of what the blocks leave behind stays with the allocator, in pieces that the whole does not fit.
     memory = started + blocks.memory + whole.memory
     # The adapters lie in the scratch folder too, the tuned blocks beside those whose places they take.
     disk = artifact + adapters + max(blocks.disk, whole.disk and whole.disk + artifact)
-    if method.needs.saliency in KINDS:
+    if method.needs.saliency in KINDS and not blocks_stay:
         peak, on_disk, scores = run.scoring()
         memory, disk = max(memory, peak), max(disk + scores, on_disk)
-    if request.calibration == "self":
+    if "self" in (request.calibration, request.end_to_end_data):
         # To write, the model is loaded whole.
         memory = max(memory, started + run.weights * precision.dtype.itemsize)
     return Cost(peak_memory=memory, disk=disk, artifact=artifact)
@@ -148,6 +156,10 @@ class _Run:
         step = min(self.request.batch_size or 1, held) * self.length * self.hidden * _STEP_ACTIVATIONS
         return _Need(4 * (largest + outer + step) + kept, sum(stores) - kept)
 
+    def untouched(self) -> _Need:
+        """Copying blocks that stay: one of them in float32, to say how far its layers are from the model's."""
+        return _Need(4 * max(self.inside), 0)
+
     def _block(self, index: int) -> int:
         """Float32 values that live at the peak of one block's work."""
         quantized, inside = self.quantized[index], self.inside[index]
@@ -192,9 +204,10 @@ class _Run:
     def end_to_end(self) -> _Need:
         """The end-to-end phase: memory on top of the blocks', and its states on disk; 0 without one.
 
-        The student lies there in float32, latents for weights, and the teacher in the dtype of the products; whatever
-        trains has a gradient and two moments. One block's activations and quantized weights live at a time, beside the
-        hidden states before every block, and the logits with what the loss makes of them.
+        The student lies there packed where its codes are fixed, else in float32, latents for weights, with embeddings
+        and head in the dtype of the products; so does the teacher. Whatever trains has a gradient and two moments. One
+        block's activations and quantized weights live at a time, beside the hidden states before every block, and the
+        logits of one chunk of positions with what the loss makes of them.
         """
         settings = self.needs.end_to_end
         if settings is None:
@@ -205,12 +218,18 @@ class _Run:
         teacher, cached = self.weights * self.precision.dtype.itemsize if settings.taught else 0, 0
         if settings.teacher == "cached":
             # It is gone before the student comes.
-            guesses = (self.samples + heldout_samples(self.samples)) * self.length * (settings.top_k * 8 + 4)
+            drawn = text_samples(self.request)
+            guesses = (drawn + heldout_samples(drawn)) * self.length * (settings.top_k * 8 + 4)
             teacher = min(guesses, self.limit)
             cached = guesses - teacher
         states = tokens * self.hidden * 4 * self.found.n_blocks * (3 if settings.loss == "kl-hidden" else 1)
-        step = tokens * (self.hidden * _STEP_ACTIVATIONS + self.vocabulary * _LOGITS) * 4
-        student = 4 * (self.weights + beside) + 12 * trained
+        step = tokens * self.hidden * _STEP_ACTIVATIONS * 4 + LOGITS_MEMORY
+        outer = self.precision.dtype.itemsize * (self.weights - sum(self.inside))
+        inside = sum(self.inside) * 4
+        if settings.train != "all":
+            held = _FIXED_BYTES[self.method.scheme.format] * sum(self.quantized)
+            inside = round(held or self.packed()) + 4 * (sum(self.inside) - sum(self.quantized))
+        student = outer + inside + 4 * beside + 12 * trained
         memory = student + teacher + states + step + max(self.quantized) * 4 * _QUANTIZED_COPIES
         # Values and moments, of the best epoch and of the last one.
         return _Need(memory, 2 * 12 * trained + cached)

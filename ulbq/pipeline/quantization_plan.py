@@ -7,10 +7,11 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from ulbq import runtime
+from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import RotationRecord
 from ulbq.errors import InputError, UsageError
 from ulbq.formats import CodebookScheme
-from ulbq.methods.base import Method
+from ulbq.methods.base import Method, Needs
 from ulbq.methods.switches import typed
 from ulbq.models.blocks import Linear, ModelStructure, check_group_size, skeleton, structure
 from ulbq.models.names import check_complete
@@ -19,7 +20,7 @@ from ulbq.models.source import ModelSource
 from ulbq.models.stream import check_length
 from ulbq.pipeline.origins import Start, open_origins, open_saliency, rotation_seed
 from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
-from ulbq.pipeline.request import QuantizeRequest, build_method, check_options, complete
+from ulbq.pipeline.request import QuantizeRequest, build_method, check_options, complete, text_samples
 from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress, Silent
 from ulbq.saliency import Saliency
@@ -71,6 +72,27 @@ class Job:
     start: Start | None = None
     saliency: Saliency | None = None
 
+    @property
+    def blocks_stay(self) -> bool:
+        """Whether the end-to-end phase is all there is to do: the artifact's blocks are taken as they are."""
+        return _blocks_stay(self.method.needs, self.start)
+
+    @property
+    def made_by(self) -> str:
+        """The method that found the codes."""
+        manifest = self.start.source.manifest if self.start is not None and self.blocks_stay else None
+        return manifest.method if isinstance(manifest, QuantizedManifest) else self.method.name
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration samples are wanted: by blocks, or by an end-to-end phase without a text of its own."""
+        return self.method.calibrated and not (self.blocks_stay and self.request.end_to_end_data is not None)
+
+    @property
+    def text_samples(self) -> int:
+        """Samples that train end to end, those held out not counted."""
+        return text_samples(self.request)
+
     def names(self, index: int) -> tuple[str, tuple[str, ...]]:
         """A block's full name with the dot, and its linear layers' names relative to it."""
         prefix = f"{self.found.blocks_prefix}.{index}."
@@ -105,8 +127,10 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     request = complete(request, "balanced" if device.type == "cuda" else "quick")
     precision = Precision.choose(device, request.precision or "auto")
     method = build_method(request)
-    if method.calibrated and request.calibration is None:
-        request = request.model_copy(update={"calibration": default_calibration(request, progress)})
+    start = None
+    if origins.start is not None:
+        start = Start(origins.start, method.scheme, method.needs, without_adapter=without_adapter)
+    request = _with_calibration(request, method, start, progress)
     model = skeleton(source)
     found = structure(model)
     check_group_size(found, -1 if request.group_size is None else request.group_size)
@@ -130,15 +154,35 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
         rotation=source.rotation,
-        cost=predict(request, method, found, model, precision),
+        cost=predict(request, method, found, model, precision, blocks_stay=_blocks_stay(method.needs, start)),
     )
-    start = None
-    if origins.start is not None:
-        start = Start(origins.start, method.scheme, method.needs, without_adapter=without_adapter)
     saliency = open_saliency(method.needs.saliency, source)
     if method.needs.survey:
         _check_score(method, saliency)
     return Job(request, source, model, found, method, precision, described, start, saliency)
+
+
+def _blocks_stay(needs: Needs, start: Start | None) -> bool:
+    if start is None or needs.end_to_end is None or needs.epochs:
+        return False
+    # A fresh adapter starts from what its layer sees.
+    return start.adapted == (needs.adapter is not None)
+
+
+def _with_calibration(
+    request: QuantizeRequest, method: Method, start: Start | None, progress: Progress
+) -> QuantizeRequest:
+    """The request with the calibration that it leaves open, if any is wanted. Raises UsageError for an idle one."""
+    if _blocks_stay(method.needs, start) and request.end_to_end_data is not None:
+        if request.calibration is not None:
+            raise UsageError(
+                "--calibration means nothing where an artifact's blocks stay and --end-to-end-data is the text.",
+                hint="Leave out one of them.",
+            )
+        return request
+    if not method.calibrated or request.calibration is not None:
+        return request
+    return request.model_copy(update={"calibration": default_calibration(request, progress)})
 
 
 def _bits_per_weight(method: Method, layers: Sequence[Linear]) -> float:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 from ulbq.data.calibration import Calibration, save_calibration
 from ulbq.errors import InputError
-from ulbq.methods.base import BlockStart, BlockTask, Method, SurveyingMethod, check_finite
+from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Method, SurveyingMethod, check_finite
 from ulbq.methods.training import vectors_beside
 from ulbq.models.blocks import load_block
 from ulbq.nn.quant_linear import linear_layer
@@ -28,7 +29,7 @@ from ulbq.pipeline.finish import block_record, finish, layer_record, recorded_sc
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
 from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
-from ulbq.pipeline.samples import CALIBRATION_FILE, draw, written_samples
+from ulbq.pipeline.samples import CALIBRATION_FILE, TEXT_FILE, draw, draw_text, written_samples
 from ulbq.pipeline.streams import Streams
 from ulbq.pipeline.survey import survey
 from ulbq.progress import Phase, Progress, Silent
@@ -44,7 +45,11 @@ _ALARM = 0.5
 
 
 def quantize(
-    request: QuantizeRequest, progress: Progress | None = None, on_plan: Callable[[QuantizePlan], None] | None = None
+    request: QuantizeRequest,
+    progress: Progress | None = None,
+    on_plan: Callable[[QuantizePlan], None] | None = None,
+    *,
+    name: str | None = None,
 ) -> tuple[Path, QuantizedManifest]:
     """Quantize a model.
 
@@ -52,6 +57,7 @@ def quantize(
         request: what to do.
         progress: told how it goes.
         on_plan: called with the plan before anything is written.
+        name: of the artifact where the request names no folder; None for one that tells model, method and format.
 
     Returns:
         The artifact's folder and its manifest.
@@ -67,14 +73,16 @@ def quantize(
         on_plan(job.plan)
     watch = runtime.Stopwatch()
     runtime.seed_everything(job.request.seed)
-    drawn = None
-    if job.method.calibrated and job.request.calibration != "self":
+    drawn = text = None
+    if job.calibrated and job.request.calibration != "self":
         with watch.phase("calibration"):
             drawn = _draw(job)
-    identity = _fingerprint(job, drawn)
-    out = request.out or free_output(
-        DEFAULT_ROOT, f"{job.source.name}-{job.method.name}-{job.method.scheme.label}", identity
-    )
+    if job.request.end_to_end_data not in (None, "self"):
+        with watch.phase("text"):
+            text = _draw_text(job, progress)
+    identity = _fingerprint(job, drawn, text)
+    telling = f"{job.source.name}-{job.method.name}-{job.method.scheme.label}"
+    out = request.out or free_output(DEFAULT_ROOT, name or telling, identity)
     if job.source.kind == "gguf":
         job.source.tokenizer()  # written out at the end: better missed now
     with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
@@ -82,13 +90,17 @@ def quantize(
             done = sum(key.isdigit() for key in writer.journal)
             progress.note(f"Resuming {out}: {done} of {job.found.n_blocks} blocks are done.")
         calibration = drawn
-        if job.method.calibrated and calibration is None:
+        if job.calibrated and calibration is None:
             with watch.phase("calibration"):
                 calibration = _written_samples(job, writer, progress)
-        if calibration is not None:
-            save_calibration(writer.path / CALIBRATION_FILE, calibration)
+        if job.request.end_to_end_data is not None and text is None:
+            with watch.phase("text"):
+                text = _written_text(job, writer, progress)
+        for file, samples in ((CALIBRATION_FILE, calibration), (TEXT_FILE, text)):
+            if samples is not None:
+                save_calibration(writer.path / file, samples)
         saliency = job.saliency
-        if job.method.needs.saliency in KINDS:
+        if job.method.needs.saliency in KINDS and not job.blocks_stay:
             with watch.phase("saliency"):
                 saliency = _score(job, writer, calibration, progress)
         if job.method.needs.survey and job.start is None and calibration is not None:
@@ -102,9 +114,10 @@ def quantize(
             )
             _Run(job, writer, progress, saliency).walk(calibration)
         tuned = None
-        if job.method.needs.end_to_end is not None and calibration is not None:
+        learnt = text or calibration
+        if job.method.needs.end_to_end is not None and learnt is not None:
             with watch.phase("end to end"):
-                tuned = train_end_to_end(job, writer, calibration, progress)
+                tuned = train_end_to_end(job, writer, learnt, progress)
         with watch.phase("finish"):
             manifest = finish(job, writer, calibration, outer, watch, tuned)
         path = writer.finish(manifest)
@@ -113,12 +126,22 @@ def quantize(
 
 def _draw(job: Job) -> Calibration:
     samples = job.request.samples or 0
-    held_out = heldout_samples(samples)
+    with _telling_of_others(samples):
+        return draw(job.request, job.source, samples + heldout_samples(samples))
+
+
+def _draw_text(job: Job, progress: Progress) -> Calibration:
+    with _telling_of_others(job.text_samples):
+        return draw_text(job.request, job.source, job.text_samples + heldout_samples(job.text_samples), progress)
+
+
+@contextmanager
+def _telling_of_others(samples: int) -> Iterator[None]:
+    """The data layer counts all samples alike; who asked for --samples must know about those that are held out."""
     try:
-        return draw(job.request, job.source, samples + held_out)
+        yield
     except InputError as error:
-        # The data layer counts all samples alike; who asked for --samples must know about the others.
-        extra = f"Besides --samples {samples}, {held_out} are drawn and held out."
+        extra = f"Besides the {samples} that train, {heldout_samples(samples)} are drawn and held out."
         raise InputError(error.message, hint=f"{error.hint} {extra}" if error.hint else extra) from error
 
 
@@ -126,6 +149,13 @@ def _written_samples(job: Job, writer: ArtifactWriter, progress: Progress) -> Ca
     samples = job.request.samples or 0
     count = samples + heldout_samples(samples)
     return written_samples(job.request, job.source, count, precision=job.precision, writer=writer, progress=progress)
+
+
+def _written_text(job: Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
+    count = job.text_samples + heldout_samples(job.text_samples)
+    return written_samples(
+        job.request, job.source, count, file=TEXT_FILE, precision=job.precision, writer=writer, progress=progress
+    )
 
 
 def _score(job: Job, writer: ArtifactWriter, calibration: Calibration | None, progress: Progress) -> Saliency:
@@ -175,7 +205,7 @@ def _decided(
     return cast(SurveyingMethod, job.method).decided({name: stored.read(name) for name in stored.names})
 
 
-def _fingerprint(job: Job, drawn: Calibration | None) -> str:
+def _fingerprint(job: Job, drawn: Calibration | None, text: Calibration | None) -> str:
     return fingerprint(
         {
             "ulbq": __version__,
@@ -185,6 +215,7 @@ def _fingerprint(job: Job, drawn: Calibration | None) -> str:
             "device": job.precision.device.type,
             "precision": job.plan.precision,
             "calibration": drawn.sha256 if drawn else job.request.calibration,
+            "text": text.sha256 if text else job.request.end_to_end_data,
             "start": job.start.source.content_hash if job.start else None,
             "saliency": job.saliency.digest if job.saliency else job.method.needs.saliency,
         }
@@ -205,7 +236,9 @@ class _Run:
         job = self._job
         if all(str(index) in self._writer.journal for index in range(job.found.n_blocks)):
             return
-        streams = None if calibration is None else Streams(job, calibration.tokens, self._writer.scratch)
+        streams = None
+        if calibration is not None and not job.blocks_stay:
+            streams = Streams(job, calibration.tokens, self._writer.scratch)
         steps = job.found.n_blocks * (job.method.needs.epochs + 1)
         with self._progress.phase("Quantizing", steps) as phase:
             for index in range(job.found.n_blocks):
@@ -245,7 +278,7 @@ class _Run:
             start=self._start(block, prefix, linears),
             prefix=prefix,
         )
-        result = job.method.quantize_block(task)
+        result = _as_it_is(task.start) if job.blocks_stay and task.start else job.method.quantize_block(task)
         for note in result.notes:
             self._progress.warn(note)
         check_finite(index, result)
@@ -282,6 +315,11 @@ class _Run:
             self._progress.note(f"Block {index} was rolled back {outcome.retries} times and trained at lower rates.")
         if outcome.end_error > _ALARM:
             self._progress.warn(f"Block {index} ends at a relative error of {outcome.end_error:.2f}: expect the worst.")
+
+
+def _as_it_is(start: BlockStart) -> BlockResult:
+    """A block of an artifact, unchanged."""
+    return BlockResult(dict(start.packed), dict(start.vectors), adapters=dict(start.adapters), schemes=start.schemes)
 
 
 def _scores(

@@ -6,13 +6,15 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ulbq import runtime
+from ulbq.data.instructions import Template
 from ulbq.errors import UsageError
 from ulbq.formats.binary_mos import Zeros
 from ulbq.methods import METHODS
 from ulbq.methods.base import Method
-from ulbq.methods.efficientqat import BlockApStart, RateUnit, Trained
+from ulbq.methods.efficientqat import BlockApStart, BlockTrained, RateUnit
 from ulbq.methods.options import AffineBits, Allocation, EndToEnd, MethodOptions
 from ulbq.methods.switches import typed
+from ulbq.training.end_to_end import Trained
 from ulbq.training.losses import TokenWeighting
 from ulbq.training.penalty import Penalized
 from ulbq.training.settings import OptimizerKind
@@ -104,7 +106,7 @@ class QuantizeRequest(BaseModel):
     refit: bool | None = None
     as_published: bool | None = None
     start: BlockApStart | None = None
-    train: Trained | None = None
+    train: BlockTrained | None = None
     experts: _Count | None = None
     zeros: Zeros | None = None
 
@@ -154,10 +156,15 @@ class QuantizeRequest(BaseModel):
     saliency_power: _Number | None = None
 
     end_to_end: EndToEnd | None = None
+    end_to_end_data: str | None = None
+    end_to_end_samples: _Count | None = None
+    end_to_end_template: Template | None = None
     end_to_end_epochs: _Count | None = None
     end_to_end_rate: _Number | None = None
-    end_to_end_train: Literal["scales", "all"] | None = None
+    end_to_end_train: Trained | None = None
+    end_to_end_zero_rate: _Number | None = None
     accumulation: _Count | None = None
+    checkpointing: bool | None = None
     teacher: Literal["streamed", "cached"] | None = None
     teacher_top_k: _Count | None = None
     end_to_end_gamma: _Number | None = None
@@ -176,7 +183,7 @@ class QuantizeRequest(BaseModel):
 NOT_IN_FINGERPRINT = frozenset(
     {
         *("source", "out", "force", "data_dir", "offline", "activation_memory", "preset", "recipe"),
-        *("calibration", "device", "precision", "saliency"),
+        *("calibration", "end_to_end_data", "device", "precision", "saliency"),
     }
 )
 
@@ -252,6 +259,11 @@ def build_method(request: QuantizeRequest) -> Method:
     if request.group_size is None:
         raise ValueError("complete the request first")
     return method_class(request.method).from_options(_options(request, {}), request.group_size)
+
+
+def text_samples(request: QuantizeRequest) -> int:
+    """Samples of a completed request that train end to end, those held out not counted."""
+    return request.end_to_end_samples or request.samples or 0
 
 
 def _options(request: QuantizeRequest, preset: dict[str, Any]) -> MethodOptions:

@@ -6,13 +6,18 @@ from typing import Protocol
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration, calibration_samples, load_calibration
 from ulbq.data.generate import self_samples
+from ulbq.data.instructions import training_text
 from ulbq.data.registry import available
+from ulbq.errors import InputError
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource
+from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Progress
 from ulbq.training.precision import Precision
 
 CALIBRATION_FILE = "calibration.safetensors"
+TEXT_FILE = "end-to-end.safetensors"
+"""Where an artifact holds the samples of an end-to-end phase that had its own."""
 
 
 class Sampled(Protocol):
@@ -40,7 +45,7 @@ def default_calibration(request: Sampled, progress: Progress) -> str:
 
 def draw(request: Sampled, source: ModelSource, samples: int) -> Calibration:
     """Samples of the text that a completed request names. Raises InputError, ResourceError."""
-    return calibration_samples(
+    drawn = calibration_samples(
         str(request.calibration),
         source.tokenizer(),
         samples=samples,
@@ -49,6 +54,31 @@ def draw(request: Sampled, source: ModelSource, samples: int) -> Calibration:
         data_dir=request.data_dir,
         offline=request.offline,
     )
+    if drawn.taught is not None:
+        raise InputError(
+            f"'{request.calibration}' holds examples of an instruction set, filled up behind their ends.",
+            hint="Calibrate on plain text; such samples are for --end-to-end-data.",
+        )
+    return drawn
+
+
+def draw_text(request: QuantizeRequest, source: ModelSource, samples: int, progress: Progress) -> Calibration:
+    """Samples of the text or the instruction set that an end-to-end phase has of its own; not of ``self``.
+
+    Raises:
+        UsageError, InputError, ResourceError: as :func:`ulbq.data.instructions.training_text`.
+    """
+    return training_text(
+        str(request.end_to_end_data),
+        source.tokenizer(),
+        samples=samples,
+        length=request.sequence_length or 0,
+        seed=request.seed,
+        template=request.end_to_end_template,
+        data_dir=request.data_dir,
+        offline=request.offline,
+        progress=progress,
+    )
 
 
 def written_samples(
@@ -56,12 +86,13 @@ def written_samples(
     source: ModelSource,
     samples: int,
     *,
+    file: str = CALIBRATION_FILE,
     precision: Precision,
     writer: ArtifactWriter,
     progress: Progress,
 ) -> Calibration:
-    """Samples of the model's own, or those that the interrupted run wrote: they follow from the seed."""
-    saved = writer.path / CALIBRATION_FILE
+    """Samples of the model's own, or those that the interrupted run wrote to ``file``: they follow from the seed."""
+    saved = writer.path / file
     if writer.resumed and saved.exists():
         return load_calibration(saved)
     return self_samples(

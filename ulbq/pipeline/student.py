@@ -4,14 +4,16 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, Packed, check_finite
-from ulbq.methods.training import pack_layer
+from ulbq.methods.training import half_vector, pack_layer
 from ulbq.models.blocks import load_block, load_outer
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
@@ -22,6 +24,7 @@ from ulbq.quantizers.binary_mos import BinaryMosQuantizer
 from ulbq.quantizers.codebook import CodebookQuantizer
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer
 from ulbq.quantizers.fixed import FixedAffine, FixedDualBinary
+from ulbq.training.end_to_end import Trained
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.student import Student
 
@@ -33,6 +36,7 @@ _QUANTIZERS: dict[str, type[Quantizer]] = {
 }
 # Where weights do not train. Scales of signs have no part in choosing them, and codebooks fix their codes themselves.
 _FIXED: dict[str, type[Quantizer]] = _QUANTIZERS | {"affine": FixedAffine, "dual_binary": FixedDualBinary}
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,16 @@ class Folders:
         return self.adapters / layout.adapter_shard(index)
 
 
-def build_student(job: Job, folders: Folders, *, train_weights: bool, checkpointing: bool) -> Student:
+def build_student(job: Job, folders: Folders, *, train: Trained, checkpointing: bool) -> Student:
     """The whole model as its shards have it, ready to train on.
 
-    One weight after the other is read in full precision and becomes the quantizer's latents; at no time is there a
-    second copy of more than a block.
+    One weight after the other is read in full precision and becomes the quantizer's latents, or tells its shape alone
+    where codes are fixed; at no time is there a second copy of more than a block.
 
     Args:
         job: the run.
         folders: of its block phase; the shard of everything beside the blocks lies with the blocks.
-        train_weights: let the weights move; otherwise the codes are fixed.
+        train: what trains; without weights the codes are fixed.
         checkpointing: see :class:`Student`.
     """
     precision = job.precision
@@ -76,15 +80,53 @@ def build_student(job: Job, folders: Folders, *, train_weights: bool, checkpoint
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in outer.names:
                 tensor.copy_(outer.read(name))  # rounded as it will be read
+    if precision.dtype != torch.float32:
+        _keep_as_stored(model, outer)
     blocks = model.get_submodule(job.found.blocks_prefix)
     if not isinstance(blocks, nn.ModuleList):
         raise TypeError("the blocks are no list")
     for index in range(job.found.n_blocks):
-        blocks[index] = _block(job, folders, index, train_weights)
+        blocks[index] = _block(job, folders, index, train)
     return Student(model, blocks, precision, checkpointing=checkpointing)
 
 
-def _block(job: Job, folders: Folders, index: int, train_weights: bool) -> nn.Module:
+def _keep_as_stored(model: PreTrainedModel, outer: LazyTensors) -> None:
+    """Hold embeddings and head in the half precision in which they are stored; what they compute stays the same.
+
+    The products of the head are autocast anyway, and embeddings are looked up and made float32 again. Embeddings that
+    compute anything of their own stay float32.
+    """
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    if type(tables[0]) is not nn.Embedding or type(tables[1]) is not nn.Linear:
+        return
+    for name, parameter in list(model.named_parameters(remove_duplicate=True)):
+        held = [table for table in tables if table.weight is parameter]
+        stored = outer.read(name) if held and name in outer.names else None
+        if stored is not None and stored.dtype in _HALVES:
+            halved = nn.Parameter(stored.to(parameter.device), requires_grad=False)
+            for table in held:
+                table.weight = halved
+    if tables[0].weight.dtype in _HALVES:
+        tables[0].register_forward_hook(_as_float)
+
+
+def _as_float(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.float()
+
+
+def _quantizer(
+    weight: torch.Tensor, packed: Mapping[str, torch.Tensor], scheme: AnyScheme, train: Trained
+) -> Quantizer:
+    """Of a packed matrix, with what is to train."""
+    if train == "all":
+        return _QUANTIZERS[scheme.format].from_packed(weight, packed, scheme, train_weights=True)
+    fixed = _FIXED[scheme.format].from_packed(weight, packed, scheme, train_weights=False)
+    if train == "scales-zeros" and isinstance(fixed, FixedAffine):
+        fixed.let_zeros_train()
+    return fixed
+
+
+def _block(job: Job, folders: Folders, index: int, train: Trained) -> nn.Module:
     prefix, linears = job.names(index)
     device = job.precision.device
     block = load_block(job.model, job.source, index, torch.float32, device)
@@ -95,8 +137,7 @@ def _block(job: Job, folders: Folders, index: int, train_weights: bool) -> nn.Mo
         dense = linear_layer(block, linear)
         scheme = folders.schemes.get(prefix + linear, job.method.scheme)
         packed = {short: t.to(device) for short, t in _packed(stored, prefix + linear, scheme, dense)}
-        made = (_QUANTIZERS if train_weights else _FIXED)[scheme.format]
-        quantizer = made.from_packed(dense.weight.detach(), packed, scheme, train_weights=train_weights)
+        quantizer = _quantizer(dense.weight.detach(), packed, scheme, train)
         adapter = adapters.get(linear)
         layer = TrainedLinear(quantizer.to(device), dense.bias, None if adapter is None else adapter.to(device))
         block.set_submodule(linear, layer)
@@ -149,7 +190,7 @@ def write_tuned(
     for name, parameter in block.named_parameters():
         stored = tensors.get(prefix + name)
         if stored is not None and not torch.equal(stored.to(parameter.device, parameter.dtype), parameter):
-            result.dense[name] = parameter
+            result.dense[name] = half_vector(parameter.detach())
     check_finite(index, result)
     tensors |= {prefix + name: parameter for name, parameter in result.dense.items()}
     tensors |= {f"{prefix}{linear}.{short}": t for linear, parts in result.packed.items() for short, t in parts.items()}

@@ -3,17 +3,58 @@
 The quantizers that let weights move choose codes anew at every call. After their training many weights lie at the very
 border of their codes' cells, as near to the full-precision ones as the codes allow; a change of the scale by a
 thousandth would undo what the codes have learnt.
+
+Zero points are b-bit integers, so where they train they are real numbers that are rounded at every call, with a
+gradient that passes straight through.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme, affine, dual_binary
+from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme, dual_binary
+from ulbq.formats.bits import pack_planes, unpack_planes
 from ulbq.quantizers.base import SCALE_FLOOR, Quantizer
+
+
+class _Dequantize(torch.autograd.Function):
+    """``s (q − z)`` of codes that are unpacked anew in the backward pass, so that no unpacked matrix is kept for it.
+
+    Gradients: to a scale the sum of the incoming one times ``q − z`` over its group, to a zero point ``−s`` times the
+    group's sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        codes: Callable[[], torch.Tensor],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.codes = codes
+        ctx.save_for_backward(scales, zeros)
+        weight = _levels(codes, scales, zeros).mul_(scales.unsqueeze(-1))
+        while weight.dim() > 3:
+            weight = weight.sum(0)
+        return weight.flatten(1).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+        scales, zeros = ctx.saved_tensors
+        gradient = gradients[0].to(scales.dtype).view(*scales.shape[-2:], -1)
+        to_scales = _levels(ctx.codes, scales, zeros).mul_(gradient).sum(-1)
+        to_zeros = -gradient.sum(-1) * scales if ctx.needs_input_grad[1] else None
+        return to_scales, to_zeros, None, None
+
+
+def _levels(codes: Callable[[], torch.Tensor], scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+    """What the scales ``[..., out, G]`` multiply, ``[..., out, G, g]`` in their dtype."""
+    levels = codes().view(*scales.shape, -1).to(scales.dtype)
+    return levels if zeros is None else levels.sub_(zeros.unsqueeze(-1))
 
 
 class _Fixed(Quantizer):
@@ -26,7 +67,7 @@ class _Fixed(Quantizer):
 
     Attributes:
         scales: as stored, ``[..., out, G]`` float32, relative to where they started.
-        start: where they started, with :data:`~ulbq.quantizers.base.SCALE_FLOOR` for those that were 0.
+        start: where they started, float16 as stored.
     """
 
     start: torch.Tensor
@@ -38,20 +79,21 @@ class _Fixed(Quantizer):
         self._names = [name for name in tensors if name != "scales"]
         for name in self._names:
             self.register_buffer(f"packed_{name}", tensors[name])
-        scales = tensors["scales"].float()
-        self.register_buffer("start", torch.where(scales == 0, SCALE_FLOOR, scales))
-        self.scales = nn.Parameter(torch.ones_like(scales))
+        self.register_buffer("start", tensors["scales"])
+        self.scales = nn.Parameter(torch.ones_like(tensors["scales"], dtype=torch.float32))
 
     @abstractmethod
-    def levels(self) -> torch.Tensor:
-        """What the scales multiply, ``[..., out, G, g]``, in their dtype."""
+    def codes(self) -> torch.Tensor:
+        """The unpacked codes, ``[..., out, in]`` uint8."""
+
+    def offsets(self) -> torch.Tensor | None:
+        """Zero points ``[out, G]`` in the scales' dtype, differentiable where they train; None for none."""
+        return None
 
     def forward(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The dequantized weight ``[out, in]`` in ``dtype``, differentiable in the scales."""
-        weight = self.levels() * (self.scales * self.start).unsqueeze(-1)
-        while weight.dim() > 3:
-            weight = weight.sum(0)
-        return weight.flatten(1).to(dtype)
+        """The dequantized weight ``[out, in]`` in ``dtype``, differentiable in what trains."""
+        weight: torch.Tensor = _Dequantize.apply(self._absolute(), self.offsets(), self.codes, dtype)  # type: ignore[no-untyped-call]
+        return weight
 
     def trainable(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by role: ``scales``."""
@@ -60,7 +102,8 @@ class _Fixed(Quantizer):
     @torch.no_grad()
     def finalize(self) -> dict[str, torch.Tensor]:
         """The packed tensors of the format; scales are rounded to float16 only here."""
-        return self._packed() | {"scales": (self.scales * self.start).to(torch.float16)}
+        packed = {name: self.get_buffer(f"packed_{name}") for name in self._names}
+        return packed | {"scales": self._absolute().to(torch.float16)}
 
     @classmethod
     def from_packed(
@@ -71,19 +114,74 @@ class _Fixed(Quantizer):
             raise ValueError("the codes are fixed")
         return cls(tensors, scheme, weight.shape[1])
 
-    def _packed(self) -> dict[str, torch.Tensor]:
-        return {name: self.get_buffer(f"packed_{name}") for name in self._names}
+    def _absolute(self) -> torch.Tensor:
+        """The scales themselves; those that were stored as 0 start at a floor that float16 could not hold."""
+        start = self.start.to(self.scales.dtype)
+        return self.scales * torch.where(start == 0, SCALE_FLOOR, start)
 
 
 class FixedAffine(_Fixed):
-    """Affine codes and zero points that stay."""
+    """Affine codes that stay, and zero points that stay or train.
+
+    Attributes:
+        zeros: ``[out, G]`` float32, of which the nearest integers in ``[0, 2^b)`` count; None where they do not train.
+    """
 
     scheme: AffineScheme
 
-    def levels(self) -> torch.Tensor:
-        """``q − z``, ``[out, G, g]``."""
-        codes, _, zeros = affine.unpack(self.scheme, self._packed() | {"scales": self.start}, self._in_features)
-        return codes.view(*zeros.shape, -1) - zeros.unsqueeze(-1)
+    def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, in_features: int) -> None:
+        super().__init__(tensors, scheme, in_features)
+        self.zeros: nn.Parameter | None = None
+
+    def let_zeros_train(self) -> Self:
+        """Let the zero points move, from where they are. Raises ValueError for a symmetric grid, which has none."""
+        if self.scheme.symmetric:
+            raise ValueError("a symmetric grid has no zero points")
+        self.zeros = nn.Parameter(self._stored_zeros().to(self.scales.dtype))
+        return self
+
+    def codes(self) -> torch.Tensor:
+        """The codes, ``[out, in]`` uint8."""
+        return unpack_planes(self.get_buffer("packed_codes"), self._in_features)
+
+    def offsets(self) -> torch.Tensor:
+        """Zero points ``[out, G]`` in the scales' dtype; those that train rounded, straight-through."""
+        if self.zeros is not None:
+            rounded: torch.Tensor = _RoundInto.apply(self.zeros, 2**self.scheme.bits - 1)  # type: ignore[no-untyped-call]
+            return rounded
+        if self.scheme.symmetric:
+            return torch.full_like(self.scales, self.scheme.centre, requires_grad=False)
+        return self._stored_zeros().to(self.scales.dtype)
+
+    def trainable(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by role: ``scales``, and ``zeros`` where they train."""
+        return super().trainable() | ({} if self.zeros is None else {"zeros": [self.zeros]})
+
+    @torch.no_grad()
+    def finalize(self) -> dict[str, torch.Tensor]:
+        """The packed tensors of the format."""
+        packed = super().finalize()
+        if self.zeros is not None:
+            packed["zeros"] = pack_planes(self.offsets().to(torch.uint8).flatten(), self.scheme.bits)
+        return packed
+
+    def _stored_zeros(self) -> torch.Tensor:
+        return unpack_planes(self.get_buffer("packed_zeros"), self.start.numel()).view_as(self.start)
+
+
+class _RoundInto(torch.autograd.Function):
+    """The nearest integers in ``[0, top]``.
+
+    The gradient passes through the clamping too: a zero point that went beyond the border has to find its way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, top: int) -> torch.Tensor:
+        return values.round().clamp_(0, top)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
 
 
 class FixedDualBinary(_Fixed):
@@ -91,7 +189,7 @@ class FixedDualBinary(_Fixed):
 
     scheme: DualBinaryScheme
 
-    def levels(self) -> torch.Tensor:
-        """The planes, ``[2, out, G, g]``."""
-        planes, scales = dual_binary.unpack(self.scheme, self._packed() | {"scales": self.start}, self._in_features)
-        return planes.view(*scales.shape, -1).float()
+    def codes(self) -> torch.Tensor:
+        """The planes, ``[2, out, in]`` uint8."""
+        packed = {"codes": self.get_buffer("packed_codes"), "scales": self.start}
+        return dual_binary.unpack(self.scheme, packed, self._in_features)[0]

@@ -13,7 +13,7 @@ from torch import nn
 
 from ulbq.training.losses import TokenWeighting, output_loss, token_weights
 
-Loss = Literal["ce", "kl", "kl-hidden", "dad"]
+Loss = Literal["ce", "kl", "ce-kl", "kl-hidden", "dad"]
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,50 @@ def _mean_under(log_probabilities: torch.Tensor, values: torch.Tensor) -> torch.
     return (log_probabilities.exp() * torch.where(possible, values, 0.0)).sum(-1)
 
 
-def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the text in nats a token.
+def cross_entropy(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each next token in nats, ``[n]`` float32; 0 where there is none.
 
     Args:
-        logits: ``[batch, length, vocabulary]``.
-        tokens: int64 ``[batch, length]``.
+        logits: ``[n, vocabulary]``.
+        following: int64 ``[n]``; -100 for none.
     """
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    return nn.functional.cross_entropy(logits.float(), following, reduction="none", ignore_index=-100)
 
 
-def deviation_aware(teacher: Predicted, logits: torch.Tensor, tokens: torch.Tensor, gamma: float) -> torch.Tensor:
-    """DB-LLM's deviation-aware distillation, a mean in nats a token.
+def token_terms(
+    loss: Loss, logits: torch.Tensor, following: torch.Tensor, teacher: Predicted | None, gamma: float
+) -> tuple[torch.Tensor, ...]:
+    """What a loss adds up of each token, float32 ``[n]`` each.
+
+    The divergence where there is a teacher, the text's cross-entropy where the text counts, and for ``dad`` the
+    divergence's weight before it is normed, ``(H_T · H_S)^γ``, without a gradient.
+
+    Args:
+        loss: which.
+        logits: the student's, ``[n, vocabulary]``.
+        following: int64 ``[n]``, next tokens, -100 for none.
+        teacher: its predictions of the same tokens; None for ``ce``.
+        gamma: exponent of the entropies.
+    """
+    if teacher is None:
+        return (cross_entropy(logits, following),)
+    distances = divergence(teacher, logits)
+    if loss not in {"dad", "ce-kl"}:
+        return (distances,)
+    text = cross_entropy(logits, following)
+    if loss == "ce-kl":
+        return distances, text
+    with torch.no_grad():
+        both = entropy(teacher) * entropy(predicted(logits, teacher.ids))
+        weights = both.clamp_min(torch.finfo(torch.float32).tiny) ** gamma
+    return distances, text, weights
+
+
+def mean_loss(loss: Loss, terms: Sequence[torch.Tensor], following: torch.Tensor) -> torch.Tensor:
+    """The loss of tokens from their terms: a scalar, in nats a token.
+
+    ``ce`` is the mean cross-entropy of the text, ``kl`` (and ``kl-hidden``, as far as it is about predictions) the
+    mean divergence from the teacher, ``ce-kl`` their sum. ``dad`` is DB-LLM's deviation-aware distillation,
 
     ``mean_t w_t · KL(p_T(t) ‖ p_S(t)) + CE(text)``, ``w_t ∝ (H_T(t) · H_S(t))^γ`` with mean 1 over the tokens.
 
@@ -102,16 +134,19 @@ def deviation_aware(teacher: Predicted, logits: torch.Tensor, tokens: torch.Tens
     over best guesses and lump.
 
     Args:
-        teacher: of ``[batch, length]`` tokens.
-        logits: the student's, ``[batch, length, vocabulary]``.
-        tokens: int64 ``[batch, length]``.
-        gamma: 0 weighs all tokens alike.
+        loss: which.
+        terms: of :func:`token_terms`.
+        following: as there.
     """
-    with torch.no_grad():
-        both = entropy(teacher) * entropy(predicted(logits, teacher.ids))
-        weights = both.clamp_min(torch.finfo(torch.float32).tiny) ** gamma
-        weights = weights / weights.mean()
-    return (weights * divergence(teacher, logits)).mean() + cross_entropy(logits, tokens)
+    if loss == "ce":
+        return _mean_of_text(terms[0], following)
+    weights = terms[2] if loss == "dad" else torch.ones_like(terms[0])
+    distilled = (weights * terms[0]).sum() / weights.sum()
+    return distilled + _mean_of_text(terms[1], following) if len(terms) > 1 else distilled
+
+
+def _mean_of_text(entropies: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    return entropies.sum() / (following >= 0).sum()
 
 
 def hidden_error(outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -122,7 +157,7 @@ def hidden_error(outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor
     Here a token counts by its relative error, as in the block-wise loss, and layers count alike.
 
     Args:
-        outputs, targets: ``[batch, length, hidden]`` of each layer.
+        outputs, targets: ``[..., hidden]`` of each layer.
 
     Returns:
         A scalar: 0 for equal states, 1 for states of zero.

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
@@ -13,21 +12,30 @@ from torch import nn
 
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.errors import UsageError
-from ulbq.training.distill import Loss, cross_entropy, deviation_aware, divergence, hidden_error
+from ulbq.training.distill import Loss, hidden_error, mean_loss, token_terms
+from ulbq.training.head import in_chunks
 from ulbq.training.optimizer import Group, make_optimizer, rate_factor
+from ulbq.training.samples import Samples
 from ulbq.training.settings import Role, TrainSettings
 from ulbq.training.student import Student
 from ulbq.training.teacher import Lesson, Teacher
+
+Trained = Literal["scales", "scales-zeros", "all"]
+
+# Float32 copies of a chunk's logits that live together: themselves, log-probabilities, gradients; the teacher's too.
+_COPIES, _COPIES_TAUGHT = 4, 10
 
 
 class EndToEndSettings(BaseModel):
     """Settings of end-to-end training. Building one raises UsageError where values do not go together.
 
     Attributes:
-        loss: ``ce`` on the text, ``kl`` to the teacher, ``kl-hidden`` with the hidden states, ``dad`` deviation-aware.
+        loss: ``ce`` on the text, ``kl`` to the teacher, ``ce-kl`` both, ``kl-hidden`` with the hidden states, ``dad``
+            deviation-aware.
         epochs: passes over the samples.
         rate: learning rates, as a share of the block-wise training's.
-        train: ``scales`` with norms, router and adapter, or ``all``, the weights too.
+        train: ``scales`` with norms, router and adapter; ``scales-zeros`` with zero points too; ``all`` with weights.
+        zero_rate: learning rate of zero points, in grid steps, before ``rate``.
         batch_size: samples that run at once.
         accumulation: samples a step.
         teacher: ``streamed`` runs for every batch, ``cached`` keeps its ``top_k`` best guesses of each token.
@@ -43,7 +51,8 @@ class EndToEndSettings(BaseModel):
     loss: Loss
     epochs: int = Field(default=1, ge=1)
     rate: float = Field(default=0.4, gt=0)
-    train: Literal["scales", "all"] = "scales"
+    train: Trained = "scales"
+    zero_rate: float = Field(default=0.1, ge=0)
     batch_size: int = Field(default=1, ge=1)
     accumulation: int = Field(default=2, ge=1)
     teacher: Literal["streamed", "cached"] = "streamed"
@@ -69,7 +78,7 @@ class EndToEndSettings(BaseModel):
 
     def rates(self) -> dict[Role, float]:
         """Learning rates of the roles that train."""
-        rates = self.block.rates()
+        rates = {**self.block.rates(), "zeros": self.zero_rate if self.train == "scales-zeros" else 0.0}
         return {role: self.rate * r for role, r in rates.items() if r and (self.train == "all" or role != "weights")}
 
 
@@ -94,14 +103,6 @@ class Epoch(BaseModel):
     steps: int
     finite: bool = True
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The text: int64 ``[samples, length]``; the first ``training`` rows train, the others are held out."""
-
-    tokens: torch.Tensor
-    training: int
 
 
 class EndToEndTrainer:
@@ -191,23 +192,34 @@ class EndToEndTrainer:
         return adapted if not self._share else (1 - self._share) * adapted + self._share * self._mean(indices, False)
 
     def _mean(self, indices: torch.Tensor, adapted: bool) -> float:
-        batches = indices.split(self._settings.batch_size)
-        return sum(self._loss(batch, adapted).item() * len(batch) for batch in batches) / len(indices)
+        return sum(self._loss(batch, adapted).item() * share for batch, share in self._parts(indices))
+
+    def _parts(self, indices: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
+        """Samples in the portions that run at once, each with its share of all predictions that count."""
+        whole = self._samples.predictions(indices)
+        parts = indices.split(self._settings.batch_size)
+        return [(part, self._samples.predictions(part) / whole) for part in parts]
 
     def _loss(self, indices: torch.Tensor, adapted: bool) -> torch.Tensor:
         """Loss of a batch, a scalar in nats a token (and the hidden states' error)."""
-        settings = self._settings
-        tokens = self._samples.tokens[indices]
-        logits, hidden = self._student.run(tokens, hidden=settings.loss == "kl-hidden", adapted=adapted)
-        tokens = tokens.to(logits.device)
-        if settings.loss == "ce":
-            return cross_entropy(logits, tokens)
-        lesson = self._lesson(indices)
-        if settings.loss == "dad":
-            return deviation_aware(lesson.prediction, logits, tokens, settings.gamma)
-        loss = divergence(lesson.prediction, logits).mean()
-        if hidden is not None and lesson.hidden is not None:
-            loss = loss + settings.hidden_weight * hidden_error(hidden, lesson.hidden)
+        settings, student = self._settings, self._student
+        batch = self._samples.batch(indices)
+        states, hidden = student.run(batch.tokens, hidden=settings.loss == "kl-hidden", adapted=adapted)
+        batch = batch.to(states.device)
+        lesson = self._lesson(indices) if settings.taught else None
+        states, following = states.flatten(0, 1), batch.following.flatten()
+
+        def terms(places: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            prediction = None if lesson is None else lesson.predict(places)
+            logits = student.head.logits(states[places])
+            return token_terms(settings.loss, logits, following[places], prediction, settings.gamma)
+
+        places = batch.counted.flatten().nonzero().squeeze(1)
+        chunk = student.head.chunk(_COPIES if lesson is None else _COPIES_TAUGHT)
+        loss = mean_loss(settings.loss, in_chunks(terms, places, chunk), following[places])
+        if hidden is not None and lesson is not None and lesson.hidden is not None:
+            outputs, targets = ([layer[batch.counted] for layer in layers] for layers in (hidden, lesson.hidden))
+            loss = loss + settings.hidden_weight * hidden_error(outputs, targets)
         return loss
 
     def _lesson(self, indices: torch.Tensor) -> Lesson:
@@ -249,8 +261,8 @@ class EndToEndTrainer:
     def _step(self, batch: torch.Tensor, optimizer: torch.optim.AdamW, adapted: bool) -> tuple[bool, float]:
         """One optimizer step on a batch of samples, a few of which run at once; whether it could be made, its loss."""
         total = 0.0
-        for part in batch.split(self._settings.batch_size):
-            loss = self._loss(part, adapted) * (len(part) / len(batch))
+        for part, share in self._parts(batch):
+            loss = self._loss(part, adapted) * share
             loss.backward()
             total += loss.item()
         # Without a limit it only measures.

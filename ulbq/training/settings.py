@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ulbq.training.losses import TokenWeighting
 
-Role = Literal["weights", "scales", "norms", "adapter", "router"]
+Role = Literal["weights", "scales", "zeros", "norms", "adapter", "router"]
 """What parameters are for; each role has a rate of its own."""
 
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ulbq.models.watch import watching
+from ulbq.training.head import Head
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.optimizer import parameters_by_role
 from ulbq.training.precision import Precision
@@ -20,7 +21,8 @@ class Student:
     """Runs a model whose blocks hold :class:`TrainedLinear` layers.
 
     Args:
-        model: all of it, float32, on the device, in eval mode.
+        model: all of it, on the device, in eval mode; float32, but for embeddings and head where these are wanted as
+            they are stored.
         blocks: its decoder blocks.
         precision: device and dtype of the matrix products.
         checkpointing: keep only the blocks' inputs for the backward pass, and run each block a second time there.
@@ -30,6 +32,7 @@ class Student:
         model: as given.
         layers: the trained layers by full name.
         roles: parameters of the blocks by role.
+        head: from what :meth:`run` gives to logits.
     """
 
     def __init__(
@@ -49,11 +52,12 @@ class Student:
                 # A bound method would be a cycle, and keep the whole model in memory until somebody collects it.
                 block.forward = partial(_checkpointed, weakref.ref(block))
         self._tap = HiddenTap(blocks)
+        self.head = Head(model, precision)
 
     def run(
         self, tokens: torch.Tensor, *, hidden: bool = False, adapted: bool = True
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-        """Logits ``[batch, length, vocabulary]``, and the outputs of all blocks where wanted.
+        """What the head reads, ``[batch, length, hidden]``, and the outputs of all blocks where wanted.
 
         Args:
             tokens: int64 ``[batch, length]``.

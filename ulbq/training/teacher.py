@@ -1,6 +1,6 @@
 """Full-precision teachers of a whole model: one that runs every time, and one whose predictions are kept."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,19 +12,24 @@ from transformers import PreTrainedModel
 from ulbq.models.blocks import block_list
 from ulbq.models.stream import ActivationStore
 from ulbq.training.distill import Predicted, best_guesses, predicted
+from ulbq.training.head import Head, in_chunks
 from ulbq.training.precision import Precision
+from ulbq.training.samples import Samples
+
+# Float32 copies of a chunk's logits while its best guesses are found: themselves, and the rest without them.
+_COPIES = 4
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a teacher says of some samples.
+    """What a teacher says of some samples, as long as their batch is.
 
     Attributes:
-        prediction: of every token's successor, ``[batch, length, ...]``.
+        predict: its predictions of the successors of tokens, given as int64 ``[n]`` places in ``batch · length``.
         hidden: outputs ``[batch, length, hidden]`` of all blocks; None from a teacher that keeps none.
     """
 
-    prediction: Predicted
+    predict: Callable[[torch.Tensor], Predicted]
     hidden: list[torch.Tensor] | None = None
 
 
@@ -49,11 +54,11 @@ class HiddenTap:
             block.register_forward_hook(self._take)
 
     def run(self, model: PreTrainedModel, tokens: torch.Tensor, *, hidden: bool) -> tuple[torch.Tensor, Any]:
-        """Logits ``[batch, length, vocabulary]``, and the blocks' outputs where wanted, else None."""
+        """What the head reads, ``[batch, length, hidden]``, and the blocks' outputs where wanted, else None."""
         self._taken = [] if hidden else None
-        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+        states: torch.Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         taken, self._taken = self._taken, None
-        return logits, taken
+        return states, taken
 
     def _take(self, block: nn.Module, arguments: Any, output: Any) -> None:
         if self._taken is not None:
@@ -61,35 +66,51 @@ class HiddenTap:
 
 
 class StreamedTeacher:
-    """Runs the full-precision model for every lesson.
+    """Runs the full-precision model for every lesson; its logits live for as long as a chunk's loss takes.
 
     Args:
         model: all of it, on the device, in the dtype of the run's matrix products.
-        tokens: int64 ``[samples, length]``.
+        samples: the text.
         precision: of the run.
         hidden: whether lessons have hidden states.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokens: torch.Tensor, precision: Precision, *, hidden: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, samples: Samples, precision: Precision, *, hidden: bool = False) -> None:
         self._model = model
-        self._tokens = tokens
+        self._samples = samples
         self._precision = precision
         self._hidden = hidden
         self._tap = HiddenTap(block_list(model)[1])
-
-    @torch.no_grad()
-    def logits(self, indices: torch.Tensor) -> torch.Tensor:
-        """Logits ``[batch, length, vocabulary]`` of some samples."""
-        return self._tap.run(self._model, self._tokens[indices].to(self._precision.device), hidden=False)[0]
+        # The model is in that dtype itself.
+        self._head = Head(model, Precision(precision.device, torch.float32))
 
     @torch.no_grad()
     def lesson(self, indices: torch.Tensor) -> Lesson:
         """The samples' lesson over the whole vocabulary."""
-        tokens = self._tokens[indices].to(self._precision.device)
-        logits, hidden = self._tap.run(self._model, tokens, hidden=self._hidden)
-        return Lesson(predicted(logits), hidden)
+        tokens = self._samples.batch(indices).tokens.to(self._precision.device)
+        states, hidden = self._tap.run(self._model, tokens, hidden=self._hidden)
+        states, head = states.flatten(0, 1), self._head
+
+        @torch.no_grad()
+        def predict(places: torch.Tensor) -> Predicted:
+            return predicted(head.logits(states[places]))
+
+        return Lesson(predict, hidden)
+
+    @torch.no_grad()
+    def guesses(self, index: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Best guesses of one sample: float32 ``[length, k + 1]``, the rest's last, and int64 ``[length, k]``."""
+        tokens = self._samples.batch(torch.tensor([index])).tokens.to(self._precision.device)
+        states = self._tap.run(self._model, tokens, hidden=False)[0].squeeze(0)
+
+        def guess(places: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            found = best_guesses(self._head.logits(states[places]), k)
+            if found.ids is None:
+                raise TypeError("best guesses have names")
+            return found.values, found.ids
+
+        values, ids = in_chunks(guess, torch.arange(len(states), device=states.device), self._head.chunk(_COPIES))
+        return values, ids
 
 
 class CachedTeacher:
@@ -97,7 +118,7 @@ class CachedTeacher:
 
     Args:
         teacher: who is asked once; it may be dropped afterwards.
-        tokens: int64 ``[samples, length]``.
+        samples: the text.
         top_k: guesses a token; the rest is one lump.
         device: where lessons go.
         limit: bytes that may stay in memory.
@@ -111,7 +132,7 @@ class CachedTeacher:
     def __init__(
         self,
         teacher: StreamedTeacher,
-        tokens: torch.Tensor,
+        samples: Samples,
         *,
         top_k: int,
         device: torch.device,
@@ -120,25 +141,25 @@ class CachedTeacher:
         on_sample: Callable[[], None] = lambda: None,
     ) -> None:
         self._device = device
+        self._samples = samples
         self._stores: tuple[ActivationStore, ActivationStore] | None = None
-        for index in range(len(tokens)):
-            guesses = best_guesses(teacher.logits(torch.tensor([index])), top_k)
-            if guesses.ids is None:
-                raise TypeError("best guesses have names")
+        count, length = samples.tokens.shape
+        for index in range(count):
+            values, ids = teacher.guesses(index, top_k)
             if self._stores is None:
-                shape = (len(tokens), tokens.shape[1], guesses.ids.shape[-1])
-                wider = (*shape[:2], shape[2] + 1)
+                shape = (count, length, ids.shape[-1])
                 self._stores = (
-                    ActivationStore(wider, torch.float32, limit=limit // 2, directory=directory),
+                    ActivationStore((*shape[:2], shape[2] + 1), torch.float32, limit=limit // 2, directory=directory),
                     ActivationStore(shape, torch.int32, limit=limit // 2, directory=directory),
                 )
-            self._stores[0].set(index, guesses.values)
-            self._stores[1].set(index, guesses.ids)
+            for store, found in zip(self._stores, (values, ids), strict=True):
+                store.set(index, nn.functional.pad(found, (0, 0, 0, length - len(found))).unsqueeze(0))
             on_sample()
 
-    def lesson(self, indices: torch.Tensor | Sequence[int]) -> Lesson:
+    def lesson(self, indices: torch.Tensor) -> Lesson:
         """The samples' lesson over best guesses and lump."""
         if self._stores is None:
             raise ValueError("there are no samples")
-        values, ids = (store.get(indices).to(self._device) for store in self._stores)
-        return Lesson(Predicted(values, ids.long()))
+        length = self._samples.batch(indices).tokens.shape[1]
+        values, ids = (store.get(indices)[:, :length].flatten(0, 1).to(self._device) for store in self._stores)
+        return Lesson(lambda places: Predicted(values[places], ids[places].long()))

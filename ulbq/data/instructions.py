@@ -1,0 +1,374 @@
+"""Text to train a whole model on: plain text, or an instruction set, of which only the answers are learnt.
+
+An example of an instruction set is a row in one of these layouts:
+
+* ``instruction`` (or ``prompt``, ``question``, ``query``), perhaps ``input`` (or ``context``), and ``output`` (or
+  ``response``, ``completion``, ``answer``): Alpaca's layout, pairs of prompt and completion, LLM-Adapters' sets;
+* a chat, ``messages`` of ``role`` and ``content``, or ``conversations`` of ``from`` and ``value``; all answers in it
+  are learnt.
+
+It is laid out by the tokenizer's chat template, or as Alpaca's prompt. Prompt and answer are tokenised apart, because
+a prompt stands alone too when the model is asked. Examples are not packed: samples run one by one, each cut behind its
+own answer, so that what fills them up costs no time, and no example sees another one.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from jinja2 import TemplateError
+
+from ulbq.data import registry
+from ulbq.data.calibration import Calibration, calibration_samples
+from ulbq.data.files import (
+    ANSWER,
+    CHAT,
+    CONTEXT,
+    QUESTION,
+    ROW_SUFFIXES,
+    TEXT_SUFFIXES,
+    Row,
+    first,
+    numbered_rows,
+    suffix_of,
+)
+from ulbq.data.mirror import data_root, mirror_file
+from ulbq.data.windows import leading_tokens
+from ulbq.errors import InputError, UsageError
+from ulbq.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Template = Literal["chat", "alpaca"]
+
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_NAMED_INSTRUCTIONS = {"alpaca": "tatsu-lab/alpaca"}
+
+
+class _Turn(NamedTuple):
+    role: str
+    content: str
+
+
+class _Piece(NamedTuple):
+    """Tokens, and whether they are learnt."""
+
+    tokens: list[int]
+    taught: bool
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A chat that ends with an answer.
+
+    Attributes:
+        where: file and line, for errors.
+        turns: in order; the last one is the assistant's.
+        context: Alpaca's ``input``, which its prompt sets apart; empty for none.
+    """
+
+    where: str
+    turns: tuple[_Turn, ...]
+    context: str = ""
+
+
+def training_text(
+    spec: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    template: Template | None,
+    data_dir: Path | None,
+    offline: bool,
+    progress: Progress,
+) -> Calibration:
+    """Draw samples of plain text or of an instruction set.
+
+    Args:
+        spec: what :func:`~ulbq.data.calibration.calibration_samples` takes; or a file of rows, a folder with a
+            ``train`` file of rows, ``alpaca``, or the Hub id of a set (``llm-adapters/math``), whose ``train`` split
+            is taken. A file of rows is plain text where its first row has none of an instruction set's layouts.
+        tokenizer: the model's.
+        samples: how many.
+        length: tokens a sample; longer answers are cut.
+        seed: of the draw.
+        template: how instructions are laid out; None for the tokenizer's chat template where there is one, else
+            Alpaca's prompt.
+        data_dir: mirror folder, see :func:`ulbq.data.mirror.data_root`.
+        offline: never touch the network.
+        progress: told what was left out.
+
+    Returns:
+        The samples; of an instruction set with ``taught``, filled up behind their ends.
+
+    Raises:
+        UsageError: no such set or file; a template for plain text, or one that the tokenizer does not have.
+        InputError: unreadable data, too little of it; a row in no layout, named by its line.
+        ResourceError: the set cannot be had here.
+    """
+    rows = _instruction_rows(spec, data_dir, offline)
+    if rows is None:
+        if template is not None:
+            raise UsageError(
+                f"--template {template} means nothing to '{spec}', which is plain text.", hint="Leave it out."
+            )
+        file = _file(spec, data_dir)
+        return calibration_samples(
+            spec if file is None else str(file),
+            tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            data_dir=data_dir,
+            offline=offline,
+        )
+    read = [_example(where, row) for where, row in rows]
+    examples = [example for example in read if example is not None]
+    if len(examples) < len(read):
+        progress.note(
+            f"Of '{spec}', {len(read) - len(examples)} of {len(read):,} rows have an empty answer and are left out."
+        )
+    template = _template(template, tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    drawn = _draw(spec, (examples[index] for index in order), tokenizer, template, samples, length, progress)
+    tokens, taught = _padded(drawn, length, _filler(tokenizer))
+    return Calibration(Path(spec).name, tokens, seed, taught)
+
+
+def _instruction_rows(spec: str, data_dir: Path | None, offline: bool) -> Iterable[tuple[str, Row]] | None:
+    """All rows of an instruction set, each with the words that name it; None for plain text."""
+    if spec == "mix" or spec in registry.TEXT_SETS.keys() - _NAMED_INSTRUCTIONS.keys():
+        return None
+    file = _file(spec, data_dir)
+    if file is not None and suffix_of(file) not in ROW_SUFFIXES:
+        return None
+    if file is not None:
+        word = "row" if suffix_of(file) == ".parquet" else "line"
+        rows: Iterator[tuple[str, Row]] = ((f"{file}, {word} {number}", row) for number, row in numbered_rows(file))
+    elif spec in _NAMED_INSTRUCTIONS or "/" in spec:
+        found = registry.resolve_dataset(
+            _NAMED_INSTRUCTIONS.get(spec, spec), None, "train", data_dir=data_dir, offline=offline
+        )
+        rows = ((f"{spec}, row {number}", row) for number, row in enumerate(found, start=1))
+    else:
+        return None  # the calibration's own sentence says that there is no such set
+    opening = next(rows, None)
+    if opening is None:
+        raise InputError(f"'{spec}' is empty.", hint="Each line is one JSON object.")
+    if not _is_instruction(opening[1]):
+        if file is None:
+            raise InputError(f"{opening[0]}: no layout of an instruction set.", hint=_LAYOUTS)
+        return None
+    return chain([opening], rows)
+
+
+_LAYOUTS = "A row has instruction and output, prompt and completion, or messages; or a text, in all rows of a file."
+
+
+def _file(spec: str, data_dir: Path | None) -> Path | None:
+    """The file that a spec stands for; None for a named set and for what only the Hub may have."""
+    path = Path(spec).expanduser()
+    if spec in registry.TEXT_SETS:
+        id = _NAMED_INSTRUCTIONS.get(spec)
+        return mirror_file(data_root(data_dir), id, None, "train") if id else None
+    if suffix_of(path) in (*TEXT_SUFFIXES, ".safetensors"):
+        return path
+    folders = [path] if path.is_dir() else []
+    root = data_root(data_dir)
+    if root is not None and "/" in spec and (root / spec).is_dir():
+        folders.append(root / spec)
+    for folder in folders:
+        found = mirror_file(folder.parent, folder.name, None, "train")
+        if found is not None:
+            return found
+    if folders:
+        others = sorted(file for file in folders[0].iterdir() if suffix_of(file) in ROW_SUFFIXES)
+        hint = f"To train on another split, name its file: {others[0]}." if others else "Name a file."
+        raise InputError(f"'{spec}' has no train split in {folders[0]}.", hint=hint)
+    return None
+
+
+def _is_instruction(row: Row) -> bool:
+    asked = first(row, QUESTION) is not None and first(row, ANSWER) is not None
+    return asked or any(isinstance(row.get(name), list) for name in CHAT)
+
+
+def _example(where: str, row: Row) -> _Example | None:
+    """The example in a row; None where its answer is empty. Raises InputError where it is in no layout."""
+    for name in CHAT:
+        if isinstance(row.get(name), list):
+            return _Example(where, _turns(where, name, row[name]))
+    question, answer = first(row, QUESTION), first(row, ANSWER)
+    if question is None or answer is None:
+        columns = ", ".join(map(repr, row)) or "(none)"
+        raise InputError(f"{where}: no question with an answer among the columns {columns}.", hint=_LAYOUTS)
+    if not answer.strip():
+        return None  # published sets have some
+    _check_text(where, question, answer)
+    context = first(row, CONTEXT) or ""
+    _check_text(where, context)
+    return _Example(where, (_Turn("user", question), _Turn("assistant", answer)), context)
+
+
+def _turns(where: str, column: str, said: Sequence[Any]) -> tuple[_Turn, ...]:
+    """The turns of a chat up to its last answer."""
+    turns = []
+    for one in said:
+        role = first(one, ("role", "from")) if isinstance(one, dict) else None
+        content = first(one, ("content", "value")) if isinstance(one, dict) else None
+        if role not in _ROLES or content is None:
+            raise InputError(
+                f"{where}: '{column}' holds a turn that is no text of user, assistant or system.",
+                hint='A turn is {"role": "user", "content": "…"}.',
+            )
+        _check_text(where, content)
+        turns.append(_Turn(_ROLES[role], content))
+    while turns and turns[-1].role != "assistant":
+        turns.pop()  # a question that nobody answered teaches nothing
+    if not turns:
+        raise InputError(f"{where}: '{column}' holds no answer.", hint="An answer is a turn of the assistant's.")
+    return tuple(turns)
+
+
+def _check_text(where: str, *texts: str) -> None:
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: half of a surrogate pair, which is no text.", hint="Take that row out.") from error
+
+
+def _template(asked: Template | None, tokenizer: "PreTrainedTokenizerBase") -> Template:
+    has_one = bool(getattr(tokenizer, "chat_template", None))
+    if asked == "chat" and not has_one:
+        raise UsageError("--template chat: the tokenizer has no chat template.", hint="Take --template alpaca.")
+    return asked or ("chat" if has_one else "alpaca")
+
+
+def _draw(
+    spec: str,
+    examples: Iterable[_Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    samples: int,
+    length: int,
+    progress: Progress,
+) -> list[tuple[list[int], list[bool]]]:
+    """Tokens of the first ``samples`` examples with an answer that begins within ``length``, and which are learnt."""
+    drawn: list[tuple[list[int], list[bool]]] = []
+    cut = without = 0
+    for example in examples:
+        pieces = _chat(example, tokenizer) if template == "chat" else _alpaca(example, tokenizer)
+        tokens = [token for piece in pieces for token in piece.tokens]
+        taught = [piece.taught for piece in pieces for _ in piece.tokens]
+        if not any(taught[:length]):
+            without += 1
+            continue
+        cut += len(tokens) > length
+        drawn.append((tokens[:length], taught[:length]))
+        if len(drawn) == samples:
+            break
+    if len(drawn) < samples:
+        left_out = f"; {without} more have their answer behind {length} tokens" if without else ""
+        raise InputError(
+            f"'{spec}' holds {len(drawn)} examples, not {samples}{left_out}.",
+            hint="Ask for fewer samples, or give more examples"
+            + (", or a greater --sequence-length." if without else "."),
+        )
+    if cut or without:
+        progress.note(
+            f"Of '{spec}', {cut} of {samples} examples are cut at {length} tokens"
+            + (f", and {without} were passed over because their answer begins later." if without else ".")
+        )
+    return drawn
+
+
+def _alpaca(example: _Example, tokenizer: "PreTrainedTokenizerBase") -> list[_Piece]:
+    """Alpaca's prompt and the answer, with the tokens that begin and end a text."""
+    if [turn.role for turn in example.turns] != ["user", "assistant"]:
+        raise InputError(
+            f"{example.where}: a chat of more than a question and its answer, which Alpaca's prompt cannot hold.",
+            hint="It takes a tokenizer with a chat template.",
+        )
+    question, answer = (turn.content for turn in example.turns)
+    layout = _ALPACA_WITH_INPUT if example.context else _ALPACA
+    prompt = layout.format(instruction=question, input=example.context)
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return [
+        _Piece([*leading_tokens(tokenizer), *_tokens(prompt, tokenizer)], False),
+        _Piece([*_tokens(answer, tokenizer), *end], True),
+    ]
+
+
+def _chat(example: _Example, tokenizer: "PreTrainedTokenizerBase") -> list[_Piece]:
+    """A chat as the tokenizer's template lays it out; what it puts behind each prompt is learnt."""
+    messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
+    if example.context:
+        messages[0]["content"] += f"\n\n{example.context}"
+    pieces: list[_Piece] = []
+    before = ""
+    try:
+        for index, turn in enumerate(example.turns):
+            if turn.role != "assistant":
+                continue
+            prompt = _rendered(messages[:index], tokenizer, ask=True) if index else before
+            whole = _rendered(messages[: index + 1], tokenizer, ask=False)
+            if not (prompt.startswith(before) and whole.startswith(prompt)):
+                raise InputError(
+                    f"{example.where}: the chat template writes earlier turns anew, so the answers cannot be told.",
+                    hint="Take --template alpaca, or chats of one question and one answer.",
+                )
+            pieces.append(_Piece(_tokens(prompt.removeprefix(before), tokenizer), False))
+            pieces.append(_Piece(_tokens(whole.removeprefix(prompt), tokenizer), True))
+            before = whole
+    except TemplateError as error:
+        raise InputError(
+            f"{example.where}: the chat template refuses it ({error}).",
+            hint="Most want user and assistant in turns. --template alpaca does without it.",
+        ) from error
+    return pieces
+
+
+def _rendered(messages: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, ask: bool) -> str:
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+
+
+def _tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+    return found
+
+
+def _filler(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """A token for behind a sample's end, where nobody looks."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in known if token is not None), 0)
+
+
+def _padded(
+    drawn: Sequence[tuple[list[int], list[bool]]], length: int, filler: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens int64 and which are learnt bool, both ``[samples, length]``."""
+    tokens = torch.full((len(drawn), length), filler, dtype=torch.int64)
+    taught = torch.zeros((len(drawn), length), dtype=torch.bool)
+    for row, (own, learnt) in enumerate(drawn):
+        tokens[row, : len(own)] = torch.tensor(own)
+        taught[row, : len(own)] = torch.tensor(learnt)
+    return tokens, taught

@@ -1,0 +1,79 @@
+"""The end of a model, from its last hidden states to logits, over a chunk of positions at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from ulbq.training.precision import Precision
+
+LOGITS_MEMORY = 128 << 20
+"""Bytes that all copies of one chunk's logits may take."""
+
+
+class Head:
+    """What comes behind a model's trunk, however an architecture writes it: scaled, soft-capped, tied or not.
+
+    The model itself runs, with its trunk replaced by something that returns the hidden states in question. It treats
+    every position by itself, so positions may go through in any chunks.
+
+    Args:
+        model: all of it.
+        precision: of the product.
+    """
+
+    def __init__(self, model: PreTrainedModel, precision: Precision) -> None:
+        self._model = model
+        self._precision = precision
+        self._vocabulary = int(model.config.get_text_config().vocab_size)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits ``[n, vocabulary]`` of hidden states ``[n, hidden]`` behind the trunk's last norm."""
+        with _replaced(self._model.base_model, states.unsqueeze(0)), self._precision.autocast():
+            logits: torch.Tensor = self._model(inputs_embeds=states.detach().unsqueeze(0), use_cache=False).logits
+        return logits.squeeze(0)
+
+    def chunk(self, copies: int) -> int:
+        """Positions that may go through at once where so many float32 copies of their logits live together."""
+        return max(16, LOGITS_MEMORY // (4 * copies * self._vocabulary))
+
+
+@contextmanager
+def _replaced(trunk: nn.Module, states: torch.Tensor) -> Iterator[None]:
+    """Have a trunk return these states instead of running."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+        # The widest of transformers' outputs: models without experts do not ask for theirs.
+        return MoeModelOutputWithPast(last_hidden_state=states)
+
+    trunk.forward = stand_in
+    try:
+        yield
+    finally:
+        del trunk.forward
+
+
+def in_chunks(
+    function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], positions: torch.Tensor, size: int
+) -> list[torch.Tensor]:
+    """Values of many positions, a chunk at a time; what a chunk needs for its gradient is computed again there.
+
+    Args:
+        function: from positions ``[n]`` to a tuple of tensors ``[n]``.
+        positions: int64 ``[N]``.
+        size: of a chunk.
+
+    Returns:
+        Each of the tensors, ``[N]``.
+    """
+    parts = positions.split(size)
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        found = [function(part) for part in parts]
+    else:
+        found = [checkpoint(function, part, use_reentrant=False) for part in parts]
+    return [torch.cat(values) for values in zip(*found, strict=True)]
