@@ -32,6 +32,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_multiply": (*_MATRIX, _AT, _INT, _LONG, _AT, _INT),
     "ulbq_widen": (*_MATRIX, _LONG, _LONG, _AT, _INT, _INT),
     "ulbq_to_tiles": (_AT, _INT, _LONG, _LONG, _AT, _LONG, _INT),
+    "ulbq_columns": (_AT, _LONG, _LONG, _AT, _AT, _AT, _AT, _AT, _AT, _AT, _INT, _LONG, _AT, _INT),
     "ulbq_from_tiles": (_AT, _INT, _LONG, _LONG, _AT, _LONG, _INT),
 }
 SWITCH = "ULBQ_COMPILE"

@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from ulbq.formats import AnyScheme
-from ulbq.kernels import build, int4, ops, tiles
+from ulbq.kernels import build, columns, int4, ops, tiles
 
-Name = Literal["tiles", "int4", "dense"]
+Name = Literal["tiles", "columns", "int4", "dense"]
 
 
 class Case(NamedTuple):
@@ -99,6 +99,16 @@ def _tiles_call(case: Case) -> str:
     return ""
 
 
+def _columns_matrix(scheme: AnyScheme, outs: int, columns_: int, device: str) -> str:
+    return f"runs on the CPU, not on {device}" if device != "cpu" else columns.refusal(scheme, outs)
+
+
+def _columns_call(case: Case) -> str:
+    if case.dtype not in tiles.FLOATS:
+        return f"{_short(case.dtype)} activations: float32, bfloat16 or float16"
+    return f"{case.rows} rows: beyond {columns.FEW_ROWS} a dense weight is faster" * (case.rows > columns.FEW_ROWS)
+
+
 def _int4_matrix(scheme: AnyScheme, outs: int, columns: int, device: str) -> str:
     return f"runs on the CPU, not on {device}" if device != "cpu" else int4.refusal(scheme, outs)
 
@@ -124,6 +134,13 @@ BACKENDS: tuple[Backend, ...] = (
         missing=build.failure,
         matrix=_tiles_matrix,
         call=_tiles_call,
+    ),
+    Backend(
+        name="columns",
+        summary="our compiled C++: lookups in tables of each column's levels",
+        missing=build.failure,
+        matrix=_columns_matrix,
+        call=_columns_call,
     ),
     Backend(
         name="int4",

@@ -7,8 +7,12 @@ import torch
 
 from ulbq import formats
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme
+from ulbq.kernels import columns as columns_
 from ulbq.kernels import dispatch, int4, ops, tiles
 
+# Stored and derived tensors of the codebook format, in the operator's order.
+CODEBOOK = ("codes", "tail_codes", "codebooks", "columns", "outlier_values", "outlier_low", "outlier_high")
+DERIVED = ("column_order", "outlier_starts", "outlier_columns", "outlier_deltas")
 # What a mixture has beside its signs, and keeps as it is.
 _BESIDE = ("in_scales", "out_scales", "router", "zeros")
 
@@ -18,7 +22,7 @@ class Ready(NamedTuple):
 
     Attributes:
         layout: ``planes``: as stored. ``tiles``: others in place of codes, scales and
-            zeros. ``int4``: more beside the stored ones.
+            zeros. ``int4`` and ``columns``: more beside the stored ones.
         tensors: by name.
     """
 
@@ -34,6 +38,8 @@ def prepare(scheme: AnyScheme, stored: Mapping[str, torch.Tensor], outs: int, co
         return Ready("tiles", beside | tiles.pack(scheme, stored, outs, columns))
     if best == "int4" and isinstance(scheme, AffineScheme):
         return Ready("int4", dict(stored) | int4.pack(scheme, stored, columns))
+    if best == "columns" and isinstance(scheme, CodebookScheme):
+        return Ready("columns", dict(stored) | columns_.derive(scheme, stored, outs, columns))
     return Ready("planes", dict(stored))
 
 
@@ -60,18 +66,25 @@ def is_dense(scheme: AnyScheme, layout: str, x: torch.Tensor) -> bool:
     """Whether :func:`multiply` makes this product with the dense weight, so that one who kept that has less to do."""
     if layout == "tiles":
         return not (x.dtype in tiles.FLOATS and x.numel() < ops.MANY_ROWS * x.shape[-1])
+    if layout == "columns":
+        return not (x.dtype in tiles.FLOATS and x.numel() <= columns_.FEW_ROWS * x.shape[-1])
     return layout == "planes" or not _takes_int4(x)
 
 
 def multiply(scheme: AnyScheme, ready: Ready, x: torch.Tensor, outs: int) -> torch.Tensor:
     """The layer's product ``[..., out]`` of inputs ``[..., in]``, in their dtype, without a bias."""
     layout, tensors = ready
+    product: torch.Tensor
     if isinstance(scheme, BinaryMosScheme):
         return _mixture(scheme, ready, x, outs)
     if isinstance(scheme, CodebookScheme):
-        weight = formats.dequantize(scheme, tensors, x.shape[-1], x.dtype)
-        return torch.nn.functional.linear(x, weight)
-    product: torch.Tensor
+        widths = scheme.widths or {scheme.bits: x.shape[-1]}
+        packed = [tensors[name] for name in CODEBOOK if name in tensors]
+        derived = [tensors[name] for name in DERIVED if name in tensors]
+        product = torch.ops.ulbq.codebook_linear(
+            x, packed, derived, outs, list(widths), list(widths.values()), scheme.outliers
+        )
+        return product
     if layout == "int4" and _takes_int4(x):
         product = torch.ops.ulbq.int4_linear(x, tensors["int4_codes"], tensors["int4_scales"], scheme.group_size)
         return product

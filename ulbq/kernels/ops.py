@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ulbq.formats import AffineScheme, DualBinaryScheme
+from ulbq.formats import AffineScheme, CodebookScheme, DualBinaryScheme, codebook
 from ulbq.formats.bits import unpack_planes
-from ulbq.kernels import reference, tiles
+from ulbq.kernels import columns, reference, tiles
 
 MANY_ROWS = 96
 """From so many rows on, making slabs of dense weights and one large product of each is faster than taking codes."""
@@ -209,6 +209,88 @@ def _dual_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 dual_binary_linear.register_autograd(_dual_backward, setup_context=_dual_save)
+
+
+# --- codebook ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("ulbq::codebook_linear", mutates_args=())
+def codebook_linear(
+    x: torch.Tensor,
+    stored: list[torch.Tensor],
+    derived: list[torch.Tensor],
+    out_features: int,
+    widths: list[int],
+    counts: list[int],
+    outliers: int,
+) -> torch.Tensor:
+    """``x · Ŵᵀ`` with levels of its own for every column.
+
+    Args:
+        x: ``[..., in]``, floating.
+        stored: the tensors of the format, in the order of its scheme's ``tensors``.
+        derived: those of :func:`ulbq.kernels.columns.derive`; none where lookups are not to be used.
+        out_features: rows of ``Ŵ``.
+        widths, counts: how many columns have which width.
+        outliers: the scheme's.
+
+    Returns:
+        ``[..., out]`` in the dtype of ``x``.
+    """
+    scheme, tensors = _codebook(stored, out_features, x.shape[-1], widths, counts, outliers)
+    rows = x.reshape(-1, x.shape[-1])
+    if derived and x.dtype in tiles.FLOATS and len(rows) <= columns.FEW_ROWS:
+        product = columns.multiply(rows, scheme, tensors["codes"], tensors["codebooks"], derived)
+    else:
+        product = torch.nn.functional.linear(rows, codebook.dequantize(scheme, tensors, x.shape[-1], x.dtype))
+    return product.view(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("ulbq::codebook_linear_grad_input", mutates_args=())
+def codebook_linear_grad_input(
+    grad: torch.Tensor,
+    stored: list[torch.Tensor],
+    in_features: int,
+    widths: list[int],
+    counts: list[int],
+    outliers: int,
+) -> torch.Tensor:
+    """Gradient of ``x``, ``[..., in]``."""
+    scheme, tensors = _codebook(stored, grad.shape[-1], in_features, widths, counts, outliers)
+    return grad @ codebook.dequantize(scheme, tensors, in_features, grad.dtype)
+
+
+@codebook_linear.register_fake
+def _(x, stored, derived, out_features, widths, counts, outliers):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@codebook_linear_grad_input.register_fake
+def _(grad, stored, in_features, widths, counts, outliers):  # type: ignore[no-untyped-def]
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _codebook_save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, stored, derived, _, *ctx.rest = inputs
+    ctx.derived = len(derived)
+    ctx.columns = x.shape[-1]
+    ctx.save_for_backward(*stored)
+
+
+def _codebook_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    stored = list(ctx.saved_tensors)
+    of_x = torch.ops.ulbq.codebook_linear_grad_input(grad, stored, ctx.columns, *ctx.rest)
+    return of_x, [None] * len(stored), [None] * ctx.derived, None, None, None, None
+
+
+codebook_linear.register_autograd(_codebook_backward, setup_context=_codebook_save)
+
+
+def _codebook(
+    stored: list[torch.Tensor], outs: int, in_features: int, widths: list[int], counts: list[int], outliers: int
+) -> tuple[CodebookScheme, dict[str, torch.Tensor]]:
+    scheme = CodebookScheme(widths=dict(zip(widths, counts, strict=True)), outliers=outliers)
+    return scheme, dict(zip(scheme.tensors(outs, in_features), stored, strict=True))
 
 
 # --- slabs of dense weights -------------------------------------------------------------------------------------------
