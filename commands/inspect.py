@@ -22,6 +22,9 @@ def inspect(
     layers: Annotated[
         bool, typer.Option("--layers", help="Every layer with its bits and error, or its scores.")
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Which kernels run its layers on this machine, and why not others.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -41,4 +44,8 @@ def inspect(
         from .inspection import show
 
         show(console.terminal(), inspection, layers=layers)
+        if kernels:
+            from .kernel_table import show_kernels
+
+            show_kernels(console.terminal(), inspection.manifest)
     emit(path, inspection.manifest)

@@ -214,6 +214,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from convert' -s h -l help -d 'Show 
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -F
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l verify -d 'Hash every file again, and the model that it was made from'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l layers -d 'Every layer with its bits and error, or its scores'
+complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l kernels -d 'Which kernels run its layers on this machine, and why not others'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l json -d 'Write the manifest, not the path, to standard output'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -s q -l quiet -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l debug -d 'Tracebacks, and the libraries\' own logs'

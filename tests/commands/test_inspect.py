@@ -21,6 +21,7 @@ from ulbq.artifacts import (
 from ulbq.artifacts.records import RotationRecord
 from ulbq.commands.app import main
 from ulbq.commands.inspection import scheme, show, size
+from ulbq.kernels import build
 from ulbq.pipeline.inspect import inspect
 from ulbq.runtime import PhaseRecord
 
@@ -53,6 +54,21 @@ class TestCommand:
         output = capsys.readouterr()
         assert output.out == "q\n"
         assert "quantized weights" in output.err
+
+    def test_kernels_are_told_with_what_they_do_not_take(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ulbq.kernels.build.cpu_features", frozenset)
+        for function in (build.library, build.failure, build._load):
+            function.cache_clear()
+        write_artifact(Path("q"))
+        assert main(["inspect", "q", "--kernels"]) == 0
+        shown = " ".join(capsys.readouterr().err.split())
+        for function in (build.library, build.failure, build._load):
+            function.cache_clear()
+        assert "tiles this processor has no avx512_vnni" in shown
+        assert "dense yes slabs of dense weights" in shown
+        assert "× w2g64 bfloat16" in shown
 
     def test_json_is_the_manifest(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_artifact(Path("q"))

@@ -182,7 +182,8 @@ class TestPacked:
                 packed = source.read_packed(name)
                 linear.weight.copy_(formats.dequantize(scheme, packed, linear.in_features))
             model = load_model(source, dtype=torch.float32)
-            torch.testing.assert_close(model(_TOKENS).logits, dense(_TOKENS).logits, atol=1e-5, rtol=0)
+            # Both sum in float32, in another order; random weights of this size let the difference grow.
+            torch.testing.assert_close(model(_TOKENS).logits, dense(_TOKENS).logits, atol=1e-4, rtol=0)
         assert len(source.packed) == 21
         assert all(isinstance(model.get_submodule(name), QuantLinear) for name in source.packed)
         assert model.lm_head.weight is model.model.embed_tokens.weight

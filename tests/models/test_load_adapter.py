@@ -53,7 +53,7 @@ def test_peft_loads_it_onto_the_packed_base(
         by_peft = peft.PeftModel.from_pretrained(base, source.path / "adapter")(TOKENS).logits
         loaded = load_model(source, dtype=torch.float32)
         assert torch.equal(loaded(TOKENS).logits, by_peft)
-    torch.testing.assert_close(by_peft, simulated(source), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(by_peft, simulated(source), atol=1e-4, rtol=0)
     assert (by_peft - alone).abs().max() > 0.1
     assert isinstance(loaded, PreTrainedModel)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())

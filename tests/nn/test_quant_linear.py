@@ -33,7 +33,10 @@ def test_it_is_a_linear_layer_with_the_dequantized_weight(cache: bool, dtype: to
     weight = formats.dequantize(SCHEME, packed(), 24, dtype)
     expected = torch.nn.functional.linear(x, weight, made.bias.to(dtype))
     for _ in range(2):
-        assert torch.equal(made(x), expected)
+        if cache or dtype == torch.float32:
+            assert torch.equal(made(x), expected)
+        else:  # the bias is added to a product that was rounded before
+            torch.testing.assert_close(made(x), expected, rtol=2**-7, atol=2**-7)
 
 
 def test_the_cache_keeps_one_weight_until_the_dtype_or_the_tensors_change() -> None:
@@ -84,7 +87,8 @@ def test_every_format_multiplies_as_it_says(scheme: AnyScheme, cache: bool) -> N
     x = torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(1))
     factor = formats.matrix(scheme, made.tensors(), 24)
     for _ in range(2):
-        assert torch.equal(made(x), formats.multiply(scheme, made.tensors(), x, factor, made.bias))
+        expected = formats.multiply(scheme, made.tensors(), x, factor, made.bias)
+        torch.testing.assert_close(made(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("experts", [1, 4])

@@ -237,7 +237,7 @@ def _swap_packed(
         if scheme is None or not is_dense_linear(linear) or name.startswith(without):
             continue
         quantized = QuantLinear(
-            scheme, linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=dtype, cache=True
+            scheme, linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=dtype
         )
         # Back on meta: the bias is read with all the other dense parameters.
         quantized.bias = linear.bias

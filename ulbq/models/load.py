@@ -14,7 +14,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model with all its parameters in memory, frozen and in eval mode.
 
-    Packed linear layers stay packed, and keep their dequantized weight in ``dtype`` after the first call.
+    Packed linear layers stay packed; there is no dense copy of their weights.
 
     Args:
         source: the model.

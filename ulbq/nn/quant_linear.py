@@ -1,12 +1,12 @@
 """A linear layer that holds its weight packed."""
 
 from collections.abc import Callable, Mapping
-from typing import Self, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import nn
 
-from ulbq import formats
+from ulbq import formats, kernels
 from ulbq.formats import AnyScheme, BinaryMosScheme
 
 
@@ -53,10 +53,13 @@ class QuantLinear(nn.Linear):
         in_features, out_features: the dense weight's dimensions.
         bias: whether the layer adds a bias.
         dtype: of ``weight``, as a dense layer's parameter would have it; casting the module changes it.
-        cache: keep the unpacked matrix after the first call (twice the bytes of bf16 weights, no work per call).
+        cache: keep the dense matrix where products are made with one (many rows, mostly), in the dtype of the calls;
+            without it, slabs of it are made at every such call.
 
     The buffers carry the names, dtypes and shapes of ``scheme.tensors(out_features, in_features)``, and keep these
-    dtypes when the module is cast; ``bias`` is a parameter. Without ``cache`` the matrix is unpacked at every call.
+    dtypes when the module is cast; ``bias`` is a parameter. :meth:`prepare`, at the latest the first call, replaces
+    them by tensors in the order that products take; :meth:`tensors` and ``state_dict`` still give the stored ones, by
+    then copies, and to load others or move the module brings the buffers back.
     """
 
     def __init__(
@@ -77,7 +80,11 @@ class QuantLinear(nn.Linear):
         self.dtype = dtype
         self.cache = cache
         self._kept: torch.Tensor | None = None
-        for name, spec in scheme.tensors(out_features, in_features).items():
+        # Layout and names of the buffers that products take; None while they are the stored ones, not yet looked at.
+        self._layout: tuple[str, tuple[str, ...]] | None = None
+        specs = scheme.tensors(out_features, in_features)
+        self._stored = tuple(specs)
+        for name, spec in specs.items():
             self.register_buffer(name, torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)))
         parameter = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
         self.register_parameter("bias", parameter)
@@ -89,16 +96,24 @@ class QuantLinear(nn.Linear):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The packed tensors, by their stored names."""
-        return dict(self.named_buffers(recurse=False))
+        return kernels.stored(self.scheme, self._ready(), self.out_features, self.in_features)
 
     def assign(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over packed tensors, without a copy. Raises ``ValueError`` where a name, dtype or shape differs."""
-        for name, spec in self.scheme.tensors(self.out_features, self.in_features).items():
+        specs = self.scheme.tensors(self.out_features, self.in_features)
+        for name, spec in specs.items():
             given = tensors.get(name)
             if given is None or tuple(given.shape) != spec.shape or given.dtype != getattr(torch, spec.dtype):
                 raise ValueError(f"'{name}' must be {spec.dtype} {list(spec.shape)}")
-            setattr(self, name, given)
-        self._kept = None
+        self._hold({name: tensors[name] for name in specs})
+        self._layout = None
+
+    def prepare(self) -> None:
+        """Bring the weight into the layout of the best kernel for it here. Nothing to do a second time."""
+        if self._layout is None:
+            ready = kernels.prepare(self.scheme, self.tensors(), self.out_features, self.in_features)
+            self._hold(ready.tensors)
+            self._layout = (ready.layout, tuple(ready.tensors))
 
     def weight_dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantized weight ``[out, in]``, where the packed tensors are; of a mixture, at uniform gates."""
@@ -107,26 +122,63 @@ class QuantLinear(nn.Linear):
         return self._matrix(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` to ``[..., out]``, in the dtype of ``x``."""
+        """``[..., in]`` to ``[..., out]``, in the dtype of ``x``, or of autocast where that is on."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self._layout is None and not torch.compiler.is_compiling():
+            self.prepare()
+        ready = self._ready()
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return formats.multiply(self.scheme, self.tensors(), x, self._matrix(x.dtype), bias)
+        if self.cache and kernels.is_dense(self.scheme, ready.layout, x):
+            return formats.multiply(self.scheme, ready.tensors, x, self._matrix(x.dtype), bias)
+        product = kernels.multiply(self.scheme, ready, x, self.out_features)
+        return product if bias is None else product + bias
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.format} {self.scheme.label}"
 
     def _matrix(self, dtype: torch.dtype) -> torch.Tensor:
         """What the inputs are multiplied by; the one thing that is worth keeping, in every format."""
-        tensors = self.tensors()
+        ready = self._ready()
         kept = self._kept
-        if kept is not None and kept.dtype == dtype and kept.device == tensors["codes"].device:
+        if kept is not None and kept.dtype == dtype and kept.device == next(self.buffers()).device:
             return kept
-        matrix = formats.matrix(self.scheme, tensors, self.in_features, dtype)
+        matrix = kernels.matrix(self.scheme, ready, self.out_features, self.in_features, dtype)
         if self.cache:
             self._kept = matrix
         return matrix
 
+    def _ready(self) -> kernels.Ready:
+        if self._layout is None:
+            return kernels.Ready("planes", {name: getattr(self, name) for name in self._stored})
+        layout, held = self._layout
+        return kernels.Ready(layout, {name: getattr(self, name) for name in held})
+
+    def _hold(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make these the buffers, in place of what was there; those of the stored names persist."""
+        for name in [name for name, _ in self.named_buffers(recurse=False) if name not in tensors]:
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=name in self._stored)
+        self._kept = None
+
+    def _restore(self) -> None:
+        """Undo :meth:`prepare`."""
+        self._hold(self.tensors())
+        self._layout = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.tensors().items():
+            destination.setdefault(prefix + name, tensor)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._restore()
+        super()._load_from_state_dict(*arguments)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Move or cast: packed tensors follow to another device only, since a rounded scale decodes another weight."""
+        self._restore()
         before = self.tensors()
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["codes"].device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -134,5 +186,4 @@ class QuantLinear(nn.Linear):
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
-        self._kept = None
         return self

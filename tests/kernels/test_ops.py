@@ -1,0 +1,167 @@
+"""The operators as torch sees them: opcheck, gradients, tracing."""
+
+import pytest
+import torch
+
+from tests.kernels.matrices import assert_near, exact, random_matrix
+from ulbq import kernels
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme
+from ulbq.formats.bits import unpack_planes
+from ulbq.kernels import build, int4, ops, reference, tiles
+from ulbq.nn.quant_linear import QuantLinear
+
+OUTS, COLUMNS = 70, 128
+AFFINE = [AffineScheme(bits=bits, group_size=size) for bits, size in ((1, 64), (2, 32), (3, 128), (4, -1), (8, 16))]
+AFFINE += [AffineScheme(bits=2, group_size=64, symmetric=True)]
+TILES = pytest.param("tiles", marks=pytest.mark.skipif(bool(build.failure()), reason=build.failure()))
+
+
+def operands(scheme: AnyScheme, layout: str) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor | None, ...]]:
+    """Stored tensors, and codes, scales and zeros in a layout."""
+    stored = random_matrix(scheme, OUTS, COLUMNS)
+    if layout == "planes":
+        return stored, (stored["codes"], stored["scales"], stored.get("zeros"))
+    tiled = tiles.pack(scheme, stored, OUTS, COLUMNS)
+    return stored, (tiled["tiled_codes"], tiled["tiled_scales"], tiled.get("tiled_zeros"))
+
+
+def inputs(rows: int = 3, *, grad: bool = False) -> torch.Tensor:
+    x = torch.randn(2, rows, COLUMNS, generator=torch.Generator().manual_seed(rows))
+    return x.requires_grad_(grad)
+
+
+@pytest.mark.parametrize("layout", ["planes", TILES])
+@pytest.mark.parametrize("scheme", AFFINE, ids=lambda s: s.label)
+def test_opcheck_affine(scheme: AffineScheme, layout: str) -> None:
+    if layout == "tiles" and tiles.refusal(scheme, COLUMNS):
+        pytest.skip(tiles.refusal(scheme, COLUMNS))
+    _, packed = operands(scheme, layout)
+    constants = (OUTS, scheme.bits, scheme.group_size, layout)
+    torch.library.opcheck(ops.affine_linear, (inputs(grad=True), *packed, *constants))
+
+
+def test_opcheck_affine_with_scales_and_zeros_that_train() -> None:
+    scheme = AffineScheme(bits=2, group_size=32)
+    stored = random_matrix(scheme, OUTS, COLUMNS)
+    scales = stored["scales"].float().requires_grad_()
+    zeros = torch.rand_like(scales).requires_grad_()
+    torch.library.opcheck(ops.affine_linear, (inputs(grad=True), stored["codes"], scales, zeros, OUTS, 2, 32, "planes"))
+
+
+@pytest.mark.parametrize("layout", ["planes", TILES])
+def test_opcheck_dual_binary(layout: str) -> None:
+    scheme = DualBinaryScheme(group_size=32)
+    _, (codes, scales, _) = operands(scheme, layout)
+    assert scales is not None
+    if layout == "planes":
+        scales = scales.float().requires_grad_()
+    torch.library.opcheck(ops.dual_binary_linear, (inputs(grad=True), codes, scales, OUTS, 32, layout))
+
+
+def test_opcheck_int4() -> None:
+    scheme = AffineScheme(bits=2, group_size=32)
+    packed = int4.pack(scheme, random_matrix(scheme, 64, COLUMNS), COLUMNS)
+    x = inputs().to(torch.bfloat16)
+    torch.library.opcheck(int4.int4_linear, (x, packed["int4_codes"], packed["int4_scales"], 32))
+
+
+@pytest.mark.parametrize("rows", [3, ops.MANY_ROWS])
+@pytest.mark.parametrize("layout", ["planes", TILES])
+@pytest.mark.parametrize("scheme", [*AFFINE, DualBinaryScheme(group_size=32)], ids=lambda s: f"{s.format}-{s.label}")
+def test_values_and_the_gradient_of_the_input(scheme: AnyScheme, layout: str, rows: int) -> None:
+    if layout == "tiles" and tiles.refusal(scheme, COLUMNS):
+        pytest.skip(tiles.refusal(scheme, COLUMNS))
+    stored, _ = operands(scheme, layout)
+    ready = kernels.prepare(scheme, stored, OUTS, COLUMNS) if layout == "tiles" else kernels.Ready(layout, stored)
+    x = inputs(rows, grad=True)
+    y = kernels.multiply(scheme, ready, x, OUTS)
+    wide = x.detach().double().requires_grad_()
+    wanted = exact(scheme, stored, wide)
+    assert_near(y, wanted, torch.float32)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (found,) = torch.autograd.grad(y, x, grad)
+    assert_near(found, torch.autograd.grad(wanted, wide, grad.double())[0], torch.float32, slack=2)
+
+
+@pytest.mark.parametrize("layout", ["planes", TILES])
+@pytest.mark.parametrize("zeros", ["none", "output", "input"])
+def test_the_gradient_through_a_mixture(zeros: str, layout: str) -> None:
+    scheme = BinaryMosScheme(experts=4, zeros=zeros)
+    stored = random_matrix(scheme, OUTS, COLUMNS)
+    ready = kernels.prepare(scheme, stored, OUTS, COLUMNS) if layout == "tiles" else kernels.Ready(layout, stored)
+    x = inputs(grad=True)
+    y = kernels.multiply(scheme, ready, x, OUTS)
+    wanted = reference.binary_mos_linear(scheme, stored, x)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (found,), (should,) = torch.autograd.grad(y, x, grad), torch.autograd.grad(wanted, x, grad)
+    assert_near(found, should, torch.float32, slack=8)
+
+
+def test_gradients_of_scales_and_zero_points_are_those_of_the_reference() -> None:
+    scheme = AffineScheme(bits=3, group_size=32)
+    stored = random_matrix(scheme, OUTS, COLUMNS)
+    leaves = [inputs(grad=True), stored["scales"].float().requires_grad_(), torch.rand(OUTS, 4).mul(7).requires_grad_()]
+    x, scales, zeros = leaves
+    y = torch.ops.ulbq.affine_linear(x, stored["codes"], scales, zeros, OUTS, 3, 32, "planes")
+    wanted = reference.affine_linear(x, stored["codes"], scales, zeros)
+    assert_near(y, wanted, torch.float32)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    for found, should in zip(
+        torch.autograd.grad(y, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
+    ):
+        assert_near(found, should, torch.float32, slack=4)
+
+
+def test_gradients_of_both_scales_of_dual_binary() -> None:
+    scheme = DualBinaryScheme(group_size=32)
+    stored = random_matrix(scheme, OUTS, COLUMNS)
+    leaves = [inputs(grad=True), stored["scales"].float().requires_grad_()]
+    y = torch.ops.ulbq.dual_binary_linear(leaves[0], stored["codes"], leaves[1], OUTS, 32, "planes")
+    wanted = reference.dual_binary_linear(leaves[0], stored["codes"], leaves[1])
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    for found, should in zip(
+        torch.autograd.grad(y, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
+    ):
+        assert_near(found, should, torch.float32, slack=4)
+
+
+@pytest.mark.skipif(bool(build.failure()), reason=build.failure())
+def test_scales_in_tiles_do_not_train() -> None:
+    _, (codes, scales, zeros) = operands(AFFINE[0], "tiles")
+    assert scales is not None
+    with pytest.raises(ValueError, match="stored layout"):
+        torch.ops.ulbq.affine_linear(inputs(), codes, scales.requires_grad_(), zeros, OUTS, 1, 64, "tiles")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", int4.GROUPS)
+def test_torchs_int4_product_has_the_same_weights(bits: int, size: int) -> None:
+    """Scales and shifts are rounded to bfloat16, twice the rounding of a bfloat16 weight."""
+    scheme = AffineScheme(bits=bits, group_size=size)
+    stored = random_matrix(scheme, 64, 512)
+    packed = int4.pack(scheme, stored, 512)
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    y = torch.ops.ulbq.int4_linear(x, packed["int4_codes"], packed["int4_scales"], size)
+    assert_near(y, exact(scheme, stored, x), torch.bfloat16, slack=2)
+    rolled = torch.ops.ulbq.int4_linear(x, packed["int4_codes"], packed["int4_scales"].roll(1, 0), size)
+    with pytest.raises(AssertionError):
+        assert_near(rolled, exact(scheme, stored, x), torch.bfloat16, slack=2)
+
+
+@pytest.mark.parametrize(
+    "scheme", [AFFINE[1], DualBinaryScheme(group_size=32), BinaryMosScheme()], ids=lambda s: s.label
+)
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_layer_compiles_to_one_graph(scheme: AnyScheme, ready: bool) -> None:
+    layer = QuantLinear(scheme, COLUMNS, OUTS, bias=True)
+    layer.assign(random_matrix(scheme, OUTS, COLUMNS))
+    eager = layer(inputs()) if ready else None
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    result = compiled(inputs())
+    assert_near(result, layer(inputs()) if eager is None else eager, torch.float32, slack=8)
+
+
+def test_packed_codes_are_what_unpack_planes_reads() -> None:
+    stored = random_matrix(AFFINE[2], OUTS, COLUMNS)
+    weight = reference.affine_weight(stored["codes"], torch.ones(OUTS, 1), torch.zeros(OUTS, 1), COLUMNS, torch.float32)
+    assert torch.equal(weight, unpack_planes(stored["codes"], COLUMNS).float())

@@ -1,0 +1,83 @@
+"""Products with column codebooks on the CPU, compiled: lookups in tables that a register holds (``cpu/columns.cpp``).
+
+The stored tensors are read as they are. Beside them lie the order of the columns and, for each output, the columns of
+its outliers and by how much each differs from the level that its code names.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from ulbq.formats import AnyScheme, CodebookScheme, codebook
+from ulbq.kernels.build import library
+from ulbq.kernels.tiles import FLOATS
+
+FEW_ROWS = 64
+"""Up to so many rows at a time codes are looked up for each; more take one dense weight."""
+
+
+def refusal(scheme: AnyScheme, outs: int) -> str:
+    """Why a matrix cannot be looked up; empty where it can."""
+    if not isinstance(scheme, CodebookScheme):
+        return "column codebooks only"
+    return f"{outs} outputs: a multiple of 8" if outs % 8 else ""
+
+
+def derive(
+    scheme: CodebookScheme, stored: Mapping[str, torch.Tensor], outs: int, columns: int
+) -> dict[str, torch.Tensor]:
+    """What products need beside the stored tensors.
+
+    Returns:
+        ``column_order`` int32 ``[in]``, and with outliers ``outlier_starts`` int32 ``[out + 1]``, ``outlier_columns``
+        int32 ``[n]`` and ``outlier_deltas`` float32 ``[n]``, by output.
+    """
+    found = codebook.unpack(scheme, stored, columns)
+    order = found.widths.argsort(descending=True, stable=True)
+    derived = {"column_order": order.int()}
+    if found.outliers is None:
+        return derived
+    positions, values = found.outliers
+    column, out = positions // outs, positions % outs
+    named = found.codebooks[column, found.codes[column, out].long()]
+    by_output = out.argsort(stable=True)
+    starts = torch.zeros(outs + 1, dtype=torch.int32)
+    starts[1:] = out.bincount(minlength=outs).cumsum(0)
+    return derived | {
+        "outlier_starts": starts,
+        "outlier_columns": column[by_output].int(),
+        "outlier_deltas": (values - named)[by_output].contiguous(),
+    }
+
+
+def multiply(
+    x: torch.Tensor, scheme: CodebookScheme, codes: torch.Tensor, levels: torch.Tensor, derived: list[torch.Tensor]
+) -> torch.Tensor:
+    """Products ``[rows, out]`` of ``x`` ``[rows, in]`` in its dtype; sums are float32.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        scheme: of the matrix.
+        codes, levels: ``codes`` and ``codebooks`` as stored.
+        derived: what :func:`derive` made, in its order.
+    """
+    x, outs = x.contiguous(), 8 * codes.shape[1]
+    widths = scheme.columns(x.shape[1])
+    counts = torch.tensor([sum(n for width, n in widths.items() if width > plane) for plane in range(4)])
+    y = torch.empty(len(x), outs, dtype=x.dtype)
+    order, *outliers = (tensor.data_ptr() for tensor in derived)
+    library().ulbq_columns(
+        codes.data_ptr(),
+        outs,
+        x.shape[1],
+        counts.data_ptr(),
+        levels.data_ptr(),
+        order,
+        *(outliers or (None, None, None)),
+        x.data_ptr(),
+        FLOATS[x.dtype],
+        len(x),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y

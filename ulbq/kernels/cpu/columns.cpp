@@ -1,0 +1,179 @@
+// Products with column codebooks, read where they are stored: every column has a table of its levels times its input.
+//
+// Codes of a column lie along the outputs, a bit plane after the other. Up to four planes make an index from 0 to 15
+// for each output: those of one column, or of two columns of 2 bits, whose table then holds the 16 sums of both. The
+// lookup is a permutation of one register. Nothing is rounded but in float32.
+
+#include <omp.h>
+
+#include "activations.h"
+
+namespace ulbq {
+
+constexpr int64_t kBlock = 256;  // outputs at a time
+constexpr int64_t kFlush = 64;   // lookups that are added up before they join the total, to keep rounding small
+
+struct Columns {
+    const uint8_t* codes;      // [planes][outs / 8]
+    int64_t outs, columns;
+    const int64_t* counts;     // columns that have plane 0, 1, 2, 3: the first so many in sorted order
+    const uint16_t* levels;    // float16, one column's after the other's
+    const int32_t* order;      // which column of the matrix each sorted one is
+    const int32_t* starts;     // [outs + 1] of each output's outliers; null where there are none
+    const int32_t* outlier_columns;
+    const float* deltas;       // an outlier's value less the level that its code names
+};
+
+// One lookup: up to four planes, the least significant bit of the index first.
+struct Lookup {
+    int bits;
+    int64_t plane[4];
+    int64_t column[2];  // sorted; the second is -1 but for pairs
+    int64_t level[2];   // where the levels of each begin
+};
+
+inline int width(const Columns& w, int64_t column) {
+    return column < w.counts[3] ? 4 : column < w.counts[2] ? 3 : 2;
+}
+
+inline int64_t lookups(const Columns& w, Lookup* to) {
+    const int64_t base[4] = {0, w.counts[0], w.counts[0] + w.counts[1], w.counts[0] + w.counts[1] + w.counts[2]};
+    int64_t count = 0, level = 0;
+    for (int64_t column = 0; column < w.columns;) {
+        Lookup& one = to[count++];
+        one = Lookup{width(w, column), {0, 0, 0, 0}, {column, -1}, {level, 0}};
+        for (int bit = 0; bit < one.bits; ++bit) one.plane[bit] = base[bit] + column;
+        level += int64_t{1} << one.bits;
+        ++column;
+        if (one.bits == 2 && column < w.columns) {
+            one.column[1] = column;
+            one.level[1] = level;
+            one.plane[2] = base[0] + column;
+            one.plane[3] = base[1] + column;
+            one.bits = 4;
+            level += 4;
+            ++column;
+        }
+    }
+    return count;
+}
+
+inline float value(const void* x, int type, int64_t index) {
+    return _mm512_cvtss_f32(load_floats(x, type, index, 1));
+}
+
+inline void fill_table(const Columns& w, const Lookup& one, const void* x, int type, int64_t row, float* table) {
+    const float first_input = value(x, type, row * w.columns + w.order[one.column[0]]);
+    const uint16_t* levels = w.levels + one.level[0];
+    if (one.column[1] < 0) {
+        const __mmask16 mask = first(int64_t{1} << one.bits);
+        _mm512_store_ps(table, _mm512_mul_ps(load_floats(levels, kFloat16, 0, mask), _mm512_set1_ps(first_input)));
+        return;
+    }
+    const float second_input = value(x, type, row * w.columns + w.order[one.column[1]]);
+    const __m512i low = _mm512_and_si512(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(3));
+    const __m512i high = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const __m512 one_level = _mm512_permutexvar_ps(low, load_floats(levels, kFloat16, 0, 15));
+    const __m512 other = _mm512_permutexvar_ps(high, load_floats(w.levels + one.level[1], kFloat16, 0, 15));
+    const __m512 product = _mm512_mul_ps(other, _mm512_set1_ps(second_input));
+    _mm512_store_ps(table, _mm512_fmadd_ps(one_level, _mm512_set1_ps(first_input), product));
+}
+
+// Lookups of 64 outputs: lane l of sum[s] is output 4l + s.
+template <int Bits>
+inline __attribute__((always_inline)) void look_up(const Lookup& one, const uint8_t* codes, int64_t row_bytes, int64_t bytes,
+                                                   __m512 table, __m512 (&sum)[4]) {
+    __m512i index = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int bit = 0; bit < Bits; ++bit) {
+        uint64_t word = 0;
+        std::memcpy(&word, codes + one.plane[bit] * row_bytes, bytes);
+        const __m512i weight = _mm512_set1_epi8(static_cast<char>(1 << bit));
+        index = bit ? _mm512_mask_add_epi8(index, word, index, weight) : _mm512_maskz_mov_epi8(word, weight);
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) {  // a permutation looks at the lowest four bits of a lane and no others
+        sum[s] = _mm512_add_ps(sum[s], _mm512_permutexvar_ps(s ? _mm512_srli_epi32(index, 8 * s) : index, table));
+    }
+}
+
+inline __attribute__((always_inline)) void look_up(const Lookup& one, const uint8_t* codes, int64_t row_bytes, int64_t bytes,
+                                                   const float* tables, __m512 (&sum)[4]) {
+    const __m512 table = _mm512_load_ps(tables);
+    if (one.bits == 4) return look_up<4>(one, codes, row_bytes, bytes, table, sum);
+    if (one.bits == 3) return look_up<3>(one, codes, row_bytes, bytes, table, sum);
+    look_up<2>(one, codes, row_bytes, bytes, table, sum);
+}
+
+// Outputs begin to begin + 256 of one row.
+inline void block(const Columns& w, const Lookup* all, int64_t count, const float* tables, int64_t begin, float* result) {
+    const int64_t row_bytes = w.outs / 8;
+    const uint8_t* codes = w.codes + begin / 8;
+    const bool whole = begin + kBlock <= w.outs;
+    std::memset(result, 0, kBlock * sizeof(float));
+    for (int64_t from = 0; from < count; from += kFlush) {
+        __m512 sum[kBlock / 64][4] = {};
+        const int64_t to = from + kFlush < count ? from + kFlush : count;
+        for (int64_t index = from; index < to; ++index) {
+            if (whole) {
+#pragma GCC unroll 4
+                for (int part = 0; part < kBlock / 64; ++part) {
+                    look_up(all[index], codes + 8 * part, row_bytes, 8, tables + 16 * index, sum[part]);
+                }
+                continue;
+            }
+            for (int part = 0; part < kBlock / 64; ++part) {
+                const int64_t left = row_bytes - begin / 8 - 8 * part;
+                if (left > 0) look_up(all[index], codes + 8 * part, row_bytes, left < 8 ? left : 8, tables + 16 * index, sum[part]);
+            }
+        }
+        for (int part = 0; part < kBlock / 64; ++part) {
+            for (int s = 0; s < 4; ++s) {
+                float lane[16];
+                _mm512_storeu_ps(lane, sum[part][s]);
+                for (int l = 0; l < 16; ++l) result[64 * part + 4 * l + s] += lane[l];
+            }
+        }
+    }
+}
+
+}  // namespace ulbq
+
+using namespace ulbq;
+
+// y [rows][outs] = x [rows][columns] times the matrix, in the type of x. Eight divides outs.
+extern "C" void ulbq_columns(const uint8_t* codes, int64_t outs, int64_t columns, const int64_t* counts,
+                             const uint16_t* levels, const int32_t* order, const int32_t* starts,
+                             const int32_t* outlier_columns, const float* deltas, const void* x, int type, int64_t rows,
+                             void* y, int threads) {
+    const Columns w{codes, outs, columns, counts, levels, order, starts, outlier_columns, deltas};
+    const Buffer<Lookup> all = buffer<Lookup>(columns);
+    const int64_t count = lookups(w, all.get()), blocks = (outs + kBlock - 1) / kBlock;
+    const Buffer<float> tables = buffer<float>(rows * count * 16);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t index = 0; index < count; ++index) {
+                fill_table(w, all[index], x, type, row, tables.get() + (row * count + index) * 16);
+            }
+        }
+        const Buffer<float> result = buffer<float>(kBlock);
+#pragma omp for schedule(dynamic, 1) collapse(2) nowait
+        for (int64_t at = 0; at < blocks; ++at) {
+            for (int64_t row = 0; row < rows; ++row) {
+                const int64_t begin = at * kBlock;
+                block(w, all.get(), count, tables.get() + row * count * 16, begin, result.get());
+                for (int64_t out = 0; starts && out < kBlock && begin + out < outs; ++out) {
+                    for (int32_t index = starts[begin + out]; index < starts[begin + out + 1]; ++index) {
+                        result[out] += deltas[index] * value(x, type, row * columns + outlier_columns[index]);
+                    }
+                }
+                for (int64_t out = 0; out < kBlock; out += 16) {
+                    const __m512 sixteen = _mm512_load_ps(result.get() + out);
+                    store_floats(y, type, row * outs + begin + out, first(outs - begin - out), sixteen);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,75 @@
+"""Which kernels would run a quantized artifact's layers on this machine, and why not others."""
+
+from collections import Counter
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from ulbq.artifacts import QuantizedManifest
+from ulbq.artifacts.records import Record
+from ulbq.errors import InputError
+from ulbq.formats import AnyScheme, Scheme
+from ulbq.kernels import BACKENDS, Case, choose
+
+ROWS = (1, 16, 512)
+"""A token at a time, a small batch, a prompt."""
+DTYPES = (torch.bfloat16, torch.float32)
+
+_SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
+
+
+class Available(Record):
+    """One backend: what it is, and why it is not to be had here (empty where it is)."""
+
+    name: str
+    summary: str
+    missing: str
+
+
+class Plan(Record):
+    """What layers of one kind would run on.
+
+    Attributes:
+        label: of their scheme.
+        layers: how many there are.
+        dtype: of the activations.
+        backends: by the number of rows, those of ``ROWS``.
+        passed_over: why better backends do not take them, once each.
+    """
+
+    label: str
+    layers: int
+    dtype: str
+    backends: dict[int, str]
+    passed_over: tuple[str, ...]
+
+
+def available() -> list[Available]:
+    """All backends, the one that is asked first at the top. The first call in a process may compile kernels."""
+    return [Available(name=each.name, summary=each.summary, missing=each.missing()) for each in BACKENDS]
+
+
+def plans(manifest: QuantizedManifest, device: str) -> list[Plan]:
+    """Which backend takes which layers. Raises InputError for a format that this version does not know."""
+    found: dict[tuple[str, str, tuple[str, ...], tuple[str, ...]], int] = Counter()
+    for layer in manifest.layers:
+        try:
+            scheme = _SCHEME.validate_python(layer.scheme)
+        except ValidationError as error:
+            raise InputError(f"This version does not know the format of '{layer.name}'.") from error
+        for dtype in DTYPES:
+            choices = [choose(Case(scheme, *layer.shape, device, dtype, rows)) for rows in ROWS]
+            reasons = [f"{name}: {why}" for each in choices for name, why in each.passed_over.items()]
+            names = tuple(each.backend.name for each in choices)
+            short = str(dtype).removeprefix("torch.")
+            found[scheme.label, short, names, tuple(dict.fromkeys(reasons))] += 1
+    return [
+        Plan(
+            label=label,
+            layers=count,
+            dtype=dtype,
+            backends=dict(zip(ROWS, names, strict=True)),
+            passed_over=reasons,
+        )
+        for (label, dtype, names, reasons), count in found.items()
+    ]
