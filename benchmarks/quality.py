@@ -113,9 +113,27 @@ def _settings() -> dict[str, Setting]:
     for loss in ("ce", "kl", "kl-hidden", "dad"):
         phase = ("--no-adapter", "--epochs", "0", "--end-to-end", loss, "--end-to-end-epochs", "2")
         found[f"apiq-r0-{loss}"] = Setting((*apiq, *phase, *_SAMPLES), start="apiq-r0")
+    found |= _efficientqat()
     together = ("--epochs", "0", "--end-to-end", "kl-hidden", "--end-to-end-epochs", "2")
     found["mos-4-kl-hidden"] = Setting((*mos, "--experts", "4", *_QUICK, *together), start="mos-4")
     found["mos-start"] = Setting((*mos, "--experts", "1", *_QUICK, "--epochs", "0"))
+    return found
+
+
+def _efficientqat() -> dict[str, Setting]:
+    eqat = ("--method", "efficientqat", *_SAMPLES)
+    found = {f"eqat-w{bits}": Setting((*eqat, "--bits", bits, "--epochs", "4")) for bits in ("3", "4")}
+    for seed in ("0", "1", "2"):
+        found[f"eqat-w2-s{seed}"] = Setting((*eqat, "--epochs", "10", "--seed", seed))
+        for loss in ("ce", "ce-kl"):
+            phase = ("--epochs", "0", "--end-to-end", loss, "--end-to-end-epochs", "2", "--seed", seed)
+            found[f"eqat-w2-s{seed}-{loss}"] = Setting((*eqat, *phase), start=f"eqat-w2-s{seed}")
+    for start in ("min-max", "search", "gptq"):
+        for epochs in ("0", "4"):
+            found[f"eqat-{start}-{epochs}"] = Setting((*eqat, "--start", start, "--epochs", epochs))
+    for train in ("clipping", "grid", "rounding", "weights"):
+        found[f"eqat-{train}"] = Setting((*eqat, "--train", train, "--epochs", "4"))
+    found["eqat-sign"] = Setting((*eqat, "--train", "rounding", "--optimizer", "sign", "--epochs", "4"))
     return found
 
 

@@ -130,7 +130,8 @@ class TestAdapter:
                     load_model(resolve(source), dtype=torch.float32, adapter=adapter)(TOKENS).logits
                     for source in (path, adapted)
                 )
-                torch.testing.assert_close(ours, packed_ones, atol=1e-5, rtol=1e-5)
+                # Both sum in float32, in another order.
+                torch.testing.assert_close(ours, packed_ones, atol=1e-4, rtol=0)
 
     def test_without_one_there_is_nothing_to_merge(self, tiny_llama: Path, tmp_path: Path) -> None:
         artifact = packed(tiny_llama, tmp_path / "q")
