@@ -14,7 +14,7 @@ from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, Packed, check_finite
 from ulbq.methods.training import half_vector, pack_layer
-from ulbq.models.blocks import load_block, load_outer
+from ulbq.models.blocks import block_list, load_outer, materialize
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
@@ -36,6 +36,7 @@ _QUANTIZERS: dict[str, type[Quantizer]] = {
 }
 # Where weights do not train. Scales of signs have no part in choosing them, and codebooks fix their codes themselves.
 _FIXED: dict[str, type[Quantizer]] = _QUANTIZERS | {"affine": FixedAffine, "dual_binary": FixedDualBinary}
+_BY_SHAPE = frozenset({"affine", "dual_binary"})
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -63,8 +64,8 @@ class Folders:
 def build_student(job: Job, folders: Folders, *, train: Trained, checkpointing: bool) -> Student:
     """The whole model as its shards have it, ready to train on.
 
-    One weight after the other is read in full precision and becomes the quantizer's latents, or tells its shape alone
-    where codes are fixed; at no time is there a second copy of more than a block.
+    One weight after the other is read in full precision and becomes the quantizer's latents; at no time is there a
+    second copy of more than a block. Affine and dual-binary weights whose codes are fixed are not read at all.
 
     Args:
         job: the run.
@@ -129,13 +130,17 @@ def _quantizer(
 def _block(job: Job, folders: Folders, index: int, train: Trained) -> nn.Module:
     prefix, linears = job.names(index)
     device = job.precision.device
-    block = load_block(job.model, job.source, index, torch.float32, device)
+    schemes = {linear: folders.schemes.get(prefix + linear, job.method.scheme) for linear in linears}
+    # Quantizers of fixed codes ask for a weight's shape alone.
+    unread = [] if train == "all" else [f"{name}.weight" for name in linears if schemes[name].format in _BY_SHAPE]
+    block = copy.deepcopy(block_list(job.model)[1][index])
+    materialize(block, job.source, torch.float32, prefix=prefix, without=tuple(unread), device=device)
     stored = LazyTensors([folders.block(index)])
     config = job.method.needs.adapter
     adapters = {} if config is None else layout.read_adapters(folders.adapter(index), prefix, config)
     for linear in linears:
         dense = linear_layer(block, linear)
-        scheme = folders.schemes.get(prefix + linear, job.method.scheme)
+        scheme = schemes[linear]
         packed = {short: t.to(device) for short, t in _packed(stored, prefix + linear, scheme, dense)}
         quantizer = _quantizer(dense.weight.detach(), packed, scheme, train)
         adapter = adapters.get(linear)
