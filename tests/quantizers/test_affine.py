@@ -7,7 +7,7 @@ import torch
 
 from ulbq.formats import affine
 from ulbq.formats.affine import AffineScheme
-from ulbq.quantizers.affine import AffineForm, AffineQuantizer
+from ulbq.quantizers.affine import AffineForm, AffineQuantizer, _FakeQuantize
 from ulbq.solvers.rtn import round_to_nearest
 
 SCHEMES = [
@@ -72,6 +72,32 @@ def test_value_and_gradients_are_those_of_plain_autograd(scheme: AffineScheme, f
     theirs = torch.autograd.grad(wanted, parameters, incoming)
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).norm() < 1e-4 * other.norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_way_back_is_that_of_masks_over_the_range(scheme: AffineScheme, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(7)
+    top = 2**scheme.bits - 1
+    latent = (3 * torch.randn(6, 3, 16, generator=generator)).requires_grad_()
+    scales = (1 + 0.1 * torch.randn(6, 3, generator=generator)).requires_grad_()
+    zeros = torch.randint(0, top + 1, (6, 3), generator=generator).float().requires_grad_()
+    step = torch.randn(6, 3, 1, generator=generator)
+    incoming = torch.randn(6, 48, generator=generator).to(dtype)
+    found = _FakeQuantize.apply(latent, scales, zeros, step, top, dtype)
+    assert found.dtype == dtype
+    ours = torch.autograd.grad(found, (latent, scales, zeros), incoming)
+
+    scale, zero = scales.detach().unsqueeze(-1), zeros.detach().unsqueeze(-1)
+    position = latent.detach() / scale + zero
+    inside = (position > -0.5) & (position < top + 0.5)
+    codes = position.round().clamp(0, top)
+    gradient = incoming.float().view(6, 3, 16) * step
+    slope = torch.where(inside, codes - position, codes - zero)
+    torch.testing.assert_close(found.float(), ((codes - zero) * scale * step).flatten(1).to(dtype).float())
+    torch.testing.assert_close(ours[0], torch.where(inside, gradient, 0.0))
+    torch.testing.assert_close(ours[1], (gradient * slope).sum(-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours[2], -(gradient * ~inside).sum(-1) * scales.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -33,6 +33,9 @@ class _FakeQuantize(torch.autograd.Function):
 
     Gradients: to the latent the incoming one inside the range, 0 outside; to the scale ``q − u`` inside, where
     ``u = w / s + z``, and ``q − z`` outside; to the zero point ``−s`` outside, 0 inside.
+
+    Nothing but its inputs is kept for the way back: to round again costs less than to write and read what came of it.
+    On a CPU comparisons and whatever takes their truth values are several times slower than arithmetic, hence no masks.
     """
 
     @staticmethod
@@ -45,26 +48,33 @@ class _FakeQuantize(torch.autograd.Function):
         top: int,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        scale, zero = scales.unsqueeze(-1), zeros.unsqueeze(-1)
-        position = torch.addcmul(zero, latent, scale.reciprocal())
-        inside = (position > -0.5) & (position < top + 0.5)
-        codes = position.round().clamp_(0, top)
-        slope = torch.where(inside, codes - position, codes - zero)
-        ctx.save_for_backward(slope, inside, scale, step)
-        return ((codes - zero) * (scale * step)).flatten(1).to(dtype)
+        ctx.save_for_backward(latent, scales, zeros, step)
+        ctx.top = top
+        zero = zeros.unsqueeze(-1)
+        levels = _rounded(latent, scales, zeros).clamp_(0, top).sub_(zero)
+        return levels.mul_(scales.unsqueeze(-1) * step).flatten(1).to(dtype)
 
     @staticmethod
     def backward(
         ctx: Any, *gradients: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, None, None, None]:
-        slope, inside, scale, step = ctx.saved_tensors
-        gradient = gradients[0].float().view(slope.shape) * step
-        to_latent = gradient * inside
-        to_scales = (gradient * slope).sum(-1)
-        to_zeros = None
-        if ctx.needs_input_grad[2]:
-            to_zeros = (to_latent.sum(-1) - gradient.sum(-1)) * scale.squeeze(-1)
+        latent, scales, zeros, step = ctx.saved_tensors
+        codes = _rounded(latent, scales, zeros)
+        levels = codes.clamp(0, ctx.top)
+        outside = codes.sub_(levels).abs_().clamp_max_(1)
+        levels.sub_(zeros.unsqueeze(-1))
+        gradient = torch.empty_like(latent).copy_(gradients[0].view(latent.shape)).mul_(step)
+        to_scales = levels.mul_(gradient).sum(-1)
+        to_latent = gradient.sub_(outside.mul_(gradient))
+        # Inside, q − u is q − z less w / s, and outside nothing is left of the gradient to the latent.
+        to_scales -= torch.mul(to_latent, latent, out=levels).sum(-1) / scales
+        to_zeros = -outside.sum(-1) * scales if ctx.needs_input_grad[2] else None
         return to_latent if ctx.needs_input_grad[0] else None, to_scales, to_zeros, None, None, None
+
+
+def _rounded(latent: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Codes ``[out, G, g]`` that may lie beyond the range. One fused call would be slower: it broadcasts badly."""
+    return (latent * scales.reciprocal().unsqueeze(-1)).add_(zeros.unsqueeze(-1)).round_()
 
 
 @dataclass(frozen=True)
@@ -161,8 +171,7 @@ class AffineQuantizer(Quantizer):
     def finalize(self) -> dict[str, torch.Tensor]:
         """The packed tensors of the format; scales are rounded to float16 only here."""
         scales, zeros = self._grid()
-        position = torch.addcmul(zeros.unsqueeze(-1), self.latents, scales.unsqueeze(-1).reciprocal())
-        codes = position.round_().clamp_(0, self._top).flatten(1).to(torch.uint8)
+        codes = _rounded(self.latents, scales, zeros).clamp_(0, self._top).flatten(1).to(torch.uint8)
         stored = None if self.scheme.symmetric else zeros
         return affine.pack(self.scheme, codes, scales * self.step.squeeze(-1), stored)
 

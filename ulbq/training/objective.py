@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ulbq.models.stream import ActivationStore, run_block
+from ulbq.training.attention import chunked_attention
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.losses import output_loss, sliced_wasserstein, token_weights
 from ulbq.training.precision import Precision
@@ -105,7 +106,9 @@ class Objective:
         data, device = self._data, self._precision.device
         targets = data.targets.get(batch).to(device)
         weights = token_weights(targets, self._settings.token_weighting)
-        with self._adapters_set(adapted=adapted, training=generator is not None), self._precision.autocast():
+        training = generator is not None
+        settings = self._adapters_set(adapted=adapted, training=training)
+        with settings, chunked_attention(self._precision), self._precision.autocast():
             outputs = run_block(self._block, data.inputs.get(batch).to(device), data.kwargs)
         loss = output_loss(outputs, targets, weights)
         if data.augmented is not None:

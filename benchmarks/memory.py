@@ -1,0 +1,234 @@
+"""What end-to-end training of a packed model holds in memory, against full fine-tuning; measured, and as a formula.
+
+    python benchmarks/memory.py ARTIFACT [--length 512] [--results benchmarks/results/memory-cpu.json]
+
+ARTIFACT is an ``affine`` artifact of the default model, from which ``ulbq quantize`` goes on without training blocks.
+Each row is the largest resident memory of a process of its own, on the CPU: two optimizer steps of one sample each.
+``beyond_imports_mb`` leaves out what Python and its imports take. ``phase_mb`` is the largest during the end-to-end
+phase alone, beyond the imports: what the blocks' phase took before it is given back, as far as the allocator does.
+Fine-tuning checkpoints its blocks as the phase does. MB and GB are 10^6 and 10^9 bytes.
+
+The formula adds up what the phase holds at its peak, part by part; ``predictions`` are its figures for Llama 2. They
+leave out Python, and stand next to the 34 GB that the EfficientQAT paper reports for 70B at w2g64.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ulbq.artifacts import QuantizedManifest, read_manifest
+from ulbq.commands.app import main as command
+from ulbq.models.load import load_model
+from ulbq.models.source import default_model
+from ulbq.pipeline import quantize
+from ulbq.runtime import versions
+
+PAPER_70B = 34.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Dimensions of a model that looks like Llama."""
+
+    hidden: int
+    intermediate: int
+    blocks: int
+    vocabulary: int
+    keys: int
+    tied: bool = False
+
+    @property
+    def block(self) -> int:
+        """Linear weights of a block; ``keys`` is the width of its keys and of its values."""
+        return 2 * self.hidden**2 + 2 * self.hidden * self.keys + 3 * self.hidden * self.intermediate
+
+    @property
+    def outer(self) -> int:
+        """Weights beside the blocks."""
+        return (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+
+SMOLLM2 = Shape(576, 1536, 30, 49152, 192, tied=True)
+LLAMA2 = {
+    "7B": Shape(4096, 11008, 32, 32000, 4096),
+    "13B": Shape(5120, 13824, 40, 32000, 5120),
+    "70B": Shape(8192, 28672, 80, 32000, 1024),
+}
+
+# Bytes, as the phase works today.
+SCALE = 5 * 4  # where it started, its factor, the factor's gradient and two moments, each float32
+OUTER = 4  # embeddings and head
+CHECKPOINT = 4  # a block's inputs
+WEIGHT = 4 + 2  # of one block: its levels, and the weight in the precision of the products
+HIDDEN = 44  # of one block, a token and hidden unit: what autograd keeps of norms, attention and residuals
+INTERMEDIATE = 12  # of one block, a token and unit of the feed-forward layer: both inputs, their product, gradients
+LOGIT = 2 + 3 * 4  # as computed, as float32, as log-probability, and the gradient
+
+
+def formula(shape: Shape, tokens: int, *, bits: int = 2, group_size: int = 64) -> dict[str, float]:
+    """Bytes by part.
+
+    Args:
+        shape: of the model.
+        tokens: that run at once.
+        bits: of a code.
+        group_size: weights that share a scale.
+    """
+    linear = shape.block * shape.blocks
+    return {
+        "codes": linear * bits / 8,
+        "zeros": linear / group_size * bits / 8,
+        "scales": linear / group_size * SCALE,
+        "embeddings and head": shape.outer * OUTER,
+        "blocks' inputs": shape.blocks * tokens * shape.hidden * CHECKPOINT,
+        "one block's weights": shape.block * WEIGHT,
+        "one block's activations": tokens * (shape.hidden * HIDDEN + shape.intermediate * INTERMEDIATE),
+        "logits": tokens * shape.vocabulary * LOGIT,
+    }
+
+
+def _high_water() -> float:
+    """Largest resident memory in MB since the start or the last reset; getrusage would include the parent's."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1.024e-3
+
+
+def imports(options: argparse.Namespace) -> None:
+    """Nothing beyond this file's imports."""
+
+
+def forward(options: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Load the full-precision model and run it once."""
+    model = load_model(default_model(), dtype=dtype)
+    with torch.no_grad():
+        model(_tokens(options), use_cache=False)
+
+
+def fine_tune(options: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Train all weights of the full-precision model with AdamW."""
+    model = load_model(default_model(), dtype=dtype)
+    model.requires_grad_(True).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    for _ in range(2):
+        tokens = _tokens(options)
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def end_to_end(options: argparse.Namespace) -> dict[str, float]:
+    """``ulbq quantize ARTIFACT`` with nothing but the end-to-end phase; what that phase alone came to."""
+    found: dict[str, float] = {}
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
+        found["before_phase_mb"] = _high_water()
+        yield
+        found["phase_peak_mb"] = _high_water()
+
+    train = vars(quantize)["train_end_to_end"]
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        found["blocks_phase_peak_mb"] = _high_water()
+        with watched():
+            return train(*args, **kwargs)
+
+    vars(quantize)["train_end_to_end"] = timed
+    with tempfile.TemporaryDirectory() as folder:
+        size = ("--samples", "2", "--sequence-length", str(options.length), "--calibration", "wikitext2")
+        phase = ("--end-to-end", "ce", "--end-to-end-epochs", "1", "--accumulation", "1")
+        method = ("--method", "apiq", "--no-adapter", "--epochs", "0", "--device", "cpu", "--quiet")
+        sys.argv = ["ulbq", "quantize", str(options.artifact.resolve()), *method, *size, *phase, "-o", f"{folder}/out"]
+        try:
+            code = command()
+        except SystemExit as end:
+            code = end.code
+    if code:
+        raise SystemExit(f"ulbq quantize ended with {code}")
+    found["peak_mb"] = max(found["blocks_phase_peak_mb"], found["phase_peak_mb"], _high_water())
+    return found
+
+
+CASES: dict[str, Callable[[argparse.Namespace], dict[str, float] | None]] = {
+    "imports": imports,
+    "forward bf16": lambda options: forward(options, torch.bfloat16),
+    "forward fp32": lambda options: forward(options, torch.float32),
+    "end to end, packed": end_to_end,
+    "fine-tuning bf16": lambda options: fine_tune(options, torch.bfloat16),
+    "fine-tuning fp32": lambda options: fine_tune(options, torch.float32),
+}
+
+
+def _tokens(options: argparse.Namespace) -> torch.Tensor:
+    return torch.randint(0, SMOLLM2.vocabulary, (1, options.length), generator=torch.Generator().manual_seed(0))
+
+
+def measure(case: str, options: argparse.Namespace) -> dict[str, float]:
+    """Run one case in a process of its own."""
+    words = [str(options.artifact), "--length", str(options.length), "--case", case]
+    done = subprocess.run(
+        [sys.executable, __file__, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True, text=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def predictions() -> list[dict[str, Any]]:
+    """The formula for Llama 2, in GB."""
+    rows = []
+    for name, shape in LLAMA2.items():
+        for length in (2048, 4096):
+            parts = {part: round(size / 1e9, 2) for part, size in formula(shape, length).items()}
+            rows.append({"model": f"Llama 2 {name}", "tokens": length, "gb": round(sum(parts.values()), 1), **parts})
+    return rows
+
+
+def main() -> None:
+    """Measure every case, compare the formula, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path, help="an affine artifact of the default model")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
+    parser.add_argument("--results", type=Path, help="write the rows as JSON")
+    parser.add_argument("--case", choices=CASES, help="this one alone, in this process")
+    options = parser.parse_args()
+    if options.case:
+        found = CASES[options.case](options) or {"peak_mb": _high_water()}
+        print(json.dumps(found))
+        return
+    manifest = read_manifest(options.artifact)
+    assert isinstance(manifest, QuantizedManifest)
+    rows: list[dict[str, Any]] = []
+    for case in CASES:
+        found = measure(case, options)
+        row: dict[str, Any] = {"case": case, **{name: round(value, 1) for name, value in found.items()}}
+        base = rows[0]["peak_mb"] if rows else row["peak_mb"]
+        row["beyond_imports_mb"] = round(row["peak_mb"] - base, 1)
+        if "phase_peak_mb" in row:
+            row["phase_mb"] = round(row["phase_peak_mb"] - base, 1)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    parts = {part: round(size / 1e6, 1) for part, size in formula(SMOLLM2, options.length).items()}
+    phase = next(row["phase_mb"] for row in rows if "phase_mb" in row)
+    check = {"parts_mb": parts, "formula_mb": round(sum(parts.values()), 1), "measured_mb": phase}
+    result = {"length": options.length, "rows": rows, "check": check, "predictions": predictions()}
+    print(json.dumps({"check": check, "predictions": result["predictions"]}, indent=2))
+    if options.results:
+        result |= {"paper_70b_gb": PAPER_70B, "artifact": manifest.method, "versions": versions()}
+        options.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
