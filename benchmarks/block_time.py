@@ -32,7 +32,7 @@ from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.samples import draw
 from ulbq.runtime import calm_threads, versions
 
-METHOD: dict[str, Any] = {"method": "apiq", "adapter": False}
+METHOD: dict[str, Any] = {"method": "efficientqat"}
 """What is ours: fields of a request, beyond those that are the same for all."""
 
 WORKERS = Path(__file__).parent / "workers"

@@ -4,34 +4,40 @@
 
 ARTIFACT is an ``affine`` artifact of the default model, from which ``ulbq quantize`` goes on without training blocks.
 Each row is the largest resident memory of a process of its own, on the CPU: two optimizer steps of one sample each.
-``beyond_imports_mb`` leaves out what Python and its imports take. ``phase_mb`` is the largest during the end-to-end
-phase alone, beyond the imports: what the blocks' phase took before it is given back, as far as the allocator does.
-Fine-tuning checkpoints its blocks as the phase does. MB and GB are 10^6 and 10^9 bytes.
+``beyond_imports_mb`` leaves out what Python and its imports take. The end-to-end row tells its parts too: the peak of
+the blocks' phase, what is held before the end-to-end phase, the peak while the student is built, what is held once it
+stands, and the peak of the training. Fine-tuning checkpoints its blocks as that training does. MB and GB are 10^6 and
+10^9 bytes. Linux with glibc only.
 
-The formula adds up what the phase holds at its peak, part by part; ``predictions`` are its figures for Llama 2. They
+The formula adds up what the phase holds at its peak, part by part; the check compares the training's peak less what
+was held before the phase. ``predictions`` are its figures for Llama 2. They
 leave out Python, and stand next to the 34 GB that the EfficientQAT paper reports for 70B at w2g64.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
+import ulbq.pipeline.end_to_end
+import ulbq.pipeline.quantize
 from ulbq.artifacts import QuantizedManifest, read_manifest
 from ulbq.commands.app import main as command
 from ulbq.models.load import load_model
 from ulbq.models.source import default_model
-from ulbq.pipeline import quantize
 from ulbq.runtime import versions
+from ulbq.training.head import LOGITS_MEMORY
 
 PAPER_70B = 34.0
 
@@ -66,13 +72,13 @@ LLAMA2 = {
 }
 
 # Bytes, as the phase works today.
-SCALE = 5 * 4  # where it started, its factor, the factor's gradient and two moments, each float32
-OUTER = 4  # embeddings and head
+SCALE = 2 + 4 + 4 + 2 * 4  # where it started, its factor, the factor's gradient and two moments
+OUTER = 2  # embeddings and head, as stored
 CHECKPOINT = 4  # a block's inputs
-WEIGHT = 4 + 2  # of one block: its levels, and the weight in the precision of the products
+WEIGHT = 2  # of one block, in the precision of the products, until its gradients are there
+UNPACKED = 1 + 4 + 2 + 4  # of the largest layer: codes, levels, and the weight's gradient as it came and as float32
 HIDDEN = 44  # of one block, a token and hidden unit: what autograd keeps of norms, attention and residuals
 INTERMEDIATE = 12  # of one block, a token and unit of the feed-forward layer: both inputs, their product, gradients
-LOGIT = 2 + 3 * 4  # as computed, as float32, as log-probability, and the gradient
 
 
 def formula(shape: Shape, tokens: int, *, bits: int = 2, group_size: int = 64) -> dict[str, float]:
@@ -92,8 +98,9 @@ def formula(shape: Shape, tokens: int, *, bits: int = 2, group_size: int = 64) -
         "embeddings and head": shape.outer * OUTER,
         "blocks' inputs": shape.blocks * tokens * shape.hidden * CHECKPOINT,
         "one block's weights": shape.block * WEIGHT,
+        "one layer unpacked": shape.hidden * shape.intermediate * UNPACKED,
         "one block's activations": tokens * (shape.hidden * HIDDEN + shape.intermediate * INTERMEDIATE),
-        "logits": tokens * shape.vocabulary * LOGIT,
+        "a chunk of logits": LOGITS_MEMORY,
     }
 
 
@@ -128,38 +135,49 @@ def fine_tune(options: argparse.Namespace, dtype: torch.dtype) -> None:
 
 
 def end_to_end(options: argparse.Namespace) -> dict[str, float]:
-    """``ulbq quantize ARTIFACT`` with nothing but the end-to-end phase; what that phase alone came to."""
+    """``ulbq quantize ARTIFACT`` with nothing but the end-to-end phase: high-water marks of its parts."""
     found: dict[str, float] = {}
 
-    @contextmanager
-    def watched() -> Iterator[None]:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
-        found["before_phase_mb"] = _high_water()
-        yield
-        found["phase_peak_mb"] = _high_water()
+    def phase(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found["blocks_mb"] = _high_water()
+        found["before_phase_mb"] = _start_anew()
+        result = work(*args, **kwargs)
+        found["training_mb"] = _high_water()
+        return result
 
-    train = vars(quantize)["train_end_to_end"]
+    def build(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = work(*args, **kwargs)
+        found["building_mb"] = _high_water()
+        found["built_mb"] = _start_anew()
+        return result
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        found["blocks_phase_peak_mb"] = _high_water()
-        with watched():
-            return train(*args, **kwargs)
-
-    vars(quantize)["train_end_to_end"] = timed
+    _wrap(ulbq.pipeline.quantize, "train_end_to_end", phase)
+    _wrap(ulbq.pipeline.end_to_end, "build_student", build)
     with tempfile.TemporaryDirectory() as folder:
         size = ("--samples", "2", "--sequence-length", str(options.length), "--calibration", "wikitext2")
-        phase = ("--end-to-end", "ce", "--end-to-end-epochs", "1", "--accumulation", "1")
+        training = ("--end-to-end", "ce", "--end-to-end-epochs", "1", "--accumulation", "1")
         method = ("--method", "apiq", "--no-adapter", "--epochs", "0", "--device", "cpu", "--quiet")
-        sys.argv = ["ulbq", "quantize", str(options.artifact.resolve()), *method, *size, *phase, "-o", f"{folder}/out"]
+        words = (str(options.artifact.resolve()), *method, *size, *training, "-o", f"{folder}/out")
+        sys.argv = ["ulbq", "quantize", *words]
         try:
             code = command()
         except SystemExit as end:
             code = end.code
     if code:
         raise SystemExit(f"ulbq quantize ended with {code}")
-    found["peak_mb"] = max(found["blocks_phase_peak_mb"], found["phase_peak_mb"], _high_water())
-    return found
+    return found | {"peak_mb": max(found["blocks_mb"], found["building_mb"], found["training_mb"], _high_water())}
+
+
+def _wrap(module: ModuleType, name: str, around: Callable[..., Any]) -> None:
+    setattr(module, name, partial(around, getattr(module, name)))
+
+
+def _start_anew() -> float:
+    """Give freed memory back, and start the high-water mark anew; returns what is held."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _high_water()
 
 
 CASES: dict[str, Callable[[argparse.Namespace], dict[str, float] | None]] = {
@@ -216,13 +234,12 @@ def main() -> None:
         row: dict[str, Any] = {"case": case, **{name: round(value, 1) for name, value in found.items()}}
         base = rows[0]["peak_mb"] if rows else row["peak_mb"]
         row["beyond_imports_mb"] = round(row["peak_mb"] - base, 1)
-        if "phase_peak_mb" in row:
-            row["phase_mb"] = round(row["phase_peak_mb"] - base, 1)
         rows.append(row)
         print(json.dumps(row), flush=True)
     parts = {part: round(size / 1e6, 1) for part, size in formula(SMOLLM2, options.length).items()}
-    phase = next(row["phase_mb"] for row in rows if "phase_mb" in row)
-    check = {"parts_mb": parts, "formula_mb": round(sum(parts.values()), 1), "measured_mb": phase}
+    phase = next(row for row in rows if "training_mb" in row)
+    measured = round(phase["training_mb"] - phase["before_phase_mb"], 1)
+    check = {"parts_mb": parts, "formula_mb": round(sum(parts.values()), 1), "measured_mb": measured}
     result = {"length": options.length, "rows": rows, "check": check, "predictions": predictions()}
     print(json.dumps({"check": check, "predictions": result["predictions"]}, indent=2))
     if options.results:
