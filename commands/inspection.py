@@ -134,6 +134,9 @@ def _particulars(manifest: AnyManifest) -> dict[str, str]:
         rows = {"method": manifest.method, "format": scheme(manifest.scheme)}
         if manifest.rotation is not None:
             rows["rotation"] = manifest.rotation.label
+        if (fitted := manifest.temperature) is not None:
+            divergences = f"held-out divergence {fitted.start_error:.4f} to {fitted.end_error:.4f}"
+            rows["temperature"] = f"logits times {fitted.factor:.4f}, {divergences}"
         if (after := manifest.end_to_end) is not None:
             text = f" on {after.data['name']}" if after.data else ""
             losses = f"held-out loss {after.start_error:.4f} to {after.end_error:.4f}"

@@ -60,6 +60,8 @@ def _what_is_done(request: "QuantizeRequest") -> dict[str, str]:
         rows["adapter"] = _adapter(request)
     if request.penalize is not None or request.block_multiplier is not None:
         rows["preserved"] = _preserved(request)
+    if request.fit_temperature:
+        rows["temperature"] = "fitted on the held-out samples"
     if request.end_to_end not in (None, "none"):
         rows["end to end"] = _end_to_end(request)
     return rows

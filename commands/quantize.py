@@ -95,6 +95,7 @@ def quantize(
     penalize: t.Penalize = None,
     saliency: t.Saliency = None,
     saliency_power: t.SaliencyPower = None,
+    fit_temperature: t.FitTemperature = None,
     end_to_end: t.EndToEnd = None,
     end_to_end_data: t.EndToEndData = None,
     end_to_end_samples: t.EndToEndSamples = None,

@@ -270,6 +270,15 @@ SaliencyPower = Annotated[
     option("--saliency-power", "Exponent of the scores; 1 is as published.", _STAGES, default="0.5", metavar="X"),
 ]
 
+FitTemperature = Annotated[
+    bool | None,
+    option(
+        "--fit-temperature/--no-fit-temperature",
+        "Fit how sure the model is to its full-precision self, on the held-out samples; goes into the last norm.",
+        _END_TO_END,
+        default="no-fit-temperature",
+    ),
+]
 EndToEnd = Annotated[
     Literal["none", "ce", "kl", "ce-kl", "kl-hidden", "dad"] | None,
     option(

@@ -101,6 +101,8 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l block-multiplier -
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l penalize -r -f -a 'before-adapter after-adapter' -d 'Hold the quantized weight alone, or with its adapter'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l saliency -r -f -a '(__fish_complete_directories) fisher gradient hessian wanda magnitude none' -d 'What weighs the penalty, or the layers that share claq\'s budget: an artifact, a kind to compute now, or none'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l saliency-power -r -f -d 'Exponent of the scores'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l fit-temperature -d 'Fit how sure the model is to its full-precision self, on the held-out samples'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-fit-temperature -d 'Not: Fit how sure the model is to its full-precision self, on the held-out samples'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l end-to-end -r -f -a 'none ce kl ce-kl kl-hidden dad' -d 'Train the whole model after its blocks: on the text, to the teacher\'s predictions, both, with hidden states too, or deviation-aware'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l end-to-end-data -r -F -a 'wikitext2 c4 ptb pile redpajama alpaca mix self llm-adapters/math' -d 'What it trains on: text as --calibration takes it, or an instruction set, whose answers alone are learnt: alpaca, a Hub id, or a file of instruction and output, prompt and completion, or chats'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l end-to-end-samples -r -f -d 'How many of these train'

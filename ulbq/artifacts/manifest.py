@@ -24,6 +24,7 @@ from ulbq.artifacts.records import (
     Parent,
     Record,
     RotationRecord,
+    TemperatureRecord,
 )
 from ulbq.artifacts.saliency import SaliencyLayer
 from ulbq.errors import InputError
@@ -74,6 +75,7 @@ class QuantizedManifest(Manifest):
 
     Attributes:
         scheme: the default scheme's JSON object; each layer repeats its own.
+        temperature: what was fitted into the last norm after the blocks; None where nothing was.
         end_to_end: how the whole model trained after its blocks; None where it did not.
         skipped: modules that stay in full precision.
         rotation: of the weights that were quantized, against those of the model that it was made from; None for none.
@@ -86,6 +88,7 @@ class QuantizedManifest(Manifest):
     bits: BitsReport
     layers: tuple[LayerRecord, ...]
     blocks: tuple[BlockRecord, ...] = ()
+    temperature: TemperatureRecord | None = None
     end_to_end: EndToEndRecord | None = None
     skipped: tuple[str, ...] = ()
     rotation: RotationRecord | None = None

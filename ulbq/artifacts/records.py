@@ -86,6 +86,22 @@ class EndToEndRecord(Record):
     seconds: float
 
 
+class TemperatureRecord(Record):
+    """The factor of the logits that was fitted to the full-precision model's predictions.
+
+    Attributes:
+        factor: one over the temperature; 1 where none was better.
+        vectors: full names of the tensors that are stored multiplied by it: the last norm's.
+        start_error: mean KL divergence from the full-precision model's predictions on held-out samples, nats a token.
+        end_error: the same with the factor.
+    """
+
+    factor: float
+    vectors: tuple[str, ...]
+    start_error: float
+    end_error: float
+
+
 class RotationRecord(Record):
     """How a model's weights were rotated before they were quantized; its function is that of the original.
 

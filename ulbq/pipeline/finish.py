@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from ulbq import formats, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
-from ulbq.artifacts.records import BlockRecord, EndToEndRecord, LayerRecord, Parent
+from ulbq.artifacts.records import BlockRecord, EndToEndRecord, LayerRecord, Parent, TemperatureRecord
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration
@@ -22,6 +22,9 @@ from ulbq.training.block import TrainOutcome
 
 TUNED = "tuned "
 """Journal keys of blocks that the end-to-end phase changed, before their index."""
+
+TEMPERATURE = "temperature"
+"""Journal key of the temperature that was fitted."""
 
 
 _SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
@@ -101,11 +104,20 @@ def finish(
         bits=bits,
         layers=tuple(layers),
         blocks=tuple(BlockRecord.model_validate(entry["block"]) for entry in entries if "block" in entry),
+        temperature=_temperature(job, writer),
         end_to_end=end_to_end,
         skipped=job.found.skipped,
         rotation=job.source.rotation,
         calibration=calibration.record() if calibration else {},
     )
+
+
+def _temperature(job: Job, writer: ArtifactWriter) -> TemperatureRecord | None:
+    """What was fitted in this run, or lies in the artifact that it went on from."""
+    if TEMPERATURE in writer.journal:
+        return TemperatureRecord.model_validate(writer.journal[TEMPERATURE])
+    manifest = None if job.start is None else job.start.source.manifest
+    return manifest.temperature if isinstance(manifest, QuantizedManifest) else None
 
 
 def _write_adapter(job: Job, writer: ArtifactWriter) -> int:

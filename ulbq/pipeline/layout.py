@@ -12,6 +12,7 @@ from ulbq.artifacts.records import BitsReport, LayerRecord
 from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult
+from ulbq.methods.training import half_vector
 from ulbq.models.adapter_files import build_adapters, by_layer
 from ulbq.models.blocks import check_shape, check_values
 from ulbq.models.names import read_state, state_names
@@ -55,11 +56,14 @@ def write_block(path: Path, prefix: str, source: ModelSource, block: nn.Module, 
     write_shard(path, tensors)
 
 
-def write_outer(path: Path, model: PreTrainedModel, source: ModelSource, prefix: str) -> dict[str, int]:
+def write_outer(
+    path: Path, model: PreTrainedModel, source: ModelSource, prefix: str, factors: Mapping[str, float] = {}
+) -> dict[str, int]:
     """Write everything that is not a block: embeddings, final norm, untied head.
 
     Args:
         prefix: full name of the list of blocks, with the dot.
+        factors: by which tensors are multiplied, by full name.
 
     Returns:
         Stored bits: ``embeddings`` (matrices) and ``other`` (vectors).
@@ -77,7 +81,10 @@ def write_outer(path: Path, model: PreTrainedModel, source: ModelSource, prefix:
         check_shape(source, name, tensor, expected[name].shape)
         if name not in buffers and expected[name].is_floating_point():
             check_values(source, name, tensor)
-        tensors[name] = tensor if name in buffers else half(tensor)
+        if name in factors:
+            tensors[name] = half_vector(tensor.float() * factors[name])
+        else:
+            tensors[name] = tensor if name in buffers else half(tensor)
     write_shard(path, tensors)
     bits = {"embeddings": 0, "other": 0}
     for tensor in tensors.values():

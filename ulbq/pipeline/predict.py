@@ -15,6 +15,7 @@ from ulbq.models.blocks import Linear, ModelStructure, block_list
 from ulbq.pipeline.request import QuantizeRequest, text_samples
 from ulbq.pipeline.saliency_plan import SaliencyRequest, predict_scoring
 from ulbq.saliency import KINDS, SaliencyKind, SaliencySettings
+from ulbq.saliency.head import HEAD_MEMORY
 from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
 
@@ -86,7 +87,7 @@ def predict(
     started = runtime.peak_memory()
     blocks, whole = run.untouched() if blocks_stay else run.blocks(), run.end_to_end()
     # On top: most of what the blocks leave behind stays with the allocator, in pieces that the whole does not fit.
-    memory = started + blocks.memory + whole.memory
+    memory = started + blocks.memory + max(whole.memory, run.temperature())
     # The adapters lie in the scratch folder too, the tuned blocks beside those whose places they take.
     disk = artifact + adapters + max(blocks.disk, whole.disk and whole.disk + artifact)
     if method.needs.saliency in KINDS and not blocks_stay:
@@ -200,6 +201,14 @@ class _Run:
         outputs = 1 + self.needs.augmented
         (_, columns), rows = max(groups.items(), key=lambda group: 2 * group[0][1] + outputs * group[1])
         return widths + [columns] * 2 + [rows] * outputs
+
+    def temperature(self) -> int:
+        """Bytes of fitting the temperature: a block, the held-out streams, the head in float32, logits of a chunk."""
+        if not self.request.fit_temperature:
+            return 0
+        outer = self.weights - sum(self.inside)
+        streams = 2 * heldout_samples(self.samples) * self.length * self.hidden
+        return 4 * (max(self.inside) + streams + outer) + HEAD_MEMORY
 
     def end_to_end(self) -> _Need:
         """The end-to-end phase: memory on top of the blocks', and its states on disk; 0 without one.

@@ -74,8 +74,8 @@ class Job:
 
     @property
     def blocks_stay(self) -> bool:
-        """Whether the end-to-end phase is all there is to do: the artifact's blocks are taken as they are."""
-        return _blocks_stay(self.method.needs, self.start)
+        """Whether there is only something to do behind the blocks: the artifact's are taken as they are."""
+        return _blocks_stay(self.request, self.method.needs, self.start)
 
     @property
     def made_by(self) -> str:
@@ -85,8 +85,8 @@ class Job:
 
     @property
     def calibrated(self) -> bool:
-        """Whether calibration samples are wanted: by blocks, or by an end-to-end phase without a text of its own."""
-        return self.method.calibrated and not (self.blocks_stay and self.request.end_to_end_data is not None)
+        """Whether calibration samples are wanted: by all but an end-to-end phase with a text of its own."""
+        return self.method.calibrated and not _only_text(self.request, self.method.needs, self.start)
 
     @property
     def text_samples(self) -> int:
@@ -154,7 +154,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
         rotation=source.rotation,
-        cost=predict(request, method, found, model, precision, blocks_stay=_blocks_stay(method.needs, start)),
+        cost=predict(request, method, found, model, precision, blocks_stay=_blocks_stay(request, method.needs, start)),
     )
     saliency = open_saliency(method.needs.saliency, source)
     if method.needs.survey:
@@ -162,8 +162,13 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     return Job(request, source, model, found, method, precision, described, start, saliency)
 
 
-def _blocks_stay(needs: Needs, start: Start | None) -> bool:
-    if start is None or needs.end_to_end is None or needs.epochs:
+def _only_text(request: QuantizeRequest, needs: Needs, start: Start | None) -> bool:
+    """Whether an end-to-end phase on a text of its own is all there is to do."""
+    return _blocks_stay(request, needs, start) and request.end_to_end_data is not None and not request.fit_temperature
+
+
+def _blocks_stay(request: QuantizeRequest, needs: Needs, start: Start | None) -> bool:
+    if start is None or needs.epochs or (needs.end_to_end is None and not request.fit_temperature):
         return False
     # A fresh adapter starts from what its layer sees.
     return start.adapted == (needs.adapter is not None)
@@ -173,7 +178,7 @@ def _with_calibration(
     request: QuantizeRequest, method: Method, start: Start | None, progress: Progress
 ) -> QuantizeRequest:
     """The request with the calibration that it leaves open, if any is wanted. Raises UsageError for an idle one."""
-    if _blocks_stay(method.needs, start) and request.end_to_end_data is not None:
+    if _only_text(request, method.needs, start):
         if request.calibration is not None:
             raise UsageError(
                 "--calibration means nothing where an artifact's blocks stay and --end-to-end-data is the text.",

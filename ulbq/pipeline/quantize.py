@@ -14,6 +14,7 @@ from torch import nn
 
 from ulbq import __version__, runtime
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
+from ulbq.artifacts.records import TemperatureRecord
 from ulbq.artifacts.saliency import BlockScores
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
@@ -25,13 +26,14 @@ from ulbq.models.blocks import load_block
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.end_to_end import train_end_to_end
-from ulbq.pipeline.finish import block_record, finish, layer_record, recorded_schemes
+from ulbq.pipeline.finish import TEMPERATURE, block_record, finish, layer_record, recorded_schemes
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
 from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
 from ulbq.pipeline.samples import CALIBRATION_FILE, TEXT_FILE, draw, draw_text, written_samples
 from ulbq.pipeline.streams import Streams
 from ulbq.pipeline.survey import survey
+from ulbq.pipeline.temperature import fit_temperature
 from ulbq.progress import Phase, Progress, Silent
 from ulbq.saliency import KINDS, Saliency, SaliencyKind, SaliencySettings, block_file, compute_saliency
 from ulbq.training.block import TrainOutcome
@@ -109,10 +111,11 @@ def quantize(
             job = dataclasses.replace(job, method=method)
         with watch.phase("blocks"):
             # First: a source that is damaged here would show only after hours.
-            outer = layout.write_outer(
-                writer.path / layout.OUTER_SHARD, job.model, job.source, f"{job.found.blocks_prefix}."
-            )
+            outer = _write_outer(job, writer, None)
             _Run(job, writer, progress, saliency).walk(calibration)
+        if job.request.fit_temperature and calibration is not None:
+            with watch.phase("temperature"):
+                _write_outer(job, writer, _temperature(job, writer, calibration, progress))
         tuned = None
         learnt = text or calibration
         if job.method.needs.end_to_end is not None and learnt is not None:
@@ -203,6 +206,24 @@ def _decided(
         writer.record(_DECISIONS, {}, files=[shard])
     stored = LazyTensors([shard])
     return cast(SurveyingMethod, job.method).decided({name: stored.read(name) for name in stored.names})
+
+
+def _write_outer(job: Job, writer: ArtifactWriter, temperature: TemperatureRecord | None) -> dict[str, int]:
+    """Write what is not a block, as the artifact that is gone on from has it; returns the stored bits."""
+    # A temperature is that of the original's predictions: it takes the place of one that was fitted before.
+    source = job.source if job.start is None or job.request.fit_temperature else job.start.source
+    factors = {} if temperature is None else dict.fromkeys(temperature.vectors, temperature.factor)
+    path = writer.path / layout.OUTER_SHARD
+    return layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors)
+
+
+def _temperature(job: Job, writer: ArtifactWriter, calibration: Calibration, progress: Progress) -> TemperatureRecord:
+    """What was fitted, now or by the run that this one resumes."""
+    if TEMPERATURE not in writer.journal:
+        held = calibration.tokens[job.request.samples or 0 :]
+        record = fit_temperature(job, writer.path, writer.scratch, writer.journal, held, progress)
+        writer.record(TEMPERATURE, record)
+    return TemperatureRecord.model_validate(writer.journal[TEMPERATURE])
 
 
 def _fingerprint(job: Job, drawn: Calibration | None, text: Calibration | None) -> str:

@@ -81,6 +81,7 @@ class QuantizeRequest(BaseModel):
         calibration: data set name, file, ``mix`` or ``self``.
         samples, sequence_length: size of the calibration set.
         rotate: rotate the weights first, the model's function left as it is; of an artifact, as it was made.
+        fit_temperature: fit the temperature of the predictions, after the blocks, into the last norm.
         activation_memory: bytes of activations that may stay in memory.
         precision: dtype of the matrix products.
         out: folder of the artifact; None for a telling name under ``./artifacts``.
@@ -155,6 +156,7 @@ class QuantizeRequest(BaseModel):
     saliency: str | None = None
     saliency_power: _Number | None = None
 
+    fit_temperature: bool | None = None
     end_to_end: EndToEnd | None = None
     end_to_end_data: str | None = None
     end_to_end_samples: _Count | None = None
@@ -189,7 +191,7 @@ NOT_IN_FINGERPRINT = frozenset(
 
 _ALL_TAKE = frozenset({"source", "method", "recipe", "rotate", "seed", "device", "data_dir", "offline", "out", "force"})
 _CALIBRATION = frozenset({"preset", "calibration", "samples", "sequence_length"})
-_COMPUTE = frozenset({"activation_memory", "precision"})
+_COMPUTE = frozenset({"activation_memory", "precision", "fit_temperature"})
 
 
 def method_class(name: str) -> type[Method]:
@@ -247,7 +249,7 @@ def complete(request: QuantizeRequest, preset: PresetName) -> QuantizeRequest:
         amount = {field: value for field, value in PRESETS[name] if field in wanted}
         if any(getattr(request, field) is None for field in amount):
             values["preset"] = name
-        values |= {"precision": "auto", "activation_memory": 4 * 2**30, **amount}
+        values |= {"precision": "auto", "activation_memory": 4 * 2**30, "fit_temperature": False, **amount}
     else:
         values["precision"] = "fp32"  # multiplies nothing, looks at no activations
     values |= _options(request, amount).in_effect()

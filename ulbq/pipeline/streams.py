@@ -10,7 +10,7 @@ from torch import nn
 from ulbq.errors import InputError
 from ulbq.formats import AnyScheme
 from ulbq.models.blocks import load_block
-from ulbq.models.stream import ActivationStore, BlockStream, run_block
+from ulbq.models.stream import ActivationStore, BlockStream
 from ulbq.models.watch import watching
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
@@ -27,6 +27,7 @@ class Streams:
 
     Attributes:
         importance: ``[in]`` mean squared input of each linear layer of the block that ``x_fp`` passed last.
+        extras: values that this block returned behind the hidden states; None where it returned no tuple.
     """
 
     def __init__(self, job: Job, tokens: torch.Tensor, scratch: Path) -> None:
@@ -51,11 +52,15 @@ class Streams:
         self._augmented = stream.hidden.copy() if needs.augmented else None
         self._originals = stream.hidden.copy() if needs.originals else None
         self.importance: dict[str, torch.Tensor] = {}
+        self.extras: int | None = None
 
-    def advance_full_precision(self, index: int) -> None:
-        """Run ``x_fp`` through a block in place, and note the mean squared input of each of its linear layers."""
+    def advance_full_precision(self, index: int, *, watch: bool = True) -> None:
+        """Run ``x_fp`` through a block in place; where ``watch``, note what its linear layers see and the like."""
         _, linears = self._job.names(index)
         block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
+        if not watch:
+            self._run(block, index, self._full, self._full)
+            return
         if self._originals is not None:
             for start in range(len(self._full)):
                 self._originals.set(start, self._full.get(slice(start, start + 1)))
@@ -76,6 +81,10 @@ class Streams:
             layout.restore_adapters(block, prefix, adapters, self._job.method.needs.adapter)
         self._run(block, index, self._quantized, self._quantized)
 
+    def ends(self) -> tuple[ActivationStore, ActivationStore]:
+        """Both streams where they stand: in full precision, and through the packed blocks."""
+        return self._full, self._quantized
+
     def data(self, index: int) -> BlockData:
         """What the block is trained on."""
         return BlockData(
@@ -87,8 +96,9 @@ class Streams:
         for start in range(0, len(inputs), self._batch):
             hidden = inputs.get(slice(start, start + self._batch)).to(self._job.precision.device)
             with self._job.precision.autocast():
-                result = run_block(block, hidden, self._kwargs[index])
-            outputs.set(start, result.float())
+                result = block(hidden, **self._kwargs[index])
+            self.extras = len(result) - 1 if isinstance(result, tuple) else None
+            outputs.set(start, (result if self.extras is None else result[0]).float())
 
 
 @contextmanager

@@ -29,6 +29,9 @@ class LossHead:
         precision: of the head's product; the loss is float32.
         extras: values that a block returns behind the hidden states; None where it returns no tuple.
 
+    Attributes:
+        chunk: positions that may go through at once.
+
     Raises:
         InputError, NumericsError: as :func:`ulbq.models.blocks.materialize`.
     """
@@ -42,7 +45,7 @@ class LossHead:
         unread = _untied_embedding(self._outer)
         materialize(self._outer, source, torch.float32, device=precision.device, without=(f"{prefix}.", *unread))
         vocabulary = model.config.get_text_config().vocab_size
-        self._chunk = max(16, HEAD_MEMORY // (vocabulary * 4 * _COPIES))
+        self.chunk = max(16, HEAD_MEMORY // (vocabulary * 4 * _COPIES))
         # The stand-ins know this list and not the model, which would be a cycle that keeps the head in memory.
         self._arriving: list[torch.Tensor] = []
         arriving = self._arriving
@@ -52,6 +55,8 @@ class LossHead:
 
         for block in blocks:
             block.forward = stand_in
+        inside = {id(parameter) for parameter in blocks.parameters()}
+        self._outside = {name: p for name, p in self._outer.named_parameters() if p.dim() == 1 and id(p) not in inside}
 
     def gradient(self, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Loss of one sequence, and its gradient.
@@ -66,8 +71,8 @@ class LossHead:
         predicted = tokens.shape[1] - 1
         gradient = torch.zeros_like(hidden)
         loss = 0.0
-        for start in range(0, predicted, self._chunk):
-            stop = min(start + self._chunk, predicted)
+        for start in range(0, predicted, self.chunk):
+            stop = min(start + self.chunk, predicted)
             part = hidden[:, start:stop].detach().requires_grad_()
             logits = self._logits(part)
             entropy = nn.functional.cross_entropy(logits[0].float(), tokens[0, start + 1 : stop + 1], reduction="sum")
@@ -75,6 +80,33 @@ class LossHead:
             (gradient[:, start:stop],) = torch.autograd.grad(entropy, part)
             loss += entropy.item()
         return loss, gradient
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[n, vocabulary]`` float32 of hidden states ``[n, hidden]`` float32 behind the last block."""
+        return self._logits(hidden.unsqueeze(0))[0].float()
+
+    @torch.no_grad()
+    def gains(self, hidden: torch.Tensor) -> tuple[str, ...]:
+        """Full names of the vectors by which the logits can be scaled: the last norm's.
+
+        They are found by what they do, on some hidden states ``[n, hidden]``: each changes the logits, and twice all of
+        them give twice the logits. Empty where that is not so, as with logits that are soft-capped.
+        """
+        before, found = self.logits(hidden), []
+        for name, vector in self._outside.items():
+            kept = vector.clone()
+            vector.mul_(2)
+            if not torch.equal(self.logits(hidden), before):
+                found.append((name, kept))
+            vector.copy_(kept)
+        for name, kept in found:
+            self._outside[name].copy_(2 * kept)
+        doubled = self.logits(hidden)
+        for name, kept in found:
+            self._outside[name].copy_(kept)
+        exact = (doubled - 2 * before).abs().max() <= 1e-2 * before.abs().max()
+        return tuple(name for name, _ in found) if exact else ()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         self._arriving[:] = [hidden]
