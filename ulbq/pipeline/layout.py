@@ -207,7 +207,7 @@ tags: [ulbq, {method}, {scheme.format}]
 {source.name} quantized with `ulbq quantize --method {method}`: format `{scheme.format}`, {scheme.label},
 {bits.bits_per_weight:.3f} true bits per linear weight ({counted}; embeddings stay in half precision).
 
-Score it with `ulbq eval DIR`, and look into it with `ulbq inspect DIR`. After `import ulbq`, transformers'
-`AutoModelForCausalLM.from_pretrained(DIR)` loads it packed; `ulbq convert DIR --to dense` writes a plain half-precision
-model for those without ulbq. `manifest.json` records how it was made.
+Hear it with `ulbq generate DIR`, score it with `ulbq eval DIR`, look into it with `ulbq inspect DIR`.
+After `import ulbq`, transformers' `AutoModelForCausalLM.from_pretrained(DIR)` loads it packed. For those without ulbq,
+`ulbq convert DIR --to dense` writes a plain half-precision model. `manifest.json` records how it was made.
 """
