@@ -26,6 +26,7 @@ from . import console
 from .convert import convert
 from .eval import eval as evaluate
 from .finetune import finetune
+from .generate import generate
 from .inspect import inspect
 from .options import State
 from .quantize import quantize
@@ -68,6 +69,7 @@ for _name, _command in (
     ("saliency", saliency),
     ("quantize", quantize),
     ("eval", evaluate),
+    ("generate", generate),
     ("finetune", finetune),
     ("convert", convert),
     ("inspect", inspect),

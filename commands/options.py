@@ -105,6 +105,8 @@ def read_source(
     default: Literal["model", "newest"],
     progress: Progress | None = None,
     kinds: Collection[str] = ("quantized",),
+    *,
+    piped: bool = True,
 ) -> str | None:
     """What a command works on: its argument, one path from a pipe, or the default.
 
@@ -115,6 +117,7 @@ def read_source(
         default: ``model`` is the bundled model, ``newest`` the newest finished artifact under ``./artifacts``.
         progress: told which default was taken.
         kinds: manifest kinds that ``newest`` may take.
+        piped: whether standard input may bring the source; not where the command reads something else from it.
 
     Returns:
         The source as text, or None for the bundled model.
@@ -122,7 +125,7 @@ def read_source(
     Raises:
         InputError: the pipe brought nothing, or something other than one path; no artifact to take.
     """
-    if source == "-" or (source is None and _input_is_piped()):
+    if piped and (source == "-" or (source is None and _input_is_piped())):
         return _read_path()
     if source is not None:
         return source

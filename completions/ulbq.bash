@@ -132,6 +132,22 @@ _ulbq() {
             _ulbq_value 'files' '' "$current"
         fi
         ;;
+    generate)
+        case $previous in
+        -p|--prompt) _ulbq_value '' '' "$current"; return ;;
+        -n|--max-new-tokens) _ulbq_value '' '' "$current"; return ;;
+        --temperature) _ulbq_value '' '' "$current"; return ;;
+        --top-p) _ulbq_value '' '' "$current"; return ;;
+        --seed) _ulbq_value '' '' "$current"; return ;;
+        --dtype) _ulbq_value '' 'bf16 fp16 fp32' "$current"; return ;;
+        --device) _ulbq_value '' 'auto cpu cuda' "$current"; return ;;
+        esac
+        if [[ $current == -* ]]; then
+            _ulbq_value '' '-p --prompt --chat -n --max-new-tokens --temperature --top-p --seed --adapter --no-adapter --prefill-cache --dtype --device --offline --json -q --quiet --debug -h --help' "$current"
+        else
+            _ulbq_value 'files' '' "$current"
+        fi
+        ;;
     finetune)
         case $previous in
         --task) _ulbq_value '' 'end-to-end' "$current"; return ;;
@@ -201,7 +217,7 @@ _ulbq() {
         if [[ $current == -* ]]; then
             _ulbq_value '' '--version -h --help' "$current"
         else
-            _ulbq_value '' 'saliency quantize eval finetune convert inspect' "$current"
+            _ulbq_value '' 'saliency quantize eval generate finetune convert inspect' "$current"
         fi
         ;;
     esac

@@ -1,3 +1,16 @@
-"""Ultra-low-bit (1 to 4 bit) weight quantization of language models."""
+"""Ultra-low-bit (1 to 4 bit) weight quantization of language models.
+
+After ``import ulbq``, transformers' ``AutoModelForCausalLM.from_pretrained`` loads quantized artifacts, packed as they
+are. The import itself loads neither transformers nor torch: transformers learns of the format when it is imported.
+"""
+
+from ulbq.import_hook import after_import
 
 __version__ = "0.1.0"
+
+
+def _register() -> None:
+    import ulbq.models.hf  # noqa: F401 - registers itself
+
+
+after_import("transformers.quantizers.auto", _register)

@@ -15,6 +15,8 @@ from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
 # Group sizes that engines take.
 _GROUP_SIZES = range(16, 1025, 16)
+# Values of a parameter that are looked at together: the look at a whole embedding takes more than its own memory.
+_CHECKED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -278,12 +280,16 @@ def check_values(source: ModelSource, name: str, tensor: torch.Tensor) -> None:
             f"'{source.given}' holds '{name}' as integers ({str(tensor.dtype).removeprefix('torch.')}).",
             hint="It is quantized already, or damaged: give the full-precision model.",
         )
-    # The types of eight bits cannot be asked themselves.
-    if not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
+    if not all(_finite(part) for part in tensor.flatten().split(_CHECKED_AT_ONCE)):
         raise NumericsError(
             f"'{source.given}' holds '{name}' with values that are not finite.",
             hint="The checkpoint is damaged, or overflowed when it was made half precision: fetch the original.",
         )
+
+
+def _finite(values: torch.Tensor) -> bool:
+    # The types of eight bits cannot be asked themselves.
+    return bool((values.float() if values.itemsize == 1 else values).isfinite().all())
 
 
 def _has_matrix(module: nn.Module) -> bool:

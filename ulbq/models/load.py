@@ -1,5 +1,7 @@
 """Loads a whole model, dense or packed, ready for logits and generation."""
 
+from typing import NamedTuple
+
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -7,10 +9,16 @@ from ulbq.errors import InputError
 from ulbq.models.adapter_files import adapter_folder, attach_adapter
 from ulbq.models.blocks import materialize, skeleton
 from ulbq.models.source import ModelSource
+from ulbq.nn.quant_linear import QuantLinear
 
 
 def load_model(
-    source: ModelSource, *, dtype: torch.dtype, device: torch.device | str = "cpu", adapter: bool = True
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    adapter: bool = True,
+    prefill_cache: bool = False,
 ) -> PreTrainedModel:
     """The model with all its parameters in memory, frozen and in eval mode.
 
@@ -21,6 +29,7 @@ def load_model(
         dtype: of parameters and of the arithmetic.
         device: where it shall be.
         adapter: attach the adapter of an artifact that has one, as peft does; without it, the base alone.
+        prefill_cache: keep a dense copy of every packed weight, in ``dtype``, from its first product with many rows on.
 
     Raises:
         InputError: a parameter is missing or has another shape than the configuration says, or a file beside the
@@ -28,6 +37,9 @@ def load_model(
     """
     model = skeleton(source)
     materialize(model, source, dtype, device=device)
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            layer.cache = prefill_cache
     model.config.dtype = dtype
     if (source.path / "generation_config.json").is_file():
         try:
@@ -39,3 +51,22 @@ def load_model(
             ) from error
     folder = adapter_folder(source) if adapter else None
     return model if folder is None else attach_adapter(model, folder)
+
+
+class ModelMemory(NamedTuple):
+    """Bytes that a loaded model holds.
+
+    Attributes:
+        weights: of parameters and buffers, packed ones as they are held for products; tied ones count once.
+        cache: of dense copies beside packed weights.
+    """
+
+    weights: int
+    cache: int
+
+
+def model_memory(model: PreTrainedModel) -> ModelMemory:
+    """What a loaded model holds now: caches grow with its first products."""
+    held = {id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    layers = (layer for layer in model.modules() if isinstance(layer, QuantLinear))
+    return ModelMemory(sum(held.values()), sum(layer.cached_bytes for layer in layers))

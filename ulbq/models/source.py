@@ -256,7 +256,8 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         if method == "ulbq":
             raise InputError(
-                f"'{given}' is an artifact of ulbq without its {MANIFEST_NAME}.", hint="Copy the whole folder again."
+                f"'{given}' is an artifact of ulbq without its {MANIFEST_NAME}.",
+                hint="Copy the whole folder again; what transformers saved of one, transformers alone loads.",
             )
         raise InputError(
             f"'{given}' is quantized already, by '{method or 'an unknown tool'}'.",

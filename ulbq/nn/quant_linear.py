@@ -115,6 +115,11 @@ class QuantLinear(nn.Linear):
             self._hold(ready.tensors)
             self._layout = (ready.layout, tuple(ready.tensors))
 
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of the dense matrix that ``cache`` keeps; 0 before the first product that is made with it."""
+        return 0 if self._kept is None else self._kept.nbytes
+
     def weight_dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantized weight ``[out, in]``, where the packed tensors are; of a mixture, at uniform gates."""
         if isinstance(self.scheme, BinaryMosScheme):

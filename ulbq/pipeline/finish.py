@@ -91,7 +91,7 @@ def finish(
     shards = [folder / layout.block_shard(index) for index in range(job.found.n_blocks)]
     adapter = _write_adapter(job, writer)
     bits = layout.bits_report(layers, shards, outer, adapter)
-    layout.write_folder(folder, source, job.method.scheme, job.made_by, bits)
+    layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers)
     return QuantizedManifest(
         name=writer.out.name,
         request=job.request.model_dump(mode="json"),

@@ -175,15 +175,25 @@ def bits_report(
     return BitsReport(parts={**parts, "embeddings": outer["embeddings"], "other": other}, weights=weights)
 
 
-def write_folder(folder: Path, source: ModelSource, scheme: AnyScheme, method: str, bits: BitsReport) -> None:
-    """Everything beside the shards: index, configuration, side files and model card."""
+def write_folder(
+    folder: Path, source: ModelSource, scheme: AnyScheme, method: str, bits: BitsReport, layers: Sequence[LayerRecord]
+) -> None:
+    """Everything beside the shards: index, configuration, side files and model card.
+
+    The configuration says how each layer is packed, for those who read it without the manifest.
+    """
     shards = sorted(path for path in folder.glob("model-*.safetensors"))
     write_index(folder, {path.name: sorted(LazyTensors([path]).names) for path in shards})
     with writing(folder):
         config = source.config.to_dict()
         # As `half` leaves them: what came as float16 is still float16.
         config["dtype"] = "float16" if config.get("dtype") in ("float16", torch.float16) else "bfloat16"
-        config["quantization_config"] = {"quant_method": "ulbq", "method": method, **scheme.model_dump(mode="json")}
+        shared = scheme.model_dump(mode="json")
+        config["quantization_config"] = {
+            **{"quant_method": "ulbq", "method": method, **shared},
+            "layers": {layer.name: layer.scheme for layer in layers if layer.scheme != shared},
+            "adapter": bool(bits.parts.get("adapter")),
+        }
         updated = type(source.config).from_dict(config)
         updated.save_pretrained(folder)
         source.save_tokenizer_files(folder)
@@ -204,6 +214,7 @@ tags: [ulbq, {method}, {scheme.format}]
 {source.name} quantized with `ulbq quantize --method {method}`: format `{scheme.format}`, {scheme.label},
 {bits.bits_per_weight:.3f} true bits per linear weight ({counted}; embeddings stay in half precision).
 
-Score it with `ulbq eval DIR`, look into it with `ulbq inspect DIR`, and turn it into a plain half-precision model for
-transformers with `ulbq convert DIR --to dense`. `manifest.json` records how it was made.
+Hear it with `ulbq generate DIR`, score it with `ulbq eval DIR`, look into it with `ulbq inspect DIR`.
+After `import ulbq`, transformers' `AutoModelForCausalLM.from_pretrained(DIR)` loads it packed. For those without ulbq,
+`ulbq convert DIR --to dense` writes a plain half-precision model. `manifest.json` records how it was made.
 """

@@ -1,0 +1,203 @@
+"""Decoding with a packed model against its bfloat16 original, in one run: tokens per second and resident memory.
+
+    python benchmarks/speed.py ARTIFACT [--model SOURCE] [--tokens 128] [--threads 1] [--rounds 3] [--results FILE]
+
+Each contender is a process of its own, all of them alive at once, and they take turns: whatever else the machine does
+meets all of them alike. The original is read from a bfloat16 folder that is written first. A turn goes on greedily
+from one prompt for exactly ``--tokens`` tokens, prefill included. ``wall`` is the clock's, the best turn; ``cpu`` is
+the processor time of the process, which other programs disturb least. Memory is resident memory beyond what the
+process held after its imports, with the tokenizer loaded: the most that it ever was (``peak``, loading included), and
+what is left after the turns (``held``). ``weights`` are the bytes of parameters and buffers.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT = "The history of the steam engine begins in the first century, when"
+# Other engines, by how their presence shows.
+PEERS = {"gptqmodel": "gptqmodel", "HQQ + gemlite": "hqq", "llama.cpp": "llama_cpp"}
+_ROW = ("wall_tokens_per_s", "cpu_tokens_per_s", "prefill_s", "peak_mb", "held_mb", "weights_mb")
+
+
+def work(source: str, tokens: int, threads: int) -> None:
+    """Be a contender: load, then take a turn for every line on standard input, and report each as a line of JSON."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    from ulbq.runtime import calm_threads, peak_memory
+
+    calm_threads()
+    import torch
+
+    from ulbq.models.load import load_model, model_memory
+    from ulbq.models.source import resolve
+    from ulbq.pipeline.generate import TextStream
+
+    torch.set_num_threads(threads)
+    opened = resolve(source, offline=True)
+    tokenizer = opened.tokenizer()
+    before = resident()
+    model = load_model(opened, dtype=torch.bfloat16)
+    prompt = torch.tensor([tokenizer.encode(PROMPT)])
+    print(json.dumps({"weights_mb": model_memory(model).weights / 1e6}), file=out)
+    for _ in sys.stdin:
+        stream = TextStream(tokenizer, lambda text: None)
+        wall, cpu = time.perf_counter(), time.process_time()
+        with torch.inference_mode():
+            model.generate(
+                input_ids=prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=stream
+            )
+        turn = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        memory = {"peak_mb": (peak_memory() - before) / 1e6, "held_mb": (resident() - before) / 1e6}
+        turn["prefill"] = stream.times[1] - stream.times[0]
+        print(json.dumps(turn | memory | {"text": stream.text}), file=out)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def write_original(model: str, folder: str) -> None:
+    """Write a model's bfloat16 folder."""
+    import torch
+
+    from ulbq.models.load import load_model
+    from ulbq.models.source import default_model, resolve
+
+    source = resolve(model, offline=True) if model else default_model(offline=True)
+    load_model(source, dtype=torch.bfloat16).save_pretrained(folder)
+    source.save_tokenizer_files(Path(folder))
+
+
+class Contender:
+    """A worker and what it reported."""
+
+    def __init__(self, name: str, source: str, options: argparse.Namespace) -> None:
+        self.name = name
+        words = [sys.executable, __file__, source, "--worker", "--tokens", str(options.tokens)]
+        self._process = subprocess.Popen(
+            [*words, "--threads", str(options.threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._weights = self._read()["weights_mb"]
+        self._turns: list[dict[str, Any]] = []
+        self._tokens = options.tokens
+
+    def turn(self) -> None:
+        """Let it decode once."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self._turns.append(self._read())
+
+    def row(self) -> dict[str, Any]:
+        """Its figures; the first turn warms up and counts for memory alone."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        timed = self._turns[1:]
+        last = self._turns[-1]
+        return {
+            "name": self.name,
+            "wall_tokens_per_s": round(self._tokens / min(turn["wall"] for turn in timed), 2),
+            "cpu_tokens_per_s": round(self._tokens / min(turn["cpu"] for turn in timed), 2),
+            "prefill_s": round(min(turn["prefill"] for turn in timed), 3),
+            "peak_mb": round(last["peak_mb"]),
+            "held_mb": round(last["held_mb"]),
+            "weights_mb": round(self._weights),
+            "text": last["text"][:120],
+        }
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} failed, see above")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
+def main() -> None:
+    """Run the contenders in turns and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("source", help="a quantized artifact")
+    parser.add_argument("--model", default="", help="its original (default: the default model)")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3, help="timed turns of each, after one that warms up")
+    parser.add_argument("--results", type=Path, help="write the rows as JSON")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--write", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(options.source, options.tokens, options.threads)
+    if options.write:
+        return write_original(options.model, options.write)
+
+    with tempfile.TemporaryDirectory() as folder:
+        # In a process of its own: this one stays small, and is forked from.
+        words = [sys.executable, __file__, options.source, "--model", options.model, "--write", folder]
+        subprocess.run(words, check=True)
+        contenders = [Contender("bf16", folder, options), Contender("ulbq", options.source, options)]
+        for _ in range(options.rounds + 1):
+            for contender in contenders:
+                contender.turn()
+        rows = [contender.row() for contender in contenders]
+    report(rows, options)
+
+
+def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print the table, and write it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ulbq import runtime
+    from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
+
+    manifest = read_manifest(Path(options.source))
+    bits = manifest.bits.bits_per_weight if isinstance(manifest, QuantizedManifest) else None
+    base = rows[0]
+    table = Table(title=f"{manifest.name}, {bits or 16:.2f} bits a weight: {options.tokens} tokens")
+    for heading in ("", *_ROW, "times bf16 (wall)", "(cpu)"):
+        table.add_column(heading.replace("_", " "))
+    for row in rows:
+        row["times_bf16_wall"] = round(row["wall_tokens_per_s"] / base["wall_tokens_per_s"], 2)
+        row["times_bf16_cpu"] = round(row["cpu_tokens_per_s"] / base["cpu_tokens_per_s"], 2)
+        table.add_row(row["name"], *(str(row[key]) for key in (*_ROW, "times_bf16_wall", "times_bf16_cpu")))
+    peers = {}
+    for name, module in PEERS.items():
+        there = importlib.util.find_spec(module) is not None or (name == "llama.cpp" and shutil.which("llama-bench"))
+        peers[name] = "installed, but nothing here measures it yet" if there else "not installed"
+        table.add_row(name, peers[name])
+    Console(width=150).print(table)
+    if options.results:
+        found = {
+            "device": f"{_processor()}, {options.threads} threads",
+            "versions": runtime.versions(),
+            "artifact": manifest.name,
+            "bits_per_weight": bits,
+            "tokens": options.tokens,
+            "rows": rows,
+            "peers": peers,
+        }
+        options.results.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
