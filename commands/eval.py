@@ -132,6 +132,14 @@ def eval(  # the command's name; nothing here evaluates expressions
         Literal["bf16", "fp16", "fp32"],
         typer.Option("--dtype", help="What the models compute in.", rich_help_panel=_PROTOCOL),
     ] = "bf16",
+    prefill_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefill-cache",
+            help="Keep dense copies of packed weights: faster, and as much memory as a dense model.",
+            rich_help_panel=_PROTOCOL,
+        ),
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     data_dir: DataDir = None,
@@ -159,6 +167,7 @@ def eval(  # the command's name; nothing here evaluates expressions
         fidelity=fidelity,
         parent=parent,
         adapter=adapter,
+        prefill_cache=prefill_cache,
         parent_scores=parent_scores,
         context=context,
         limit=limit,

@@ -127,7 +127,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--compare --perplexity --tasks --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --seed --device --data-dir --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--compare --perplexity --tasks --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --prefill-cache --seed --device --data-dir --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

@@ -148,6 +148,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from eval' -l limit -r -f -d 'Window
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l fewshot -r -f -d 'Examples in a task\'s prompt'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l batch-size -r -f -d 'Sequences at once'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l dtype -r -f -a 'bf16 fp16 fp32' -d 'What the models compute in'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l prefill-cache -d 'Keep dense copies of packed weights: faster, and as much memory as a dense model'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l seed -r -f -d 'Seed of everything random'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l device -r -f -a 'auto cpu cuda' -d 'auto, cpu, cuda or cuda:N'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l data-dir -r -f -a '(__fish_complete_directories)' -d 'Folder of data sets laid out like the Hub, looked at first'

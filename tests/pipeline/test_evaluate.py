@@ -116,6 +116,19 @@ def test_scores_are_those_of_the_packed_model(made):
     assert scores_of(manifest)["q2"].perplexity["wikitext2"] == wanted
 
 
+def test_a_prefill_cache_changes_no_score_and_is_told(made):
+    # Windows of enough rows that a packed product makes its weights dense.
+    options = {"perplexity": ("wikitext2",), "limit": 2, "context": 128, "batch_size": 1}
+    values, notes = [], []
+    for cached in (False, True):
+        told = Listening()
+        _, manifest = evaluate(request(made, "q4", prefill_cache=cached, **options), told)
+        values.append(scores_of(manifest)["q4"].perplexity["wikitext2"].value)
+        notes.append([note for note in told.notes if "prefill cache" in note])
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    assert notes == [[], ["The prefill cache of q4 takes 0 MB."]]
+
+
 def test_without_text_the_parent_writes_its_own(made):
     told = Listening()
     _, manifest = evaluate(request(made, "q4", data_dir=None, limit=2), told)

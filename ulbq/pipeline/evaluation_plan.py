@@ -39,6 +39,7 @@ class EvaluateRequest(BaseModel):
         fidelity: compare with the full-precision parent. None: if nothing else was asked for, and it can be read.
         parent: the parent, where the artifacts' own record of it does not help.
         adapter: measure artifacts with the adapter that they have; else the base alone.
+        prefill_cache: keep dense copies of packed weights, as much memory as the dense model takes.
         parent_scores: measure the parent too. None: its perplexity, not its tasks.
         context: tokens a window. None: 1024, or the longest that every model takes.
         limit: windows a text and documents a task; 0: all. None: all, but 32 windows if nothing was asked for on a CPU.
@@ -56,6 +57,7 @@ class EvaluateRequest(BaseModel):
     fidelity: bool | None = None
     parent: str | None = None
     adapter: bool = True
+    prefill_cache: bool = False
     parent_scores: bool | None = None
     context: int | None = Field(default=None, ge=2, le=_MOST)
     limit: int | None = Field(default=None, ge=0, le=_MOST)
@@ -150,6 +152,7 @@ def _measures(
         limit=limit,
         batch_size=request.batch_size,
         dtype=DTYPES[request.dtype],
+        prefill_cache=request.prefill_cache,
         device=device,
         seed=request.seed,
         data_dir=request.data_dir,

@@ -21,7 +21,7 @@ from ulbq.evaluation.perplexity import perplexity
 from ulbq.evaluation.results import Fidelity, ModelScores, Perplexity, TaskScore
 from ulbq.evaluation.subjects import Candidate
 from ulbq.evaluation.text import text_windows
-from ulbq.models.load import load_model
+from ulbq.models.load import load_model, model_memory
 from ulbq.progress import Progress
 
 FIDELITY_WINDOWS = 8  # eight thousand positions at the usual context: the mean KL is then known to a few per cent
@@ -43,6 +43,7 @@ class Measures:
         limit: windows a text and documents a task; None: all.
         batch_size: sequences a batch; None: as many as memory takes.
         dtype: what the models compute in.
+        prefill_cache: keep dense copies of packed weights.
         device: where.
         seed: of text that the parent writes.
         data_dir, offline: where text comes from.
@@ -55,6 +56,7 @@ class Measures:
     limit: int | None
     batch_size: int | None
     dtype: torch.dtype
+    prefill_cache: bool
     device: torch.device
     seed: int
     data_dir: Path | None
@@ -96,6 +98,8 @@ class Measurer:
             compared = self._step(
                 f"{name}: fidelity on {text}", Fidelity, lambda: self._fidelity(candidate, model(), parent, text)
             )
+        if measures.prefill_cache and model.cache_info().currsize and (held := model_memory(model()).cache):
+            self._progress.note(f"The prefill cache of {name} takes {held / 1e6:,.0f} MB.")
         model.cache_clear()
         self._forget()
         return ModelScores(subject=candidate.subject, perplexity=perplexities, fidelity=compared, tasks=scores)
@@ -166,7 +170,13 @@ class Measurer:
 
     def _load(self, candidate: Candidate) -> PreTrainedModel:
         measures = self._measures
-        return load_model(candidate.source, dtype=measures.dtype, device=measures.device, adapter=candidate.adapter)
+        return load_model(
+            candidate.source,
+            dtype=measures.dtype,
+            device=measures.device,
+            adapter=candidate.adapter,
+            prefill_cache=measures.prefill_cache,
+        )
 
     def _forget(self) -> None:
         """Give the memory of models that nobody holds any more back at once; their modules refer to each other."""
