@@ -1,6 +1,9 @@
 """Products with packed weights against torch's dense ones, on the CPU, in one run.
 
     python benchmarks/kernels.py [--threads 1] [--repeats 15] [--shapes 4096x4096,11008x4096] [--results FILE]
+    python benchmarks/kernels.py --tune
+
+The second form measures block sizes of the Triton kernels on a GPU and writes them for ulbq to use (``tuning.py``).
 
 Every case is a matrix of random codes and a few copies of it, taken in turn so that no product finds its weight in a
 cache by itself; contenders take turns within each repeat. Times are milliseconds: ``cpu`` is the processor time of the
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tuning
 from rich.console import Console
 from rich.table import Table
 
@@ -153,7 +157,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="of each product; a third from 64 rows on")
     parser.add_argument("--shapes", default="4096x4096,11008x4096", help="outputs x inputs")
     parser.add_argument("--results", type=Path, help="write the rows as JSON")
+    parser.add_argument("--tune", action="store_true", help="only find block sizes for this GPU, and write their table")
     options = parser.parse_args()
+    if options.tune:
+        print(f"written: {tuning.tune()}")
+        return
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     copied = copy_bandwidth()

@@ -12,6 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The tests' tensors are so small that a second thread costs more than it brings, and most where cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Without a GPU the Triton kernels are interpreted on the CPU; Triton reads this when imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.models.tiny import save_tiny
 
 if TYPE_CHECKING:

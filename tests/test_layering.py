@@ -142,7 +142,8 @@ def test_library_never_prints_exits_or_catches_everything():
 def test_what_is_imported_is_declared(project):
     """Every third-party import stands in pyproject.toml, and every requirement is imported somewhere."""
     required = {_distribution(requirement) for requirement in project["project"]["dependencies"]}
-    extra = {_distribution(requirement) for requirement in project["project"]["optional-dependencies"]["eval"]}
+    extras = project["project"]["optional-dependencies"]
+    extra = {_distribution(requirement) for name in ("eval", "gpu") for requirement in extras[name]}
     owners = metadata.packages_distributions()
     used, wrong = set(), []
     for path in [*LIBRARY, *COMMANDS]:

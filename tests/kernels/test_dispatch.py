@@ -3,7 +3,7 @@ import torch
 
 from ulbq import kernels
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme
-from ulbq.kernels import BACKENDS, Case, build, choose, ops
+from ulbq.kernels import BACKENDS, Case, build, choose, ops, triton_launch
 
 W2 = AffineScheme(bits=2, group_size=64)
 
@@ -19,7 +19,6 @@ def case(**changes: object) -> Case:
         ({}, "tiles", {}),
         ({"rows": ops.MANY_ROWS}, "dense", {"tiles": "96 rows", "int4": "96 rows"}),
         ({"dtype": torch.float64}, "dense", {"tiles": "float64 activations", "int4": "float64 activations"}),
-        ({"device": "cuda"}, "dense", {"tiles": "not on cuda", "int4": "not on cuda"}),
         ({"scheme": AffineScheme(bits=8)}, "dense", {"tiles": "8 bits", "int4": "8 bits"}),
         ({"scheme": AffineScheme(bits=2, group_size=16)}, "dense", {"tiles": "groups of 16", "int4": "groups of 16"}),
         ({"scheme": DualBinaryScheme(group_size=-1)}, "tiles", {}),
@@ -29,9 +28,22 @@ def case(**changes: object) -> Case:
 def test_the_table(changes: dict[str, object], name: str, reasons: dict[str, str]) -> None:
     choice = choose(case(**changes))
     assert choice.backend.name == name
-    assert choice.passed_over.keys() - {"columns"} == reasons.keys()
+    assert choice.passed_over.keys() - {"columns", "humming", "triton"} == reasons.keys()
     for backend, reason in reasons.items():
         assert reason in choice.passed_over[backend]
+
+
+def test_a_gpu_does_not_get_the_kernels_of_the_cpu() -> None:
+    choice = choose(case(device="cuda"))
+    assert choice.backend.name == ("dense" if triton_launch.failure() else "triton")
+    for name in ("tiles", "columns", "int4"):
+        assert choice.passed_over[name] == "runs on the CPU, not on cuda"  # type: ignore[index]
+
+
+def test_the_cpu_does_not_get_those_of_gpus() -> None:
+    choice = choose(case(dtype=torch.float64))
+    assert choice.backend.name == "dense"
+    assert choice.passed_over["triton"] == "runs on CUDA GPUs, not on cpu"
 
 
 def test_the_last_row_takes_everything() -> None:

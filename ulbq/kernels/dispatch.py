@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from ulbq.formats import AnyScheme
-from ulbq.kernels import build, columns, int4, ops, tiles
+from ulbq.kernels import build, columns, humming, int4, ops, tiles, triton_launch, words
 
-Name = Literal["tiles", "columns", "int4", "dense"]
+Name = Literal["tiles", "columns", "int4", "humming", "triton", "dense"]
 
 
 class Case(NamedTuple):
@@ -123,6 +123,30 @@ def _int4_call(case: Case) -> str:
     return ""
 
 
+def _humming_matrix(scheme: AnyScheme, outs: int, columns: int, device: str) -> str:
+    return f"runs on CUDA GPUs, not on {device}" if device != "cuda" else humming.refusal(scheme, outs, columns)
+
+
+def _humming_call(case: Case) -> str:
+    if case.dtype != torch.bfloat16:
+        return f"{_short(case.dtype)} activations: bfloat16 only"
+    if case.differentiable:
+        return "has no gradient"
+    if case.rows <= triton_launch.VECTOR_ROWS:
+        return f"{case.rows} rows: up to {triton_launch.VECTOR_ROWS} our kernel for vectors takes them"
+    return ""
+
+
+def _triton_matrix(scheme: AnyScheme, outs: int, columns: int, device: str) -> str:
+    return f"runs on CUDA GPUs, not on {device}" if device != "cuda" else words.refusal(scheme)
+
+
+def _triton_call(case: Case) -> str:
+    if case.dtype not in triton_launch.FLOATS:
+        return f"{_short(case.dtype)} activations: float32, bfloat16 or float16"
+    return ""
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -148,6 +172,20 @@ BACKENDS: tuple[Backend, ...] = (
         missing=_always,
         matrix=_int4_matrix,
         call=_int4_call,
+    ),
+    Backend(
+        name="humming",
+        summary="Humming, an optional package: affine codes of 1 to 4 bits, bfloat16 activations, batches on CUDA GPUs",
+        missing=humming.failure,
+        matrix=_humming_matrix,
+        call=_humming_call,
+    ),
+    Backend(
+        name="triton",
+        summary="our Triton kernels for CUDA GPUs: every format at 1 to 4 bits, vectors and batches",
+        missing=triton_launch.failure,
+        matrix=_triton_matrix,
+        call=_triton_call,
     ),
     Backend(
         name="dense",

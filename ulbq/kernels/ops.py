@@ -1,8 +1,9 @@
-"""The products as operators of torch: schemas, shapes for tracing, gradients, and the code that runs on the CPU.
+"""The products as operators of torch: schemas, shapes for tracing, gradients, and the code that runs them.
 
-A matrix comes in one of two layouts: ``planes`` are the tensors as artifacts store them, on any device; ``tiles`` are
-those of :mod:`ulbq.kernels.tiles`. Gradients reach the inputs in both, and in ``planes`` scales and floating zero
-points too. No operator keeps a dense weight, or makes more of it at a time than a slab.
+A matrix comes in one of three layouts: ``planes`` are the tensors as artifacts store them, on any device; ``tiles`` are
+those of :mod:`ulbq.kernels.tiles`, for the CPU; ``words`` those of :mod:`ulbq.kernels.words`, for GPUs. Gradients
+reach the inputs in all, and in ``planes`` scales and floating zero points too. No operator keeps a dense weight, or
+makes more of it at a time than a slab.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 
 from ulbq.formats import AffineScheme, CodebookScheme, DualBinaryScheme, codebook
 from ulbq.formats.bits import unpack_planes
-from ulbq.kernels import columns, reference, tiles
+from ulbq.kernels import columns, reference, tiles, triton_launch, words
 
 MANY_ROWS = 96
 """From so many rows on, making slabs of dense weights and one large product of each is faster than taking codes."""
@@ -37,14 +38,14 @@ def affine_linear(
 
     Args:
         x: ``[..., in]``, floating.
-        codes: in ``planes`` uint8 ``[bits, out, ceil(in/8)]``; in ``tiles`` as :func:`ulbq.kernels.tiles.pack` says,
-            like ``scales`` and ``zeros``.
+        codes: in ``planes`` uint8 ``[bits, out, ceil(in/8)]``; in ``tiles`` and ``words`` as the ``pack`` of their
+            modules says, like ``scales`` and ``zeros``.
         scales: in ``planes`` ``[out, G]``, any floating dtype.
         zeros: in ``planes`` uint8 planes ``[bits, ceil(out·G/8)]`` or floating ``[out, G]``; None for the centre.
         out_features: rows of ``Ŵ``.
         bits: of a code.
         group_size: columns that share a scale; -1 for all.
-        layout: ``planes`` or ``tiles``.
+        layout: ``planes``, ``tiles`` or ``words``.
 
     Returns:
         ``[..., out]`` in the dtype of ``x``.
@@ -55,6 +56,9 @@ def affine_linear(
         packed = tiles.named(codes, scales, zeros)
         if len(rows) < MANY_ROWS and x.dtype in tiles.FLOATS:
             return tiles.multiply(rows, packed, shape).view(*x.shape[:-1], out_features)
+    if layout == "words" and x.dtype in triton_launch.FLOATS:
+        part = triton_launch.part(codes, scales, zeros, bits, group_size, x.shape[-1])
+        return triton_launch.multiply(rows, [part], out_features).view(*x.shape[:-1], out_features)
     slabs = _affine_slabs(codes, scales, zeros, out_features, x.shape[-1], bits, group_size, layout, x.dtype)
     return _product(rows, slabs, out_features).view(*x.shape[:-1], out_features)
 
@@ -71,6 +75,9 @@ def affine_linear_grad_input(
     layout: str,
 ) -> torch.Tensor:
     """Gradient of ``x``, ``[..., in]``, of the gradient ``[..., out]`` of the output of :func:`affine_linear`."""
+    if layout == "words" and grad.dtype in triton_launch.FLOATS:
+        part = triton_launch.part(codes, scales, zeros, bits, group_size, in_features)
+        return _words_gradient(grad, part, in_features)
     slabs = _affine_slabs(codes, scales, zeros, grad.shape[-1], in_features, bits, group_size, layout, grad.dtype)
     return _input_gradient(grad, slabs, in_features)
 
@@ -149,6 +156,9 @@ def dual_binary_linear(
     if layout == "tiles" and len(rows) < MANY_ROWS and x.dtype in tiles.FLOATS:
         shape = tiles.shape_of(DualBinaryScheme(group_size=group_size), out_features, x.shape[-1])
         return tiles.multiply(rows, tiles.named(codes, scales), shape).view(*x.shape[:-1], out_features)
+    if layout == "words" and x.dtype in triton_launch.FLOATS:
+        part = triton_launch.part(codes, scales, None, 1, group_size, x.shape[-1])
+        return triton_launch.multiply(rows, [part], out_features).view(*x.shape[:-1], out_features)
     slabs = _dual_slabs(codes, scales, out_features, x.shape[-1], group_size, layout, x.dtype)
     return _product(rows, slabs, out_features).view(*x.shape[:-1], out_features)
 
@@ -158,6 +168,9 @@ def dual_binary_linear_grad_input(
     grad: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, in_features: int, group_size: int, layout: str
 ) -> torch.Tensor:
     """Gradient of ``x``, ``[..., in]``."""
+    if layout == "words" and grad.dtype in triton_launch.FLOATS:
+        part = triton_launch.part(codes, scales, None, 1, group_size, in_features)
+        return _words_gradient(grad, part, in_features)
     slabs = _dual_slabs(codes, scales, grad.shape[-1], in_features, group_size, layout, grad.dtype)
     return _input_gradient(grad, slabs, in_features)
 
@@ -293,6 +306,129 @@ def _codebook(
     return scheme, dict(zip(scheme.tensors(outs, in_features), stored, strict=True))
 
 
+# --- BinaryMoS, and column codebooks, in words ------------------------------------------------------------------------
+
+
+@torch.library.custom_op("ulbq::binary_mos_linear", mutates_args=())
+def binary_mos_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    unit: torch.Tensor,
+    in_scales: torch.Tensor,
+    out_scales: torch.Tensor,
+    router: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    zeros_of: str,
+) -> torch.Tensor:
+    """``((x ⊙ s_in(x)) · (B + z)ᵀ) ⊙ s_out(x)`` with the signs in words, gates and scales fused into the kernels.
+
+    It has no gradient: where one is asked for, the layer is composed of :func:`affine_linear` and torch's operators.
+
+    Args:
+        x: ``[..., in]`` float16, bfloat16 or float32.
+        codes, unit: ``word_codes`` and ``word_scales`` of :func:`ulbq.kernels.words.pack`.
+        in_scales, out_scales, router, zeros: as stored.
+        zeros_of: ``none``, ``output`` or ``input``.
+
+    Returns:
+        ``[..., out]`` in the dtype of ``x``.
+    """
+    outs = out_scales.shape[1]
+    rows = x.reshape(-1, x.shape[-1])
+    scaled, gates, sums = triton_launch.gate(rows, in_scales, router, zeros if zeros_of == "input" else None)
+    part = triton_launch.part(codes, unit, None, 1, -1, x.shape[-1])
+    mixture = triton_launch.Mixture(gates, sums, out_scales, zeros if zeros_of == "output" else None)
+    product = triton_launch.multiply(scaled, [part], outs, mixture=mixture, dtype=x.dtype)
+    return product.view(*x.shape[:-1], outs)
+
+
+@binary_mos_linear.register_fake
+def _(x, codes, unit, in_scales, out_scales, router, zeros, zeros_of):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], out_scales.shape[1]))
+
+
+# What the two operators below take of a matrix: ``word_codes``, ``word_levels`` and ``word_order``, then the outliers.
+_COLUMN_WORDS = ("word_codes", "word_levels", "word_order", "outlier_starts", "outlier_columns", "outlier_deltas")
+
+
+@torch.library.custom_op("ulbq::codebook_words_linear", mutates_args=())
+def codebook_words_linear(
+    x: torch.Tensor, packed: list[torch.Tensor], out_features: int, widths: list[int], counts: list[int]
+) -> torch.Tensor:
+    """``x · Ŵᵀ`` with levels of its own for every column, in words.
+
+    Args:
+        x: ``[..., in]``, floating.
+        packed: ``word_codes``, ``word_levels`` and ``word_order`` of :func:`ulbq.kernels.words.pack`, and where there
+            are outliers ``outlier_starts``, ``outlier_columns`` and ``outlier_deltas``.
+        out_features: rows of ``Ŵ``.
+        widths, counts: how many columns have which width, widest first.
+
+    Returns:
+        ``[..., out]`` in the dtype of ``x``.
+    """
+    rows, by_width = x.reshape(-1, x.shape[-1]), dict(zip(widths, counts, strict=True))
+    if x.dtype in triton_launch.FLOATS:
+        sections = triton_launch.sections(packed[0], packed[1], packed[2], by_width, out_features)
+        product = triton_launch.multiply(rows, sections, out_features, outliers=packed[3:])
+    else:
+        named = dict(zip(_COLUMN_WORDS, packed, strict=False))
+        product = rows @ words.column_weight(named, by_width, out_features, x.shape[-1], x.dtype).T
+    return product.view(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("ulbq::codebook_words_linear_grad_input", mutates_args=())
+def codebook_words_linear_grad_input(
+    grad: torch.Tensor, packed: list[torch.Tensor], in_features: int, widths: list[int], counts: list[int]
+) -> torch.Tensor:
+    """Gradient of ``x``, ``[..., in]``."""
+    rows, by_width = grad.reshape(-1, grad.shape[-1]), dict(zip(widths, counts, strict=True))
+    named = dict(zip(_COLUMN_WORDS, packed, strict=False))
+    if grad.dtype in triton_launch.FLOATS:
+        sections = triton_launch.sections(packed[0], packed[1], packed[2], by_width, grad.shape[-1])
+        found = triton_launch.input_gradient(rows, sections, in_features, torch.float32)
+        _add_outlier_gradient(found, rows, named)
+    else:
+        found = rows @ words.column_weight(named, by_width, grad.shape[-1], in_features, grad.dtype)
+    return found.to(grad.dtype).view(*grad.shape[:-1], in_features)
+
+
+@codebook_words_linear.register_fake
+def _(x, packed, out_features, widths, counts):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@codebook_words_linear_grad_input.register_fake
+def _(grad, packed, in_features, widths, counts):  # type: ignore[no-untyped-def]
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _codebook_words_save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, packed, _, *ctx.rest = inputs
+    ctx.columns = x.shape[-1]
+    ctx.save_for_backward(*packed)
+
+
+def _codebook_words_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    packed = list(ctx.saved_tensors)
+    of_x = torch.ops.ulbq.codebook_words_linear_grad_input(grad, packed, ctx.columns, *ctx.rest)
+    return of_x, [None] * len(packed), None, None, None
+
+
+codebook_words_linear.register_autograd(_codebook_words_backward, setup_context=_codebook_words_save)
+
+
+def _add_outlier_gradient(total: torch.Tensor, grad: torch.Tensor, packed: dict[str, torch.Tensor]) -> None:
+    """Add to float32 ``[rows, in]`` what outliers make of a gradient ``[rows, out]``, a slab of them at a time."""
+    if "outlier_starts" not in packed:
+        return
+    outputs, places, deltas = words.outlier_outputs(packed), packed["outlier_columns"], packed["outlier_deltas"]
+    step = max(1, tiles.SLAB // (4 * max(1, len(grad))))
+    for begin in range(0, len(deltas), step):
+        some = slice(begin, begin + step)
+        total.index_add_(1, places[some], grad[:, outputs[some]].float() * deltas[some])
+
+
 # --- slabs of dense weights -------------------------------------------------------------------------------------------
 
 
@@ -315,6 +451,8 @@ def _affine_slabs(
     if layout == "tiles":
         packed = tiles.named(codes, scales, zeros)
         return _tiled_slabs(packed, _affine_shape(zeros, outs, columns, bits, group_size), dtype)
+    if layout == "words":
+        return words.slabs(codes, scales, zeros, outs, columns, AffineScheme.model_construct(bits=bits).centre, dtype)
     floats = _real_zeros(zeros, scales)
     return (
         (
@@ -339,6 +477,8 @@ def _dual_slabs(
     if layout == "tiles":
         shape = tiles.shape_of(DualBinaryScheme(group_size=group_size), outs, columns)
         return _tiled_slabs(tiles.named(codes, scales), shape, dtype)
+    if layout == "words":
+        return words.slabs(codes, scales, None, outs, columns, 0.0, dtype)
     return (
         (part, reference.dual_binary_weight(codes[:, part], scales[:, part], columns, dtype))
         for part in _parts(outs, columns, dtype.itemsize)
@@ -349,6 +489,11 @@ def _tiled_slabs(packed: dict[str, torch.Tensor], shape: tiles.Shape, dtype: tor
     if dtype in tiles.FLOATS:
         return tiles.slabs(packed, shape, dtype)
     return ((part, weight.to(dtype)) for part, weight in tiles.slabs(packed, shape, torch.float32))
+
+
+def _words_gradient(grad: torch.Tensor, part: triton_launch.Part, columns: int) -> torch.Tensor:
+    rows = grad.reshape(-1, grad.shape[-1])
+    return triton_launch.input_gradient(rows, [part], columns).view(*grad.shape[:-1], columns)
 
 
 def _real_zeros(zeros: torch.Tensor | None, scales: torch.Tensor) -> torch.Tensor | None:

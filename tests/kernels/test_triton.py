@@ -1,0 +1,296 @@
+"""The Triton kernels: values, gradients, opcheck. In the interpreter here, and under ``-m gpu`` on a real GPU.
+
+The interpreter gets bfloat16 arithmetic wrong without a word, so that it is tested on GPUs only, and is slow: matrices
+are small, and one of each kind.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.formats.columns import random_columns
+from tests.kernels.matrices import assert_near, exact, random_matrix
+from ulbq import kernels
+from ulbq.formats import (
+    AffineScheme,
+    AnyScheme,
+    BinaryMosScheme,
+    CodebookScheme,
+    DualBinaryScheme,
+    codebook,
+    dequantize,
+)
+from ulbq.kernels import dispatch, linear, ops, triton_launch, words
+from ulbq.nn.quant_linear import QuantLinear
+
+NO_INTERPRETER = triton_launch.failure() or "kernels are compiled in this process: TRITON_INTERPRET=1 is not set"
+NO_GPU = triton_launch.failure() or "no CUDA device"
+GPU = bool(torch.cuda.is_available() and not triton_launch.failure() and not triton_launch.interpreted())
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not triton_launch.interpreted(), reason=NO_INTERPRETER)),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason=NO_GPU)]),
+]
+on_devices = pytest.mark.parametrize("device", DEVICES)
+
+OUTS = 70
+MIXED = [2] * 31 + [4] * 5 + [3] * 7 + [2] * 20
+# The columns of each: whole spans where groups want it, else neither whole words nor whole bytes.
+SCHEMES: list[tuple[AnyScheme, int]] = [
+    (AffineScheme(bits=1, group_size=32), 96),
+    (AffineScheme(bits=1, group_size=64, symmetric=True), 128),
+    (AffineScheme(bits=2, group_size=64), 192),
+    (AffineScheme(bits=2, group_size=-1), 75),
+    (AffineScheme(bits=3, group_size=32), 96),
+    (AffineScheme(bits=3, group_size=128), 256),
+    (AffineScheme(bits=4, group_size=128, symmetric=True), 128),
+    (AffineScheme(bits=4, group_size=-1), 203),
+    (DualBinaryScheme(group_size=32), 96),
+    (DualBinaryScheme(group_size=-1), 75),
+    (BinaryMosScheme(experts=4, zeros="output"), 75),
+    (BinaryMosScheme(experts=3, zeros="input"), 128),
+    (BinaryMosScheme(experts=1), 64),
+]
+ROWS = (1, 3, 17, 70)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that nothing wrote to holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.zeros(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def in_words(scheme: AnyScheme, stored: dict[str, torch.Tensor], columns: int, device: str = "cpu") -> kernels.Ready:
+    moved = {name: tensor.to(device) for name, tensor in stored.items()}
+    return kernels.Ready("words", linear._in_words(scheme, moved, OUTS, columns))
+
+
+def fresh(rows: int, columns: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    return torch.randn(rows, columns).to(device, dtype)
+
+
+def dtypes(device: str) -> list[torch.dtype]:
+    return [torch.float32, torch.float16] + [torch.bfloat16] * (device == "cuda")
+
+
+def codebooks(outliers: int) -> tuple[CodebookScheme, dict[str, torch.Tensor]]:
+    scheme, made = random_columns(OUTS, MIXED, outliers)
+    return scheme, codebook.pack(scheme, made)
+
+
+def check(scheme: AnyScheme, stored: dict[str, torch.Tensor], columns: int, device: str, rows: int) -> None:
+    """Values and the gradient of the input against float64, in every dtype."""
+    ready = in_words(scheme, stored, columns, device)
+    # Dense tiles of floating weights are rounded to the dtype of the activations, and a mixture's at several places.
+    slack = 4 if isinstance(scheme, BinaryMosScheme) else 2
+    for dtype in dtypes(device):
+        x = fresh(rows, columns, dtype, device)
+        assert_near(kernels.multiply(scheme, ready, x, OUTS).cpu(), exact(scheme, stored, x.cpu()), dtype, slack)
+
+
+def check_gradient(scheme: AnyScheme, stored: dict[str, torch.Tensor], columns: int, device: str) -> None:
+    ready = in_words(scheme, stored, columns, device)
+    for dtype in dtypes(device):
+        x = fresh(17, columns, dtype, device).requires_grad_()
+        y = kernels.multiply(scheme, ready, x, OUTS)
+        wide = x.detach().cpu().double().requires_grad_()
+        wanted = exact(scheme, stored, wide)
+        assert_near(y.cpu(), wanted, dtype, slack=4)
+        grad = torch.randn(y.shape).to(dtype)
+        (found,) = torch.autograd.grad(y, x, grad.to(device))
+        (should,) = torch.autograd.grad(wanted, wide, grad.double())
+        assert_near(found.cpu(), should, dtype, slack=8 if isinstance(scheme, BinaryMosScheme) else 2)
+
+
+@on_devices
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("scheme", "columns"), SCHEMES, ids=lambda v: getattr(v, "label", str(v)))
+def test_products(scheme: AnyScheme, columns: int, rows: int, device: str) -> None:
+    check(scheme, random_matrix(scheme, OUTS, columns, seed=rows), columns, device, rows)
+
+
+@on_devices
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("outliers", [0, 40])
+def test_products_with_column_codebooks(outliers: int, rows: int, device: str) -> None:
+    scheme, stored = codebooks(outliers)
+    check(scheme, stored, len(MIXED), device, rows)
+
+
+@on_devices
+@pytest.mark.parametrize(("scheme", "columns"), SCHEMES[::2], ids=lambda v: getattr(v, "label", str(v)))
+def test_the_gradient_of_the_input(scheme: AnyScheme, columns: int, device: str) -> None:
+    check_gradient(scheme, random_matrix(scheme, OUTS, columns), columns, device)
+
+
+@on_devices
+@pytest.mark.parametrize("outliers", [0, 40])
+def test_the_gradient_through_column_codebooks(outliers: int, device: str) -> None:
+    scheme, stored = codebooks(outliers)
+    check_gradient(scheme, stored, len(MIXED), device)
+
+
+@on_devices
+def test_zero_points_between_the_codes(device: str) -> None:
+    scheme = AffineScheme(bits=2, group_size=32)
+    stored = random_matrix(scheme, OUTS, 96) | {"zeros": 3 * torch.rand(OUTS, 3)}
+    ready = in_words(scheme, stored, 96, device)
+    codes = dequantize(
+        AffineScheme(bits=2, group_size=-1, symmetric=True), stored | {"scales": torch.ones(OUTS, 1)}, 96
+    )
+    weight = ((codes + 2).view(OUTS, 3, 32) - stored["zeros"][..., None]).double() * stored["scales"][
+        ..., None
+    ].double()
+    for rows in (2, 20):
+        x = fresh(rows, 96, torch.float32, device)
+        found = kernels.multiply(scheme, ready, x, OUTS)
+        assert_near(found.cpu(), x.cpu().double() @ weight.flatten(1).T, torch.float32)
+
+
+@on_devices
+def test_opcheck(device: str) -> None:
+    x = fresh(3, 128, torch.float32, device).requires_grad_()
+    scheme = AffineScheme(bits=2, group_size=64)
+    packed = in_words(scheme, random_matrix(scheme, OUTS, 128), 128, device).tensors
+    given = packed["word_codes"], packed["word_scales"], packed["word_zeros"]
+    torch.library.opcheck(ops.affine_linear, (x, *given, OUTS, 2, 64, "words"))
+    dual = DualBinaryScheme(group_size=64)
+    packed = in_words(dual, random_matrix(dual, OUTS, 128), 128, device).tensors
+    torch.library.opcheck(ops.dual_binary_linear, (x, packed["word_codes"], packed["word_scales"], OUTS, 64, "words"))
+    signs = BinaryMosScheme(experts=2, zeros="input")
+    packed = in_words(signs, random_matrix(signs, OUTS, 128), 128, device).tensors
+    names = "word_codes", "word_scales", "in_scales", "out_scales", "router", "zeros"
+    torch.library.opcheck(ops.binary_mos_linear, (x.detach(), *(packed[name] for name in names), "input"))
+    columns, stored = codebooks(9)
+    packed = in_words(columns, stored, len(MIXED), device).tensors
+    given_columns = [packed[name] for name in linear.IN_WORDS]
+    counts = columns.columns(len(MIXED))
+    x = fresh(3, len(MIXED), torch.float32, device).requires_grad_()
+    torch.library.opcheck(ops.codebook_words_linear, (x, given_columns, OUTS, list(counts), list(counts.values())))
+
+
+@on_devices
+def test_other_shapes_of_inputs(device: str) -> None:
+    scheme = AffineScheme(bits=3, group_size=32)
+    stored = random_matrix(scheme, OUTS, 64)
+    ready = in_words(scheme, stored, 64, device)
+    x = torch.randn(64, 2, 3, device=device).permute(2, 1, 0)
+    assert_near(kernels.multiply(scheme, ready, x, OUTS).cpu(), exact(scheme, stored, x.cpu()), torch.float32)
+    assert kernels.multiply(scheme, ready, x[:0], OUTS).shape == (0, 2, OUTS)
+    assert kernels.multiply(scheme, ready, x[0, 0], OUTS).shape == (OUTS,)
+    wide = x.double().requires_grad_()
+    product = kernels.multiply(scheme, ready, wide, OUTS)
+    assert (product.cpu() - exact(scheme, stored, wide.cpu())).norm() < 1e-12 * product.norm()
+
+
+@pytest.mark.skipif(not triton_launch.interpreted(), reason=NO_INTERPRETER)
+@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("broken", ["zero", "last span", "scale", "high bit"])
+def test_a_broken_kernel_does_not_pass(broken: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same checks fail where a zero point is off by one, columns are left out, a scale or a bit is wrong."""
+    scheme, columns = AffineScheme(bits=3, group_size=64), 192
+    stored = random_matrix(scheme, OUTS, columns)
+    check(scheme, stored, columns, "cpu", rows)
+    whole, cut = triton_launch.part, triton_launch._cut
+
+    def spoiled(*arguments: object) -> triton_launch.Part:
+        made = whole(*arguments)  # type: ignore[arg-type]
+        assert made.scales is not None
+        assert made.zeros is not None
+        if broken == "zero":
+            return made._replace(zeros=made.zeros + (torch.arange(made.zeros.numel()).view_as(made.zeros) == 7))
+        if broken == "scale":  # of the group before
+            return made._replace(scales=made.scales.roll(1, 0))
+        if broken == "high bit":
+            codes = made.codes.clone()
+            codes[0, 2, 5] ^= 1 << 3
+            return made._replace(codes=codes)
+        return made
+
+    monkeypatch.setattr(triton_launch, "part", spoiled)
+    if broken == "last span":
+        monkeypatch.setattr(triton_launch, "_cut", lambda *a: (found := cut(*a))._replace(spans=found.spans - 1))
+    with pytest.raises(AssertionError):
+        check(scheme, stored, columns, "cpu", rows)
+    with pytest.raises(AssertionError):
+        check_gradient(scheme, stored, columns, "cpu")
+
+
+@pytest.mark.skipif(not triton_launch.interpreted(), reason=NO_INTERPRETER)
+@pytest.mark.parametrize("broken", ["gate", "level", "outlier", "plane"])
+def test_other_broken_kernels_do_not_pass_either(broken: str) -> None:
+    if broken == "gate":
+        scheme, columns = SCHEMES[-2]
+        name, stored = "in_scales", random_matrix(scheme, OUTS, columns)
+    elif broken == "plane":
+        scheme, columns = SCHEMES[-5]
+        name, stored = "word_scales", random_matrix(scheme, OUTS, columns)
+    else:
+        scheme, stored = codebooks(40)
+        columns, name = len(MIXED), "word_levels" if broken == "level" else "outlier_deltas"
+    ready = in_words(scheme, stored, columns)
+    ready.tensors[name] = ready.tensors[name].clone()
+    ready.tensors[name].view(-1)[3] += 0.25
+    x = fresh(2, columns, torch.float32, "cpu")
+    with pytest.raises(AssertionError):
+        assert_near(kernels.multiply(scheme, ready, x, OUTS), exact(scheme, stored, x), torch.float32, slack=4)
+
+
+@on_devices
+@pytest.mark.parametrize("scheme", [SCHEMES[2][0], DualBinaryScheme(), BinaryMosScheme()], ids=lambda s: s.label)
+def test_a_layer(scheme: AnyScheme, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the layout, gives its stored tensors back, and compiles to one graph."""
+    monkeypatch.setattr(dispatch, "layout", lambda *_: "triton")
+    stored = random_matrix(scheme, OUTS, 128)
+    layer = QuantLinear(scheme, 128, OUTS, bias=True)
+    layer.assign(stored)
+    layer.to(device)
+    x = fresh(3, 128, torch.float32, device)
+    eager = layer(x)
+    assert layer._ready().layout == "words"
+    assert_near(eager.cpu(), exact(scheme, stored, x.cpu()), torch.float32, slack=4)
+    assert layer.state_dict().keys() - {"bias"} == stored.keys()
+    assert all(torch.equal(layer.tensors()[name].cpu(), tensor) for name, tensor in stored.items())
+    assert_near(layer.weight_dense(torch.float32).cpu(), dequantize(scheme, stored, 128), torch.float32)
+    torch._dynamo.reset()  # it compiles a forward pass so many times and no more, over all tests
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_near(compiled(x).cpu(), eager.cpu(), torch.float32)
+
+
+def test_without_triton_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_launch.failure.cache_clear()
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda _: None)
+    case = kernels.Case(AffineScheme(bits=2), 64, 128, "cuda", torch.float16, 1)
+    choice = kernels.choose(case)
+    monkeypatch.undo()
+    triton_launch.failure.cache_clear()
+    assert choice.backend.name == "dense"
+    assert choice.passed_over["triton"] == "the package triton is not installed"
+
+
+@pytest.mark.skipif(bool(triton_launch.failure()), reason=triton_launch.failure() or "installed")
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "reason"),
+    [
+        (AffineScheme(bits=2), torch.bfloat16, ""),
+        (CodebookScheme(), torch.float32, ""),
+        (AffineScheme(bits=8), torch.float16, "8 bits: at most 4"),
+        (AffineScheme(bits=2, group_size=16), torch.float16, "groups of 16: a multiple of 32"),
+        (AffineScheme(bits=2), torch.float64, "float64 activations: float32, bfloat16 or float16"),
+    ],
+)
+def test_the_row_of_the_table(scheme: AnyScheme, dtype: torch.dtype, reason: str) -> None:
+    choice = kernels.choose(kernels.Case(scheme, 64, 128, "cuda", dtype, 1))
+    assert choice.passed_over.get("triton", "") == reason
+    assert choice.backend.name == ("dense" if reason else "triton")
+
+
+def test_words_of_padded_columns_hold_nothing_else() -> None:
+    scheme = AffineScheme(bits=2, group_size=-1)
+    made = words.pack(scheme, random_matrix(scheme, OUTS, 75), OUTS, 75)
+    assert made["word_codes"].shape == (128 // 32, 2, 128)
+    assert not made["word_codes"][3].any()
+    assert not made["word_codes"][..., OUTS:].any()

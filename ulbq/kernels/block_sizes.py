@@ -1,0 +1,53 @@
+"""Block sizes of the GPU kernels: a JSON file for each GPU that was tuned, and one for all others.
+
+A table is an object with the GPU's name under ``device`` and, for each kernel, block sizes by the bits of a code,
+``any`` for those not listed. ``python benchmarks/kernels.py --tune`` measures them on the GPU at hand and writes its
+table here.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+Kernel = Literal["vector", "small", "large", "gradient"]
+
+FOLDER = Path(__file__).parent / "tables"
+
+
+class Blocks(NamedTuple):
+    """How one kernel is cut and started.
+
+    Attributes:
+        block_m: rows of a program at most; of a matrix product at least 16.
+        block_n: outputs of a program, a power of two.
+        warps: of a program.
+        stages: of the software pipeline.
+        programs: for each multiprocessor, which the columns are divided to reach.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def blocks(device: str, kernel: Kernel, bits: int) -> Blocks:
+    """Those of a GPU by the name that torch gives it; an unknown one gets the defaults."""
+    table = _read(slug(device)) or _read("default")
+    by_bits = table[kernel]
+    return Blocks(**(by_bits.get(str(bits)) or by_bits["any"]))
+
+
+def slug(device: str) -> str:
+    """The name of a GPU's table: ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+@functools.cache
+def _read(name: str) -> dict[str, dict[str, dict[str, int]]]:
+    path = FOLDER / f"{name}.json"
+    found: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text("utf-8")) if name and path.is_file() else {}
+    return found

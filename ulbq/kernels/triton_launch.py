@@ -1,0 +1,285 @@
+"""Calls of the Triton kernels: which one for how many rows, how the columns are divided, and what is added up.
+
+Up to :data:`VECTOR_ROWS` rows are taken by the kernel for vectors; more by that for matrices, whose programs share the
+columns (split-K) up to :data:`SPLIT_ROWS`. Shares are float32 sums, which a second small kernel adds up. How programs
+are cut comes from :mod:`ulbq.kernels.block_sizes`. Triton is imported by the first product.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ulbq.formats import AffineScheme
+from ulbq.kernels import words
+from ulbq.kernels.block_sizes import Blocks, Kernel, blocks
+
+VECTOR_ROWS = 4
+SPLIT_ROWS = 64
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+Tensor = torch.Tensor
+
+
+class Part(NamedTuple):
+    """A matrix, or those columns of one that have the same width, as kernels take it.
+
+    Attributes:
+        codes: words.
+        scales, zeros: ``[G, padded out]``, as :func:`ulbq.kernels.words.pack` leaves them.
+        levels, order: of column codebooks.
+        bits: of a code.
+        planes: 2 of dual binary.
+        centre: the zero point, where none are stored.
+        group: columns that share a scale.
+        places: columns of this part, those that only pad it included where it has an order.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    levels: Tensor | None
+    order: Tensor | None
+    bits: int
+    planes: int
+    centre: float
+    group: int
+    places: int
+
+
+class Mixture(NamedTuple):
+    """What goes on behind a product with signs.
+
+    Attributes:
+        gates, sums: of :func:`gate`.
+        out_scales: ``[experts, out]``.
+        zeros: of the outputs ``[out]``, or None.
+    """
+
+    gates: Tensor
+    sums: Tensor
+    out_scales: Tensor
+    zeros: Tensor | None
+
+
+@functools.cache
+def failure() -> str:
+    """Why the kernels cannot be had here; empty where they can."""
+    if not importlib.util.find_spec("triton"):
+        return "the package triton is not installed"
+    if interpreted():
+        return ""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        return "Triton needs a GPU of compute capability 8.0 or later"
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU in this process, for tests; said before Triton is first imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+def part(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, columns: int) -> Part:
+    """A matrix of affine codes, of signs (1 bit, no zero points), or of two planes, in words."""
+    group = words.padded(columns) if group_size == -1 else group_size
+    planes = 2 if codes.ndim == 4 else 1
+    centre = 0.0 if planes == 2 else AffineScheme.model_construct(bits=bits).centre
+    return Part(codes, scales, zeros, None, None, bits, planes, centre, group, columns)
+
+
+def sections(codes: Tensor, levels: Tensor, order: Tensor, counts: Mapping[int, int], outs: int) -> list[Part]:
+    """The parts of a matrix of column codebooks, ``counts`` of its columns by their width, widest first."""
+    found, code, level, place = [], 0, 0, 0
+    for bits, columns in counts.items():
+        count, wide = words.padded(columns), words.padded(outs)
+        size = count // words.CHUNK * bits * wide
+        some = codes[code : code + size].view(-1, bits, wide)
+        books, places = levels[level : level + (count << bits)], order[place : place + count]
+        found.append(Part(some, None, None, books, places, bits, 1, 0.0, count, count))
+        code, level, place = code + size, level + (count << bits), place + count
+    return found
+
+
+def multiply(
+    x: Tensor,
+    matrix: list[Part],
+    outs: int,
+    *,
+    outliers: list[Tensor] | None = None,
+    mixture: Mixture | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Products ``[rows, out]`` of ``x`` ``[rows, in]``.
+
+    Args:
+        x: float16, bfloat16 or float32; of a mixture what :func:`gate` scaled.
+        matrix: whose parts are added up.
+        outs: outputs.
+        outliers: ``outlier_starts``, ``outlier_columns`` and ``outlier_deltas`` of column codebooks.
+        mixture: to go on with signs, as the BinaryMoS format does.
+        dtype: of the result; that of ``x`` where it is not said.
+    """
+    x = x.contiguous()
+    dtype = dtype or x.dtype
+    result = x.new_empty(len(x), outs, dtype=dtype)
+    if not result.numel():
+        return result
+    with _on(x):
+        kernel: Kernel = "vector" if len(x) <= VECTOR_ROWS else "small" if len(x) <= SPLIT_ROWS else "large"
+        cuts = [_cut(part, kernel, len(x), outs, x.device) for part in matrix]
+        splits = sum(-(-cut.spans // cut.each) for cut in cuts)
+        if splits == 1 and kernel != "vector" and not outliers and mixture is None and dtype == x.dtype:
+            _matrix(x, matrix[0], cuts[0], result, words.padded(outs), outs)
+            return result
+        wide = words.padded(outs)
+        partial = x.new_empty(splits, len(x), wide, dtype=torch.float32)
+        begin = 0
+        for part, cut in zip(matrix, cuts, strict=True):
+            share = partial[begin : begin + -(-cut.spans // cut.each)]
+            (_vector if kernel == "vector" else _matrix)(x, part, cut, share, wide, wide)
+            begin += len(share)
+        _reduce(partial, result, x, outliers, mixture)
+    return result
+
+
+def input_gradient(grad: Tensor, matrix: list[Part], columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """``[rows, in]`` of the gradient ``[rows, out]`` of what :func:`multiply` gives, outliers and mixtures apart."""
+    grad = grad.contiguous()
+    result = grad.new_zeros(len(grad), columns, dtype=dtype or grad.dtype)
+    if not result.numel():
+        return result
+    outs = grad.shape[1]
+    with _on(grad):
+        for part in matrix:
+            cut = _cut(part, "gradient", len(grad), outs, grad.device)
+            _kernels().gradient_kernel[(-(-len(grad) // cut.block_m), cut.spans)](
+                grad, *_operands(part), result, len(grad), columns, words.padded(outs), outs, part.group,
+                *_strides(part), **_constants(part), SPAN=cut.span, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
+                **cut.start,
+            )  # fmt: skip
+    return result
+
+
+def gate(x: Tensor, in_scales: Tensor, router: Tensor | None, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Before a product with signs: activations ``[rows, in]`` times their inner scales.
+
+    Args:
+        x: ``[rows, in]``.
+        in_scales, router: ``[experts, in]``; no router for one expert.
+        zeros: of the inputs ``[in]``, or None.
+
+    Returns:
+        The scaled activations, float32 for the vector kernel and of the dtype of ``x`` for the tensor cores; gates
+        float32 ``[rows, experts]``; float32 ``[rows, 2]`` the sum of scaled activations, and of them times the zeros.
+    """
+    x, experts = x.contiguous(), len(in_scales)
+    scaled = torch.empty_like(x, dtype=torch.float32 if len(x) <= VECTOR_ROWS else x.dtype)
+    gates = x.new_empty(len(x), experts, dtype=torch.float32)
+    sums = x.new_empty(len(x), 2, dtype=torch.float32)
+    padded = 1 << (experts - 1).bit_length()
+    if len(x):
+        with _on(x):
+            _kernels().gate_kernel[(len(x),)](
+                x, router, in_scales, zeros, scaled, gates, sums, x.shape[1], EXPERTS=experts, PADDED=padded,
+                ZERO_INPUTS=zeros is not None, BLOCK_K=max(16, 2048 // padded), num_warps=8,
+            )  # fmt: skip
+    return scaled, gates, sums
+
+
+class _Cut(NamedTuple):
+    """How a part is divided: columns of a span, spans, how many of them each program takes, blocks, options."""
+
+    span: int
+    spans: int
+    each: int
+    block_m: int
+    block_n: int
+    start: dict[str, int]
+
+
+def _cut(part: Part, kernel: Kernel, rows: int, outs: int, device: torch.device) -> _Cut:
+    name, processors = _device(device)
+    size: Blocks = blocks(name, kernel, part.bits)
+    span = 32 if part.group % 64 else 64
+    spans = -(-part.places // span)
+    block_n = min(size.block_n, 1 << (words.padded(outs) - 1).bit_length())
+    block_m = min(size.block_m, 1 << (rows - 1).bit_length())
+    block_m = block_m if kernel == "vector" else max(16, block_m)
+    programs = -(-words.padded(outs) // block_n) * -(-rows // block_m)
+    # Large batches have programs enough, and shares of theirs would cost more to add up than they save.
+    shares = 1 if kernel in ("large", "gradient") else max(1, -(-processors * size.programs // programs))
+    start = {"num_warps": size.warps, "num_stages": size.stages}
+    return _Cut(span, spans, -(-spans // min(shares, spans)), block_m, block_n, start)
+
+
+def _vector(x: Tensor, part: Part, cut: _Cut, share: Tensor, outs: int, _: int) -> None:
+    grid = (-(-outs // cut.block_n), len(share), -(-len(x) // cut.block_m))
+    _kernels().vector_kernel[grid](
+        x, *_operands(part), share, len(x), x.shape[1], outs, part.group, cut.spans, cut.each,
+        *_strides(part), **_constants(part), EVEN=part.order is None and part.places % cut.span == 0, SPAN=cut.span,
+        ROWS=cut.block_m, BLOCK_N=cut.block_n, **cut.start,
+    )  # fmt: skip
+
+
+def _matrix(x: Tensor, part: Part, cut: _Cut, result: Tensor, outs: int, width: int) -> None:
+    grid = (-(-len(x) // cut.block_m), -(-outs // cut.block_n), -(-cut.spans // cut.each))
+    _kernels().matrix_kernel[grid](
+        x, *_operands(part), result, len(x), x.shape[1], outs, width, part.group, cut.spans, cut.each,
+        *_strides(part), **_constants(part), SPAN=cut.span, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, **cut.start,
+    )  # fmt: skip
+
+
+def _reduce(partial: Tensor, result: Tensor, x: Tensor, outliers: list[Tensor] | None, mixture: Mixture | None) -> None:
+    splits, rows, outs = partial.shape
+    gates, sums, out_scales, zeros = mixture or (None, None, None, None)
+    _kernels().reduce_kernel[(rows, -(-result.shape[1] // 256))](
+        partial, result, x, *(outliers or (None, None, None)), gates, out_scales, sums, zeros,
+        rows, x.shape[1], outs, result.shape[1], splits, OUTLIERS=bool(outliers),
+        EXPERTS=0 if gates is None else gates.shape[1], ZERO_OUTPUTS=zeros is not None, BLOCK_N=256, num_warps=4,
+    )  # fmt: skip
+
+
+def _operands(part: Part) -> tuple[Tensor | None, ...]:
+    return part.codes, part.scales, part.zeros, part.order, part.levels
+
+
+def _strides(part: Part) -> tuple[int, int]:
+    """From the first plane of dual binary to the second: of words, and of scales."""
+    if part.planes == 1 or part.scales is None:
+        return 0, 0
+    return part.codes[0].numel(), part.scales[0].numel()
+
+
+def _constants(part: Part) -> dict[str, Any]:
+    return {
+        "CENTRE": part.centre,
+        "BITS": part.bits,
+        "PARTS": part.planes,
+        "HAS_ZEROS": part.zeros is not None,
+        "LOOKUP": part.levels is not None,
+    }
+
+
+def _kernels() -> Any:
+    from ulbq.kernels import triton_kernels
+
+    return triton_kernels
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[str, int]:
+    """Name and multiprocessors; in the interpreter one, so that small matrices are divided as well."""
+    if device.type != "cuda":
+        return "", 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
