@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from ulbq import formats
-from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme, affine, dual_binary
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, affine, dual_binary
+from ulbq.formats.binary_mos import Zeros
 from ulbq.methods.rtn import pack_codes
 from ulbq.quantizers.base import Quantizer
-from ulbq.quantizers.fixed import FixedAffine, FixedDualBinary
+from ulbq.quantizers.binary_mos import BinaryMosQuantizer, closed_form_start
+from ulbq.quantizers.fixed import FixedAffine, FixedBinaryMos, FixedDualBinary
 from ulbq.solvers.rtn import round_to_nearest
 
 AFFINE = [
@@ -119,3 +121,33 @@ def test_nothing_unpacked_is_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
         made(AFFINE[2])(torch.bfloat16)
     assert sum(kept) < weight().numel() / 4
+
+
+@pytest.mark.parametrize("zeros", ["none", "output", "input"])
+@pytest.mark.parametrize("experts", [1, 3])
+def test_signs_that_stay_are_held_packed_and_compute_the_same(zeros: Zeros, experts: int) -> None:
+    torch.manual_seed(3)
+    scheme, weight, x = BinaryMosScheme(experts=experts, zeros=zeros), torch.randn(24, 40), torch.randn(5, 40)
+    generator = torch.Generator().manual_seed(0)
+    start = closed_form_start(weight, scheme, generator=generator)
+    packed = BinaryMosQuantizer(weight, start, scheme).finalize()
+    frozen = BinaryMosQuantizer.from_packed(weight, packed, scheme, train_weights=False)
+    fixed = FixedBinaryMos.from_packed(weight, packed, scheme, train_weights=False)
+    gradients = []
+    for quantizer in (frozen, fixed):
+        product = quantizer.multiply(x, quantizer())
+        product.square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in quantizer.named_parameters()})
+    assert torch.equal(frozen.multiply(x, frozen()), fixed.multiply(x, fixed()))
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        assert torch.equal(gradient, gradients[1][name]), name
+    assert [*map(len, fixed.trainable().values())] == [*map(len, frozen.trainable().values())]
+    stored = fixed.finalize()
+    assert stored.keys() == packed.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in packed.items())
+    fixed.check_product("layer", stored)
+    assert not any(buffer.is_floating_point() and buffer.shape == weight.shape for buffer in fixed.buffers())
+    with pytest.raises(ValueError, match="fixed"):
+        FixedBinaryMos.from_packed(weight, packed, scheme, train_weights=True)

@@ -38,7 +38,7 @@ _STEP_ACTIVATIONS = 40
 # Float32 copies of one block's weights while it runs: the quantized weight, its gradient, and what autograd keeps.
 _QUANTIZED_COPIES = 4
 # Bytes a weight whose code is fixed takes in memory while the whole model trains; 0 for what its format stores.
-_FIXED_BYTES = {"affine": 0.0, "dual_binary": 0.0, "codebook": 1.0, "binary_mos": 4.0}
+_FIXED_BYTES = {"affine": 0.0, "dual_binary": 0.0, "codebook": 1.0, "binary_mos": 0.0}
 
 
 class Cost(BaseModel):

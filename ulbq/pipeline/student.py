@@ -23,7 +23,7 @@ from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer
 from ulbq.quantizers.codebook import CodebookQuantizer
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer
-from ulbq.quantizers.fixed import FixedAffine, FixedDualBinary
+from ulbq.quantizers.fixed import FixedAffine, FixedBinaryMos, FixedDualBinary
 from ulbq.training.end_to_end import Trained
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.student import Student
@@ -34,9 +34,13 @@ _QUANTIZERS: dict[str, type[Quantizer]] = {
     "codebook": CodebookQuantizer,
     "dual_binary": DualBinaryQuantizer,
 }
-# Where weights do not train. Scales of signs have no part in choosing them, and codebooks fix their codes themselves.
-_FIXED: dict[str, type[Quantizer]] = _QUANTIZERS | {"affine": FixedAffine, "dual_binary": FixedDualBinary}
-_BY_SHAPE = frozenset({"affine", "dual_binary"})
+# Where weights do not train. Codebooks fix their codes themselves.
+_FIXED: dict[str, type[Quantizer]] = _QUANTIZERS | {
+    "affine": FixedAffine,
+    "binary_mos": FixedBinaryMos,
+    "dual_binary": FixedDualBinary,
+}
+_BY_SHAPE = frozenset({"affine", "binary_mos", "dual_binary"})
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -65,7 +69,7 @@ def build_student(job: Job, folders: Folders, *, train: Trained, checkpointing: 
     """The whole model as its shards have it, ready to train on.
 
     One weight after the other is read in full precision and becomes the quantizer's latents; at no time is there a
-    second copy of more than a block. Affine and dual-binary weights whose codes are fixed are not read at all.
+    second copy of more than a block. Weights whose codes are fixed are not read at all, but for codebooks'.
 
     Args:
         job: the run.

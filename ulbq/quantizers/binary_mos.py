@@ -159,6 +159,15 @@ class BinaryMosQuantizer(Quantizer):
     ) -> None:
         super().__init__()
         self.scheme = scheme
+        self._hold(start)
+        latents = _latents(weight.float(), start, scheme)
+        if train_weights:
+            self.latents = nn.Parameter(latents)
+        else:
+            self.register_buffer("latents", latents)
+
+    def _hold(self, start: Mixture) -> None:
+        """Take over everything but the signs."""
         self.register_buffer("in_unit", _units(start.in_scales))
         self.register_buffer("out_unit", _units(start.out_scales))
         self.in_scales = nn.Parameter(start.in_scales / self.in_unit)
@@ -169,17 +178,11 @@ class BinaryMosQuantizer(Quantizer):
             self.register_buffer("router_unit", start.router.square().mean().mul(3).sqrt().clamp_min(SCALE_FLOOR))
             self.router = nn.Parameter(start.router / self.router_unit)
         self.zeros = None if start.zeros is None else nn.Parameter(start.zeros.clone())
-        latents = _latents(weight.float(), start, scheme)
-        if train_weights:
-            self.latents = nn.Parameter(latents)
-        else:
-            self.register_buffer("latents", latents)
 
     def forward(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """``B + z``, ``[out, in]`` in ``dtype``; differentiable in latents and zeros."""
         exact = dtype if self.zeros is None else torch.float32
-        signs: torch.Tensor = _StraightThroughSign.apply(self.latents, exact)  # type: ignore[no-untyped-call]
-        return binary_mos.shift(self.scheme, signs, self.zeros).to(dtype)
+        return binary_mos.shift(self.scheme, self._signs(exact), self.zeros).to(dtype)
 
     def multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """The mixture's product, differentiable in scales and router too."""
@@ -192,7 +195,7 @@ class BinaryMosQuantizer(Quantizer):
     def trainable(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by role: ``weights`` (none where frozen), ``scales`` (zeros among them) and ``router``."""
         return {
-            "weights": [self.latents] if isinstance(self.latents, nn.Parameter) else [],
+            "weights": self._weights(),
             "scales": [self.in_scales, self.out_scales] + ([] if self.zeros is None else [self.zeros]),
             "router": [] if self.router is None else [self.router],
         }
@@ -200,13 +203,13 @@ class BinaryMosQuantizer(Quantizer):
     @torch.no_grad()
     def finalize(self) -> dict[str, torch.Tensor]:
         """The packed tensors of the format; scales, router and zeros are rounded to float16 only here."""
-        return binary_mos.pack(self.scheme, self.latents, *self._scales(), self._router(), self.zeros)
+        return binary_mos.pack(self.scheme, self._signs(torch.float32), *self._scales(), self._router(), self.zeros)
 
     @torch.no_grad()
     def check_product(self, linear: str, packed: Mapping[str, torch.Tensor], *, size: float = 1.0) -> None:
         """Compare products with random inputs, as :meth:`Quantizer.check_product` says: the router is in no weight."""
-        columns = self.latents.shape[1]
-        x = (size * torch.randn(64, columns, generator=torch.Generator().manual_seed(0))).to(self.latents.device)
+        columns = self.in_unit.shape[1]
+        x = (size * torch.randn(64, columns, generator=torch.Generator().manual_seed(0))).to(self.in_unit.device)
         trained = self.multiply(x, self())
         stored = binary_mos.multiply(self.scheme, packed, x, binary_mos.matrix(self.scheme, packed, columns))
         difference = ((stored - trained).norm() / trained.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
@@ -225,6 +228,14 @@ class BinaryMosQuantizer(Quantizer):
             raise TypeError(f"{scheme.format} is not binary_mos")
         start = binary_mos.unpack(scheme, tensors, weight.shape[1])
         return cls(weight, start, scheme, train_weights=train_weights)
+
+    def _signs(self, dtype: torch.dtype) -> torch.Tensor:
+        """−1 and 1, ``[out, in]`` in ``dtype``; differentiable in the latents."""
+        signs: torch.Tensor = _StraightThroughSign.apply(self.latents, dtype)  # type: ignore[no-untyped-call]
+        return signs
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [self.latents] if isinstance(self.latents, nn.Parameter) else []
 
     def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.in_scales * self.in_unit, self.out_scales * self.out_unit

@@ -15,9 +15,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme, dual_binary
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, binary_mos, dual_binary
 from ulbq.formats.bits import pack_planes, unpack_planes
 from ulbq.quantizers.base import SCALE_FLOOR, Quantizer
+from ulbq.quantizers.binary_mos import BinaryMosQuantizer
 
 
 class _Dequantize(torch.autograd.Function):
@@ -193,3 +194,36 @@ class FixedDualBinary(_Fixed):
         """The planes, ``[2, out, in]`` uint8."""
         packed = {"codes": self.get_buffer("packed_codes"), "scales": self.start}
         return dual_binary.unpack(self.scheme, packed, self._in_features)[0]
+
+
+class FixedBinaryMos(BinaryMosQuantizer):
+    """Signs that stay, packed; scales, router and zeros train.
+
+    Args:
+        tensors: as packed.
+        scheme: of the format.
+        in_features: columns.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: BinaryMosScheme, in_features: int) -> None:
+        Quantizer.__init__(self)
+        self.scheme = scheme
+        self._hold(binary_mos.unpack(scheme, tensors, in_features))
+        self.register_buffer("packed_codes", tensors["codes"])
+
+    @classmethod
+    def from_packed(
+        cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, *, train_weights: bool = True
+    ) -> Self:
+        """Go on from packed tensors, as :meth:`Quantizer.from_packed` says; ``train_weights`` must be False."""
+        if train_weights:
+            raise ValueError("the codes are fixed")
+        if not isinstance(scheme, BinaryMosScheme):
+            raise TypeError(f"{scheme.format} is not binary_mos")
+        return cls(tensors, scheme, weight.shape[1])
+
+    def _signs(self, dtype: torch.dtype) -> torch.Tensor:
+        return unpack_planes(self.get_buffer("packed_codes"), self.in_unit.shape[1]).to(dtype).mul_(2).sub_(1)
+
+    def _weights(self) -> list[nn.Parameter]:
+        return []
