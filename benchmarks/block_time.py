@@ -33,7 +33,7 @@ from ulbq.pipeline.samples import draw
 from ulbq.runtime import calm_threads, versions
 
 METHOD: dict[str, Any] = {"method": "efficientqat"}
-"""What is ours: fields of a request, beyond those that are the same for all."""
+"""What is ours: fields of a request, beyond those that are the same for all; ``--ours`` adds to them."""
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eager", action="store_true", help="without torch.compile in AutoRound, which is its default")
+    parser.add_argument("--ours", nargs="*", default=[], metavar="FIELD=VALUE", help="of our request, train=rounding")
     parser.add_argument("--results", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
     calm_threads()
@@ -132,9 +133,13 @@ def main() -> None:
     print(json.dumps({"medians": found, "times": times}, indent=2))
     if options.results:
         same = ("precision", "blocks", "samples", "length", "batch_size", "passes", "threads", "eager")
-        result = {"settings": {name: getattr(options, name) for name in same} | {"ours": METHOD}}
+        result = {"settings": {name: getattr(options, name) for name in same} | {"ours": _method(options)}}
         result |= {"medians": found, "times": times, "rows": rows, "versions": versions()}
         options.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _method(options: argparse.Namespace) -> dict[str, Any]:
+    return METHOD | dict(field.split("=", 1) for field in options.ours)
 
 
 def race(names: dict[str, str], options: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -152,7 +157,7 @@ def race(names: dict[str, str], options: argparse.Namespace, folder: Path) -> di
         "blocks": options.blocks + 1,
         "bits": 2,
         "group_size": 64,
-        "method": METHOD,
+        "method": _method(options),
         "compile": False if options.eager else None,
         "tokens": str(folder / "tokens.pt"),
         "model": str(folder / "model"),

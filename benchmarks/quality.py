@@ -123,17 +123,23 @@ def _settings() -> dict[str, Setting]:
 def _efficientqat() -> dict[str, Setting]:
     eqat = ("--method", "efficientqat", *_SAMPLES)
     found = {f"eqat-w{bits}": Setting((*eqat, "--bits", bits, "--epochs", "4")) for bits in ("3", "4")}
+    rounding = ("--train", "rounding", "--optimizer", "sign")
     for seed in ("0", "1", "2"):
-        found[f"eqat-w2-s{seed}"] = Setting((*eqat, "--epochs", "10", "--seed", seed))
-        for loss in ("ce", "ce-kl"):
-            phase = ("--epochs", "0", "--end-to-end", loss, "--end-to-end-epochs", "2", "--seed", seed)
-            found[f"eqat-w2-s{seed}-{loss}"] = Setting((*eqat, *phase), start=f"eqat-w2-s{seed}")
+        blocks, after = ("--epochs", "10", "--seed", seed), ("--epochs", "0", "--seed", seed)
+        for name, trained in ((f"eqat-w2-s{seed}", ()), (f"eqat-sign-s{seed}", rounding)):
+            found[name] = Setting((*eqat, *trained, *blocks))
+            found[f"{name}-t"] = Setting((*eqat, *after, "--fit-temperature"), start=name)
+            for loss in ("ce", "ce-kl"):
+                phase = ("--end-to-end", loss, "--end-to-end-epochs", "2")
+                found[f"{name}-{loss}"] = Setting((*eqat, *after, *phase), start=name)
+            faster = ("--end-to-end", "ce", "--end-to-end-epochs", "2", "--end-to-end-rate", "1")
+            found[f"{name}-ce-1"] = Setting((*eqat, *after, *faster), start=name)
     for start in ("min-max", "search", "gptq"):
         for epochs in ("0", "4"):
             found[f"eqat-{start}-{epochs}"] = Setting((*eqat, "--start", start, "--epochs", epochs))
     for train in ("clipping", "grid", "rounding", "weights"):
         found[f"eqat-{train}"] = Setting((*eqat, "--train", train, "--epochs", "4"))
-    found["eqat-sign"] = Setting((*eqat, "--train", "rounding", "--optimizer", "sign", "--epochs", "4"))
+    found["eqat-sign"] = Setting((*eqat, *rounding, "--epochs", "4"))
     return found
 
 
