@@ -8,6 +8,10 @@ from one prompt for exactly ``--tokens`` tokens, prefill included. ``wall`` is t
 the processor time of the process, which other programs disturb least. Memory is resident memory beyond what the
 process held after its imports, with the tokenizer loaded: the most that it ever was (``peak``, loading included), and
 what is left after the turns (``held``). ``weights`` are the bytes of parameters and buffers.
+
+``fp16`` is the same folder in float16. HQQ, where installed, quantizes the original's blocks to the artifact's bits in
+groups of 64 and runs on its PyTorch backend (its fast one, gemlite, wants a GPU). gptqmodel and llama.cpp are not
+measured here: they want files that this package cannot write yet.
 """
 
 import argparse
@@ -25,12 +29,16 @@ from typing import Any
 
 PROMPT = "The history of the steam engine begins in the first century, when"
 # Other engines, by how their presence shows.
-PEERS = {"gptqmodel": "gptqmodel", "HQQ + gemlite": "hqq", "llama.cpp": "llama_cpp"}
+PEERS = {"gptqmodel": "gptqmodel", "HQQ": "hqq", "llama.cpp": "llama_cpp"}
 _ROW = ("wall_tokens_per_s", "cpu_tokens_per_s", "prefill_s", "peak_mb", "held_mb", "weights_mb")
 
 
-def work(source: str, tokens: int, threads: int) -> None:
-    """Be a contender: load, then take a turn for every line on standard input, and report each as a line of JSON."""
+def work(source: str, tokens: int, threads: int, kind: str) -> None:
+    """Be a contender: load, then take a turn for every line on standard input, and report each as a line of JSON.
+
+    Args:
+        kind: ``bf16``, ``fp16`` or ``hqq`` and the bits.
+    """
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     from ulbq.runtime import calm_threads, peak_memory
@@ -46,9 +54,11 @@ def work(source: str, tokens: int, threads: int) -> None:
     opened = resolve(source, offline=True)
     tokenizer = opened.tokenizer()
     before = resident()
-    model = load_model(opened, dtype=torch.bfloat16)
+    model = load_model(opened, dtype=torch.float16 if kind == "fp16" else torch.bfloat16)
+    if kind.startswith("hqq"):
+        quantize_by_hqq(model, int(kind.removeprefix("hqq")))
     prompt = torch.tensor([tokenizer.encode(PROMPT)])
-    print(json.dumps({"weights_mb": model_memory(model).weights / 1e6}), file=out)
+    print(json.dumps({"weights_mb": (model_memory(model).weights + hqq_scales(model)) / 1e6}), file=out)
     for _ in sys.stdin:
         stream = TextStream(tokenizer, lambda text: None)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -60,6 +70,27 @@ def work(source: str, tokens: int, threads: int) -> None:
         memory = {"peak_mb": (peak_memory() - before) / 1e6, "held_mb": (resident() - before) / 1e6}
         turn["prefill"] = stream.times[1] - stream.times[0]
         print(json.dumps(turn | memory | {"text": stream.text}), file=out)
+
+
+def quantize_by_hqq(model: Any, bits: int) -> None:
+    """Replace the linear layers of all blocks by HQQ's, groups of 64, on its PyTorch backend."""
+    import torch
+    from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
+
+    from ulbq.models.blocks import block_list
+
+    HQQLinear.set_backend(HQQBackend.PYTORCH)
+    config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
+    for block in block_list(model)[1]:
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                block.set_submodule(name, HQQLinear(layer, config, compute_dtype=torch.bfloat16, device="cpu"))
+
+
+def hqq_scales(model: Any) -> int:
+    """Bytes of the scales and zero points of HQQ's layers, which are neither parameters nor buffers."""
+    metas = [layer.meta for layer in model.modules() if type(layer).__name__ == "HQQLinear"]
+    return sum(meta[name].nbytes for meta in metas for name in ("scale", "zero"))
 
 
 def resident() -> int:
@@ -82,9 +113,9 @@ def write_original(model: str, folder: str) -> None:
 class Contender:
     """A worker and what it reported."""
 
-    def __init__(self, name: str, source: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, source: str, options: argparse.Namespace, kind: str = "bf16") -> None:
         self.name = name
-        words = [sys.executable, __file__, source, "--worker", "--tokens", str(options.tokens)]
+        words = [sys.executable, __file__, source, "--worker", "--kind", kind, "--tokens", str(options.tokens)]
         self._process = subprocess.Popen(
             [*words, "--threads", str(options.threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -136,10 +167,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed turns of each, after one that warms up")
     parser.add_argument("--results", type=Path, help="write the rows as JSON")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--kind", default="bf16", help=argparse.SUPPRESS)
     parser.add_argument("--write", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        return work(options.source, options.tokens, options.threads)
+        return work(options.source, options.tokens, options.threads, options.kind)
     if options.write:
         return write_original(options.model, options.write)
 
@@ -148,11 +180,24 @@ def main() -> None:
         words = [sys.executable, __file__, options.source, "--model", options.model, "--write", folder]
         subprocess.run(words, check=True)
         contenders = [Contender("bf16", folder, options), Contender("ulbq", options.source, options)]
+        contenders.append(Contender("fp16", folder, options, "fp16"))
+        bits = whole_bits(options.source)
+        if importlib.util.find_spec("hqq") is not None and bits is not None:
+            contenders.append(Contender(f"HQQ, {bits} bits, PyTorch", folder, options, f"hqq{bits}"))
         for _ in range(options.rounds + 1):
             for contender in contenders:
                 contender.turn()
         rows = [contender.row() for contender in contenders]
     report(rows, options)
+
+
+def whole_bits(source: str) -> int | None:
+    """Bits of an affine artifact's codes that HQQ has too; None for others."""
+    from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
+
+    manifest = read_manifest(Path(source))
+    scheme = manifest.scheme if isinstance(manifest, QuantizedManifest) else {}
+    return scheme["bits"] if scheme.get("format") == "affine" and scheme["bits"] in (1, 2, 3, 4, 8) else None
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -174,7 +219,10 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         row["times_bf16_cpu"] = round(row["cpu_tokens_per_s"] / base["cpu_tokens_per_s"], 2)
         table.add_row(row["name"], *(str(row[key]) for key in (*_ROW, "times_bf16_wall", "times_bf16_cpu")))
     peers = {}
+    measured = {row["name"] for row in rows}
     for name, module in PEERS.items():
+        if any(row.startswith(name) for row in measured):
+            continue
         there = importlib.util.find_spec(module) is not None or (name == "llama.cpp" and shutil.which("llama-bench"))
         peers[name] = "installed, but nothing here measures it yet" if there else "not installed"
         table.add_row(name, peers[name])
