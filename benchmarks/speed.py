@@ -10,8 +10,9 @@ process held after its imports, with the tokenizer loaded: the most that it ever
 what is left after the turns (``held``). ``weights`` are the bytes of parameters and buffers.
 
 ``fp16`` is the same folder in float16. HQQ, where installed, quantizes the original's blocks to the artifact's bits in
-groups of 64 and runs on its PyTorch backend (its fast one, gemlite, wants a GPU). gptqmodel and llama.cpp are not
-measured here: they want files that this package cannot write yet.
+groups of 64 and runs on its PyTorch backend (its fast one, gemlite, wants a GPU). llama.cpp runs the original's GGUF
+file, as many bits as that has, where the package ``xllamacpp`` is installed. gptqmodel is not measured here: it wants
+files that this package cannot write yet.
 """
 
 import argparse
@@ -19,17 +20,16 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 PROMPT = "The history of the steam engine begins in the first century, when"
 # Other engines, by how their presence shows.
-PEERS = {"gptqmodel": "gptqmodel", "HQQ": "hqq", "llama.cpp": "llama_cpp"}
+PEERS = {"gptqmodel": "gptqmodel", "HQQ": "hqq", "llama.cpp": "xllamacpp"}
 _ROW = ("wall_tokens_per_s", "cpu_tokens_per_s", "prefill_s", "peak_mb", "held_mb", "weights_mb")
 
 
@@ -37,7 +37,7 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
     """Be a contender: load, then take a turn for every line on standard input, and report each as a line of JSON.
 
     Args:
-        kind: ``bf16``, ``fp16`` or ``hqq`` and the bits.
+        kind: ``bf16``, ``fp16``, ``hqq`` and the bits, or ``llama.cpp``.
     """
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -51,6 +51,8 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
     from ulbq.pipeline.generate import TextStream
 
     torch.set_num_threads(threads)
+    if kind == "llama.cpp":
+        return work_by_llama_cpp(source, tokens, threads, out)
     opened = resolve(source, offline=True)
     tokenizer = opened.tokenizer()
     before = resident()
@@ -70,6 +72,36 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
         memory = {"peak_mb": (peak_memory() - before) / 1e6, "held_mb": (resident() - before) / 1e6}
         turn["prefill"] = stream.times[1] - stream.times[0]
         print(json.dumps(turn | memory | {"text": stream.text}), file=out)
+
+
+def work_by_llama_cpp(source: str, tokens: int, threads: int, out: TextIO) -> None:
+    """Be llama.cpp, with a GGUF file."""
+    import xllamacpp
+
+    from ulbq.runtime import peak_memory
+
+    before = resident()
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = source, 512, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+    print(json.dumps({"weights_mb": Path(source).stat().st_size / 1e6}), file=out)
+    asked = {"prompt": PROMPT, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        answer = server.handle_completions(asked)
+        turn = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        memory = {"peak_mb": (peak_memory() - before) / 1e6, "held_mb": (resident() - before) / 1e6}
+        told = {"prefill": answer["timings"]["prompt_ms"] / 1e3, "text": answer["content"]}
+        print(json.dumps(turn | memory | told), file=out)
+
+
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file of the original; None where it has none."""
+    from ulbq.models.source import default_model, resolve
+
+    source = resolve(model, offline=True) if model else default_model(offline=True)
+    return source.path if source.kind == "gguf" else None
 
 
 def quantize_by_hqq(model: Any, bits: int) -> None:
@@ -184,6 +216,9 @@ def main() -> None:
         bits = whole_bits(options.source)
         if importlib.util.find_spec("hqq") is not None and bits is not None:
             contenders.append(Contender(f"HQQ, {bits} bits, PyTorch", folder, options, f"hqq{bits}"))
+        file = gguf_file(options.model)
+        if importlib.util.find_spec("xllamacpp") is not None and file is not None:
+            contenders.append(Contender(f"llama.cpp, {file.stem.rpartition('.')[2]}", str(file), options, "llama.cpp"))
         for _ in range(options.rounds + 1):
             for contender in contenders:
                 contender.turn()
@@ -223,8 +258,8 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     for name, module in PEERS.items():
         if any(row.startswith(name) for row in measured):
             continue
-        there = importlib.util.find_spec(module) is not None or (name == "llama.cpp" and shutil.which("llama-bench"))
-        peers[name] = "installed, but nothing here measures it yet" if there else "not installed"
+        there = importlib.util.find_spec(module) is not None
+        peers[name] = "installed, but there is nothing to run it with" if there else "not installed"
         table.add_row(name, peers[name])
     Console(width=150).print(table)
     if options.results:
