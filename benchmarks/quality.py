@@ -134,11 +134,13 @@ def _efficientqat() -> dict[str, Setting]:
                 found[f"{name}-{loss}"] = Setting((*eqat, *after, *phase), start=name)
             faster = ("--end-to-end", "ce", "--end-to-end-epochs", "2", "--end-to-end-rate", "1")
             found[f"{name}-ce-1"] = Setting((*eqat, *after, *faster), start=name)
+            found[f"{name}-t-ce-1"] = Setting((*eqat, *after, *faster), start=f"{name}-t")
     for start in ("min-max", "search", "gptq"):
         for epochs in ("0", "4"):
             found[f"eqat-{start}-{epochs}"] = Setting((*eqat, "--start", start, "--epochs", epochs))
     for train in ("clipping", "grid", "rounding", "weights"):
         found[f"eqat-{train}"] = Setting((*eqat, "--train", train, "--epochs", "4"))
+    found["eqat-all"] = Setting((*eqat, "--epochs", "4", "--batch-size", "2"))
     found["eqat-sign"] = Setting((*eqat, *rounding, "--epochs", "4"))
     return found
 
