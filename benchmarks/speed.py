@@ -92,7 +92,7 @@ def work_by_llama_cpp(source: str, tokens: int, threads: int, out: TextIO) -> No
         answer = server.handle_completions(asked)
         turn = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         memory = {"peak_mb": (peak_memory() - before) / 1e6, "held_mb": (resident() - before) / 1e6}
-        told = {"prefill": answer["timings"]["prompt_ms"] / 1e3, "text": answer["content"]}
+        told = {"prefill": answer["timings"]["prompt_ms"] / 1e3, "text": answer["choices"][0]["text"]}
         print(json.dumps(turn | memory | told), file=out)
 
 
