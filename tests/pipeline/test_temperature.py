@@ -142,8 +142,11 @@ def test_a_resumed_run_takes_over_what_was_fitted(
     assert torch.equal(*stored)
 
 
-def test_a_model_that_caps_its_logits_is_refused(samples: Path, tmp_path: Path) -> None:
+def test_a_model_that_caps_its_logits_is_refused_before_any_block(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save_tiny("gemma2", tmp_path / "gemma2")
+    monkeypatch.setattr(pipeline, "_Run", None)
     with pytest.raises(InputError, match="scales the logits of the model type 'gemma2'"):
         quantize(request(folder, tmp_path / "out", samples))
     assert not (tmp_path / "out").exists()

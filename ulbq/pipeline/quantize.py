@@ -33,7 +33,7 @@ from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
 from ulbq.pipeline.samples import CALIBRATION_FILE, TEXT_FILE, draw, draw_text, written_samples
 from ulbq.pipeline.streams import Streams
 from ulbq.pipeline.survey import survey
-from ulbq.pipeline.temperature import fit_temperature
+from ulbq.pipeline.temperature import check_temperature, fit_temperature
 from ulbq.progress import Phase, Progress, Silent
 from ulbq.saliency import KINDS, Saliency, SaliencyKind, SaliencySettings, block_file, compute_saliency
 from ulbq.training.block import TrainOutcome
@@ -112,6 +112,8 @@ def quantize(
         with watch.phase("blocks"):
             # First: a source that is damaged here would show only after hours.
             outer = _write_outer(job, writer, None)
+            if job.request.fit_temperature and calibration is not None:
+                check_temperature(job, writer.scratch, calibration.tokens)
             _Run(job, writer, progress, saliency).walk(calibration)
         if job.request.fit_temperature and calibration is not None:
             with watch.phase("temperature"):

@@ -49,58 +49,92 @@ def fit_temperature(
             schemes = recorded_schemes(journal[str(index)], job.names(index)[0])  # type: ignore[arg-type]
             streams.advance_quantized(index, folder / layout.block_shard(index), schemes)
             phase.advance(1)
+    head, names = _head(job, streams)
+    factor, start_error, end_error = _fit(job, head, *streams.ends())
+    return TemperatureRecord(factor=factor, vectors=names, start_error=start_error, end_error=end_error)
+
+
+def check_temperature(job: Job, scratch: Path, tokens: torch.Tensor) -> None:
+    """Refuse a model whose logits nothing scales, before its blocks take hours. Raises InputError.
+
+    Args:
+        job: the run.
+        scratch: for activations.
+        tokens: int64 ``[samples, length]``, any.
+    """
+    streams = Streams(job, tokens[:1], scratch)
+    streams.advance_full_precision(0, watch=False)
+    _head(job, streams)
+
+
+def _head(job: Job, streams: Streams) -> tuple[LossHead, tuple[str, ...]]:
+    """The end of the model, and the vectors that scale its logits."""
     head = LossHead(job.model, job.source, job.precision, extras=streams.extras)
-    full, quantized = streams.ends()
-    names = head.gains(_states(full, slice(0, 1), job)[:_TRIED])
+    names = head.gains(_states(streams.ends()[0], 0, job)[:_TRIED])
     if not names:
         raise InputError(
             f"Nothing but the head scales the logits of the model type '{job.model.config.model_type}'.",
             hint="Leave out --fit-temperature.",
         )
-    factor, start_error, end_error = _fit(job, head, full, quantized)
-    return TemperatureRecord(factor=factor, vectors=names, start_error=start_error, end_error=end_error)
+    return head, names
 
 
 def _fit(job: Job, head: LossHead, full: ActivationStore, quantized: ActivationStore) -> tuple[float, float, float]:
-    """Newton's method on the mean divergence, convex in the factor; returns it and the errors before and with it."""
+    """Newton's method on the mean divergence, convex in the factor; returns it and the errors before and with it.
+
+    With predictions ``p`` of the original and logits ``l``, the divergence at a factor ``β`` is
+    ``Σ p log p − β Σ p l + log Σ exp(β l)``: of the original two numbers are wanted, and once.
+    """
+    negentropy, agreement = _agreement(job, head, full, quantized)
     factor = 1.0
-    start_error, slope, curvature = _divergence(job, head, full, quantized, factor)
-    error = start_error
+    partition, mean, variance = _partition(job, head, quantized, factor)
+    start_error = error = negentropy - agreement + partition
     for _ in range(_STEPS):
-        to = min(_MOST, max(_LEAST, factor - slope / max(curvature, 1e-12)))
+        to = min(_MOST, max(_LEAST, factor - (mean - agreement) / max(variance, 1e-12)))
         if abs(to - factor) < _CLOSE:
             break
         factor = to
-        error, slope, curvature = _divergence(job, head, full, quantized, factor)
+        partition, mean, variance = _partition(job, head, quantized, factor)
+        error = negentropy - factor * agreement + partition
     return (factor, start_error, error) if error < start_error else (1.0, start_error, start_error)
 
 
 @torch.no_grad()
-def _divergence(
-    job: Job, head: LossHead, full: ActivationStore, quantized: ActivationStore, factor: float
-) -> tuple[float, float, float]:
-    """Mean KL divergence of the original's predictions from those at a factor, nats a token; two derivatives by it."""
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
+def _agreement(job: Job, head: LossHead, full: ActivationStore, quantized: ActivationStore) -> tuple[float, float]:
+    """Means over tokens of ``Σ p log p`` and ``Σ p l``, of the original's predictions and the quantized logits."""
+    sums, count = torch.zeros(2, dtype=torch.float64), 0
     for ours, theirs in zip(_chunks(job, head, quantized), _chunks(job, head, full), strict=True):
         expected = theirs.log_softmax(-1)
-        predicted = (factor * ours).log_softmax(-1)
-        chances, guesses = expected.exp(), predicted.exp()
-        mean = (guesses * ours).sum(-1)
-        sums[0] += (chances * (expected - predicted)).sum(-1).double().sum().cpu()
-        sums[1] += (mean - (chances * ours).sum(-1)).double().sum().cpu()
-        sums[2] += ((guesses * ours.square()).sum(-1) - mean.square()).double().sum().cpu()
+        chances = expected.exp()
+        sums += torch.stack([(chances * values).sum(-1).double().sum() for values in (expected, ours)]).cpu()
         count += len(ours)
-    error, slope, curvature = (sums / count).tolist()
-    return error, slope, curvature
+    negentropy, agreement = (sums / count).tolist()
+    return negentropy, agreement
+
+
+@torch.no_grad()
+def _partition(job: Job, head: LossHead, quantized: ActivationStore, factor: float) -> tuple[float, float, float]:
+    """Means over tokens of ``log Σ exp(β l)``, and of its two derivatives by ``β``: mean and variance of the logits."""
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    for ours in _chunks(job, head, quantized):
+        guesses = (factor * ours).softmax(-1)
+        mean = (guesses * ours).sum(-1)
+        variance = (guesses * ours.square()).sum(-1) - mean.square()
+        logs = (factor * ours).logsumexp(-1)
+        sums += torch.stack([values.double().sum() for values in (logs, mean, variance)]).cpu()
+        count += len(ours)
+    partition, mean_, variance_ = (sums / count).tolist()
+    return partition, mean_, variance_
 
 
 def _chunks(job: Job, head: LossHead, store: ActivationStore) -> Iterator[torch.Tensor]:
     """Logits ``[n, vocabulary]`` float32, a few positions at a time."""
     for row in range(len(store)):
         # The head counts its own copies of a chunk's logits; a dozen live together here.
-        for states in _states(store, slice(row, row + 1), job).split(max(1, head.chunk // 3)):
+        for states in _states(store, row, job).split(max(1, head.chunk // 3)):
             yield head.logits(states)
 
 
-def _states(store: ActivationStore, rows: slice, job: Job) -> torch.Tensor:
-    return store.get(rows)[0].to(job.precision.device)
+def _states(store: ActivationStore, row: int, job: Job) -> torch.Tensor:
+    """Hidden states ``[length, hidden]`` of a sample."""
+    return store.get(slice(row, row + 1))[0].to(job.precision.device)
