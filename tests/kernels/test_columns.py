@@ -29,21 +29,22 @@ def test_products(widths: list[int], outliers: int, dtype: torch.dtype) -> None:
         scheme, stored = matrix(outs, widths, outliers)
         ready = kernels.prepare(scheme, stored, outs, len(widths))
         assert ready.layout == "columns"
-        for rows in (1, 2, columns.FEW_ROWS, columns.FEW_ROWS + 1):
+        for rows in (1, 2, 5, columns.FEW_ROWS, columns.FEW_ROWS + 1, 200):
             x = torch.randn(rows, len(widths), generator=torch.Generator().manual_seed(rows)).to(dtype)
             assert_near(kernels.multiply(scheme, ready, x, outs), exact(scheme, stored, x), dtype)
 
 
-def test_one_wrong_level_or_outlier_is_seen() -> None:
+@pytest.mark.parametrize(("rows", "dtype"), [(2, torch.float32), (7, torch.bfloat16)])
+def test_one_wrong_level_or_outlier_is_seen(rows: int, dtype: torch.dtype) -> None:
     scheme, stored = matrix(256, MIXED, 40)
     ready = kernels.prepare(scheme, stored, 256, len(MIXED))
-    x = torch.randn(2, len(MIXED), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(rows, len(MIXED), generator=torch.Generator().manual_seed(0)).to(dtype)
     for name in ("codebooks", "outlier_deltas"):
         spoiled = ready.tensors[name].clone()
         spoiled[3] += 0.25
         result = kernels.multiply(scheme, ready._replace(tensors=ready.tensors | {name: spoiled}), x, 256)
         with pytest.raises(AssertionError):
-            assert_near(result, exact(scheme, stored, x), torch.float32)
+            assert_near(result, exact(scheme, stored, x), dtype)
 
 
 def test_outputs_that_fill_no_byte_take_the_dense_way() -> None:

@@ -3,7 +3,7 @@ import torch
 
 from ulbq import kernels
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme
-from ulbq.kernels import BACKENDS, Case, build, choose, ops, triton_launch
+from ulbq.kernels import BACKENDS, Case, build, choose, triton_launch
 
 W2 = AffineScheme(bits=2, group_size=64)
 
@@ -17,7 +17,8 @@ def case(**changes: object) -> Case:
     ("changes", "name", "reasons"),
     [
         ({}, "tiles", {}),
-        ({"rows": ops.MANY_ROWS}, "dense", {"tiles": "96 rows", "int4": "96 rows"}),
+        ({"rows": 512}, "dense", {"tiles": "512 rows", "int4": "512 rows"}),
+        ({"rows": 96, "dtype": torch.float16}, "dense", {"tiles": "beyond 95", "int4": "float16 activations"}),
         ({"dtype": torch.float64}, "dense", {"tiles": "float64 activations", "int4": "float64 activations"}),
         ({"scheme": AffineScheme(bits=8)}, "dense", {"tiles": "8 bits", "int4": "8 bits"}),
         ({"scheme": AffineScheme(bits=2, group_size=16)}, "dense", {"tiles": "groups of 16", "int4": "groups of 16"}),

@@ -65,7 +65,7 @@ def test_opcheck_int4() -> None:
     torch.library.opcheck(int4.int4_linear, (x, packed["int4_codes"], packed["int4_scales"], 32))
 
 
-@pytest.mark.parametrize("rows", [3, ops.MANY_ROWS])
+@pytest.mark.parametrize("rows", [3, tiles.MANY_ROWS])
 @pytest.mark.parametrize("layout", ["planes", TILES])
 @pytest.mark.parametrize("scheme", [*AFFINE, DualBinaryScheme(group_size=32)], ids=lambda s: f"{s.format}-{s.label}")
 def test_values_and_the_gradient_of_the_input(scheme: AnyScheme, layout: str, rows: int) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.kernels.matrices import assert_near, exact, random_matrix
 from ulbq import formats, kernels
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme
-from ulbq.kernels import build, ops, tiles
+from ulbq.kernels import build, tiles
 
 pytestmark = pytest.mark.skipif(bool(build.failure()), reason=build.failure())
 
@@ -39,11 +39,31 @@ def test_products(scheme: AnyScheme, dtype: torch.dtype) -> None:
     for outs, columns in shapes(scheme):
         stored = random_matrix(scheme, outs, columns)
         tiled = ready(scheme, stored, outs, columns)
-        for rows in (1, 2, 3, 5, 16, ops.MANY_ROWS):
+        for rows in (1, 2, 3, 5, 7, 16, tiles.MANY_ROWS, 200):
             x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
             # The scales of a mixture are rounded at several places.
             slack = 4 if isinstance(scheme, BinaryMosScheme) else 1
             assert_near(kernels.multiply(scheme, tiled, x, outs), exact(scheme, stored, x), dtype, slack)
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES[5], DualBinaryScheme(), BinaryMosScheme()], ids=lambda s: s.format)
+def test_processors_without_pair_products_take_digits(scheme: AnyScheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = random_matrix(scheme, 75, 384)
+    x = torch.randn(7, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
+    monkeypatch.setattr(build, "has_pairs", lambda: False)
+    assert tiles.most_rows(torch.bfloat16) == tiles.MANY_ROWS - 1
+    assert_near(kernels.multiply(scheme, ready(scheme, stored, 75, 384), x, 75), exact(scheme, stored, x), x.dtype, 4)
+
+
+@pytest.mark.skipif(not build.has_pairs(), reason="no products of pairs")
+def test_pairs_leave_codes_and_activations_as_they_are() -> None:
+    """What several rows give differs from float64's result by the rounding of the result alone."""
+    scheme = AffineScheme(bits=4, group_size=32)
+    stored = random_matrix(scheme, 64, 256)
+    x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = exact(scheme, stored, x)
+    found = kernels.multiply(scheme, ready(scheme, stored, 64, 256), x, 64)
+    assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -25,7 +25,7 @@ _SOURCES = Path(__file__).parent / "cpu"
 _FLAGS = ("-std=c++17", "-O3", "-w", "-fPIC", "-shared", "-fopenmp")
 # By their names in /proc/cpuinfo; the compiler calls them the same but for the underscores of one.
 _NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")
-_TARGET = tuple("-m" + feature.replace("_", "") for feature in _NEEDED)
+_PAIRS = "avx512_bf16"  # products of pairs of bfloat16: used where the processor has them, not needed
 _AT, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _MATRIX = (_AT, _INT, _INT, _LONG, _LONG, _AT, _AT, _FLOAT, _LONG)
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -34,6 +34,10 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_to_tiles": (_AT, _INT, _LONG, _LONG, _AT, _LONG, _INT),
     "ulbq_columns": (_AT, _LONG, _LONG, _AT, _AT, _AT, _AT, _AT, _AT, _AT, _INT, _LONG, _AT, _INT),
     "ulbq_from_tiles": (_AT, _INT, _LONG, _LONG, _AT, _LONG, _INT),
+}
+_SIGNATURES_OF_PAIRS: dict[str, tuple[type, ...]] = {
+    "ulbq_dots": (*_MATRIX, _AT, _LONG, _AT, _INT),
+    "ulbq_column_dots": (_AT, _LONG, _LONG, _AT, _AT, _AT, _AT, _AT, _AT, _AT, _LONG, _AT, _INT),
 }
 SWITCH = "ULBQ_COMPILE"
 """Set to 0 in the environment, nothing is compiled and nothing compiled is used."""
@@ -78,12 +82,18 @@ def _load() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise UnavailableError(f"the compiled library does not load ({error})") from error
-    for name, arguments in _SIGNATURES.items():
+    for name, arguments in (_SIGNATURES | (_SIGNATURES_OF_PAIRS if has_pairs() else {})).items():
         getattr(loaded, name).argtypes = arguments
         getattr(loaded, name).restype = None
     return loaded
 
 
+def has_pairs() -> bool:
+    """Whether the library has the products of pairs of bfloat16 (``cpu/dots.h``)."""
+    return _PAIRS in cpu_features()
+
+
+@functools.cache
 def cpu_features() -> frozenset[str]:
     """What the processor can do, as Linux names it; empty elsewhere, or on another architecture than x86-64."""
     information = Path("/proc/cpuinfo")
@@ -91,6 +101,11 @@ def cpu_features() -> frozenset[str]:
         return frozenset()
     lines = information.read_text(encoding="utf-8").splitlines()
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
+def _target() -> tuple[str, ...]:
+    used = (*_NEEDED, _PAIRS) if has_pairs() else _NEEDED
+    return tuple("-m" + feature.replace("_", "") for feature in used)
 
 
 def find_compiler() -> str | None:
@@ -111,7 +126,7 @@ def _key(compiler: str) -> str:
     for path in sorted(_SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     stamp = Path(compiler).resolve().stat()
-    facts = (*_FLAGS, *_TARGET, str(Path(compiler).resolve()), stamp.st_size, stamp.st_mtime_ns, torch.__version__)
+    facts = (*_FLAGS, *_target(), str(Path(compiler).resolve()), stamp.st_size, stamp.st_mtime_ns, torch.__version__)
     digest.update("\0".join(map(str, facts)).encode())
     return digest.hexdigest()[:32]
 
@@ -126,7 +141,7 @@ def _compile(compiler: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [compiler, *_FLAGS, *_TARGET, *sources, *runtime, "-o", str(made)]
+            command = [compiler, *_FLAGS, *_target(), *sources, *runtime, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
             if done.returncode:
                 lines = done.stderr.strip().splitlines()

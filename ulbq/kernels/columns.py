@@ -10,10 +10,10 @@ import torch
 
 from ulbq.formats import AnyScheme, CodebookScheme, codebook
 from ulbq.kernels.build import library
-from ulbq.kernels.tiles import FLOATS
+from ulbq.kernels.tiles import FLOATS, takes_pairs
 
 FEW_ROWS = 64
-"""Up to so many rows at a time codes are looked up for each; more take one dense weight."""
+"""Up to so many rows at a time codes are looked up for each; more take one dense weight, unless they go in pairs."""
 
 
 def refusal(scheme: AnyScheme, outs: int) -> str:
@@ -50,10 +50,17 @@ def derive(
     }
 
 
+def takes(dtype: torch.dtype, rows: int) -> bool:
+    """Whether :func:`multiply` serves so many rows better than a dense weight."""
+    return dtype in FLOATS and (rows <= FEW_ROWS or takes_pairs(dtype, rows))
+
+
 def multiply(
     x: torch.Tensor, scheme: CodebookScheme, codes: torch.Tensor, levels: torch.Tensor, derived: list[torch.Tensor]
 ) -> torch.Tensor:
     """Products ``[rows, out]`` of ``x`` ``[rows, in]`` in its dtype; sums are float32.
+
+    Several bfloat16 rows take levels rounded to bfloat16, where the processor multiplies pairs of them.
 
     Args:
         x: float32, bfloat16 or float16.
@@ -66,18 +73,11 @@ def multiply(
     counts = torch.tensor([sum(n for width, n in widths.items() if width > plane) for plane in range(4)])
     y = torch.empty(len(x), outs, dtype=x.dtype)
     order, *outliers = (tensor.data_ptr() for tensor in derived)
-    library().ulbq_columns(
-        codes.data_ptr(),
-        outs,
-        x.shape[1],
-        counts.data_ptr(),
-        levels.data_ptr(),
-        order,
-        *(outliers or (None, None, None)),
-        x.data_ptr(),
-        FLOATS[x.dtype],
-        len(x),
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
+    matrix = (codes.data_ptr(), outs, x.shape[1], counts.data_ptr(), levels.data_ptr(), order)
+    beside = outliers or (None, None, None)
+    threads = torch.get_num_threads()
+    if takes_pairs(x.dtype, len(x)):
+        library().ulbq_column_dots(*matrix, *beside, x.data_ptr(), len(x), y.data_ptr(), threads)
+    else:
+        library().ulbq_columns(*matrix, *beside, x.data_ptr(), FLOATS[x.dtype], len(x), y.data_ptr(), threads)
     return y

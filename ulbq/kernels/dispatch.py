@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from ulbq.formats import AnyScheme
-from ulbq.kernels import build, columns, humming, int4, ops, tiles, triton_launch, words
+from ulbq.kernels import build, columns, humming, int4, tiles, triton_launch, words
 
 Name = Literal["tiles", "columns", "int4", "humming", "triton", "dense"]
 
@@ -94,9 +94,8 @@ def _tiles_matrix(scheme: AnyScheme, outs: int, columns: int, device: str) -> st
 def _tiles_call(case: Case) -> str:
     if case.dtype not in tiles.FLOATS:
         return f"{_short(case.dtype)} activations: float32, bfloat16 or float16"
-    if case.rows >= ops.MANY_ROWS:
-        return f"{case.rows} rows: from {ops.MANY_ROWS} on dense slabs are faster"
-    return ""
+    most = tiles.most_rows(case.dtype)
+    return f"{case.rows} rows: beyond {most} dense slabs are faster" * (case.rows > most)
 
 
 def _columns_matrix(scheme: AnyScheme, outs: int, columns_: int, device: str) -> str:
@@ -106,7 +105,9 @@ def _columns_matrix(scheme: AnyScheme, outs: int, columns_: int, device: str) ->
 def _columns_call(case: Case) -> str:
     if case.dtype not in tiles.FLOATS:
         return f"{_short(case.dtype)} activations: float32, bfloat16 or float16"
-    return f"{case.rows} rows: beyond {columns.FEW_ROWS} a dense weight is faster" * (case.rows > columns.FEW_ROWS)
+    if columns.takes(case.dtype, case.rows):
+        return ""
+    return f"{case.rows} rows: beyond {columns.FEW_ROWS} a dense weight is faster"
 
 
 def _int4_matrix(scheme: AnyScheme, outs: int, columns: int, device: str) -> str:

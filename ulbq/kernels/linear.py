@@ -8,7 +8,8 @@ import torch
 from ulbq import formats
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme
 from ulbq.kernels import columns as columns_
-from ulbq.kernels import dispatch, humming, int4, ops, tiles, triton_launch, words
+from ulbq.kernels import dispatch, humming, int4, tiles, triton_launch, words
+from ulbq.kernels import ops as _ops  # noqa: F401 - puts the operators under torch.ops.ulbq
 
 # Stored and derived tensors of the codebook format, in the operator's order.
 CODEBOOK = ("codes", "tail_codes", "codebooks", "columns", "outlier_values", "outlier_low", "outlier_high")
@@ -82,9 +83,9 @@ def matrix(scheme: AnyScheme, ready: Ready, outs: int, columns: int, dtype: torc
 
 
 def is_dense(scheme: AnyScheme, layout: str, x: torch.Tensor) -> bool:
-    """Whether :func:`multiply` makes this product with the dense weight, so that one who kept that has less to do."""
+    """Whether one who kept the dense weight does better with it than :func:`multiply` does."""
     if layout == "tiles":
-        return not (x.dtype in tiles.FLOATS and x.numel() < ops.MANY_ROWS * x.shape[-1])
+        return not (x.dtype in tiles.FLOATS and x.numel() < tiles.MANY_ROWS * x.shape[-1])
     if layout == "columns":
         return not (x.dtype in tiles.FLOATS and x.numel() <= columns_.FEW_ROWS * x.shape[-1])
     if layout in _WORDS:

@@ -14,9 +14,6 @@ from ulbq.formats import AffineScheme, CodebookScheme, DualBinaryScheme, codeboo
 from ulbq.formats.bits import unpack_planes
 from ulbq.kernels import columns, reference, tiles, triton_launch, words
 
-MANY_ROWS = 96
-"""From so many rows on, making slabs of dense weights and one large product of each is faster than taking codes."""
-
 Slabs = Iterator[tuple[slice, torch.Tensor]]
 
 
@@ -54,7 +51,7 @@ def affine_linear(
     if layout == "tiles":
         shape = _affine_shape(zeros, out_features, x.shape[-1], bits, group_size)
         packed = tiles.named(codes, scales, zeros)
-        if len(rows) < MANY_ROWS and x.dtype in tiles.FLOATS:
+        if len(rows) <= tiles.most_rows(x.dtype):
             return tiles.multiply(rows, packed, shape).view(*x.shape[:-1], out_features)
     if layout == "words" and x.dtype in triton_launch.FLOATS:
         part = triton_launch.part(codes, scales, zeros, bits, group_size, x.shape[-1])
@@ -153,7 +150,7 @@ def dual_binary_linear(
     The rest is as in :func:`affine_linear`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if layout == "tiles" and len(rows) < MANY_ROWS and x.dtype in tiles.FLOATS:
+    if layout == "tiles" and len(rows) <= tiles.most_rows(x.dtype):
         shape = tiles.shape_of(DualBinaryScheme(group_size=group_size), out_features, x.shape[-1])
         return tiles.multiply(rows, tiles.named(codes, scales), shape).view(*x.shape[:-1], out_features)
     if layout == "words" and x.dtype in triton_launch.FLOATS:
@@ -252,7 +249,7 @@ def codebook_linear(
     """
     scheme, tensors = _codebook(stored, out_features, x.shape[-1], widths, counts, outliers)
     rows = x.reshape(-1, x.shape[-1])
-    if derived and x.dtype in tiles.FLOATS and len(rows) <= columns.FEW_ROWS:
+    if derived and columns.takes(x.dtype, len(rows)):
         product = columns.multiply(rows, scheme, tensors["codes"], tensors["codebooks"], derived)
     else:
         product = torch.nn.functional.linear(rows, codebook.dequantize(scheme, tensors, x.shape[-1], x.dtype))

@@ -11,6 +11,7 @@ import torch
 
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme
 from ulbq.formats.bits import pack_planes, unpack_planes
+from ulbq.kernels import build
 from ulbq.kernels.build import library
 
 TILE = 64
@@ -18,6 +19,15 @@ TILE = 64
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types of activations, by the number that the C++ code knows them by."""
+
+MANY_ROWS = 96
+"""From so many rows on, making slabs of dense weights and one large product of each is faster than taking codes."""
+
+MANY_PAIRS = 512
+"""The same for bfloat16 rows, where the processor multiplies pairs of them."""
+
+FEW_ROWS = 4
+"""Fewer bfloat16 rows multiply the codes as integers; so many or more, the codes turned into bfloat16 once for all."""
 
 # Below that many multiplications a second thread costs more than it brings.
 _WORTH_A_THREAD = 1 << 20
@@ -127,12 +137,30 @@ def multiply(x: torch.Tensor, packed: Mapping[str, torch.Tensor], shape: Shape) 
     Activations are rounded to fixed point, 64 columns at a time: to 16 bits of their largest where they are bfloat16 or
     float16, to 24 bits where they are float32, each less than the rounding of what comes out. All sums over a group
     are exact. A row with a value that is not finite becomes NaN.
+
+    Several bfloat16 rows are taken as they are, where the processor multiplies pairs of them; weights of two planes are
+    rounded to bfloat16 for that, codes of one part are not rounded.
     """
     x = x.contiguous()
     y = torch.empty(len(x), shape.outs, dtype=x.dtype)
     threads = torch.get_num_threads() if len(x) * shape.outs * shape.columns > _WORTH_A_THREAD else 1
+    if takes_pairs(x.dtype, len(x)):
+        library().ulbq_dots(*_matrix(packed, shape), x.data_ptr(), len(x), y.data_ptr(), threads)
+        return y
     library().ulbq_multiply(*_matrix(packed, shape), x.data_ptr(), FLOATS[x.dtype], len(x), y.data_ptr(), threads)
     return y
+
+
+def takes_pairs(dtype: torch.dtype, rows: int) -> bool:
+    """Whether so many rows are multiplied as pairs of bfloat16."""
+    return dtype == torch.bfloat16 and rows >= FEW_ROWS and build.has_pairs()
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """How many rows :func:`multiply` serves better than slabs of dense weights; 0 for a dtype that it does not take."""
+    if dtype not in FLOATS:
+        return 0
+    return (MANY_PAIRS if takes_pairs(dtype, MANY_PAIRS) else MANY_ROWS) - 1
 
 
 def slabs(packed: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -6,23 +6,12 @@
 
 #include <omp.h>
 
-#include "activations.h"
+#include "codebooks.h"
 
 namespace ulbq {
 
 constexpr int64_t kBlock = 256;  // outputs at a time
 constexpr int64_t kFlush = 64;   // lookups that are added up before they join the total, to keep rounding small
-
-struct Columns {
-    const uint8_t* codes;      // [planes][outs / 8]
-    int64_t outs, columns;
-    const int64_t* counts;     // columns that have plane 0, 1, 2, 3: the first so many in sorted order
-    const uint16_t* levels;    // float16, one column's after the other's
-    const int32_t* order;      // which column of the matrix each sorted one is
-    const int32_t* starts;     // [outs + 1] of each output's outliers; null where there are none
-    const int32_t* outlier_columns;
-    const float* deltas;       // an outlier's value less the level that its code names
-};
 
 // One lookup: up to four planes, the least significant bit of the index first.
 struct Lookup {
@@ -32,34 +21,26 @@ struct Lookup {
     int64_t level[2];   // where the levels of each begin
 };
 
-inline int width(const Columns& w, int64_t column) {
-    return column < w.counts[3] ? 4 : column < w.counts[2] ? 3 : 2;
-}
-
 inline int64_t lookups(const Columns& w, Lookup* to) {
-    const int64_t base[4] = {0, w.counts[0], w.counts[0] + w.counts[1], w.counts[0] + w.counts[1] + w.counts[2]};
+    const Planes planes(w);
     int64_t count = 0, level = 0;
     for (int64_t column = 0; column < w.columns;) {
         Lookup& one = to[count++];
         one = Lookup{width(w, column), {0, 0, 0, 0}, {column, -1}, {level, 0}};
-        for (int bit = 0; bit < one.bits; ++bit) one.plane[bit] = base[bit] + column;
+        for (int bit = 0; bit < one.bits; ++bit) one.plane[bit] = planes.row(bit, column);
         level += int64_t{1} << one.bits;
         ++column;
         if (one.bits == 2 && column < w.columns) {
             one.column[1] = column;
             one.level[1] = level;
-            one.plane[2] = base[0] + column;
-            one.plane[3] = base[1] + column;
+            one.plane[2] = planes.row(0, column);
+            one.plane[3] = planes.row(1, column);
             one.bits = 4;
             level += 4;
             ++column;
         }
     }
     return count;
-}
-
-inline float value(const void* x, int type, int64_t index) {
-    return _mm512_cvtss_f32(load_floats(x, type, index, 1));
 }
 
 inline void fill_table(const Columns& w, const Lookup& one, const void* x, int type, int64_t row, float* table) {

@@ -1,0 +1,139 @@
+// Products of several bfloat16 rows: codes become bfloat16 once for all of them, then the processor's pair products run.
+//
+// A chunk of 64 columns is widened at a time into [32 pairs][64 outputs][2 columns], which stays in the first cache while
+// every row passes over it. Whatever order the columns of a matrix are widened in, the activations are brought into the
+// same: [chunks][rows][64].
+#pragma once
+
+#include "tiles.h"
+
+#ifdef __AVX512BF16__
+
+namespace ulbq {
+
+constexpr int kPairs = kChunk / 2;
+constexpr int64_t kRows = 192;  // rows that pass over widened codes; their results stay in the second cache
+
+// Rows of bfloat16 in the order of the matrix, and the sums of their units.
+struct Rows {
+    Rows(int64_t rows, int64_t columns, int64_t unit)
+        : rows(rows), columns(columns), chunks((columns + kChunk - 1) / kChunk), unit(unit), units(kChunk / unit),
+          values(buffer<uint16_t>(rows * chunks * kChunk)), sums(buffer<float>(rows * chunks * units)) {}
+
+    // 64 columns of a row, as 32 pairs.
+    const uint32_t* pairs(int64_t chunk, int64_t row) const {
+        return reinterpret_cast<const uint32_t*>(values.get() + (chunk * rows + row) * kChunk);
+    }
+    float sum(int64_t chunk, int64_t row, int64_t which) const { return sums[(chunk * rows + row) * units + which]; }
+
+    // The columns of each step of a tile: the first and third, the second and fourth.
+    void take_steps(const uint16_t* x, int64_t row) {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            uint16_t* to = values.get() + (chunk * rows + row) * kChunk;
+            float total[2] = {0.0f, 0.0f};
+            for (int64_t index = 0; index < kChunk; ++index) {
+                const int64_t column = chunk * kChunk + index;
+                const uint16_t value = column < columns ? x[row * columns + column] : 0;
+                to[index / 4 * 4 + index % 2 * 2 + index / 2 % 2] = value;
+                total[index / unit] += as_float(value);
+            }
+            for (int64_t which = 0; which < units; ++which) sums[(chunk * rows + row) * units + which] = total[which];
+        }
+    }
+
+    void take_in_order(const uint16_t* x, int64_t row, const int32_t* order) {
+        for (int64_t at = 0; at < chunks * kChunk; ++at) {
+            const int64_t chunk = at / kChunk;
+            values[(chunk * rows + row) * kChunk + at % kChunk] = at < columns ? x[row * columns + order[at]] : 0;
+        }
+    }
+
+    const int64_t rows, columns, chunks, unit, units;
+    const Buffer<uint16_t> values;
+    const Buffer<float> sums;
+
+  private:
+    static float as_float(uint16_t half) {
+        const uint32_t bits = static_cast<uint32_t>(half) << 16;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    }
+};
+
+// What becomes of a unit's products before they join the results.
+struct Exact {  // integers: scaled, less the zero point
+    __m512 scale[kVectors], zero[kVectors];
+
+    __m512 add(__m512 result, __m512 product, int vector, __m512 total) const {
+        return _mm512_fmadd_ps(scale[vector], _mm512_fnmadd_ps(zero[vector], total, product), result);
+    }
+};
+struct Rounded {  // weights: nothing
+    __m512 add(__m512 result, __m512 product, int, __m512) const { return _mm512_add_ps(result, product); }
+};
+
+// Adds the products of `Count` rows with `steps` pairs of columns to `result` [Count][64].
+template <int Count, typename Finish>
+inline __attribute__((always_inline)) void add_rows(const uint32_t* wide, int steps, const uint32_t* x, const float* totals,
+                                                    int64_t total_stride, const Finish& finish, float* result) {
+    __m512 sum[Count][kVectors] = {};
+    for (int step = 0; step < steps; ++step) {
+        __m512bh weight[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) weight[v] = (__m512bh)_mm512_load_si512(wide + step * kTile + 16 * v);
+#pragma GCC unroll 8
+        for (int row = 0; row < Count; ++row) {
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[row * kPairs + step]));
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) sum[row][v] = _mm512_dpbf16_ps(sum[row][v], weight[v], pair);
+        }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < Count; ++row) {
+        const __m512 total = _mm512_set1_ps(totals[row * total_stride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            float* to = result + row * kTile + 16 * v;
+            _mm512_store_ps(to, finish.add(_mm512_load_ps(to), sum[row][v], v, total));
+        }
+    }
+}
+
+// The same for rows `begin` to `end` of a chunk: a unit of it that begins with pair `first`. Six rows fill the registers;
+// they are shared out evenly, so that no row goes alone.
+template <typename Finish>
+void add_chunk(const uint32_t* wide, int first, int steps, const Rows& x, int64_t chunk, int64_t which, int64_t begin,
+               int64_t end, const Finish& finish, float* result) {
+    wide += first * kTile;
+    for (int64_t row = begin; row < end;) {
+        const uint32_t* pairs = x.pairs(chunk, row) + first;
+        const float* totals = x.sums.get() + (chunk * x.rows + row) * x.units + which;
+        float* to = result + (row - begin) * kTile;
+        const int64_t left = end - row, turns = (left + 5) / 6, count = (left + turns - 1) / turns;
+        switch (count) {
+            case 1: add_rows<1>(wide, steps, pairs, totals, x.units, finish, to); break;
+            case 2: add_rows<2>(wide, steps, pairs, totals, x.units, finish, to); break;
+            case 3: add_rows<3>(wide, steps, pairs, totals, x.units, finish, to); break;
+            case 4: add_rows<4>(wide, steps, pairs, totals, x.units, finish, to); break;
+            case 5: add_rows<5>(wide, steps, pairs, totals, x.units, finish, to); break;
+            case 6: add_rows<6>(wide, steps, pairs, totals, x.units, finish, to); break;
+        }
+        row += count;
+    }
+}
+
+// Writes rows `begin` to `end` of a tile's outputs.
+inline void store_tile(const float* result, int64_t begin, int64_t end, int64_t tile, int64_t outs, uint16_t* y) {
+    for (int64_t row = begin; row < end; ++row) {
+        for (int64_t out = 0; out < kTile; out += 16) {
+            const int64_t at = tile * kTile + out;
+            const __m512 value = _mm512_load_ps(result + (row - begin) * kTile + out);
+            store_floats(y, kBFloat16, row * outs + at, first(outs - at), value);
+        }
+    }
+}
+
+}  // namespace ulbq
+
+#endif
