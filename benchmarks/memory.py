@@ -158,14 +158,26 @@ def end_to_end(options: argparse.Namespace) -> dict[str, float]:
         training = ("--end-to-end", "ce", "--end-to-end-epochs", "1", "--accumulation", "1")
         method = ("--method", "apiq", "--no-adapter", "--epochs", "0", "--device", "cpu", "--quiet")
         words = (str(options.artifact.resolve()), *method, *size, *training, "-o", f"{folder}/out")
-        sys.argv = ["ulbq", "quantize", *words]
-        try:
-            code = command()
-        except SystemExit as end:
-            code = end.code
-    if code:
-        raise SystemExit(f"ulbq quantize ended with {code}")
+        _command("quantize", *words)
     return found | {"peak_mb": max(found["blocks_mb"], found["building_mb"], found["training_mb"], _high_water())}
+
+
+def evaluate(options: argparse.Namespace, source: str | None) -> None:
+    """``ulbq eval``: perplexity of two windows, weights and activations in bfloat16 where they are not packed."""
+    with tempfile.TemporaryDirectory() as folder:
+        windows = ("--perplexity", "wikitext2", "--context", str(options.length), "--limit", "2", "--batch-size", "1")
+        words = (source or str(default_model().path), *windows, "--no-parent-scores", "--no-fidelity", "--quiet")
+        _command("eval", *words, "--device", "cpu", "-o", f"{folder}/out")
+
+
+def _command(*words: str) -> None:
+    sys.argv = ["ulbq", *words]
+    try:
+        code = command()
+    except SystemExit as end:
+        code = end.code
+    if code:
+        raise SystemExit(f"ulbq {words[0]} ended with {code}")
 
 
 def _wrap(module: ModuleType, name: str, around: Callable[..., Any]) -> None:
@@ -184,6 +196,8 @@ CASES: dict[str, Callable[[argparse.Namespace], dict[str, float] | None]] = {
     "imports": imports,
     "forward bf16": lambda options: forward(options, torch.bfloat16),
     "forward fp32": lambda options: forward(options, torch.float32),
+    "eval, packed": lambda options: evaluate(options, str(options.artifact.resolve())),
+    "eval, full precision": lambda options: evaluate(options, None),
     "end to end, packed": end_to_end,
     "fine-tuning bf16": lambda options: fine_tune(options, torch.bfloat16),
     "fine-tuning fp32": lambda options: fine_tune(options, torch.float32),
