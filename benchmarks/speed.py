@@ -10,9 +10,9 @@ process held after its imports, with the tokenizer loaded: the most that it ever
 what is left after the turns (``held``). ``weights`` are the bytes of parameters and buffers.
 
 ``fp16`` is the same folder in float16. HQQ, where installed, quantizes the original's blocks to the artifact's bits in
-groups of 64 and runs on its PyTorch backend (its fast one, gemlite, wants a GPU). llama.cpp runs the original's GGUF
-file, as many bits as that has, where the package ``xllamacpp`` is installed. gptqmodel is not measured here: it wants
-files that this package cannot write yet.
+groups of 64 and runs on its PyTorch backend (its fast one, gemlite, wants a GPU). gptqmodel, where installed, runs the
+artifact's own codes, converted, with its Torch kernel. llama.cpp runs the original's GGUF file, as many bits as that
+has, where the package ``xllamacpp`` is installed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
     """Be a contender: load, then take a turn for every line on standard input, and report each as a line of JSON.
 
     Args:
-        kind: ``bf16``, ``fp16``, ``hqq`` and the bits, or ``llama.cpp``.
+        kind: ``bf16``, ``fp16``, ``hqq`` and the bits, ``gptqmodel``, or ``llama.cpp``.
     """
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -56,7 +56,10 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
     opened = resolve(source, offline=True)
     tokenizer = opened.tokenizer()
     before = resident()
-    model = load_model(opened, dtype=torch.float16 if kind == "fp16" else torch.bfloat16)
+    if kind == "gptqmodel":
+        model = load_by_gptqmodel(source)
+    else:
+        model = load_model(opened, dtype=torch.float16 if kind == "fp16" else torch.bfloat16)
     if kind.startswith("hqq"):
         quantize_by_hqq(model, int(kind.removeprefix("hqq")))
     prompt = torch.tensor([tokenizer.encode(PROMPT)])
@@ -119,10 +122,25 @@ def quantize_by_hqq(model: Any, bits: int) -> None:
                 block.set_submodule(name, HQQLinear(layer, config, compute_dtype=torch.bfloat16, device="cpu"))
 
 
+def load_by_gptqmodel(folder: str) -> Any:
+    """A GPTQ folder on gptqmodel's Torch kernel."""
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    return GPTQModel.load(folder, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.bfloat16).model
+
+
 def hqq_scales(model: Any) -> int:
     """Bytes of the scales and zero points of HQQ's layers, which are neither parameters nor buffers."""
     metas = [layer.meta for layer in model.modules() if type(layer).__name__ == "HQQLinear"]
     return sum(meta[name].nbytes for meta in metas for name in ("scale", "zero"))
+
+
+def write_gptq(artifact: str, folder: str) -> None:
+    """Convert an affine artifact in a process of its own."""
+    code = "import sys; from ulbq.commands.app import main; sys.exit(main())"
+    words = [sys.executable, "-c", code, "convert", artifact, "--to", "gptq", "-o", folder, "--quiet"]
+    subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
 
 
 def resident() -> int:
@@ -216,6 +234,9 @@ def main() -> None:
         bits = whole_bits(options.source)
         if importlib.util.find_spec("hqq") is not None and bits is not None:
             contenders.append(Contender(f"HQQ, {bits} bits, PyTorch", folder, options, f"hqq{bits}"))
+        if importlib.util.find_spec("gptqmodel") is not None and bits in (2, 3, 4, 8):
+            write_gptq(options.source, f"{folder}/gptq")
+            contenders.append(Contender(f"gptqmodel, {bits} bits, Torch", f"{folder}/gptq", options, "gptqmodel"))
         file = gguf_file(options.model)
         if importlib.util.find_spec("xllamacpp") is not None and file is not None:
             contenders.append(Contender(f"llama.cpp, {file.stem.rpartition('.')[2]}", str(file), options, "llama.cpp"))
