@@ -88,7 +88,7 @@ _ulbq() {
         --end-to-end) _ulbq_value '' 'none ce kl ce-kl kl-hidden dad' "$current"; return ;;
         --end-to-end-data) _ulbq_value 'files' 'wikitext2 c4 ptb pile redpajama alpaca mix self llm-adapters/math' "$current"; return ;;
         --end-to-end-samples) _ulbq_value '' '' "$current"; return ;;
-        --template) _ulbq_value '' 'chat alpaca' "$current"; return ;;
+        --template) _ulbq_value '' 'chat alpaca gsm8k' "$current"; return ;;
         --end-to-end-epochs) _ulbq_value '' '' "$current"; return ;;
         --end-to-end-rate) _ulbq_value '' '' "$current"; return ;;
         --end-to-end-train) _ulbq_value '' 'scales scales-zeros all' "$current"; return ;;
@@ -153,7 +153,7 @@ _ulbq() {
         --task) _ulbq_value '' 'end-to-end' "$current"; return ;;
         --loss) _ulbq_value '' 'ce kl ce-kl kl-hidden dad' "$current"; return ;;
         --data) _ulbq_value 'files' 'wikitext2 c4 ptb pile redpajama alpaca mix self llm-adapters/math' "$current"; return ;;
-        --template) _ulbq_value '' 'chat alpaca' "$current"; return ;;
+        --template) _ulbq_value '' 'chat alpaca gsm8k' "$current"; return ;;
         --preset) _ulbq_value '' 'quick balanced best' "$current"; return ;;
         --samples) _ulbq_value '' '' "$current"; return ;;
         --sequence-length) _ulbq_value '' '' "$current"; return ;;
