@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from ulbq.artifacts import ConvertedManifest, Parent, QuantizedManifest
+from ulbq.data.prompts import Template
 from ulbq.errors import UlbqError
 from ulbq.evaluation.results import WITHOUT_ADAPTER, Subject
 from ulbq.formats import AnyScheme, Scheme
@@ -63,6 +64,11 @@ class Candidate:
             adapter=self._adapter(),
             parent=self.parent.name if self.parent else None,
         )
+
+    @property
+    def template(self) -> Template:
+        """How questions are laid out for it: as it was taught, else as Alpaca's prompt."""
+        return "alpaca"
 
     def record(self) -> Parent:
         """How the evaluation's manifest names it."""
