@@ -135,7 +135,9 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s h -l help -d 'Show
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -F
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l compare -d 'Put several SOURCEs in one table'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l perplexity -r -f -a '(__fish_append , wikitext2 c4 ptb)' -d 'Text sets: wikitext2, c4, ptb'
-complete -c ulbq -n '__fish_seen_subcommand_from eval' -l tasks -r -f -a '(__fish_append , piqa arc_easy arc_challenge openbookqa winogrande social_iqa)' -d 'lm-eval tasks, as in piqa,arc_easy,\'mmlu_*\''
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l tasks -r -f -a '(__fish_append , piqa arc_easy arc_challenge openbookqa winogrande social_iqa arithmetic-cot commonsense gsm8k-cot svamp mawps aqua boolq-instruct piqa-instruct siqa-instruct hellaswag-instruct winogrande-instruct arc_easy-instruct arc_challenge-instruct openbookqa-instruct)' -d 'lm-eval tasks, as in piqa,arc_easy,\'mmlu_*\', and tasks with written answers: gsm8k-cot, svamp, mawps, aqua, commonsense'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l template -r -f -a 'chat alpaca gsm8k' -d 'How questions are laid out that want a written answer'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l max-new-tokens -r -f -d 'Longest written answer'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l fidelity -d 'Compare predictions with the full-precision parent\'s'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l no-fidelity -d 'Not: Compare predictions with the full-precision parent\'s'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l adapter -d 'Score an artifact with the adapter that it has, or its base alone'

@@ -1,4 +1,5 @@
 from tests.evaluation.sample import model_scores, results, task_score
+from ulbq.evaluation.results import ModelScores, Writing
 from ulbq.evaluation.table import Row, describe, footnotes, rows
 
 PARENT = model_scores("full", perplexity=24.19, tasks={"piqa": {"acc": 0.9}})
@@ -65,3 +66,27 @@ def test_footnotes_tell_the_protocol():
     assert "8,192 positions of wikitext2" in told
     assert "all documents" in told
     assert "bfloat16" in told
+
+
+def written(name: str, template: str, unanswered: int) -> ModelScores:
+    writing = Writing(template=template, new_tokens=256, unanswered=unanswered)
+    single = task_score({"exact_match": 0.1}).model_copy(update={"writing": writing})
+    member = single.model_copy(update={"member_of": "both"})
+    return model_scores(name).model_copy(update={"tasks": {"both": single, "a": member, "c": single}})
+
+
+def test_how_answers_were_written_and_how_many_were_not_found_is_told():
+    notes = footnotes(results(written("one", "alpaca", 0), written("two", "alpaca", 1200)))
+    assert notes[0] == (
+        "both, c: answers written greedily to all documents, laid out as alpaca, read by the published rules; "
+        "± is the standard error."
+    )
+    # The group's own count is the sum of its members'.
+    assert notes[1] == "two: no answer was found, which counts as wrong, in 1,200 of 100 (a), 1,200 of 100 (c)."
+    assert len(notes) == 3
+    assert not any("lm-eval" in note for note in notes)
+    notes = footnotes(results(written("one", "alpaca", 0), written("two", "gsm8k", 0)))
+    assert "laid out as alpaca for one, gsm8k for two," in notes[0]
+    mixed = written("one", "alpaca", 0)
+    mixed.tasks["piqa"] = task_score({"acc": 0.5})
+    assert any("lm-eval" in note for note in footnotes(results(mixed)))

@@ -84,8 +84,8 @@ def run_written(
         loaded: the task and its questions.
         template: how the questions are laid out.
         new_tokens: longest answer in tokens; None: as the task says.
-        batch_size: answers written side by side; None: as many as are of use, see
-            :func:`ulbq.evaluation.text.sequences_per_batch`. See :meth:`LanguageModel.write_after` on what it changes.
+        batch_size: answers written side by side; None: see :func:`ulbq.evaluation.text.sequences_per_batch`. On what
+            it changes, see :meth:`LanguageModel.write_after`.
         progress: told about every batch.
         label: what the progress calls the model.
 
@@ -98,6 +98,12 @@ def run_written(
     most = new_tokens or task.new_tokens
     rows = [prompt_tokens(template, one.question, tokenizer, where=one.where) for one in documents]
     lm = LanguageModel(model, tokenizer, batch_size=batch_size, progress=progress, label=f"{label} to {task.name}")
+    cut = sum(len(row) > lm.max_length - most for row in rows)
+    if cut:
+        lm.progress.note(
+            f"Of {task.name}, {cut} of {len(rows)} prompts lose their beginning: the model holds {lm.max_length:,} "
+            f"tokens, the answer's {most} among them."
+        )
     stops = next_question(template)
     written = lm.write_after(rows, stops=stops, new_tokens=most, sampling=_GREEDY)
     samples = []

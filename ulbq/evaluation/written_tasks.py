@@ -6,6 +6,7 @@ form that LLM-Adapters, ApiQ and ULB-SAPR train and score on. Nor is the group c
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
 
@@ -184,14 +185,11 @@ def _not_there(name: str, members: Sequence[str], root: Path | None) -> Resource
 
 
 def _load(task: WrittenTask, file: Path, limit: int | None) -> LoadedTask:
-    documents: list[Document] = []
-    for number, row in numbered_rows(file):
-        if len(documents) == limit:
-            break
-        documents.append(_document(task, f"{file}, line {number}", row))
+    rows = islice(numbered_rows(file), limit)
+    documents = tuple(_document(task, f"{file}, line {number}", row) for number, row in rows)
     if not documents:
         raise InputError(f"{file} is empty.", hint="Each line is one JSON object with instruction and answer.")
-    return LoadedTask(task, tuple(documents))
+    return LoadedTask(task, documents)
 
 
 def _document(task: WrittenTask, where: str, row: Row) -> Document:
