@@ -122,9 +122,7 @@ def training_text(
     return Calibration(Path(spec).name, tokens, seed, taught)
 
 
-def read_examples(
-    spec: str, *, data_dir: Path | None, offline: bool, progress: Progress
-) -> list[Example] | None:
+def read_examples(spec: str, *, data_dir: Path | None, offline: bool, progress: Progress) -> list[Example] | None:
     """All examples of an instruction set, in its order; None for plain text.
 
     Rows with an empty answer are left out, and ``progress`` is told how many. Arguments and errors are those of
@@ -142,9 +140,7 @@ def read_examples(
     return examples
 
 
-def encode(
-    example: Example, tokenizer: "PreTrainedTokenizerBase", template: Template
-) -> tuple[list[int], list[bool]]:
+def encode(example: Example, tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[list[int], list[bool]]:
     """Tokens of an example, and which of them are learnt: the answers. Raises InputError as the layout does."""
     pieces = lay_out(template, example.turns, tokenizer, context=example.context, where=example.where)
     tokens = [token for piece in pieces for token in piece.tokens]
