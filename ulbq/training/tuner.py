@@ -170,9 +170,9 @@ class Tuner(Trainer):
             lr_scheduler_type=_SCHEDULES[settings.schedule],
             warmup_steps=math.ceil(settings.warmup * steps),
             max_grad_norm=settings.clip,
-            gradient_checkpointing=settings.checkpointing,
+            activation_checkpointing=settings.checkpointing,
             # Reentrant, blocks whose inputs are not trained (the first one) would get no gradients.
-            gradient_checkpointing_kwargs={"use_reentrant": False} if settings.checkpointing else None,
+            activation_checkpointing_kwargs={"use_reentrant": False} if settings.checkpointing else None,
             use_cpu=precision.device.type == "cpu",
             ddp_backend="gloo" if precision.device.type == "cpu" and processes > 1 else None,
             ddp_find_unused_parameters=False if processes > 1 else None,
