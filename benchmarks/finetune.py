@@ -1,7 +1,8 @@
 """What fine-tuning a 2-bit model on a task brings: held-out answers before and after, and after the artifact is reloaded.
 
-    python benchmarks/finetune.py ARTIFACT --out DIR --results benchmarks/results/finetune-cpu.json [--task gsm8k …] [OPTIONS of ulbq finetune]
+    python benchmarks/finetune.py ARTIFACT --out DIR --results benchmarks/results/finetune-cpu.json [OPTIONS]
 
+OPTIONS are ``--task``, once or more, and any of ``ulbq finetune``.
 Each task runs as ``ulbq finetune`` in a process of its own, whose largest resident memory is noted. The artifact that
 it leaves is then loaded anew, as ``ulbq eval`` loads it, and the same held-out answers are measured again.
 """

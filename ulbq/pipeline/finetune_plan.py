@@ -13,6 +13,7 @@ from ulbq.artifacts.disk import sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.data.lessons import Lessons, draw_lessons
 from ulbq.errors import InputError, UsageError
+from ulbq.formats import AnyScheme, BinaryMosScheme
 from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, read_adapter, read_config
 from ulbq.models.blocks import block_list, skeleton
 from ulbq.models.source import ModelSource, resolve
@@ -242,7 +243,8 @@ def _cost(
         for name in linears
     )
     sizes = {layer.name: layer.bits for layer in _manifest(source).layers}
-    scales = sum(sizes[name].get("scales", 0) // 16 for name in layers) if request.train == "adapter-scales" else 0
+    scales = sum(_scales(scheme, sizes[name]) for name, scheme in source.packed.items())
+    scales = scales if request.train == "adapter-scales" else 0
     packed = sum(sum(bits.values()) for bits in sizes.values()) // 8
     held = packed + 2 * sum(_manifest(source).bits.parts.get(part, 0) for part in ("embeddings", "other")) // 8
     if precision.dtype.itemsize == 2:
@@ -263,6 +265,12 @@ def _cost(
     peak = _PROCESS + held + training + kept + logits
     cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=kept + logits)
     return parameters + scales, cost
+
+
+def _scales(scheme: AnyScheme, bits: Mapping[str, int]) -> int:
+    """Half-precision values of a layer that train as its scales: a codebook's levels too, and a mixture's zeros."""
+    roles = ("scales", "codebooks", "zeros") if isinstance(scheme, BinaryMosScheme) else ("scales", "codebooks")
+    return sum(bits.get(role, 0) for role in roles) // 16
 
 
 def _manifest(source: ModelSource) -> QuantizedManifest:
