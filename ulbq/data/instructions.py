@@ -43,10 +43,12 @@ if TYPE_CHECKING:
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _NAMED_INSTRUCTIONS = {"alpaca": "tatsu-lab/alpaca"}
+# Sets whose rows lie in a configuration of the repository.
+_CONFIGS = {"openai/gsm8k": "main"}
 
 
 @dataclass(frozen=True)
-class _Example:
+class Example:
     """A chat that ends with an answer.
 
     Attributes:
@@ -96,8 +98,8 @@ def training_text(
         InputError: unreadable data, too little of it; a row in no layout, named by its line.
         ResourceError: the set cannot be had here.
     """
-    rows = _instruction_rows(spec, data_dir, offline)
-    if rows is None:
+    examples = read_examples(spec, data_dir=data_dir, offline=offline, progress=progress)
+    if examples is None:
         if template is not None:
             raise UsageError(
                 f"--template {template} means nothing to '{spec}', which is plain text.", hint="Leave it out."
@@ -112,18 +114,37 @@ def training_text(
             data_dir=data_dir,
             offline=offline,
         )
+    template = choose_template(template, tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    drawn = _draw(spec, (examples[index] for index in order), tokenizer, template, samples, length, progress)
+    tokens, taught = _padded(drawn, length, filler(tokenizer))
+    return Calibration(Path(spec).name, tokens, seed, taught)
+
+
+def read_examples(spec: str, *, data_dir: Path | None, offline: bool, progress: Progress) -> list[Example] | None:
+    """All examples of an instruction set, in its order; None for plain text.
+
+    Rows with an empty answer are left out, and ``progress`` is told how many. Arguments and errors are those of
+    :func:`training_text`.
+    """
+    rows = _instruction_rows(spec, data_dir, offline)
+    if rows is None:
+        return None
     read = [_example(where, row) for where, row in rows]
     examples = [example for example in read if example is not None]
     if len(examples) < len(read):
         progress.note(
             f"Of '{spec}', {len(read) - len(examples)} of {len(read):,} rows have an empty answer and are left out."
         )
-    template = choose_template(template, tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    drawn = _draw(spec, (examples[index] for index in order), tokenizer, template, samples, length, progress)
-    tokens, taught = _padded(drawn, length, _filler(tokenizer))
-    return Calibration(Path(spec).name, tokens, seed, taught)
+    return examples
+
+
+def encode(example: Example, tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[list[int], list[bool]]:
+    """Tokens of an example, and which of them are learnt: the answers. Raises InputError as the layout does."""
+    pieces = lay_out(template, example.turns, tokenizer, context=example.context, where=example.where)
+    tokens = [token for piece in pieces for token in piece.tokens]
+    return tokens, [piece.taught for piece in pieces for _ in piece.tokens]
 
 
 def _instruction_rows(spec: str, data_dir: Path | None, offline: bool) -> Iterable[tuple[str, Row]] | None:
@@ -138,7 +159,7 @@ def _instruction_rows(spec: str, data_dir: Path | None, offline: bool) -> Iterab
         rows: Iterator[tuple[str, Row]] = ((f"{file}, {word} {number}", row) for number, row in numbered_rows(file))
     elif spec in _NAMED_INSTRUCTIONS or "/" in spec:
         found = registry.resolve_dataset(
-            _NAMED_INSTRUCTIONS.get(spec, spec), None, "train", data_dir=data_dir, offline=offline
+            _NAMED_INSTRUCTIONS.get(spec, spec), _CONFIGS.get(spec), "train", data_dir=data_dir, offline=offline
         )
         rows = ((f"{spec}, row {number}", row) for number, row in enumerate(found, start=1))
     else:
@@ -169,7 +190,7 @@ def _file(spec: str, data_dir: Path | None) -> Path | None:
     if root is not None and "/" in spec and (root / spec).is_dir():
         folders.append(root / spec)
     for folder in folders:
-        found = mirror_file(folder.parent, folder.name, None, "train")
+        found = mirror_file(folder.parent, folder.name, _CONFIGS.get(spec), "train")
         if found is not None:
             return found
     if folders:
@@ -184,11 +205,11 @@ def _is_instruction(row: Row) -> bool:
     return asked or any(isinstance(row.get(name), list) for name in CHAT)
 
 
-def _example(where: str, row: Row) -> _Example | None:
+def _example(where: str, row: Row) -> Example | None:
     """The example in a row; None where its answer is empty. Raises InputError where it is in no layout."""
     for name in CHAT:
         if isinstance(row.get(name), list):
-            return _Example(where, _turns(where, name, row[name]))
+            return Example(where, _turns(where, name, row[name]))
     question, answer = first(row, QUESTION), first(row, ANSWER)
     if question is None or answer is None:
         columns = ", ".join(map(repr, row)) or "(none)"
@@ -198,7 +219,7 @@ def _example(where: str, row: Row) -> _Example | None:
     _check_text(where, question, answer)
     context = first(row, CONTEXT) or ""
     _check_text(where, context)
-    return _Example(where, (Turn("user", question), Turn("assistant", answer)), context)
+    return Example(where, (Turn("user", question), Turn("assistant", answer)), context)
 
 
 def _turns(where: str, column: str, said: Sequence[Any]) -> tuple[Turn, ...]:
@@ -231,7 +252,7 @@ def _check_text(where: str, *texts: str) -> None:
 
 def _draw(
     spec: str,
-    examples: Iterable[_Example],
+    examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerBase",
     template: Template,
     samples: int,
@@ -242,9 +263,7 @@ def _draw(
     drawn: list[tuple[list[int], list[bool]]] = []
     cut = without = 0
     for example in examples:
-        pieces = lay_out(template, example.turns, tokenizer, context=example.context, where=example.where)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        taught = [piece.taught for piece in pieces for _ in piece.tokens]
+        tokens, taught = encode(example, tokenizer, template)
         if not any(taught[:length]):
             without += 1
             continue
@@ -267,7 +286,7 @@ def _draw(
     return drawn
 
 
-def _filler(tokenizer: "PreTrainedTokenizerBase") -> int:
+def filler(tokenizer: "PreTrainedTokenizerBase") -> int:
     """A token for behind a sample's end, where nobody looks."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(token) for token in known if token is not None), 0)
