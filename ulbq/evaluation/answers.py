@@ -23,7 +23,8 @@ def last_number(text: str) -> float | None:
 
     Known slips, all published: a hyphen counts as a minus (``10-5`` ends with -5); a fraction is its denominator
     (``3/4`` reads 4), a percentage or a power its last number; a list without blanks grows together (``1,2`` reads 12);
-    the number of a list's item or of a unit counts where it comes last (``12 m2`` reads 2).
+    the number of a list's item or of a unit counts where it comes last (``12 m2`` reads 2), and so does what is left of
+    one where the longest answer cut the text.
     """
     found = _NUMBER.findall(text.replace(",", ""))
     return _finite(found[-1]) if found else None
@@ -51,10 +52,11 @@ def first_letter(text: str) -> str | None:
 
 
 def first_word(text: str, words: Sequence[str]) -> str | None:
-    """The first of some answers, such as ``answer1`` or ``true``, that a text holds; capitals do not match.
+    """The first of some answers, such as ``answer1`` or ``true``, that a text holds.
 
-    Known slips, both published: part of a word counts (``untrue`` holds ``true``), and so does a text that repeats the
-    choices (``answer1/answer2`` reads ``answer1``).
+    Known slips, all published: capitals do not match (``True.`` holds no answer, nor does ``Answer3``), so that a model
+    which never saw the form scores next to nothing, whatever it knows; part of a word counts (``untrue`` holds
+    ``true``), and so does a text that repeats the choices (``answer1/answer2`` reads ``answer1``).
     """
     found = re.search("|".join(map(re.escape, words)), text)
     return found[0] if found else None

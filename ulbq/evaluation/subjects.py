@@ -17,6 +17,7 @@ from ulbq.models.source import ModelSource, resolve
 from ulbq.progress import Progress, Silent
 
 _SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
+_TEMPLATE: TypeAdapter[Template] = TypeAdapter(Template)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,9 @@ class Candidate:
     @property
     def template(self) -> Template:
         """How questions are laid out for it: as it was taught, else as Alpaca's prompt."""
-        return "alpaca"
+        manifest = self.source.manifest
+        taught = manifest.finetune.template if isinstance(manifest, QuantizedManifest) and manifest.finetune else None
+        return _TEMPLATE.validate_python(taught or "alpaca")
 
     def record(self) -> Parent:
         """How the evaluation's manifest names it."""
