@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _CPU_LOGITS = 512 << 20  # bytes that the logits of one batch may take on a CPU, where larger batches gain nothing
 _CPU_CACHE = 1 << 30  # bytes that keys and values of one batch may take on a CPU
-_CPU_SEQUENCES = 16
+_CPU_SEQUENCES = 32
 _GPU_SEQUENCES = 64
 _LOGIT_BYTES = 6  # bytes a logit: bf16 as the model gives it, float32 as it is scored
 
