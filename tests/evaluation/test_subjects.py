@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from tests.models.tiny import save_tiny
 from ulbq.artifacts import QuantizedManifest
 from ulbq.artifacts.records import FinetuneRecord
 from ulbq.errors import InputError
+from ulbq.evaluation import subjects
 from ulbq.evaluation.subjects import Candidate, open_candidates
 from ulbq.pipeline.convert import ConvertRequest, convert
 from ulbq.pipeline.quantize import QuantizeRequest, quantize
@@ -97,8 +99,8 @@ def test_a_named_parent_must_exist(folder):
         open_candidates(["q"], parent="./nowhere")
 
 
-def test_a_fine_tuned_model_is_asked_as_it_was_taught(folder):
-    (q,) = open_candidates(["q"])
+def test_a_fine_tuned_model_is_asked_as_it_was_taught(folder, monkeypatch):
+    q, dense = open_candidates(["q", "dense"])
     assert q.template == "alpaca"
     manifest = q.source.manifest
     assert isinstance(manifest, QuantizedManifest)
@@ -123,3 +125,12 @@ def test_a_fine_tuned_model_is_asked_as_it_was_taught(folder):
 
     assert with_record(taught).template == "gsm8k"
     assert with_record(taught.model_copy(update={"template": None})).template == "alpaca"
+    assert dense.template == "alpaca"
+    monkeypatch.setattr(subjects, "resolve", lambda path, offline: with_record(taught).source)
+    assert dense.template == "gsm8k"
+
+
+def test_a_converted_model_whose_artifact_is_gone_is_asked_as_any_other(folder):
+    (dense,) = open_candidates(["dense"])
+    shutil.rmtree("q")
+    assert dense.template == "alpaca"

@@ -68,8 +68,13 @@ class Candidate:
 
     @property
     def template(self) -> Template:
-        """How questions are laid out for it: as it was taught, else as Alpaca's prompt."""
+        """How questions are laid out for it: as it was taught, before it was converted too, else as Alpaca's prompt."""
         manifest = self.source.manifest
+        while isinstance(manifest, ConvertedManifest) and manifest.parents:
+            try:
+                manifest = resolve(manifest.parents[0].path, offline=True).manifest
+            except UlbqError:  # said when the full-precision parent was looked for
+                break
         taught = manifest.finetune.template if isinstance(manifest, QuantizedManifest) and manifest.finetune else None
         return _TEMPLATE.validate_python(taught or "alpaca")
 
