@@ -54,9 +54,15 @@ def describe(subject: Subject) -> str:
 
 
 def shown_metrics(scores: ModelScores) -> list[tuple[str, str]]:
-    """(task, metric) of every score but those of a group's members, which the group's own score sums up."""
+    """(task, metric) of every score but those of the members of lm-eval's groups, which the group's own sums up.
+
+    The few members of a group with written answers are shown, as published tables show them.
+    """
     return [
-        (task, metric) for task, score in scores.tasks.items() if score.member_of is None for metric in score.metrics
+        (task, metric)
+        for task, score in scores.tasks.items()
+        if score.member_of is None or score.writing is not None
+        for metric in score.metrics
     ]
 
 
