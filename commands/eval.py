@@ -15,6 +15,12 @@ _PROTOCOL = "How"
 _KINDS = ("quantized", "converted")
 
 
+def _task_names() -> list[str]:
+    from ulbq.evaluation.written_tasks import WRITTEN_NAMES
+
+    return ["piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "social_iqa", *WRITTEN_NAMES]
+
+
 def eval(  # the command's name; nothing here evaluates expressions
     sources: Annotated[
         list[str] | None,
@@ -43,9 +49,30 @@ def eval(  # the command's name; nothing here evaluates expressions
         typer.Option(
             "--tasks",
             metavar="NAME,…",
-            help="lm-eval tasks, as in piqa,arc_easy,'mmlu_*'.",
-            autocompletion=lambda: ["piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "social_iqa"],
+            help="lm-eval tasks, as in piqa,arc_easy,'mmlu_*', and tasks with written answers: "
+            "gsm8k-cot, svamp, mawps, aqua, commonsense.",
+            autocompletion=_task_names,
             rich_help_panel=_MEASURES,
+        ),
+    ] = None,
+    template: Annotated[
+        Literal["chat", "alpaca", "gsm8k"] | None,
+        typer.Option(
+            "--template",
+            help="How questions are laid out that want a written answer.",
+            show_default="as the model was fine-tuned, else alpaca",
+            rich_help_panel=_PROTOCOL,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            metavar="N",
+            help="Longest written answer.",
+            show_default="256, commonsense 32",
+            rich_help_panel=_PROTOCOL,
         ),
     ] = None,
     fidelity: Annotated[
@@ -164,6 +191,8 @@ def eval(  # the command's name; nothing here evaluates expressions
         sources=chosen,
         perplexity=_names("--perplexity", perplexity),
         tasks=_names("--tasks", tasks),
+        template=template,
+        max_new_tokens=max_new_tokens,
         fidelity=fidelity,
         parent=parent,
         adapter=adapter,

@@ -54,6 +54,15 @@ def test_quiet_shows_no_table(folder, capsys):
     assert run(capsys, "artifacts/q", "--limit", "2", "--quiet") == (0, "artifacts/q-eval\n", "")
 
 
+def test_written_answers_need_a_name_alone(folder, capsys):
+    options = ("--limit", "2", "--max-new-tokens", "3", "--template", "gsm8k", "--no-fidelity")
+    code, out, err = run(capsys, "artifacts/q", "--tasks", "svamp,boolq-instruct", *options)
+    assert (code, out) == (0, "artifacts/q-eval\n")
+    for text in ("svamp exact_match", "boolq-instruct exact_match", "first 2 documents, laid out as gsm8k"):
+        assert text in err
+    assert len(Path("artifacts/q-eval/samples.jsonl").read_text().splitlines()) == 4
+
+
 def test_compares_several(folder, capsys):
     code, out, err = run(capsys, "--compare", "artifacts/q", "base", "--limit", "2")
     assert (code, out) == (0, "artifacts/comparison\n")
@@ -69,6 +78,7 @@ def test_compares_several(folder, capsys):
         (["artifacts/q", "--context", "1"], "--context"),
         (["artifacts/q", "--perplexity", "wiki"], "no text set 'wiki'"),
         (["artifacts/q", "--tasks", ","], "--tasks names nothing"),
+        (["artifacts/q", "--tasks", "piqa", "--template", "chat"], "--template means nothing to tasks of lm-eval"),
         (["artifacts/q", "--seed", str(2**64)], "seed"),
         (["artifacts/q", "--batch-size", str(10**30)], "batch-size"),
     ],

@@ -51,7 +51,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_mirror(root: Path) -> Path:
-    """A mirror with WikiText-2's test text, PIQA, ARC and one generated-answer task's data, a few rows of each."""
+    """A mirror with WikiText-2's test text, PIQA, ARC, GSM8K and six of LLM-Adapters' sets, a few rows of each."""
     words = _WORDS.split()
     lines = [" ".join(words[(line * 7 + i) % len(words)] for i in range(30)) for line in range(60)]
     write_rows(root / "Salesforce/wikitext/wikitext-2-raw-v1/test.jsonl", [{"text": line} for line in lines])
@@ -63,6 +63,15 @@ def write_mirror(root: Path) -> Path:
     sums = [{"question": f"What is {i} + {i}?", "answer": f"Add them. #### {2 * i}"} for i in range(6)]
     write_rows(root / "openai/gsm8k/main/test.jsonl", sums[:3])
     write_rows(root / "openai/gsm8k/main/train.jsonl", sums)
+    for name in ("gsm8k", "svamp", "mawps"):
+        counted = [{"instruction": f"What is {i} + {i}?", "output": "", "answer": f"{2 * i}.0"} for i in range(5)]
+        write_rows(root / "llm-adapters" / name / "test.jsonl", counted)
+    lettered = [{"instruction": f"Which is {i}? Answer Choices: (A) {i}", "answer": "ABCDE"[i]} for i in range(5)]
+    write_rows(root / "llm-adapters/aqua/test.jsonl", lettered)
+    truths = [{"instruction": f"Is {words[i]} a word?", "answer": ("true", "false")[i % 2]} for i in range(7)]
+    write_rows(root / "llm-adapters/boolq/test.jsonl", truths)
+    chosen = [{"instruction": " ".join(words[: 3 * i + 1]), "answer": f"solution{i % 2 + 1}"} for i in range(3)]
+    write_rows(root / "llm-adapters/piqa/test.jsonl", chosen)
     return root
 
 

@@ -1,11 +1,15 @@
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import QuantizedManifest
+from ulbq.artifacts.records import FinetuneRecord
 from ulbq.errors import InputError
-from ulbq.evaluation.subjects import open_candidates
+from ulbq.evaluation import subjects
+from ulbq.evaluation.subjects import Candidate, open_candidates
 from ulbq.pipeline.convert import ConvertRequest, convert
 from ulbq.pipeline.quantize import QuantizeRequest, quantize
 from ulbq.progress import Silent
@@ -93,3 +97,40 @@ def test_a_named_parent_is_everybodys(folder):
 def test_a_named_parent_must_exist(folder):
     with pytest.raises(InputError, match=r"no file or folder '\./nowhere'"):
         open_candidates(["q"], parent="./nowhere")
+
+
+def test_a_fine_tuned_model_is_asked_as_it_was_taught(folder, monkeypatch):
+    q, dense = open_candidates(["q", "dense"])
+    assert q.template == "alpaca"
+    manifest = q.source.manifest
+    assert isinstance(manifest, QuantizedManifest)
+    taught = FinetuneRecord(
+        task="gsm8k",
+        template="gsm8k",
+        data={},
+        train="adapter",
+        start="fresh",
+        parameters=1,
+        epochs=1,
+        steps=1,
+        start_loss=2.0,
+        end_loss=1.0,
+        losses=(),
+        evaluations=(),
+        seconds=1.0,
+    )
+
+    def with_record(record: FinetuneRecord) -> Candidate:
+        return replace(q, source=replace(q.source, manifest=manifest.model_copy(update={"finetune": record})))
+
+    assert with_record(taught).template == "gsm8k"
+    assert with_record(taught.model_copy(update={"template": None})).template == "alpaca"
+    assert dense.template == "alpaca"
+    monkeypatch.setattr(subjects, "resolve", lambda path, offline: with_record(taught).source)
+    assert dense.template == "gsm8k"
+
+
+def test_a_converted_model_whose_artifact_is_gone_is_asked_as_any_other(folder):
+    (dense,) = open_candidates(["dense"])
+    shutil.rmtree("q")
+    assert dense.template == "alpaca"

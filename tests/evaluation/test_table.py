@@ -1,5 +1,6 @@
 from tests.evaluation.sample import model_scores, results, task_score
-from ulbq.evaluation.table import Row, describe, footnotes, rows
+from ulbq.evaluation.results import ModelScores, Writing
+from ulbq.evaluation.table import Row, describe, footnotes, rows, shown_metrics
 
 PARENT = model_scores("full", perplexity=24.19, tasks={"piqa": {"acc": 0.9}})
 GOOD = model_scores("good", parent="full", method="db-llm", scheme="w2g64", bits_per_weight=2.5, perplexity=71, kl=0.5)
@@ -65,3 +66,32 @@ def test_footnotes_tell_the_protocol():
     assert "8,192 positions of wikitext2" in told
     assert "all documents" in told
     assert "bfloat16" in told
+
+
+def written(name: str, template: str, unanswered: int) -> ModelScores:
+    writing = Writing(template=template, new_tokens=256, unanswered=unanswered)
+    single = task_score({"exact_match": 0.1}).model_copy(update={"writing": writing})
+    member = single.model_copy(update={"member_of": "both"})
+    return model_scores(name).model_copy(update={"tasks": {"both": single, "a": member, "c": single}})
+
+
+def test_how_answers_were_written_and_how_many_were_not_found_is_told():
+    notes = footnotes(results(written("one", "alpaca", 0), written("two", "alpaca", 1200)))
+    assert notes[0] == (
+        "both, c: answers written greedily to all documents, laid out as alpaca, read by the published rules; "
+        "± is the standard error."
+    )
+    # The group's own count is the sum of its members'.
+    assert notes[1] == "two: no answer was found, which counts as wrong, in 1,200 of 100 (a), 1,200 of 100 (c)."
+    assert len(notes) == 3
+    assert not any("lm-eval" in note for note in notes)
+    notes = footnotes(results(written("one", "alpaca", 0), written("two", "gsm8k", 0)))
+    assert "laid out as alpaca for one, gsm8k for two," in notes[0]
+    assert shown_metrics(written("one", "alpaca", 0)) == [
+        ("both", "exact_match"),
+        ("a", "exact_match"),
+        ("c", "exact_match"),
+    ]
+    mixed = written("one", "alpaca", 0)
+    mixed.tasks["piqa"] = task_score({"acc": 0.5})
+    assert any("lm-eval" in note for note in footnotes(results(mixed)))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ulbq.errors import InputError, ResourceError
+from ulbq.evaluation import text
 from ulbq.evaluation.text import batches, logits_of, text_windows
 
 LINES = [f"line number {number} of a text" for number in range(40)]
@@ -85,3 +86,13 @@ def test_a_full_device_is_a_sentence(model, monkeypatch):
     monkeypatch.setattr(type(model), "forward", full)
     with pytest.raises(ResourceError, match="2 windows of 10 tokens"):
         logits_of(model, torch.zeros(2, 10, dtype=torch.int64))
+
+
+def test_answers_side_by_side_have_room_for_their_keys_and_values(model, monkeypatch):
+    config = model.config
+    each = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * 100
+    assert text.sequences_per_batch(model, 100) == text._CPU_SEQUENCES
+    monkeypatch.setattr(text, "_CPU_CACHE", 5 * each + 1)
+    assert text.sequences_per_batch(model, 100) == 5
+    assert text.sequences_per_batch(model, 50) == 10
+    assert text.sequences_per_batch(model, 100_000) == 1

@@ -35,8 +35,12 @@ class Tasks:
         self.loaded = loaded
 
 
-def check_tasks(names: Sequence[str]) -> list[str]:
+def check_tasks(names: Sequence[str], *, others: Sequence[str] = ()) -> list[str]:
     """Expand patterns such as ``mmlu_*`` and check every name.
+
+    Args:
+        names: tasks, tags, groups or patterns.
+        others: names of tasks that are not lm-eval's, for the hint alone.
 
     Raises:
         UsageError: no such task, tag or group; the hint gives those that come close.
@@ -47,7 +51,7 @@ def check_tasks(names: Sequence[str]) -> list[str]:
     for name in names:
         matching = _manager().match_tasks([name])
         if not matching:
-            close = difflib.get_close_matches(name, known, n=5)
+            close = difflib.get_close_matches(name, [*others, *known], n=5)
             hint = f"Did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists them all."
             raise UsageError(f"lm-eval has no task '{name}'.", hint=hint)
         found += matching

@@ -8,7 +8,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ulbq.errors import InputError, ResourceError, UsageError
-from ulbq.evaluation.text import tokens_per_batch
+from ulbq.evaluation.text import sequences_per_batch, tokens_per_batch
 from ulbq.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ Score = tuple[float, bool]
 """Log-likelihood of an answer in nats, and whether it is what greedy decoding would write."""
 
 _DEFAULT_LENGTH = 2048  # tokens, where the configuration names no longest input
-_WRITING_BATCH = 16  # answers written side by side where no batch size is given
 
 
 class LanguageModel:
@@ -62,6 +61,7 @@ class LanguageModel:
         self.max_length: int = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_LENGTH
         self.end_token = int(tokenizer.eos_token_id)
         self.first_token = self.end_token if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+        self._ends = _ends(model, self.end_token)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def encode(self, text: str, *, special: bool | None = None) -> list[int]:
@@ -130,49 +130,77 @@ class LanguageModel:
         logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, logits_to_keep=kept).logits
         return logits
 
-    @torch.inference_mode()
     def write(
         self, prompts: Sequence[str], *, stops: Sequence[str], new_tokens: int, sampling: Mapping[str, Any]
     ) -> list[str]:
-        """Continue prompts.
+        """Continue prompts: :meth:`write_after` the tokens of texts."""
+        rows = [self.encode(prompt) for prompt in prompts]
+        return self.write_after(rows, stops=stops, new_tokens=new_tokens, sampling=sampling)
+
+    @torch.inference_mode()
+    def write_after(
+        self, rows: Sequence[list[int]], *, stops: Sequence[str], new_tokens: int, sampling: Mapping[str, Any]
+    ) -> list[str]:
+        """Continue prompts, batches of similar length side by side, the longest first.
+
+        A batch's prompts are filled up on the left, out of sight of the model. In float32 an answer does not depend on
+        its neighbours; in half precision sums of another shape round otherwise, and where two tokens are almost
+        equally likely, another batch size may take the other one.
 
         Args:
-            prompts: texts; one too long to leave room for its answer loses its beginning.
+            rows: tokens, at least one each; a prompt too long to leave room for its answer loses its beginning.
             stops: an answer ends where it first holds one of these, but may still show what follows.
             new_tokens: longest answer in tokens.
             sampling: options of transformers' ``generate``; empty: greedy.
 
         Raises:
             UsageError: the model's longest input has no room for the answer.
+            ResourceError: the device has no memory for a single answer.
         """
         room = self.max_length - new_tokens
         if room < 1:
             raise UsageError(f"An answer may take {new_tokens} tokens; the model holds {self.max_length} in all.")
-        rows = sorted(enumerate(self.encode(prompt)[-room:] for prompt in prompts), key=lambda item: -len(item[1]))
-        size = self.batch_size or _WRITING_BATCH
-        texts = [""] * len(prompts)
-        with self.progress.phase(f"Answers written by {self.label}", len(prompts)) as phase:
-            for start in range(0, len(rows), size):
-                batch = rows[start : start + size]
-                written = self._write([row for _, row in batch], stops, new_tokens, sampling)
-                for (number, _), text in zip(batch, written, strict=True):
+        order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+        texts = [""] * len(rows)
+        with self.progress.phase(f"Answers written by {self.label}", len(rows)) as phase:
+            start = 0
+            while start < len(order):
+                longest = min(len(rows[order[start]]), room) + new_tokens
+                numbers = order[start : start + (self.batch_size or sequences_per_batch(self.model, longest))]
+                written = self._write([rows[number][-room:] for number in numbers], stops, new_tokens, sampling)
+                for number, text in zip(numbers, written, strict=True):
                     texts[number] = text
-                phase.advance(len(batch))
+                start += len(numbers)
+                phase.advance(len(numbers))
         return texts
 
     def _write(
         self, rows: list[list[int]], stops: Sequence[str], new_tokens: int, sampling: Mapping[str, Any]
     ) -> list[str]:
+        """Answers to one batch; one that does not fit into the device's memory is halved."""
         length, device = max(map(len, rows)), self.model.device
         pad = self.end_token if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
-        generated = self.model.generate(  # type: ignore[operator]
-            input_ids=torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device),
-            attention_mask=torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device),
-            max_new_tokens=new_tokens,
-            pad_token_id=pad,
-            stopping_criteria=StoppingCriteriaList([_StopAt(stops, length, self.tokenizer)]),
-            **{"do_sample": False, **sampling},
-        )
+        try:
+            generated = self.model.generate(  # type: ignore[operator]
+                input_ids=torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device),
+                attention_mask=torch.tensor(
+                    [[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device
+                ),
+                max_new_tokens=new_tokens,
+                pad_token_id=pad,
+                eos_token_id=self._ends,
+                stopping_criteria=StoppingCriteriaList([_StopAt(stops, length, self.tokenizer)]),
+                **{"do_sample": False, **sampling},
+            )
+        except torch.OutOfMemoryError as error:
+            if len(rows) == 1:
+                raise ResourceError(
+                    f"The device has no memory to answer a prompt of {length} tokens.", hint="Try --device cpu."
+                ) from error
+            half = len(rows) // 2
+            return [
+                text for part in (rows[:half], rows[half:]) for text in self._write(part, stops, new_tokens, sampling)
+            ]
         return [str(text) for text in self.tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)]
 
 
@@ -187,6 +215,14 @@ class _StopAt(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         written = self.tokenizer.batch_decode(input_ids[:, self.prompt :])
         return torch.tensor([any(stop in text for stop in self.stops) for text in written], device=input_ids.device)
+
+
+def _ends(model: "PreTrainedModel", end_token: int) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end of text, which training closes with, and the model's own ends."""
+    settings = model.generation_config
+    own = None if settings is None else settings.eos_token_id
+    named = own if isinstance(own, list) else [] if own is None else [own]
+    return list(dict.fromkeys([end_token, *map(int, named)]))
 
 
 def _answer_score(logits: torch.Tensor, answer: list[int]) -> Score:

@@ -46,15 +46,29 @@ class Fidelity(_Value):
 
 
 class Metric(_Value):
-    """One metric of one task; ``stderr`` is lm-eval's standard error, where it has one."""
+    """One metric of one task; ``stderr`` is its standard error, where it has one."""
 
     value: float
     stderr: float | None
     higher_is_better: bool
 
 
+class Writing(_Value):
+    """How the answers of a task that is not lm-eval's came about; all are greedy.
+
+    Attributes:
+        template: how the questions were laid out, see :mod:`ulbq.data.prompts`.
+        new_tokens: longest answer, in tokens.
+        unanswered: texts in which the task's rule found no answer at all; they count as wrong.
+    """
+
+    template: str
+    new_tokens: int
+    unanswered: int
+
+
 class TaskScore(_Value):
-    """Scores of one lm-eval task or group.
+    """Scores of one task or group.
 
     Attributes:
         metrics: by name, in the task's own order; ``exact_match,strict`` where a filter other than ``none`` made it.
@@ -62,6 +76,7 @@ class TaskScore(_Value):
         fewshot: examples in the prompt.
         version: the task's version, as lm-eval records it; scores of different versions do not compare.
         member_of: the group whose aggregate already tells this score.
+        writing: how the answers came about; None for lm-eval's tasks.
     """
 
     metrics: dict[str, Metric]
@@ -69,6 +84,7 @@ class TaskScore(_Value):
     fewshot: int
     version: str
     member_of: str | None = None
+    writing: Writing | None = None
 
 
 class Subject(_Value):
@@ -114,6 +130,8 @@ class Protocol(_Value):
         fewshot: examples in a task's prompt; None: as the task says.
         dtype: what the models computed in.
         seed: of text that a parent wrote itself.
+        template: how the questions of tasks with written answers are laid out; None: as each model was taught.
+        max_new_tokens: longest written answer; None: as each task says.
     """
 
     context: int
@@ -121,6 +139,8 @@ class Protocol(_Value):
     fewshot: int | None
     dtype: str
     seed: int
+    template: str | None = None
+    max_new_tokens: int | None = None
 
 
 class Results(_Value):

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from ulbq.artifacts import ConvertedManifest, Parent, QuantizedManifest
+from ulbq.data.prompts import Template
 from ulbq.errors import UlbqError
 from ulbq.evaluation.results import WITHOUT_ADAPTER, Subject
 from ulbq.formats import AnyScheme, Scheme
@@ -16,6 +17,7 @@ from ulbq.models.source import ModelSource, resolve
 from ulbq.progress import Progress, Silent
 
 _SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
+_TEMPLATE: TypeAdapter[Template] = TypeAdapter(Template)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,18 @@ class Candidate:
             adapter=self._adapter(),
             parent=self.parent.name if self.parent else None,
         )
+
+    @property
+    def template(self) -> Template:
+        """How questions are laid out for it: as it was taught, before it was converted too, else as Alpaca's prompt."""
+        manifest = self.source.manifest
+        while isinstance(manifest, ConvertedManifest) and manifest.parents:
+            try:
+                manifest = resolve(manifest.parents[0].path, offline=True).manifest
+            except UlbqError:  # said when the full-precision parent was looked for
+                break
+        taught = manifest.finetune.template if isinstance(manifest, QuantizedManifest) and manifest.finetune else None
+        return _TEMPLATE.validate_python(taught or "alpaca")
 
     def record(self) -> Parent:
         """How the evaluation's manifest names it."""

@@ -54,9 +54,15 @@ def describe(subject: Subject) -> str:
 
 
 def shown_metrics(scores: ModelScores) -> list[tuple[str, str]]:
-    """(task, metric) of every score but those of a group's members, which the group's own score sums up."""
+    """(task, metric) of every score but those of the members of lm-eval's groups, which the group's own sums up.
+
+    The few members of a group with written answers are shown, as published tables show them.
+    """
     return [
-        (task, metric) for task, score in scores.tasks.items() if score.member_of is None for metric in score.metrics
+        (task, metric)
+        for task, score in scores.tasks.items()
+        if score.member_of is None or score.writing is not None
+        for metric in score.metrics
     ]
 
 
@@ -87,11 +93,45 @@ def footnotes(results: Results) -> list[str]:
             f"Fidelity: next-token distributions at {fidelity.tokens:,} positions of {text}; "
             "the full-precision model itself would have 0 nats and 100 %."
         )
-    if any(scores.tasks for scores in results.models):
+    tasks = [score for scores in results.models for score in scores.tasks.values()]
+    if tasks:
         documents = "all documents" if protocol.limit is None else f"the first {protocol.limit:,} documents"
         examples = "as many examples as each task says" if protocol.fewshot is None else f"{protocol.fewshot} examples"
-        lines.append(f"Tasks: lm-eval, {documents}, {examples} in the prompt; ± is the standard error.")
+        if any(score.writing is None for score in tasks):
+            lines.append(f"Tasks: lm-eval, {documents}, {examples} in the prompt; ± is the standard error.")
+        lines += _writing_notes(results, documents)
     return [*lines, f"Computed in {protocol.dtype}."]
+
+
+def _writing_notes(results: Results, documents: str) -> list[str]:
+    """How answers were written and read, and how many count as wrong because none was found in the text."""
+    written = [
+        (scores.subject.name, task, score, score.writing)
+        for scores in results.models
+        for task, score in scores.tasks.items()
+        if score.writing is not None
+    ]
+    if not written:
+        return []
+    names = list(dict.fromkeys(task for _, task, score, _ in written if score.member_of is None))
+    layouts = {model: writing.template for model, _, _, writing in written}
+    told = ", ".join(f"{template} for {model}" for model, template in layouts.items())
+    if len(set(layouts.values())) == 1:
+        told = next(iter(layouts.values()))
+    notes = [
+        f"{', '.join(names)}: answers written greedily to {documents}, laid out as {told}, read by the published "
+        "rules; ± is the standard error."
+    ]
+    sums = {score.member_of for _, _, score, _ in written}
+    for model in layouts:
+        missed = [
+            f"{writing.unanswered:,} of {score.samples:,} ({task})"
+            for name, task, score, writing in written
+            if name == model and task not in sums and writing.unanswered
+        ]
+        if missed:
+            notes.append(f"{model}: no answer was found, which counts as wrong, in {', '.join(missed)}.")
+    return notes
 
 
 def _fidelity_rows(results: Results) -> list[Row]:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CPU_LOGITS = 512 << 20  # bytes that the logits of one batch may take on a CPU, where larger batches gain nothing
+_CPU_CACHE = 1 << 30  # bytes that keys and values of one batch may take on a CPU
+_CPU_SEQUENCES = 32
+_GPU_SEQUENCES = 64
 _LOGIT_BYTES = 6  # bytes a logit: bf16 as the model gives it, float32 as it is scored
 
 
@@ -64,6 +67,23 @@ def tokens_per_batch(model: "PreTrainedModel") -> int:
     device = model.device
     room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _CPU_LOGITS
     return max(1, room // (int(model.config.vocab_size) * _LOGIT_BYTES))
+
+
+def sequences_per_batch(model: "PreTrainedModel", tokens: int) -> int:
+    """Sequences of ``tokens`` tokens, written ones included, to write side by side.
+
+    As many as have their keys and values, twice over because a growing cache is copied, in 1 GiB on a CPU, in a quarter
+    of the free memory on a GPU. But no more than are of use: finished answers wait for the longest one beside them.
+    """
+    device = model.device
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each: int = 2 * 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * tokens
+    room, most = _CPU_CACHE, _CPU_SEQUENCES
+    if device.type == "cuda":
+        room, most = torch.cuda.mem_get_info(device)[0] // 4, _GPU_SEQUENCES
+    return max(1, min(most, room // each))
 
 
 def batches(model: "PreTrainedModel", windows: torch.Tensor, batch_size: int | None) -> Iterator[torch.Tensor]:

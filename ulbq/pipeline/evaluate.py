@@ -1,6 +1,7 @@
 """``evaluate``: models in, their scores out, beside those of the full-precision models that they were made from."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ulbq import __version__, runtime
@@ -16,6 +17,7 @@ from ulbq.artifacts import (
 )
 from ulbq.evaluation.report import report
 from ulbq.evaluation.results import Results
+from ulbq.evaluation.written import Sample
 from ulbq.pipeline.evaluation_plan import EvaluateRequest, Job, prepare
 from ulbq.pipeline.measure import Measurer
 from ulbq.pipeline.recorded import merge
@@ -23,9 +25,14 @@ from ulbq.progress import Progress, Silent
 
 __all__ = ["EvaluateRequest", "evaluate"]
 
+SAMPLES = "samples.jsonl"
+"""Where an evaluation holds some of the answers that models wrote."""
+
 
 def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tuple[Path, EvaluationManifest]:
     """Measure models and write an evaluation: ``results.json``, ``report.html`` and the manifest.
+
+    Where models wrote answers, some of them stand in ``samples.jsonl``.
 
     Args:
         request: what to do.
@@ -62,6 +69,8 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
             results=results.model_dump(mode="json"),
         )
         _write(job, results, manifest, writer.path)
+        if measurer is not None and measurer.samples:
+            _write_samples(measurer.samples, writer.path)
         path = writer.finish(manifest)
     return path, read_back(path, EvaluationManifest)
 
@@ -73,6 +82,12 @@ def _write(job: Job, results: Results, manifest: EvaluationManifest, folder: Pat
     created = f"{manifest.created[:16].replace('T', ' ')} UTC"
     page = report(title, results, _quantized(job), created=created)
     (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def _write_samples(samples: Sequence[tuple[str, Sample]], folder: Path) -> None:
+    """One line an answer, for people to look at."""
+    lines = (json.dumps({"model": name, **sample.model_dump()}, ensure_ascii=False) for name, sample in samples)
+    (folder / SAMPLES).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _measure(job: Job, measurer: Measurer | None) -> Results:

@@ -10,11 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ulbq import runtime
 from ulbq.data.mirror import data_root
+from ulbq.data.prompts import Template, choose_template
 from ulbq.data.registry import available, text_set
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.harness import Tasks, check_tasks, load_tasks
 from ulbq.evaluation.results import Protocol
 from ulbq.evaluation.subjects import Candidate, open_candidates
+from ulbq.evaluation.written_tasks import WRITTEN_NAMES, Written, load_written
 from ulbq.pipeline.measure import Measures
 from ulbq.pipeline.recorded import Recorded, read_recorded
 from ulbq.progress import Progress
@@ -35,7 +37,10 @@ class EvaluateRequest(BaseModel):
     Attributes:
         sources: models; also finished evaluations, whose scores are taken over where the protocol is the same.
         perplexity: names of text sets.
-        tasks: names of lm-eval tasks, tags or groups; ``*`` matches.
+        tasks: names of lm-eval tasks, tags or groups, where ``*`` matches, and of :data:`WRITTEN_NAMES`.
+        template: how the questions of tasks with written answers are laid out. None: as each model was taught, else
+            as Alpaca's prompt.
+        max_new_tokens: longest written answer. None: as each task says.
         fidelity: compare with the full-precision parent. None: if nothing else was asked for, and it can be read.
         parent: the parent, where the artifacts' own record of it does not help.
         adapter: measure artifacts with the adapter that they have; else the base alone.
@@ -54,6 +59,8 @@ class EvaluateRequest(BaseModel):
     sources: tuple[str, ...] = Field(min_length=1)
     perplexity: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
+    template: Template | None = None
+    max_new_tokens: int | None = Field(default=None, ge=1, le=_MOST)
     fidelity: bool | None = None
     parent: str | None = None
     adapter: bool = True
@@ -112,6 +119,7 @@ def prepare(request: EvaluateRequest, progress: Progress) -> Job:
     for name in request.perplexity:
         text_set(name)
     data_root(request.data_dir)
+    _check_written(request)
     device = runtime.resolve_device(request.device)
     # A finished evaluation alone is no model to evaluate, and resolving it will say so.
     recorded, sources = read_recorded(request.sources) if len(request.sources) > 1 else ([], list(request.sources))
@@ -144,9 +152,14 @@ def _measures(
     if request.limit is None and not request.asks and perplexity and device.type == "cpu":
         limit = CPU_WINDOWS
         progress.note(f"On a CPU, nothing asked: the first {limit} windows of the text (--limit 0 reads all).")
+    # What is ours to read comes first: it is quick, and lm-eval need not be there for it.
+    written = _written(request, candidates, limit, progress)
     return Measures(
         perplexity=perplexity,
-        tasks=_tasks(request, progress) if request.tasks else None,
+        tasks=_tasks(request, progress) if _of_lm_eval(request) else None,
+        written=written,
+        template=request.template,
+        max_new_tokens=request.max_new_tokens,
         fidelity=fidelity,
         context=_context(request, candidates),
         limit=limit,
@@ -188,9 +201,44 @@ def _texts(
     return perplexity, fidelity
 
 
+def _check_written(request: EvaluateRequest) -> None:
+    given = {"--template": request.template, "--max-new-tokens": request.max_new_tokens}
+    for option, value in given.items():
+        if value is not None and not set(request.tasks) & set(WRITTEN_NAMES):
+            raise UsageError(
+                f"{option} means nothing to tasks of lm-eval, which lay out their own prompts."
+                if request.tasks
+                else f"{option} means nothing without --tasks.",
+                hint=f"It is for {', '.join(WRITTEN_NAMES)}.",
+            )
+
+
+def _of_lm_eval(request: EvaluateRequest) -> tuple[str, ...]:
+    return tuple(name for name in request.tasks if name not in WRITTEN_NAMES)
+
+
+def _written(
+    request: EvaluateRequest, candidates: Sequence[Candidate], limit: int | None, progress: Progress
+) -> Written | None:
+    names = [name for name in request.tasks if name in WRITTEN_NAMES]
+    if not names:
+        return None
+    if request.template == "chat":
+        for candidate in candidates:
+            choose_template("chat", candidate.source.tokenizer())
+    found = load_written(names, limit=limit, data_dir=request.data_dir)
+    for group in found.groups:
+        if group.missing:
+            progress.note(
+                f"'{group.name}' goes without {', '.join(group.missing)}, which the mirror does not have: "
+                f"the mean is that of {len(group.members)} sets."
+            )
+    return found
+
+
 def _tasks(request: EvaluateRequest, progress: Progress) -> Tasks:
     with progress.phase("Reading lm-eval's list of tasks"):
-        names = check_tasks(request.tasks)
+        names = check_tasks(_of_lm_eval(request), others=WRITTEN_NAMES)
     with progress.phase("Loading the data of tasks"):
         return load_tasks(names, fewshot=request.fewshot, data_dir=request.data_dir, offline=request.offline)
 
@@ -221,4 +269,6 @@ def _protocol(request: EvaluateRequest, measures: Measures) -> Protocol:
         fewshot=request.fewshot,
         dtype=str(measures.dtype).removeprefix("torch."),
         seed=request.seed,
+        template=request.template,
+        max_new_tokens=request.max_new_tokens,
     )

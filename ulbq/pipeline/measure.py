@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ulbq import runtime
 from ulbq.artifacts import ArtifactWriter
 from ulbq.data.generate import self_samples
+from ulbq.data.prompts import Template
 from ulbq.data.registry import TEXT_SETS, texts
 from ulbq.evaluation.fidelity import fidelity
 from ulbq.evaluation.harness import Tasks, run_tasks
@@ -21,6 +22,8 @@ from ulbq.evaluation.perplexity import perplexity
 from ulbq.evaluation.results import Fidelity, ModelScores, Perplexity, TaskScore
 from ulbq.evaluation.subjects import Candidate
 from ulbq.evaluation.text import text_windows
+from ulbq.evaluation.written import Answered, Sample, run_written, with_groups
+from ulbq.evaluation.written_tasks import LoadedTask, Written
 from ulbq.models.load import load_model, model_memory
 from ulbq.progress import Progress
 
@@ -37,7 +40,10 @@ class Measures:
 
     Attributes:
         perplexity: names of text sets.
-        tasks: loaded tasks, None for none.
+        tasks: loaded tasks of lm-eval's, None for none.
+        written: loaded tasks whose answers models write, None for none.
+        template: how the questions of these are laid out; None: as each model was taught.
+        max_new_tokens: longest written answer; None: as each task says.
         fidelity: text set to compare with the parent on, ``self`` for text that the parent writes, None not to compare.
         context: tokens a window.
         limit: windows a text and documents a task; None: all.
@@ -51,6 +57,9 @@ class Measures:
 
     perplexity: tuple[str, ...]
     tasks: Tasks | None
+    written: Written | None
+    template: Template | None
+    max_new_tokens: int | None
     fidelity: str | None
     context: int
     limit: int | None
@@ -64,7 +73,11 @@ class Measures:
 
 
 class Measurer:
-    """Measures models one after the other. Two are in memory together only while their predictions are compared."""
+    """Measures models one after the other. Two are in memory together only while their predictions are compared.
+
+    Attributes:
+        samples: written answers so far, each with the name of its model.
+    """
 
     def __init__(
         self, measures: Measures, writer: ArtifactWriter, watch: runtime.Stopwatch, progress: Progress
@@ -73,6 +86,7 @@ class Measurer:
         self._writer = writer
         self._watch = watch
         self._progress = progress
+        self.samples: list[tuple[str, Sample]] = []
 
     def measure(self, candidate: Candidate, *, with_perplexity: bool = True, with_tasks: bool = True) -> ModelScores:
         """Take the scores of one model; fidelity too where it has a parent. It is loaded only if a step is missing."""
@@ -92,6 +106,9 @@ class Measurer:
         if measures.tasks is not None and with_tasks:
             tasks = measures.tasks
             scores = self._step(f"{name}: tasks", dict[str, TaskScore], lambda: self._tasks(candidate, model(), tasks))
+        if measures.written is not None and with_tasks:
+            answered = {one.task.name: self._answered(candidate, model, one) for one in measures.written.tasks}
+            scores |= with_groups(answered, measures.written.groups)
         compared: Fidelity | None = None
         if measures.fidelity is not None and candidate.parent is not None:
             parent, text = candidate.parent, measures.fidelity
@@ -132,6 +149,25 @@ class Measurer:
             progress=self._progress,
             label=candidate.name,
         )
+
+    def _answered(self, candidate: Candidate, model: Callable[[], PreTrainedModel], loaded: LoadedTask) -> TaskScore:
+        measures, name = self._measures, candidate.name
+
+        def answer() -> Answered:
+            return run_written(
+                model(),
+                candidate.source.tokenizer(),
+                loaded,
+                template=measures.template or candidate.template,
+                new_tokens=measures.max_new_tokens,
+                batch_size=measures.batch_size,
+                progress=self._progress,
+                label=name,
+            )
+
+        found = self._step(f"{name}: {loaded.task.name}", Answered, answer)
+        self.samples += [(name, sample) for sample in found.samples]
+        return found.score
 
     def _fidelity(self, candidate: Candidate, model: PreTrainedModel, parent: Candidate, text: str) -> Fidelity:
         measures = self._measures
