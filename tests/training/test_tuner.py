@@ -75,7 +75,9 @@ def test_every_step_and_checkpoint_is_reported(tmp_path: Path, capsys: pytest.Ca
     saved: list[str] = []
     looks: list[int] = []
     watch = Watch(lambda step, loss: steps.append(step), looks.append, lambda folder: saved.append(folder.name))
-    tuner(tmp_path, watch, eval_every=2).train()
+    found = tuner(tmp_path, watch, eval_every=2)
+    assert found.model_accepts_loss_kwargs  # tokens count alike over all micro-batches of a step
+    found.train()
     assert steps == [1, 2, 3, 4]
     assert looks == [2]  # not at the last one, which is measured as it is stored
     assert saved == [f"checkpoint-{step}" for step in steps]

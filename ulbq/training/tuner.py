@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.data.lessons import Lesson
-from ulbq.errors import NumericsError
+from ulbq.errors import NumericsError, ResourceError
 from ulbq.training.head import Head, in_chunks
 from ulbq.training.precision import Precision
 
@@ -254,6 +254,18 @@ class Tuner(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         write_shard(folder / _TRAINED, {name: parameter.detach() for name, parameter in self.trained.items()})
+
+    def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        try:
+            super()._save_checkpoint(*arguments, **more)
+        except RuntimeError as error:
+            # torch.save has no other word for a write that comes back short.
+            if "inline_container" not in str(error):
+                raise
+            raise ResourceError(
+                "A checkpoint of the fine-tuning cannot be written: the disk is full.",
+                hint="Free some space (or point -o at another disk) and run the same command again.",
+            ) from error
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
