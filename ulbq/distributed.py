@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from ulbq.errors import NumericsError, ResourceError, UsageError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 P = ParamSpec("P")
+S = TypeVar("S", bound="Sequence[Any] | torch.Tensor")
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -154,9 +155,9 @@ def check_device(device: "torch.device") -> None:
         )
 
 
-def own(items: "torch.Tensor") -> "torch.Tensor":
-    """This process's share of some samples ``[n, ...]``."""
-    return items[rank() :: size()]
+def own(items: S) -> S:
+    """This process's share of some samples: every ``size()``-th element, or row of a tensor."""
+    return cast(S, items[rank() :: size()])
 
 
 def rows(indices: "torch.Tensor") -> "torch.Tensor":
@@ -179,6 +180,17 @@ def sum_(*tensors: "torch.Tensor") -> None:
     with _talking():
         for tensor in tensors:
             distributed.all_reduce(tensor)
+
+
+def mean(values: "torch.Tensor") -> "torch.Tensor":
+    """Mean of the values of all processes, a scalar; some may have none."""
+    if _world is None:
+        return values.mean()
+    import torch
+
+    sums = torch.stack([values.detach().double().sum(), values.new_tensor(values.numel(), dtype=torch.float64)])
+    sum_(sums)
+    return (sums[0] / sums[1]).to(values.dtype)
 
 
 def total(*numbers: float) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ulbq import __version__, runtime
+from ulbq import __version__, distributed, runtime
 from ulbq.artifacts import (
     DEFAULT_ROOT,
     ArtifactWriter,
@@ -61,7 +61,7 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
             phases=tuple(watch.records),
             results=results.model_dump(mode="json"),
         )
-        _write(job, results, manifest, writer.path)
+        distributed.on_main(_write, job, results, manifest, writer.path)
         path = writer.finish(manifest)
     return path, read_back(path, EvaluationManifest)
 
