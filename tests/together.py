@@ -1,6 +1,7 @@
-"""What one process or two together do, for ``test_distributed``; ``torchrun -m tests.together`` does all of it.
+"""What one process or two together do, for ``test_distributed``: ``torchrun -m tests.together INPUTS FOLDER NAME …``.
 
-Each piece of work leaves its result in a folder of its own.
+Each piece of work leaves its result in a folder of its own. ``torchrun -m tests.together break WORD …`` is the command
+line, in which the second process cannot read blocks.
 """
 
 import json
@@ -13,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ulbq import distributed
+from ulbq.errors import InputError
 from ulbq.evaluation.fidelity import fidelity
 from ulbq.evaluation.lm import LanguageModel
 from ulbq.evaluation.perplexity import perplexity
+from ulbq.models.blocks import load_block
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline.quantize import quantize
@@ -71,8 +74,7 @@ def interrupted(inputs: Path, folder: Path) -> None:
 
 
 def resumed(inputs: Path, folder: Path) -> None:
-    """Stop after one block, and go on."""
-    interrupted(inputs, folder)
+    """Go on with what was left behind."""
     quantize(_request(inputs, folder / "q", method="gptq"))
 
 
@@ -142,15 +144,15 @@ def primitives(inputs: Path, folder: Path) -> None:
 
 WORK: dict[str, Callable[[Path, Path], None]] = {
     "gptq": _quantized(method="gptq"),
-    "claq": _quantized(method="claq", bits=2, group_size=None, target_bits=4.0, allocation="global", saliency="none"),
     "efficientqat": _quantized(**_TRAINING, fit_temperature=True),
     "uniform": _quantized(**_TRAINING, micro_batch=2, token_weighting="uniform"),
     "apiq": _quantized(method="apiq", epochs=2, batch_size=3, granularity="layer", adapter=True, rank=4),
-    "ulb-sapr": _quantized(method="ulb-sapr", batch_size=3, stages=[{"name": "wpt", "epochs": 1}, {"name": "mixed", "epochs": 1}]),
-    "end-to-end": _quantized(
-        **_TRAINING | {"epochs": 0}, end_to_end="kl", end_to_end_epochs=2, end_to_end_rate=1.0, accumulation=3
+    "ulb-sapr": _quantized(
+        method="ulb-sapr", batch_size=3, stages=[{"name": "wpt", "epochs": 1}, {"name": "mixed", "epochs": 1}]
     ),
-    "resumed": resumed,
+    "end-to-end": _quantized(
+        **_TRAINING | {"epochs": 0}, end_to_end="kl", end_to_end_epochs=2, end_to_end_rate=0.2, accumulation=3
+    ),
     "interrupted": interrupted,
     "saliency": scores,
     "evaluation": evaluated,
@@ -159,7 +161,7 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
 
 
 def prepare(inputs: Path) -> None:
-    """What all work is done on: a tiny model that some steps of training have given an opinion, and tokens."""
+    """What all work is done on: a tiny model and tokens."""
     from tests.models.tiny import save_tiny
 
     save_tiny("llama", inputs / MODEL, tied=False)
@@ -173,7 +175,23 @@ def do(name: str, inputs: Path, folder: Path) -> None:
     WORK[name](inputs, folder / name)
 
 
+def break_second(words: list[str]) -> int:
+    """Run a command; returns its exit code."""
+    from ulbq.commands.app import main
+    from ulbq.pipeline import streams
+
+    def broken(*arguments: Any) -> Any:
+        if distributed.rank() == 1:
+            raise InputError("The second one stumbles.")
+        return load_block(*arguments)
+
+    streams.load_block = broken
+    return main(words)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "break":
+        raise SystemExit(break_second(sys.argv[2:]))
     with distributed.joined():
         for chosen in sys.argv[3:]:
             do(chosen, Path(sys.argv[1]), Path(sys.argv[2]))
