@@ -1,15 +1,14 @@
 """``ulbq finetune``: a quantized artifact in, one that has learnt more out."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
-
-import typer
+from typing import Any
 
 from ulbq.errors import UlbqError, UsageError
 
 from . import console
+from . import finetune_options as f
 from . import quantize_options as o
 from . import training_options as t
 from .options import (
@@ -27,12 +26,12 @@ from .options import (
     read_size,
     read_source,
 )
-from .plan_table import show_plan
+from .plan_table import show_finetune_plan, show_plan
 
-_TASKS = ("end-to-end",)
-_WHAT, _HOW, _RATES = "What to learn", "How", "Rates"
+_END_TO_END = "end-to-end"
+_NOT_OF_A_REQUEST = frozenset({"source", "task", "list_tasks", "dry_run", "json", "quiet", "debug"})
 
-# Options that are called otherwise here than in 'ulbq quantize', by the field of the request.
+# Options of --task end-to-end that are called otherwise in 'ulbq quantize', by the field of its request.
 _FIELDS = {
     "loss": "end_to_end",
     "data": "end_to_end_data",
@@ -44,90 +43,64 @@ _FIELDS = {
     "dad_gamma": "end_to_end_gamma",
     "hidden_weight": "end_to_end_hidden_weight",
 }
-_NOT_OF_A_REQUEST = frozenset({"source", "task", "dry_run", "json", "quiet", "debug"})
-
-Task = Annotated[
-    str,
-    typer.Option(
-        "--task",
-        metavar="TASK",
-        help="end-to-end: scales, norms and adapter of the whole packed model learn together, codes stay.",
-        autocompletion=lambda: list(_TASKS),
-        rich_help_panel=_WHAT,
-    ),
-]
-Loss = Annotated[
-    Literal["ce", "kl", "ce-kl", "kl-hidden", "dad"],
-    typer.Option(
-        "--loss",
-        help="Cross-entropy of the text, the full-precision parent's predictions, both, with hidden states too, or "
-        "deviation-aware.",
-        rich_help_panel=_WHAT,
-    ),
-]
-Data = Annotated[
-    str | None,
-    o.option(
-        "--data",
-        "Text as 'quantize --calibration' takes it, or an instruction set, whose answers alone are learnt: alpaca, a "
-        "Hub id, or a file of instruction and output, prompt and completion, or chats.",
-        _WHAT,
-        default="wikitext2, else self",
-        metavar="NAME|FILE",
-        autocompletion=lambda: t.DATA_SETS,
-    ),
-]
-Epochs = Annotated[int | None, o.option("--epochs", "Passes over the samples.", _HOW, default="1", min=1, metavar="N")]
-Train = Annotated[
-    Literal["scales", "scales-zeros", "all"] | None,
-    o.option(
-        "--train",
-        "What trains: scales; the zero points of an asymmetric affine format too; or weights too.",
-        _HOW,
-        default="scales",
-    ),
-]
-Rate = Annotated[
-    float | None,
-    o.option("--rate", "Factor of all rates.", _RATES, default="0.4; 0.1 for binary-mos", metavar="X"),
-]
+# What means nothing to the one, and to the other.
+_OF_END_TO_END = (
+    *("loss", "preset", "accumulation", "final_rate", "base_share", "teacher", "teacher_top_k", "dad_gamma"),
+    *("hidden_weight", "rate", "zero_rate", "weight_rate", "norm_rate", "router_rate", "activation_memory"),
+)
+_OF_TASKS = (
+    *("heldout", "batch_size", "micro_batch", "eval_every", "save_every"),
+    *("fresh", "rank", "alpha", "dora", "targets"),
+)
+_INSTEAD = {"rate": "--adapter-rate", "accumulation": "--batch-size", "loss": "the answers' cross-entropy"}
 
 
 def finetune(
     source: Source = None,
     *,
-    task: Task,
-    loss: Loss = "ce",
-    data: Data = None,
-    template: t.EndToEndTemplate = None,
+    task: f.Task,
+    list_tasks: f.ListTasks = False,
+    data: f.Data = None,
+    template: f.Template = None,
+    samples: f.Samples = None,
+    heldout: f.Heldout = None,
+    sequence_length: f.SequenceLength = None,
+    train: f.Train = None,
+    epochs: f.Epochs = None,
+    batch_size: f.BatchSize = None,
+    micro_batch: f.MicroBatch = None,
+    eval_every: f.EvalEvery = None,
+    save_every: f.SaveEvery = None,
+    checkpointing: f.Checkpointing = None,
+    clip: f.Clip = None,
+    precision: t.Precision = None,
+    adapter_rate: f.AdapterRate = None,
+    adapter_decay: f.AdapterDecay = None,
+    scale_rate: f.ScaleRate = None,
+    scale_decay: f.ScaleDecay = None,
+    schedule: f.Schedule = None,
+    warmup: f.Warmup = None,
+    fresh: f.Fresh = None,
+    rank: f.Rank = None,
+    alpha: f.Alpha = None,
+    dora: f.Dora = None,
+    dropout: f.Dropout = None,
+    targets: f.Targets = None,
+    loss: f.Loss = None,
     preset: o.Preset = None,
-    samples: o.Samples = None,
-    sequence_length: o.SequenceLength = None,
-    epochs: Epochs = None,
-    train: Train = None,
     accumulation: t.Accumulation = None,
-    checkpointing: t.Checkpointing = None,
-    clip: t.Clip = None,
-    schedule: t.Schedule = None,
-    warmup: t.Warmup = None,
     final_rate: t.FinalRate = None,
-    dropout: t.Dropout = None,
     base_share: t.BaseShare = None,
     teacher: t.Teacher = None,
     teacher_top_k: t.TeacherTopK = None,
     dad_gamma: t.EndToEndGamma = None,
     hidden_weight: t.EndToEndHiddenWeight = None,
-    rate: Rate = None,
-    scale_rate: t.ScaleRate = None,
+    rate: f.Rate = None,
     zero_rate: t.EndToEndZeroRate = None,
     weight_rate: t.WeightRate = None,
     norm_rate: t.NormRate = None,
     router_rate: t.RouterRate = None,
-    adapter_rate: t.AdapterRate = None,
-    scale_decay: t.ScaleDecay = None,
-    adapter_decay: t.AdapterDecay = None,
     activation_memory: t.ActivationMemory = None,
-    precision: t.Precision = None,
     seed: Seed = 0,
     device: Device = "auto",
     data_dir: DataDir = None,
@@ -139,49 +112,108 @@ def finetune(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a quantized artifact further, packed as it is. A stopped run goes on where it was.
+    """Teach a quantized artifact, packed as it is. A stopped run goes on where it was.
 
-    Without SOURCE, the newest quantized artifact under ./artifacts. Its method and format are read from its manifest.
+    Without SOURCE, the newest quantized artifact under ./artifacts. Tasks train its adapter, or a new one, on answers.
     """
-    given = {_FIELDS.get(name, name): value for name, value in locals().items() if name not in _NOT_OF_A_REQUEST}
-    given["activation_memory"] = read_size(activation_memory) if activation_memory else None
-    if task not in _TASKS:
-        raise UsageError(f"There is no task '{task}'.", hint=f"Tasks: {', '.join(_TASKS)}.")
+    given = {name: value for name, value in locals().items() if name not in _NOT_OF_A_REQUEST}
+    _refuse(task, given, _OF_TASKS if task == _END_TO_END else _OF_END_TO_END)
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
     chosen = str(read_source(source, "newest", progress))
+    if task == _END_TO_END:
+        result = _end_to_end(chosen, given, progress, dry_run=dry_run, json=json, quiet=quiet)
+    else:
+        result = _task(chosen, task, given, progress, dry_run=dry_run, json=json, quiet=quiet)
+    if result is not None:
+        emit(*result)
 
+
+def _refuse(task: str, given: Mapping[str, Any], meaningless: tuple[str, ...]) -> None:
+    """Raises UsageError for an option that means nothing to a task."""
+    typed = next((name for name in meaningless if given[name] is not None), None)
+    if typed is None:
+        return
+    option = "--dora" if typed == "dora" else f"--{typed.replace('_', '-')}"
+    hint = f"It takes {_INSTEAD[typed]}." if task != _END_TO_END and typed in _INSTEAD else "Leave it out."
+    raise UsageError(f"{option} means nothing to --task {task}.", hint=hint)
+
+
+def _task(chosen: str, task: str, given: Mapping[str, Any], progress: Any, **how: bool) -> Any:
+    """Train an adapter on a task; None after a dry run."""
+    from ulbq.pipeline.finetune_plan import prepare
+    from ulbq.pipeline.finetune_request import load_task
+
+    if given["train"] not in (None, "adapter", "adapter-scales"):
+        raise UsageError(f"--train {given['train']} is for --task end-to-end.", hint="Take adapter or adapter-scales.")
+    options = {name: value for name, value in given.items() if name not in _OF_END_TO_END}
+    options["data"] = None if given["data"] is None else (given["data"],)
+    options["targets"] = _names(given["targets"])
+    with _in_own_words(_TO_TASKS):
+        job = prepare(chosen, load_task(task), options, progress)
+    if not how["quiet"] or how["dry_run"]:
+        show_finetune_plan(job.plan)
+    if how["dry_run"]:
+        if how["json"]:
+            print(job.plan.model_dump_json(indent=2))
+        return None
+    from ulbq.pipeline.finetune_run import finetune as run
+
+    return run(job, progress)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise UsageError(f"--targets '{text}' names no layer.", hint="Write --targets q_proj,v_proj.")
+    return names
+
+
+def _end_to_end(chosen: str, given: Mapping[str, Any], progress: Any, **how: bool) -> Any:
+    """Train the whole model further; None after a dry run."""
     from ulbq.pipeline.finetune import end_to_end_request, telling_name
     from ulbq.pipeline.quantize import plan, quantize
 
-    with _in_own_words():
-        request = end_to_end_request(chosen, given)
-        if dry_run:
+    if given["train"] in ("adapter", "adapter-scales"):
+        raise UsageError(f"--train {given['train']} is not for --task end-to-end.", hint="Take scales, say.")
+    if given["schedule"] == "linear":
+        raise UsageError("--schedule linear is not for --task end-to-end.", hint="Take cosine or constant.")
+    options = {_FIELDS.get(name, name): value for name, value in given.items() if name not in _OF_TASKS}
+    options["end_to_end"] = given["loss"] or "ce"
+    size = given["activation_memory"]
+    options["activation_memory"] = read_size(size) if size else None
+    with _in_own_words(_TO_END_TO_END):
+        request = end_to_end_request(chosen, options)
+        if how["dry_run"]:
             planned = plan(request, progress)
             show_plan(planned)
-            if json:
+            if how["json"]:
                 print(planned.model_dump_json(indent=2))
-            return
-        on_plan: Any = (lambda planned: None) if quiet else show_plan
-        result = quantize(request, progress, on_plan=on_plan, name=telling_name(chosen))
-    emit(*result)
+            return None
+        on_plan: Any = (lambda planned: None) if how["quiet"] else show_plan
+        return quantize(request, progress, on_plan=on_plan, name=telling_name(chosen))
+
+
+# Options of other commands that messages name, and what they are here.
+_TO_END_TO_END = (
+    (r"--end-to-end-(?=[a-z])", "--"),
+    (r"--end-to-end\b(?!-)", "--loss"),
+    (r"--calibration\b", "--data"),
+    (r"ulbq quantize --help", "ulbq finetune --help"),
+)
+_TO_TASKS = (
+    (r"--no-adapter leaves the adapter out", "--fresh begins with a new adapter"),
+    (r", a text file, or --calibration self", ", or a file with --data"),
+)
 
 
 @contextmanager
-def _in_own_words() -> Iterator[None]:
-    """Errors that name options of 'ulbq quantize' name those of this command instead."""
+def _in_own_words(words: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """Errors that name options of other commands name those of this one instead."""
     try:
         yield
     except UlbqError as error:
-        error.message, error.hint = _reworded(error.message), _reworded(error.hint)
+        for theirs, ours in words:
+            error.message, error.hint = re.sub(theirs, ours, error.message), re.sub(theirs, ours, error.hint)
         raise
-
-
-def _reworded(text: str) -> str:
-    for theirs, ours in (
-        (r"--end-to-end-(?=[a-z])", "--"),
-        (r"--end-to-end\b(?!-)", "--loss"),
-        (r"--calibration\b", "--data"),
-        (r"ulbq quantize --help", "ulbq finetune --help"),
-    ):
-        text = re.sub(theirs, ours, text)
-    return text

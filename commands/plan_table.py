@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from . import console
 
 if TYPE_CHECKING:
+    from ulbq.pipeline.finetune_plan import FinetunePlan
     from ulbq.pipeline.quantize import QuantizePlan
     from ulbq.pipeline.request import QuantizeRequest
 
@@ -25,6 +26,31 @@ def show_plan(plan: "QuantizePlan") -> None:
     if plan.skipped:
         rows["full precision"] = ", ".join(plan.skipped)
     show_rows(rows)
+
+
+def show_finetune_plan(plan: "FinetunePlan") -> None:
+    """Say on standard error what a fine-tuning run does and costs."""
+    request, data, cost = plan.request, plan.data, plan.cost
+    form = f"{'DoRA' if plan.adapter.dora else 'LoRA'}, rank {plan.adapter.rank}, alpha {plan.adapter.alpha:g}"
+    dropout = f", dropout {plan.adapter.dropout:g}" if plan.adapter.dropout else ""
+    start = "goes on from the artifact's own" if plan.start == "trained" else "new"
+    scales = f", scales {request.scale_rate:g}" if request.train == "adapter-scales" else ""
+    show_rows(
+        {
+            "model": f"{plan.model}, {plan.method}, {plan.bits_per_weight:.3f} bits per weight",
+            "task": f"{request.task}, layout {plan.template or 'plain text'}",
+            "data": f"{', '.join(data['sources'])}: {data['samples']:,} samples, {data['taught_tokens']:,} of "
+            f"{data['tokens']:,} tokens learnt; {data['heldout']} held out",
+            "adapter": f"{form}{dropout}, on {plan.linears} layers, {start}",
+            "training": f"{plan.parameters:,} parameters ({request.train}), {request.epochs} epochs, {plan.steps:,} "
+            f"steps of {request.batch_size} samples, {request.micro_batch} at once",
+            "rates": f"adapter {request.adapter_rate:g}{scales}, {request.schedule}, warm-up {request.warmup:g}, "
+            f"decay {request.adapter_decay:g}, clip {request.clip:g}",
+            "compute": f"{plan.device}, {plan.precision}",
+            "predicted": f"peak memory {cost.peak_memory / 2**30:.2f} GiB (base {cost.base / 2**20:,.0f} MiB, what "
+            f"trains {cost.training / 2**20:,.0f} MiB, activations {cost.activations / 2**20:,.0f} MiB)",
+        }
+    )
 
 
 def show_rows(rows: Mapping[str, str]) -> None:

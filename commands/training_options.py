@@ -307,10 +307,10 @@ EndToEndSamples = Annotated[
     option("--end-to-end-samples", "How many of these train.", _END_TO_END, default="as --samples", min=1, metavar="N"),
 ]
 EndToEndTemplate = Annotated[
-    Literal["chat", "alpaca"] | None,
+    Literal["chat", "alpaca", "gsm8k"] | None,
     option(
         "--template",
-        "How instructions are laid out: by the tokenizer's chat template, or as Alpaca's prompt.",
+        "How instructions are laid out: by the tokenizer's chat template, as Alpaca's prompt, or as LoftQ's for GSM8K.",
         _END_TO_END,
         default="chat where there is one",
     ),

@@ -37,7 +37,7 @@ _ulbq() {
     quantize)
         case $previous in
         -m|--method) _ulbq_value '' 'db-llm rtn gptq claq efficientqat apiq ulb-sapr binary-mos' "$current"; return ;;
-        --recipe) _ulbq_value 'files' 'apiq-w2 apiq-w2-small-cpu apiq-w3 apiq-w4 binary-mos binary-mos-e8 binary-mos-small-cpu claq-w2 claq-w2-small-cpu claq-w3 claq-w3 claq-w4 db-llm db-llm-small-cpu efficientqat-w2 efficientqat-w2-small-cpu efficientqat-w3 efficientqat-w4 ulb-sapr-mixed ulb-sapr-w2 ulb-sapr-w2-small-cpu' "$current"; return ;;
+        --recipe) _ulbq_value 'files' 'apiq-w2 apiq-w2-small-cpu apiq-w3 apiq-w4 binary-mos binary-mos-e8 binary-mos-small-cpu claq-w2-small-cpu claq-w2.12 claq-w3 claq-w3.12 claq-w4 db-llm db-llm-small-cpu efficientqat-w2 efficientqat-w2-small-cpu efficientqat-w3 efficientqat-w4 ulb-sapr-mixed ulb-sapr-w2 ulb-sapr-w2-small-cpu' "$current"; return ;;
         --bits) _ulbq_value '' '' "$current"; return ;;
         --group-size) _ulbq_value '' '' "$current"; return ;;
         --start) _ulbq_value '' 'min-max search gptq' "$current"; return ;;
@@ -88,7 +88,7 @@ _ulbq() {
         --end-to-end) _ulbq_value '' 'none ce kl ce-kl kl-hidden dad' "$current"; return ;;
         --end-to-end-data) _ulbq_value 'files' 'wikitext2 c4 ptb pile redpajama alpaca mix self llm-adapters/math' "$current"; return ;;
         --end-to-end-samples) _ulbq_value '' '' "$current"; return ;;
-        --template) _ulbq_value '' 'chat alpaca' "$current"; return ;;
+        --template) _ulbq_value '' 'chat alpaca gsm8k' "$current"; return ;;
         --end-to-end-epochs) _ulbq_value '' '' "$current"; return ;;
         --end-to-end-rate) _ulbq_value '' '' "$current"; return ;;
         --end-to-end-train) _ulbq_value '' 'scales scales-zeros all' "$current"; return ;;
@@ -150,44 +150,52 @@ _ulbq() {
         ;;
     finetune)
         case $previous in
-        --task) _ulbq_value '' 'end-to-end' "$current"; return ;;
-        --loss) _ulbq_value '' 'ce kl ce-kl kl-hidden dad' "$current"; return ;;
+        --task) _ulbq_value 'files' 'end-to-end arithmetic commonsense gsm8k instructions wikitext2' "$current"; return ;;
         --data) _ulbq_value 'files' 'wikitext2 c4 ptb pile redpajama alpaca mix self llm-adapters/math' "$current"; return ;;
-        --template) _ulbq_value '' 'chat alpaca' "$current"; return ;;
-        --preset) _ulbq_value '' 'quick balanced best' "$current"; return ;;
+        --template) _ulbq_value '' 'chat alpaca gsm8k' "$current"; return ;;
         --samples) _ulbq_value '' '' "$current"; return ;;
+        --heldout) _ulbq_value '' '' "$current"; return ;;
         --sequence-length) _ulbq_value '' '' "$current"; return ;;
+        --train) _ulbq_value '' 'adapter adapter-scales scales scales-zeros all' "$current"; return ;;
         --epochs) _ulbq_value '' '' "$current"; return ;;
-        --train) _ulbq_value '' 'scales scales-zeros all' "$current"; return ;;
-        --accumulation) _ulbq_value '' '' "$current"; return ;;
+        --batch-size) _ulbq_value '' '' "$current"; return ;;
+        --micro-batch) _ulbq_value '' '' "$current"; return ;;
+        --eval-every) _ulbq_value '' '' "$current"; return ;;
+        --save-every) _ulbq_value '' '' "$current"; return ;;
         --clip) _ulbq_value '' '' "$current"; return ;;
-        --schedule) _ulbq_value '' 'cosine constant' "$current"; return ;;
+        --precision) _ulbq_value '' 'auto fp32 bf16' "$current"; return ;;
+        --adapter-rate) _ulbq_value '' '' "$current"; return ;;
+        --adapter-decay) _ulbq_value '' '' "$current"; return ;;
+        --scale-rate) _ulbq_value '' '' "$current"; return ;;
+        --scale-decay) _ulbq_value '' '' "$current"; return ;;
+        --schedule) _ulbq_value '' 'cosine linear constant' "$current"; return ;;
         --warmup) _ulbq_value '' '' "$current"; return ;;
-        --final-rate) _ulbq_value '' '' "$current"; return ;;
+        --rank) _ulbq_value '' '' "$current"; return ;;
+        --alpha) _ulbq_value '' '' "$current"; return ;;
         --dropout) _ulbq_value '' '' "$current"; return ;;
+        --targets) _ulbq_value 'list' 'q_proj k_proj v_proj o_proj gate_proj up_proj down_proj' "$current"; return ;;
+        --loss) _ulbq_value '' 'ce kl ce-kl kl-hidden dad' "$current"; return ;;
+        --preset) _ulbq_value '' 'quick balanced best' "$current"; return ;;
+        --accumulation) _ulbq_value '' '' "$current"; return ;;
+        --final-rate) _ulbq_value '' '' "$current"; return ;;
         --base-share) _ulbq_value '' '' "$current"; return ;;
         --teacher) _ulbq_value '' 'streamed cached' "$current"; return ;;
         --teacher-top-k) _ulbq_value '' '' "$current"; return ;;
         --dad-gamma) _ulbq_value '' '' "$current"; return ;;
         --hidden-weight) _ulbq_value '' '' "$current"; return ;;
         --rate) _ulbq_value '' '' "$current"; return ;;
-        --scale-rate) _ulbq_value '' '' "$current"; return ;;
         --zero-rate) _ulbq_value '' '' "$current"; return ;;
         --weight-rate) _ulbq_value '' '' "$current"; return ;;
         --norm-rate) _ulbq_value '' '' "$current"; return ;;
         --router-rate) _ulbq_value '' '' "$current"; return ;;
-        --adapter-rate) _ulbq_value '' '' "$current"; return ;;
-        --scale-decay) _ulbq_value '' '' "$current"; return ;;
-        --adapter-decay) _ulbq_value '' '' "$current"; return ;;
         --activation-memory) _ulbq_value '' '' "$current"; return ;;
-        --precision) _ulbq_value '' 'auto fp32 bf16' "$current"; return ;;
         --seed) _ulbq_value '' '' "$current"; return ;;
         --device) _ulbq_value '' 'auto cpu cuda' "$current"; return ;;
         --data-dir) _ulbq_value 'folders' '' "$current"; return ;;
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--task --loss --data --template --preset --samples --sequence-length --epochs --train --accumulation --checkpointing --no-checkpointing --clip --schedule --warmup --final-rate --dropout --base-share --teacher --teacher-top-k --dad-gamma --hidden-weight --rate --scale-rate --zero-rate --weight-rate --norm-rate --router-rate --adapter-rate --scale-decay --adapter-decay --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--task --list-tasks --data --template --samples --heldout --sequence-length --train --epochs --batch-size --micro-batch --eval-every --save-every --checkpointing --no-checkpointing --clip --precision --adapter-rate --adapter-decay --scale-rate --scale-decay --schedule --warmup --fresh --rank --alpha --dora --lora --dropout --targets --loss --preset --accumulation --final-rate --base-share --teacher --teacher-top-k --dad-gamma --hidden-weight --rate --zero-rate --weight-rate --norm-rate --router-rate --activation-memory --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

@@ -20,6 +20,7 @@ from ulbq.artifacts.records import (
     BlockRecord,
     EndToEndRecord,
     FileEntry,
+    FinetuneRecord,
     LayerRecord,
     Parent,
     Record,
@@ -79,6 +80,7 @@ class QuantizedManifest(Manifest):
         scheme: the default scheme's JSON object; each layer repeats its own.
         temperature: what was fitted into the last norm after the blocks; None where nothing was.
         end_to_end: how the whole model trained after its blocks; None where it did not.
+        finetune: how it learnt a task after that; None where it did not.
         skipped: modules that stay in full precision.
         rotation: of the weights that were quantized, against those of the model that it was made from; None for none.
         calibration: name, samples, sequence length and SHA-256 of the token samples; empty where none were needed.
@@ -92,6 +94,7 @@ class QuantizedManifest(Manifest):
     blocks: tuple[BlockRecord, ...] = ()
     temperature: TemperatureRecord | None = None
     end_to_end: EndToEndRecord | None = None
+    finetune: FinetuneRecord | None = None
     skipped: tuple[str, ...] = ()
     rotation: RotationRecord | None = None
     calibration: dict[str, Any] = Field(default_factory=dict)

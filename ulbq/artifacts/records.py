@@ -1,5 +1,6 @@
 """The values that manifests are made of."""
 
+import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -84,6 +85,50 @@ class EndToEndRecord(Record):
     steps: int
     finite: bool = True
     seconds: float
+
+
+class FinetuneRecord(Record):
+    """How a packed model learnt a task.
+
+    Attributes:
+        task: the recipe's name.
+        template: how questions were laid out, and are to be asked; None for plain text.
+        data: sources, samples, heldout, tokens, taught_tokens, seed and SHA-256 of what it learnt from.
+        train: ``adapter`` or ``adapter-scales``.
+        start: ``trained`` where the adapter went on from the artifact's own, ``fresh`` where it began as no change.
+        parameters: how many trained.
+        epochs: passes over the samples.
+        steps: optimiser steps.
+        start_loss: of the held-out answers before, nats a token.
+        end_loss: the same of what is stored.
+        losses: training loss by step; where there are many, means of equal runs of steps, at their last.
+        evaluations: held-out loss by step, the start (step 0) and the end among them.
+        seconds: wall time of the training.
+    """
+
+    task: str
+    template: str | None
+    data: dict[str, Any]
+    train: str
+    start: str
+    parameters: int
+    epochs: int
+    steps: int
+    start_loss: float
+    end_loss: float
+    losses: tuple[tuple[int, float], ...]
+    evaluations: tuple[tuple[int, float], ...]
+    seconds: float
+
+    @property
+    def start_perplexity(self) -> float:
+        """Of the held-out answers before."""
+        return math.exp(self.start_loss)
+
+    @property
+    def end_perplexity(self) -> float:
+        """Of the held-out answers with what is stored."""
+        return math.exp(self.end_loss)
 
 
 class TemperatureRecord(Record):

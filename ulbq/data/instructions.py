@@ -7,19 +7,17 @@ An example of an instruction set is a row in one of these layouts:
 * a chat, ``messages`` of ``role`` and ``content``, or ``conversations`` of ``from`` and ``value``; all answers in it
   are learnt.
 
-It is laid out by the tokenizer's chat template, or as Alpaca's prompt. Prompt and answer are tokenised apart, because
-a prompt stands alone too when the model is asked. Examples are not packed: samples run one by one, each cut behind its
-own answer, so that what fills them up costs no time, and no example sees another one.
+It is laid out by :mod:`ulbq.data.prompts`. Examples are not packed: samples run one by one, each cut behind its own
+answer, so that what fills them up costs no time, and no example sees another one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 
 from ulbq.data import registry
 from ulbq.data.calibration import Calibration, calibration_samples
@@ -36,42 +34,21 @@ from ulbq.data.files import (
     suffix_of,
 )
 from ulbq.data.mirror import data_root, mirror_file
-from ulbq.data.windows import leading_tokens
+from ulbq.data.prompts import Template, Turn, choose_template, lay_out
 from ulbq.errors import InputError, UsageError
 from ulbq.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Template = Literal["chat", "alpaca"]
-
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _NAMED_INSTRUCTIONS = {"alpaca": "tatsu-lab/alpaca"}
-
-
-class _Turn(NamedTuple):
-    role: str
-    content: str
-
-
-class _Piece(NamedTuple):
-    """Tokens, and whether they are learnt."""
-
-    tokens: list[int]
-    taught: bool
+# Sets whose rows lie in a configuration of the repository.
+_CONFIGS = {"openai/gsm8k": "main"}
 
 
 @dataclass(frozen=True)
-class _Example:
+class Example:
     """A chat that ends with an answer.
 
     Attributes:
@@ -81,7 +58,7 @@ class _Example:
     """
 
     where: str
-    turns: tuple[_Turn, ...]
+    turns: tuple[Turn, ...]
     context: str = ""
 
 
@@ -121,8 +98,8 @@ def training_text(
         InputError: unreadable data, too little of it; a row in no layout, named by its line.
         ResourceError: the set cannot be had here.
     """
-    rows = _instruction_rows(spec, data_dir, offline)
-    if rows is None:
+    examples = read_examples(spec, data_dir=data_dir, offline=offline, progress=progress)
+    if examples is None:
         if template is not None:
             raise UsageError(
                 f"--template {template} means nothing to '{spec}', which is plain text.", hint="Leave it out."
@@ -137,18 +114,37 @@ def training_text(
             data_dir=data_dir,
             offline=offline,
         )
+    template = choose_template(template, tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    drawn = _draw(spec, (examples[index] for index in order), tokenizer, template, samples, length, progress)
+    tokens, taught = _padded(drawn, length, filler(tokenizer))
+    return Calibration(Path(spec).name, tokens, seed, taught)
+
+
+def read_examples(spec: str, *, data_dir: Path | None, offline: bool, progress: Progress) -> list[Example] | None:
+    """All examples of an instruction set, in its order; None for plain text.
+
+    Rows with an empty answer are left out, and ``progress`` is told how many. Arguments and errors are those of
+    :func:`training_text`.
+    """
+    rows = _instruction_rows(spec, data_dir, offline)
+    if rows is None:
+        return None
     read = [_example(where, row) for where, row in rows]
     examples = [example for example in read if example is not None]
     if len(examples) < len(read):
         progress.note(
             f"Of '{spec}', {len(read) - len(examples)} of {len(read):,} rows have an empty answer and are left out."
         )
-    template = _template(template, tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    drawn = _draw(spec, (examples[index] for index in order), tokenizer, template, samples, length, progress)
-    tokens, taught = _padded(drawn, length, _filler(tokenizer))
-    return Calibration(Path(spec).name, tokens, seed, taught)
+    return examples
+
+
+def encode(example: Example, tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[list[int], list[bool]]:
+    """Tokens of an example, and which of them are learnt: the answers. Raises InputError as the layout does."""
+    pieces = lay_out(template, example.turns, tokenizer, context=example.context, where=example.where)
+    tokens = [token for piece in pieces for token in piece.tokens]
+    return tokens, [piece.taught for piece in pieces for _ in piece.tokens]
 
 
 def _instruction_rows(spec: str, data_dir: Path | None, offline: bool) -> Iterable[tuple[str, Row]] | None:
@@ -163,7 +159,7 @@ def _instruction_rows(spec: str, data_dir: Path | None, offline: bool) -> Iterab
         rows: Iterator[tuple[str, Row]] = ((f"{file}, {word} {number}", row) for number, row in numbered_rows(file))
     elif spec in _NAMED_INSTRUCTIONS or "/" in spec:
         found = registry.resolve_dataset(
-            _NAMED_INSTRUCTIONS.get(spec, spec), None, "train", data_dir=data_dir, offline=offline
+            _NAMED_INSTRUCTIONS.get(spec, spec), _CONFIGS.get(spec), "train", data_dir=data_dir, offline=offline
         )
         rows = ((f"{spec}, row {number}", row) for number, row in enumerate(found, start=1))
     else:
@@ -194,7 +190,7 @@ def _file(spec: str, data_dir: Path | None) -> Path | None:
     if root is not None and "/" in spec and (root / spec).is_dir():
         folders.append(root / spec)
     for folder in folders:
-        found = mirror_file(folder.parent, folder.name, None, "train")
+        found = mirror_file(folder.parent, folder.name, _CONFIGS.get(spec), "train")
         if found is not None:
             return found
     if folders:
@@ -209,11 +205,11 @@ def _is_instruction(row: Row) -> bool:
     return asked or any(isinstance(row.get(name), list) for name in CHAT)
 
 
-def _example(where: str, row: Row) -> _Example | None:
+def _example(where: str, row: Row) -> Example | None:
     """The example in a row; None where its answer is empty. Raises InputError where it is in no layout."""
     for name in CHAT:
         if isinstance(row.get(name), list):
-            return _Example(where, _turns(where, name, row[name]))
+            return Example(where, _turns(where, name, row[name]))
     question, answer = first(row, QUESTION), first(row, ANSWER)
     if question is None or answer is None:
         columns = ", ".join(map(repr, row)) or "(none)"
@@ -223,10 +219,10 @@ def _example(where: str, row: Row) -> _Example | None:
     _check_text(where, question, answer)
     context = first(row, CONTEXT) or ""
     _check_text(where, context)
-    return _Example(where, (_Turn("user", question), _Turn("assistant", answer)), context)
+    return Example(where, (Turn("user", question), Turn("assistant", answer)), context)
 
 
-def _turns(where: str, column: str, said: Sequence[Any]) -> tuple[_Turn, ...]:
+def _turns(where: str, column: str, said: Sequence[Any]) -> tuple[Turn, ...]:
     """The turns of a chat up to its last answer."""
     turns = []
     for one in said:
@@ -238,7 +234,7 @@ def _turns(where: str, column: str, said: Sequence[Any]) -> tuple[_Turn, ...]:
                 hint='A turn is {"role": "user", "content": "…"}.',
             )
         _check_text(where, content)
-        turns.append(_Turn(_ROLES[role], content))
+        turns.append(Turn(_ROLES[role], content))
     while turns and turns[-1].role != "assistant":
         turns.pop()  # a question that nobody answered teaches nothing
     if not turns:
@@ -254,16 +250,9 @@ def _check_text(where: str, *texts: str) -> None:
         raise InputError(f"{where}: half of a surrogate pair, which is no text.", hint="Take that row out.") from error
 
 
-def _template(asked: Template | None, tokenizer: "PreTrainedTokenizerBase") -> Template:
-    has_one = bool(getattr(tokenizer, "chat_template", None))
-    if asked == "chat" and not has_one:
-        raise UsageError("--template chat: the tokenizer has no chat template.", hint="Take --template alpaca.")
-    return asked or ("chat" if has_one else "alpaca")
-
-
 def _draw(
     spec: str,
-    examples: Iterable[_Example],
+    examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerBase",
     template: Template,
     samples: int,
@@ -274,9 +263,7 @@ def _draw(
     drawn: list[tuple[list[int], list[bool]]] = []
     cut = without = 0
     for example in examples:
-        pieces = _chat(example, tokenizer) if template == "chat" else _alpaca(example, tokenizer)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        taught = [piece.taught for piece in pieces for _ in piece.tokens]
+        tokens, taught = encode(example, tokenizer, template)
         if not any(taught[:length]):
             without += 1
             continue
@@ -299,64 +286,7 @@ def _draw(
     return drawn
 
 
-def _alpaca(example: _Example, tokenizer: "PreTrainedTokenizerBase") -> list[_Piece]:
-    """Alpaca's prompt and the answer, with the tokens that begin and end a text."""
-    if [turn.role for turn in example.turns] != ["user", "assistant"]:
-        raise InputError(
-            f"{example.where}: a chat of more than a question and its answer, which Alpaca's prompt cannot hold.",
-            hint="It takes a tokenizer with a chat template.",
-        )
-    question, answer = (turn.content for turn in example.turns)
-    layout = _ALPACA_WITH_INPUT if example.context else _ALPACA
-    prompt = layout.format(instruction=question, input=example.context)
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return [
-        _Piece([*leading_tokens(tokenizer), *_tokens(prompt, tokenizer)], False),
-        _Piece([*_tokens(answer, tokenizer), *end], True),
-    ]
-
-
-def _chat(example: _Example, tokenizer: "PreTrainedTokenizerBase") -> list[_Piece]:
-    """A chat as the tokenizer's template lays it out; what it puts behind each prompt is learnt."""
-    messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
-    if example.context:
-        messages[0]["content"] += f"\n\n{example.context}"
-    pieces: list[_Piece] = []
-    before = ""
-    try:
-        for index, turn in enumerate(example.turns):
-            if turn.role != "assistant":
-                continue
-            prompt = _rendered(messages[:index], tokenizer, ask=True) if index else before
-            whole = _rendered(messages[: index + 1], tokenizer, ask=False)
-            if not (prompt.startswith(before) and whole.startswith(prompt)):
-                raise InputError(
-                    f"{example.where}: the chat template writes earlier turns anew, so the answers cannot be told.",
-                    hint="Take --template alpaca, or chats of one question and one answer.",
-                )
-            pieces.append(_Piece(_tokens(prompt.removeprefix(before), tokenizer), False))
-            pieces.append(_Piece(_tokens(whole.removeprefix(prompt), tokenizer), True))
-            before = whole
-    except TemplateError as error:
-        raise InputError(
-            f"{example.where}: the chat template refuses it ({error}).",
-            hint="Most want user and assistant in turns. --template alpaca does without it.",
-        ) from error
-    return pieces
-
-
-def _rendered(messages: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, ask: bool) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
-
-
-def _tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    found: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
-    return found
-
-
-def _filler(tokenizer: "PreTrainedTokenizerBase") -> int:
+def filler(tokenizer: "PreTrainedTokenizerBase") -> int:
     """A token for behind a sample's end, where nobody looks."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(token) for token in known if token is not None), 0)

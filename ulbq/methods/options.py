@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ulbq.data.instructions import Template
+from ulbq.data.prompts import Template
 from ulbq.errors import UsageError
 from ulbq.formats.binary_mos import Zeros
 from ulbq.methods.switches import BELONGS_TO, idle, typed

@@ -78,7 +78,7 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, tor
         lora_alpha=int(config.alpha) if config.alpha.is_integer() else config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         use_dora=config.dora,
-        target_modules=_pattern(linears),
+        target_modules=target_pattern(linears),
         base_model_name_or_path=base_name,
         task_type="CAUSAL_LM",
         init_lora_weights=True,
@@ -141,7 +141,7 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> dict[str, Adapter]:
         InputError: the adapter is damaged, or belongs to another model.
     """
     config, found = read_adapter(folder)
-    _check_fits(model, folder, found)
+    check_fits(model, folder, found)
     return build_adapters(config, found)
 
 
@@ -176,7 +176,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft.tuners.lora import LoraLayer
 
     found = read_adapter(folder)[1]
-    _check_fits(model, folder, found)
+    check_fits(model, folder, found)
     with warnings.catch_warnings():
         # peft asks the model by a property's old name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
@@ -184,22 +184,23 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             # Without the device peft would read the tensors onto any accelerator that it finds.
             wrapped = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
         except ValueError as error:
-            raise _beyond_peft(model, folder) from error
+            raise beyond_peft(model, f"the adapter in '{folder}'") from error
     if {name for name, module in model.named_modules() if isinstance(module, LoraLayer)} != found.keys():
-        raise _beyond_peft(model, folder)
+        raise beyond_peft(model, f"the adapter in '{folder}'")
     # The layers were exchanged in place; peft's own wrapper around the model is not needed.
     wrapped.requires_grad_(False).eval()
     return model
 
 
-def _beyond_peft(model: PreTrainedModel, folder: Path) -> InputError:
+def beyond_peft(model: PreTrainedModel, what: str) -> InputError:
+    """The sentence for an adapter that peft misplaces; ``what`` names it."""
     return InputError(
-        f"peft puts the adapter in '{folder}' onto other layers than it is for, in a '{model.config.model_type}'.",
+        f"peft puts {what} onto other layers than it is for, in a '{model.config.model_type}'.",
         hint="Adapt the attention alone (q_proj, k_proj, v_proj, o_proj), or use --no-adapter.",
     )
 
 
-def _check_fits(model: PreTrainedModel, folder: Path, found: AdapterTensors) -> None:
+def check_fits(model: PreTrainedModel, folder: Path, found: AdapterTensors) -> None:
     """Refuse an adapter for layers that a model has not, or one that lacks layers that it names. Raises InputError."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -262,7 +263,7 @@ def _layers(linears: Iterable[str]) -> dict[tuple[str, tuple[str, ...]], list[st
     return {key: [suffix for _, suffix in names] for key, names in groupby(ordered, key=lambda name: keys[name])}
 
 
-def _pattern(linears: Iterable[str]) -> str:
+def target_pattern(linears: Iterable[str]) -> str:
     """The regular expression for peft's ``target_modules`` that matches these layers and no others."""
 
     def one(prefix: str, numbers: tuple[str, ...], suffixes: list[str]) -> str:

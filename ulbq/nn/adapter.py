@@ -13,7 +13,7 @@ from torch import nn
 
 # On a row of zeros DoRA would divide by its norm. A trace of the adapter keeps the row finite; its magnitude of zero
 # keeps the row silent.
-_TRACE = 1e-3
+TRACE = 1e-3
 
 
 class AdapterConfig(BaseModel):
@@ -88,7 +88,7 @@ class Adapter(nn.Module):
         if self.magnitude is None:
             return
         norms = self._norms(weight)
-        self.lora_b[norms == 0, 0] = _TRACE
+        self.lora_b[norms == 0, 0] = TRACE
         self.magnitude.copy_(norms)
 
     def forward(

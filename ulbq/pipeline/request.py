@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ulbq import runtime
-from ulbq.data.instructions import Template
+from ulbq.data.prompts import Template
 from ulbq.errors import UsageError
 from ulbq.formats.binary_mos import Zeros
 from ulbq.methods import METHODS

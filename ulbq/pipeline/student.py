@@ -125,10 +125,15 @@ def _quantizer(
     """Of a packed matrix, with what is to train."""
     if train == "all":
         return _QUANTIZERS[scheme.format].from_packed(weight, packed, scheme, train_weights=True)
-    fixed = _FIXED[scheme.format].from_packed(weight, packed, scheme, train_weights=False)
+    fixed = fixed_quantizer(weight, packed, scheme)
     if train == "scales-zeros" and isinstance(fixed, FixedAffine):
         fixed.let_zeros_train()
     return fixed
+
+
+def fixed_quantizer(weight: torch.Tensor, packed: Mapping[str, torch.Tensor], scheme: AnyScheme) -> Quantizer:
+    """Of a packed matrix whose codes are fixed; of ``weight [out, in]`` codebooks alone look at more than the shape."""
+    return _FIXED[scheme.format].from_packed(weight, packed, scheme, train_weights=False)
 
 
 def _block(job: Job, folders: Folders, index: int, train: Trained) -> nn.Module:

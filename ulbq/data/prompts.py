@@ -1,0 +1,200 @@
+"""How a question is laid out for a model to answer: in training, and when it is asked.
+
+Both come from here, so that a model is asked as it was taught. Three layouts:
+
+* ``chat``: the tokenizer's own chat template;
+* ``alpaca``: Alpaca's prompt, which LLM-Adapters takes for its arithmetic and commonsense sets, and ApiQ after it;
+* ``gsm8k``: the question, then LoftQ's and ApiQ's words, to think step by step and to close with the number. Where
+  GSM8K marks the number with ``####``, the answer says "The final answer is: ".
+
+Prompt and answer are tokenised apart, because a prompt stands alone too when the model is asked.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from jinja2 import TemplateError
+
+from ulbq.data.windows import leading_tokens
+from ulbq.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Template = Literal["chat", "alpaca", "gsm8k"]
+
+FINAL_ANSWER = "The final answer is: "
+"""What stands before the number that closes an answer in the layout ``gsm8k``."""
+
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_GSM8K = "{instruction}\nAnswer the above question. First think step by step and then answer the final number.\n"
+_GSM8K_MARK = "#### "
+
+_NEXT: dict[Template, tuple[str, ...]] = {
+    "chat": (),
+    "alpaca": ("### Instruction", "### Input", "### Response", "Below is an instruction that describes a task"),
+    "gsm8k": ("\nAnswer the above question.",),
+}
+
+
+class Turn(NamedTuple):
+    """What one side of a chat said; ``role`` is ``user``, ``assistant`` or ``system``."""
+
+    role: str
+    content: str
+
+
+class Piece(NamedTuple):
+    """Tokens, and whether they are learnt."""
+
+    tokens: list[int]
+    taught: bool
+
+
+def choose_template(asked: Template | None, tokenizer: "PreTrainedTokenizerBase") -> Template:
+    """The layout to train with: as asked, else the tokenizer's chat template where it has one, else Alpaca's prompt.
+
+    Raises:
+        UsageError: a chat template that the tokenizer does not have.
+    """
+    has_one = bool(getattr(tokenizer, "chat_template", None))
+    if asked == "chat" and not has_one:
+        raise UsageError("--template chat: the tokenizer has no chat template.", hint="Take --template alpaca.")
+    return asked or ("chat" if has_one else "alpaca")
+
+
+def prompt_tokens(
+    template: Template, question: str, tokenizer: "PreTrainedTokenizerBase", *, context: str = "", where: str
+) -> list[int]:
+    """Tokens of a prompt that stands alone: those that stand before the answer in training, and no others.
+
+    Args:
+        template: the layout.
+        question: what is asked.
+        tokenizer: the model's.
+        context: Alpaca's ``input``; empty for none.
+        where: file and line, for errors.
+
+    Raises:
+        UsageError: a chat template that the tokenizer does not have.
+        InputError: the chat template refuses the question.
+    """
+    if template != "chat":
+        return [*leading_tokens(tokenizer), *_tokens(_prompt(template, question, context), tokenizer)]
+    choose_template(template, tokenizer)
+    messages = _messages([Turn("user", question)], context)
+    try:
+        return _tokens(_rendered(messages, tokenizer, ask=True), tokenizer)
+    except TemplateError as error:
+        raise _refusal(where, error) from error
+
+
+def lay_out(
+    template: Template, turns: Sequence[Turn], tokenizer: "PreTrainedTokenizerBase", *, context: str = "", where: str
+) -> list[Piece]:
+    """Tokens of a chat that ends with an answer, of which the answers are learnt.
+
+    Args:
+        template: the layout; all but ``chat`` hold one question and its answer.
+        turns: in order; the last one is the assistant's.
+        tokenizer: the model's; it has a chat template where the layout is ``chat``.
+        context: Alpaca's ``input``; empty for none.
+        where: file and line, for errors.
+
+    Raises:
+        InputError: the layout cannot hold the chat, or the answer.
+    """
+    if template == "chat":
+        return _chat(turns, tokenizer, context, where)
+    if [turn.role for turn in turns] != ["user", "assistant"]:
+        raise InputError(
+            f"{where}: a chat of more than a question and its answer, which --template {template} cannot hold.",
+            hint="It takes a tokenizer with a chat template.",
+        )
+    question, answer = (turn.content for turn in turns)
+    if template == "gsm8k":
+        answer = _with_final_answer(answer, where)
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return [
+        Piece(prompt_tokens(template, question, tokenizer, context=context, where=where), False),
+        Piece([*_tokens(answer, tokenizer), *end], True),
+    ]
+
+
+def next_question(template: Template) -> tuple[str, ...]:
+    """Words that open another prompt in this layout: a model that writes them has finished its answer."""
+    return _NEXT[template]
+
+
+def _prompt(template: Template, question: str, context: str) -> str:
+    if template == "gsm8k":
+        return _GSM8K.format(instruction=f"{question}\n\n{context}" if context else question)
+    layout = _ALPACA_WITH_INPUT if context else _ALPACA
+    return layout.format(instruction=question, input=context)
+
+
+def _with_final_answer(answer: str, where: str) -> str:
+    found = answer.replace(_GSM8K_MARK, FINAL_ANSWER)
+    if FINAL_ANSWER not in found:
+        raise InputError(
+            f"{where}: the answer does not end as --template gsm8k teaches it.",
+            hint=f"It wants '{_GSM8K_MARK}' or '{FINAL_ANSWER}' before the number; --template alpaca takes any answer.",
+        )
+    return found
+
+
+def _chat(turns: Sequence[Turn], tokenizer: "PreTrainedTokenizerBase", context: str, where: str) -> list[Piece]:
+    """A chat as the tokenizer's template lays it out; what it puts behind each prompt is learnt."""
+    messages = _messages(turns, context)
+    pieces: list[Piece] = []
+    before = ""
+    try:
+        for index, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            prompt = _rendered(messages[:index], tokenizer, ask=True) if index else before
+            whole = _rendered(messages[: index + 1], tokenizer, ask=False)
+            if not (prompt.startswith(before) and whole.startswith(prompt)):
+                raise InputError(
+                    f"{where}: the chat template writes earlier turns anew, so the answers cannot be told.",
+                    hint="Take --template alpaca, or chats of one question and one answer.",
+                )
+            pieces.append(Piece(_tokens(prompt.removeprefix(before), tokenizer), False))
+            pieces.append(Piece(_tokens(whole.removeprefix(prompt), tokenizer), True))
+            before = whole
+    except TemplateError as error:
+        raise _refusal(where, error) from error
+    return pieces
+
+
+def _messages(turns: Sequence[Turn], context: str) -> list[dict[str, str]]:
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    if context:
+        messages[0]["content"] += f"\n\n{context}"
+    return messages
+
+
+def _refusal(where: str, error: TemplateError) -> InputError:
+    return InputError(
+        f"{where}: the chat template refuses it ({error}).",
+        hint="Most want user and assistant in turns. --template alpaca does without it.",
+    )
+
+
+def _rendered(messages: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, ask: bool) -> str:
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+
+
+def _tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+    return found

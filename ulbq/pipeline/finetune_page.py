@@ -1,0 +1,128 @@
+"""The report of a fine-tuning run: one self-contained HTML page, light or dark, without the network."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from ulbq import __version__
+from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.artifacts.records import FinetuneRecord
+from ulbq.evaluation.svg import Drawing, Scale, number
+from ulbq.evaluation.theme import STYLE
+
+_WIDTH, _HEIGHT = 800.0, 300.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 24.0, 16.0, 46.0
+_SMOOTHED = 0.02  # of the run, the width of the moving mean
+_CURVES = (
+    ".s0.curve{stroke:var(--s0)} .s1.curve{stroke:var(--s1)} .s1.fill{fill:var(--s1)} "
+    ".faded.curve{stroke:var(--s0);stroke-width:1;opacity:.3} "
+    ".legend .s0{background:var(--s0)} .legend .s1{background:var(--s1)}"
+)
+
+Points = Sequence[tuple[float, float]]
+
+
+def page(manifest: QuantizedManifest, record: FinetuneRecord) -> str:
+    """The page, as HTML."""
+    title = f"{manifest.name}: {record.task}"
+    body = [
+        f'<header><h1>{escape(title)}</h1><p class="sub">{escape(_told(record))}</p></header>',
+        _tiles(record),
+        _section(
+            "Loss by step",
+            "Cross-entropy of the answers, nats a token. Training: each step's own samples, and their moving mean. "
+            "Held out: the same answers every time, the start at step 0.",
+            '<div class="legend"><span><i class="s0"></i>training</span><span><i class="s1"></i>held out</span></div>'
+            + _curves(record),
+        ),
+        _section("The run", "All of it is in the manifest.", _table(manifest, record)),
+        f"<footer>ulbq {escape(__version__)} · {escape(manifest.created)}</footer>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)} · ulbq</title>\n<style>{STYLE}{_CURVES}</style>\n</head>\n"
+        f"<body>\n<main>\n{''.join(body)}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _told(record: FinetuneRecord) -> str:
+    data = record.data
+    return (
+        f"{data['samples']:,} samples of {', '.join(map(str, data['sources']))}, "
+        f"{data['taught_tokens']:,} answer tokens; "
+        f"{record.epochs} epochs, {record.steps:,} steps; {data['heldout']} answers held out"
+    )
+
+
+def _tiles(record: FinetuneRecord) -> str:
+    change = record.end_perplexity / record.start_perplexity - 1
+    tiles = [
+        (number(record.start_perplexity), "perplexity of the held-out answers before"),
+        (number(record.end_perplexity), "after"),
+        (f"{change:+.1%}".replace("-", "−"), "change"),
+    ]
+    drawn = "".join(
+        f'<div class="tile"><div class="value">{escape(value)}</div><div class="label">{escape(label)}</div></div>'
+        for value, label in tiles
+    )
+    return f'<div class="tiles">{drawn}</div>'
+
+
+def _section(title: str, caption: str, drawn: str) -> str:
+    return (
+        f"<section><figure><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>"
+        f'<div class="scroll">{drawn}</div></figure></section>'
+    )
+
+
+def _curves(record: FinetuneRecord) -> str:
+    training, heldout = record.losses, record.evaluations
+    values = [loss for _, loss in (*training, *heldout)]
+    across = Scale(0, max(record.steps, 1), (_LEFT, _WIDTH - _RIGHT), ticks=8)
+    up = Scale(min(values), max(values), (_HEIGHT - _BOTTOM, _TOP))
+    drawing = Drawing(_WIDTH, _HEIGHT, "Loss by step")
+    for tick in up.ticks:
+        drawing.line((_LEFT, up(tick)), (_WIDTH - _RIGHT, up(tick)), "grid")
+        drawing.text(_LEFT - 8, up(tick) + 4, number(tick), style="muted", anchor="end")
+    for tick in across.ticks:
+        if tick == int(tick):
+            drawing.text(across(tick), _HEIGHT - _BOTTOM + 18, number(tick), style="muted", anchor="middle")
+    drawing.text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "step", style="muted", anchor="middle")
+    placed = [(across(step), up(loss)) for step, loss in training]
+    drawing.path(placed, "faded curve")
+    drawing.path([(across(step), up(loss)) for step, loss in _smoothed(training)], "s0 curve")
+    drawing.path([(across(step), up(loss)) for step, loss in heldout], "s1 curve")
+    for step, loss in heldout:
+        hint = f"step {step:,}: {loss:.4f} nats a token, perplexity {math.exp(loss):.3f}"
+        drawing.dot(across(step), up(loss), "s1 fill", hint=hint, radius=4)
+    return str(drawing)
+
+
+def _smoothed(points: Points) -> Points:
+    """Each point's mean with its neighbours, over a fixed share of the run."""
+    reach = math.ceil(len(points) * _SMOOTHED)
+    found = []
+    for index, (step, _) in enumerate(points):
+        near = [loss for _, loss in points[max(0, index - reach) : index + reach + 1]]
+        found.append((step, sum(near) / len(near)))
+    return found
+
+
+def _table(manifest: QuantizedManifest, record: FinetuneRecord) -> str:
+    request = manifest.request
+    adapter = "went on from the artifact's own" if record.start == "trained" else "new"
+    scales = f", scales {request['scale_rate']:g}" if record.train == "adapter-scales" else ""
+    rows = {
+        "base": manifest.parents[-1].path,
+        "trained": f"{record.train}, {record.parameters:,} parameters; the adapter {adapter}",
+        "layout": record.template or "plain text",
+        "rates": f"adapter {request['adapter_rate']:g}{scales}, {request['schedule']}, warm-up {request['warmup']:g}",
+        "samples a step": f"{request['batch_size']}, {request['micro_batch']} at once",
+        "bits per weight": f"{manifest.bits.bits_per_weight:.3f}, the adapter included",
+        "device": manifest.device,
+        "training took": f"{record.seconds:,.0f} s",
+        "data, SHA-256": str(record.data["sha256"])[:16],
+    }
+    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
+    return f"<table><tbody>{lines}</tbody></table>"

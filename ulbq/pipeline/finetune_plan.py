@@ -1,0 +1,291 @@
+"""Everything about a fine-tuning run that is settled before the first weight is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
+
+from ulbq import formats, runtime
+from ulbq.artifacts.disk import sha256_file
+from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.data.lessons import Lessons, draw_lessons
+from ulbq.errors import InputError, UsageError
+from ulbq.formats import AnyScheme, BinaryMosScheme
+from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, read_adapter
+from ulbq.models.blocks import block_list, skeleton
+from ulbq.models.source import ModelSource, resolve
+from ulbq.models.stream import check_length
+from ulbq.nn.adapter import AdapterConfig
+from ulbq.nn.quant_linear import linear_layer
+from ulbq.pipeline.finetune_request import FinetuneRequest, Task, request_of
+from ulbq.pipeline.samples import CALIBRATION_FILE, TEXT_FILE
+from ulbq.progress import Progress
+from ulbq.training.precision import Precision
+from ulbq.training.tuner import TunerSettings
+
+_FLOAT = 4
+# Float32 copies of what trains: itself, gradient, two moments.
+_TRAINED_COPIES = 4
+# Copies of a micro-batch's logits that live together: as computed, float32, log-probabilities, gradient.
+_LOGITS_COPIES = 4
+# Activations of one block that autograd keeps, in units of its hidden states and of its widest layer's outputs.
+_HIDDEN_COPIES, _WIDE_COPIES = 12, 4
+_PROCESS = 500 << 20  # Python with torch and transformers
+
+
+class FinetuneCost(BaseModel):
+    """Predicted cost of a run, in bytes.
+
+    Attributes:
+        peak_memory: largest resident memory of the process (CPU), or of process and device together.
+        base: of it, the packed model.
+        training: of it, what trains, with gradients and moments.
+        activations: of it, one micro-batch's activations and logits.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    peak_memory: int
+    base: int
+    training: int
+    activations: int
+
+
+class FinetunePlan(BaseModel):
+    """What a run would do and cost.
+
+    Attributes:
+        request: completed.
+        adapter: form of the adapter that trains.
+        start: ``trained`` where it is the artifact's own, else ``fresh``.
+        linears: layers with an adapter.
+        parameters: how many train.
+        data: what :meth:`~ulbq.data.lessons.Lessons.record` says.
+        template: how questions are laid out; None for plain text.
+        steps: optimiser steps.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    request: FinetuneRequest
+    model: str
+    method: str
+    bits_per_weight: float
+    adapter: AdapterConfig
+    start: str
+    linears: int
+    parameters: int
+    data: dict[str, Any]
+    template: str | None
+    steps: int
+    device: str
+    precision: str
+    cost: FinetuneCost
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """What the parts of a run share.
+
+    Attributes:
+        source: the packed model.
+        manifest: its own.
+        lessons: what it learns from.
+        adapter: form of the adapter that trains.
+        trained: folder of the adapter that goes on; None for a new one.
+        linears: full names of the layers with an adapter.
+    """
+
+    request: FinetuneRequest
+    source: ModelSource
+    manifest: QuantizedManifest
+    lessons: Lessons
+    settings: TunerSettings
+    precision: Precision
+    adapter: AdapterConfig
+    trained: Path | None
+    linears: tuple[str, ...]
+    plan: FinetunePlan
+
+    @property
+    def scales(self) -> bool:
+        """Whether scales train too."""
+        return self.request.train == "adapter-scales"
+
+
+def prepare(given: str, task: Task, options: Mapping[str, Any], progress: Progress) -> FinetuneJob:
+    """Settle everything that can be settled before the first weight is read.
+
+    Args:
+        given: path of the artifact.
+        task: what to learn.
+        options: fields of a request; None for what was not given.
+        progress: told what is left out of the data.
+
+    Raises:
+        UsageError: options that do not exist or do not go together, or lessons longer than the model takes.
+        InputError: no quantized artifact, a damaged one, one that cannot be trained; unreadable data.
+        ResourceError: data or device are missing.
+    """
+    source = resolve(given, offline=bool(options.get("offline")))
+    manifest = source.manifest
+    if not isinstance(manifest, QuantizedManifest):
+        raise InputError(
+            f"'{given}' is no quantized artifact, and there is nothing to fine-tune.",
+            hint="Quantize it first: 'ulbq quantize'.",
+        )
+    folder = adapter_folder(source)
+    request = request_of(given, task, options, adapted=folder is not None)
+    model = skeleton(source)
+    check_length(model, request.sequence_length)
+    trained = None if request.fresh else folder
+    adapter, linears = _adapter(request, source, trained)
+    _check_trainable(source, adapter, linears)
+    device = runtime.resolve_device(request.device)
+    precision = Precision.choose(device, request.precision)
+    _check_whole(source.path, manifest, adapter=trained is not None)
+    lessons = draw_lessons(
+        request.data or (),
+        source.tokenizer(),
+        template=request.template,
+        samples=request.samples,
+        heldout=request.held_out,
+        length=request.sequence_length,
+        seed=request.seed,
+        data_dir=request.data_dir,
+        offline=request.offline,
+        progress=progress,
+    )
+    settings = request.settings(len(lessons.train))
+    parameters, cost = _cost(request, source, model, adapter, linears, lessons, precision)
+    plan = FinetunePlan(
+        request=request,
+        model=manifest.name,
+        method=manifest.method,
+        bits_per_weight=manifest.bits.bits_per_weight,
+        adapter=adapter,
+        start="fresh" if trained is None else "trained",
+        linears=len(linears),
+        parameters=parameters,
+        data=lessons.record(),
+        template=lessons.template,
+        steps=settings.steps(len(lessons.train)),
+        device=runtime.describe_device(device),
+        precision=str(precision.dtype).removeprefix("torch."),
+        cost=cost,
+    )
+    return FinetuneJob(request, source, manifest, lessons, settings, precision, adapter, trained, linears, plan)
+
+
+def _check_whole(folder: Path, manifest: QuantizedManifest, *, adapter: bool) -> None:
+    """Compare the files that a run takes over with their hashes. Raises InputError naming one that differs.
+
+    They are linked where the file system can: a damaged one would go on from artifact to artifact.
+    """
+    for name, entry in manifest.files.items():
+        if not adapter and name.startswith(f"{ADAPTER_FOLDER}/"):
+            continue
+        if sha256_file(folder / name) != entry.sha256:
+            raise InputError(
+                f"'{folder / name}' was changed after the artifact was written: its SHA-256 differs.",
+                hint="Make the artifact again, or restore the file from a copy.",
+            )
+
+
+def _adapter(
+    request: FinetuneRequest, source: ModelSource, trained: Path | None
+) -> tuple[AdapterConfig, tuple[str, ...]]:
+    """Form of the adapter that trains, and the layers that it stands beside."""
+    if trained is not None:
+        own, found = read_adapter(trained)
+        return own if request.dropout is None else own.model_copy(update={"dropout": request.dropout}), tuple(found)
+    config = request.new_adapter()
+    linears = tuple(name for name in source.packed if config.matches(name))
+    lost = [one for one in config.targets if not any(AdapterConfig(targets=(one,)).matches(name) for name in linears)]
+    if lost:
+        names = sorted({name.rpartition(".")[2] for name in source.packed})
+        raise UsageError(f"--targets: no packed layer is called '{lost[0]}'.", hint=f"Layers: {', '.join(names)}.")
+    return config, linears
+
+
+def _check_trainable(source: ModelSource, adapter: AdapterConfig, linears: tuple[str, ...]) -> None:
+    """Raises InputError where the artifact's format cannot carry what shall train."""
+    if not linears:
+        raise InputError(f"'{source.given}' has no packed layer to put an adapter beside.", hint="Quantize it anew.")
+    if not adapter.dora:
+        return
+    mixed = next((name for name in linears if not formats.is_one_matrix(source.packed[name])), None)
+    if mixed is not None:
+        raise InputError(
+            f"DoRA needs the norms of one weight, and '{mixed}' of '{source.given}' mixes its scales for every token.",
+            hint="Use --lora.",
+        )
+
+
+def _cost(
+    request: FinetuneRequest,
+    source: ModelSource,
+    model: PreTrainedModel,
+    adapter: AdapterConfig,
+    linears: tuple[str, ...],
+    lessons: Lessons,
+    precision: Precision,
+) -> tuple[int, FinetuneCost]:
+    """How many parameters train, and what the run needs."""
+    layers = {name: linear_layer(model, name) for name in source.packed}
+    parameters = sum(
+        adapter.rank * (layers[name].in_features + layers[name].out_features)
+        + (layers[name].out_features if adapter.dora else 0)
+        for name in linears
+    )
+    sizes = {layer.name: layer.bits for layer in _manifest(source).layers}
+    scales = sum(_scales(scheme, sizes[name]) for name, scheme in source.packed.items())
+    scales = scales if request.train == "adapter-scales" else 0
+    packed = sum(sum(bits.values()) for bits in sizes.values()) // 8
+    held = packed + 2 * sum(_manifest(source).bits.parts.get(part, 0) for part in ("embeddings", "other")) // 8
+    if precision.dtype.itemsize == 2:
+        held = packed + (held - packed) // 2
+    width = max(len(lesson.tokens) for lesson in (*lessons.train, *lessons.heldout))
+    tokens = width * request.micro_batch
+    hidden = source.config.get_text_config().hidden_size
+    blocks = len(block_list(model)[1])
+    widest = max(layer.out_features for layer in layers.values())
+    one_block = tokens * (_HIDDEN_COPIES * hidden + _WIDE_COPIES * widest) * _FLOAT
+    kept = tokens * hidden * _FLOAT * blocks + one_block if request.checkpointing else one_block * blocks
+    # What scales multiply is made dense for a product, and of one block kept for the gradients.
+    dense = sum(layer.in_features * layer.out_features for layer in layers.values()) * _FLOAT
+    if scales:
+        kept += dense // blocks if request.checkpointing else dense
+    logits = tokens * source.config.get_text_config().vocab_size * _FLOAT * _LOGITS_COPIES
+    training = (parameters + scales) * _FLOAT * _TRAINED_COPIES
+    peak = _PROCESS + held + training + kept + logits
+    cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=kept + logits)
+    return parameters + scales, cost
+
+
+def _scales(scheme: AnyScheme, bits: Mapping[str, int]) -> int:
+    """Half-precision values of a layer that train as its scales: a codebook's levels too, and a mixture's zeros."""
+    roles = ("scales", "codebooks", "zeros") if isinstance(scheme, BinaryMosScheme) else ("scales", "codebooks")
+    return sum(bits.get(role, 0) for role in roles) // 16
+
+
+def _manifest(source: ModelSource) -> QuantizedManifest:
+    if not isinstance(source.manifest, QuantizedManifest):
+        raise TypeError("no quantized artifact")
+    return source.manifest
+
+
+def side_files(manifest: QuantizedManifest) -> list[str]:
+    """Files that the new artifact takes over as they are: all but the adapter, and what is written anew.
+
+    How the base was made, its calibration samples among it, stays with the base.
+    """
+    anew = ("config.json", "README.md", "finetune.html")
+    return [
+        name
+        for name in manifest.files
+        if name not in anew and not name.startswith(f"{ADAPTER_FOLDER}/") and name not in (CALIBRATION_FILE, TEXT_FILE)
+    ]

@@ -1,0 +1,154 @@
+"""The artifact that a fine-tuning run leaves: the base's packed weights, what learnt beside them, and a report."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ulbq import runtime
+from ulbq.artifacts.disk import replace_synced, temporary, write_atomically, writing
+from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.artifacts.records import BitsReport, FinetuneRecord
+from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.artifacts.store import ArtifactWriter
+from ulbq.models.adapter_files import ADAPTER_FOLDER, write_adapter
+from ulbq.nn.adapter import AdapterConfig
+from ulbq.pipeline.finetune_page import page
+from ulbq.pipeline.finetune_plan import FinetuneJob, side_files
+
+REPORT = "finetune.html"
+"""The page of loss curves."""
+
+Packed = Mapping[str, Mapping[str, torch.Tensor]]
+
+_UNLINKABLE = frozenset({errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES, errno.ENOSYS})
+
+
+def take_over(job: FinetuneJob, writer: ArtifactWriter) -> None:
+    """Bring the base's files into the new folder: hard links where the file system has them, else copies.
+
+    A killed run may have left some there; they are complete.
+    """
+    with writing(writer.out):
+        for name in side_files(job.manifest):
+            target = writer.path / name
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(job.source.path / name, target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where that cannot be; whole or not at all."""
+    try:
+        # A link to the file itself: in a Hub cache, files are symbolic links.
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno not in _UNLINKABLE:
+            raise
+        scratch = temporary(target)
+        shutil.copyfile(source, scratch)
+        replace_synced(scratch, target)
+
+
+def write_artifact(
+    job: FinetuneJob,
+    writer: ArtifactWriter,
+    adapter: Mapping[str, torch.Tensor],
+    form: AdapterConfig,
+    packed: Packed | None,
+    record: FinetuneRecord,
+    watch: runtime.Stopwatch,
+) -> QuantizedManifest:
+    """Write everything that is not the base's, and describe the whole.
+
+    Args:
+        adapter: by full name of the layer, a dot and peft's short name.
+        form: of the adapter.
+        packed: tensors of the packed layers whose scales trained, by full name; None where the base stays.
+        record: how the training went.
+
+    Raises:
+        NumericsError: the adapter does not fit float16.
+        ResourceError: the disk is full.
+    """
+    folder, base = writer.path, job.manifest
+    write_adapter(folder / ADAPTER_FOLDER, form, adapter, str(writer.out))
+    layers = base.layers
+    if packed is not None:
+        _write_packed(folder, job.source.path, packed)
+        # The full-precision weights need not be at hand: how far the new ones are from them is not known.
+        layers = tuple(layer.model_copy(update={"error": float("nan")}) for layer in layers)
+    parts = {name: bits for name, bits in base.bits.parts.items() if name != "adapter"}
+    stored = sum(tensor.numel() for tensor in adapter.values()) * 16
+    bits = BitsReport(parts={**parts, "adapter": stored}, weights=base.bits.weights)
+    manifest = QuantizedManifest(
+        name=writer.out.name,
+        request=job.request.model_dump(mode="json"),
+        seed=job.request.seed,
+        device=job.plan.device,
+        parents=(*(parent for parent in base.parents[:1]), job.source.record()),
+        phases=tuple(watch.records),
+        method=base.method,
+        scheme=base.scheme,
+        bits=bits,
+        layers=layers,
+        blocks=base.blocks,
+        temperature=base.temperature,
+        end_to_end=base.end_to_end,
+        finetune=record,
+        skipped=base.skipped,
+        rotation=base.rotation,
+        calibration=base.calibration,
+    )
+    with writing(writer.out):
+        _write_config(folder, job.source.path)
+        (folder / "README.md").write_text(_card(job, manifest, record), encoding="utf-8")
+        (folder / REPORT).write_text(page(manifest, record), encoding="utf-8")
+    return manifest
+
+
+def _write_packed(folder: Path, base: Path, packed: Packed) -> None:
+    """Write the shards that hold packed layers anew, with the layers' new tensors."""
+    new = {f"{linear}.{short}": tensor for linear, tensors in packed.items() for short, tensor in tensors.items()}
+    for shard in sorted(base.glob("*.safetensors")):
+        stored = LazyTensors([shard])
+        if stored.names.isdisjoint(new):
+            continue
+        tensors = {name: new[name] if name in new else stored.read(name) for name in sorted(stored.names)}
+        # In place of the link, which must not be written through.
+        (folder / shard.name).unlink(missing_ok=True)
+        write_shard(folder / shard.name, tensors)
+
+
+def _write_config(folder: Path, base: Path) -> None:
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.setdefault("quantization_config", {})["adapter"] = True
+    write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _card(job: FinetuneJob, manifest: QuantizedManifest, record: FinetuneRecord) -> str:
+    parent, data = job.source.parent, record.data
+    base = f"base_model: {parent}\n" if parent and "/" in parent and not Path(parent).exists() else ""
+    learnt = ", ".join(map(str, data["sources"]))
+    return f"""---
+library_name: ulbq
+pipeline_tag: text-generation
+tags: [ulbq, {manifest.method}, {manifest.scheme["format"]}, {record.task}]
+{base}---
+
+# {manifest.name}, {manifest.bits.bits_per_weight:.2f} bits
+
+{job.manifest.name} fine-tuned with `ulbq finetune --task {record.task}` on {data["samples"]:,} samples of {learnt}:
+an adapter of rank {job.adapter.rank} beside packed weights, {manifest.bits.bits_per_weight:.3f} true bits per linear
+weight, the adapter included. Perplexity of {data["heldout"]} held-out answers: {record.start_perplexity:.3f} before,
+{record.end_perplexity:.3f} after. `{REPORT}` has the curves.
+
+Hear it with `ulbq generate DIR`, score it with `ulbq eval DIR`, look into it with `ulbq inspect DIR`.
+After `import ulbq`, transformers' `AutoModelForCausalLM.from_pretrained(DIR)` loads it packed, adapter attached. For
+those without ulbq, `ulbq convert DIR --to dense --merge-adapter` writes a plain half-precision model. `manifest.json`
+records how it was made.
+"""

@@ -1,0 +1,279 @@
+"""Fine-tuning through transformers' Trainer: adapters, and scales where wanted, beside weights that stay packed."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.data.lessons import Lesson
+from ulbq.errors import NumericsError
+from ulbq.training.precision import Precision
+
+_TRAINED = "trained.safetensors"
+_IGNORED = -100  # what transformers' losses leave out
+_ROWS = 256  # of logits that are made log-probabilities at once
+
+
+class TunerSettings(BaseModel):
+    """Settings of a fine-tuning run.
+
+    Attributes:
+        epochs: passes over the samples.
+        batch_size: samples an optimiser step, over all processes.
+        micro_batch: samples that run at once on one device.
+        adapter_rate, scale_rate: learning rates; scales count in shares of what they were.
+        adapter_decay, scale_decay: weight decays; DoRA's magnitudes have none.
+        schedule: how the rates fall.
+        warmup: share of the steps with rising rates.
+        clip: largest gradient norm; 0 for none.
+        checkpointing: run each block again for its gradients.
+        eval_every: steps between two looks at the held-out lessons; 0 for none on the way.
+        save_every: steps between two checkpoints.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    micro_batch: int = Field(ge=1)
+    adapter_rate: float = Field(gt=0)
+    scale_rate: float = Field(gt=0)
+    adapter_decay: float = Field(ge=0)
+    scale_decay: float = Field(ge=0)
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup: float = Field(ge=0, lt=1)
+    clip: float = Field(ge=0)
+    checkpointing: bool
+    eval_every: int = Field(ge=0)
+    save_every: int = Field(ge=1)
+
+    def steps(self, samples: int) -> int:
+        """Optimiser steps of the whole run; the last step of an epoch may have fewer samples."""
+        return self.epochs * math.ceil(samples / self.batch_size)
+
+
+class Batch(NamedTuple):
+    """Lessons side by side, filled up at their ends.
+
+    Attributes:
+        tokens: int64 ``[n, longest]``.
+        attended: int64 of the same shape, 0 where filled up.
+        labels: int64, the token where it is learnt, else -100.
+    """
+
+    tokens: torch.Tensor
+    attended: torch.Tensor
+    labels: torch.Tensor
+
+
+def batch(lessons: Sequence[Lesson], filler: int) -> Batch:
+    """Put lessons side by side; ``filler`` is the token behind their ends."""
+    shape = (len(lessons), max(len(lesson.tokens) for lesson in lessons))
+    tokens = torch.full(shape, filler, dtype=torch.int64)
+    attended, labels = torch.zeros_like(tokens), torch.full_like(tokens, _IGNORED)
+    for row, lesson in enumerate(lessons):
+        own = torch.tensor(lesson.tokens)
+        tokens[row, : len(own)] = own
+        attended[row, : len(own)] = 1
+        labels[row, : len(own)] = torch.where(torch.tensor(lesson.taught), own, _IGNORED)
+    return Batch(tokens, attended, labels)
+
+
+@torch.no_grad()
+def answer_loss(model: nn.Module, lessons: Iterable[Lesson], precision: Precision) -> float:
+    """Mean cross-entropy of the learnt tokens of lessons, nats a token; one lesson runs at a time.
+
+    The model is in eval mode afterwards.
+    """
+    model.eval()
+    total, count = 0.0, 0
+    for lesson in lessons:
+        tokens = torch.tensor([lesson.tokens], device=precision.device)
+        with precision.autocast():
+            logits = model(input_ids=tokens, use_cache=False).logits[0]
+        asked = torch.tensor(lesson.taught[1:], device=logits.device).nonzero().squeeze(1)
+        for rows in asked.split(_ROWS):
+            losses = nn.functional.cross_entropy(logits[rows].float(), tokens[0, rows + 1], reduction="none")
+            total += losses.double().sum().item()
+        count += len(asked)
+    return total / count
+
+
+class Watch:
+    """What a run is told of on its way; each is called by all processes alike.
+
+    Args:
+        on_step: after each optimiser step with its number and loss.
+        on_look: where it is time to look at the held-out lessons, with the step.
+        on_save: once a checkpoint is complete, with its folder.
+    """
+
+    def __init__(
+        self,
+        on_step: Callable[[int, float], None],
+        on_look: Callable[[int], None],
+        on_save: Callable[[Path], None],
+    ) -> None:
+        self.on_step = on_step
+        self.on_look = on_look
+        self.on_save = on_save
+
+
+class Tuner(Trainer):
+    """transformers' Trainer with this run's optimiser, precision and checkpoints.
+
+    Args:
+        model: peft's, on its device; what trains has ``requires_grad``.
+        lessons: what trains.
+        settings: rates and the rest.
+        precision: of the products.
+        scales: those of the trainable parameters that are scales, by their names in the model.
+        filler: token behind the ends of lessons.
+        folder: for checkpoints.
+        seed: of the order of the lessons and of dropout.
+        watch: told how it goes.
+        processes: that train together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lessons: Sequence[Lesson],
+        settings: TunerSettings,
+        precision: Precision,
+        *,
+        scales: frozenset[str] = frozenset(),
+        filler: int,
+        folder: Path,
+        seed: int,
+        watch: Watch,
+        processes: int = 1,
+    ) -> None:
+        self._settings = settings
+        self._precision = precision
+        self._scales = scales
+        self._whole = model
+        steps = settings.steps(len(lessons))
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.micro_batch,
+            gradient_accumulation_steps=settings.batch_size // (settings.micro_batch * processes),
+            lr_scheduler_type=_SCHEDULES[settings.schedule],
+            warmup_steps=math.ceil(settings.warmup * steps),
+            max_grad_norm=settings.clip,
+            activation_checkpointing=settings.checkpointing,
+            # Reentrant, blocks whose inputs are not trained (the first one) would get no gradients.
+            activation_checkpointing_kwargs={"use_reentrant": False} if settings.checkpointing else None,
+            use_cpu=precision.device.type == "cpu",
+            ddp_backend="gloo" if precision.device.type == "cpu" and processes > 1 else None,
+            ddp_find_unused_parameters=False if processes > 1 else None,
+            save_strategy="steps",
+            save_steps=settings.save_every,
+            # Two: the older one is the resumed run's until the newer one is noted.
+            save_total_limit=2,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            eval_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=precision.device.type == "cuda",
+            remove_unused_columns=False,
+            seed=seed % 2**32,
+        )
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=_Listed(lessons),
+            data_collator=lambda some: dict(zip(_FIELDS, batch(some, filler), strict=True)),
+            callbacks=[_Reporter(watch, settings, folder)],
+        )
+        self.remove_callback(PrinterCallback)  # it prints to standard output
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains, by name."""
+        return {name: parameter for name, parameter in self._whole.named_parameters() if parameter.requires_grad}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW, with rates and decays of our own for adapter and scales."""
+        if self.optimizer is None:
+            settings, trained = self._settings, self.trained
+            adapter = {name: p for name, p in trained.items() if name not in self._scales}
+            groups = [
+                ([p for p in adapter.values() if p.dim() > 1], settings.adapter_rate, settings.adapter_decay),
+                ([p for p in adapter.values() if p.dim() == 1], settings.adapter_rate, 0.0),
+                ([trained[name] for name in sorted(self._scales)], settings.scale_rate, settings.scale_decay),
+            ]
+            named = [{"params": some, "lr": rate, "weight_decay": decay} for some, rate, decay in groups if some]
+            self.optimizer = torch.optim.AdamW(named)
+        return self.optimizer
+
+    def compute_loss_context_manager(self) -> Any:
+        """The precision in which the run computes."""
+        return self._precision.autocast()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_shard(folder / _TRAINED, {name: parameter.detach() for name, parameter in self.trained.items()})
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        stored = LazyTensors([Path(resume_from_checkpoint) / _TRAINED])
+        for name, parameter in self.trained.items():
+            parameter.copy_(stored.read(name))
+
+
+class _Listed(Dataset[Lesson]):
+    def __init__(self, lessons: Sequence[Lesson]) -> None:
+        self._lessons = lessons
+
+    def __len__(self) -> int:
+        return len(self._lessons)
+
+    def __getitem__(self, index: int) -> Lesson:
+        return self._lessons[index]
+
+
+class _Reporter(TrainerCallback):
+    """Passes on what a run does, and ends it where its numbers are not finite."""
+
+    def __init__(self, watch: Watch, settings: TunerSettings, folder: Path) -> None:
+        self._watch = watch
+        self._settings = settings
+        self._folder = folder
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        logs = more.get("logs") or {}
+        if "loss" not in logs:
+            return  # the summary at the end
+        loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            raise NumericsError(
+                f"The {what} is not finite in step {state.global_step} of the fine-tuning.",
+                hint="Try a lower --adapter-rate, a longer --warmup or --precision fp32, with another -o.",
+            )
+        self._watch.on_step(state.global_step, loss)
+        every = self._settings.eval_every
+        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            model = more["model"]
+            self._watch.on_look(state.global_step)
+            model.train()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        if state.is_world_process_zero:
+            self._watch.on_save(self._folder / f"checkpoint-{state.global_step}")
+
+
+_FIELDS = ("input_ids", "attention_mask", "labels")
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
