@@ -128,6 +128,18 @@ def test_the_whole_model_trains_as_in_one_process(pair: tuple[Path, Path]) -> No
     assert distance(*pair) < 1e-3
 
 
+@work("finetune")
+def test_an_adapter_learns_as_in_one_process(pair: tuple[Path, Path]) -> None:
+    alone, both = (quantized(folder).finetune for folder in pair)
+    assert alone is not None
+    assert both is not None
+    assert both.end_loss < 0.9 * both.start_loss
+    assert both.steps == alone.steps
+    assert both.start_loss == pytest.approx(alone.start_loss, rel=1e-5)
+    assert [loss for _, loss in both.losses] == pytest.approx([loss for _, loss in alone.losses], rel=1e-3)
+    assert both.end_loss == pytest.approx(alone.end_loss, rel=1e-3)
+
+
 @work("saliency")
 def test_scores_are_summed(pair: tuple[Path, Path]) -> None:
     manifests = [read_manifest(folder / "s") for folder in pair]

@@ -21,12 +21,15 @@ from ulbq.evaluation.perplexity import perplexity
 from ulbq.models.blocks import load_block
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
+from ulbq.pipeline import finetune_plan
+from ulbq.pipeline.finetune_run import finetune
 from ulbq.pipeline.quantize import quantize
+from ulbq.pipeline.recipes import load_task
 from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.saliency import SaliencyRequest, saliency
 from ulbq.progress import Silent
 
-MODEL, TOKENS = "model", "tokens.safetensors"
+MODEL, TOKENS, BASE, ROWS = "model", "tokens.safetensors", "base", "rows.jsonl"
 _SIZE = {"bits": 3, "group_size": 32, "samples": 7, "sequence_length": 32, "precision": "fp32"}
 _TRAINING = {"method": "efficientqat", "epochs": 2, "batch_size": 3}
 
@@ -76,6 +79,14 @@ def interrupted(inputs: Path, folder: Path) -> None:
 def resumed(inputs: Path, folder: Path) -> None:
     """Go on with what was left behind."""
     quantize(_request(inputs, folder / "q", method="gptq"))
+
+
+def finetuned(inputs: Path, folder: Path) -> None:
+    """Learn questions and answers, and keep checkpoints on the way."""
+    options = {"data": (str(inputs / ROWS),), "sequence_length": 200, "batch_size": 4, "micro_batch": 4, "rank": 4}
+    options |= {"samples": 14, "heldout": 3, "epochs": 2, "adapter_rate": 0.01, "save_every": 4}
+    options |= {"precision": "fp32", "device": "cpu", "offline": True, "out": folder / "q"}
+    finetune(finetune_plan.prepare(str(inputs / BASE), load_task("instructions"), options, Silent()))
 
 
 def scores(inputs: Path, folder: Path) -> None:
@@ -154,6 +165,7 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
         **_TRAINING | {"epochs": 0}, end_to_end="kl", end_to_end_epochs=2, end_to_end_rate=0.2, accumulation=3
     ),
     "interrupted": interrupted,
+    "finetune": finetuned,
     "saliency": scores,
     "evaluation": evaluated,
     "primitives": primitives,
@@ -161,12 +173,15 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
 
 
 def prepare(inputs: Path) -> None:
-    """What all work is done on: a tiny model and tokens."""
+    """What all work is done on: a tiny model, plain and quantized, tokens, questions and answers."""
     from tests.models.tiny import save_tiny
 
     save_tiny("llama", inputs / MODEL, tied=False)
     tokens = torch.randint(3, 250, (12, 32), generator=torch.Generator().manual_seed(7))
     save_file({"tokens": tokens.int()}, inputs / TOKENS)
+    quantize(_request(inputs, inputs / BASE, method="rtn", calibration=None, samples=None, sequence_length=None))
+    rows = [{"instruction": f"count from {n % 5}", "output": f"{n % 5} then {n % 5 + 1}"} for n in range(30)]
+    (inputs / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def do(name: str, inputs: Path, folder: Path) -> None:

@@ -142,10 +142,11 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         OSError: as any write does, ``ENOSPC`` for one.
         RuntimeError: two tensors share memory.
     """
-    distributed.on_main(_write_shard, path, tensors)
+    distributed.on_main(store_shard, path, tensors)
 
 
-def _write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def store_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """As :func:`write_shard`, by whichever process calls it: for one that writes while the others do not wait."""
     scratch = temporary(path)
     # safetensors makes its files readable by their owner alone; ours get the permissions that any new file has.
     scratch.touch()

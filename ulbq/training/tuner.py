@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq import distributed
+from ulbq.artifacts.shards import LazyTensors, store_shard
 from ulbq.data.lessons import Lesson
 from ulbq.errors import NumericsError
 from ulbq.training.precision import Precision
@@ -91,7 +92,8 @@ def batch(lessons: Sequence[Lesson], filler: int) -> Batch:
 def answer_loss(model: nn.Module, lessons: Iterable[Lesson], precision: Precision) -> float:
     """Mean cross-entropy of the learnt tokens of lessons, nats a token; one lesson runs at a time.
 
-    The model is in eval mode afterwards.
+    Of several processes each brings its share of the lessons, and all get the mean over all of them. The model is in
+    eval mode afterwards.
     """
     model.eval()
     total, count = 0.0, 0
@@ -104,7 +106,8 @@ def answer_loss(model: nn.Module, lessons: Iterable[Lesson], precision: Precisio
             losses = nn.functional.cross_entropy(logits[rows].float(), tokens[0, rows + 1], reduction="none")
             total += losses.double().sum().item()
         count += len(asked)
-    return total / count
+    total, everything = distributed.total(total, count)
+    return total / everything
 
 
 class Watch:
@@ -140,7 +143,6 @@ class Tuner(Trainer):
         folder: for checkpoints.
         seed: of the order of the lessons and of dropout.
         watch: told how it goes.
-        processes: that train together.
     """
 
     def __init__(
@@ -155,13 +157,12 @@ class Tuner(Trainer):
         folder: Path,
         seed: int,
         watch: Watch,
-        processes: int = 1,
     ) -> None:
         self._settings = settings
         self._precision = precision
         self._scales = scales
         self._whole = model
-        steps = settings.steps(len(lessons))
+        steps, processes = settings.steps(len(lessons)), distributed.size()
         arguments = TrainingArguments(
             output_dir=str(folder),
             num_train_epochs=settings.epochs,
@@ -176,6 +177,8 @@ class Tuner(Trainer):
             use_cpu=precision.device.type == "cpu",
             ddp_backend="gloo" if precision.device.type == "cpu" and processes > 1 else None,
             ddp_find_unused_parameters=False if processes > 1 else None,
+            # Packed weights are buffers, and never change.
+            ddp_broadcast_buffers=False if processes > 1 else None,
             save_strategy="steps",
             save_steps=settings.save_every,
             # Two: the older one is the resumed run's until the newer one is noted.
@@ -224,7 +227,8 @@ class Tuner(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        write_shard(folder / _TRAINED, {name: parameter.detach() for name, parameter in self.trained.items()})
+        # The Trainer calls for this in the first process alone.
+        store_shard(folder / _TRAINED, {name: parameter.detach() for name, parameter in self.trained.items()})
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -271,8 +275,7 @@ class _Reporter(TrainerCallback):
             model.train()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        if state.is_world_process_zero:
-            self._watch.on_save(self._folder / f"checkpoint-{state.global_step}")
+        self._watch.on_save(self._folder / f"checkpoint-{state.global_step}")
 
 
 _FIELDS = ("input_ids", "attention_mask", "labels")
