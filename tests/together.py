@@ -22,9 +22,9 @@ from ulbq.models.blocks import load_block
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import finetune_plan
+from ulbq.pipeline.finetune_request import load_task
 from ulbq.pipeline.finetune_run import finetune
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.recipes import load_task
 from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.saliency import SaliencyRequest, saliency
 from ulbq.progress import Silent
@@ -83,8 +83,15 @@ def resumed(inputs: Path, folder: Path) -> None:
 
 def finetuned(inputs: Path, folder: Path) -> None:
     """Learn questions and answers, and keep checkpoints on the way."""
-    options = {"data": (str(inputs / ROWS),), "sequence_length": 200, "batch_size": 4, "micro_batch": 4, "rank": 4}
-    options |= {"samples": 14, "heldout": 3, "epochs": 2, "adapter_rate": 0.01, "save_every": 4}
+    options = {
+        "data": (str(inputs / ROWS),),
+        "sequence_length": 200,
+        "batch_size": 4,
+        "micro_batch": 4,
+        "rank": 4,
+        "dropout": 0.0,
+    }
+    options |= {"samples": 16, "heldout": 3, "epochs": 2, "adapter_rate": 0.01, "save_every": 4}
     options |= {"precision": "fp32", "device": "cpu", "offline": True, "out": folder / "q"}
     finetune(finetune_plan.prepare(str(inputs / BASE), load_task("instructions"), options, Silent()))
 
@@ -179,7 +186,8 @@ def prepare(inputs: Path) -> None:
     save_tiny("llama", inputs / MODEL, tied=False)
     tokens = torch.randint(3, 250, (12, 32), generator=torch.Generator().manual_seed(7))
     save_file({"tokens": tokens.int()}, inputs / TOKENS)
-    quantize(_request(inputs, inputs / BASE, method="rtn", calibration=None, samples=None, sequence_length=None))
+    base = {"source": str(inputs / MODEL), "method": "rtn", "bits": 3, "group_size": 32, "device": "cpu"}
+    quantize(QuantizeRequest(**base, offline=True, out=inputs / BASE))
     rows = [{"instruction": f"count from {n % 5}", "output": f"{n % 5} then {n % 5 + 1}"} for n in range(30)]
     (inputs / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
