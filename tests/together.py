@@ -169,7 +169,13 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
         method="ulb-sapr", batch_size=3, stages=[{"name": "wpt", "epochs": 1}, {"name": "mixed", "epochs": 1}]
     ),
     "end-to-end": _quantized(
-        **_TRAINING | {"epochs": 0}, end_to_end="kl", end_to_end_epochs=2, end_to_end_rate=0.2, accumulation=3
+        **_TRAINING | {"epochs": 0},
+        end_to_end="kl",
+        end_to_end_epochs=2,
+        end_to_end_rate=0.2,
+        accumulation=3,
+        teacher="cached",
+        teacher_top_k=16,
     ),
     "interrupted": interrupted,
     "finetune": finetuned,
