@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from ulbq import __version__
+from ulbq import __version__, distributed
 from ulbq.errors import ResourceError, UlbqError, UsageError
 from ulbq.runtime import calm_threads
 
@@ -36,6 +36,8 @@ from .sections import SectionedCommand
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 DEFECT = 1
+
+_UNDIVIDED = frozenset({"generate", "convert", "inspect"})
 
 app = typer.Typer(
     name="ulbq",
@@ -63,6 +65,11 @@ def ulbq(
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(UsageError.exit_code)
+    if context.invoked_subcommand in _UNDIVIDED and distributed.size() > 1:
+        raise UsageError(
+            f"'ulbq {context.invoked_subcommand}' has no samples to split over processes.",
+            hint="Run it without torchrun.",
+        )
 
 
 for _name, _command in (
@@ -92,10 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
-        with _noting_interrupts(state), command.make_context("ulbq", words, obj=state) as context:
-            command.invoke(context)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        with _noting_interrupts(state), distributed.joined(), console.only_main():
+            with command.make_context("ulbq", words, obj=state) as context:
+                command.invoke(context)
+            if sys.stdout is not None:
+                sys.stdout.flush()
         return 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -131,21 +139,21 @@ def _noting_interrupts(state: State) -> Iterator[None]:
 
 
 def _interrupted() -> int:
-    console.fail("Interrupted.", hint="Finished steps are kept: run the same command again to go on.")
-    return INTERRUPTED
+    return _fail(INTERRUPTED, "Interrupted.", "Finished steps are kept: run the same command again to go on.")
 
 
 def _explain(error: Exception) -> int:
     """Say an error as one message and one hint; return its exit code."""
     known = _as_ulbq_error(error)
     if known is not None:
-        console.fail(known.message, hint=known.hint)
-        return known.exit_code
-    console.fail(
-        f"{type(error).__name__}: {error}",
-        hint="This is a defect of ulbq. Run again with --debug and report what it shows.",
-    )
-    return DEFECT
+        return _fail(known.exit_code, known.message, known.hint)
+    hint = "This is a defect of ulbq. Run again with --debug and report what it shows."
+    return _fail(DEFECT, f"{type(error).__name__}: {error}", hint)
+
+
+def _fail(code: int, message: str, hint: str) -> int:
+    """Say why the command fails, once however many processes it has; return the exit code."""
+    return distributed.end_together(code, lambda: console.fail(message, hint=hint))
 
 
 def _as_ulbq_error(error: Exception) -> UlbqError | None:

@@ -6,13 +6,16 @@ A command opens one :func:`session`, hands its ``progress`` to the pipeline and 
     emit(*quantize(request, progress))
 """
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from ulbq import distributed
 from ulbq.progress import Progress
 
 if TYPE_CHECKING:
@@ -64,18 +67,33 @@ def session(json: bool = False, quiet: bool = False, debug: bool = False) -> Ses
     return Session(progress, _emit_manifest if json else _emit_path)
 
 
-def terminal() -> "Console":
-    """The console for people: standard error, no colour and 120 columns where that is no terminal."""
+def terminal(quiet: bool | None = None) -> "Console":
+    """The console for people: standard error, no colour and 120 columns where that is no terminal.
+
+    Args:
+        quiet: show nothing; None: in all processes of a run but the first.
+    """
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+    quiet = not distributed.is_main() if quiet is None else quiet
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120, quiet=quiet)
+
+
+@contextlib.contextmanager
+def only_main() -> Iterator[None]:
+    """Of several processes the first writes to standard output, the others to nowhere."""
+    if distributed.is_main():
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def fail(message: str, hint: str = "") -> None:
     """Say what went wrong and, if known, what to do about it."""
     from .progress import say
 
-    console = terminal()
+    console = terminal(quiet=False)
     say(console, message, label="error: ", style="bold red")
     if hint:
         say(console, hint, label="hint: ", style="bold")

@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ulbq import distributed
 from ulbq.errors import InputError, UsageError
 from ulbq.progress import Progress, Silent
 
@@ -126,7 +127,7 @@ def read_source(
         InputError: the pipe brought nothing, or something other than one path; no artifact to take.
     """
     if piped and (source == "-" or (source is None and _input_is_piped())):
-        return _read_path()
+        return distributed.on_main(_read_path)
     if source is not None:
         return source
     progress = progress or Silent()
@@ -136,7 +137,7 @@ def read_source(
     from ulbq.artifacts.manifest import newest
     from ulbq.artifacts.store import DEFAULT_ROOT
 
-    found = newest(DEFAULT_ROOT, kinds)
+    found = distributed.on_main(newest, DEFAULT_ROOT, kinds)
     if found is None:
         raise InputError(
             f"No SOURCE given, and ./{DEFAULT_ROOT} holds no finished artifact to take.",

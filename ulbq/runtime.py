@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from ulbq import distributed
 from ulbq.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -33,16 +34,23 @@ def calm_threads() -> None:
 
 
 def resolve_device(name: str = "auto") -> "torch.device":
-    """``auto`` is the first CUDA device, else the CPU. Raises ResourceError where the named device is missing."""
+    """``auto`` is the first CUDA device, else the CPU; of several processes each has its own.
+
+    Raises:
+        ResourceError: the named device is missing, or there are fewer than processes.
+        UsageError: one GPU was named for several processes.
+    """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # the meta device has no values
-    except (RuntimeError, AssertionError) as error:
-        raise ResourceError(f"Device '{name}' cannot be used here.", hint="Try --device cpu.") from error
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        try:
+            device = torch.device(name)
+            torch.zeros(1, device=device).item()  # the meta device has no values
+        except (RuntimeError, AssertionError) as error:
+            raise ResourceError(f"Device '{name}' cannot be used here.", hint="Try --device cpu.") from error
+    distributed.check_device(device)
     return device
 
 

@@ -44,7 +44,7 @@ def _now() -> str:
 
 
 class Manifest(Record):
-    """What every kind of artifact records. ``files``, ``fingerprint`` and ``digest`` are the writer's to fill.
+    """What every kind of artifact records. ``files``, ``fingerprint``, ``processes`` and ``digest`` are the writer's.
 
     Attributes:
         created: UTC, ISO 8601 with microseconds.
@@ -53,6 +53,7 @@ class Manifest(Record):
         versions: of the libraries that decide the numbers.
         files: by path relative to the artifact, with forward slashes; all but the manifest itself.
         fingerprint: SHA-256 over what decides the content (request, source, calibration).
+        processes: how many worked on the run together, each on a device of its own.
         digest: SHA-256 over the canonical JSON of all the other fields.
     """
 
@@ -68,6 +69,7 @@ class Manifest(Record):
     files: dict[str, FileEntry] = Field(default_factory=dict)
     phases: tuple[runtime.PhaseRecord, ...] = ()
     fingerprint: str = ""
+    processes: int = 1
     digest: str = ""
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ulbq import distributed
 from ulbq.artifacts.disk import replace_synced, temporary, write_atomically
 from ulbq.errors import InputError
 
@@ -135,10 +136,17 @@ class LazyTensors:
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one safetensors file; a crash leaves it whole or absent. Equal tensors give equal bytes.
 
+    Of several processes, which hold the same tensors, the first writes and the others wait.
+
     Raises:
         OSError: as any write does, ``ENOSPC`` for one.
         RuntimeError: two tensors share memory.
     """
+    distributed.on_main(store_shard, path, tensors)
+
+
+def store_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """As :func:`write_shard`, by whichever process calls it: for one that writes while the others do not wait."""
     scratch = temporary(path)
     # safetensors makes its files readable by their owner alone; ours get the permissions that any new file has.
     scratch.touch()

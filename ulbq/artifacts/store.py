@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ulbq import distributed
 from ulbq.artifacts.disk import (
     TEMPORARY_PREFIX,
     disk_full,
@@ -34,7 +35,7 @@ from ulbq.artifacts.manifest import (
     sealed,
 )
 from ulbq.artifacts.records import FileEntry
-from ulbq.errors import InputError
+from ulbq.errors import InputError, ResourceError
 
 DEFAULT_ROOT = Path("artifacts")
 """Where artifacts go, and are looked for, that were given no folder."""
@@ -56,18 +57,21 @@ def free_output(root: Path, stem: str, fingerprint: str) -> Path:
     An unfinished run with the same fingerprint does not occupy its name, so that it is resumed; anything else does.
     """
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
-    return next(
+    free = (
         path
         for path in (root / name for name in names)
         if not _occupied(path) and not _claimed(_partial(path), fingerprint)
     )
+    # One answer for all processes: the first may make the folder while another still looks for it.
+    return distributed.on_main(lambda: next(free))
 
 
 class ArtifactWriter:
     """Writes one artifact; a context manager.
 
     Leaving the context before :meth:`finish` keeps the partial folder if any step was recorded, and removes it
-    otherwise. While the writer lives, no other process can write to the same partial folder.
+    otherwise. While the writer lives, no other process can write to the same partial folder. Where a run has several
+    processes, the first one's writer writes; the others' know what it knows, and read what it wrote.
 
     Args:
         out: where the artifact will stand. May exist only as an empty folder.
@@ -96,30 +100,40 @@ class ArtifactWriter:
         self._finished = False
         # Absolute: a change of the working folder must not move it. Real: partial and target must share a disk.
         self._target = Path(os.path.realpath(out))
-        with writing(out):
+        self._aside = self._target.parent / f".{self._target.name}.replaced"
+        self.path = _partial(self._target)
+        self.scratch = self.path / _SCRATCH
+        self._entries, self.resumed = distributed.on_main(self._open)
+        if not self.scratch.is_dir():
+            raise ResourceError(
+                f"Process {distributed.rank()} of this run does not see '{self.path}'.",
+                hint="All processes must share the disk that the output is on.",
+            )
+
+    def _open(self) -> tuple[dict[str, Any], bool]:
+        """Take hold of the partial folder; gives what its journal holds, and whether a run goes on there."""
+        with writing(self.out):
             self._check_out()
-            self._aside = self._target.with_name(f".{self._target.name}.replaced")
-            self.path = _partial(self._target)
-            self.scratch = self.path / _SCRATCH
             _check_ours(self.path)
             self._made = _make_folders(self._target.parent)
-            self._lock = _acquire(self.path, out)
+            self._lock = _acquire(self.path, self.out)
             try:
                 self._recover()
                 # Again: while this one got hold of the lock, another run may have finished.
                 self._check_out()
-                self._journal, self.resumed = self._open_journal()
+                self._journal, resumed = self._open_journal()
                 self.scratch.mkdir(exist_ok=True)
             except BaseException:
                 if self._fresh or os.listdir(self.path) == [_LOCK]:
                     self._discard()
                 os.close(self._lock)
                 raise
+        return self._journal.entries, resumed
 
     @property
     def journal(self) -> dict[str, Any]:
         """Values of the finished steps by key, those of the resumed run included, as JSON gives them back."""
-        return self._journal.entries
+        return self._entries
 
     def record(self, key: str, value: Any, *, files: Iterable[Path] = ()) -> None:
         """Note a finished step, durably.
@@ -129,32 +143,41 @@ class ArtifactWriter:
             value: anything JSON can say, pydantic models included.
             files: what the step wrote; forced onto the disk first, so that no noted step can lack its files.
         """
-        with writing(self.out):
-            paths = list(files)
-            for path in [*paths, *{path.parent for path in paths}]:
-                sync(path)
-            self._journal.append(key, value)
+
+        def note() -> Any:
+            with writing(self.out):
+                paths = list(files)
+                for path in [*paths, *{path.parent for path in paths}]:
+                    sync(path)
+                self._journal.append(key, value)
+            return self._journal.entries[key]
+
+        self._entries[key] = distributed.on_main(note)
 
     def finish(self, manifest: Manifest) -> Path:
         """Hash every file, write the manifest and move the artifact into place.
 
         Args:
-            manifest: with everything but ``files``, ``fingerprint`` and ``digest``, which are filled in here.
+            manifest: with everything but ``files``, ``fingerprint``, ``processes`` and ``digest``, filled in here.
 
         Returns:
             ``out``, as it was given.
         """
-        with writing(self.out):
-            remove_tree(self.scratch)
-            complete = manifest.model_copy(update={"files": self._entries(), "fingerprint": self.fingerprint})
-            write_atomically(self.path / MANIFEST_NAME, sealed(complete))
-            self._journal.close()
-            self._publish()
-            self._finished = True
-            # Only now: until the rename a crash must find the journal, after it these two are mere leftovers.
-            for name in (_JOURNAL, _LOCK):
-                (self._target / name).unlink()
-            remove_tree(self._aside)
+
+        def complete() -> None:
+            with writing(self.out):
+                remove_tree(self.scratch)
+                known = {"files": self._files(), "fingerprint": self.fingerprint, "processes": distributed.size()}
+                write_atomically(self.path / MANIFEST_NAME, sealed(manifest.model_copy(update=known)))
+                self._journal.close()
+                self._publish()
+                self._finished = True
+                # Only now: until the rename a crash must find the journal, after it these two are mere leftovers.
+                for name in (_JOURNAL, _LOCK):
+                    (self._target / name).unlink()
+                remove_tree(self._aside)
+
+        distributed.on_main(complete)
         return self.out
 
     def __enter__(self) -> Self:
@@ -163,10 +186,11 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._journal.close()
-        if not self._finished and not self.journal:
-            self._discard()
-        os.close(self._lock)
+        if distributed.is_main():
+            self._journal.close()
+            if not self._finished and not self.journal:
+                self._discard()
+            os.close(self._lock)
         if error is not None and (full := disk_full(error)):
             raise full from error
 
@@ -212,7 +236,7 @@ class ArtifactWriter:
         self._fresh = True
         return Journal.create(path, self.fingerprint), False
 
-    def _entries(self) -> dict[str, FileEntry]:
+    def _files(self) -> dict[str, FileEntry]:
         files = sorted(path for path in self.path.rglob("*") if path.is_file())
         entries = {}
         for path in files:
@@ -258,7 +282,7 @@ class ArtifactWriter:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(path.name + PARTIAL_SUFFIX)
+    return path.parent / (path.name + PARTIAL_SUFFIX)
 
 
 def _occupied(path: Path) -> bool:

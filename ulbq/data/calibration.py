@@ -21,6 +21,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from ulbq import distributed
 from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.data import registry
 from ulbq.data.files import TEXT_SUFFIXES, read_text_file, suffix_of
@@ -193,7 +194,7 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
         tensors["taught"] = calibration.taught
     data = safetensors.torch.save(tensors, {_ORIGIN: json.dumps(origin)})
     with writing(path):
-        write_atomically(path, data)
+        distributed.on_main(write_atomically, path, data)
 
 
 def load_calibration(path: Path) -> Calibration:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ulbq import distributed
 from ulbq.errors import InputError, NumericsError
 from ulbq.evaluation.results import Fidelity
 from ulbq.evaluation.text import batches, logits_of
@@ -30,7 +31,7 @@ def fidelity(
     progress: Progress | None = None,
     label: str = "Fidelity",
 ) -> Fidelity:
-    """Compare the next-token distributions of two models at every position.
+    """Compare the next-token distributions of two models at every position. Several processes share the windows.
 
     Args:
         model: the compressed model, in eval mode.
@@ -48,8 +49,9 @@ def fidelity(
     """
     divergences: list[torch.Tensor] = []
     agreeing = 0
-    with (progress or Silent()).phase(label, len(windows)) as phase:
-        for batch in batches(model, windows, batch_size):
+    own = distributed.own(windows)
+    with (progress or Silent()).phase(label, len(own)) as phase:
+        for batch in batches(model, own, batch_size):
             ours, theirs = logits_of(model, batch).flatten(0, 1), logits_of(parent, batch).flatten(0, 1)
             if ours.shape != theirs.shape:
                 raise InputError(
@@ -59,7 +61,8 @@ def fidelity(
             divergences.append(kl_divergence(theirs, ours).cpu())
             agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
             phase.advance(len(batch), f"{float(divergences[-1].mean()):.3f} nats")
-    kl = torch.cat(divergences)
+    kl = torch.cat([one for share in distributed.gather(divergences) for one in share])
+    (all_agreeing,) = distributed.total(agreeing)
     if not bool(kl.isfinite().all()):
         raise NumericsError("The models' logits are not finite.", hint="Try --dtype fp32.")
     return Fidelity(
@@ -67,7 +70,7 @@ def fidelity(
         tokens=kl.numel(),
         mean_kl=float(kl.mean()),
         p99_kl=float(kl.sort().values[int(0.99 * (kl.numel() - 1))]),
-        top1_agreement=agreeing / kl.numel(),
+        top1_agreement=all_agreeing / kl.numel(),
     )
 
 

@@ -2,17 +2,20 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ulbq import distributed
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.text import sequences_per_batch, tokens_per_batch
 from ulbq.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 Row = tuple[int, ...]
 Score = tuple[float, bool]
@@ -22,7 +25,7 @@ _DEFAULT_LENGTH = 2048  # tokens, where the configuration names no longest input
 
 
 class LanguageModel:
-    """Scores and writes text, in batches that fit.
+    """Scores and writes text, in batches that fit. Several processes share the sequences and learn all answers.
 
     Args:
         model: in eval mode, on its device.
@@ -92,15 +95,15 @@ class LanguageModel:
         for number, (before, answer) in enumerate(pairs):
             askers.setdefault(tuple((before + answer)[-(self.max_length + 1) : -1]), []).append(number)
         answers = {row: [pairs[number][1][-len(row) :] for number in numbers] for row, numbers in askers.items()}
-        scores: list[Score] = [(0.0, False)] * len(pairs)
+        scores: dict[int, Score] = {}
         budget = tokens_per_batch(self.model)
-        with self.progress.phase(f"Answers scored by {self.label}", len(pairs)) as phase:
-            for batch in _by_budget(sorted(askers, key=len, reverse=True), budget, self.batch_size):
+        own = distributed.own(sorted(askers, key=len, reverse=True))
+        with self.progress.phase(f"Answers scored by {self.label}", sum(len(askers[row]) for row in own)) as phase:
+            for batch in _by_budget(own, budget, self.batch_size):
                 for row, found in zip(batch, self._score(batch, answers), strict=True):
-                    for number, score in zip(askers[row], found, strict=True):
-                        scores[number] = score
+                    scores |= zip(askers[row], found, strict=True)
                     phase.advance(len(found))
-        return scores
+        return _in_order(scores)
 
     def _score(self, batch: Sequence[Row], answers: Mapping[Row, list[list[int]]]) -> list[list[Score]]:
         """Scores of each row's answers; a batch that does not fit into the device's memory is halved."""
@@ -160,19 +163,18 @@ class LanguageModel:
         room = self.max_length - new_tokens
         if room < 1:
             raise UsageError(f"An answer may take {new_tokens} tokens; the model holds {self.max_length} in all.")
-        order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
-        texts = [""] * len(rows)
-        with self.progress.phase(f"Answers written by {self.label}", len(rows)) as phase:
+        order = distributed.own(sorted(range(len(rows)), key=lambda number: -len(rows[number])))
+        texts: dict[int, str] = {}
+        with self.progress.phase(f"Answers written by {self.label}", len(order)) as phase:
             start = 0
             while start < len(order):
                 longest = min(len(rows[order[start]]), room) + new_tokens
                 numbers = order[start : start + (self.batch_size or sequences_per_batch(self.model, longest))]
                 written = self._write([rows[number][-room:] for number in numbers], stops, new_tokens, sampling)
-                for number, text in zip(numbers, written, strict=True):
-                    texts[number] = text
+                texts |= zip(numbers, written, strict=True)
                 start += len(numbers)
                 phase.advance(len(numbers))
-        return texts
+        return _in_order(texts)
 
     def _write(
         self, rows: list[list[int]], stops: Sequence[str], new_tokens: int, sampling: Mapping[str, Any]
@@ -223,6 +225,12 @@ def _ends(model: "PreTrainedModel", end_token: int) -> list[int]:
     own = None if settings is None else settings.eos_token_id
     named = own if isinstance(own, list) else [] if own is None else [own]
     return list(dict.fromkeys([end_token, *map(int, named)]))
+
+
+def _in_order(found: Mapping[int, T]) -> list[T]:
+    """What all processes found by number, as a list."""
+    everything = {number: value for share in distributed.gather(found) for number, value in share.items()}
+    return [everything[number] for number in range(len(everything))]
 
 
 def _answer_score(logits: torch.Tensor, answer: list[int]) -> Score:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ulbq import distributed
 from ulbq.errors import NumericsError, UsageError
 from ulbq.evaluation.results import Perplexity
 from ulbq.evaluation.text import batches, logits_of
@@ -28,7 +29,7 @@ def perplexity(
     """Perplexity of a causal language model over windows of text.
 
     Every token of a window but its first is predicted from those before it in the same window. Likelihoods are taken in
-    float32 and summed in float64, whatever the model computes in.
+    float32 and summed in float64, whatever the model computes in. Several processes take turns with the windows.
 
     Args:
         model: in eval mode, on its device.
@@ -46,12 +47,14 @@ def perplexity(
     if context < 2:
         raise UsageError("A window of one token predicts nothing.", hint="Raise --context.")
     total, tokens = 0.0, 0
-    with (progress or Silent()).phase(label, count) as phase:
-        for batch in batches(model, windows, batch_size):
+    own = distributed.own(windows)
+    with (progress or Silent()).phase(label, len(own)) as phase:
+        for batch in batches(model, own, batch_size):
             total += negative_log_likelihood(logits_of(model, batch)[:, :-1], batch[:, 1:])
             tokens += len(batch) * (context - 1)
             phase.advance(len(batch), f"{_perplexity(total, tokens):.2f}")
-    return Perplexity(value=_perplexity(total, tokens), windows=count, context=context, tokens=tokens)
+    total, everything = distributed.total(total, tokens)
+    return Perplexity(value=_perplexity(total, everything), windows=count, context=context, tokens=int(everything))
 
 
 def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -62,7 +65,7 @@ def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> floa
     return float(torch.cat(losses).sum(dtype=torch.float64))
 
 
-def _perplexity(total: float, tokens: int) -> float:
+def _perplexity(total: float, tokens: float) -> float:
     try:
         value = math.exp(total / tokens)
     except OverflowError:

@@ -89,8 +89,8 @@ def sequences_per_batch(model: "PreTrainedModel", tokens: int) -> int:
 def batches(model: "PreTrainedModel", windows: torch.Tensor, batch_size: int | None) -> Iterator[torch.Tensor]:
     """Split ``[n, t]`` windows into batches on the model's device; ``batch_size`` None: as many as its memory takes."""
     size = batch_size or max(1, tokens_per_batch(model) // windows.shape[1])
-    for batch in windows.split(size):
-        yield batch.to(model.device)
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size].to(model.device)
 
 
 def logits_of(model: "PreTrainedModel", tokens: torch.Tensor) -> torch.Tensor:

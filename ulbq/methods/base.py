@@ -99,6 +99,12 @@ class BlockResult:
     schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is stored."""
+        parts = (*self.packed.values(), *self.adapters.values(), self.dense)
+        return [tensor for named in parts for tensor in named.values()]
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -192,11 +198,7 @@ class SurveyingMethod(Method, Protocol):
 
 def check_finite(index: int, result: BlockResult) -> None:
     """Refuse a block with values that are not finite as they are stored. Raises NumericsError."""
-    stored = [
-        tensor for parts in (result.packed, result.adapters) for named in parts.values() for tensor in named.values()
-    ]
-    tensors = [tensor for tensor in (*stored, *result.dense.values()) if tensor.is_floating_point()]
-    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+    if not all(torch.isfinite(tensor).all() for tensor in result.tensors if tensor.is_floating_point()):
         raise NumericsError(
             f"Block {index} has scales, norms or adapters that are not finite.",
             hint="Try --precision fp32, or lower rates.",

@@ -6,6 +6,7 @@ from contextlib import suppress
 import torch
 from torch import nn
 
+from ulbq import distributed
 from ulbq.methods.base import BlockTask
 from ulbq.models.stream import run_block
 from ulbq.models.watch import Enough, Input, distinct_inputs, watching
@@ -38,7 +39,9 @@ def solve_in_sequence(
     """
     stages: dict[str, list[Input]] = {}
     known: dict[str, str] = {}
-    for one in distinct_inputs(_layers(task.block, task.linears), lambda: _run(task, 0)):
+    # The first sample is the first process's; with experts, another sample may well call other layers.
+    inputs = distributed.on_main(lambda: distinct_inputs(_layers(task.block, task.linears), lambda: _run(task, 0)))
+    for one in inputs:
         places = [_place(task.block, layer) for layer in one.layers]
         # An expert that the first sample missed comes where its like do.
         stage = known.get(places[0], places[0]) if one_by_one else ""
@@ -79,10 +82,12 @@ def _gather(task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting)
             raise Enough
 
     with watching(_layers(task.block, list(sums)), add):
-        for index in range(task.data.training):
+        for row in distributed.rows(torch.arange(task.data.training)).tolist():
             seen = 0
             with suppress(Enough):
-                _run(task, index)
+                _run(task, row)
+    for one in sums.values():
+        one.reduce()
     return sums
 
 
@@ -90,9 +95,9 @@ def _layers(block: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     return {name: block.get_submodule(name) for name in names}
 
 
-def _run(task: BlockTask, index: int) -> None:
-    """Pass one sample of the quantized stream through the block."""
+def _run(task: BlockTask, row: int) -> None:
+    """Pass one sample of the quantized stream, of those that this process holds, through the block."""
     if task.data is None:
         raise ValueError("second moments need activations")
     with task.precision.autocast():
-        run_block(task.block, task.data.inputs.get(slice(index, index + 1)).to(task.precision.device), task.data.kwargs)
+        run_block(task.block, task.data.inputs.get(slice(row, row + 1)).to(task.precision.device), task.data.kwargs)

@@ -7,7 +7,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from ulbq import runtime
+from ulbq import distributed, runtime
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
 from ulbq.methods.options import TrainedOptions
@@ -181,9 +181,12 @@ def half_vector(value: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout draws from torch's global generators: seeded anew, a block does not depend on those before it."""
+    """Dropout draws from torch's global generators: seeded anew, a block does not depend on those before it.
+
+    Each process of a run draws for its own samples.
+    """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed((seed + 7907 * distributed.rank()) % (runtime.MAX_SEED + 1))
         yield
 
 

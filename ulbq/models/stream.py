@@ -142,7 +142,8 @@ class BlockStream:
         outer = _without_head(model, source, dtype, device)
         blocks = list(block_list(outer)[1])
         with torch.no_grad():
-            sample = tokens[:1].to(device)
+            # Where there are more processes than samples some have none: any tokens tell what blocks are called with.
+            sample = (tokens[:1] if len(tokens) else tokens.new_zeros(1, tokens.shape[1])).to(device)
             first = load_block(model, source, 0, dtype, device)
             self.block_kwargs = _arguments(outer, blocks, first, sample)
             _check_broadcast(outer, self.block_kwargs[0], _arguments(outer, blocks, first, sample.repeat(2, 1))[0])
@@ -171,10 +172,10 @@ class _Arrived(Exception):
 
 
 def _check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    if tokens.ndim != 2 or tokens.numel() == 0:
+    if tokens.ndim != 2 or not tokens.shape[1]:
         raise ValueError(f"tokens must be [samples, length], not {list(tokens.shape)}")
     config = model.config.get_text_config()
-    low, high = int(tokens.min()), int(tokens.max())
+    low, high = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
     if low < 0 or high >= config.vocab_size:
         raise InputError(
             f"The samples hold token {min(low, 0) or high}, the model's vocabulary is 0 to {config.vocab_size - 1}.",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ulbq import distributed
 from ulbq.artifacts.disk import sync, writing
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
@@ -96,7 +97,7 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
     if not phase.tuned and not (phase.over and not phase.epochs[-1].best):
         _train(phase)
     if phase.tuned:
-        _exchange(phase)
+        distributed.on_main(_exchange, phase)
     record = _record(phase)
     return record if job.request.end_to_end_data is None else record.model_copy(update={"data": text.record()})
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ulbq import __version__, runtime
+from ulbq import __version__, distributed, runtime
 from ulbq.artifacts import (
     DEFAULT_ROOT,
     ArtifactWriter,
@@ -68,9 +68,9 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
             phases=tuple(watch.records),
             results=results.model_dump(mode="json"),
         )
-        _write(job, results, manifest, writer.path)
+        distributed.on_main(_write, job, results, manifest, writer.path)
         if measurer is not None and measurer.samples:
-            _write_samples(measurer.samples, writer.path)
+            distributed.on_main(_write_samples, measurer.samples, writer.path)
         path = writer.finish(manifest)
     return path, read_back(path, EvaluationManifest)
 

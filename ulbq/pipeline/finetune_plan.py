@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from ulbq import formats, runtime
+from ulbq import distributed, formats, runtime
 from ulbq.artifacts.disk import sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.data.lessons import Lessons, draw_lessons
@@ -158,7 +158,7 @@ def prepare(given: str, task: Task, options: Mapping[str, Any], progress: Progre
         offline=request.offline,
         progress=progress,
     )
-    settings = request.settings(len(lessons.train))
+    settings = _shared(request.settings(len(lessons.train)))
     parameters, cost = _cost(request, source, model, adapter, linears, lessons, precision)
     plan = FinetunePlan(
         request=request,
@@ -222,6 +222,19 @@ def _check_trainable(source: ModelSource, adapter: AdapterConfig, linears: tuple
             f"DoRA needs the norms of one weight, and '{mixed}' of '{source.given}' mixes its scales for every token.",
             hint="Use --lora.",
         )
+
+
+def _shared(settings: TunerSettings) -> TunerSettings:
+    """The settings of each of several processes, which share every step's samples alike. Raises UsageError."""
+    count = distributed.size()
+    if settings.batch_size % count:
+        raise UsageError(
+            f"--batch-size {settings.batch_size} cannot be split over {count} processes.",
+            hint=f"Take a multiple of {count}.",
+        )
+    share = settings.batch_size // count
+    fitting = max(n for n in range(1, settings.micro_batch + 1) if share % n == 0)
+    return settings.model_copy(update={"micro_batch": fitting})
 
 
 def _cost(

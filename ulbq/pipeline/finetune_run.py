@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ulbq import __version__, runtime
+from ulbq import __version__, distributed, runtime
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
 from ulbq.artifacts.records import FinetuneRecord
@@ -64,7 +64,7 @@ def finetune(
         if writer.resumed and _CHECKPOINT in writer.journal:
             step = writer.journal[_CHECKPOINT]["step"]
             progress.note(f"Resuming {out}: {step} of {job.plan.steps} steps are done.")
-        take_over(job, writer)
+        distributed.on_main(take_over, job, writer)
         with watch.phase("load"):
             model = _load(job)
         run = _Run(job, writer, model, progress)
@@ -79,7 +79,9 @@ def finetune(
             end = run.look(job.plan.steps, "Looking at what is held out")
             record = run.record(end)
             adapter = {key: parameter.detach() for key, parameter in adapter_parameters(model).items()}
-        manifest = write_artifact(job, writer, adapter, adapter_form(model), packed, record, watch)
+        distributed.check_agreement(adapter.values(), "the adapter")
+        form = adapter_form(model)
+        manifest = distributed.on_main(write_artifact, job, writer, adapter, form, packed, record, watch)
         if end >= record.start_loss:
             progress.warn(
                 f"Held-out answers did not gain: loss {record.start_loss:.4f} before, {end:.4f} after. "
@@ -213,7 +215,7 @@ class _Run:
         )
 
     def _measure(self, words: str) -> float:
-        lessons = self._job.lessons.heldout
+        lessons = distributed.own(self._job.lessons.heldout)
         with self._progress.phase(words, len(lessons)) as bar:
             loss = answer_loss(self._model, _counted(lessons, bar), self._job.precision)
         if loss != loss or loss == float("inf"):
@@ -238,7 +240,9 @@ class _Run:
         losses = [(at, loss) for at, loss in sorted(self._losses.items()) if at <= step]
         noted: dict[str, Any] = {"folder": folder.name, "step": step, "losses": losses}
         noted["seconds"] = round(time.monotonic() - self._started, 3)
-        self._writer.record(_CHECKPOINT, noted, files=[path for path in folder.iterdir() if path.is_file()])
+        distributed.barrier()  # each process leaves the state of its own generators there
+        files = distributed.on_main(lambda: [path for path in folder.iterdir() if path.is_file()])
+        self._writer.record(_CHECKPOINT, noted, files=files)
 
 
 def _is_scale(name: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
-from ulbq import runtime
+from ulbq import distributed, runtime
 from ulbq.artifacts import ArtifactWriter
 from ulbq.data.generate import self_samples
 from ulbq.data.prompts import Template
@@ -176,7 +176,9 @@ class Measurer:
         count = min(measures.limit or FIDELITY_WINDOWS, FIDELITY_WINDOWS)
         if text == "self":
             length = min(measures.context, _OWN_LENGTH)
-            written = self_samples(
+            # One process writes for all: each word hangs on those before it.
+            written = distributed.on_main(
+                self_samples,
                 original,
                 parent.source.tokenizer(),
                 samples=count,

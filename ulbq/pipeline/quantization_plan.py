@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from ulbq import runtime
+from ulbq import distributed, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import RotationRecord
 from ulbq.errors import InputError, UsageError
@@ -127,6 +127,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     request = complete(request, "balanced" if device.type == "cuda" else "quick")
     precision = Precision.choose(device, request.precision or "auto")
     method = build_method(request)
+    _check_processes(request, method)
     start = None
     if origins.start is not None:
         start = Start(origins.start, method.scheme, method.needs, without_adapter=without_adapter)
@@ -160,6 +161,21 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     if method.needs.survey:
         _check_score(method, saliency)
     return Job(request, source, model, found, method, precision, described, start, saliency)
+
+
+def _check_processes(request: QuantizeRequest, method: Method) -> None:
+    """Refuse what several processes cannot do together. Raises UsageError."""
+    count = distributed.size()
+    if method.calibrated and (request.samples or 0) < count:
+        raise UsageError(
+            f"{request.samples} samples cannot be split over {count} processes.",
+            hint="Raise --samples, or start fewer processes.",
+        )
+    if request.sliced_wasserstein and count > 1:
+        raise UsageError(
+            "--sliced-wasserstein compares all tokens of a batch, which several processes hold in parts.",
+            hint="Leave it out, or run one process.",
+        )
 
 
 def _only_text(request: QuantizeRequest, needs: Needs, start: Start | None) -> bool:

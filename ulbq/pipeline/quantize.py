@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from ulbq import __version__, runtime
+from ulbq import __version__, distributed, runtime
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
 from ulbq.artifacts.records import TemperatureRecord
 from ulbq.artifacts.saliency import BlockScores
@@ -124,7 +124,7 @@ def quantize(
             with watch.phase("end to end"):
                 tuned = train_end_to_end(job, writer, learnt, progress)
         with watch.phase("finish"):
-            manifest = finish(job, writer, calibration, outer, watch, tuned)
+            manifest = distributed.on_main(finish, job, writer, calibration, outer, watch, tuned)
         path = writer.finish(manifest)
     return path, read_back(path, QuantizedManifest)
 
@@ -305,6 +305,7 @@ class _Run:
         for note in result.notes:
             self._progress.warn(note)
         check_finite(index, result)
+        distributed.check_agreement(result.tensors, f"block {index}")
         shard = self._writer.path / layout.block_shard(index)
         layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
         records: dict[str, Any] = {

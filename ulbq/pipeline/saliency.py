@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ulbq import __version__, runtime
+from ulbq import __version__, distributed, runtime
 from ulbq.artifacts import BlockScores, SaliencyLayer, SaliencyManifest, read_back
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import SCHEMA_VERSION
@@ -74,7 +74,7 @@ def saliency(
         with watch.phase("blocks"):
             blocks = _score(job, calibration, writer, progress)
         with watch.phase("finish"):
-            manifest = _finish(job, blocks, calibration, writer)
+            manifest = distributed.on_main(_finish, job, blocks, calibration, writer)
         # Later than the last phase is timed, so that the manifest has them all.
         path = writer.finish(manifest.model_copy(update={"phases": tuple(watch.records)}))
     _warn_of_zeros(manifest.layers, progress)

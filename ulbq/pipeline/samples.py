@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
+from ulbq import distributed
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration, calibration_samples, load_calibration
 from ulbq.data.generate import self_samples
@@ -95,11 +96,16 @@ def written_samples(
     saved = writer.path / file
     if writer.resumed and saved.exists():
         return load_calibration(saved)
-    return self_samples(
-        load_model(source, dtype=precision.dtype, device=precision.device),
-        source.tokenizer(),
-        samples=samples,
-        length=request.sequence_length or 0,
-        seed=request.seed,
-        progress=progress,
-    )
+
+    def write() -> Calibration:
+        return self_samples(
+            load_model(source, dtype=precision.dtype, device=precision.device),
+            source.tokenizer(),
+            samples=samples,
+            length=request.sequence_length or 0,
+            seed=request.seed,
+            progress=progress,
+        )
+
+    # One process writes for all: each word hangs on those before it.
+    return distributed.on_main(write)

@@ -7,18 +7,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ulbq import distributed
 from ulbq.errors import InputError
 from ulbq.formats import AnyScheme
 from ulbq.models.blocks import load_block
 from ulbq.models.stream import ActivationStore, BlockStream
 from ulbq.models.watch import watching
+from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.training.objective import BlockData
 
 
 class Streams:
-    """The streams, standing before one block.
+    """The streams, standing before one block; of several processes each has those of its share of the samples.
 
     Args:
         job: the run.
@@ -37,10 +39,11 @@ class Streams:
         self._batch = job.request.batch_size or 1
         device = job.precision.device
         needs = job.method.needs
+        self._positions = tokens.numel()
         stream = BlockStream(
             job.model,
             job.source,
-            tokens,
+            distributed.own(tokens),
             dtype=torch.float32,
             device=device,
             limit=(job.request.activation_memory or 0) // needs.stores,
@@ -66,8 +69,7 @@ class Streams:
                 self._originals.set(start, self._full.get(slice(start, start + 1)))
         with _mean_squares(block, linears) as sums:
             self._run(block, index, self._full, self._full)
-        count = len(self._full) * self._full.shape[1]
-        self.importance = {linear: _importance(index, linear, sums) / count for linear in linears}
+        self.importance = {linear: _importance(index, linear, sums) / self._positions for linear in linears}
         if self._augmented is not None:
             self._run(block, index, self._quantized, self._augmented)
 
@@ -103,7 +105,10 @@ class Streams:
 
 @contextmanager
 def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
-    """Sums over tokens of each layer's squared input, ``[in]`` float32, filled while the block runs."""
+    """Sums over tokens of each layer's squared input, ``[in]`` float32, filled while the block runs.
+
+    Behind the context they are those of all processes.
+    """
     sums: dict[str, torch.Tensor] = {}
 
     def add(linear: str, inputs: torch.Tensor) -> None:
@@ -112,6 +117,13 @@ def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[s
 
     with watching({linear: block.get_submodule(linear) for linear in linears}, add):
         yield sums
+    # An expert may be called in some processes only.
+    called = {name for names in distributed.gather(set(sums)) for name in names}
+    for linear in linears:
+        if linear in called:
+            weight = linear_layer(block, linear).weight
+            sums.setdefault(linear, torch.zeros(weight.shape[1], device=weight.device))
+            distributed.sum_(sums[linear])
 
 
 def _importance(index: int, linear: str, sums: Mapping[str, torch.Tensor]) -> torch.Tensor:

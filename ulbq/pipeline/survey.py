@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 
+from ulbq import distributed
 from ulbq.methods.base import BlockTask, SurveyingMethod
 from ulbq.models.blocks import load_block
 from ulbq.models.stream import BlockStream, run_block
@@ -35,7 +36,7 @@ def survey(
     stream = BlockStream(
         job.model,
         job.source,
-        tokens[:training],
+        distributed.own(tokens[:training]),
         dtype=torch.float32,
         device=device,
         limit=job.request.activation_memory or 0,
@@ -59,7 +60,7 @@ def survey(
                 prefix=prefix,
             )
             found |= method.survey_block(task)
-            for start in range(training if index + 1 < job.found.n_blocks else 0):
+            for start in range(len(hidden) if index + 1 < job.found.n_blocks else 0):
                 inputs = hidden.get(slice(start, start + 1)).to(device)
                 with job.precision.autocast():
                     hidden.set(start, run_block(task.block, inputs, stream.block_kwargs[index]).float())

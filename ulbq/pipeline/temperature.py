@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ulbq import distributed
 from ulbq.artifacts.records import TemperatureRecord
 from ulbq.errors import InputError
 from ulbq.models.stream import ActivationStore
@@ -70,7 +71,8 @@ def check_temperature(job: Job, scratch: Path, tokens: torch.Tensor) -> None:
 def _head(job: Job, streams: Streams) -> tuple[LossHead, tuple[str, ...]]:
     """The end of the model, and the vectors that scale its logits."""
     head = LossHead(job.model, job.source, job.precision, extras=streams.extras)
-    names = head.gains(_states(streams.ends()[0], 0, job)[:_TRIED])
+    # The first sample is the first process's.
+    names = distributed.on_main(lambda: head.gains(_states(streams.ends()[0], 0, job)[:_TRIED]))
     if not names:
         raise InputError(
             f"Nothing but the head scales the logits of the model type '{job.model.config.model_type}'.",
@@ -108,7 +110,8 @@ def _agreement(job: Job, head: LossHead, full: ActivationStore, quantized: Activ
         chances = expected.exp()
         sums += torch.stack([(chances * values).sum(-1).double().sum() for values in (expected, ours)]).cpu()
         count += len(ours)
-    negentropy, agreement = (sums / count).tolist()
+    distributed.sum_(sums)
+    negentropy, agreement = (sums / distributed.total(count)[0]).tolist()
     return negentropy, agreement
 
 
@@ -123,7 +126,8 @@ def _partition(job: Job, head: LossHead, quantized: ActivationStore, factor: flo
         logs = (factor * ours).logsumexp(-1)
         sums += torch.stack([values.double().sum() for values in (logs, mean, variance)]).cpu()
         count += len(ours)
-    partition, mean_, variance_ = (sums / count).tolist()
+    distributed.sum_(sums)
+    partition, mean_, variance_ = (sums / distributed.total(count)[0]).tolist()
     return partition, mean_, variance_
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ulbq import distributed
 from ulbq.artifacts import BlockScores
 from ulbq.errors import NumericsError
 from ulbq.models.blocks import Linear, ModelStructure, load_block
@@ -136,7 +137,7 @@ class _Run:
                 weights = self.layers(index, block)
                 with _accumulating(weights.values(), square=self.settings.kind == "fisher") as sums:
                     passing.backward(index, block)
-                share = 1 if self.settings.kind == "fisher" else len(passing)
+                share = 1 if self.settings.kind == "fisher" else passing.samples
                 self._write(index, {linear: sums[weight] / share for linear, weight in weights.items()}, loss)
             phase.advance(detail=f"block {index} backward")
         phase.advance(first)
@@ -157,11 +158,18 @@ class _Run:
 
 
 class _Activations:
-    """Hidden states on their way forward, and the gradient of the loss on its way back."""
+    """Hidden states on their way forward, and the gradient of the loss on its way back.
+
+    Of several processes each has its share of the samples.
+
+    Attributes:
+        samples: of all processes together.
+    """
 
     def __init__(self, run: _Run, tokens: torch.Tensor, scratch: Path) -> None:
         self._run = run
-        self._tokens = tokens
+        self.samples = len(tokens)
+        tokens = self._tokens = distributed.own(tokens)
         self._scratch = scratch
         self._room = run.settings.activation_memory
         stream = BlockStream(
@@ -178,9 +186,6 @@ class _Activations:
         self._extras: int | None = None
         self._stores = [self._counted(stream.hidden)]
 
-    def __len__(self) -> int:
-        return len(self._tokens)
-
     @torch.no_grad()
     def forward(self, index: int, block: nn.Module, *, keep: bool) -> None:
         """Pass a block; ``keep`` its inputs for the way back."""
@@ -196,8 +201,8 @@ class _Activations:
         run, outputs = self._run, self._stores[-1]
         precision = run.settings.precision
         head = LossHead(run.model, run.source, precision, extras=self._extras)
-        losses = torch.empty(len(self), dtype=torch.float64)
-        for row in range(len(self)):
+        losses = torch.empty(len(self._tokens), dtype=torch.float64)
+        for row in range(len(self._tokens)):
             hidden = outputs.get(slice(row, row + 1)).to(precision.device)
             losses[row], gradient = head.gradient(hidden, self._tokens[row : row + 1].to(precision.device))
             outputs.set(row, gradient)
@@ -205,12 +210,12 @@ class _Activations:
             raise NumericsError(
                 "The model's loss on the samples is not finite.", hint="Try --precision fp32; the model may be damaged."
             )
-        return losses.mean().item()
+        return distributed.mean(losses).item()
 
     def backward(self, index: int, block: nn.Module) -> None:
         """Take the gradient from behind a block to before it. Its inputs, now of no more use, are let go."""
         gradients, inputs = self._stores.pop(), self._stores[-1]
-        for row in range(len(self)):
+        for row in range(len(self._tokens)):
             one = slice(row, row + 1)
             hidden = inputs.get(one).to(self._run.settings.precision.device).requires_grad_(index > 0)
             output = self._call(index, block, hidden)
@@ -241,6 +246,8 @@ class _Activations:
 def _accumulating(weights: Iterable[torch.Tensor], *, square: bool) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
     """Sums over backward passes of each weight's squared or absolute gradient, float32, in the weight's shape.
 
+    Behind the context they are those of all processes.
+
     A gradient is counted and forgotten as soon as it is whole, before the next weight's is made: hooks on the layers
     would miss a weight that a model uses by itself, and split one that it uses twice.
     """
@@ -259,11 +266,15 @@ def _accumulating(weights: Iterable[torch.Tensor], *, square: bool) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
+    distributed.sum_(*sums.values())
 
 
 @contextmanager
 def _square_sums(block: nn.Module, names: Mapping[Linear, str]) -> Iterator[dict[Linear, torch.Tensor]]:
-    """Sums over tokens of each layer's squared input, float64 ``[in]``; zeros where no token comes by."""
+    """Sums over tokens of each layer's squared input, float64 ``[in]``; zeros where no token comes by.
+
+    Behind the context they are those of all processes.
+    """
     device = next(block.parameters()).device
     sums = {x: torch.zeros(x.in_features, dtype=torch.float64, device=device) for x in names}
 
@@ -272,3 +283,4 @@ def _square_sums(block: nn.Module, names: Mapping[Linear, str]) -> Iterator[dict
 
     with watching({linear: block.get_submodule(name) for linear, name in names.items()}, add):
         yield sums
+    distributed.sum_(*sums.values())

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ulbq import distributed
 from ulbq.errors import NumericsError
 
 _FIRST_DAMPING = 1e-4
@@ -44,6 +45,14 @@ class HessianSum:
             rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp_min(_TINY)
         total = self.tokens + len(rows)
         self.matrix.addmm_(rows.t(), rows, beta=self.tokens / total, alpha=2 / total)
+        self.tokens = total
+
+    def reduce(self) -> None:
+        """Take in what the other processes of the run have added up; all hold the same then."""
+        total = int(distributed.total(self.tokens)[0])
+        if total > self.tokens:
+            self.matrix.mul_(self.tokens / total)
+        distributed.sum_(self.matrix)
         self.tokens = total
 
 

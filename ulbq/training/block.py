@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ulbq import distributed
 from ulbq.training.objective import BlockData, Objective, Penalty
 from ulbq.training.optimizer import (
     Group,
@@ -131,8 +132,10 @@ class BlockTrainer:
             for batch in order.split(settings.batch_size):
                 for part in batch.split(settings.micro_batch or len(batch)):
                     loss = self._objective.training(part, stage, generator) * (len(part) / len(batch))
-                    loss.backward()
+                    if loss.requires_grad:
+                        loss.backward()
                     total += loss.detach()
+                distributed.sum_gradients(trained)
                 if settings.clip:
                     nn.utils.clip_grad_norm_(trained, settings.clip)
                 optimizer.step()
@@ -140,6 +143,7 @@ class BlockTrainer:
                 schedule.step()
                 steps += 1
             error = self._objective.heldout(stage)
+            distributed.sum_(total)
             on_epoch(error)
             if not (math.isfinite(error) and torch.isfinite(total)):
                 return math.inf, steps

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
+from ulbq import distributed
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.errors import UsageError
 from ulbq.training.distill import Loss, hidden_error, mean_loss, token_terms
@@ -177,9 +178,10 @@ class EndToEndTrainer:
                 self._load(last.number, optimizer)
             while last.finite and last.number < self._settings.epochs:
                 last = self._epoch(last, optimizer, on_step)
+                distributed.check_agreement(self._trained, f"what epoch {last.number} of the end-to-end training left")
                 files = self._save(last.number, optimizer) if last.finite else []
                 on_epoch(last, files)
-                self._tidy(last)
+                distributed.on_main(self._tidy, last)
         if last.best:
             self._load(last.best, None)
         return last
@@ -192,12 +194,17 @@ class EndToEndTrainer:
         return adapted if not self._share else (1 - self._share) * adapted + self._share * self._mean(indices, False)
 
     def _mean(self, indices: torch.Tensor, adapted: bool) -> float:
-        return sum(self._loss(batch, adapted).item() * share for batch, share in self._parts(indices))
+        return distributed.total(sum(self._loss(part, adapted).item() * share for part, share in self._parts(indices)))[
+            0
+        ]
 
     def _parts(self, indices: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
-        """Samples in the portions that run at once, each with its share of all predictions that count."""
+        """Samples in the portions that run at once, each with its share of all predictions that count.
+
+        Of several processes each gets its share of the portions, which may be none.
+        """
         whole = self._samples.predictions(indices)
-        parts = indices.split(self._settings.batch_size)
+        parts = distributed.own(indices.split(self._settings.batch_size))
         return [(part, self._samples.predictions(part) / whole) for part in parts]
 
     def _loss(self, indices: torch.Tensor, adapted: bool) -> torch.Tensor:
@@ -236,7 +243,7 @@ class EndToEndTrainer:
         order = torch.randperm(self._samples.training, generator=generator)
         steps, finite = last.steps, True
         with torch.random.fork_rng():
-            torch.manual_seed(self._seed + 104729 * number)
+            torch.manual_seed(self._seed + 104729 * number + 7907 * distributed.rank())
             for batch in order.split(settings.accumulation):
                 adapted = not (self._share and torch.rand((), generator=generator).item() < self._share)
                 for group, parameters in zip(optimizer.param_groups, self._groups, strict=True):
@@ -265,6 +272,8 @@ class EndToEndTrainer:
             loss = self._loss(part, adapted) * share
             loss.backward()
             total += loss.item()
+        (total,) = distributed.total(total)
+        distributed.sum_gradients(self._trained)
         # Without a limit it only measures.
         norm = nn.utils.clip_grad_norm_(self._trained, self._settings.block.clip or math.inf)
         finite = math.isfinite(total) and math.isfinite(norm.item())

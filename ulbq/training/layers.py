@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ulbq import distributed
 from ulbq.errors import InputError
 from ulbq.models.stream import ActivationStore, run_block
 from ulbq.models.watch import Enough, distinct_inputs, watching
@@ -73,7 +74,10 @@ class LayerwiseTrainer:
         """Train group after group; errors are of the whole block. ``on_epoch`` hears of the last group's epochs."""
         whole = Objective(self._block, self._data, self._settings, self._precision, None)
         start_error = whole.heldout_output()
-        groups = input_groups(self._reference, self._originals, self._data.kwargs, tuple(whole.layers), self._precision)
+        # The first sample is the first process's.
+        groups = distributed.on_main(
+            input_groups, self._reference, self._originals, self._data.kwargs, tuple(whole.layers), self._precision
+        )
         ends = []
         for number, names in enumerate(groups):
             listener = on_epoch if number == len(groups) - 1 else lambda error: None

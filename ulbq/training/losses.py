@@ -4,6 +4,8 @@ from enum import StrEnum
 
 import torch
 
+from ulbq import distributed
+
 
 class TokenWeighting(StrEnum):
     """How much each token counts in the output loss.
@@ -25,11 +27,11 @@ def token_weights(targets: torch.Tensor, weighting: TokenWeighting) -> torch.Ten
 
     Returns:
         ``[batch, length]`` float32. ``energy``: one over each token's squared norm; ``uniform``: one over the mean
-        squared norm of the batch.
+        squared norm of the batch, of all processes' shares of it.
     """
     energy = targets.float().square().sum(-1)
     if weighting is TokenWeighting.UNIFORM:
-        energy = energy.mean().expand_as(energy)
+        energy = distributed.mean(energy).expand_as(energy)
     return 1.0 / energy.clamp_min(torch.finfo(torch.float32).tiny * 2**20)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ulbq import distributed
 from ulbq.models.stream import ActivationStore, run_block
 from ulbq.training.attention import chunked_attention
 from ulbq.training.linear import TrainedLinear
@@ -23,12 +24,14 @@ Penalty = Callable[[Mapping[str, TrainedLinear]], torch.Tensor]
 class BlockData:
     """Inputs and targets of one block.
 
+    Of several processes each holds its share of the samples, as :func:`ulbq.distributed.rows` tells.
+
     Attributes:
         inputs: ``x_q [samples, length, hidden]``, the stream through the quantized blocks before.
         targets: ``f_fp(x_fp)``, the full-precision stream behind this block.
         augmented: ``f_fp(x_q)``, for the augmented loss; None without it.
         kwargs: the block's other arguments (position embeddings, mask), made for a batch of one.
-        training: the first so many samples train, the rest are held out.
+        training: the first so many samples train, the rest are held out; of all processes together.
         originals: ``x_fp``, the full-precision stream before this block; None unless the method asks for it.
     """
 
@@ -42,6 +45,8 @@ class BlockData:
 
 class Objective:
     """The loss of a block, of a batch that trains or of the samples held out.
+
+    Samples are named by their numbers among those of all processes; of each batch a process runs what it holds.
 
     Args:
         block: with its linears replaced by :class:`TrainedLinear`.
@@ -59,6 +64,7 @@ class Objective:
         self._settings = settings
         self._precision = precision
         self._penalty = penalty
+        self._samples = int(distributed.total(len(data.inputs))[0])
         self.layers = {name: m for name, m in block.named_modules() if isinstance(m, TrainedLinear)}
         self._adapters = [layer for layer in self.layers.values() if layer.adapter is not None]
 
@@ -69,14 +75,18 @@ class Objective:
         return bool(stage.penalty) and self._penalty is not None and self._penalty(self.layers).requires_grad
 
     def training(self, batch: torch.Tensor, stage: Stage, generator: torch.Generator) -> torch.Tensor:
-        """Loss of a batch of training samples, differentiable; ``generator`` draws what is random in it."""
+        """Loss of a batch of training samples, differentiable; ``generator`` draws what is random in it.
+
+        Of several processes each gets a part, and their sum is the loss. A process that holds none of the samples may
+        get a part that depends on nothing.
+        """
         share = self._settings.base_share if self._adapters else 0.0
         alone = bool(share) and torch.rand((), generator=generator).item() < share
         loss = torch.zeros((), device=self._precision.device)
         if stage.output:
             loss = loss + stage.output * self._output(batch, adapted=not alone, generator=generator)
         if stage.penalized and self._penalty is not None and stage.penalty:
-            loss = loss + stage.penalty * self._penalty(self.layers)
+            loss = loss + stage.penalty * self._penalty(self.layers) / distributed.size()
         # What a step leaves behind must not be taken for the next step's.
         for layer in self.layers.values():
             layer.matrix = None
@@ -98,27 +108,31 @@ class Objective:
         return adapted if not share else (1 - share) * adapted + share * self._mean_output(adapted=False)
 
     def _mean_output(self, *, adapted: bool) -> float:
-        indices = torch.arange(self._data.training, len(self._data.inputs))
+        indices = torch.arange(self._data.training, self._samples)
         batches = indices.split(self._settings.batch_size)
-        return sum(self._output(batch, adapted=adapted).item() * len(batch) for batch in batches) / len(indices)
+        (loss,) = distributed.total(sum(self._output(x, adapted=adapted).item() * len(x) for x in batches))
+        return loss / len(indices)
 
     def _output(self, batch: torch.Tensor, *, adapted: bool, generator: torch.Generator | None = None) -> torch.Tensor:
         data, device = self._data, self._precision.device
-        targets = data.targets.get(batch).to(device)
+        own = distributed.rows(batch)
+        targets = data.targets.get(own).to(device)
         weights = token_weights(targets, self._settings.token_weighting)
+        if not len(own):
+            return torch.zeros((), device=device)
         training = generator is not None
         settings = self._adapters_set(adapted=adapted, training=training)
         with settings, chunked_attention(self._precision), self._precision.autocast():
-            outputs = run_block(self._block, data.inputs.get(batch).to(device), data.kwargs)
+            outputs = run_block(self._block, data.inputs.get(own).to(device), data.kwargs)
         loss = output_loss(outputs, targets, weights)
         if data.augmented is not None:
-            loss = loss + output_loss(outputs, data.augmented.get(batch).to(device), weights)
+            loss = loss + output_loss(outputs, data.augmented.get(own).to(device), weights)
         if generator is not None and self._settings.sliced_wasserstein:
             distance = sliced_wasserstein(outputs, targets, generator)
             # Brought to the output loss's size, as published: its own would depend on the batch.
             scale = (loss / distance.clamp_min(torch.finfo(torch.float32).tiny)).detach()
             loss = loss + self._settings.sliced_wasserstein * scale * distance
-        return loss
+        return loss * (len(own) / len(batch))
 
     @contextmanager
     def _adapters_set(self, *, adapted: bool, training: bool) -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ulbq import distributed
 from ulbq.models.blocks import block_list
 from ulbq.models.stream import ActivationStore
 from ulbq.training.distill import Predicted, best_guesses, predicted
@@ -144,17 +145,22 @@ class CachedTeacher:
         self._samples = samples
         self._stores: tuple[ActivationStore, ActivationStore] | None = None
         count, length = samples.tokens.shape
-        for index in range(count):
-            values, ids = teacher.guesses(index, top_k)
-            if self._stores is None:
-                shape = (count, length, ids.shape[-1])
-                self._stores = (
-                    ActivationStore((*shape[:2], shape[2] + 1), torch.float32, limit=limit // 2, directory=directory),
-                    ActivationStore(shape, torch.int32, limit=limit // 2, directory=directory),
-                )
-            for store, found in zip(self._stores, (values, ids), strict=True):
-                store.set(index, nn.functional.pad(found, (0, 0, 0, length - len(found))).unsqueeze(0))
-            on_sample()
+        # Of several processes each asks for every n-th sample, and tells the others.
+        for first in range(0, count, distributed.size()):
+            mine = first + distributed.rank()
+            told = [guess.cpu() for guess in teacher.guesses(mine, top_k)] if mine < count else []
+            every = [guesses for guesses in distributed.gather(told) if guesses]
+            for index, (values, ids) in enumerate(every, first):
+                if self._stores is None:
+                    shape = (count, length, ids.shape[-1])
+                    kept = (count, length, values.shape[-1])
+                    self._stores = (
+                        ActivationStore(kept, torch.float32, limit=limit // 2, directory=directory),
+                        ActivationStore(shape, torch.int32, limit=limit // 2, directory=directory),
+                    )
+                for store, found in zip(self._stores, (values, ids), strict=True):
+                    store.set(index, nn.functional.pad(found, (0, 0, 0, length - len(found))).unsqueeze(0))
+                on_sample()
 
     def lesson(self, indices: torch.Tensor) -> Lesson:
         """The samples' lesson over best guesses and lump."""

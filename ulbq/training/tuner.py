@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq import distributed
+from ulbq.artifacts.shards import LazyTensors, store_shard
 from ulbq.data.lessons import Lesson
 from ulbq.errors import NumericsError, ResourceError
 from ulbq.training.head import Head, in_chunks
@@ -130,7 +131,8 @@ class Answers(nn.Module):
 def answer_loss(model: nn.Module, lessons: Iterable[Lesson], precision: Precision) -> float:
     """Mean cross-entropy of the learnt tokens of lessons, nats a token; one lesson runs at a time.
 
-    The model is in eval mode afterwards.
+    Of several processes each brings its share of the lessons, and all get the mean over all of them. The model is in
+    eval mode afterwards.
     """
     answers = Answers(model, precision).eval()
     total, count = 0.0, 0
@@ -138,7 +140,8 @@ def answer_loss(model: nn.Module, lessons: Iterable[Lesson], precision: Precisio
         found = batch([lesson], 0)
         total += answers(*(tensor.to(precision.device) for tensor in found), num_items_in_batch=1)["loss"].item()
         count += int((found.labels != _IGNORED).sum())
-    return total / count
+    total, everything = distributed.total(total, count)
+    return total / everything
 
 
 class Watch:
@@ -174,7 +177,6 @@ class Tuner(Trainer):
         folder: for checkpoints.
         seed: of the order of the lessons and of dropout.
         watch: told how it goes.
-        processes: that train together.
     """
 
     def __init__(
@@ -189,12 +191,11 @@ class Tuner(Trainer):
         folder: Path,
         seed: int,
         watch: Watch,
-        processes: int = 1,
     ) -> None:
         self._settings = settings
         self._scales = scales
         self._whole = model
-        steps = settings.steps(len(lessons))
+        steps, processes = settings.steps(len(lessons)), distributed.size()
         arguments = TrainingArguments(
             output_dir=str(folder),
             num_train_epochs=settings.epochs,
@@ -206,6 +207,8 @@ class Tuner(Trainer):
             use_cpu=precision.device.type == "cpu",
             ddp_backend="gloo" if precision.device.type == "cpu" and processes > 1 else None,
             ddp_find_unused_parameters=False if processes > 1 else None,
+            # Packed weights are buffers, and never change.
+            ddp_broadcast_buffers=False if processes > 1 else None,
             save_strategy="steps",
             save_steps=settings.save_every,
             # Two: the older one is the resumed run's until the newer one is noted.
@@ -253,7 +256,8 @@ class Tuner(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        write_shard(folder / _TRAINED, {name: parameter.detach() for name, parameter in self.trained.items()})
+        # The Trainer calls for this in the first process alone.
+        store_shard(folder / _TRAINED, {name: parameter.detach() for name, parameter in self.trained.items()})
 
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
         try:
@@ -312,8 +316,7 @@ class _Reporter(TrainerCallback):
             model.train()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        if state.is_world_process_zero:
-            self._watch.on_save(self._folder / f"checkpoint-{state.global_step}")
+        self._watch.on_save(self._folder / f"checkpoint-{state.global_step}")
 
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}

@@ -1,0 +1,251 @@
+"""Two processes on the CPU come to what one comes to; who fails fails for all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import together
+from tests.pipeline.test_quantize import logits
+from ulbq import distributed
+from ulbq.artifacts.manifest import QuantizedManifest, read_manifest, verify
+from ulbq.errors import UsageError
+from ulbq.pipeline.quantize import plan
+from ulbq.saliency import Saliency
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a module in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    given = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, *map(str, words)],
+        cwd=cwd,
+        env=os.environ | given,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    together.prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made of every piece of work."""
+    folder = tmp_path_factory.mktemp("two")
+    done = torchrun("tests.together", inputs, folder, *together.WORK)
+    assert not done.returncode, done.stderr
+    return folder
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest, inputs: Path, two: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Folders with what one process and two made of the piece of work that the test names."""
+    together.do(request.param, inputs, tmp_path)
+    return tmp_path / request.param, two / request.param
+
+
+def work(name: str) -> Any:
+    return pytest.mark.parametrize("pair", [name], indirect=True)
+
+
+def quantized(folder: Path) -> QuantizedManifest:
+    verify(folder / "q")
+    manifest = read_manifest(folder / "q")
+    assert isinstance(manifest, QuantizedManifest)
+    return manifest
+
+
+def distance(one: Path, two: Path) -> float:
+    """Relative difference of the logits of two quantized models."""
+    expected = logits(one / "q")
+    return ((logits(two / "q") - expected).norm() / expected.norm()).item()
+
+
+def different_codes(one: Path, two: Path) -> float:
+    """Share of different codes in the first block, which knows nothing of differences before it."""
+    stored = [load_file(folder / "q" / "model-block-00000.safetensors") for folder in (one, two)]
+    pairs = [(stored[0][name], stored[1][name]) for name in stored[0] if name.endswith(".codes")]
+    return sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+
+
+@work("gptq")
+def test_second_moments_are_summed(pair: tuple[Path, Path]) -> None:
+    one, two = map(quantized, pair)
+    assert (one.processes, two.processes) == (1, 2)
+    assert one.fingerprint == two.fingerprint
+    # A sum in another order may turn a code, and a turned code all that are made good after it.
+    assert different_codes(*pair) < 0.02
+    assert [layer.error for layer in two.layers] == pytest.approx([layer.error for layer in one.layers], rel=0.02)
+
+
+@pytest.mark.parametrize("pair", ["efficientqat", "uniform", "apiq", "ulb-sapr"], indirect=True)
+def test_blocks_train_as_in_one_process(pair: tuple[Path, Path]) -> None:
+    one, two = map(quantized, pair)
+    for alone, both in zip(one.blocks, two.blocks, strict=True):
+        assert both.end_error < both.start_error
+        assert both.start_error == pytest.approx(alone.start_error, rel=1e-4)
+        assert both.end_error == pytest.approx(alone.end_error, rel=1e-4)
+        assert (both.steps, both.retries) == (alone.steps, alone.retries)
+    assert distance(*pair) < 1e-3
+
+
+@work("efficientqat")
+def test_a_temperature_is_fitted_to_all_samples(pair: tuple[Path, Path]) -> None:
+    alone, both = (quantized(folder).temperature for folder in pair)
+    assert alone is not None
+    assert both is not None
+    assert both.factor != 1
+    assert both.factor == pytest.approx(alone.factor, rel=1e-4)
+    assert both.end_error == pytest.approx(alone.end_error, rel=1e-4)
+
+
+@work("end-to-end")
+def test_the_whole_model_trains_as_in_one_process(pair: tuple[Path, Path]) -> None:
+    alone, both = (quantized(folder).end_to_end for folder in pair)
+    assert alone is not None
+    assert both is not None
+    assert both.epochs > 0
+    assert (both.epochs, both.steps) == (alone.epochs, alone.steps)
+    assert both.start_error == pytest.approx(alone.start_error, rel=1e-4)
+    assert both.end_error == pytest.approx(alone.end_error, rel=1e-4)
+    assert distance(*pair) < 1e-3
+
+
+@work("finetune")
+def test_an_adapter_learns_as_in_one_process(pair: tuple[Path, Path]) -> None:
+    alone, both = (quantized(folder).finetune for folder in pair)
+    assert alone is not None
+    assert both is not None
+    assert both.end_loss < 0.9 * both.start_loss
+    assert both.steps == alone.steps
+    assert both.start_loss == pytest.approx(alone.start_loss, rel=1e-5)
+    assert [loss for _, loss in both.losses] == pytest.approx([loss for _, loss in alone.losses], rel=1e-3)
+    assert both.end_loss == pytest.approx(alone.end_loss, rel=1e-3)
+
+
+@work("saliency")
+def test_scores_are_summed(pair: tuple[Path, Path]) -> None:
+    manifests = [read_manifest(folder / "s") for folder in pair]
+    assert manifests[1].loss == pytest.approx(manifests[0].loss, rel=1e-5)
+    alone, both = (Saliency(folder / "s", found.layers) for folder, found in zip(pair, manifests, strict=True))
+    for layer in manifests[0].layers:
+        # Stored in bfloat16.
+        torch.testing.assert_close(both.score(layer.name), alone.score(layer.name), rtol=2**-7, atol=1e-9)
+
+
+@work("evaluation")
+def test_measurements_are_those_of_one_process(pair: tuple[Path, Path]) -> None:
+    alone, both = (json.loads((folder / "found.json").read_text()) for folder in pair)
+    for name in ("perplexity", "one window", "fidelity"):
+        for key, value in alone[name].items():
+            assert both[name][key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4))
+    assert [score for score, _ in both["scores"]] == pytest.approx([score for score, _ in alone["scores"]], rel=1e-4)
+    assert both["answers"] == alone["answers"]
+
+
+@work("primitives")
+def test_sums_over_what_some_lack(pair: tuple[Path, Path]) -> None:
+    (alone,), both = (json.loads((folder / "found.json").read_text()) for folder in pair)
+    for rank, found in enumerate(both):
+        for name in ("mean", "mean of one", "held", "idle", "caught"):
+            assert found[name] == alone[name]
+        assert found["total"] == [5, 1]
+        assert not found["agreed"]
+        assert found["rows"] == [[2, 0], [0]][rank]
+    assert alone["agreed"]
+    assert "double quotes" in alone["caught"]
+
+
+@work("gptq")
+def test_one_process_goes_on_with_what_two_began(pair: tuple[Path, Path], inputs: Path, two: Path) -> None:
+    began = two / "interrupted"
+    first = (began / "q.partial" / "model-block-00000.safetensors").read_bytes()
+    together.resumed(inputs, began)
+    assert (began / "q" / "model-block-00000.safetensors").read_bytes() == first
+    assert quantized(began).processes == 1
+    assert different_codes(pair[0], began) < 0.02
+
+
+def test_the_command_line_gives_one_path(inputs: Path, tmp_path: Path) -> None:
+    words = ["quantize", inputs / together.MODEL, "--method", "rtn", "--group-size", 32, "--device", "cpu", "-o", "q"]
+    done = torchrun("ulbq", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "q\n"
+    assert done.stderr.count("3/3 done") == 1
+    assert read_manifest(tmp_path / "q").processes == 2
+
+
+def test_who_fails_alone_speaks_for_all(inputs: Path, tmp_path: Path) -> None:
+    words = ["quantize", inputs / together.MODEL, "--method", "gptq", "--group-size", 32, "--device", "cpu"]
+    data = ["--calibration", inputs / together.TOKENS, "--samples", 4, "--sequence-length", 32, "-o", tmp_path / "q"]
+    done = torchrun("tests.together", "break", *words, *data)
+    assert done.returncode
+    assert done.stdout == ""
+    assert done.stderr.count("error:") == 1
+    assert "The second one stumbles." in done.stderr
+    assert "exitcode  : 3" in done.stderr.partition("Root Cause")[2]
+    assert not (tmp_path / "q").exists()
+
+
+def test_what_all_refuse_is_said_once(tmp_path: Path) -> None:
+    done = torchrun("ulbq", "convert", "q", cwd=tmp_path)
+    assert done.stderr.count("error: 'ulbq convert' has no samples to split over processes.") == 1
+    assert "exitcode  : 2" in done.stderr.partition("Root Cause")[2]
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "words"),
+    [(5, {}, "4 samples cannot be split over 5"), (2, {"sliced_wasserstein": 0.1}, "compares all tokens of a batch")],
+)
+def test_what_several_processes_cannot_do_is_refused(
+    count: int, options: dict[str, Any], words: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "_world", distributed._World(0, count, None))
+    asked = together._request(inputs, tmp_path / "q", method="ulb-sapr", samples=4, **options)
+    with pytest.raises(UsageError, match=words):
+        plan(asked)
+
+
+@pytest.mark.parametrize("values", [("1", "1", "0"), ("0", "two", "0"), ("-1", "2", "0")])
+def test_an_environment_that_makes_no_sense_is_refused(
+    values: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), values, strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(UsageError, match="make no sense"), distributed.joined():
+        pass
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "_world", distributed._World(1, 2, None))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    distributed.check_device(torch.device("cuda"))
+    distributed.check_device(torch.device("cuda:1"))
+    distributed.check_device(torch.device("cpu"))
+    with pytest.raises(UsageError, match="cuda:0"):
+        distributed.check_device(torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(Exception, match="more processes on this machine than its 1 GPUs"):
+        distributed.check_device(torch.device("cuda"))
