@@ -2,8 +2,9 @@
 
 The rules are LLM-Adapters' (arithmetic and commonsense sets), which ApiQ and ULB-SAPR score by too, and LoftQ's for
 GSM8K, which ApiQ takes over. Of commonsense answers ApiQ's own script wants all that stands behind "the correct answer
-is " to be the answer, which says the same of a model that was trained on the form. They are kept as they are, slips and all, for a better rule gives scores that compare
-with nobody's. Where a rule reads otherwise than a person would, its docstring says so.
+is " to be the answer, which says the same of a model that was trained on the form. The rules are kept as they are,
+slips and all, for a better rule gives scores that compare with nobody's. Where a rule reads otherwise than a person
+would, its docstring says so.
 """
 
 import re
