@@ -1,4 +1,4 @@
-"""What fine-tuning a 2-bit model on a task brings: held-out answers before and after, and after the artifact is reloaded.
+"""What fine-tuning a 2-bit model on a task brings: held-out answers before, after, and after a reload.
 
     python benchmarks/finetune.py ARTIFACT --out DIR --results benchmarks/results/finetune-cpu.json [OPTIONS]
 

@@ -1,7 +1,7 @@
 """``ulbq finetune``: a quantized artifact in, one that has learnt more out."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,7 +148,8 @@ def _task(chosen: str, task: str, given: Mapping[str, Any], progress: Any, **how
     options = {name: value for name, value in given.items() if name not in _OF_END_TO_END}
     options["data"] = None if given["data"] is None else (given["data"],)
     options["targets"] = _names(given["targets"])
-    job = prepare(chosen, load_task(task), options, progress)
+    with _in_own_words(_TO_TASKS):
+        job = prepare(chosen, load_task(task), options, progress)
     if not how["quiet"] or how["dry_run"]:
         show_finetune_plan(job.plan)
     if how["dry_run"]:
@@ -182,7 +183,7 @@ def _end_to_end(chosen: str, given: Mapping[str, Any], progress: Any, **how: boo
     options["end_to_end"] = given["loss"] or "ce"
     size = given["activation_memory"]
     options["activation_memory"] = read_size(size) if size else None
-    with _in_own_words():
+    with _in_own_words(_TO_END_TO_END):
         request = end_to_end_request(chosen, options)
         if how["dry_run"]:
             planned = plan(request, progress)
@@ -194,22 +195,25 @@ def _end_to_end(chosen: str, given: Mapping[str, Any], progress: Any, **how: boo
         return quantize(request, progress, on_plan=on_plan, name=telling_name(chosen))
 
 
+# Options of other commands that messages name, and what they are here.
+_TO_END_TO_END = (
+    (r"--end-to-end-(?=[a-z])", "--"),
+    (r"--end-to-end\b(?!-)", "--loss"),
+    (r"--calibration\b", "--data"),
+    (r"ulbq quantize --help", "ulbq finetune --help"),
+)
+_TO_TASKS = (
+    (r"--no-adapter leaves the adapter out", "--fresh begins with a new adapter"),
+    (r", a text file, or --calibration self", ", or a file with --data"),
+)
+
+
 @contextmanager
-def _in_own_words() -> Iterator[None]:
-    """Errors that name options of 'ulbq quantize' name those of this command instead."""
+def _in_own_words(words: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """Errors that name options of other commands name those of this one instead."""
     try:
         yield
     except UlbqError as error:
-        error.message, error.hint = _reworded(error.message), _reworded(error.hint)
+        for theirs, ours in words:
+            error.message, error.hint = re.sub(theirs, ours, error.message), re.sub(theirs, ours, error.hint)
         raise
-
-
-def _reworded(text: str) -> str:
-    for theirs, ours in (
-        (r"--end-to-end-(?=[a-z])", "--"),
-        (r"--end-to-end\b(?!-)", "--loss"),
-        (r"--calibration\b", "--data"),
-        (r"ulbq quantize --help", "ulbq finetune --help"),
-    ):
-        text = re.sub(theirs, ours, text)
-    return text

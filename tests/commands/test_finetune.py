@@ -9,6 +9,7 @@ import typer
 
 from tests.models.tiny import save_tiny
 from ulbq.commands.app import app, main
+from ulbq.pipeline.finetune_request import FinetuneRequest
 from ulbq.pipeline.request import QuantizeRequest
 
 
@@ -51,22 +52,95 @@ def test_every_option_is_one_of_a_request_or_of_all_commands() -> None:
 
     group: Any = typer.main.get_command(app)
     names = {parameter.name for parameter in group.commands["finetune"].params}
-    fields = {
-        finetune._FIELDS.get(name, name) for name in names - {"task", "dry_run", "json", "quiet", "debug", "help"}
+    names -= {"task", "list_tasks", "dry_run", "json", "quiet", "debug", "help"}
+    whole = {finetune._FIELDS.get(name, name) for name in names.difference(finetune._OF_TASKS)}
+    assert whole <= QuantizeRequest.model_fields.keys()
+    assert names.difference(finetune._OF_END_TO_END) <= FinetuneRequest.model_fields.keys()
+    assert not set(finetune._OF_TASKS) & set(finetune._OF_END_TO_END)
+
+
+def test_what_is_typed_for_a_task_reaches_the_request(
+    artifact: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"instruction": "a", "output": "b"}\n' * 20)
+    words = ["finetune", str(artifact), "--task", "arithmetic", "--data", str(data), "--template", "chat"]
+    words += ["--samples", "6", "--heldout", "3", "--sequence-length", "64", "--train", "adapter-scales"]
+    words += ["--epochs", "4", "--batch-size", "2", "--micro-batch", "1", "--eval-every", "5", "--save-every", "7"]
+    words += ["--no-checkpointing", "--clip", "0.5", "--precision", "fp32", "--adapter-rate", "0.1", "--warmup", "0"]
+    words += ["--adapter-decay", "0.2", "--scale-rate", "0.3", "--scale-decay", "0.4", "--schedule", "constant"]
+    words += ["--rank", "3", "--alpha", "5", "--dora", "--dropout", "0.25", "--targets", "q_proj, o_proj"]
+    words += ["--seed", "9", "--device", "cpu", "--offline", "-o", str(tmp_path / "ft")]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    captured = capsys.readouterr()
+    plan: dict[str, Any] = json.loads(captured.out)
+    expected = {
+        **{"task": "arithmetic", "data": [str(data)], "template": "chat", "samples": 6, "heldout": 3},
+        **{"sequence_length": 64, "train": "adapter-scales", "epochs": 4, "batch_size": 2, "micro_batch": 1},
+        **{"eval_every": 5, "save_every": 7, "checkpointing": False, "clip": 0.5, "precision": "fp32"},
+        **{"adapter_rate": 0.1, "warmup": 0, "adapter_decay": 0.2, "scale_rate": 0.3, "scale_decay": 0.4},
+        **{"schedule": "constant", "rank": 3, "alpha": 5, "dora": True, "dropout": 0.25, "seed": 9},
+        **{"targets": ["q_proj", "o_proj"]},
     }
-    assert fields <= QuantizeRequest.model_fields.keys()
+    assert {name: plan["request"][name] for name in expected} == expected
+    assert plan["request"]["recipe"]["name"] == "arithmetic"
+    assert (plan["steps"], plan["linears"], plan["template"]) == (12, 6, "chat")
+    assert plan["cost"]["peak_memory"] > plan["cost"]["training"] > 16 * plan["parameters"] - 1
+    assert "DoRA, rank 3, alpha 5, dropout 0.25, on 6 layers, new" in captured.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
 
 
-def test_other_tasks_and_other_sources_are_a_sentence(
+def test_a_task_writes_its_artifact_and_nothing_but_the_path(
+    artifact: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"instruction": "a", "output": "b"}\n' * 20)
+    words = ["finetune", str(artifact), "--task", "instructions", "--data", str(data), "--rank", "1", "--device", "cpu"]
+    words += ["--samples", "4", "--batch-size", "2", "--sequence-length", "64", "--epochs", "1", "--eval-every", "1"]
+    assert main([*words, "-o", str(tmp_path / "ft"), "--offline"]) == 0
+    captured = capfd.readouterr()
+    assert captured.out == f"{tmp_path / 'ft'}\n"
+    assert "Learning instructions: 2/2 done" in captured.err
+    assert "warning" not in captured.err.lower()
+
+
+def test_options_of_the_other_kind_and_unknown_tasks_are_refused(
     artifact: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = refused(capsys, 2, str(artifact), "--task", "gsm8k")
-    assert "There is no task 'gsm8k'." in said
-    assert "Tasks: end-to-end." in said
+    said = refused(capsys, 2, str(artifact), "--task", "knitting")
+    assert "There is no task 'knitting'." in said
+    assert "end-to-end, arithmetic, commonsense, gsm8k, instructions, wikitext2" in " ".join(said.split())
     assert "--task" in refused(capsys, 2, str(artifact))
-    assert "no quantized artifact" in refused(capsys, 3, str(artifact.parent / "m"), "--task", "end-to-end")
+    assert "no data of its own" in refused(capsys, 2, str(artifact), "--task", "instructions")
+    said = refused(capsys, 2, str(artifact), "--task", "gsm8k", "--rate", "0.1")
+    assert "--rate means nothing to --task gsm8k." in said
+    assert "--adapter-rate" in said
+    said = refused(capsys, 2, str(artifact), "--task", "end-to-end", "--rank", "4")
+    assert "--rank means nothing to --task end-to-end." in said
+    assert "Take adapter" in refused(capsys, 2, str(artifact), "--task", "gsm8k", "--train", "all")
+    assert "Take scales" in refused(capsys, 2, str(artifact), "--task", "end-to-end", "--train", "adapter")
+    assert "cosine or constant" in refused(capsys, 2, str(artifact), "--task", "end-to-end", "--schedule", "linear")
+    words = ("--batch-size", "6", "--micro-batch", "4")
+    assert "does not divide" in refused(capsys, 2, str(artifact), "--task", "gsm8k", *words)
+    for task in ("end-to-end", "gsm8k"):
+        assert "no quantized artifact" in refused(capsys, 3, str(artifact.parent / "m"), "--task", task)
     monkeypatch.chdir(tmp_path)
     assert "holds no finished artifact" in refused(capsys, 3, "--task", "end-to-end")
+
+
+def test_tasks_are_listed_and_read_from_files(
+    artifact: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["finetune", "--list-tasks"]) == 0
+    assert "gsm8k" in capsys.readouterr().out
+    file = tmp_path / "own.yaml"
+    file.write_text("name: own\ndescription: d\nsource: s\noptions:\n  rate: 1\n")
+    assert "unknown option 'rate'" in refused(capsys, 2, str(artifact), "--task", str(file))
+    file.write_text("name: own\noptions: {}\n")
+    assert "is no task" in refused(capsys, 3, str(artifact), "--task", str(file))
+    file.write_text("name: own\ndescription: d\nsource: s\noptions:\n  epochs: none\n")
+    assert "'epochs' of task 'own'" in refused(capsys, 2, str(artifact), "--task", str(file))
+    assert "no task file" in refused(capsys, 3, str(artifact), "--task", str(tmp_path / "other.yaml"))
 
 
 def test_errors_name_the_options_of_this_command(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,13 +154,14 @@ def test_errors_name_the_options_of_this_command(artifact: Path, capsys: pytest.
     assert "end-to-end-" not in said
 
 
+@pytest.mark.parametrize("task", ["end-to-end", "instructions"])
 def test_a_bad_line_is_a_sentence_and_nothing_is_written(
-    artifact: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    artifact: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, task: str
 ) -> None:
     data = tmp_path / "bad.jsonl"
     data.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n')
     words = ["--samples", "1", "--sequence-length", "32", "-o", str(tmp_path / "out"), "--device", "cpu", "-q"]
-    said = refused(capsys, 3, str(artifact), "--task", "end-to-end", "--data", str(data), *words)
+    said = refused(capsys, 3, str(artifact), "--task", task, "--data", str(data), *words)
     assert f"{data}, line 2:" in "".join(said.split("\n")) or "line 2:" in said
     assert said.count("error:") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl"]

@@ -14,7 +14,7 @@ from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.data.lessons import Lessons, draw_lessons
 from ulbq.errors import InputError, UsageError
 from ulbq.formats import AnyScheme, BinaryMosScheme
-from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, read_adapter, read_config
+from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, read_adapter
 from ulbq.models.blocks import block_list, skeleton
 from ulbq.models.source import ModelSource, resolve
 from ulbq.models.stream import check_length
@@ -23,17 +23,16 @@ from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline.finetune_request import FinetuneRequest, Task, request_of
 from ulbq.pipeline.samples import CALIBRATION_FILE, TEXT_FILE
 from ulbq.progress import Progress
+from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
 from ulbq.training.tuner import TunerSettings
 
 _FLOAT = 4
 # Float32 copies of what trains: itself, gradient, two moments.
 _TRAINED_COPIES = 4
-# Copies of a micro-batch's logits that live together: as computed, float32, log-probabilities, gradient.
-_LOGITS_COPIES = 4
 # Activations of one block that autograd keeps, in units of its hidden states and of its widest layer's outputs.
 _HIDDEN_COPIES, _WIDE_COPIES = 12, 4
-_PROCESS = 500 << 20  # Python with torch and transformers
+_PROCESS = 560 << 20  # Python with torch and transformers
 
 
 class FinetuneCost(BaseModel):
@@ -138,16 +137,15 @@ def prepare(given: str, task: Task, options: Mapping[str, Any], progress: Progre
             hint="Quantize it first: 'ulbq quantize'.",
         )
     folder = adapter_folder(source)
-    own = None if folder is None else read_config(folder)
-    request = request_of(given, task, options, trained=own)
+    request = request_of(given, task, options, adapted=folder is not None)
     model = skeleton(source)
     check_length(model, request.sequence_length)
     trained = None if request.fresh else folder
-    adapter, linears = _adapter(request, source, own, trained)
+    adapter, linears = _adapter(request, source, trained)
     _check_trainable(source, adapter, linears)
     device = runtime.resolve_device(request.device)
     precision = Precision.choose(device, request.precision)
-    check_whole(source.path, manifest)
+    _check_whole(source.path, manifest, adapter=trained is not None)
     lessons = draw_lessons(
         request.data or (),
         source.tokenizer(),
@@ -181,12 +179,14 @@ def prepare(given: str, task: Task, options: Mapping[str, Any], progress: Progre
     return FinetuneJob(request, source, manifest, lessons, settings, precision, adapter, trained, linears, plan)
 
 
-def check_whole(folder: Path, manifest: QuantizedManifest) -> None:
-    """Compare the files that the new artifact takes over with their hashes. Raises InputError naming one that differs.
+def _check_whole(folder: Path, manifest: QuantizedManifest, *, adapter: bool) -> None:
+    """Compare the files that a run takes over with their hashes. Raises InputError naming one that differs.
 
     They are linked where the file system can: a damaged one would go on from artifact to artifact.
     """
     for name, entry in manifest.files.items():
+        if not adapter and name.startswith(f"{ADAPTER_FOLDER}/"):
+            continue
         if sha256_file(folder / name) != entry.sha256:
             raise InputError(
                 f"'{folder / name}' was changed after the artifact was written: its SHA-256 differs.",
@@ -195,17 +195,15 @@ def check_whole(folder: Path, manifest: QuantizedManifest) -> None:
 
 
 def _adapter(
-    request: FinetuneRequest, source: ModelSource, own: AdapterConfig | None, trained: Path | None
+    request: FinetuneRequest, source: ModelSource, trained: Path | None
 ) -> tuple[AdapterConfig, tuple[str, ...]]:
     """Form of the adapter that trains, and the layers that it stands beside."""
-    if trained is not None and own is not None:
-        linears = tuple(read_adapter(trained)[1])
-        return own if request.dropout is None else own.model_copy(update={"dropout": request.dropout}), linears
+    if trained is not None:
+        own, found = read_adapter(trained)
+        return own if request.dropout is None else own.model_copy(update={"dropout": request.dropout}), tuple(found)
     config = request.new_adapter()
     linears = tuple(name for name in source.packed if config.matches(name))
-    lost = [
-        target for target in config.targets if not any(AdapterConfig(targets=(target,)).matches(n) for n in linears)
-    ]
+    lost = [one for one in config.targets if not any(AdapterConfig(targets=(one,)).matches(name) for name in linears)]
     if lost:
         names = sorted({name.rpartition(".")[2] for name in source.packed})
         raise UsageError(f"--targets: no packed layer is called '{lost[0]}'.", hint=f"Layers: {', '.join(names)}.")
@@ -260,7 +258,7 @@ def _cost(
     dense = sum(layer.in_features * layer.out_features for layer in layers.values()) * _FLOAT
     if scales:
         kept += dense // blocks if request.checkpointing else dense
-    logits = tokens * source.config.get_text_config().vocab_size * _FLOAT * _LOGITS_COPIES
+    logits = LOGITS_MEMORY
     training = (parameters + scales) * _FLOAT * _TRAINED_COPIES
     peak = _PROCESS + held + training + kept + logits
     cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=kept + logits)

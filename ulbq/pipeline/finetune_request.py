@@ -175,23 +175,23 @@ def load_task(given: str) -> Task:
     return Task(**texts, options=content["options"], sha256=hashlib.sha256(raw).hexdigest())
 
 
-def request_of(source: str, task: Task, given: Mapping[str, Any], *, trained: AdapterConfig | None) -> FinetuneRequest:
+def request_of(source: str, task: Task, given: Mapping[str, Any], *, adapted: bool) -> FinetuneRequest:
     """The request of a command line: what was given wins over the recipe.
 
     Args:
         source: path of the artifact.
         task: the recipe.
         given: fields of the request; None for what was not given.
-        trained: form of the artifact's adapter; None for none.
+        adapted: whether the artifact has an adapter.
 
     Raises:
         UsageError: values that do not go together, or the form of an adapter that is there already.
     """
     explicit = {name: value for name, value in given.items() if value is not None}
     fresh = bool(explicit.get("fresh"))
-    if trained is None and fresh:
+    if fresh and not adapted:
         raise UsageError("--fresh: the artifact has no adapter to leave behind.", hint="Leave it out.")
-    goes_on = trained is not None and not fresh
+    goes_on = adapted and not fresh
     typed = sorted(set(_FORM) & explicit.keys())
     if goes_on and typed:
         raise UsageError(
