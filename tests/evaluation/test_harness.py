@@ -118,6 +118,9 @@ def test_an_unknown_task_is_answered_with_close_names():
     with pytest.raises(UsageError, match="no task 'piqaa'") as caught:
         harness.check_tasks(["piqaa"])
     assert "piqa" in caught.value.hint
+    with pytest.raises(UsageError, match="no task 'svap'") as caught:
+        harness.check_tasks(["svap"], others=("svamp", "aqua"))
+    assert "Did you mean svamp?" in caught.value.hint
 
 
 def test_tasks_that_overlap_are_refused(mirror):

@@ -1,8 +1,10 @@
 """Answers read from what a model wrote, by the rules under which the published scores were taken.
 
 The rules are LLM-Adapters' (arithmetic and commonsense sets), which ApiQ and ULB-SAPR score by too, and LoftQ's for
-GSM8K, which ApiQ takes over. They are kept as they are, slips and all, for a better rule gives scores that compare
-with nobody's. Where a rule reads otherwise than a person would, its docstring says so.
+GSM8K, which ApiQ takes over. Of commonsense answers ApiQ's own script wants all that stands behind "the correct answer
+is " to be the answer, which says the same of a model that was trained on the form. The rules are kept as they are,
+slips and all, for a better rule gives scores that compare with nobody's. Where a rule reads otherwise than a person
+would, its docstring says so.
 """
 
 import re

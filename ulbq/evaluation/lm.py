@@ -146,9 +146,9 @@ class LanguageModel:
     ) -> list[str]:
         """Continue prompts, batches of similar length side by side, the longest first.
 
-        A batch's prompts are filled up on the left, out of sight of the model. In float32 an answer does not depend on
-        its neighbours; in half precision sums of another shape round otherwise, and where two tokens are almost
-        equally likely, another batch size may take the other one.
+        A batch's prompts are filled up on the left, out of sight of the model, and no answer sees its neighbours. But
+        sums of another shape round otherwise: in half precision, and hardly ever in float32, another batch size may
+        take another token where two are almost equally likely.
 
         Args:
             rows: tokens, at least one each; a prompt too long to leave room for its answer loses its beginning.
