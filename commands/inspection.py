@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -141,6 +142,11 @@ def _particulars(manifest: AnyManifest) -> dict[str, str]:
             text = f" on {after.data['name']}" if after.data else ""
             losses = f"held-out loss {after.start_error:.4f} to {after.end_error:.4f}"
             rows["end to end"] = f"{after.loss}{text}, {losses} in epoch {after.epochs}"
+        if (learnt := manifest.finetune) is not None:
+            of = f"{learnt.data.get('samples'):,} samples of {', '.join(learnt.data.get('sources', ()))}"
+            losses = f"held-out loss {learnt.start_loss:.4f} to {learnt.end_loss:.4f}"
+            layout = learnt.template or "plain text"
+            rows["fine-tuned"] = f"{learnt.task}, {learnt.train}, on {of}, layout {layout}; {losses}"
     else:
         return {}
     if data := manifest.calibration:
@@ -193,13 +199,17 @@ def _layers(layers: Iterable[LayerRecord]) -> Table:
     extra = ["zeros in planes"] * sparse + ["bits×columns", "outliers"] * columns
     table = _columns("layer", "shape", "bits per weight", "squared error", *extra)
     for layer in layers:
-        cells = [layer.name, f"{layer.shape[0]} × {layer.shape[1]}", f"{_layer_bits(layer):.4f}", f"{layer.error:.3%}"]
+        cells = [layer.name, f"{layer.shape[0]} × {layer.shape[1]}", f"{_layer_bits(layer):.4f}", _error(layer)]
         if sparse:
             cells.append(", ".join(f"{share:.0%}" for share in layer.sparsity or ()))
         if columns:
             cells += [_widths(layer.scheme.get("widths", {})), f"{layer.scheme.get('outliers', 0):,}"]
         _add(table, *cells)
     return table
+
+
+def _error(layer: LayerRecord) -> str:
+    return f"{layer.error:.3%}" if isfinite(layer.error) else "not known"
 
 
 def _layer_bits(layer: LayerRecord) -> float:
@@ -209,6 +219,12 @@ def _layer_bits(layer: LayerRecord) -> float:
 def _layer_summary(layers: tuple[LayerRecord, ...]) -> RenderableType:
     if not layers:
         return Text("none")
+    if not all(isfinite(layer.error) for layer in layers):
+        rows = {
+            "layers": f"{len(layers)}; --layers lists them",
+            "squared error": "not known: scales have trained since, away from the original weights",
+        }
+        return _grid(rows | _column_summary(layers))
     best, worst = (pick(layers, key=lambda layer: layer.error) for pick in (min, max))
     mean = sum(layer.error for layer in layers) / len(layers)
     rows = {

@@ -14,8 +14,9 @@ import ulbq  # noqa: F401 - registers the format with transformers
 from tests.data.conftest import write_jsonl
 from tests.models.tiny import save_tiny
 from ulbq.artifacts.manifest import QuantizedManifest, verify
+from ulbq.commands.app import main
 from ulbq.data.lessons import draw_lessons
-from ulbq.errors import InputError, NumericsError, UsageError
+from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
@@ -184,7 +185,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("name", ["rtn", "db-llm", "claq", "binary-mos"])
-def test_scales_train_beside_the_adapter_and_codes_stay(folder: Path, tmp_path: Path, name: str) -> None:
+def test_scales_train_beside_the_adapter_and_codes_stay(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = made(folder, name)
     before = shards(base)
     asked = job(base, folder, tmp_path / "ft", rank=2, train="adapter-scales", scale_rate=0.01)
@@ -200,6 +203,10 @@ def test_scales_train_beside_the_adapter_and_codes_stay(folder: Path, tmp_path: 
         old, new = load_file(file), load_file(path / file.name)
         assert old.keys() == new.keys()
         changed |= {key.rpartition(".")[2] for key in old if not torch.equal(old[key], new[key])}
+    assert main(["inspect", str(path), "--layers"]) == 0
+    said = capsys.readouterr()
+    assert "not known" in said.out + said.err
+    assert "instructions, adapter-scales, on 16 samples of" in " ".join((said.out + said.err).split())
     assert changed
     assert changed <= {"scales", "in_scales", "out_scales", "zeros", "codebooks"}
 
@@ -309,6 +316,18 @@ def test_numbers_that_are_not_finite_end_the_run(folder: Path, tmp_path: Path, m
         finetune(asked)
     assert caught.value.exit_code == 5
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_sentence(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        # What torch says where a write comes back short.
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ResourceError, match=r"checkpoint of the fine-tuning cannot be written") as caught:
+        finetune(job(made(folder, "rtn"), folder, tmp_path / "ft", rank=1))
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "ft").exists()
 
 
 def test_a_manifest_without_the_record_is_still_read(folder: Path) -> None:

@@ -10,7 +10,7 @@ from tests.models.tiny import tiny_config, tiny_model
 from ulbq.data.lessons import Lesson
 from ulbq.errors import NumericsError
 from ulbq.training.precision import Precision
-from ulbq.training.tuner import Tuner, TunerSettings, Watch, answer_loss, batch
+from ulbq.training.tuner import Answers, Tuner, TunerSettings, Watch, answer_loss, batch
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
 LESSONS = [
@@ -37,15 +37,26 @@ SETTINGS = TunerSettings(
 def test_only_answers_have_labels() -> None:
     found = batch(LESSONS, 2)
     assert found.tokens.tolist() == [[5, 6, 7, 8, 2, 2], [9, 10, 11, 12, 13, 14]]
-    assert found.attended.tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
     assert found.labels.tolist() == [[-100, -100, 7, 8, -100, -100], [-100, 10, -100, 12, 13, -100]]
+    assert batch([Lesson([5, 6], [True, True])], 2).labels.tolist() == [[-100, 6]]
 
 
-def test_the_loss_of_answers_is_that_of_transformers() -> None:
+def test_loss_and_gradients_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ulbq.training.head.LOGITS_MEMORY", 0)  # chunks of 16
     model = tiny_model(tiny_config("llama"))
-    found = batch(LESSONS, 2)
-    expected = model(input_ids=found.tokens, attention_mask=found.attended, labels=found.labels).loss.item()
-    assert answer_loss(model, LESSONS, FP32) == pytest.approx(expected, rel=1e-5)
+    long = Lesson(list(range(3, 60)), [False] * 10 + [True] * 47)
+    found = batch([*LESSONS, long], 2)
+    theirs = model(input_ids=found.tokens, labels=found.labels).loss
+    theirs.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    ours = Answers(model, FP32)(*found)["loss"]
+    ours.backward()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+    assert answer_loss(model, [*LESSONS, long], FP32) == pytest.approx(theirs.item(), rel=1e-5)
+    assert Answers(model, FP32)(*found, num_items_in_batch=10)["loss"].item() == pytest.approx(theirs.item() * 5.2)
 
 
 def test_steps_count_the_last_one_of_an_epoch() -> None:
@@ -64,7 +75,9 @@ def test_every_step_and_checkpoint_is_reported(tmp_path: Path, capsys: pytest.Ca
     saved: list[str] = []
     looks: list[int] = []
     watch = Watch(lambda step, loss: steps.append(step), looks.append, lambda folder: saved.append(folder.name))
-    tuner(tmp_path, watch, eval_every=2).train()
+    found = tuner(tmp_path, watch, eval_every=2)
+    assert found.model_accepts_loss_kwargs  # tokens count alike over all micro-batches of a step
+    found.train()
     assert steps == [1, 2, 3, 4]
     assert looks == [2]  # not at the last one, which is measured as it is stored
     assert saved == [f"checkpoint-{step}" for step in steps]

@@ -1,5 +1,6 @@
 """The report: one self-contained HTML page, readable in any browser, light or dark, without the network."""
 
+import math
 from collections.abc import Iterable, Mapping
 from html import escape
 from itertools import groupby
@@ -120,9 +121,11 @@ def _blocks(results: Results, quantized: Mapping[str, QuantizedManifest]) -> str
 
 
 def _layers(quantized: Mapping[str, QuantizedManifest]) -> str:
-    errors = [layer.error for manifest in quantized.values() for layer in manifest.layers]
+    # Where scales were fine-tuned, nobody looked at the original weights again.
+    known = {name: m for name, m in quantized.items() if all(math.isfinite(layer.error) for layer in m.layers)}
+    errors = [layer.error for manifest in known.values() for layer in manifest.layers]
     drawn = []
-    for name, manifest in quantized.items():
+    for name, manifest in known.items():
         figure = figures.layer_figure(manifest.layers, (min(errors, default=0.0), max(errors, default=0.0)))
         if figure:
             drawn.append((f"<h3>{escape(name)}</h3>" if len(quantized) > 1 else "") + figure)

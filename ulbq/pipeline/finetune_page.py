@@ -111,11 +111,11 @@ def _smoothed(points: Points) -> Points:
 
 def _table(manifest: QuantizedManifest, record: FinetuneRecord) -> str:
     request = manifest.request
-    adapter = "went on from the artifact's own" if record.start == "trained" else "new"
+    adapter = "the artifact's own adapter went on" if record.start == "trained" else "a new adapter"
     scales = f", scales {request['scale_rate']:g}" if record.train == "adapter-scales" else ""
     rows = {
         "base": manifest.parents[-1].path,
-        "trained": f"{record.train}, {record.parameters:,} parameters; the adapter {adapter}",
+        "trained": f"{record.train}, {record.parameters:,} parameters; {adapter}",
         "layout": record.template or "plain text",
         "rates": f"adapter {request['adapter_rate']:g}{scales}, {request['schedule']}, warm-up {request['warmup']:g}",
         "samples a step": f"{request['batch_size']}, {request['micro_batch']} at once",

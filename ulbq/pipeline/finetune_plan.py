@@ -23,17 +23,16 @@ from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline.finetune_request import FinetuneRequest, Task, request_of
 from ulbq.pipeline.samples import CALIBRATION_FILE, TEXT_FILE
 from ulbq.progress import Progress
+from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
 from ulbq.training.tuner import TunerSettings
 
 _FLOAT = 4
 # Float32 copies of what trains: itself, gradient, two moments.
 _TRAINED_COPIES = 4
-# Copies of a micro-batch's logits that live together: as computed, float32, log-probabilities, gradient.
-_LOGITS_COPIES = 4
 # Activations of one block that autograd keeps, in units of its hidden states and of its widest layer's outputs.
 _HIDDEN_COPIES, _WIDE_COPIES = 12, 4
-_PROCESS = 500 << 20  # Python with torch and transformers
+_PROCESS = 560 << 20  # Python with torch and transformers
 
 
 class FinetuneCost(BaseModel):
@@ -272,7 +271,7 @@ def _cost(
     dense = sum(layer.in_features * layer.out_features for layer in layers.values()) * _FLOAT
     if scales:
         kept += dense // blocks if request.checkpointing else dense
-    logits = tokens * source.config.get_text_config().vocab_size * _FLOAT * _LOGITS_COPIES
+    logits = LOGITS_MEMORY
     training = (parameters + scales) * _FLOAT * _TRAINED_COPIES
     peak = _PROCESS + held + training + kept + logits
     cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=kept + logits)

@@ -6,21 +6,23 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ulbq import distributed
 from ulbq.artifacts.shards import LazyTensors, store_shard
 from ulbq.data.lessons import Lesson
-from ulbq.errors import NumericsError
+from ulbq.errors import NumericsError, ResourceError
+from ulbq.training.head import Head, in_chunks
 from ulbq.training.precision import Precision
 
 _TRAINED = "trained.safetensors"
 _IGNORED = -100  # what transformers' losses leave out
-_ROWS = 256  # of logits that are made log-probabilities at once
+_COPIES = 4  # of a chunk's logits that live together: as computed, float32, log-probabilities, gradients
 
 
 class TunerSettings(BaseModel):
@@ -62,30 +64,67 @@ class TunerSettings(BaseModel):
 
 
 class Batch(NamedTuple):
-    """Lessons side by side, filled up at their ends.
+    """Lessons side by side, filled up at their ends, where nothing that counts looks back at.
 
     Attributes:
         tokens: int64 ``[n, longest]``.
-        attended: int64 of the same shape, 0 where filled up.
-        labels: int64, the token where it is learnt, else -100.
+        labels: int64 of the same shape, the token where it is learnt, else -100.
     """
 
     tokens: torch.Tensor
-    attended: torch.Tensor
     labels: torch.Tensor
 
 
 def batch(lessons: Sequence[Lesson], filler: int) -> Batch:
     """Put lessons side by side; ``filler`` is the token behind their ends."""
     shape = (len(lessons), max(len(lesson.tokens) for lesson in lessons))
-    tokens = torch.full(shape, filler, dtype=torch.int64)
-    attended, labels = torch.zeros_like(tokens), torch.full_like(tokens, _IGNORED)
+    tokens, labels = torch.full(shape, filler, dtype=torch.int64), torch.full(shape, _IGNORED, dtype=torch.int64)
     for row, lesson in enumerate(lessons):
         own = torch.tensor(lesson.tokens)
         tokens[row, : len(own)] = own
-        attended[row, : len(own)] = 1
         labels[row, : len(own)] = torch.where(torch.tensor(lesson.taught), own, _IGNORED)
-    return Batch(tokens, attended, labels)
+    labels[:, 0] = _IGNORED  # nothing stands before it
+    return Batch(tokens, labels)
+
+
+class Answers(nn.Module):
+    """A causal language model whose output is the loss of what is learnt.
+
+    Logits exist for learnt positions alone, and for a chunk of them at a time: of a whole micro-batch they would take
+    more memory than everything else together.
+
+    Args:
+        model: peft's or a plain one, on its device.
+        precision: of the products.
+    """
+
+    def __init__(self, model: nn.Module, precision: Precision) -> None:
+        super().__init__()
+        self.model = model
+        self._precision = precision
+        whole = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(whole, PreTrainedModel):
+            raise TypeError("no model of transformers")
+        # Not as a submodule: it is within the model already.
+        self._whole = (whole,)
+        self._head = Head(whole, precision)
+
+    def forward(
+        self, tokens: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        """``loss``: the sum of the learnt tokens' cross-entropies, over their number or over a number that is given."""
+        with self._precision.autocast():
+            states = self._whole[0].base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        rows, columns = (labels[:, 1:] != _IGNORED).nonzero(as_tuple=True)
+        asked, wanted = states[rows, columns], labels[rows, columns + 1]
+
+        def losses(positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            logits = self._head.logits(asked[positions]).float()
+            return (nn.functional.cross_entropy(logits, wanted[positions], reduction="none"),)
+
+        positions = torch.arange(len(rows), device=labels.device)
+        total = in_chunks(losses, positions, self._head.chunk(_COPIES))[0].double().sum()
+        return {"loss": total / (len(rows) if num_items_in_batch is None else num_items_in_batch)}
 
 
 @torch.no_grad()
@@ -95,17 +134,12 @@ def answer_loss(model: nn.Module, lessons: Iterable[Lesson], precision: Precisio
     Of several processes each brings its share of the lessons, and all get the mean over all of them. The model is in
     eval mode afterwards.
     """
-    model.eval()
+    answers = Answers(model, precision).eval()
     total, count = 0.0, 0
     for lesson in lessons:
-        tokens = torch.tensor([lesson.tokens], device=precision.device)
-        with precision.autocast():
-            logits = model(input_ids=tokens, use_cache=False).logits[0]
-        asked = torch.tensor(lesson.taught[1:], device=logits.device).nonzero().squeeze(1)
-        for rows in asked.split(_ROWS):
-            losses = nn.functional.cross_entropy(logits[rows].float(), tokens[0, rows + 1], reduction="none")
-            total += losses.double().sum().item()
-        count += len(asked)
+        found = batch([lesson], 0)
+        total += answers(*(tensor.to(precision.device) for tensor in found), num_items_in_batch=1)["loss"].item()
+        count += int((found.labels != _IGNORED).sum())
     total, everything = distributed.total(total, count)
     return total / everything
 
@@ -147,7 +181,7 @@ class Tuner(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PeftModel | PreTrainedModel,
         lessons: Sequence[Lesson],
         settings: TunerSettings,
         precision: Precision,
@@ -159,7 +193,6 @@ class Tuner(Trainer):
         watch: Watch,
     ) -> None:
         self._settings = settings
-        self._precision = precision
         self._scales = scales
         self._whole = model
         steps, processes = settings.steps(len(lessons)), distributed.size()
@@ -171,9 +204,6 @@ class Tuner(Trainer):
             lr_scheduler_type=_SCHEDULES[settings.schedule],
             warmup_steps=math.ceil(settings.warmup * steps),
             max_grad_norm=settings.clip,
-            activation_checkpointing=settings.checkpointing,
-            # Reentrant, blocks whose inputs are not trained (the first one) would get no gradients.
-            activation_checkpointing_kwargs={"use_reentrant": False} if settings.checkpointing else None,
             use_cpu=precision.device.type == "cpu",
             ddp_backend="gloo" if precision.device.type == "cpu" and processes > 1 else None,
             ddp_find_unused_parameters=False if processes > 1 else None,
@@ -192,11 +222,14 @@ class Tuner(Trainer):
             remove_unused_columns=False,
             seed=seed % 2**32,
         )
+        if settings.checkpointing:
+            # Reentrant, blocks whose inputs are not trained (the first one) would get no gradients.
+            model.activation_checkpointing_enable({"use_reentrant": False})
         super().__init__(
-            model=model,
+            model=Answers(model, precision),
             args=arguments,
             train_dataset=_Listed(lessons),
-            data_collator=lambda some: dict(zip(_FIELDS, batch(some, filler), strict=True)),
+            data_collator=lambda some: batch(some, filler)._asdict(),
             callbacks=[_Reporter(watch, settings, folder)],
         )
         self.remove_callback(PrinterCallback)  # it prints to standard output
@@ -220,15 +253,23 @@ class Tuner(Trainer):
             self.optimizer = torch.optim.AdamW(named)
         return self.optimizer
 
-    def compute_loss_context_manager(self) -> Any:
-        """The precision in which the run computes."""
-        return self._precision.autocast()
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         # The Trainer calls for this in the first process alone.
         store_shard(folder / _TRAINED, {name: parameter.detach() for name, parameter in self.trained.items()})
+
+    def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        try:
+            super()._save_checkpoint(*arguments, **more)
+        except RuntimeError as error:
+            # torch.save has no other word for a write that comes back short.
+            if "inline_container" not in str(error):
+                raise
+            raise ResourceError(
+                "A checkpoint of the fine-tuning cannot be written: the disk is full.",
+                hint="Free some space (or point -o at another disk) and run the same command again.",
+            ) from error
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -278,5 +319,4 @@ class _Reporter(TrainerCallback):
         self._watch.on_save(self._folder / f"checkpoint-{state.global_step}")
 
 
-_FIELDS = ("input_ids", "attention_mask", "labels")
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
