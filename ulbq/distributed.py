@@ -318,6 +318,8 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         raise ResourceError(
             "Another process of this run ended early.", hint="torchrun's summary names it and its exit code."
         ) from error

@@ -242,7 +242,8 @@ class EndToEndTrainer:
         generator = torch.Generator().manual_seed(self._seed + 104729 * number)
         order = torch.randperm(self._samples.training, generator=generator)
         steps, finite = last.steps, True
-        with torch.random.fork_rng():
+        # Not all that the machine has: of several processes each has its own device.
+        with torch.random.fork_rng({p.device for p in self._trained if p.device.type == "cuda"}):
             torch.manual_seed(self._seed + 104729 * number + 7907 * distributed.rank())
             for batch in order.split(settings.accumulation):
                 adapted = not (self._share and torch.rand((), generator=generator).item() < self._share)
