@@ -1,5 +1,6 @@
 """A plain half- or full-precision model folder that transformers loads without ulbq."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ulbq import formats
-from ulbq.artifacts.disk import writing
+from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.artifacts.shards import write_index, write_shard
 from ulbq.errors import InputError, NumericsError
 from ulbq.formats import AnyScheme
@@ -99,9 +100,27 @@ def write_beside(source: ModelSource, folder: Path, changes: Mapping[str, Any], 
     beside = adapter_folder(source)
     with writing(folder):
         type(source.config).from_dict(source.config.to_dict() | dict(changes)).save_pretrained(folder)
+        _spell_rope_twice(folder / "config.json")
         source.save_tokenizer_files(folder)
         if beside is not None and adapter:
             shutil.copytree(beside, folder / ADAPTER_FOLDER)
+
+
+def _spell_rope_twice(path: Path) -> None:
+    """Write the rotary embedding's base under its older name too.
+
+    AutoGPTQ, exllamav2 and older engines know ``rope_theta`` and ``rope_scaling`` only, and without them would compute
+    with another base and say nothing.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters")
+    # Models with several kinds of layers have one for each kind: no older name could say that.
+    if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), int | float):
+        return
+    config["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    write_atomically(path, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def adapters_to_merge(source: ModelSource, model: PreTrainedModel) -> Mapping[str, Adapter]:

@@ -186,7 +186,12 @@ def _sglang(candidate: Candidate, target: Target) -> tuple[str, str] | None:
 
 
 def _transformers(candidate: Candidate, target: Target) -> tuple[str, str] | None:
-    return _uniform(candidate, "transformers' GPTQ") if target == "gptq" else None
+    if target == "gptq":
+        return _uniform(candidate, "transformers' GPTQ")
+    if all(scheme.symmetric for scheme in _affine(candidate)):
+        return None
+    # 5.23 with compressed-tensors 0.20 makes room for unpacked zero points and refuses the packed ones.
+    return "it has zero points, and transformers loads no packed ones", "Use --to gptq, or quantize with --symmetric."
 
 
 def _gptqmodel(candidate: Candidate, target: Target) -> tuple[str, str] | None:

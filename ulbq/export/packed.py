@@ -68,6 +68,8 @@ def write_packed(
     target: Literal["gptq", "compressed-tensors"],
     dtype: torch.dtype,
     on_shard: Callable[[str], None] = lambda name: None,
+    *,
+    untie: bool = False,
 ) -> None:
     """Write a packed model for other libraries, and read every packed layer back.
 
@@ -76,6 +78,7 @@ def write_packed(
         folder: exists; side files, tokenizer, configuration and adapter land there too.
         dtype: of the tensors that are not packed; scales are float16.
         on_shard: called with each shard's name once it is written and read back.
+        untie: store a tied head by itself too, for loaders that do not tie.
 
     Raises:
         InputError: a tensor is missing.
@@ -94,12 +97,19 @@ def write_packed(
                 tensors |= {f"{linear}.{short}": tensor for short, tensor in found.items()}
             else:
                 tensors[name] = dense_tensor(source, model, name, aliases[name], dtype)
+                if untie:
+                    tensors |= {alias: tensors[name].clone() for alias in aliases[name]}
         write_shard(folder / shard, tensors)
         shards[shard] = tuple(tensors)
         _read_back(source, folder / shard, layout, {n: layers[n] for n in layers if f"{n}.weight" in names}, shapes)
         on_shard(shard)
     write_index(folder, shards)
-    changes = {"dtype": str(dtype).removeprefix("torch."), "quantization_config": layout.configuration}
+    tied = bool(source.config.tie_word_embeddings) and not untie
+    changes = {
+        "tie_word_embeddings": tied,
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": layout.configuration,
+    }
     write_beside(source, folder, changes, adapter=True)
     if target == "gptq":
         with writing(folder):

@@ -65,6 +65,11 @@ class _Job:
     target: Target
     dtype: Dtype
 
+    @property
+    def untie(self) -> bool:
+        """Whether a tied head is stored by itself: AutoGPTQ computes with an empty one otherwise."""
+        return self.request.engine == "auto-gptq"
+
 
 def convert(
     request: ConvertRequest, progress: Progress | None = None
@@ -89,6 +94,7 @@ def convert(
             "to": job.target,
             "dtype": job.dtype,
             "merge_adapter": request.merge_adapter,
+            "untie": job.untie,
         }
     )
     stem = f"{source.name}-{'merged-' if request.merge_adapter else ''}{job.target}"
@@ -153,7 +159,7 @@ def _write(job: _Job, folder: Path, on_step: Callable[[str], None]) -> tuple[str
             write_dense(source, folder, dtype, on_step, merge_adapter=merge)
             return f"all weights in {job.dtype}", {}
         case "gptq" | "compressed-tensors":
-            write_packed(source, folder, job.target, dtype, on_step)
+            write_packed(source, folder, job.target, dtype, on_step, untie=job.untie)
             return f"the artifact's own codes, to the bit; what is not packed in {job.dtype}", {}
         case "gguf":
             licence = card.front_of(source).get("license")
