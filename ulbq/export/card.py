@@ -93,7 +93,6 @@ def base_of(source: ModelSource) -> str:
 
 
 def quantized_card(
-    name: str,
     source: ModelSource,
     candidate: Candidate,
     *,
@@ -105,7 +104,6 @@ def quantized_card(
     """The card of a packed artifact.
 
     Args:
-        name: of the artifact.
         source: the full-precision model.
         candidate: the artifact.
         method: that made it; ``recipe`` is the one that set its options, if one did.
@@ -162,7 +160,7 @@ def converted_card(
     made = [f"Stored as {target}: {stored}"]
     tags: list[str] = [target]
     if isinstance(manifest, QuantizedManifest):
-        recipe = manifest.request.get("recipe")
+        recipe = (manifest.request.get("recipe") or {}).get("name")
         made.insert(0, f"Quantized with ulbq, method `{manifest.method}`" + (f", recipe `{recipe}`" if recipe else ""))
         made.append(
             f"Weights: {describe(candidate)}; {manifest.bits.bits_per_weight:.3f} true bits in ulbq's own format"

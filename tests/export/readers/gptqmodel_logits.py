@@ -1,4 +1,4 @@
-"""Logits of a GPTQ folder by gptqmodel's Torch kernel on the CPU: ``gptqmodel_logits.py DIR TOKENS.npy OUT.npy DTYPE``."""
+"""Logits of a GPTQ folder by gptqmodel's Torch kernel: ``gptqmodel_logits.py DIR TOKENS.npy OUT.npy DTYPE``."""
 
 import sys
 

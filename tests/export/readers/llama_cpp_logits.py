@@ -1,6 +1,7 @@
 """Log-probabilities of the next token by llama.cpp: ``llama_cpp_logits.py DIR TOKENS.npy OUT.npy VOCABULARY``.
 
-The server gives probabilities and no logits: they compare after a softmax. One request a row.
+The server gives probabilities and no logits: they compare after a softmax. One request a row. What is sampled is pushed
+to a printable token, since the server drops the probabilities of half a character; they are those before the push.
 """
 
 import json
@@ -24,7 +25,8 @@ for row in np.load(tokens):
     asked = {
         "prompt": row.tolist(),
         "n_predict": 1,
-        "ignore_eos": True, "n_probs": int(vocabulary),
+        "logit_bias": [[40, 1000.0]],
+        "n_probs": int(vocabulary),
         "temperature": 0.0,
         "cache_prompt": False,
     }
