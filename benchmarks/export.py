@@ -61,8 +61,10 @@ def measure(artifact: Path, readers: Path, folder: Path) -> dict[str, Any]:
         if not python.exists():
             found[name] = "no environment"
             continue
+        path = folder / "-".join([artifact.name, *asked.values()])
         try:
-            path, _ = convert(ConvertRequest(source=str(artifact), out=folder / "out", force=True, **asked))
+            if not path.exists():
+                convert(ConvertRequest(source=str(artifact), out=path, **asked))
         except UlbqError as error:
             found[name] = error.message.partition(": ")[2]
             continue

@@ -1,6 +1,10 @@
 """Logits of a GPTQ folder by gptqmodel's Torch kernel: ``gptqmodel_logits.py DIR TOKENS.npy OUT.npy DTYPE``."""
 
+import os
 import sys
+
+# Compiling takes minutes, and gains nothing in one pass.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import numpy as np
 import torch

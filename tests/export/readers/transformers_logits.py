@@ -1,9 +1,13 @@
 """Logits of a packed model by transformers alone: ``transformers_logits.py DIR TOKENS.npy OUT.npy DTYPE``."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+# Compiling takes minutes, and gains nothing in one pass.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import numpy as np
 import torch
