@@ -11,9 +11,28 @@ from .options import Debug, Force, Json, Offline, Out, Quiet, Source, read_sourc
 def convert(
     source: Source = None,
     to: Annotated[
-        Literal["dense"], typer.Option("--to", help="dense: a plain model folder that transformers loads.")
-    ] = "dense",
-    dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option("--dtype", help="Of the dense tensors.")] = "bf16",
+        Literal["dense", "gptq", "compressed-tensors", "gguf", "half"] | None,
+        typer.Option(
+            "--to",
+            help="dense: plain weights; gptq, compressed-tensors: packed for other libraries; gguf: for llama.cpp; "
+            "half: the artifact itself, norms in half precision.",
+            show_default="what --for reads best, else dense",
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["vllm", "sglang", "transformers", "gptqmodel", "auto-gptq", "llama.cpp", "exllamav2"] | None,
+        typer.Option(
+            "--for", help="Check first that this engine loads it, and choose what it reads.", show_default=False
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"] | None,
+        typer.Option(
+            "--dtype",
+            help="Of the tensors that are not packed.",
+            show_default="bf16 for dense, fp16 for gguf, else as is",
+        ),
+    ] = None,
     merge_adapter: Annotated[
         bool,
         typer.Option("--merge-adapter", help="Make the adapter part of the weights; else it is copied beside them."),
@@ -32,6 +51,13 @@ def convert(
     from ulbq.pipeline.convert import ConvertRequest, convert
 
     request = ConvertRequest(
-        source=source, to=to, dtype=dtype, merge_adapter=merge_adapter, offline=offline, out=out, force=force
+        source=source,
+        to=to,
+        engine=engine,
+        dtype=dtype,
+        merge_adapter=merge_adapter,
+        offline=offline,
+        out=out,
+        force=force,
     )
     emit(*convert(request, progress))

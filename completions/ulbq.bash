@@ -204,12 +204,13 @@ _ulbq() {
         ;;
     convert)
         case $previous in
-        --to) _ulbq_value '' 'dense' "$current"; return ;;
+        --to) _ulbq_value '' 'dense gptq compressed-tensors gguf half' "$current"; return ;;
+        --for) _ulbq_value '' 'vllm sglang transformers gptqmodel auto-gptq llama.cpp exllamav2' "$current"; return ;;
         --dtype) _ulbq_value '' 'fp16 bf16 fp32' "$current"; return ;;
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--to --dtype --merge-adapter --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--to --for --dtype --merge-adapter --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

@@ -236,8 +236,9 @@ complete -c ulbq -n '__fish_seen_subcommand_from finetune' -s q -l quiet -d 'No 
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l debug -d 'Tracebacks, and the libraries\' own logs'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -s h -l help -d 'Show this message and exit'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -F
-complete -c ulbq -n '__fish_seen_subcommand_from convert' -l to -r -f -a 'dense' -d 'dense: a plain model folder that transformers loads'
-complete -c ulbq -n '__fish_seen_subcommand_from convert' -l dtype -r -f -a 'fp16 bf16 fp32' -d 'Of the dense tensors'
+complete -c ulbq -n '__fish_seen_subcommand_from convert' -l to -r -f -a 'dense gptq compressed-tensors gguf half' -d 'dense: plain weights'
+complete -c ulbq -n '__fish_seen_subcommand_from convert' -l for -r -f -a 'vllm sglang transformers gptqmodel auto-gptq llama.cpp exllamav2' -d 'Check first that this engine loads it, and choose what it reads'
+complete -c ulbq -n '__fish_seen_subcommand_from convert' -l dtype -r -f -a 'fp16 bf16 fp32' -d 'Of the tensors that are not packed'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l merge-adapter -d 'Make the adapter part of the weights'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l offline -d 'Never touch the network'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -s o -l output -r -f -a '(__fish_complete_directories)' -d 'Folder for the new artifact'

@@ -1,16 +1,19 @@
 """A plain half- or full-precision model folder that transformers loads without ulbq."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ulbq import formats
-from ulbq.artifacts.disk import writing
+from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.artifacts.shards import write_index, write_shard
 from ulbq.errors import InputError, NumericsError
+from ulbq.formats import AnyScheme
 from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, load_adapters
 from ulbq.models.blocks import block_list, skeleton
 from ulbq.models.names import read_state, state_names
@@ -33,10 +36,15 @@ def shard_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return {f"model-{i:05d}-of-{count:05d}.safetensors": tuple(names) for i, names in enumerate(parts.values(), 1)}
 
 
+def unfit(scheme: AnyScheme) -> str | None:
+    """Why no dense weight can stand for a layer; None where one can."""
+    return None if formats.is_one_matrix(scheme) else "its scales are mixed anew for every token, and a weight is one"
+
+
 def check_convertible(source: ModelSource) -> None:
     """Raises InputError where a packed layer has another weight for every token."""
     for name, scheme in source.packed.items():
-        if not formats.is_one_matrix(scheme):
+        if unfit(scheme) is not None:
             raise InputError(
                 f"'{source.given}' cannot be converted to dense: '{name}' ({scheme.format} {scheme.label}) mixes its "
                 "scales anew for every token, and no dense weight does that.",
@@ -67,41 +75,81 @@ def write_dense(
         NumericsError: a weight does not fit the dtype's range.
     """
     check_convertible(source)
-    beside = adapter_folder(source)
     model = skeleton(source)
-    adapters = _adapters(source, model, beside) if merge_adapter else {}
+    adapters = adapters_to_merge(source, model) if merge_adapter else {}
     aliases = state_names(model)
     shards = shard_names(model)
     for shard, names in shards.items():
         tensors = {
-            name: _dense(source, model, name, aliases[name], dtype, adapters.get(name.removesuffix(".weight")))
+            name: dense_tensor(source, model, name, aliases[name], dtype, adapters.get(name.removesuffix(".weight")))
             for name in names
         }
         write_shard(folder / shard, tensors)
         on_shard(shard)
     write_index(folder, shards)
+    write_beside(source, folder, {"dtype": str(dtype).removeprefix("torch.")}, adapter=not merge_adapter)
+
+
+def write_beside(source: ModelSource, folder: Path, changes: Mapping[str, Any], *, adapter: bool) -> None:
+    """What lies beside the weights: configuration, tokenizer and other side files, and the adapter.
+
+    Args:
+        changes: what is different in the configuration.
+        adapter: copy the artifact's adapter, where it has one.
+    """
+    beside = adapter_folder(source)
     with writing(folder):
-        config = source.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
-        type(source.config).from_dict(config).save_pretrained(folder)
+        type(source.config).from_dict(source.config.to_dict() | dict(changes)).save_pretrained(folder)
+        _spell_rope_twice(folder / "config.json")
         source.save_tokenizer_files(folder)
-        if beside is not None and not merge_adapter:
+        if beside is not None and adapter:
             shutil.copytree(beside, folder / ADAPTER_FOLDER)
 
 
-def _adapters(source: ModelSource, model: PreTrainedModel, folder: Path | None) -> Mapping[str, Adapter]:
+def _spell_rope_twice(path: Path) -> None:
+    """Write the rotary embedding's base under its older name too.
+
+    AutoGPTQ, exllamav2 and older engines know ``rope_theta`` and ``rope_scaling`` only, and without them would compute
+    with another base and say nothing.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters")
+    # Models with several kinds of layers have one for each kind: no older name could say that.
+    if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), int | float):
+        return
+    config["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    write_atomically(path, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def adapters_to_merge(source: ModelSource, model: PreTrainedModel) -> Mapping[str, Adapter]:
+    """An artifact's adapter by full name of the linear layer. Raises InputError where there is none."""
+    folder = adapter_folder(source)
     if folder is None:
         raise InputError(f"'{source.given}' has no adapter to merge.", hint="Leave out --merge-adapter.")
     return load_adapters(model, folder)
 
 
-def _dense(
+def dense_tensor(
     source: ModelSource,
     model: PreTrainedModel,
     name: str,
     aliases: tuple[str, ...],
     dtype: torch.dtype,
-    adapter: Adapter | None,
+    adapter: Adapter | None = None,
 ) -> torch.Tensor:
+    """One tensor of a model's state, dense.
+
+    Args:
+        name: as the model has it; ``aliases`` are the other names that it is tied to.
+        dtype: that it is rounded to, once; integers stay.
+        adapter: made a part of the weight.
+
+    Raises:
+        InputError: there is no such tensor.
+        NumericsError: it does not fit the dtype's range.
+    """
     linear = name.removesuffix(".weight")
     scheme = source.packed.get(linear) if linear != name else None
     if scheme is not None:

@@ -1,5 +1,7 @@
 """``convert``: a packed artifact in another tool's layout."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -7,82 +9,220 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ulbq import __version__, runtime
-from ulbq.artifacts.manifest import ConvertedManifest, read_back
+from ulbq.artifacts.disk import writing
+from ulbq.artifacts.manifest import ConvertedManifest, Manifest, QuantizedManifest, read_manifest
+from ulbq.artifacts.records import BitsReport
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.errors import InputError, UsageError
+from ulbq.export import card, engines, fit
 from ulbq.export.dense import shard_names, write_dense
+from ulbq.export.engines import Engine
+from ulbq.export.fit import Candidate, Target
+from ulbq.export.gguf import write_gguf
+from ulbq.export.gguf_vocab import check_tokenizer
+from ulbq.export.half import wide_tensors, write_half
+from ulbq.export.packed import write_packed
 from ulbq.models.adapter_files import adapter_folder
 from ulbq.models.blocks import skeleton
-from ulbq.models.source import resolve
+from ulbq.models.names import state_names
+from ulbq.models.source import ModelSource, resolve
 from ulbq.progress import Progress, Silent
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+Dtype = Literal["fp16", "bf16", "fp32"]
+DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class ConvertRequest(BaseModel):
     """A conversion.
 
     Attributes:
-        to: ``dense`` is a plain model folder for transformers.
-        dtype: of its tensors.
+        to: the layout; None for the one that ``engine`` reads best, or ``dense`` without one.
+        engine: whose constraints are checked before anything is written.
+        dtype: of the tensors that are not packed; None for bf16 where all is dense, fp16 in GGUF, and the artifact's
+            own elsewhere.
         merge_adapter: make an artifact's adapter a part of the weights; else it is copied beside them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str | None = None
-    to: Literal["dense"] = "dense"
-    dtype: Literal["fp16", "bf16", "fp32"] = "bf16"
+    to: Target | None = None
+    engine: Engine | None = None
+    dtype: Dtype | None = None
     merge_adapter: bool = False
     offline: bool = False
     out: Path | None = None
     force: bool = False
 
 
-def convert(request: ConvertRequest, progress: Progress | None = None) -> tuple[Path, ConvertedManifest]:
-    """Convert a model; a full-precision source is copied in the new dtype.
+@dataclass(frozen=True)
+class _Job:
+    """A conversion, checked."""
+
+    request: ConvertRequest
+    source: ModelSource
+    candidate: Candidate
+    target: Target
+    dtype: Dtype
+
+    @property
+    def untie(self) -> bool:
+        """Whether a tied head is stored by itself: AutoGPTQ computes with an empty one otherwise."""
+        return self.request.engine == "auto-gptq"
+
+
+def convert(
+    request: ConvertRequest, progress: Progress | None = None
+) -> tuple[Path, ConvertedManifest | QuantizedManifest]:
+    """Convert a model; a full-precision source becomes dense in the new dtype, or GGUF.
 
     Returns:
-        The new folder and its manifest.
+        The new folder and its manifest: of a quantized artifact for ``half``, of a converted model for all else.
 
     Raises:
-        InputError: no such model, no adapter to merge, or the output is taken.
-        NumericsError: a weight does not fit the dtype.
+        InputError: no such model, the target or the engine cannot hold it, no adapter to merge, or the output is taken.
+        UsageError: options that do not go together.
+        NumericsError: a weight does not fit the dtype, or what was written does not read back.
     """
     progress = progress or Silent()
     source = resolve(request.source, offline=request.offline)
+    job = _plan(request, source, progress)
     identity = fingerprint(
         {
             "ulbq": __version__,
             "source": source.content_hash,
-            **request.model_dump(include={"to", "dtype", "merge_adapter"}),
+            "to": job.target,
+            "dtype": job.dtype,
+            "merge_adapter": request.merge_adapter,
+            "untie": job.untie,
         }
     )
-    stem = f"{source.name}-{'merged-' if request.merge_adapter else ''}{request.to}-{request.dtype}"
-    out = request.out or free_output(DEFAULT_ROOT, stem, identity)
+    stem = f"{source.name}-{'merged-' if request.merge_adapter else ''}{job.target}"
+    out = request.out or free_output(DEFAULT_ROOT, f"{stem}-{job.dtype}" if job.target == "dense" else stem, identity)
     watch = runtime.Stopwatch()
     with ArtifactWriter(out, identity, force=request.force, spare=[source.path]) as writer:
-        shards = len(shard_names(skeleton(source)))
-        with watch.phase("write"), progress.phase("Writing", shards) as phase:
-            write_dense(
+        with watch.phase("write"), progress.phase("Writing", _steps(job)) as phase:
+            stored, saved = _write(job, writer.path, lambda name: phase.advance(detail=name))
+        progress.note(f"Stored: {stored}.")
+        if adapter_folder(source) and not request.merge_adapter and job.target != "half":
+            more = "" if job.target != "dense" else "; --merge-adapter makes it part of them"
+            progress.note(f"The adapter lies beside the weights, for peft to load{more}.")
+        if job.target != "half":
+            _write_card(job, writer.path, stored, out)
+        path = writer.finish(_manifest(job, out, saved, watch))
+    manifest = read_manifest(path)
+    if not isinstance(manifest, ConvertedManifest | QuantizedManifest):
+        raise TypeError(f"wrote a manifest of kind {manifest.kind}")
+    return path, manifest
+
+
+def _plan(request: ConvertRequest, source: ModelSource, progress: Progress) -> _Job:
+    """Decide on the target and refuse what cannot be; nothing is written yet."""
+    candidate = Candidate.of(source)
+    target: Target = request.to or "dense"
+    if request.merge_adapter and adapter_folder(source) is None:
+        raise InputError(f"'{source.given}' has no adapter to merge.", hint="Leave out --merge-adapter.")
+    if request.engine is not None:
+        verdict = engines.judge(request.engine, candidate, request.to, merge_adapter=request.merge_adapter)
+        target = verdict.target
+        progress.note(verdict.sentence)
+    fit.check(candidate, target, merge_adapter=request.merge_adapter)
+    if target == "gguf":
+        check_tokenizer(source)
+    return _Job(request, source, candidate, target, _dtype(request, source, target))
+
+
+def _dtype(request: ConvertRequest, source: ModelSource, target: Target) -> Dtype:
+    if target == "half" and request.dtype == "fp32":
+        raise UsageError("fp32 is no half precision.", hint="Use --dtype fp16 or bf16, or leave it out.")
+    if request.dtype is not None:
+        return request.dtype
+    if target == "gguf":
+        return "fp16"
+    if target == "dense":
+        return "bf16"
+    return "fp16" if source.config.dtype in (torch.float16, "float16") else "bf16"
+
+
+def _steps(job: _Job) -> int:
+    if job.target == "half":
+        return len(list(job.source.path.glob("*.safetensors")))
+    model = skeleton(job.source)
+    return len(state_names(model)) if job.target == "gguf" else len(shard_names(model))
+
+
+def _write(job: _Job, folder: Path, on_step: Callable[[str], None]) -> tuple[str, dict[str, int]]:
+    """Write all but card and manifest; returns how the weights are stored, in words, and the bits that half saved."""
+    source, dtype, merge = job.source, DTYPES[job.dtype], job.request.merge_adapter
+    match job.target:
+        case "dense":
+            write_dense(source, folder, dtype, on_step, merge_adapter=merge)
+            return f"all weights in {job.dtype}", {}
+        case "gptq" | "compressed-tensors":
+            write_packed(source, folder, job.target, dtype, on_step, untie=job.untie)
+            return f"the artifact's own codes, to the bit; what is not packed in {job.dtype}", {}
+        case "gguf":
+            licence = card.front_of(source).get("license")
+            kinds = write_gguf(
                 source,
-                writer.path,
-                DTYPES[request.dtype],
-                lambda name: phase.advance(detail=name),
-                merge_adapter=request.merge_adapter,
+                folder,
+                dtype,
+                on_step,
+                licence=licence if isinstance(licence, str) else None,
+                merge_adapter=merge,
             )
-        if adapter_folder(source) and not request.merge_adapter:
-            progress.note(
-                "The adapter lies beside the weights, for peft to load; --merge-adapter makes it part of them."
-            )
-        manifest = ConvertedManifest(
+            return _gguf_words(kinds, job.dtype), {}
+        case "half":
+            count, saved = len(wide_tensors(source)), write_half(source, folder, dtype, on_step)
+            if not count:
+                return "nothing changed, all of it was in half precision already; this is a copy", {}
+            return f"{count} float32 tensors became {job.dtype}, {sum(saved.values()) // 8:,} bytes less", saved
+
+
+def _gguf_words(kinds: dict[str, int], dtype: str) -> str:
+    dense = {"F16", "BF16", "F32"}
+    parts = [
+        f"{count} layers as {kind}" + (", rounded (no block type holds them)" if kind in dense else ", to the bit")
+        for kind, count in kinds.items()
+    ]
+    return "; ".join(parts) or f"all matrices in {dtype}"
+
+
+def _write_card(job: _Job, folder: Path, stored: str, out: Path) -> None:
+    near = {DEFAULT_ROOT, out.parent, job.source.path.parent}
+    text = card.converted_card(
+        job.source,
+        job.candidate,
+        job.target,
+        stored=stored,
+        merged=job.request.merge_adapter,
+        scores_in=sorted(near) if job.source.manifest is not None else (),
+    )
+    with writing(folder):
+        (folder / card.NAME).write_text(text, encoding="utf-8")
+
+
+def _manifest(job: _Job, out: Path, saved: dict[str, int], watch: runtime.Stopwatch) -> Manifest:
+    source, before = job.source, job.source.manifest
+    if job.target != "half" or not isinstance(before, QuantizedManifest):
+        return ConvertedManifest(
             name=out.name,
-            request=request.model_dump(mode="json"),
+            request=job.request.model_dump(mode="json"),
             seed=0,
             device="cpu",
             parents=(source.record(),),
             phases=tuple(watch.records),
-            target=request.to,
-            dtype=request.dtype,
+            target=job.target,
+            dtype=job.dtype,
         )
-        path = writer.finish(manifest)
-    return path, read_back(path, ConvertedManifest)
+    parts = {part: bits - saved.get(part, 0) for part, bits in before.bits.parts.items()}
+    kept = before.model_dump(exclude={"files", "fingerprint", "digest", "created", "ulbq_version", "versions"})
+    return QuantizedManifest.model_validate(
+        kept
+        | {
+            "name": out.name,
+            "parents": (*before.parents, source.record()),
+            "phases": (*before.phases, *watch.records),
+            "bits": BitsReport(parts=parts, weights=before.bits.weights),
+        }
+    )

@@ -1,6 +1,6 @@
 """The end of a quantization run: what lies beside the tensors, and the manifest's records."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,10 +8,12 @@ from pydantic import TypeAdapter
 
 from ulbq import formats, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
-from ulbq.artifacts.records import BlockRecord, EndToEndRecord, LayerRecord, Parent, TemperatureRecord
+from ulbq.artifacts.records import BitsReport, BlockRecord, EndToEndRecord, LayerRecord, Parent, TemperatureRecord
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration
+from ulbq.export.card import quantized_card
+from ulbq.export.fit import Candidate, Layer, inside_blocks
 from ulbq.formats import AnyScheme, Scheme
 from ulbq.formats.bits import stored_bits
 from ulbq.methods.base import Packed
@@ -91,7 +93,8 @@ def finish(
     shards = [folder / layout.block_shard(index) for index in range(job.found.n_blocks)]
     adapter = _write_adapter(job, writer)
     bits = layout.bits_report(layers, shards, outer, adapter)
-    layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers)
+    card = _card(job, bits, layers)
+    layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers, card)
     return QuantizedManifest(
         name=writer.out.name,
         request=job.request.model_dump(mode="json"),
@@ -109,6 +112,28 @@ def finish(
         skipped=job.found.skipped,
         rotation=job.source.rotation,
         calibration=calibration.record() if calibration else {},
+    )
+
+
+def _card(job: Job, bits: BitsReport, layers: Sequence[LayerRecord]) -> str:
+    """The model card."""
+    packed = {layer.name: Layer(_SCHEME.validate_python(layer.scheme), layer.shape) for layer in layers}
+    adapter = job.method.needs.adapter
+    candidate = Candidate(
+        given=job.source.given,
+        config=job.source.config,
+        layers=packed,
+        adapter="" if adapter is None else "DoRA" if adapter.dora else "LoRA",
+        unpacked=inside_blocks(job.found.skipped, packed),
+    )
+    recipe = job.request.recipe
+    return quantized_card(
+        job.source,
+        candidate,
+        method=job.made_by,
+        recipe=None if recipe is None else recipe.name,
+        bits_per_weight=bits.bits_per_weight,
+        counted=[part for part in bits.parts if bits.counts(part)],
     )
 
 

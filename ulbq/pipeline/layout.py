@@ -176,7 +176,13 @@ def bits_report(
 
 
 def write_folder(
-    folder: Path, source: ModelSource, scheme: AnyScheme, method: str, bits: BitsReport, layers: Sequence[LayerRecord]
+    folder: Path,
+    source: ModelSource,
+    scheme: AnyScheme,
+    method: str,
+    bits: BitsReport,
+    layers: Sequence[LayerRecord],
+    card: str,
 ) -> None:
     """Everything beside the shards: index, configuration, side files and model card.
 
@@ -197,24 +203,4 @@ def write_folder(
         updated = type(source.config).from_dict(config)
         updated.save_pretrained(folder)
         source.save_tokenizer_files(folder)
-        (folder / "README.md").write_text(_card(source, scheme, method, bits), encoding="utf-8")
-
-
-def _card(source: ModelSource, scheme: AnyScheme, method: str, bits: BitsReport) -> str:
-    base = f"base_model: {source.given}\n" if source.kind == "hub" else ""
-    counted = ", ".join(part for part in bits.parts if bits.counts(part))
-    return f"""---
-library_name: ulbq
-pipeline_tag: text-generation
-tags: [ulbq, {method}, {scheme.format}]
-{base}---
-
-# {source.name}, {bits.bits_per_weight:.2f} bits
-
-{source.name} quantized with `ulbq quantize --method {method}`: format `{scheme.format}`, {scheme.label},
-{bits.bits_per_weight:.3f} true bits per linear weight ({counted}; embeddings stay in half precision).
-
-Hear it with `ulbq generate DIR`, score it with `ulbq eval DIR`, look into it with `ulbq inspect DIR`.
-After `import ulbq`, transformers' `AutoModelForCausalLM.from_pretrained(DIR)` loads it packed. For those without ulbq,
-`ulbq convert DIR --to dense` writes a plain half-precision model. `manifest.json` records how it was made.
-"""
+        (folder / "README.md").write_text(card, encoding="utf-8")

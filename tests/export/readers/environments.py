@@ -1,0 +1,52 @@
+"""Environments for the other tools that read what ``ulbq convert`` writes, each with what its tool needs.
+
+    python tests/export/readers/environments.py FOLDER [NAME ...]
+
+makes ``FOLDER/gptqmodel`` (with optimum and compressed-tensors), ``FOLDER/auto-gptq`` (0.7.1, with the transformers of
+its time) and ``FOLDER/llama-cpp``: virtual environments that borrow torch, and what else they do not pin, from the one
+that runs this. ``ULBQ_READERS=FOLDER pytest -m slow tests/export/test_readers.py`` then runs them.
+"""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+PACKAGES: dict[str, tuple[list[str], ...]] = {
+    # Asks for a newer torch than we test with; its Torch kernel runs with ours.
+    "gptqmodel": (
+        ["gptqmodel==7.7.0", "optimum==2.3.0", "compressed-tensors==0.20.0", "loguru", "device-smi", "logbar"],
+        ["tokenicer", "pypcre", "defuser", "ninja", "protobuf", "pillow", "torchao==0.18.0"],
+    ),
+    "auto-gptq": (
+        ["setuptools", "wheel"],
+        ["--no-build-isolation", "auto-gptq==0.7.1"],
+        ["transformers==4.38.2", "tokenizers==0.15.2", "huggingface-hub==0.25.2", "peft==0.9.0"],
+        ["accelerate==0.27.2", "datasets==3.0.2", "fsspec==2024.9.0", "rouge", "gekko", "sentencepiece"],
+    ),
+    "llama-cpp": (["xllamacpp"],),
+}
+
+
+def build(folder: Path, name: str) -> Path:
+    """Make one environment; returns its Python."""
+    place = folder / name
+    venv.EnvBuilder(with_pip=True).create(place)
+    python = place / "bin" / "python"
+    asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    own = Path(subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip())
+    # At the end of the path: what is installed here goes first.
+    borrowed = [entry for entry in sys.path if entry.endswith("site-packages")]
+    (own / "zz-borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    for packages in PACKAGES[name]:
+        command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-installed", *packages]
+        subprocess.run(command, check=True, env={**os.environ, "BUILD_CUDA_EXT": "0"})
+    return python
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1]).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    for chosen in sys.argv[2:] or list(PACKAGES):
+        print(build(root, chosen))

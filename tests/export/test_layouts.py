@@ -1,0 +1,128 @@
+"""GPTQ's, compressed-tensors' and GGUF's layouts of single matrices."""
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType, dequantize
+
+from tests.models.test_load import pack_some
+from ulbq import formats
+from ulbq.export import compressed_tensors, gguf_blocks, gptq
+from ulbq.formats import AffineScheme, DualBinaryScheme, affine
+
+WIDTHS = [2, 3, 4, 8]
+
+
+def matrix(bits: int, *, symmetric: bool, group_size: int = 32, mirrored: bool = True):
+    torch.manual_seed(bits)
+    scheme = AffineScheme(bits=bits, group_size=group_size, symmetric=symmetric)
+    packed = pack_some(scheme, 64, 128)
+    if mirrored and symmetric:  # half of the groups, as the solvers leave them
+        packed["scales"][:, ::2] *= -1
+    return scheme, packed, formats.dequantize(scheme, packed, 128)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [32, -1])
+class TestRoundTrip:
+    def test_gptq(self, bits: int, symmetric: bool, group_size: int) -> None:
+        scheme, packed, weight = matrix(bits, symmetric=symmetric, group_size=group_size)
+        tensors = gptq.encode(scheme, packed, (64, 128), v1=symmetric)
+        assert tensors["qweight"].shape == (128 * bits // 32, 64)
+        assert tensors["qzeros"].shape == (128 // (group_size if group_size > 0 else 128), 64 * bits // 32)
+        assert tensors["scales"].dtype == torch.float16
+        assert torch.equal(gptq.decode(tensors, bits, v1=symmetric), weight)
+        assert not torch.equal(gptq.decode(tensors, bits, v1=not symmetric), weight)
+
+    def test_compressed_tensors(self, bits: int, symmetric: bool, group_size: int) -> None:
+        scheme, packed, weight = matrix(bits, symmetric=symmetric, group_size=group_size)
+        tensors = compressed_tensors.encode(scheme, packed, (64, 128))
+        assert ("weight_zero_point" in tensors) is not symmetric
+        assert torch.equal(compressed_tensors.decode(tensors, bits), weight)
+
+    def test_compressed_tensors_own_decompression(self, bits: int, symmetric: bool, group_size: int) -> None:
+        library = pytest.importorskip("compressed_tensors.compressors.pack_quantized")
+        quantization = pytest.importorskip("compressed_tensors.quantization")
+        scheme, packed, weight = matrix(bits, symmetric=symmetric, group_size=group_size)
+        tensors = compressed_tensors.encode(scheme, packed, (64, 128))
+        tensors["weight_scale"] = tensors["weight_scale"].float()  # it computes in the scales' dtype
+        config = compressed_tensors.configuration({"x": scheme}, ["lm_head"])
+        described = quantization.QuantizationConfig.model_validate(config)
+        found = library.PackedQuantizationCompressor.decompress(tensors, described.config_groups["group_0"])
+        assert torch.equal(found["weight"], weight)
+
+
+def test_golden_words_of_symmetric_two_bits_in_v1() -> None:
+    # The grid is s·{−2, −1, 0, 1}: its zero point is 2, and v1 stores 1 sixteen times.
+    scheme = AffineScheme(bits=2, group_size=32, symmetric=True)
+    codes = torch.tensor([0, 1, 2, 3]).repeat(32, 8)
+    scales = torch.where(torch.arange(32).unsqueeze(1) < 16, 0.5, -0.5)
+    tensors = gptq.encode(scheme, affine.pack(scheme, codes, scales), (32, 32), v1=True)
+    assert {word & 0xFFFFFFFF for word in tensors["qzeros"].flatten().tolist()} == {0x55555555}
+    assert {word & 0xFFFFFFFF for word in tensors["qweight"].flatten().tolist()} == {0xE4E4E4E4}
+    assert tensors["g_idx"].tolist() == [0] * 32
+    weight = gptq.decode(tensors, 2, v1=True)
+    assert weight[0, :4].tolist() == [-1.0, -0.5, 0.0, 0.5]
+    assert weight[31, :4].tolist() == [1.0, 0.5, 0.0, -0.5]  # the mirrored grid: |s|·{2, 1, 0, −1}
+
+
+@pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
+def test_v1_stores_the_middle_less_one(bits: int, word: int) -> None:
+    scheme, packed, _ = matrix(bits, symmetric=True)
+    zeros = gptq.encode(scheme, packed, (64, 128), v1=True)["qzeros"]
+    assert {value & 0xFFFFFFFF for value in zeros.flatten().tolist()} == {word}
+
+
+def test_v2_stores_zero_points_as_they_are() -> None:
+    scheme = AffineScheme(bits=4, group_size=32)
+    zeros = torch.arange(32).remainder(16).unsqueeze(1)
+    packed = affine.pack(scheme, torch.zeros(32, 32), torch.ones(32, 1), zeros)
+    stored = gptq.encode(scheme, packed, (32, 32), v1=False)["qzeros"]
+    assert [value & 0xFFFFFFFF for value in stored[0].tolist()] == [0x76543210, 0xFEDCBA98] * 2
+
+
+def test_v1_has_no_word_for_a_zero_point_of_zero() -> None:
+    scheme = AffineScheme(bits=2, group_size=32)
+    packed = affine.pack(scheme, torch.zeros(32, 32), torch.ones(32, 1), torch.zeros(32, 1))
+    with pytest.raises(ValueError, match="zero point of 0"):
+        gptq.encode(scheme, packed, (32, 32), v1=True)
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group_size", "kind"),
+    [
+        (1, True, 32, "Q4_0"),
+        (2, True, 64, "Q4_0"),
+        (2, False, 32, "Q4_0"),
+        (3, False, 64, "Q4_0"),
+        (4, True, 32, "Q4_0"),
+        (4, False, 32, "Q5_0"),
+        (8, True, 32, "Q8_0"),
+        (8, True, -1, "Q8_0"),
+    ],
+)
+def test_the_smallest_gguf_type_that_holds_a_matrix(bits: int, symmetric: bool, group_size: int, kind: str) -> None:
+    scheme, packed, weight = matrix(bits, symmetric=symmetric, group_size=group_size)
+    blocks = gguf_blocks.encode(scheme, packed, 128)
+    assert blocks is not None
+    assert blocks.kind.name == kind
+    assert torch.equal(torch.from_numpy(dequantize(blocks.data, blocks.kind)), weight)
+
+
+def test_offsets_that_are_float16_go_into_q4_1() -> None:
+    scheme = AffineScheme(bits=4, group_size=32)
+    codes = torch.arange(16).repeat(4, 4)
+    packed = affine.pack(scheme, codes, torch.full((4, 2), 0.25), torch.full((4, 2), 3))
+    blocks = gguf_blocks.encode(scheme, packed, 64)
+    assert blocks is not None
+    assert blocks.kind == GGMLQuantizationType.Q4_1
+    assert dequantize(blocks.data, blocks.kind)[0, :16].tolist() == [(q - 3) * 0.25 for q in range(16)]
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [AffineScheme(bits=8, group_size=32), AffineScheme(bits=4, group_size=16), DualBinaryScheme(group_size=32)],
+)
+def test_no_gguf_type_holds_these(scheme: AffineScheme | DualBinaryScheme) -> None:
+    torch.manual_seed(0)
+    assert gguf_blocks.encode(scheme, pack_some(scheme, 64, 128), 128) is None

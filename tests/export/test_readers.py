@@ -1,0 +1,116 @@
+"""What other tools compute from our conversions, against the artifact: each tool in an environment of its own.
+
+``tests/export/readers/environments.py`` builds them; without one its tests are skipped.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models.tiny import save_tiny
+from ulbq.models.load import load_model
+from ulbq.models.source import resolve
+from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.quantize import quantize
+from ulbq.pipeline.request import QuantizeRequest
+
+pytestmark = pytest.mark.slow
+
+READERS = Path(__file__).parent / "readers"
+TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
+CASES = [(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (False, True)]
+
+
+def environment(name: str) -> Path:
+    python = Path(os.environ.get("ULBQ_READERS", "/nowhere")) / name / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no environment '{name}' under ULBQ_READERS (tests/export/readers/environments.py builds it)")
+    return python
+
+
+def read(name: str, script: str, folder: Path, last: str) -> np.ndarray:
+    """Logits that a reader computes."""
+    tokens, out = folder.parent / "tokens.npy", folder.parent / "read.npy"
+    np.save(tokens, TOKENS.numpy())
+    command = [environment(name), READERS / script, folder, tokens, out, last]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return np.load(out)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"w{case[0]}-{'sym' if case[1] else 'asym'}")
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, np.ndarray, bool, int]:
+    """An artifact with a tied head, its own float32 logits, whether it is symmetric, and its bits."""
+    bits, symmetric = request.param
+    dense = save_tiny("llama", tmp_path / "dense", tied=True)
+    source, _ = quantize(
+        QuantizeRequest(
+            source=str(dense),
+            out=tmp_path / "q",
+            method="rtn",
+            bits=bits,
+            group_size=32,
+            symmetric=symmetric,
+            device="cpu",
+            offline=True,
+        )
+    )
+    with torch.no_grad():
+        logits = load_model(resolve(source), dtype=torch.float32)(TOKENS).logits.numpy()
+    return source, logits, symmetric, bits
+
+
+def test_gptqmodel(case: tuple[Path, np.ndarray, bool, int], tmp_path: Path) -> None:
+    source, logits, _, _ = case
+    environment("gptqmodel")
+    path, _ = convert(ConvertRequest(source=str(source), engine="gptqmodel", dtype="fp16", out=tmp_path / "g"))
+    np.testing.assert_allclose(read("gptqmodel", "gptqmodel_logits.py", path, "float32"), logits, atol=1e-4)
+
+
+def test_auto_gptq(case: tuple[Path, np.ndarray, bool, int], tmp_path: Path) -> None:
+    source, logits, symmetric, _ = case
+    environment("auto-gptq")
+    if not symmetric:
+        pytest.skip("v1 has no word for zero points of 0, and nothing asymmetric is written so")
+    path, _ = convert(ConvertRequest(source=str(source), engine="auto-gptq", dtype="fp16", out=tmp_path / "g"))
+    np.testing.assert_allclose(read("auto-gptq", "auto_gptq_logits.py", path, "float32"), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["gptq", "compressed-tensors"])
+def test_transformers(case: tuple[Path, np.ndarray, bool, int], target: str, tmp_path: Path) -> None:
+    source, logits, symmetric, _ = case
+    environment("gptqmodel")
+    if target == "compressed-tensors" and not symmetric:
+        pytest.skip("transformers 5.23 loads no packed zero points, which --for transformers knows")
+    asked = ConvertRequest(source=str(source), to=target, engine="transformers", dtype="fp16", out=tmp_path / "g")
+    found = read("gptqmodel", "transformers_logits.py", convert(asked)[0], "float16" if target == "gptq" else "float32")
+    # GPTQ's kernel is loaded in half precision here, and rounds as that does.
+    np.testing.assert_allclose(found, logits, atol=2e-2 if target == "gptq" else 1e-4)
+
+
+def test_llama_cpp(case: tuple[Path, np.ndarray, bool, int], tmp_path: Path) -> None:
+    source, logits, _, _ = case
+    environment("llama-cpp")
+    path, _ = convert(ConvertRequest(source=str(source), engine="llama.cpp", dtype="fp32", out=tmp_path / "g"))
+    found = read("llama-cpp", "llama_cpp_logits.py", path, str(logits.shape[-1]))
+    ours = torch.from_numpy(logits[:, -1]).log_softmax(-1).numpy()
+    # It rounds the inputs of packed layers to eight bits.
+    np.testing.assert_allclose(found, ours, atol=0.15)
+    assert np.abs(found - ours).mean() < 0.03
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_llama_cpp_computes_each_family(family: str, tmp_path: Path) -> None:
+    environment("llama-cpp")
+    changes = {"sliding_window": None} if family == "mistral" else {}
+    dense = save_tiny(family, tmp_path / "dense", **changes)
+    path, _ = convert(ConvertRequest(source=str(dense), to="gguf", dtype="fp32", out=tmp_path / "g"))
+    with torch.no_grad():
+        logits = load_model(resolve(dense), dtype=torch.float32)(TOKENS).logits[:, -1]
+    found = read("llama-cpp", "llama_cpp_logits.py", path, str(logits.shape[-1]))
+    # Its cache holds keys and values in half precision.
+    np.testing.assert_allclose(found, logits.log_softmax(-1).numpy(), atol=5e-3)

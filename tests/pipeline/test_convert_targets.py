@@ -1,0 +1,343 @@
+"""Artifacts in the layouts of other tools, whole folders; those tools read them in tests/export/test_readers.py."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from gguf import GGUFReader
+
+from tests.models.test_load import write_quantized
+from tests.models.tiny import save_tiny
+from ulbq.artifacts import ConvertedManifest, QuantizedManifest, read_manifest, verify
+from ulbq.artifacts.shards import LazyTensors
+from ulbq.errors import InputError, ResourceError, UsageError
+from ulbq.export import packed as packed_module
+from ulbq.export.engines import ENGINES, judge
+from ulbq.export.fit import Candidate
+from ulbq.formats import AffineScheme, BinaryMosScheme, DualBinaryScheme
+from ulbq.models.load import load_model
+from ulbq.models.source import resolve
+from ulbq.nn.adapter import AdapterConfig
+from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.progress import Silent
+
+TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
+SIDE = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE"}
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny("llama", tmp_path_factory.mktemp("parent") / "tiny", tied=False)
+    (folder / "LICENSE").write_text("do as you like")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Tiny\n")
+    return folder
+
+
+def artifact(parent: Path, out: Path, scheme: object = None, adapter: AdapterConfig | None = None) -> Path:
+    return write_quantized(resolve(parent), out, scheme or AffineScheme(bits=3, group_size=32), adapter)
+
+
+def ask(source: Path, out: Path, **options: object) -> ConvertRequest:
+    return ConvertRequest(source=str(source), out=out, **options)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_gptq_folder(symmetric: bool, parent: Path, tmp_path: Path) -> None:
+    source = artifact(parent, tmp_path / "q", AffineScheme(bits=2, group_size=32, symmetric=symmetric))
+    path, manifest = convert(ask(source, tmp_path / "g", to="gptq"))
+    config = json.loads((path / "config.json").read_text())
+    described = config["quantization_config"]
+    assert described == json.loads((path / "quantize_config.json").read_text())
+    assert (described["quant_method"], described["bits"], described["group_size"]) == ("gptq", 2, 32)
+    assert (described["sym"], described["desc_act"]) == (symmetric, False)
+    assert described["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
+    assert "dynamic" not in described
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert manifest.files.keys() >= SIDE
+    stored = LazyTensors.folder(path)
+    assert {name.rpartition(".")[2] for name in stored.names if ".q_proj." in name} == {
+        *("qweight", "qzeros", "scales", "g_idx"),
+    }
+    assert not any(name.endswith("q_proj.weight") for name in stored.names)
+    verify(path)
+
+
+def test_a_compressed_tensors_folder(parent: Path, tmp_path: Path) -> None:
+    source = artifact(parent, tmp_path / "q")
+    path, manifest = convert(ask(source, tmp_path / "c", to="compressed-tensors", dtype="fp16"))
+    config = json.loads((path / "config.json").read_text())
+    assert config["dtype"] == manifest.dtype.replace("fp16", "float16")
+    described = config["quantization_config"]
+    assert described["ignore"] == ["lm_head"]
+    assert described["config_groups"]["group_0"]["weights"]["symmetric"] is False
+    stored = LazyTensors.folder(path)
+    assert stored.dtype("model.embed_tokens.weight") == torch.float16
+    assert stored.read("model.layers.0.mlp.down_proj.weight_shape").tolist() == [64, 128]
+    assert manifest.files.keys() >= SIDE
+
+
+def test_layers_of_several_widths_are_named(parent: Path, tmp_path: Path) -> None:
+    candidate = Candidate.of(resolve(artifact(parent, tmp_path / "q")))
+    layers = {name: layer.scheme for name, layer in candidate.layers.items()}
+    odd = "model.layers.1.mlp.down_proj"
+    layers[odd] = AffineScheme(bits=4, group_size=32)
+    gptq = packed_module.gptq.configuration(layers, ("model.layers.0.x",))
+    assert gptq["bits"] == 3
+    assert gptq["dynamic"] == {
+        r"-:^model\.layers\.0\.x$": {},
+        r"+:^model\.layers\.1\.mlp\.down_proj$": {"bits": 4, "group_size": 32, "sym": False},
+    }
+    groups = packed_module.compressed_tensors.configuration(layers, ["lm_head"])["config_groups"]
+    assert groups["group_1"]["targets"] == [odd]
+    assert odd not in groups["group_0"]["targets"]
+
+
+def test_a_gguf_file_reads_back_as_the_artifact(parent: Path, tmp_path: Path) -> None:
+    source = artifact(parent, tmp_path / "q", AffineScheme(bits=4, group_size=32, symmetric=True))
+    shutil.copyfile(parent / "README.md", source / "README.md")
+    notes = Notes()
+    path, manifest = convert(ask(source, tmp_path / "g", to="gguf", dtype="fp32"), notes)
+    assert "Stored: 21 layers as Q4_0, to the bit." in notes.said
+    assert manifest.files.keys() >= SIDE
+    # transformers' own tables undo the order of the rows.
+    ours, read = (
+        load_model(resolve(source), dtype=torch.float32),
+        load_model(resolve(path / "model.gguf"), dtype=torch.float32),
+    )
+    with torch.no_grad():
+        difference = (ours(TOKENS).logits - read(TOKENS).logits).abs().max()
+    assert difference < 1e-4
+    reader = GGUFReader(path / "model.gguf")
+    said = {name: reader.get_field(name).contents() for name in ("general.license", "tokenizer.ggml.pre")}
+    assert said == {"general.license": "apache-2.0", "tokenizer.ggml.pre": "gpt-2"}
+    assert "message['role']" in reader.get_field("tokenizer.chat_template").contents()
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_other_families_as_gguf(family: str, tmp_path: Path) -> None:
+    # transformers' reader takes Qwen 3's heads to be 128 wide.
+    more = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 128}}.get(family, {})
+    dense = save_tiny(family, tmp_path / "dense", **more)
+    path, _ = convert(ask(dense, tmp_path / "g", to="gguf", dtype="fp32"))
+    with torch.no_grad():
+        a, b = (load_model(resolve(p), dtype=torch.float32)(TOKENS).logits for p in (dense, path / "model.gguf"))
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+
+def test_what_no_block_type_holds_is_rounded_to_float16_and_said(parent: Path, tmp_path: Path) -> None:
+    source = artifact(parent, tmp_path / "q", DualBinaryScheme(group_size=32))
+    notes = Notes()
+    convert(ask(source, tmp_path / "g", to="gguf"), notes)
+    assert any("21 layers as F16, rounded" in note for note in notes.said)
+
+
+def test_an_adapter_is_merged_into_gguf_and_copied_beside_gptq(parent: Path, tmp_path: Path) -> None:
+    source = artifact(parent, tmp_path / "q", adapter=AdapterConfig(rank=2, targets=("q_proj",)))
+    path, manifest = convert(ask(source, tmp_path / "g", to="gptq"))
+    assert "adapter/adapter_model.safetensors" in manifest.files
+    assert "in `adapter/`, for peft" in (path / "README.md").read_text()
+    with pytest.raises(InputError, match=r"llama\.cpp reads no adapter"):
+        convert(ask(source, tmp_path / "x", to="gguf"))
+    merged, _ = convert(ask(source, tmp_path / "m", to="gguf", dtype="fp32", merge_adapter=True))
+    with torch.no_grad():
+        ours = load_model(resolve(source), dtype=torch.float32)(TOKENS).logits
+        read = load_model(resolve(merged / "model.gguf"), dtype=torch.float32)(TOKENS).logits
+    assert (ours - read).abs().max() < 1e-3
+    with pytest.raises(UsageError, match="cannot be merged"):
+        convert(ask(source, tmp_path / "y", to="gptq", merge_adapter=True))
+    assert not list(tmp_path.glob("[xy]*"))
+
+
+class TestHalf:
+    def test_float32_vectors_are_rounded_and_the_rest_stays(self, parent: Path, tmp_path: Path) -> None:
+        source = artifact(parent, tmp_path / "q")  # the helper stores norms in float32
+        notes = Notes()
+        path, manifest = convert(ask(source, tmp_path / "h", to="half"), notes)
+        assert isinstance(manifest, QuantizedManifest)
+        before, after = resolve(source), resolve(path)
+        assert after.read("model.norm.weight").dtype == torch.bfloat16
+        assert torch.equal(after.read("model.norm.weight"), before.read("model.norm.weight").bfloat16())
+        codes = "model.layers.0.self_attn.q_proj"
+        kept = before.read_packed(codes)
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in after.read_packed(codes).items())
+        assert any("float32 tensors became bf16" in note for note in notes.said)
+        load_model(after, dtype=torch.float32)
+
+    def test_it_says_when_nothing_changes(self, parent: Path, tmp_path: Path) -> None:
+        first, _ = convert(ask(artifact(parent, tmp_path / "q"), tmp_path / "h", to="half"))
+        notes = Notes()
+        again, _ = convert(ask(first, tmp_path / "again", to="half"), notes)
+        assert any("nothing changed" in note for note in notes.said)
+        assert all((again / f.name).read_bytes() == f.read_bytes() for f in first.glob("*.safetensors"))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("scheme", "to", "words", "holders"),
+        [
+            (DualBinaryScheme(group_size=32), "gptq", "integer codes", "dense, gguf, half"),
+            (DualBinaryScheme(group_size=32), "compressed-tensors", "integer codes", "dense, gguf, half"),
+            (BinaryMosScheme(experts=2), "gguf", "every token", "half"),
+            (BinaryMosScheme(experts=2), "gptq", "integer codes", "half"),
+            (AffineScheme(bits=1, group_size=32), "gptq", "not 1", "dense, gguf, half"),
+        ],
+    )
+    def test_with_the_targets_that_can(
+        self, scheme: object, to: str, words: str, holders: str, parent: Path, tmp_path: Path
+    ) -> None:
+        source = artifact(parent, tmp_path / "q", scheme)
+        with pytest.raises(InputError, match=words) as caught:
+            convert(ask(source, tmp_path / "x", to=to))
+        assert caught.value.hint == f"Targets that can hold it: {holders}."
+        assert caught.value.exit_code == 3
+        assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+    def test_full_precision(self, parent: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="full precision") as caught:
+            convert(ask(parent, tmp_path / "x", to="gptq"))
+        assert "dense, gguf" in caught.value.hint
+
+    def test_a_foreign_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "foreign").mkdir()
+        (tmp_path / "foreign" / "manifest.json").write_text('{"name": "somebody"}')
+        with pytest.raises(InputError):
+            convert(ask(tmp_path / "foreign", tmp_path / "x", to="gptq"))
+        assert not list(tmp_path.glob("x*"))
+
+    def test_a_missing_adapter(self, parent: Path, tmp_path: Path) -> None:
+        source = artifact(parent, tmp_path / "q", adapter=AdapterConfig(rank=2))
+        shutil.rmtree(source / "adapter")
+        with pytest.raises(InputError, match=r"no adapter|missing"):
+            convert(ask(source, tmp_path / "x", merge_adapter=True))
+        assert not list(tmp_path.glob("x*"))
+
+    def test_a_damaged_write_is_noticed(self, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write = packed_module.write_shard
+
+        def damage(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+            flipped = {n: t ^ 1 if n.endswith("qweight") else t for n, t in tensors.items()}
+            write(path, flipped)
+
+        monkeypatch.setattr(packed_module, "write_shard", damage)
+        with pytest.raises(Exception, match="does not decode to the artifact's weights"):
+            convert(ask(artifact(parent, tmp_path / "q"), tmp_path / "x", to="gptq"))
+        assert not list(tmp_path.glob("x*"))
+
+    @pytest.mark.parametrize("to", ["gptq", "gguf"])
+    def test_a_full_disk(self, to: str, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = artifact(parent, tmp_path / "q")
+
+        def full(*arguments: object, **named: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(packed_module, "write_shard", full)
+        monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", full)
+        with pytest.raises(ResourceError, match="disk is full"):
+            convert(ask(source, tmp_path / "x", to=to))
+        assert not list(tmp_path.glob("x*"))
+
+    def test_an_unknown_architecture_or_window_in_gguf(self, tmp_path: Path) -> None:
+        for family, words in (("gemma2", "llama, mistral, qwen2, qwen3"), ("mistral", "slides over 8 tokens")):
+            with pytest.raises(InputError, match=words):
+                convert(ask(save_tiny(family, tmp_path / family), tmp_path / "x", to="gguf"))
+
+
+_W2, _W2S = AffineScheme(bits=2, group_size=32), AffineScheme(bits=2, group_size=32, symmetric=True)
+_W4, _W4S = AffineScheme(bits=4, group_size=32), AffineScheme(bits=4, group_size=32, symmetric=True)
+_ODD = DualBinaryScheme(group_size=32)
+
+
+class TestEngines:
+    @pytest.mark.parametrize(
+        ("engine", "scheme", "outcome"),
+        [
+            ("vllm", _W2, "compressed-tensors"),
+            ("vllm", _W4S, "compressed-tensors"),
+            ("vllm", _ODD, "dense"),
+            ("sglang", _W2S, "gptq"),
+            ("sglang", _W4, "compressed-tensors"),
+            ("transformers", _W2, "gptq"),
+            ("gptqmodel", _W2, "gptq"),
+            ("gptqmodel", _ODD, None),
+            ("auto-gptq", _W2S, "gptq"),
+            ("auto-gptq", _W2, None),
+            ("exllamav2", _W4S, "gptq"),
+            ("exllamav2", _W4, None),
+            ("exllamav2", _W2S, None),
+            ("llama.cpp", _ODD, "gguf"),
+        ],
+    )
+    def test_what_each_gets(
+        self, engine: str, scheme: object, outcome: str | None, parent: Path, tmp_path: Path
+    ) -> None:
+        candidate = Candidate.of(resolve(artifact(parent, tmp_path / "q", scheme)))
+        if outcome is None:
+            with pytest.raises(InputError) as caught:
+                judge(engine, candidate)
+            assert caught.value.hint
+        else:
+            verdict = judge(engine, candidate)
+            assert verdict.target == outcome
+            assert verdict.sentence
+
+    def test_the_choice_is_said_and_taken(self, parent: Path, tmp_path: Path) -> None:
+        notes = Notes()
+        _, manifest = convert(ask(artifact(parent, tmp_path / "q", _W2), tmp_path / "v", engine="vllm"), notes)
+        assert isinstance(manifest, ConvertedManifest)
+        assert manifest.target == "compressed-tensors"
+        assert notes.said[0] == (
+            "vLLM loads this as compressed-tensors (2 bits, groups of 32, asymmetric). "
+            "Its 2 and 3 bits run through the Humming kernels, on a GPU."
+        )
+
+    def test_a_target_that_the_engine_does_not_read(self, parent: Path, tmp_path: Path) -> None:
+        source = artifact(parent, tmp_path / "q", _W2)
+        with pytest.raises(InputError, match=r"exllamav2 does not read gguf") as caught:
+            convert(ask(source, tmp_path / "x", engine="exllamav2", to="gguf"))
+        assert "gptq" in caught.value.hint
+        with pytest.raises(InputError, match="reads 4 or 8"):
+            convert(ask(source, tmp_path / "x", engine="vllm", to="gptq"))
+
+    def test_auto_gptq_gets_a_head_of_its_own(self, tmp_path: Path) -> None:
+        source = artifact(save_tiny("llama", tmp_path / "tied", tied=True), tmp_path / "q", _W2S)
+        path, _ = convert(ask(source, tmp_path / "a", engine="auto-gptq"))
+        stored = LazyTensors.folder(path)
+        assert torch.equal(stored.read("lm_head.weight"), stored.read("model.embed_tokens.weight"))
+        assert json.loads((path / "config.json").read_text())["tie_word_embeddings"] is False
+
+    def test_every_engine_has_rules(self) -> None:
+        from ulbq.export.engines import RULES
+
+        assert tuple(RULES) == ENGINES
+
+
+def test_the_card_says_what_it_is(parent: Path, tmp_path: Path) -> None:
+    from ulbq.pipeline.quantize import quantize
+    from ulbq.pipeline.request import QuantizeRequest
+
+    source, _ = quantize(
+        QuantizeRequest(
+            source=str(parent), out=tmp_path / "q", method="rtn", bits=4, group_size=32, device="cpu", offline=True
+        )
+    )
+    for folder in (source, convert(ask(source, tmp_path / "g", to="gptq"))[0]):
+        text = (folder / "README.md").read_text()
+        head = yaml.safe_load(text.split("---")[1])
+        assert (head["license"], head["language"]) == ("apache-2.0", ["en"])
+        assert "rtn" in head["tags"]
+        assert "gptqmodel" in text
+        assert "4 bits, groups of 32, asymmetric" in text
+        assert read_manifest(folder).files["README.md"]

@@ -1,0 +1,270 @@
+"""Model cards: the ``README.md`` of what is handed on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from gguf import GGUFReader
+
+from ulbq.artifacts.manifest import EvaluationManifest, QuantizedManifest, read_manifest
+from ulbq.errors import InputError
+from ulbq.export.engines import RULES, Engine, loaders
+from ulbq.export.fit import Candidate, Target, describe
+from ulbq.models.source import FULL_PRECISION, ModelSource
+
+NAME = "README.md"
+
+_FRONT = "---"
+# What a checkpoint's card may say that stays true of what is made from it.
+_KEPT = ("license", "license_name", "license_link", "language", "base_model")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says.
+
+    Attributes:
+        name: of the model.
+        base: the full-precision model that it was made from, for people.
+        front: fields for the Hub: ``license``, ``base_model``, ``language``.
+        made: how, one line of Markdown for each fact.
+        loads: how to load it, Markdown by the engine's name.
+        scores: by what was measured, for a table.
+        tags: for the Hub.
+        library: for the Hub.
+    """
+
+    name: str
+    base: str
+    front: Mapping[str, Any]
+    made: Sequence[str]
+    loads: Mapping[str, str]
+    scores: Mapping[str, str] = field(default_factory=dict)
+    tags: Sequence[str] = ()
+    library: str = "ulbq"
+
+    def markdown(self) -> str:
+        """The whole file."""
+        front = {
+            "library_name": self.library,
+            "pipeline_tag": "text-generation",
+            "tags": ["ulbq", *self.tags],
+            **self.front,
+        }
+        licence = self.front.get("license") or "not stated by the base model; look there"
+        facts = [f"- Base model: {self.base}", f"- Licence: {licence}", *(f"- {line}" for line in self.made)]
+        parts = [
+            f"{_FRONT}\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}{_FRONT}",
+            f"# {self.name}",
+            "\n".join(facts),
+        ]
+        if self.scores:
+            rows = [f"| {what} | {value} |" for what, value in self.scores.items()]
+            parts.append("\n".join(["## Scores", "", "| measured | value |", "| --- | --- |", *rows]))
+        loads = [f"**{engine}**: {text}" for engine, text in self.loads.items()]
+        parts.append("\n\n".join(["## How to load it", *loads]))
+        return "\n\n".join(parts) + "\n"
+
+
+def front_of(source: ModelSource) -> dict[str, Any]:
+    """Licence, languages and base model, as far as a source says them: its card's head, or its GGUF file's fields."""
+    found: dict[str, Any] = {}
+    if source.path.is_file():
+        reader = GGUFReader(source.path)
+        for key, field_name in (("license", "general.license"), ("language", "general.languages")):
+            stored = reader.get_field(field_name)
+            if stored is not None:
+                found[key] = stored.contents()
+    else:
+        head = _head(source.path / NAME)
+        found = {key: head[key] for key in _KEPT if head.get(key)}
+    if source.kind == "hub":
+        found["base_model"] = source.given
+    return found
+
+
+def base_of(source: ModelSource) -> str:
+    """The name of the full-precision model behind a source."""
+    manifest = source.manifest
+    parents = manifest.parents if manifest is not None else ()
+    return next((parent.name for parent in parents if parent.kind in FULL_PRECISION), source.name)
+
+
+def quantized_card(
+    source: ModelSource,
+    candidate: Candidate,
+    *,
+    method: str,
+    recipe: str | None,
+    bits_per_weight: float,
+    counted: Sequence[str],
+) -> str:
+    """The card of a packed artifact.
+
+    Args:
+        source: the full-precision model.
+        candidate: the artifact.
+        method: that made it; ``recipe`` is the one that set its options, if one did.
+        bits_per_weight: true bits of the linear weights.
+        counted: what they count.
+    """
+    loads = {
+        "ulbq": "`ulbq generate DIR` hears it, `ulbq eval DIR` scores it, `ulbq inspect DIR` looks into it.",
+        "transformers": "after `import ulbq`, `AutoModelForCausalLM.from_pretrained(DIR)` loads it packed.",
+    }
+    for engine, target in loaders(candidate):
+        loads[RULES[engine].name + (", without ulbq" if engine == "transformers" else "")] = (
+            f"`ulbq convert DIR --for {engine}` writes it as {target}."
+        )
+    loads["Everything else"] = "`ulbq convert DIR --to dense` writes a plain half-precision model."
+    made = [
+        f"Quantized with `ulbq quantize --method {method}`" + (f", recipe `{recipe}`" if recipe else ""),
+        f"Weights: {describe(candidate)}; {bits_per_weight:.3f} true bits per linear weight ({', '.join(counted)}; "
+        "embeddings stay in half precision)",
+        "`manifest.json` records how it was made",
+    ]
+    formats = list(dict.fromkeys(scheme.format for scheme in candidate.schemes))
+    card = Card(
+        name=f"{source.name}, {bits_per_weight:.2f} bits",
+        base=base_of(source),
+        front=front_of(source),
+        made=made,
+        loads=loads,
+        tags=[method, *formats],
+    )
+    return card.markdown()
+
+
+def converted_card(
+    source: ModelSource,
+    candidate: Candidate,
+    target: Target,
+    *,
+    stored: str,
+    merged: bool = False,
+    scores_in: Sequence[Path] = (),
+) -> str:
+    """The card of a converted model.
+
+    Args:
+        source: what was converted.
+        candidate: the same.
+        target: what it became.
+        stored: how the weights are stored now, for people.
+        merged: its adapter is a part of the weights.
+        scores_in: folders that may hold evaluations of the source.
+    """
+    manifest = source.manifest
+    made = [f"Stored as {target}: {stored}"]
+    tags: list[str] = [target]
+    if isinstance(manifest, QuantizedManifest):
+        recipe = (manifest.request.get("recipe") or {}).get("name")
+        made.insert(0, f"Quantized with ulbq, method `{manifest.method}`" + (f", recipe `{recipe}`" if recipe else ""))
+        made.append(
+            f"Weights: {describe(candidate)}; {manifest.bits.bits_per_weight:.3f} true bits in ulbq's own format"
+        )
+        tags.append(manifest.method)
+    if candidate.adapter:
+        place = "is a part of the weights" if merged else "lies beside the weights, in `adapter/`, for peft"
+        made.append(f"Its {candidate.adapter} adapter {place}")
+    loads = {RULES[engine].name: text for engine, text in _commands(candidate, target, merged=merged).items()}
+    library = {"gguf": "gguf", "half": "ulbq"}.get(target, "transformers")
+    card = Card(
+        name=f"{base_of(source)}, {target}",
+        base=base_of(source),
+        front=front_of(source),
+        made=made,
+        loads=loads,
+        scores=scores(source, scores_in),
+        tags=tags,
+        library=library,
+    )
+    return card.markdown()
+
+
+def scores(source: ModelSource, folders: Sequence[Path]) -> dict[str, str]:
+    """What the newest evaluation of a model measured; empty where none of the folders holds one.
+
+    Args:
+        source: the model; only evaluations that name its very content count.
+        folders: whose sub-folders may be evaluations.
+    """
+    newest: EvaluationManifest | None = None
+    for path in sorted({file.parent for folder in folders for file in folder.glob("*/results.json")}):
+        try:
+            manifest = read_manifest(path)
+        except InputError:
+            continue
+        known = isinstance(manifest, EvaluationManifest) and any(
+            parent.sha256 == source.content_hash for parent in manifest.parents
+        )
+        if known and isinstance(manifest, EvaluationManifest) and (newest is None or manifest.created > newest.created):
+            newest = manifest
+    return {} if newest is None else _scores(newest.results, source.name)
+
+
+def _scores(results: Mapping[str, Any], name: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for model in results.get("models", ()):
+        if model["subject"]["name"] != name:
+            continue
+        for text, value in (model.get("perplexity") or {}).items():
+            found[f"perplexity, {text}"] = f"{value['value']:.2f}"
+        for task, score in (model.get("tasks") or {}).items():
+            for metric, value in score["metrics"].items():
+                found[f"{task}, {metric}"] = f"{value['value']:.4f}"
+    return found
+
+
+def _commands(candidate: Candidate, target: Target, *, merged: bool) -> dict[Engine, str]:
+    """How each engine that reads the target loads it."""
+    plain = "`AutoModelForCausalLM.from_pretrained(DIR)`"
+    known: dict[Target, dict[Engine, str]] = {
+        "dense": {"transformers": plain + ".", "vllm": "`vllm serve DIR`.", "sglang": _sglang("")},
+        "gptq": {
+            "gptqmodel": "`GPTQModel.load(DIR)`.",
+            "transformers": f"{plain}, with optimum and gptqmodel installed.",
+            "vllm": "`vllm serve DIR`.",
+            "sglang": _sglang(""),
+            "auto-gptq": "`AutoGPTQForCausalLM.from_quantized(DIR, use_safetensors=True)`.",
+            "exllamav2": "`ExLlamaV2Config(DIR)`.",
+        },
+        "compressed-tensors": {
+            "vllm": "`vllm serve DIR`.",
+            "transformers": f"{plain}, with compressed-tensors installed.",
+            "sglang": _sglang(""),
+        },
+        "gguf": {"llama.cpp": "`llama-cli -m DIR/model.gguf`, `llama-server -m DIR/model.gguf`."},
+        "half": {"transformers": f"after `import ulbq`, {plain}."},
+    }
+    found: dict[Engine, str] = {}
+    for engine, command in known[target].items():
+        rules = RULES[engine]
+        if target in ("dense", "half", "gguf"):
+            found[engine] = command
+        elif rules.obstacle(candidate, target) is None:
+            found[engine] = (
+                f"{command} {rules.start(candidate, target)}".rstrip() if engine != "transformers" else command
+            )
+    return found
+
+
+def _sglang(more: str) -> str:
+    return f"`python -m sglang.launch_server --model-path DIR{more}`."
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """The YAML at the head of a card; empty where there is none that can be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    if not text.startswith(_FRONT):
+        return {}
+    try:
+        found = yaml.safe_load(text.removeprefix(_FRONT).partition(f"\n{_FRONT}")[0])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}

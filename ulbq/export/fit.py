@@ -1,0 +1,134 @@
+"""What a model is made of, as far as other layouts care, and which of them can hold it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from transformers import PreTrainedConfig
+
+from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.errors import InputError, UsageError
+from ulbq.export import compressed_tensors, dense, gguf_models, gptq
+from ulbq.formats import AffineScheme, AnyScheme
+from ulbq.models.adapter_files import adapter_folder, read_config
+from ulbq.models.source import ModelSource
+
+Target = Literal["dense", "gptq", "compressed-tensors", "gguf", "half"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A packed linear layer; ``shape`` is ``(out, in)``."""
+
+    scheme: AnyScheme
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that may be converted.
+
+    Attributes:
+        given: as the user gave it.
+        config: of the model.
+        layers: the packed layers by full name; none in full precision.
+        adapter: ``LoRA``, ``DoRA``, or empty without an adapter.
+        unpacked: modules with weight matrices inside the blocks that are no linear layers: experts, convolutions.
+    """
+
+    given: str
+    config: PreTrainedConfig
+    layers: Mapping[str, Layer]
+    adapter: Literal["", "LoRA", "DoRA"] = ""
+    unpacked: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, source: ModelSource) -> "Candidate":
+        """What a source's manifest and configuration say. Raises InputError where its adapter is damaged."""
+        manifest = source.manifest
+        folder = adapter_folder(source)
+        kind: Literal["", "LoRA", "DoRA"] = ""
+        if folder is not None:
+            kind = "DoRA" if read_config(folder).dora else "LoRA"
+        if not isinstance(manifest, QuantizedManifest):
+            return cls(source.given, source.config, {}, kind)
+        packed = source.packed
+        layers = {record.name: Layer(packed[record.name], record.shape) for record in manifest.layers}
+        return cls(source.given, source.config, layers, kind, inside_blocks(manifest.skipped, layers))
+
+    @property
+    def schemes(self) -> tuple[AnyScheme, ...]:
+        """The different schemes, in the order of the layers."""
+        return tuple(dict.fromkeys(layer.scheme for layer in self.layers.values()))
+
+
+def inside_blocks(skipped: tuple[str, ...], layers: Mapping[str, Layer]) -> tuple[str, ...]:
+    """Those of the modules that stay dense which lie in the blocks that the layers lie in."""
+    prefixes = {match[1] for name in layers if (match := re.match(r"(.*?\.)\d+\.", name))}
+    return tuple(name for name in skipped if any(name.startswith(prefix) for prefix in prefixes))
+
+
+def unfit(candidate: Candidate, target: Target, *, merge_adapter: bool = False) -> str | None:
+    """Why a target cannot hold a model, as the end of a sentence; None where it can."""
+    if target in ("gptq", "compressed-tensors", "half") and not candidate.layers:
+        return "it is in full precision, and this target takes what is quantized already"
+    if target == "half":
+        return None
+    if target == "gguf":
+        if (why := gguf_models.unfit(candidate.config)) is not None:
+            return why
+        if candidate.adapter and not merge_adapter:
+            return "llama.cpp reads no adapter that lies beside the file (--merge-adapter makes it part of the weights)"
+    if target in ("gptq", "compressed-tensors") and candidate.unpacked:
+        return f"'{candidate.unpacked[0]}' stays dense in it, which this layout has no name for"
+    for name, layer in candidate.layers.items():
+        why = dense.unfit(layer.scheme)
+        if target == "gptq":
+            why = gptq.unfit(layer.scheme, layer.shape)
+        elif target == "compressed-tensors":
+            why = compressed_tensors.unfit(layer.scheme, layer.shape)
+        if why is not None:
+            return f"'{name}' is {layer.scheme.format} {layer.scheme.label}, and {why}"
+    return None
+
+
+def holders(candidate: Candidate) -> list[Target]:
+    """The targets that can hold a model, its adapter merged where that is what it takes."""
+    merge = bool(candidate.adapter)
+    return [target for target in TARGETS if unfit(candidate, target, merge_adapter=merge) is None]
+
+
+def check(candidate: Candidate, target: Target, *, merge_adapter: bool = False) -> None:
+    """Refuse what a target cannot hold.
+
+    Raises:
+        UsageError: an adapter shall be merged into codes.
+        InputError: anything else; the hint lists the targets that can hold the model.
+    """
+    if merge_adapter and target in ("gptq", "compressed-tensors", "half"):
+        raise UsageError(
+            f"An adapter cannot be merged into what --to {target} writes: codes have no room for it.",
+            hint="Leave out --merge-adapter (the adapter is copied beside the weights), or use --to dense.",
+        )
+    why = unfit(candidate, target, merge_adapter=merge_adapter)
+    if why is not None:
+        raise InputError(
+            f"'{candidate.given}' cannot be converted to {target}: {why}.",
+            hint=f"Targets that can hold it: {', '.join(holders(candidate)) or 'none'}.",
+        )
+
+
+def describe(candidate: Candidate) -> str:
+    """The weights in a few words: ``2 bits, groups of 64, asymmetric``."""
+    schemes = candidate.schemes
+    if not schemes:
+        return "full precision"
+    first = schemes[0]
+    if not all(isinstance(scheme, AffineScheme) for scheme in schemes) or not isinstance(first, AffineScheme):
+        return ", ".join(dict.fromkeys(f"{scheme.format} {scheme.label}" for scheme in schemes[:3]))
+    if len(schemes) > 1:
+        return "several widths: " + ", ".join(scheme.label for scheme in schemes[:4])
+    group = "whole rows" if first.group_size == -1 else f"groups of {first.group_size}"
+    return f"{first.bits} bits, {group}, {'symmetric' if first.symmetric else 'asymmetric'}"

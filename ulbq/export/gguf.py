@@ -1,0 +1,206 @@
+"""One GGUF file for llama.cpp.
+
+Packed layers are stored in the smallest block type that decodes to the same weights, where there is one (see
+:mod:`ulbq.export.gguf_blocks`), all other matrices as float16, which llama.cpp's own quantizer takes from there.
+Vectors are float32, as llama.cpp wants them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from gguf import (
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFWriter,
+    LlamaFileType,
+    dequantize,
+    get_tensor_name_map,
+)
+from transformers import PreTrainedModel
+
+from ulbq import formats
+from ulbq.artifacts.disk import replace_synced, temporary, writing
+from ulbq.errors import InputError, NumericsError
+from ulbq.export import gguf_blocks, gguf_models
+from ulbq.export.dense import adapters_to_merge, dense_tensor
+from ulbq.export.gguf_vocab import add_tokenizer
+from ulbq.models.blocks import skeleton
+from ulbq.models.names import state_names
+from ulbq.models.source import ModelSource
+from ulbq.nn.adapter import Adapter
+from ulbq.nn.quant_linear import linear_layer
+
+FILE_NAME = "model.gguf"
+
+_KINDS = {
+    torch.float16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    torch.bfloat16: (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+}
+_FILE_TYPES = {
+    GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
+    GGMLQuantizationType.Q5_0: LlamaFileType.MOSTLY_Q5_0,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+class _Tensor(NamedTuple):
+    """A tensor as the file holds it: blocks and bfloat16 as uint8, anything else in its dtype.
+
+    Attributes:
+        packed: it is the weight of a layer that the artifact holds packed.
+    """
+
+    name: str
+    data: np.ndarray
+    kind: GGMLQuantizationType
+    packed: bool = False
+
+
+def write_gguf(
+    source: ModelSource,
+    folder: Path,
+    dtype: torch.dtype,
+    on_tensor: Callable[[str], None] = lambda name: None,
+    *,
+    licence: str | None = None,
+    merge_adapter: bool = False,
+) -> dict[str, int]:
+    """Write a model as ``model.gguf``, and read every tensor back.
+
+    Args:
+        source: a model that :func:`ulbq.export.gguf_models.unfit` lets through.
+        folder: exists; side files land there too.
+        dtype: of the matrices that no block type holds exactly.
+        on_tensor: called with each tensor's name once it is written.
+        licence: the base model's, for the file's own description.
+        merge_adapter: make the artifact's adapter a part of the weights, which are dense then.
+
+    Returns:
+        How many packed layers each type holds: ``{"Q4_0": 200, "F16": 10}``.
+
+    Raises:
+        InputError: the architecture or the tokenizer is none that can be written, or a tensor is missing.
+        NumericsError: a tensor does not fit the dtype, or what was written decodes to something else.
+        ResourceError: the disk is full or refuses.
+    """
+    family, model = gguf_models.family(source), skeleton(source)
+    adapters = adapters_to_merge(source, model) if merge_adapter else {}
+    job = _Job(source, model, dtype, adapters)
+    path = folder / FILE_NAME
+    scratch = temporary(path)
+    with writing(folder):
+        writer = GGUFWriter(scratch, MODEL_ARCH_NAMES[family.arch])
+        try:
+            kinds = job.declare(writer, licence)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in job.tensors():
+                writer.write_tensor_data(tensor.data)
+                on_tensor(tensor.name)
+        finally:
+            writer.close()
+        job.check(scratch)
+        replace_synced(scratch, path)
+        source.save_tokenizer_files(folder)
+    return kinds
+
+
+class _Job:
+    """One model on its way into a file. Each tensor is made twice: for its size and type, and to be written."""
+
+    def __init__(
+        self, source: ModelSource, model: PreTrainedModel, dtype: torch.dtype, adapters: Mapping[str, Adapter]
+    ) -> None:
+        self._source = source
+        self._model = model
+        self._dtype = dtype
+        self._adapters = adapters
+        self._family = gguf_models.family(source)
+        self._names = state_names(model)
+        self._map = get_tensor_name_map(self._family.arch, source.config.num_hidden_layers)
+
+    def declare(self, writer: GGUFWriter, licence: str | None) -> dict[str, int]:
+        """Everything of the file that stands before the tensors; returns how many packed layers have each type."""
+        source = self._source
+        kinds: Counter[GGMLQuantizationType] = Counter()
+        for tensor in self.tensors():
+            data = tensor.data
+            writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.kind)
+            if tensor.packed:
+                kinds[tensor.kind] += 1
+        file_type = _FILE_TYPES.get(kinds.most_common(1)[0][0]) if kinds else None
+        writer.add_type("model")
+        writer.add_name(source.name)
+        writer.add_quantization_version(2)
+        writer.add_file_type(file_type or _KINDS[self._dtype][1])
+        if licence:
+            writer.add_license(licence)
+        gguf_models.add_hyperparameters(writer, source)
+        add_tokenizer(writer, source, source.config.vocab_size)
+        return {kind.name: count for kind, count in kinds.items()}
+
+    def tensors(self) -> Iterator[_Tensor]:
+        """All of the file, one at a time."""
+        factors = gguf_models.rope_factors(self._source, self._model)
+        if factors is not None:
+            yield _Tensor("rope_freqs.weight", factors.numpy(), GGMLQuantizationType.F32)
+        for name in self._names:
+            yield self._make(name)
+
+    def check(self, path: Path) -> None:
+        """Read the file back. Raises NumericsError where a tensor does not decode to the model's."""
+        stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+        for name in self._names:
+            found = stored[self._stored_name(name)]
+            if found.tensor_type in _FILE_TYPES:
+                linear = name.removesuffix(".weight")
+                columns = linear_layer(self._model, linear).in_features
+                packed = self._source.read_packed(linear)
+                expected = self._ordered(name, formats.dequantize(self._source.packed[linear], packed, columns))
+                same = np.array_equal(dequantize(found.data, found.tensor_type), expected.numpy())
+            else:
+                same = np.array_equal(np.asarray(found.data).view(np.uint8), self._make(name).data.view(np.uint8))
+            if not same:
+                raise NumericsError(
+                    f"What was written of '{name}' does not decode to the model's weights.",
+                    hint="This is a defect of ulbq, or of the disk: please report it with the command.",
+                )
+
+    def _make(self, name: str) -> _Tensor:
+        source, linear = self._source, name.removesuffix(".weight")
+        adapter = self._adapters.get(linear) if linear != name else None
+        packed = linear in source.packed and linear != name
+        if packed and adapter is None:
+            columns = linear_layer(self._model, linear).in_features
+            blocks = gguf_blocks.encode(source.packed[linear], source.read_packed(linear), columns)
+            if blocks is not None:
+                data = self._ordered(name, torch.from_numpy(blocks.data)).numpy()
+                return _Tensor(self._stored_name(name), data, blocks.kind, packed)
+        dense = dense_tensor(source, self._model, name, self._names[name], self._dtype, adapter)
+        if dense.ndim < 2:  # in float32, from what is stored and not from the rounded
+            dense = dense_tensor(source, self._model, name, self._names[name], torch.float32, adapter)
+        dense = self._ordered(name, dense).contiguous()
+        kind = _KINDS[dense.dtype][0]
+        data = dense.view(torch.uint8).numpy() if dense.dtype == torch.bfloat16 else dense.numpy()
+        return _Tensor(self._stored_name(name), data, kind, packed)
+
+    def _ordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        order = gguf_models.row_order(self._source, name, len(tensor))
+        return tensor if order is None else tensor[order]
+
+    def _stored_name(self, name: str) -> str:
+        stored = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored is None:
+            raise InputError(
+                f"'{self._source.given}' holds '{name}', for which llama.cpp's '{self._family.arch.name.lower()}' "
+                "has no name."
+            )
+        return stored

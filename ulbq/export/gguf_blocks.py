@@ -1,0 +1,96 @@
+"""GGUF's simple block types, as far as they hold our integer codes without loss.
+
+All of them cut rows into blocks of 32 weights with one float16 factor ``d``:
+
+* ``Q4_0``  ``d · q``,     q from −8 to 7: 4.5 bits a weight;
+* ``Q4_1``  ``d · q + m``, q from 0 to 15, ``m`` a second float16: 5 bits;
+* ``Q5_0``  ``d · q``,     q from −16 to 15: 5.5 bits;
+* ``Q8_0``  ``d · q``,     q from −128 to 127: 8.5 bits.
+
+Our weights are ``s · (q − z)``. So what counts is the range of the *steps* ``q − z`` and not the width of the codes:
+2 and 3 bits always fit into Q4_0, with zero points or without, 4 bits without zero points into Q4_0 and with them into
+Q5_0, 8 bits without into Q8_0. Q4_1 takes 4 bits with zero points only where every ``−s·z`` is a float16. Groups
+that are longer than a block repeat their scale. Types with blocks of 256 (the K and IQ types) round their scales.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, dequantize
+
+from ulbq import formats
+from ulbq.formats import AffineScheme, AnyScheme, affine
+
+BLOCK = 32
+
+_RANGES = {GGMLQuantizationType.Q4_0: 8, GGMLQuantizationType.Q5_0: 16, GGMLQuantizationType.Q8_0: 128}
+"""How far below zero the steps of a type reach; above it, one less."""
+
+
+class Blocks(NamedTuple):
+    """A matrix in one of the types: uint8 ``[out, bytes a row]``."""
+
+    data: np.ndarray
+    kind: GGMLQuantizationType
+
+
+def encode(scheme: AnyScheme, packed: Mapping[str, torch.Tensor], in_features: int) -> Blocks | None:
+    """A packed matrix in the smallest type that decodes to the same weights, to the bit; None where none does."""
+    if not isinstance(scheme, AffineScheme):
+        return None
+    group = in_features if scheme.group_size == -1 else scheme.group_size
+    if in_features % BLOCK or group % BLOCK:
+        return None
+    codes, scales, zeros = affine.unpack(scheme, packed, in_features)
+    if scheme.bits == 1 and scheme.symmetric:  # ±s/2, in whole steps
+        steps, scales = codes.float() * 2 - 1, scales * 0.5
+    else:
+        steps = (codes.view(*zeros.shape, -1).float() - zeros.unsqueeze(-1)).flatten(1)
+    factors = scales.repeat_interleave(group // BLOCK, 1)
+    exact = formats.dequantize(scheme, packed, in_features).numpy()
+    blocks = steps.view(*factors.shape, BLOCK).to(torch.int16).numpy()
+    for kind in (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, *list(_RANGES)[1:]):
+        if kind == GGMLQuantizationType.Q4_1:
+            offsets = (scales * -zeros).repeat_interleave(group // BLOCK, 1).numpy()
+            found = _offset(codes.view(*factors.shape, BLOCK).numpy(), factors.numpy(), offsets)
+        else:
+            found = _centred(blocks, factors.numpy(), kind)
+        if found is not None and np.array_equal(dequantize(found, kind), exact):
+            return Blocks(found, kind)
+    return None
+
+
+def _centred(steps: np.ndarray, factors: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray | None:
+    """``[out, blocks, 32]`` steps as Q4_0, Q5_0 or Q8_0; None where they reach too far."""
+    reach = _RANGES[kind]
+    # A block that reaches to +reach is stored mirrored.
+    sign = np.where(steps.max(-1) >= reach, -1, 1).astype(np.int16)
+    steps, d = steps * sign[..., None], (factors * sign).astype("<f2")
+    if steps.min() < -reach or steps.max() >= reach:
+        return None
+    parts = [d[..., None].view(np.uint8)]
+    if kind == GGMLQuantizationType.Q8_0:
+        parts.append(steps.astype(np.int8).view(np.uint8))
+    else:
+        unsigned = (steps + reach).astype(np.uint8)
+        if kind == GGMLQuantizationType.Q5_0:
+            parts.append(np.packbits(unsigned >> 4, axis=-1, bitorder="little"))
+        parts.append(_nibbles(unsigned & 15))
+    return np.concatenate(parts, axis=-1).reshape(len(steps), -1)
+
+
+def _offset(codes: np.ndarray, factors: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
+    """``[out, blocks, 32]`` codes as Q4_1; None where they need more than four bits."""
+    if codes.max() > 15:
+        return None
+    d, m = (values.astype("<f2")[..., None].view(np.uint8) for values in (factors, offsets))
+    return np.concatenate([d, m, _nibbles(codes)], axis=-1).reshape(len(codes), -1)
+
+
+def _nibbles(values: np.ndarray) -> np.ndarray:
+    """Two four-bit values a byte: the first half of a block below, the second above."""
+    low, high = np.split(values, 2, axis=-1)
+    both: np.ndarray = low | (high << 4)
+    return both

@@ -1,0 +1,115 @@
+"""Which models can be written as GGUF, and what their files say of them.
+
+llama.cpp computes each architecture with code of its own. Those written here were read there and held against
+transformers' logits; another architecture is refused, however like one of them it looks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ulbq.errors import InputError
+from ulbq.models.source import ModelSource
+
+
+@dataclass(frozen=True)
+class Family:
+    """How llama.cpp has a model type.
+
+    Attributes:
+        permuted: rows of queries and keys are stored with the two halves of a head's rotary pairs interleaved.
+        factors: its rotary frequencies can be divided by factors, one each, stored as ``rope_freqs.weight``.
+    """
+
+    arch: MODEL_ARCH
+    permuted: bool = False
+    factors: bool = False
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(MODEL_ARCH.LLAMA, permuted=True, factors=True),
+    "mistral": Family(MODEL_ARCH.LLAMA, permuted=True, factors=True),
+    "qwen2": Family(MODEL_ARCH.QWEN2),
+    "qwen3": Family(MODEL_ARCH.QWEN3),
+}
+"""By transformers' model type."""
+
+
+def unfit(config: PreTrainedConfig) -> str | None:
+    """Why a model has no GGUF file of ours; None where it has one."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        return f"llama.cpp's form of '{config.model_type}' is none of those written here ({', '.join(FAMILIES)})"
+    rope = rope_type(config)
+    if rope != "default" and not (rope == "linear" or (family.factors and rope == "llama3")):
+        return f"its rotary embedding is of the type '{rope}'"
+    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
+        return f"its activation is '{config.hidden_act}', and llama.cpp's is silu"
+    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    if windowed and windowed < config.max_position_embeddings:
+        return f"its attention slides over {windowed} tokens, and llama.cpp's reaches over all for this architecture"
+    return None
+
+
+def family(source: ModelSource) -> Family:
+    """The family of a model that :func:`unfit` lets through. Raises InputError for any other."""
+    why = unfit(source.config)
+    if why is not None:
+        raise InputError(f"'{source.given}' cannot be written as GGUF: {why}.")
+    return FAMILIES[source.config.model_type]
+
+
+def rope_type(config: PreTrainedConfig) -> str:
+    """Transformers' name of the rotary embedding."""
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    return str(parameters.get("rope_type", "default"))
+
+
+def head_width(config: PreTrainedConfig) -> int:
+    """Values of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def add_hyperparameters(writer: GGUFWriter, source: ModelSource) -> None:
+    """Write what llama.cpp must know to compute the model."""
+    config, width = source.config, head_width(source.config)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(width)
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    writer.add_rope_freq_base(float(parameters.get("rope_theta", 10000.0)))
+    if rope_type(config) == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(parameters["factor"]))
+
+
+def rope_factors(source: ModelSource, model: PreTrainedModel) -> torch.Tensor | None:
+    """float32 ``[head_dim / 2]``: by what Llama 3 divides the rotary frequencies; None where it divides none."""
+    if rope_type(source.config) != "llama3":
+        return None
+    scaled = next(buffer for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq"))
+    width = head_width(source.config)
+    base = float(source.config.rope_parameters["rope_theta"])
+    plain = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    return plain / scaled.float()
+
+
+def row_order(source: ModelSource, name: str, rows: int) -> torch.Tensor | None:
+    """In which order llama.cpp has the rows of a parameter; None where it has them as they are."""
+    owner = name.rpartition(".")[0].rpartition(".")[2]
+    if not FAMILIES[source.config.model_type].permuted or owner not in ("q_proj", "k_proj"):
+        return None
+    width = head_width(source.config)
+    return torch.arange(rows).view(rows // width, 2, width // 2).transpose(1, 2).flatten()

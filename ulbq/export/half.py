@@ -1,0 +1,74 @@
+"""An artifact with everything that is not codes in half precision.
+
+`quantize` stores float32 parameters as bfloat16 and scales as float16. What is left in float32 came in otherwise: norms
+or biases that trained after that, buffers, or an artifact that another program changed.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ulbq.artifacts.disk import writing
+from ulbq.artifacts.manifest import MANIFEST_NAME
+from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_shard
+from ulbq.errors import NumericsError
+from ulbq.models.blocks import skeleton, structure
+from ulbq.models.source import ModelSource
+
+
+def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
+    """Stored parameters of an artifact that are wider than half precision, by name.
+
+    Buffers are none of them: what a mixture's correction biases decide, they decide in float32.
+    """
+    if source.stored is None:
+        return {}
+    buffers = {name for name, _ in skeleton(source).named_buffers()}
+    found = {name: source.stored.dtype(name) for name in sorted(source.stored.names - buffers)}
+    return {name: dtype for name, dtype in found.items() if dtype.is_floating_point and dtype.itemsize > 2}
+
+
+def write_half(
+    source: ModelSource, folder: Path, dtype: torch.dtype, on_shard: Callable[[str], None] = lambda name: None
+) -> dict[str, int]:
+    """Copy an artifact, its wide parameters rounded.
+
+    Args:
+        source: a quantized artifact.
+        folder: exists; everything but manifest and model card lands there.
+        dtype: float16 or bfloat16.
+        on_shard: called with each shard's name once it is written.
+
+    Returns:
+        Bits saved, by the part of the artifact's accounting that they were in: ``embeddings`` and ``other``.
+
+    Raises:
+        InputError: a tensor cannot be read.
+        NumericsError: a tensor does not fit the dtype's range.
+    """
+    wide, saved = wide_tensors(source), {"embeddings": 0, "other": 0}
+    found = structure(skeleton(source))
+    tables = {f"{name}.weight" for name in (*found.embeddings, found.head)}
+    shards: dict[str, list[str]] = {}
+    for path in sorted(source.path.glob("*.safetensors")):
+        stored = LazyTensors([path])
+        tensors = {name: stored.read(name) for name in sorted(stored.names)}
+        for name in wide.keys() & tensors.keys():
+            rounded = tensors[name].to(dtype)
+            if not rounded.isfinite().all():
+                raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use --dtype bf16.")
+            saved["embeddings" if name in tables else "other"] += (tensors[name].nbytes - rounded.nbytes) * 8
+            tensors[name] = rounded
+        write_shard(folder / path.name, tensors)
+        shards[path.name] = list(tensors)
+        on_shard(path.name)
+    with writing(folder):
+        for entry in sorted(source.path.iterdir()):
+            if entry.is_dir():
+                shutil.copytree(entry, folder / entry.name)
+            elif entry.suffix != ".safetensors" and entry.name not in (MANIFEST_NAME, INDEX_NAME):
+                shutil.copyfile(entry, folder / entry.name)
+    write_index(folder, shards)
+    return saved
