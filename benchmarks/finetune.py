@@ -41,26 +41,32 @@ def run(artifact: str, task: str, out: Path, options: list[str]) -> dict[str, An
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"'ulbq {' '.join(words)}' failed")
-    manifest = json.loads(text)
-    learnt = manifest["finetune"]
-    losses = [loss for _, loss in learnt["losses"]]
-    tenth = max(1, len(losses) // 10)
+    learnt = json.loads(text)["finetune"]
     return {
         "command": " ".join(["ulbq", "finetune", Path(artifact).name, "--task", task, *options]),
-        "steps": learnt["steps"],
-        "samples": learnt["data"]["samples"],
-        "answer_tokens": learnt["data"]["taught_tokens"],
-        "heldout": learnt["data"]["heldout"],
-        "parameters": learnt["parameters"],
-        "training_loss": [sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth],
-        "heldout_loss": [learnt["start_loss"], learnt["end_loss"]],
-        "evaluations": learnt["evaluations"],
+        **summary(learnt),
         "peak_resident_mib": usage.ru_maxrss // 1024,
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime),
         "seconds": round(time.monotonic() - began),
         "training_tokens_a_cpu_second": round(
             learnt["epochs"] * learnt["data"]["tokens"] / (usage.ru_utime + usage.ru_stime)
         ),
+    }
+
+
+def summary(learnt: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says; of the training loss, means of the first and of the last quarter of the steps."""
+    losses = [loss for _, loss in learnt["losses"]]
+    quarter = max(1, len(losses) // 4)
+    return {
+        "steps": learnt["steps"],
+        "samples": learnt["data"]["samples"],
+        "answer_tokens": learnt["data"]["taught_tokens"],
+        "heldout": learnt["data"]["heldout"],
+        "parameters": learnt["parameters"],
+        "training_loss": [sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter],
+        "heldout_loss": [learnt["start_loss"], learnt["end_loss"]],
+        "evaluations": learnt["evaluations"],
     }
 
 

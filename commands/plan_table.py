@@ -42,8 +42,8 @@ def show_finetune_plan(plan: "FinetunePlan") -> None:
             "data": f"{', '.join(data['sources'])}: {data['samples']:,} samples, {data['taught_tokens']:,} of "
             f"{data['tokens']:,} tokens learnt; {data['heldout']} held out",
             "adapter": f"{form}{dropout}, on {plan.linears} layers, {start}",
-            "training": f"{plan.parameters:,} parameters ({request.train}), {request.epochs} epochs, {plan.steps:,} "
-            f"steps of {request.batch_size} samples, {request.micro_batch} at once",
+            "training": f"{plan.parameters:,} parameters ({request.train}), epochs: {request.epochs}, "
+            f"{plan.steps:,} steps of {request.batch_size} samples, {request.micro_batch} at once",
             "rates": f"adapter {request.adapter_rate:g}{scales}, {request.schedule}, warm-up {request.warmup:g}, "
             f"decay {request.adapter_decay:g}, clip {request.clip:g}",
             "compute": f"{plan.device}, {plan.precision}",

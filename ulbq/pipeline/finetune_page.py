@@ -51,7 +51,7 @@ def _told(record: FinetuneRecord) -> str:
     return (
         f"{data['samples']:,} samples of {', '.join(map(str, data['sources']))}, "
         f"{data['taught_tokens']:,} answer tokens; "
-        f"{record.epochs} epochs, {record.steps:,} steps; {data['heldout']} answers held out"
+        f"{record.epochs} epoch{'s' * (record.epochs > 1)}, {record.steps:,} steps; {data['heldout']} answers held out"
     )
 
 
@@ -114,7 +114,7 @@ def _table(manifest: QuantizedManifest, record: FinetuneRecord) -> str:
     adapter = "the artifact's own adapter went on" if record.start == "trained" else "a new adapter"
     scales = f", scales {request['scale_rate']:g}" if record.train == "adapter-scales" else ""
     rows = {
-        "base": manifest.parents[-1].path,
+        "base": manifest.parents[-1].name,
         "trained": f"{record.train}, {record.parameters:,} parameters; {adapter}",
         "layout": record.template or "plain text",
         "rates": f"adapter {request['adapter_rate']:g}{scales}, {request['schedule']}, warm-up {request['warmup']:g}",

@@ -28,10 +28,11 @@ from ulbq.training.precision import Precision
 from ulbq.training.tuner import TunerSettings
 
 _FLOAT = 4
-# Float32 copies of what trains: itself, gradient, two moments.
-_TRAINED_COPIES = 4
-# Activations of one block that autograd keeps, in units of its hidden states and of its widest layer's outputs.
-_HIDDEN_COPIES, _WIDE_COPIES = 12, 4
+# Float32 copies of what trains: itself, gradient, two moments, and what passes by while it is loaded and stored.
+_TRAINED_COPIES = 5
+# Activations of one block that autograd keeps, in units of its hidden states and of its widest layer's outputs, the
+# adapter's among them; what the allocator holds beyond what is used. Fitted to runs of the default model.
+_HIDDEN_COPIES, _WIDE_COPIES, _ALLOCATED = 60, 16, 1.6
 _PROCESS = 560 << 20  # Python with torch and transformers
 
 
@@ -273,8 +274,9 @@ def _cost(
         kept += dense // blocks if request.checkpointing else dense
     logits = LOGITS_MEMORY
     training = (parameters + scales) * _FLOAT * _TRAINED_COPIES
-    peak = _PROCESS + held + training + kept + logits
-    cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=kept + logits)
+    training, activations = int(training * _ALLOCATED), int((kept + logits) * _ALLOCATED)
+    peak = _PROCESS + held + training + activations
+    cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=activations)
     return parameters + scales, cost
 
 
