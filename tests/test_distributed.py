@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests import together
 from tests.pipeline.test_quantize import logits
 from ulbq import distributed
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest, verify
-from ulbq.errors import UsageError
+from ulbq.errors import ResourceError, UsageError
 from ulbq.pipeline.quantize import plan
 from ulbq.saliency import Saliency
 
@@ -235,6 +236,16 @@ def test_an_environment_that_makes_no_sense_is_refused(
         pass
 
 
+def test_who_is_alone_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")  # where nobody listens
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(distributed, "_MEETING", timedelta(seconds=1))
+    with pytest.raises(ResourceError, match="2 processes of this run cannot reach each other"), distributed.joined():
+        pass
+
+
 def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
@@ -247,5 +258,5 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UsageError, match="cuda:0"):
         distributed.check_device(torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(Exception, match="more processes on this machine than its 1 GPUs"):
+    with pytest.raises(ResourceError, match="more processes on this machine than its 1 GPUs"):
         distributed.check_device(torch.device("cuda"))

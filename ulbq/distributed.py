@@ -28,6 +28,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _FAILED, _CODE = "ulbq/failed", "ulbq/code"
 # Others wait while the first process writes gigabytes; who dies is noticed without a clock.
 _PATIENCE = timedelta(days=1)
+_MEETING = timedelta(minutes=5)
 _LAST_WORDS = timedelta(seconds=20)
 # Values of gradients that are summed at once.
 _BUCKET = 1 << 25
@@ -97,7 +98,7 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if with_gpus and distributed.is_nccl_available() else "gloo"
     try:
-        store, _, _ = next(rendezvous("env://"))
+        store, _, _ = next(rendezvous("env://", timeout=_MEETING))
         distributed.init_process_group(backend, store=store, rank=own, world_size=count, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ResourceError(
