@@ -19,7 +19,7 @@ import typer
 from pydantic import ValidationError
 
 from ulbq import __version__, distributed
-from ulbq.errors import ResourceError, UlbqError, UsageError
+from ulbq.errors import DiskFullError, ResourceError, UlbqError, UsageError
 from ulbq.runtime import calm_threads
 
 from . import console
@@ -168,7 +168,7 @@ def _as_ulbq_error(error: Exception) -> UlbqError | None:
         case MemoryError():
             return _out_of_memory()
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return ResourceError(
+            return DiskFullError(
                 f"The disk is full{_at(error)}.", hint="Make room and run the same command again, or choose another -o."
             )
         case OSError():

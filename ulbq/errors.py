@@ -33,9 +33,15 @@ class InputError(UlbqError):
 
 
 class ResourceError(UlbqError):
-    """The environment lacks something: an extra, memory, disk, the network."""
+    """The environment lacks something: an extra, memory, the network, a disk that can be written."""
 
     exit_code = 4
+
+
+class DiskFullError(ResourceError):
+    """What is to be written does not fit where it is to go: for scripts, an unfit output like an unfit input."""
+
+    exit_code = 3
 
 
 class NumericsError(UlbqError):

@@ -364,7 +364,7 @@ class TestDisk:
     def test_full(self, out: Path, number: int) -> None:
         with pytest.raises(ResourceError, match="disk is full") as caught:
             stop(out, OSError(number, os.strerror(number)))
-        assert caught.value.exit_code == 4
+        assert caught.value.exit_code == 3
         assert "run the same command again" in caught.value.hint
         assert partial(out).is_dir()
 

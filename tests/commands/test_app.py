@@ -65,7 +65,7 @@ TorchOutOfMemoryError.__name__ = "OutOfMemoryError"
         (MemoryError(), 4, "Out of memory."),
         (TorchOutOfMemoryError("CUDA out of memory"), 4, "Out of memory."),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 4, "Out of memory."),
-        (OSError(errno.ENOSPC, "No space left on device", "q/x"), 4, "The disk is full (q/x)."),
+        (OSError(errno.ENOSPC, "No space left on device", "q/x"), 3, "The disk is full (q/x)."),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 4, "Permission denied (/root/x)."),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),
     ],
@@ -187,5 +187,5 @@ def test_reader_that_closes_the_pipe_ends_the_command_quietly():
 def test_full_disk_behind_standard_output():
     with open("/dev/full", "w") as full:
         done = subprocess.run([*ULBQ, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 4
+    assert done.returncode == 3
     assert done.stderr.startswith("error: The disk is full")

@@ -326,7 +326,7 @@ def test_a_full_disk_is_a_sentence(folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(ResourceError, match=r"checkpoint of the fine-tuning cannot be written") as caught:
         finetune(job(made(folder, "rtn"), folder, tmp_path / "ft", rank=1))
-    assert caught.value.exit_code == 4
+    assert caught.value.exit_code == 3
     assert not (tmp_path / "ft").exists()
 
 

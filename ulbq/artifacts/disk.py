@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ulbq.errors import ResourceError
+from ulbq.errors import DiskFullError, ResourceError
 
 TEMPORARY_PREFIX = ".tmp"
 """Names that a killed write may leave behind; safetensors uses the same prefix for its own."""
@@ -63,10 +63,10 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def disk_full(error: BaseException) -> ResourceError | None:
+def disk_full(error: BaseException) -> DiskFullError | None:
     """The sentence for a full disk or an exhausted quota; None where ``error`` is anything else."""
     if isinstance(error, OSError) and error.errno in _FULL:
-        return ResourceError(
+        return DiskFullError(
             f"The disk is full: {error.strerror or error}.",
             hint="Free some space (or point -o at another disk) and run the same command again.",
         )
@@ -75,7 +75,7 @@ def disk_full(error: BaseException) -> ResourceError | None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk, or a disk that refuses, into ResourceError; ``path`` is what the sentence names."""
+    """Turn a full disk into DiskFullError, one that refuses into ResourceError; ``path`` is what the sentence names."""
     try:
         yield
     except OSError as error:

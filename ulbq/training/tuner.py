@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from ulbq import distributed
 from ulbq.artifacts.shards import LazyTensors, store_shard
 from ulbq.data.lessons import Lesson
-from ulbq.errors import NumericsError, ResourceError
+from ulbq.errors import DiskFullError, NumericsError
 from ulbq.training.head import Head, in_chunks
 from ulbq.training.precision import Precision
 
@@ -266,7 +266,7 @@ class Tuner(Trainer):
             # torch.save has no other word for a write that comes back short.
             if "inline_container" not in str(error):
                 raise
-            raise ResourceError(
+            raise DiskFullError(
                 "A checkpoint of the fine-tuning cannot be written: the disk is full.",
                 hint="Free some space (or point -o at another disk) and run the same command again.",
             ) from error
