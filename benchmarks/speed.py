@@ -45,6 +45,7 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
 
     calm_threads()
     import torch
+    from transformers import AutoTokenizer
 
     from ulbq.models.load import load_model, model_memory
     from ulbq.models.source import resolve
@@ -53,12 +54,14 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
     torch.set_num_threads(threads)
     if kind == "llama.cpp":
         return work_by_llama_cpp(source, tokens, threads, out)
-    opened = resolve(source, offline=True)
-    tokenizer = opened.tokenizer()
-    before = resident()
     if kind == "gptqmodel":
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        before = resident()
         model = load_by_gptqmodel(source)
     else:
+        opened = resolve(source, offline=True)
+        tokenizer = opened.tokenizer()
+        before = resident()
         model = load_model(opened, dtype=torch.float16 if kind == "fp16" else torch.bfloat16)
     if kind.startswith("hqq"):
         quantize_by_hqq(model, int(kind.removeprefix("hqq")))
