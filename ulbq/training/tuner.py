@@ -222,6 +222,7 @@ class Tuner(Trainer):
             remove_unused_columns=False,
             seed=seed % 2**32,
         )
+        stay_on(precision.device, arguments)
         if settings.checkpointing:
             # Reentrant, blocks whose inputs are not trained (the first one) would get no gradients.
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -276,6 +277,20 @@ class Tuner(Trainer):
         stored = LazyTensors([Path(resume_from_checkpoint) / _TRAINED])
         for name, parameter in self.trained.items():
             parameter.copy_(stored.read(name))
+
+
+def stay_on(device: torch.device, arguments: TrainingArguments) -> None:
+    """Have a Trainer run on the device that its model is on, and on no other.
+
+    Where one process sees several GPUs, the Trainer would take the first whatever the model is on, and spread each
+    batch over all of them: other batches and other steps than were planned. ``torchrun``'s processes have one each.
+    """
+    if device.type != "cuda" or distributed.size() > 1:
+        return
+    own = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(own)
+    arguments._n_gpu = 1
+    arguments.__dict__["_setup_devices"] = own  # where its cached property of that name lies
 
 
 class _Listed(Dataset[Lesson]):
