@@ -1,7 +1,7 @@
 """Fine-tuning through transformers' Trainer: adapters, and scales where wanted, beside weights that stay packed."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -22,6 +22,7 @@ from ulbq.training.precision import Precision
 
 _TRAINED = "trained.safetensors"
 _IGNORED = -100  # what transformers' losses leave out
+_EMPTY = Lesson([0], [False])
 _COPIES = 4  # of a chunk's logits that live together: as computed, float32, log-probabilities, gradients
 
 
@@ -116,6 +117,8 @@ class Answers(nn.Module):
         with self._precision.autocast():
             states = self._whole[0].base_model(input_ids=tokens, use_cache=False).last_hidden_state
         rows, columns = (labels[:, 1:] != _IGNORED).nonzero(as_tuple=True)
+        if not len(rows):  # empty lessons alone: nothing to learn, and a gradient of zeros for everything that trains
+            return {"loss": states.double().sum() * 0}
         asked, wanted = states[rows, columns], labels[rows, columns + 1]
 
         def losses(positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -229,7 +232,7 @@ class Tuner(Trainer):
         super().__init__(
             model=Answers(model, precision),
             args=arguments,
-            train_dataset=_Listed(lessons),
+            train_dataset=_Listed(lessons, settings.micro_batch * processes if processes > 1 else 1),
             data_collator=lambda some: batch(some, filler)._asdict(),
             callbacks=[_Reporter(watch, settings, folder)],
         )
@@ -254,10 +257,18 @@ class Tuner(Trainer):
             self.optimizer = torch.optim.AdamW(named)
         return self.optimizer
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        listed = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(listed, _Listed):
+            raise TypeError("no lessons of ours")
+        return _Order(listed, int(self.args.seed))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # Some versions of the Trainer call for this in every process: two would write one file at once.
+        if not distributed.is_main():
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        # The Trainer calls for this in the first process alone.
         store_shard(folder / _TRAINED, {name: parameter.detach() for name, parameter in self.trained.items()})
 
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
@@ -294,14 +305,41 @@ def stay_on(device: torch.device, arguments: TrainingArguments) -> None:
 
 
 class _Listed(Dataset[Lesson]):
-    def __init__(self, lessons: Sequence[Lesson]) -> None:
-        self._lessons = lessons
+    """Lessons, and behind them empty ones that fill up the last micro-batches of all processes.
+
+    Left to itself, accelerate would fill up with lessons from the epoch's beginning, which would count twice.
+    """
+
+    def __init__(self, lessons: Sequence[Lesson], multiple: int) -> None:
+        self.count = len(lessons)
+        self._lessons = [*lessons, *[_EMPTY] * (-len(lessons) % multiple)]
 
     def __len__(self) -> int:
         return len(self._lessons)
 
     def __getitem__(self, index: int) -> Lesson:
         return self._lessons[index]
+
+
+class _Order(Sampler[int]):
+    """Numbers of the lessons, in an order of each epoch's own; those of the empty ones come last."""
+
+    def __init__(self, listed: _Listed, seed: int) -> None:
+        self._listed = listed
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._listed)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        yield from torch.randperm(self._listed.count, generator=generator).tolist()
+        yield from range(self._listed.count, len(self._listed))
 
 
 class _Reporter(TrainerCallback):
