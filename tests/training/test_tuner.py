@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 from tests.models.tiny import tiny_config, tiny_model
 from ulbq.data.lessons import Lesson
 from ulbq.errors import NumericsError
+from ulbq.training.batches import Listed, Order, batch
 from ulbq.training.precision import Precision
-from ulbq.training.tuner import Answers, Tuner, TunerSettings, Watch, _Listed, _Order, answer_loss, batch, stay_on
+from ulbq.training.tuner import Answers, Tuner, TunerSettings, Watch, answer_loss, stay_on
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
 LESSONS = [
@@ -105,8 +106,8 @@ def test_only_the_first_process_writes_what_trains(tmp_path: Path, monkeypatch: 
 
 
 def test_empty_lessons_fill_up_the_last_batches_and_teach_nothing() -> None:
-    listed = _Listed(LESSONS * 2 + LESSONS[:1], 4)
-    order = _Order(listed, seed=3)
+    listed = Listed(LESSONS * 2 + LESSONS[:1], 4)
+    order = Order(listed, seed=3)
     first = list(order)
     assert sorted(first) == list(range(8)) == [*sorted(first[:5]), *first[5:]]  # what is empty comes last
     assert first == list(order)
