@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 
@@ -56,11 +58,14 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(model, tokenizer):
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, monkeypatch):
-    lm, tried = LanguageModel(model, tokenizer, batch_size=4), []
+    lm, tried, alive = LanguageModel(model, tokenizer, batch_size=4), [], []
     plain = lm._logits
 
     def small(tokens, first):
         tried.append(len(tokens))
+        assert not any(left() is not None for left in alive)  # what the try before held is free
+        activations = torch.zeros(1)
+        alive.append(weakref.ref(activations))
         if len(tokens) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(tokens, first)

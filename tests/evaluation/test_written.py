@@ -1,5 +1,6 @@
 """Scores of written answers: a tiny model's own, and answers put into its mouth."""
 
+import weakref
 from math import sqrt
 from pathlib import Path
 
@@ -147,10 +148,13 @@ def test_a_prompt_that_loses_its_beginning_is_told(model, tokenizer, mirror):
 def test_a_batch_that_does_not_fit_is_halved(long_model, tokenizer, mirror, monkeypatch):
     options = {"template": "gsm8k", "new_tokens": 6}
     wanted = run_written(long_model, tokenizer, load("piqa-instruct", mirror), **options)
-    plain, tried = type(long_model).generate, []
+    plain, tried, alive = type(long_model).generate, [], []
 
     def small(self, **given):
         tried.append(len(given["input_ids"]))
+        assert not any(left() is not None for left in alive)  # what the try before held is free
+        cache = torch.zeros(1)
+        alive.append(weakref.ref(cache))
         if len(given["input_ids"]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(self, **given)

@@ -183,6 +183,13 @@ class TestHalf:
         assert any("nothing changed" in note for note in notes.said)
         assert all((again / f.name).read_bytes() == f.read_bytes() for f in first.glob("*.safetensors"))
 
+    def test_a_copy_within_the_artifact_does_not_hold_itself(self, parent: Path, tmp_path: Path) -> None:
+        source = artifact(parent, tmp_path / "q", adapter=AdapterConfig(rank=2))
+        path, manifest = convert(ask(source, source / "h", to="half"))
+        assert manifest.files.keys() == resolve(source).manifest.files.keys()
+        assert (path / "adapter" / "adapter_config.json").exists()
+        assert not [entry for entry in path.iterdir() if entry.name.startswith("h")]
+
 
 class TestRefusals:
     @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ MADE: dict[str, dict[str, Any]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     save_tiny("llama", folder / "m")
+    (folder / "m" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
     save_file({"tokens": torch.randint(3, 250, (6, 24), dtype=torch.int32)}, folder / "tokens.safetensors")
     rows = [{"instruction": f"count from {n % 5}", "output": f"{n % 5} then {n % 5 + 1}"} for n in range(30)]
     write_jsonl(folder / "rows.jsonl", rows)
@@ -124,6 +125,10 @@ def test_an_artifact_learns_and_its_packed_weights_stay(folder: Path, tmp_path: 
     assert manifest.bits.parts["adapter"] == 16 * asked.plan.parameters
     assert manifest.bits.bits_per_weight > asked.manifest.bits.bits_per_weight
     assert [parent.kind for parent in manifest.parents] == ["folder", "quantized"]
+    card = (path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: ulbq\n")
+    assert "license: apache-2.0\n" in card  # the model's own, by way of the base's card
+    assert "on 16 samples of" in card
     report = (path / "finetune.html").read_text()
     assert report.count("<polyline") == 3
     assert report.count("<circle") == 3

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from tests.models.tiny import tiny_config, tiny_model
 from ulbq.data.lessons import Lesson
 from ulbq.errors import NumericsError
+from ulbq.training.batches import Listed, Order, batch
 from ulbq.training.precision import Precision
-from ulbq.training.tuner import Answers, Tuner, TunerSettings, Watch, answer_loss, batch
+from ulbq.training.tuner import Answers, Tuner, TunerSettings, Watch, answer_loss, stay_on
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
 LESSONS = [
@@ -83,6 +85,39 @@ def test_every_step_and_checkpoint_is_reported(tmp_path: Path, capsys: pytest.Ca
     assert saved == [f"checkpoint-{step}" for step in steps]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
     assert capsys.readouterr().out == ""
+
+
+def test_of_several_gpus_it_takes_the_one_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=3)
+    arguments._n_gpu = 2  # as it counts them
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    stay_on(torch.device("cuda:1"), arguments)
+    assert current == [torch.device("cuda:1")]
+    assert arguments.device == torch.device("cuda:1")
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 3)
+
+
+def test_only_the_first_process_writes_what_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tuner(tmp_path, Watch(lambda step, loss: None, lambda step: None, lambda folder: None))
+    monkeypatch.setattr("ulbq.distributed.is_main", lambda: False)
+    found.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_empty_lessons_fill_up_the_last_batches_and_teach_nothing() -> None:
+    listed = Listed(LESSONS * 2 + LESSONS[:1], 4)
+    order = Order(listed, seed=3)
+    first = list(order)
+    assert sorted(first) == list(range(8)) == [*sorted(first[:5]), *first[5:]]  # what is empty comes last
+    assert first == list(order)
+    order.set_epoch(1)
+    assert list(order) != first
+    model = tiny_model(tiny_config("llama"))
+    nothing = Answers(model, FP32)(*batch([listed[5], listed[6]], 2), num_items_in_batch=3)["loss"]
+    nothing.backward()
+    assert nothing.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.model.layers.parameters())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

@@ -117,12 +117,14 @@ class LanguageModel:
                 raise ResourceError(
                     f"The device has no memory for a prompt of {len(batch[0])} tokens.", hint="Try --device cpu."
                 ) from error
-            half = len(batch) // 2
-            return self._score(batch[:half], answers) + self._score(batch[half:], answers)
-        return [
-            [_answer_score(row_logits[: len(row) - first], answer) for answer in answers[row]]
-            for row, row_logits in zip(batch, logits, strict=True)
-        ]
+        else:
+            return [
+                [_answer_score(row_logits[: len(row) - first], answer) for answer in answers[row]]
+                for row, row_logits in zip(batch, logits, strict=True)
+            ]
+        # Only here, behind the handler: while the error lives, so do the activations of the frames that it passed.
+        half = len(batch) // 2
+        return self._score(batch[:half], answers) + self._score(batch[half:], answers)
 
     def _logits(self, tokens: torch.Tensor, first: int) -> torch.Tensor:
         """Logits ``[b, t - first, vocabulary]`` from position ``first`` on; where the model can, no others are made."""
@@ -199,11 +201,11 @@ class LanguageModel:
                 raise ResourceError(
                     f"The device has no memory to answer a prompt of {length} tokens.", hint="Try --device cpu."
                 ) from error
-            half = len(rows) // 2
-            return [
-                text for part in (rows[:half], rows[half:]) for text in self._write(part, stops, new_tokens, sampling)
-            ]
-        return [str(text) for text in self.tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)]
+        else:
+            return [str(text) for text in self.tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)]
+        # Behind the handler, as in _score: the error holds keys and values.
+        half = len(rows) // 2
+        return [text for part in (rows[:half], rows[half:]) for text in self._write(part, stops, new_tokens, sampling)]
 
 
 class _StopAt(StoppingCriteria):

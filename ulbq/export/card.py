@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from ulbq.artifacts.manifest import EvaluationManifest, QuantizedManifest, read_manifest
 from ulbq.errors import InputError
 from ulbq.export.engines import RULES, Engine, loaders
-from ulbq.export.fit import Candidate, Target, describe
+from ulbq.export.fit import Candidate, Target, describe, unfit
 from ulbq.models.source import FULL_PRECISION, ModelSource
 
 NAME = "README.md"
@@ -118,7 +118,8 @@ def quantized_card(
         loads[RULES[engine].name + (", without ulbq" if engine == "transformers" else "")] = (
             f"`ulbq convert DIR --for {engine}` writes it as {target}."
         )
-    loads["Everything else"] = "`ulbq convert DIR --to dense` writes a plain half-precision model."
+    if unfit(candidate, "dense") is None:
+        loads["Everything else"] = "`ulbq convert DIR --to dense` writes a plain half-precision model."
     made = [
         f"Quantized with `ulbq quantize --method {method}`" + (f", recipe `{recipe}`" if recipe else ""),
         f"Weights: {describe(candidate)}; {bits_per_weight:.3f} true bits per linear weight ({', '.join(counted)}; "

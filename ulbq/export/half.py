@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from ulbq.artifacts.disk import writing
-from ulbq.artifacts.manifest import MANIFEST_NAME
 from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_shard
 from ulbq.errors import NumericsError
 from ulbq.models.blocks import skeleton, structure
@@ -37,7 +36,7 @@ def write_half(
 
     Args:
         source: a quantized artifact.
-        folder: exists; everything but manifest and model card lands there.
+        folder: exists; all that the manifest names lands there, and nothing else.
         dtype: float16 or bfloat16.
         on_shard: called with each shard's name once it is written.
 
@@ -64,11 +63,11 @@ def write_half(
         write_shard(folder / path.name, tensors)
         shards[path.name] = list(tensors)
         on_shard(path.name)
+    files = {} if source.manifest is None else source.manifest.files
     with writing(folder):
-        for entry in sorted(source.path.iterdir()):
-            if entry.is_dir():
-                shutil.copytree(entry, folder / entry.name)
-            elif entry.suffix != ".safetensors" and entry.name not in (MANIFEST_NAME, INDEX_NAME):
-                shutil.copyfile(entry, folder / entry.name)
+        # What the manifest names and nothing else: the new folder may itself lie in the old one.
+        for name in sorted(files.keys() - shards.keys() - {INDEX_NAME}):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, folder / name)
     write_index(folder, shards)
     return saved

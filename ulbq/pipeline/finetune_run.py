@@ -79,7 +79,8 @@ def finetune(
             end = run.look(job.plan.steps, "Looking at what is held out")
             record = run.record(end)
             adapter = {key: parameter.detach() for key, parameter in adapter_parameters(model).items()}
-        distributed.check_agreement(adapter.values(), "the adapter")
+        learnt = [*adapter.values(), *(tensor for tensors in (packed or {}).values() for tensor in tensors.values())]
+        distributed.check_agreement(learnt, "what they learnt")
         form = adapter_form(model)
         manifest = distributed.on_main(write_artifact, job, writer, adapter, form, packed, record, watch)
         if end >= record.start_loss:

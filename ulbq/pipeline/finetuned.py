@@ -15,6 +15,8 @@ from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import BitsReport, FinetuneRecord
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import ArtifactWriter
+from ulbq.export import fit
+from ulbq.export.card import Card, base_of, front_of
 from ulbq.models.adapter_files import ADAPTER_FOLDER, write_adapter
 from ulbq.nn.adapter import AdapterConfig
 from ulbq.pipeline.finetune_page import page
@@ -131,24 +133,30 @@ def _write_config(folder: Path, base: Path) -> None:
 
 
 def _card(job: FinetuneJob, manifest: QuantizedManifest, record: FinetuneRecord) -> str:
-    parent, data = job.source.parent, record.data
-    base = f"base_model: {parent}\n" if parent and "/" in parent and not Path(parent).exists() else ""
-    learnt = ", ".join(map(str, data["sources"]))
-    return f"""---
-library_name: ulbq
-pipeline_tag: text-generation
-tags: [ulbq, {manifest.method}, {manifest.scheme["format"]}, {record.task}]
-{base}---
-
-# {manifest.name}, {manifest.bits.bits_per_weight:.2f} bits
-
-{job.manifest.name} fine-tuned with `ulbq finetune --task {record.task}` on {data["samples"]:,} samples of {learnt}:
-an adapter of rank {job.adapter.rank} beside packed weights, {manifest.bits.bits_per_weight:.3f} true bits per linear
-weight, the adapter included. Perplexity of {data["heldout"]} held-out answers: {record.start_perplexity:.3f} before,
-{record.end_perplexity:.3f} after. `{REPORT}` has the curves.
-
-Hear it with `ulbq generate DIR`, score it with `ulbq eval DIR`, look into it with `ulbq inspect DIR`.
-After `import ulbq`, transformers' `AutoModelForCausalLM.from_pretrained(DIR)` loads it packed, adapter attached. For
-those without ulbq, `ulbq convert DIR --to dense --merge-adapter` writes a plain half-precision model. `manifest.json`
-records how it was made.
-"""
+    """The model card; licence, language and base model are those that the base's own card names."""
+    data, bits = record.data, manifest.bits.bits_per_weight
+    kind = "DoRA" if job.adapter.dora else "LoRA"
+    loads = {
+        "ulbq": "`ulbq generate DIR` hears it, `ulbq eval DIR` scores it, `ulbq inspect DIR` looks into it.",
+        "transformers": "after `import ulbq`, `AutoModelForCausalLM.from_pretrained(DIR)` loads it packed, "
+        "adapter attached.",
+    }
+    if fit.unfit(fit.Candidate.of(job.source), "dense") is None:
+        loads["Everything else"] = "`ulbq convert DIR --to dense --merge-adapter` writes a plain half-precision model."
+    return Card(
+        name=f"{manifest.name}, {bits:.2f} bits",
+        base=base_of(job.source),
+        front=front_of(job.source),
+        made=[
+            f"Quantized with ulbq, method `{manifest.method}`",
+            f"Fine-tuned from `{job.manifest.name}` with `ulbq finetune --task {record.task}` on {data['samples']:,} "
+            f"samples of {', '.join(map(str, data['sources']))}",
+            f"Weights: packed, {bits:.3f} true bits per linear weight, a {kind} adapter of rank {job.adapter.rank} "
+            "included",
+            f"Perplexity of {data['heldout']} held-out answers: {record.start_perplexity:.3f} before, "
+            f"{record.end_perplexity:.3f} after; `{REPORT}` has the curves",
+            "`manifest.json` records how it was made",
+        ],
+        loads=loads,
+        tags=[manifest.method, manifest.scheme["format"], record.task],
+    ).markdown()

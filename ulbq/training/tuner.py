@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -17,11 +17,11 @@ from ulbq import distributed
 from ulbq.artifacts.shards import LazyTensors, store_shard
 from ulbq.data.lessons import Lesson
 from ulbq.errors import DiskFullError, NumericsError
+from ulbq.training.batches import IGNORED, Listed, Order, batch
 from ulbq.training.head import Head, in_chunks
 from ulbq.training.precision import Precision
 
 _TRAINED = "trained.safetensors"
-_IGNORED = -100  # what transformers' losses leave out
 _COPIES = 4  # of a chunk's logits that live together: as computed, float32, log-probabilities, gradients
 
 
@@ -63,30 +63,6 @@ class TunerSettings(BaseModel):
         return self.epochs * math.ceil(samples / self.batch_size)
 
 
-class Batch(NamedTuple):
-    """Lessons side by side, filled up at their ends, where nothing that counts looks back at.
-
-    Attributes:
-        tokens: int64 ``[n, longest]``.
-        labels: int64 of the same shape, the token where it is learnt, else -100.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-
-
-def batch(lessons: Sequence[Lesson], filler: int) -> Batch:
-    """Put lessons side by side; ``filler`` is the token behind their ends."""
-    shape = (len(lessons), max(len(lesson.tokens) for lesson in lessons))
-    tokens, labels = torch.full(shape, filler, dtype=torch.int64), torch.full(shape, _IGNORED, dtype=torch.int64)
-    for row, lesson in enumerate(lessons):
-        own = torch.tensor(lesson.tokens)
-        tokens[row, : len(own)] = own
-        labels[row, : len(own)] = torch.where(torch.tensor(lesson.taught), own, _IGNORED)
-    labels[:, 0] = _IGNORED  # nothing stands before it
-    return Batch(tokens, labels)
-
-
 class Answers(nn.Module):
     """A causal language model whose output is the loss of what is learnt.
 
@@ -115,7 +91,9 @@ class Answers(nn.Module):
         """``loss``: the sum of the learnt tokens' cross-entropies, over their number or over a number that is given."""
         with self._precision.autocast():
             states = self._whole[0].base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        rows, columns = (labels[:, 1:] != _IGNORED).nonzero(as_tuple=True)
+        rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        if not len(rows):  # empty lessons alone: nothing to learn, and a gradient of zeros for everything that trains
+            return {"loss": states.double().sum() * 0}
         asked, wanted = states[rows, columns], labels[rows, columns + 1]
 
         def losses(positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -139,7 +117,7 @@ def answer_loss(model: nn.Module, lessons: Iterable[Lesson], precision: Precisio
     for lesson in lessons:
         found = batch([lesson], 0)
         total += answers(*(tensor.to(precision.device) for tensor in found), num_items_in_batch=1)["loss"].item()
-        count += int((found.labels != _IGNORED).sum())
+        count += int((found.labels != IGNORED).sum())
     total, everything = distributed.total(total, count)
     return total / everything
 
@@ -222,13 +200,14 @@ class Tuner(Trainer):
             remove_unused_columns=False,
             seed=seed % 2**32,
         )
+        stay_on(precision.device, arguments)
         if settings.checkpointing:
             # Reentrant, blocks whose inputs are not trained (the first one) would get no gradients.
             model.activation_checkpointing_enable({"use_reentrant": False})
         super().__init__(
             model=Answers(model, precision),
             args=arguments,
-            train_dataset=_Listed(lessons),
+            train_dataset=Listed(lessons, settings.micro_batch * processes if processes > 1 else 1),
             data_collator=lambda some: batch(some, filler)._asdict(),
             callbacks=[_Reporter(watch, settings, folder)],
         )
@@ -253,9 +232,16 @@ class Tuner(Trainer):
             self.optimizer = torch.optim.AdamW(named)
         return self.optimizer
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        listed = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(listed, Listed):
+            raise TypeError("no lessons of ours")
+        return Order(listed, int(self.args.seed))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
-            return  # the Trainer calls for this in every process
+        # Some versions of the Trainer call for this in every process: two would write one file at once.
+        if not distributed.is_main():
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         store_shard(folder / _TRAINED, {name: parameter.detach() for name, parameter in self.trained.items()})
@@ -279,15 +265,18 @@ class Tuner(Trainer):
             parameter.copy_(stored.read(name))
 
 
-class _Listed(Dataset[Lesson]):
-    def __init__(self, lessons: Sequence[Lesson]) -> None:
-        self._lessons = lessons
+def stay_on(device: torch.device, arguments: TrainingArguments) -> None:
+    """Have a Trainer run on the device that its model is on, and on no other.
 
-    def __len__(self) -> int:
-        return len(self._lessons)
-
-    def __getitem__(self, index: int) -> Lesson:
-        return self._lessons[index]
+    Where one process sees several GPUs, the Trainer would take the first whatever the model is on, and spread each
+    batch over all of them: other batches and other steps than were planned. ``torchrun``'s processes have one each.
+    """
+    if device.type != "cuda" or distributed.size() > 1:
+        return
+    own = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(own)
+    arguments._n_gpu = 1
+    arguments.__dict__["_setup_devices"] = own  # where its cached property of that name lies
 
 
 class _Reporter(TrainerCallback):
