@@ -202,7 +202,8 @@ class Tuner(Trainer):
             per_device_train_batch_size=settings.micro_batch,
             gradient_accumulation_steps=settings.batch_size // (settings.micro_batch * processes),
             lr_scheduler_type=_SCHEDULES[settings.schedule],
-            warmup_steps=math.ceil(settings.warmup * steps),
+            # Never all of a run: the first of these steps has a rate of 0, and a run of one would learn nothing.
+            warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1),
             max_grad_norm=settings.clip,
             use_cpu=precision.device.type == "cpu",
             ddp_backend="gloo" if precision.device.type == "cpu" and processes > 1 else None,
