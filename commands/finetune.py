@@ -148,8 +148,15 @@ def _task(chosen: str, task: str, given: Mapping[str, Any], progress: Any, **how
     options = {name: value for name, value in given.items() if name not in _OF_END_TO_END}
     options["data"] = None if given["data"] is None else (given["data"],)
     options["targets"] = _names(given["targets"])
+    recipe = load_task(task)
+    if (given["train"] or recipe.options.get("train")) != "adapter-scales":
+        typed = next((name for name in ("scale_rate", "scale_decay") if given[name] is not None), None)
+        if typed is not None:
+            raise UsageError(
+                f"--{typed.replace('_', '-')} means nothing where no scales train.", hint="Add --train adapter-scales."
+            )
     with _in_own_words(_TO_TASKS):
-        job = prepare(chosen, load_task(task), options, progress)
+        job = prepare(chosen, recipe, options, progress)
     if not how["quiet"] or how["dry_run"]:
         show_finetune_plan(job.plan)
     if how["dry_run"]:

@@ -402,8 +402,9 @@ class TestDisk:
     def test_a_file_where_a_folder_should_be(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         for out in (tmp_path / "file" / "q", tmp_path / "file" / "deep" / "q"):
-            with pytest.raises(InputError, match="there is a file in the way"):
+            with pytest.raises(InputError, match="there is a file in the way") as caught:
                 ArtifactWriter(out, MINE)
+            assert caught.value.hint == "Give another -o."
 
 
 class TestFingerprint:

@@ -120,6 +120,10 @@ def test_options_of_the_other_kind_and_unknown_tasks_are_refused(
     assert "Take adapter" in refused(capsys, 2, str(artifact), "--task", "gsm8k", "--train", "all")
     assert "Take scales" in refused(capsys, 2, str(artifact), "--task", "end-to-end", "--train", "adapter")
     assert "cosine or constant" in refused(capsys, 2, str(artifact), "--task", "end-to-end", "--schedule", "linear")
+    for option in ("--scale-rate", "--scale-decay"):
+        said = refused(capsys, 2, str(artifact), "--task", "gsm8k", option, "0.1")
+        assert f"{option} means nothing where no scales train." in said
+        assert "--train adapter-scales" in said
     words = ("--batch-size", "6", "--micro-batch", "4")
     assert "does not divide" in refused(capsys, 2, str(artifact), "--task", "gsm8k", *words)
     for task in ("end-to-end", "gsm8k"):

@@ -75,6 +75,7 @@ def test_layouts(row: dict[str, object], text: str | None) -> None:
     ("name", "content", "sentence"),
     [
         ("a.jsonl", b'{"text": "one"}\n\n{"text": \n', "line 3: not JSON"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', r"line 2: not JSON \(Expecting value at column 9\)\.$"),
         ("a.jsonl", b'{"text": "one"}\n[1]\n', "line 2: not a JSON object"),
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not JSON"),
         ("a.jsonl", b'{"text": "one"}\n{"label": 1}\n', "row 2: no text among the columns 'label'"),
@@ -94,6 +95,12 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, sente
         list(read_text_file(path))
     assert str(path) in caught.value.message
     assert caught.value.hint
+
+
+def test_a_folder_is_not_called_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        read_text_file(tmp_path / "a.jsonl")
 
 
 def test_missing_file_is_said_at_once(tmp_path: Path) -> None:

@@ -213,3 +213,10 @@ def test_what_is_learnt_is_saved_and_hashed_with_the_tokens(tmp_path: Path) -> N
     assert torch.equal(taken.taught, found.taught[:1, :390])
     with pytest.raises(InputError, match="answers begin behind 20 tokens"):
         read(path, length=20)
+
+
+def test_a_file_of_another_kind_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("instruction,output\na,b\n")
+    with pytest.raises(InputError, match=r"a\.csv cannot be read as data") as caught:
+        read(str(tmp_path / "a.csv"))
+    assert ".jsonl" in caught.value.hint

@@ -149,8 +149,9 @@ def test_an_adapter_is_merged_into_gguf_and_copied_beside_gptq(parent: Path, tmp
     path, manifest = convert(ask(source, tmp_path / "g", to="gptq"))
     assert "adapter/adapter_model.safetensors" in manifest.files
     assert "in `adapter/`, for peft" in (path / "README.md").read_text()
-    with pytest.raises(InputError, match=r"llama\.cpp reads no adapter"):
+    with pytest.raises(InputError, match=r"llama\.cpp reads no adapter") as caught:
         convert(ask(source, tmp_path / "x", to="gguf"))
+    assert caught.value.hint == "Add --merge-adapter."
     merged, _ = convert(ask(source, tmp_path / "m", to="gguf", dtype="fp32", merge_adapter=True))
     with torch.no_grad():
         ours = load_model(resolve(source), dtype=torch.float32)(TOKENS).logits

@@ -120,6 +120,16 @@ def test_empty_lessons_fill_up_the_last_batches_and_teach_nothing() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.model.layers.parameters())
 
 
+def test_a_run_of_one_step_learns_whatever_its_warm_up(tmp_path: Path) -> None:
+    quiet = Watch(lambda step, loss: None, lambda step: None, lambda folder: None)
+    found = tuner(tmp_path, quiet, epochs=1, batch_size=4, warmup=0.1)
+    (weight,) = [parameter for parameter in found.model.parameters() if parameter.requires_grad]
+    before = weight.detach().clone()
+    found.train()
+    assert found.state.global_step == 1
+    assert not torch.equal(weight, before)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     found = tuner(tmp_path, Watch(lambda step, loss: None, lambda step: None, lambda folder: None))
     with torch.no_grad():

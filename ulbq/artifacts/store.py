@@ -324,7 +324,9 @@ def _make_folders(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"'{folder}' cannot be a folder: there is a file in the way.") from error
+        raise InputError(
+            f"'{folder}' cannot be a folder: there is a file in the way.", hint="Give another -o."
+        ) from error
     return missing
 
 

@@ -99,7 +99,7 @@ def _row_texts(path: Path) -> Iterator[str]:
         if text is None:
             raise InputError(
                 f"{path}, row {number}: no text among the columns {', '.join(map(repr, row)) or '(none)'}.",
-                hint='Name the column "text", or use instruction/output or messages.',
+                hint='Texts are strings: name the column "text", or use instruction/output or messages.',
             )
         try:
             text.encode()
@@ -123,9 +123,11 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 def _json_row(path: Path, number: int, line: bytes) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise InputError(f"{path}, line {number}: not JSON ({error}).", hint="Each line is one JSON object.") from error
+        # A decoder's own words count lines from this one on, and would name another line of the file.
+        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise InputError(f"{path}, line {number}: not JSON ({why}).", hint="Each line is one JSON object.") from error
     if not isinstance(row, dict):
         raise InputError(f"{path}, line {number}: not a JSON object.", hint="Each line is one JSON object.")
     return row
@@ -158,6 +160,8 @@ def _paragraphs(path: Path) -> Iterator[str]:
 
 
 def _require_file(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, not a file.", hint="Name a file in it.")
     if not path.is_file():
         raise InputError(f"There is no file {path}.", hint="Check the path.")
 

@@ -185,6 +185,8 @@ def _file(spec: str, data_dir: Path | None) -> Path | None:
         return mirror_file(data_root(data_dir), id, None, "train") if id else None
     if suffix_of(path) in (*TEXT_SUFFIXES, ".safetensors"):
         return path
+    if ("/" in spec or path.suffix) and path.is_file():  # or it would be looked for on the Hub
+        raise InputError(f"{path} cannot be read as data.", hint=f"Files end in {', '.join(TEXT_SUFFIXES)}.")
     folders = [path] if path.is_dir() else []
     root = data_root(data_dir)
     if root is not None and "/" in spec and (root / spec).is_dir():

@@ -80,7 +80,7 @@ def unfit(candidate: Candidate, target: Target, *, merge_adapter: bool = False) 
         if (why := gguf_models.unfit(candidate.config)) is not None:
             return why
         if candidate.adapter and not merge_adapter:
-            return "llama.cpp reads no adapter that lies beside the file (--merge-adapter makes it part of the weights)"
+            return "llama.cpp reads no adapter that lies beside the file"
     if target in ("gptq", "compressed-tensors") and candidate.unpacked:
         return f"'{candidate.unpacked[0]}' stays dense in it, which this layout has no name for"
     for name, layer in candidate.layers.items():
@@ -114,9 +114,13 @@ def check(candidate: Candidate, target: Target, *, merge_adapter: bool = False) 
         )
     why = unfit(candidate, target, merge_adapter=merge_adapter)
     if why is not None:
+        able = holders(candidate)
         raise InputError(
             f"'{candidate.given}' cannot be converted to {target}: {why}.",
-            hint=f"Targets that can hold it: {', '.join(holders(candidate)) or 'none'}.",
+            # Only the adapter can be why a target fails that is among them.
+            hint="Add --merge-adapter."
+            if target in able
+            else f"Targets that can hold it: {', '.join(able) or 'none'}.",
         )
 
 

@@ -31,16 +31,16 @@ _UNLINKABLE = frozenset({errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLIN
 
 
 def take_over(job: FinetuneJob, writer: ArtifactWriter) -> None:
-    """Bring the base's files into the new folder: hard links where the file system has them, else copies.
+    """Bring the base's files into the new folder: shards as hard links where the file system has them, else copies.
 
-    A killed run may have left some there; they are complete.
+    Small files are always copied, for people edit them. A killed run may have left some there; they are complete.
     """
     with writing(writer.out):
         for name in side_files(job.manifest):
             target = writer.path / name
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(job.source.path / name, target)
+                (link_or_copy if name.endswith(".safetensors") else copy)(job.source.path / name, target)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -51,9 +51,14 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in _UNLINKABLE:
             raise
-        scratch = temporary(target)
-        shutil.copyfile(source, scratch)
-        replace_synced(scratch, target)
+        copy(source, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all."""
+    scratch = temporary(target)
+    shutil.copyfile(source, scratch)
+    replace_synced(scratch, target)
 
 
 def write_artifact(

@@ -171,6 +171,7 @@ class Tuner(Trainer):
         watch: Watch,
     ) -> None:
         self._settings = settings
+        self._seed = seed
         self._scales = scales
         self._whole = model
         steps, processes = settings.steps(len(lessons)), distributed.size()
@@ -180,7 +181,8 @@ class Tuner(Trainer):
             per_device_train_batch_size=settings.micro_batch,
             gradient_accumulation_steps=settings.batch_size // (settings.micro_batch * processes),
             lr_scheduler_type=_SCHEDULES[settings.schedule],
-            warmup_steps=math.ceil(settings.warmup * steps),
+            # Never all of a run: the first of these steps has a rate of 0, and a run of one would learn nothing.
+            warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1),
             max_grad_norm=settings.clip,
             use_cpu=precision.device.type == "cpu",
             ddp_backend="gloo" if precision.device.type == "cpu" and processes > 1 else None,
@@ -198,7 +200,7 @@ class Tuner(Trainer):
             disable_tqdm=True,
             dataloader_pin_memory=precision.device.type == "cuda",
             remove_unused_columns=False,
-            seed=seed % 2**32,
+            seed=(seed + 7907 * distributed.rank()) % 2**32,  # of dropout, each process's own
         )
         stay_on(precision.device, arguments)
         if settings.checkpointing:
@@ -236,7 +238,7 @@ class Tuner(Trainer):
         listed = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(listed, Listed):
             raise TypeError("no lessons of ours")
-        return Order(listed, int(self.args.seed))
+        return Order(listed, self._seed)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Some versions of the Trainer call for this in every process: two would write one file at once.
