@@ -99,6 +99,10 @@ def _settings() -> dict[str, Setting]:
     for name, options in (_CLAQ | _CLAQ_TRAINED).items():
         start = "claq-2.3-fisher" if name in _CLAQ_TRAINED else None
         found[f"claq-{name}"] = Setting(("--method", "claq", *options, *_SAMPLES), start=start)
+    trained = ("--method", "claq", *_SAMPLES, "--epochs", "0")
+    found["claq-2.3-t"] = Setting((*trained, "--fit-temperature"), start="claq-2.3-fisher")
+    faster = ("--end-to-end", "ce", "--end-to-end-epochs", "2", "--end-to-end-rate", "1")
+    found["claq-2.3-t-ce-1"] = Setting((*trained, *faster), start="claq-2.3-t")
     for seed in ("0", "1", "2"):
         four = ("--rank", "64", *_SAMPLES, "--epochs", "4", "--seed", seed)
         found[f"apiq-r64-s{seed}"] = Setting((*apiq, *four), base=True, tasks=True)
