@@ -255,9 +255,11 @@ class Tuner(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # The Trainer calls for this in every process, and two that write one file take it from each other.
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        # The Trainer calls for this in the first process alone.
         store_shard(folder / _TRAINED, {name: parameter.detach() for name, parameter in self.trained.items()})
 
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
