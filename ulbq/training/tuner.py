@@ -241,7 +241,7 @@ class Tuner(Trainer):
         return Order(listed, self._seed)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # Some versions of the Trainer call for this in every process: two would write one file at once.
+        # The Trainer calls for this in every process, and two that write one file take it from each other.
         if not distributed.is_main():
             return
         folder = Path(output_dir or str(self.args.output_dir))
