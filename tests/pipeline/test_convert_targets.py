@@ -120,6 +120,9 @@ def test_a_gguf_file_reads_back_as_the_artifact(parent: Path, tmp_path: Path) ->
     with torch.no_grad():
         difference = (ours(TOKENS).logits - read(TOKENS).logits).abs().max()
     assert difference < 1e-4
+    # The tokenizer files that lie beside it do not mix with what the file says.
+    asked, found = resolve(source).tokenizer(), resolve(path / "model.gguf").tokenizer()
+    assert (found.eos_token_id, found.bos_token_id) == (asked.eos_token_id, asked.bos_token_id)
     reader = GGUFReader(path / "model.gguf")
     said = {name: reader.get_field(name).contents() for name in ("general.license", "tokenizer.ggml.pre")}
     assert said == {"general.license": "apache-2.0", "tokenizer.ggml.pre": "gpt-2"}

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -144,7 +145,7 @@ class ModelSource:
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             if self.path.is_file():
-                return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+                return _tokenizer_within(self.path)
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
         except ImportError as error:
             raise ResourceError(f"The tokenizer of '{self.given}' needs another package: {error}") from error
@@ -181,6 +182,14 @@ class ModelSource:
             GenerationConfig.from_model_config(self.config).save_pretrained(destination)
         for file in self.side_files():
             shutil.copyfile(file, destination / file.name)
+
+
+def _tokenizer_within(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file, out of sight of files beside it, with which transformers would mix it."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, path.name).symlink_to(path.resolve())
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+    return tokenizer
 
 
 def resolve(source: str | Path | None, *, offline: bool = False) -> ModelSource:
