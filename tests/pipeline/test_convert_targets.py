@@ -151,7 +151,9 @@ def test_an_adapter_is_merged_into_gguf_and_copied_beside_gptq(parent: Path, tmp
     source = artifact(parent, tmp_path / "q", adapter=AdapterConfig(rank=2, targets=("q_proj",)))
     path, manifest = convert(ask(source, tmp_path / "g", to="gptq"))
     assert "adapter/adapter_model.safetensors" in manifest.files
-    assert "in `adapter/`, for peft" in (path / "README.md").read_text()
+    card = (path / "README.md").read_text()
+    assert "in `adapter/`, for peft" in card
+    assert "**The adapter**: `PeftModel.from_pretrained" in card
     with pytest.raises(InputError, match=r"llama\.cpp reads no adapter") as caught:
         convert(ask(source, tmp_path / "x", to="gguf"))
     assert caught.value.hint == "Add --merge-adapter."

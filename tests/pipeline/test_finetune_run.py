@@ -141,6 +141,9 @@ def test_transformers_and_convert_take_it_and_it_learns_again(folder: Path, tmp_
     tokens = torch.arange(3, 40).unsqueeze(0)
     assert torch.equal(model(tokens).logits, own(tokens).logits)
     dense, _ = convert(ConvertRequest(source=str(path), dtype="fp32", merge_adapter=True, out=tmp_path / "dense"))
+    card = (dense / "README.md").read_text()
+    assert "Fine-tuned with `ulbq finetune --task instructions`" in card
+    assert "recipe" not in card
     plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     torch.testing.assert_close(plain(tokens).logits, own(tokens).logits, rtol=1e-3, atol=1e-3)
     again = job(path, folder, tmp_path / "again", epochs=1)

@@ -162,6 +162,9 @@ def converted_card(
     tags: list[str] = [target]
     if isinstance(manifest, QuantizedManifest):
         recipe = (manifest.request.get("recipe") or {}).get("name")
+        if manifest.finetune is not None:  # then the request, and its recipe, are the fine-tuning's
+            made.insert(0, f"Fine-tuned with `ulbq finetune --task {manifest.finetune.task}`")
+            recipe = None
         made.insert(0, f"Quantized with ulbq, method `{manifest.method}`" + (f", recipe `{recipe}`" if recipe else ""))
         made.append(
             f"Weights: {describe(candidate)}; {manifest.bits.bits_per_weight:.3f} true bits in ulbq's own format"
@@ -171,6 +174,12 @@ def converted_card(
         place = "is a part of the weights" if merged else "lies beside the weights, in `adapter/`, for peft"
         made.append(f"Its {candidate.adapter} adapter {place}")
     loads = {RULES[engine].name: text for engine, text in _commands(candidate, target, merged=merged).items()}
+    if candidate.adapter and not merged:
+        loads["The adapter"] = (
+            '`PeftModel.from_pretrained(model, "DIR/adapter")` on the model that transformers loaded; vLLM takes '
+            "`--enable-lora --lora-modules tuned=DIR/adapter`, with `--max-lora-rank` for ranks above 16. Without it "
+            "the weights are those of the quantized model alone."
+        )
     library = {"gguf": "gguf", "half": "ulbq"}.get(target, "transformers")
     card = Card(
         name=f"{base_of(source)}, {target}",
