@@ -130,16 +130,6 @@ def test_a_run_of_one_step_learns_whatever_its_warm_up(tmp_path: Path) -> None:
     assert not torch.equal(weight, before)
 
 
-def test_one_process_alone_stores_what_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = tuner(tmp_path, Watch(lambda step, loss: None, lambda step: None, lambda folder: None))
-    monkeypatch.setattr(type(found.args), "should_save", property(lambda self: False))
-    found._save(str(tmp_path / "other"))
-    assert not (tmp_path / "other").exists()
-    monkeypatch.undo()
-    found._save(str(tmp_path / "other"))
-    assert (tmp_path / "other" / "trained.safetensors").is_file()
-
-
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     found = tuner(tmp_path, Watch(lambda step, loss: None, lambda step: None, lambda folder: None))
     with torch.no_grad():
