@@ -12,7 +12,8 @@ calling thread, which other programs disturb least and which is the time of the 
 one thread, by ``wall`` with more. ``GB/s`` are the packed bytes read over that time, and ``of copy`` these over the
 bandwidth of a copy, read and written bytes counted, in the same run. ``error`` is the relative norm of the
 first row's difference to a float64 product with the stored weights; that of bfloat16 linear contains the weight's own
-rounding.
+rounding. gptqmodel (its Torch kernel, on the same codes) and HQQ (its PyTorch backend, codes of its own) take part
+where they are installed; Humming and gemlite want a GPU.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 import tuning
 from rich.console import Console
@@ -57,10 +59,15 @@ def random_matrix(scheme: AnyScheme, outs: int, columns: int) -> dict[str, torch
     return tensors
 
 
+def turns(size: int) -> int:
+    """How many copies of so many bytes put the first out of the caches until its turn comes again."""
+    return max(2, min(24, -(-ROTATION // size)))
+
+
 def copies(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Enough of them that the first is out of the caches when its turn comes again."""
+    """So many of them."""
     size = sum(tensor.nbytes for tensor in tensors.values())
-    return [{name: t.clone() for name, t in tensors.items()} for _ in range(max(2, min(24, -(-ROTATION // size))))]
+    return [{name: t.clone() for name, t in tensors.items()} for _ in range(turns(size))]
 
 
 def packed_call(scheme: AnyScheme, outs: int, ready: kernels.Ready) -> list[Call]:
@@ -102,7 +109,13 @@ def case(outs: int, columns: int, scheme: AnyScheme, repeats: int, index: int, c
     contenders = {ready.layout: packed_call(scheme, outs, ready), "bf16": dense_call(weight.bfloat16())}
     contenders["fp32"] = dense_call(weight)
     sizes = {ready.layout: sum(t.nbytes for t in ready.tensors.values()), "bf16": 2 * outs * columns}
-    sizes["fp32"] = 4 * outs * columns
+    contenders["fp16"] = dense_call(weight.half())
+    sizes |= {"fp32": 4 * outs * columns, "fp16": 2 * outs * columns}
+    foreign = set()  # codes of their own: nothing to be exact against
+    if isinstance(scheme, AffineScheme):
+        for name, (calls, size, same) in peers.calls(scheme, stored, weight, turns).items():
+            contenders[name], sizes[name] = calls, size
+            foreign |= set() if same else {name}
     if isinstance(scheme, AffineScheme) and not int4.refusal(scheme, outs):
         packed = int4.pack(scheme, stored, columns)
         contenders["int4"] = packed_call(scheme, outs, kernels.Ready("int4", stored | packed))
@@ -132,7 +145,7 @@ def case(outs: int, columns: int, scheme: AnyScheme, repeats: int, index: int, c
                     "gb_per_s": round(rate / 1e9, 2),
                     "of_copy": round(rate / copied, 3),
                     "error": float(f"{error:.2e}")
-                    if not (name != ready.layout and scheme.format == "binary_mos")
+                    if name == ready.layout or (scheme.format != "binary_mos" and name not in foreign)
                     else None,
                 }
             )
