@@ -1,5 +1,8 @@
 """The look of the report: one style sheet, light and dark, no files beside it."""
 
+from collections.abc import Iterable
+from html import escape
+
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -85,3 +88,20 @@ PARTS = "".join(
     f".legend .{name}{{background:var(--{name})}}" for name in ("codes", "scales", "zeros", "router", "adapter")
 )
 """Colours of the parts that a model's bits are spent on."""
+
+
+def tiles(values: Iterable[tuple[str, str]]) -> str:
+    """A row of large values, each with its label below, as HTML."""
+    drawn = "".join(
+        f'<div class="tile"><div class="value">{escape(value)}</div><div class="label">{escape(label)}</div></div>'
+        for value, label in values
+    )
+    return f'<div class="tiles">{drawn}</div>'
+
+
+def section(title: str, caption: str, drawn: str) -> str:
+    """A figure under a title and a caption, as HTML; ``drawn`` is HTML already."""
+    return (
+        f"<section><figure><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>"
+        f'<div class="scroll">{drawn}</div></figure></section>'
+    )

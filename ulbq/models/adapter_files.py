@@ -2,10 +2,10 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
@@ -16,6 +16,9 @@ from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.errors import InputError, NumericsError
 from ulbq.models.source import ModelSource
 from ulbq.nn.adapter import Adapter, AdapterConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER_FOLDER = "adapter"
 """Where an artifact holds its adapter."""
@@ -63,31 +66,34 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, tor
         NumericsError: values that float16 does not hold.
         ResourceError: the disk is full or refuses.
     """
-    from peft import LoraConfig
-
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise NumericsError(
                 f"The adapter's '{name}' has values that are not finite in float16.",
                 hint="Train the adapter at a lower rate.",
             )
-    linears = {split_name(name)[0] for name in tensors}
-    described = LoraConfig(
+    described = lora_config(config, {split_name(name)[0] for name in tensors})
+    described.base_model_name_or_path = base_name
+    described.inference_mode = True
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+        described.save_pretrained(str(folder))
+        write_shard(folder / _WEIGHTS, {_PREFIX + name: tensor.to(torch.float16) for name, tensor in tensors.items()})
+
+
+def lora_config(config: AdapterConfig, linears: Collection[str]) -> "LoraConfig":
+    """How peft describes an adapter beside the layers of these full names."""
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=config.rank,
         # peft declares whole numbers, and computes with any.
         lora_alpha=int(config.alpha) if config.alpha.is_integer() else config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         use_dora=config.dora,
-        target_modules=target_pattern(linears),
-        base_model_name_or_path=base_name,
+        target_modules=target_pattern(set(linears)),
         task_type="CAUSAL_LM",
-        init_lora_weights=True,
-        inference_mode=True,
     )
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
-        described.save_pretrained(str(folder))
-        write_shard(folder / _WEIGHTS, {_PREFIX + name: tensor.to(torch.float16) for name, tensor in tensors.items()})
 
 
 def read_config(folder: Path) -> AdapterConfig:

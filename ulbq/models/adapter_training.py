@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
-from ulbq.models.adapter_files import beyond_peft, check_fits, read_adapter, target_pattern
+from ulbq.models.adapter_files import beyond_peft, check_fits, lora_config, read_adapter
 from ulbq.nn.adapter import TRACE, AdapterConfig
 
 _NAME = "default"  # peft's, of the one adapter
@@ -29,15 +29,7 @@ def fresh_adapter(model: PreTrainedModel, config: AdapterConfig, linears: Iterab
         InputError: peft rewrites the layers' names for this kind of model.
     """
     wanted = set(linears)
-    described = LoraConfig(
-        r=config.rank,
-        # peft declares whole numbers, and computes with any.
-        lora_alpha=int(config.alpha) if config.alpha.is_integer() else config.alpha,  # type: ignore[arg-type]
-        lora_dropout=config.dropout,
-        use_dora=config.dora,
-        target_modules=target_pattern(wanted),
-        task_type="CAUSAL_LM",
-    )
+    described = lora_config(config, wanted)
     with _calm():
         wrapped = get_peft_model(model, described)
     if set(_layers(wrapped)) != wanted:

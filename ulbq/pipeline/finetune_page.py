@@ -8,7 +8,7 @@ from ulbq import __version__
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import FinetuneRecord
 from ulbq.evaluation.svg import Drawing, Scale, number
-from ulbq.evaluation.theme import STYLE
+from ulbq.evaluation.theme import STYLE, section, tiles
 
 _WIDTH, _HEIGHT = 800.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 24.0, 16.0, 46.0
@@ -28,14 +28,14 @@ def page(manifest: QuantizedManifest, record: FinetuneRecord) -> str:
     body = [
         f'<header><h1>{escape(title)}</h1><p class="sub">{escape(_told(record))}</p></header>',
         _tiles(record),
-        _section(
+        section(
             "Loss by step",
             "Cross-entropy of the answers, nats a token. Training: each step's own samples, and their moving mean. "
             "Held out: the same answers every time, the start at step 0.",
             '<div class="legend"><span><i class="s0"></i>training</span><span><i class="s1"></i>held out</span></div>'
             + _curves(record),
         ),
-        _section("The run", "All of it is in the manifest.", _table(manifest, record)),
+        section("The run", "All of it is in the manifest.", _table(manifest, record)),
         f"<footer>ulbq {escape(__version__)} · {escape(manifest.created)}</footer>",
     ]
     return (
@@ -57,23 +57,12 @@ def _told(record: FinetuneRecord) -> str:
 
 def _tiles(record: FinetuneRecord) -> str:
     change = record.end_perplexity / record.start_perplexity - 1
-    tiles = [
+    values = [
         (number(record.start_perplexity), "perplexity of the held-out answers before"),
         (number(record.end_perplexity), "after"),
         (f"{change:+.1%}".replace("-", "−"), "change"),
     ]
-    drawn = "".join(
-        f'<div class="tile"><div class="value">{escape(value)}</div><div class="label">{escape(label)}</div></div>'
-        for value, label in tiles
-    )
-    return f'<div class="tiles">{drawn}</div>'
-
-
-def _section(title: str, caption: str, drawn: str) -> str:
-    return (
-        f"<section><figure><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>"
-        f'<div class="scroll">{drawn}</div></figure></section>'
-    )
+    return tiles(values)
 
 
 def _curves(record: FinetuneRecord) -> str:

@@ -7,7 +7,7 @@ from html import escape
 from ulbq import __version__
 from ulbq.artifacts import SaliencyLayer, SaliencyManifest
 from ulbq.evaluation.svg import Drawing, Scale, number
-from ulbq.evaluation.theme import STYLE
+from ulbq.evaluation.theme import STYLE, section, tiles
 from ulbq.saliency import KINDS
 
 _WIDTH = 800.0
@@ -25,19 +25,19 @@ def page(manifest: SaliencyManifest) -> str:
     body = [
         f'<header><h1>{escape(title)}</h1><p class="sub">{escape(_told(manifest))}</p></header>',
         _tiles(manifest),
-        _section("Mean score by layer", "Logarithmic: the fullest colour is the highest mean.", _map(manifest.layers)),
-        _section(
+        section("Mean score by layer", "Logarithmic: the fullest colour is the highest mean.", _map(manifest.layers)),
+        section(
             "How few weights hold how much",
             "Share of each layer's total that its highest-scoring weights hold; mean over the block's layers.",
             _legend() + _concentration(manifest.layers),
         ),
-        _section(
+        section(
             "Salient columns",
             "Columns from left to right in up to 64 slices, blocks from top to bottom; share of the layer's total, "
             "logarithmic: nothing at an even share or below, full at ten times and beyond.",
             _columns(manifest.layers),
         ),
-        _section("Layers", "The eight columns with the highest sums are in the manifest.", _table(manifest)),
+        section("Layers", "The eight columns with the highest sums are in the manifest.", _table(manifest)),
         f"<footer>ulbq {escape(__version__)} · {escape(manifest.created)}</footer>",
     ]
     return (
@@ -58,20 +58,9 @@ def _told(manifest: SaliencyManifest) -> str:
 
 
 def _tiles(manifest: SaliencyManifest) -> str:
-    tiles = [(f"{share:.1%}", f"of the total in the top {name} % of weights") for name, share in manifest.top.items()]
-    tiles.append((f"{manifest.rounding:.2%}", f"largest loss of a layer to {manifest.dtype} storage"))
-    drawn = "".join(
-        f'<div class="tile"><div class="value">{escape(value)}</div><div class="label">{escape(label)}</div></div>'
-        for value, label in tiles
-    )
-    return f'<div class="tiles">{drawn}</div>'
-
-
-def _section(title: str, caption: str, drawn: str) -> str:
-    return (
-        f"<section><figure><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>"
-        f'<div class="scroll">{drawn}</div></figure></section>'
-    )
+    values = [(f"{share:.1%}", f"of the total in the top {name} % of weights") for name, share in manifest.top.items()]
+    values.append((f"{manifest.rounding:.2%}", f"largest loss of a layer to {manifest.dtype} storage"))
+    return tiles(values)
 
 
 def _legend() -> str:

@@ -24,7 +24,6 @@ struct Rows {
     const uint32_t* pairs(int64_t chunk, int64_t row) const {
         return reinterpret_cast<const uint32_t*>(values.get() + (chunk * rows + row) * kChunk);
     }
-    float sum(int64_t chunk, int64_t row, int64_t which) const { return sums[(chunk * rows + row) * units + which]; }
 
     // The columns of each step of a tile: the first and third, the second and fourth.
     void take_steps(const uint16_t* x, int64_t row) {
