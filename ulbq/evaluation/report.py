@@ -10,7 +10,7 @@ from ulbq.artifacts import BitsReport, QuantizedManifest
 from ulbq.evaluation import figures
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.table import describe, footnotes, parents, rows
-from ulbq.evaluation.theme import PARTS, SERIES, STYLE
+from ulbq.evaluation.theme import PARTS, SERIES, STYLE, tiles
 
 _MIB = 8 * 2**20  # bits
 
@@ -63,20 +63,17 @@ def _tiles(results: Results) -> str:
         return ""
     scores = measured[0]
     original = next((other for other in results.models if other.subject.name == scores.subject.parent), None)
-    tiles = []
+    values = []
     if scores.subject.bits_per_weight is not None:
-        tiles.append((f"{scores.subject.bits_per_weight:.3f}", "bits per weight, scales and all"))
+        values.append((f"{scores.subject.bits_per_weight:.3f}", "bits per weight, scales and all"))
     for name, found in scores.perplexity.items():
         base = original.perplexity.get(name) if original else None
-        tiles.append((f"{found.value:,.2f}", f"perplexity on {name}" + (f"; parent {base.value:,.2f}" if base else "")))
+        beside = f"; parent {base.value:,.2f}" if base else ""
+        values.append((f"{found.value:,.2f}", f"perplexity on {name}{beside}"))
     if scores.fidelity:
-        tiles.append((f"{scores.fidelity.mean_kl:.3f}", "mean KL from its parent, nats a token"))
-        tiles.append((f"{scores.fidelity.top1_agreement:.1%}", "same top token as its parent"))
-    drawn = "".join(
-        f'<div class="tile"><div class="value">{escape(value)}</div><div class="label">{escape(label)}</div></div>'
-        for value, label in tiles
-    )
-    return f'<div class="tiles">{drawn}</div>'
+        values.append((f"{scores.fidelity.mean_kl:.3f}", "mean KL from its parent, nats a token"))
+        values.append((f"{scores.fidelity.top1_agreement:.1%}", "same top token as its parent"))
+    return tiles(values)
 
 
 def _scores(results: Results) -> str:
