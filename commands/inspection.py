@@ -186,10 +186,17 @@ def _blocks(blocks: Iterable[BlockRecord]) -> Table:
             str(block.steps),
             str(block.retries),
             duration(block.seconds),
-            "kept the closed-form start" if block.fallback else "",
+            _remarks(block),
             style="yellow" if block.fallback else "",
         )
     return table
+
+
+def _remarks(block: BlockRecord) -> str:
+    remarks = ["kept the closed-form start"] if block.fallback else []
+    if block.spurious_sinks:
+        remarks.append(f"{block.spurious_sinks} spurious sinks")
+    return ", ".join(remarks)
 
 
 def _layers(layers: Iterable[LayerRecord]) -> Table:

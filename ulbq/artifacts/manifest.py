@@ -31,11 +31,13 @@ from ulbq.artifacts.saliency import SaliencyLayer
 from ulbq.errors import InputError
 from ulbq.progress import Progress, Silent
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
 
-_UPGRADERS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+_UPGRADERS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda data: data,  # 2 counts the spurious attention sinks of blocks, which 1 did not look for
+}
 """From a schema version to the function that turns its JSON object into the next version's."""
 
 

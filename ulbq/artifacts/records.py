@@ -1,6 +1,7 @@
 """The values that manifests are made of."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -51,6 +52,8 @@ class BlockRecord(Record):
         steps: optimiser steps of the run that was kept.
         retries: how often the block was rolled back and tried again at a lower rate.
         fallback: whether the closed-form start was stored because no training improved on it.
+        spurious_sinks: held-out tokens that the stored block turns into attention sinks, which they are not in full
+            precision.
         seconds: wall time.
     """
 
@@ -60,7 +63,19 @@ class BlockRecord(Record):
     steps: int
     retries: int = 0
     fallback: bool = False
+    spurious_sinks: int = 0
     seconds: float
+
+
+def sinks_sentence(blocks: Sequence[BlockRecord]) -> str:
+    """What to say of spurious attention sinks; empty where there are none."""
+    found = [block for block in blocks if block.spurious_sinks]
+    if not found:
+        return ""
+    most = max(block.spurious_sinks for block in found)
+    where = f"block {found[0].index}" if len(found) == 1 else f"blocks {found[0].index} to {found[-1].index}"
+    what = "1 held-out token turns" if most == 1 else f"up to {most} held-out tokens turn"
+    return f"In {where} {what} into attention sinks, which they are not in full precision."
 
 
 class EndToEndRecord(Record):

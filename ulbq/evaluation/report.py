@@ -7,6 +7,7 @@ from itertools import groupby
 
 from ulbq import __version__
 from ulbq.artifacts import BitsReport, QuantizedManifest
+from ulbq.artifacts.records import sinks_sentence
 from ulbq.evaluation import figures
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.table import describe, footnotes, parents, rows
@@ -114,6 +115,9 @@ def _blocks(results: Results, quantized: Mapping[str, QuantizedManifest]) -> str
     trained = {name: manifest.blocks for name, manifest in quantized.items() if manifest.blocks}
     drawn = figures.block_figure(trained, styles)
     told = "Loss of each block's output on held-out samples: dashed where its training started, solid where it ended."
+    for name, blocks in trained.items():
+        if sinks := sinks_sentence(blocks):
+            told += f" {name}: {sinks}"
     return _figure("Error by block", told, drawn, _legend((name, styles[name]) for name in trained))
 
 

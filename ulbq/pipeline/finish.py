@@ -73,6 +73,7 @@ def block_record(index: int, outcome: TrainOutcome, seconds: float) -> BlockReco
         steps=outcome.steps,
         retries=outcome.retries,
         fallback=outcome.fallback,
+        spurious_sinks=outcome.sinks,
         seconds=round(seconds, 3),
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ulbq import __version__, distributed, runtime
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
-from ulbq.artifacts.records import TemperatureRecord
+from ulbq.artifacts.records import BlockRecord, TemperatureRecord, sinks_sentence
 from ulbq.artifacts.saliency import BlockScores
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
@@ -274,6 +274,9 @@ class _Run:
                 if streams is not None and index + 1 < job.found.n_blocks:
                     schemes = recorded_schemes(self._writer.journal[str(index)], job.names(index)[0])
                     streams.advance_quantized(index, self._writer.path / layout.block_shard(index), schemes)
+        records = [self._writer.journal[str(index)].get("block") for index in range(job.found.n_blocks)]
+        if sinks := sinks_sentence([BlockRecord.model_validate(record) for record in records if record]):
+            self._progress.note(sinks)
 
     def _quantize(self, index: int, streams: Streams | None, phase: Phase) -> None:
         job, started = self._job, time.monotonic()

@@ -36,6 +36,7 @@ class TrainOutcome:
     Attributes:
         fallback: no training improved on the closed-form start, which is what the block now holds.
         diverged: a loss was not finite at least once.
+        sinks: held-out tokens that became attention sinks, which they are not in full precision.
     """
 
     start_error: float
@@ -44,6 +45,7 @@ class TrainOutcome:
     retries: int
     fallback: bool
     diverged: bool
+    sinks: int = 0
 
 
 class BlockTrainer:
@@ -82,16 +84,18 @@ class BlockTrainer:
             seed: of the order of the samples.
             on_epoch: called with the held-out loss after each epoch.
         """
-        start_error = self._objective.heldout_output()
+        start = self._objective.heldout_output()
         ends = [self._stage(stage, seed + 7919 * i, on_epoch) for i, stage in enumerate(self._stages) if stage.epochs]
         steps, retries = sum(end.steps for end in ends), sum(end.retries for end in ends)
+        end = self._objective.heldout_output() if steps else start
         return TrainOutcome(
-            start_error=start_error,
-            end_error=self._objective.heldout_output() if steps else start_error,
+            start_error=start.error,
+            end_error=end.error,
             steps=steps,
             retries=retries,
             fallback=bool(ends) and not steps,
             diverged=any(end.diverged for end in ends),
+            sinks=end.sinks,
         )
 
     def _stage(self, stage: Stage, seed: int, on_epoch: Callable[[float], None]) -> "_StageEnd":

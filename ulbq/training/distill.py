@@ -163,7 +163,7 @@ def hidden_error(outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor
         A scalar: 0 for equal states, 1 for states of zero.
     """
     errors = [
-        output_loss(output, target.float(), token_weights(target, TokenWeighting.ENERGY))
+        output_loss(output, target.float(), token_weights(target, TokenWeighting.ENERGY), TokenWeighting.ENERGY)
         for output, target in zip(outputs, targets, strict=True)
     ]
     return torch.stack(errors).mean()

@@ -11,12 +11,16 @@ class TokenWeighting(StrEnum):
     """How much each token counts in the output loss.
 
     ``energy`` divides a token's squared error by the token's own squared norm, so that every token counts by its
-    relative error. ``uniform`` is the plain mean squared error of the published methods, in which an attention sink
-    with massive activations weighs by its energy.
+    relative error, and bounds what one token can weigh (:func:`bounded`). ``uniform`` is the plain mean squared error
+    of the published methods, in which an attention sink with massive activations weighs by its energy.
     """
 
     ENERGY = "energy"
     UNIFORM = "uniform"
+
+
+SINK_RATIO = 4.0
+"""How many times as long as its target an output is that counts as a spurious attention sink."""
 
 
 def token_weights(targets: torch.Tensor, weighting: TokenWeighting) -> torch.Tensor:
@@ -35,17 +39,41 @@ def token_weights(targets: torch.Tensor, weighting: TokenWeighting) -> torch.Ten
     return 1.0 / energy.clamp_min(torch.finfo(torch.float32).tiny * 2**20)
 
 
-def output_loss(outputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean over tokens of the squared distance.
+def bounded(errors: torch.Tensor) -> torch.Tensor:
+    """Relative squared errors up to 1 as they are, larger ones by their root: Huber's loss of the relative distance.
+
+    A block may turn a single token into an attention sink that the full-precision model does not have. Its relative
+    error is in the thousands, and a plain mean over tokens is that token alone: it decides the gradients, which epoch
+    counts as the best, and whether the block counts as lost. Here the gradient of a distance does not grow beyond an
+    error of 1, which an output of zero has.
+    """
+    return torch.where(errors > 1, 2 * errors.clamp_min(1).sqrt() - 1, errors)
+
+
+def output_loss(
+    outputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, weighting: TokenWeighting
+) -> torch.Tensor:
+    """Mean over tokens of the weighted squared distance, each token's share bounded unless ``uniform``.
 
     Args:
         outputs, targets: ``[batch, length, hidden]``.
         weights: ``[batch, length]`` from :func:`token_weights`.
+        weighting: what the weights are.
 
     Returns:
         A scalar, dimensionless: 0 for equal outputs, 1 for outputs of zero.
     """
-    return ((outputs.float() - targets).square().sum(-1) * weights).mean()
+    errors = (outputs.float() - targets).square().sum(-1) * weights
+    return (errors if weighting is TokenWeighting.UNIFORM else bounded(errors)).mean()
+
+
+def spurious_sinks(outputs: torch.Tensor, targets: torch.Tensor) -> int:
+    """How many tokens of ``[batch, length, hidden]`` outputs are far longer than their targets.
+
+    Attention sinks are tokens with massive activations (Sun et al., 2024, https://arxiv.org/abs/2402.17762). One that
+    only the quantized model has draws attention away from the text.
+    """
+    return int((outputs.float().norm(dim=-1) > SINK_RATIO * targets.float().norm(dim=-1)).sum())
 
 
 def sliced_wasserstein(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from ulbq import distributed
 from ulbq.models.stream import ActivationStore, run_block
 from ulbq.training.attention import chunked_attention
 from ulbq.training.linear import TrainedLinear
-from ulbq.training.losses import output_loss, sliced_wasserstein, token_weights
+from ulbq.training.losses import output_loss, sliced_wasserstein, spurious_sinks, token_weights
 from ulbq.training.precision import Precision
 from ulbq.training.settings import TrainSettings
 from ulbq.training.stages import Stage
@@ -41,6 +41,18 @@ class BlockData:
     kwargs: dict[str, Any]
     training: int
     originals: ActivationStore | None = None
+
+
+class HeldOut(NamedTuple):
+    """How a block does on the samples that are held out.
+
+    Attributes:
+        error: the output loss.
+        sinks: tokens that became attention sinks, which they are not in full precision.
+    """
+
+    error: float
+    sinks: int
 
 
 class Objective:
@@ -95,44 +107,66 @@ class Objective:
     @torch.no_grad()
     def heldout(self, stage: Stage) -> float:
         """The same loss on the held-out samples, the random parts left out; with and without the adapter by share."""
-        value = stage.output * self.heldout_output() if stage.output else 0.0
+        value = stage.output * self.heldout_output().error if stage.output else 0.0
         if stage.penalized and self._penalty is not None and stage.penalty:
             value += stage.penalty * self._penalty(self.layers).item()
         return value
 
     @torch.no_grad()
-    def heldout_output(self) -> float:
-        """Output loss on the held-out samples."""
+    def heldout_output(self) -> HeldOut:
+        """Output loss on the held-out samples, and what sinks there are with the adapter."""
         share = self._settings.base_share if self._adapters else 0.0
         adapted = self._mean_output(adapted=True)
-        return adapted if not share else (1 - share) * adapted + share * self._mean_output(adapted=False)
+        if not share:
+            return adapted
+        alone = self._mean_output(adapted=False)
+        return adapted._replace(error=(1 - share) * adapted.error + share * alone.error)
 
-    def _mean_output(self, *, adapted: bool) -> float:
+    def _mean_output(self, *, adapted: bool) -> HeldOut:
         indices = torch.arange(self._data.training, self._samples)
-        batches = indices.split(self._settings.batch_size)
-        (loss,) = distributed.total(sum(self._output(x, adapted=adapted).item() * len(x) for x in batches))
-        return loss / len(indices)
+        loss, sinks = 0.0, 0
+        for batch in indices.split(self._settings.batch_size):
+            own = distributed.rows(batch)
+            targets = self._data.targets.get(own).to(self._precision.device)
+            weights = token_weights(targets, self._settings.token_weighting)
+            if len(own):
+                outputs = self._run(own, adapted=adapted, training=False)
+                loss += self._distance(outputs, targets, weights, own).item() * len(own)
+                sinks += spurious_sinks(outputs, targets)
+        loss, everywhere = distributed.total(loss, sinks)
+        return HeldOut(loss / len(indices), int(everywhere))
 
-    def _output(self, batch: torch.Tensor, *, adapted: bool, generator: torch.Generator | None = None) -> torch.Tensor:
-        data, device = self._data, self._precision.device
+    def _output(self, batch: torch.Tensor, *, adapted: bool, generator: torch.Generator) -> torch.Tensor:
+        device = self._precision.device
         own = distributed.rows(batch)
-        targets = data.targets.get(own).to(device)
+        targets = self._data.targets.get(own).to(device)
         weights = token_weights(targets, self._settings.token_weighting)
         if not len(own):
             return torch.zeros((), device=device)
-        training = generator is not None
-        settings = self._adapters_set(adapted=adapted, training=training)
-        with settings, chunked_attention(self._precision), self._precision.autocast():
-            outputs = run_block(self._block, data.inputs.get(own).to(device), data.kwargs)
-        loss = output_loss(outputs, targets, weights)
-        if data.augmented is not None:
-            loss = loss + output_loss(outputs, data.augmented.get(own).to(device), weights)
-        if generator is not None and self._settings.sliced_wasserstein:
+        outputs = self._run(own, adapted=adapted, training=True)
+        loss = self._distance(outputs, targets, weights, own)
+        if self._settings.sliced_wasserstein:
             distance = sliced_wasserstein(outputs, targets, generator)
             # Brought to the output loss's size, as published: its own would depend on the batch.
             scale = (loss / distance.clamp_min(torch.finfo(torch.float32).tiny)).detach()
             loss = loss + self._settings.sliced_wasserstein * scale * distance
         return loss * (len(own) / len(batch))
+
+    def _run(self, own: torch.Tensor, *, adapted: bool, training: bool) -> torch.Tensor:
+        """What the block makes of some of this process's samples, ``[batch, length, hidden]``."""
+        settings = self._adapters_set(adapted=adapted, training=training)
+        with settings, chunked_attention(self._precision), self._precision.autocast():
+            return run_block(self._block, self._data.inputs.get(own).to(self._precision.device), self._data.kwargs)
+
+    def _distance(
+        self, outputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, own: torch.Tensor
+    ) -> torch.Tensor:
+        """The output loss, with its augmented part where there is one."""
+        weighting, augmented = self._settings.token_weighting, self._data.augmented
+        loss = output_loss(outputs, targets, weights, weighting)
+        if augmented is not None:
+            loss = loss + output_loss(outputs, augmented.get(own).to(targets.device), weights, weighting)
+        return loss
 
     @contextmanager
     def _adapters_set(self, *, adapted: bool, training: bool) -> Iterator[None]:
