@@ -8,16 +8,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.data.byte_tokenizer import ByteTokenizer
-from ulbq.data.generate import self_samples
+from ulbq.data import generate
+from ulbq.data.generate import _draw, self_samples
+from ulbq.data.openings import Openings
 from ulbq.errors import NumericsError, UsageError
 from ulbq.progress import Silent
+
+
+def sizes(vocabulary: int) -> SimpleNamespace:
+    return SimpleNamespace(vocab_size=vocabulary, num_hidden_layers=2, hidden_size=8)
 
 
 class CountingModel:
     """Always says the token after the last one, and refuses to be told what it knows already."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=258))
+    dtype = torch.float32
+    config = SimpleNamespace(get_text_config=lambda: sizes(258))
 
     def __call__(self, input_ids: torch.Tensor, past_key_values: int | None, use_cache: bool) -> SimpleNamespace:
         assert use_cache
@@ -48,14 +55,21 @@ class Counted(Silent):
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_each_sample_goes_on_from_its_own_last_token(bos: bool) -> None:
-    found = self_samples(CountingModel(), SpecialBytes(bos=bos), samples=20, length=12, seed=0, progress=Silent())
+def test_each_text_goes_on_from_its_own_last_token(bos: bool) -> None:
+    found = self_samples(CountingModel(), SpecialBytes(bos=bos), samples=20, length=12, seed=0, text_length=4)
     assert found.name == "self"
     assert found.tokens.shape == (20, 12)
     assert not bos or (found.tokens[:, 0] == 256).all()
-    words = found.tokens[:, int(bos) :]
-    assert torch.equal(words, (words[:, :1] + torch.arange(words.shape[1])) % 256)
-    assert len(words[:, 0].unique()) > 10
+    texts = found.tokens[:, int(bos) :]
+    for start in range(0, texts.shape[1], 4):
+        text = texts[:, start : start + 4]
+        assert torch.equal(text, (text[:, :1] + torch.arange(text.shape[1])) % 256)
+        assert len(text[:, 0].unique()) > 10
+
+
+def test_one_text_fills_a_sample_where_that_is_asked_for() -> None:
+    texts = self_samples(CountingModel(), SpecialBytes(), samples=3, length=200, seed=0, text_length=None).tokens
+    assert torch.equal(texts, (texts[:, :1] + torch.arange(200)) % 256)
 
 
 def test_special_tokens_are_never_written() -> None:
@@ -66,14 +80,14 @@ def test_special_tokens_are_never_written() -> None:
             output.logits[..., 256:] = 50.0
             return output
 
-    tokens = self_samples(Talkative(), SpecialBytes(), samples=16, length=40, seed=0, progress=Silent()).tokens
+    tokens = self_samples(Talkative(), SpecialBytes(), samples=64, length=40, seed=0, progress=Silent()).tokens
     assert tokens.max() < 256
     assert (tokens == 7).any()  # added, but text
 
 
 def test_tokens_that_the_model_does_not_have_are_never_written() -> None:
     class Small(CountingModel):
-        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=100))
+        config = SimpleNamespace(get_text_config=lambda: sizes(100))
 
         def __call__(self, **inputs: object) -> SimpleNamespace:  # type: ignore[override]
             output = super().__call__(**inputs)
@@ -88,25 +102,49 @@ def test_the_cache_changes_nothing(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     state = torch.get_rng_state()
-    found = self_samples(model, tokenizer, samples=3, length=10, seed=5, progress=Silent()).tokens
+    found = self_samples(model, tokenizer, samples=3, length=10, seed=5, text_length=5).tokens
     assert torch.equal(torch.get_rng_state(), state)
     # The plain way: everything anew at every step.
     generator = torch.Generator().manual_seed(5)
-    allowed = torch.arange(3, 256)
-    tokens = allowed[torch.randint(253, (3, 1), generator=generator)]
+    openings = Openings(tokenizer, 256, limit=2)
+    tokens = torch.tensor(openings.draw(6, generator))
     with torch.no_grad():
-        while tokens.shape[1] < 10:
-            chances = model(tokens).logits[:, -1, 3:].softmax(-1)
-            tokens = torch.cat([tokens, allowed[torch.multinomial(chances, 1, generator=generator)]], dim=1)
-    assert torch.equal(found, tokens)
-    other = self_samples(model, tokenizer, samples=3, length=10, seed=6, progress=Silent()).tokens
+        while tokens.shape[1] < 5:
+            chances = model(tokens).logits[:, -1].masked_fill(openings.banned, -torch.inf).softmax(-1).cumsum(-1)
+            step = [int((row <= u).sum()) for row, u in zip(chances, torch.rand(6, generator=generator), strict=True)]
+            tokens = torch.cat([tokens, torch.tensor(step).unsqueeze(1)], dim=1)
+    assert torch.equal(found, tokens[torch.randperm(6, generator=generator)].reshape(3, 10))
+    other = self_samples(model, tokenizer, samples=3, length=10, seed=6, text_length=5).tokens
     assert not torch.equal(found, other)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0]).log().expand(20_000, -1)
+    drawn = _draw(logits, torch.Generator().manual_seed(0))
+    shares = drawn.flatten().bincount(minlength=5) / len(drawn)
+    assert shares.tolist() == pytest.approx([0.1, 0, 0.6, 0.3, 0], abs=0.012)  # over three standard errors
+    assert shares[1] == shares[4] == 0
+
+
+def test_a_number_that_rounds_up_to_one_draws_no_impossible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.ones(size))
+    assert _draw(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.Generator()).item() == 1
+
+
+def test_texts_that_memory_does_not_hold_at_once_are_written_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "_CACHE_MEMORY", 7 * 4 * 2 * 2 * 8 * 4)  # seven texts of four tokens
+    told = Counted()
+    tokens = self_samples(
+        CountingModel(), SpecialBytes(), samples=20, length=4, seed=0, text_length=4, progress=told
+    ).tokens
+    assert told.steps == told.total == 9  # three batches of three steps
+    assert torch.equal(tokens, (tokens[:, :1] + torch.arange(4)) % 256)
 
 
 def test_progress_ends_where_it_was_promised() -> None:
     told = Counted()
     self_samples(CountingModel(), SpecialBytes(), samples=20, length=12, seed=0, progress=told)
-    assert told.steps == told.total == 22  # two batches of eleven steps
+    assert told.steps == told.total == 11
 
 
 def test_broken_logits_are_an_error() -> None:

@@ -184,6 +184,7 @@ class Measurer:
                 samples=count,
                 length=length,
                 seed=measures.seed,
+                text_length=None,  # long texts, as people read them
                 progress=self._progress,
             )
             windows = written.tokens
