@@ -1,10 +1,10 @@
 """Compiles the C++ kernels once for each machine and keeps the library in the user's cache.
 
 There are two libraries: products with packed weights (``cpu/``), written for AVX-512, and the loops of the closed-form
-solvers (``portable/``), which the compiler makes for any processor. Nothing needs them: where one cannot be built, other
-backends or torch do the work, and the reason is told by ``ulbq inspect --kernels`` or a warning. They have a plain C
-interface, so neither torch's headers nor Python's are needed, and share torch's OpenMP threads by linking to the
-runtime that torch has loaded.
+solvers (``portable/``), plain C++ for any processor. Nothing needs them: where one cannot be built, other backends or
+torch do the work, and the reason is told by ``ulbq inspect --kernels`` or a note. They have a plain C interface, so
+neither torch's headers nor Python's are needed, and share torch's OpenMP threads by linking to the runtime that torch
+has loaded.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
-"""The loops of the closed-form solvers on the CPU, compiled (``portable/``): what torch does in many passes over memory.
+"""The loops of the closed-form solvers on the CPU, compiled (``portable/``): one pass over memory instead of many.
 
-Each function has its reference in torch, which serves other devices and machines without a compiler; results differ only
-where two ways to round a group are equally good to float32. What is computed is told there.
+Each function has its reference in torch, which serves other devices and machines without a compiler, and says what is
+computed. Results differ only where two ways to round are equally good to float32.
 """
 
 import ctypes
