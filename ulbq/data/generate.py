@@ -119,8 +119,10 @@ def _write(
 
 
 def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One token of each row ``[batch, vocabulary]``, int64 ``[batch, 1]``: where a uniform number cuts the cumulated
-    probabilities. A multinomial draw would want an exponential for every token of the vocabulary.
+    """One token of each row ``[batch, vocabulary]``, int64 ``[batch, 1]``.
+
+    It is where a uniform number cuts the cumulated probabilities; a multinomial draw would want an exponential for
+    every token of the vocabulary.
     """
     cumulated = logits.softmax(-1).cumsum(-1)
     total = cumulated[:, -1:]

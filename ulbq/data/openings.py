@@ -1,6 +1,6 @@
-"""How texts begin that a model writes itself: what a text begins with decides what it becomes, and samples want variety.
+"""How texts begin that a model writes itself.
 
-A text opens with any token of the vocabulary (code, lists and other languages get their turn), with a capitalised word
+What a text begins with decides what it becomes, and samples want variety. A text opens with any token of the vocabulary (code, lists and other languages get their turn), with a capitalised word
 (prose), or as a question in the model's chat template, where it has one, as most people will talk to it.
 """
 

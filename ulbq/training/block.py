@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ulbq import distributed
-from ulbq.training.objective import BlockData, Objective, Penalty
+from ulbq.training.objective import BlockData, HeldOut, Objective, Penalty
 from ulbq.training.optimizer import (
     Group,
+    clip_gradients,
     make_optimizer,
     parameters_by_role,
     rate_factor,
@@ -76,6 +77,7 @@ class BlockTrainer:
         self._objective = Objective(block, data, settings, precision, penalty)
         self._roles = parameters_by_role(block, self._objective.layers.values())
         self._device = precision.device
+        self._output: HeldOut | None = None  # of the parameters as they stand; None where unknown
 
     def train(self, seed: int, on_epoch: Callable[[float], None] = lambda error: None) -> TrainOutcome:
         """Train, keep in every stage the parameters with the lowest held-out loss, and roll back what got worse.
@@ -84,10 +86,10 @@ class BlockTrainer:
             seed: of the order of the samples.
             on_epoch: called with the held-out loss after each epoch.
         """
-        start = self._objective.heldout_output()
+        start = self._output = self._objective.heldout_output()
         ends = [self._stage(stage, seed + 7919 * i, on_epoch) for i, stage in enumerate(self._stages) if stage.epochs]
         steps, retries = sum(end.steps for end in ends), sum(end.retries for end in ends)
-        end = self._objective.heldout_output() if steps else start
+        end = self._objective.heldout_output() if self._output is None else self._output
         return TrainOutcome(
             start_error=start.error,
             end_error=end.error,
@@ -104,8 +106,8 @@ class BlockTrainer:
         if not groups or not self._objective.learns(stage):
             return _StageEnd(0, 0, False)
         trained = [p for group in groups for p in group.parameters]
-        start = snapshot(trained)
-        start_error = self._objective.heldout(stage)
+        start, start_output = snapshot(trained), self._output
+        start_error = self._objective.heldout(stage, start_output)
         rate, retries, diverged = 1.0, 0, False
         while True:
             error, steps = self._attempt(stage, groups, rate, seed, on_epoch)
@@ -113,6 +115,7 @@ class BlockTrainer:
             if error < start_error:
                 return _StageEnd(steps, retries, diverged)
             restore(trained, start)
+            self._output = start_output
             if retries == self._settings.retries:
                 return _StageEnd(0, retries, diverged)
             retries += 1
@@ -141,18 +144,20 @@ class BlockTrainer:
                     total += loss.detach()
                 distributed.sum_gradients(trained)
                 if settings.clip:
-                    nn.utils.clip_grad_norm_(trained, settings.clip)
+                    clip_gradients(trained, settings.clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
                 steps += 1
-            error = self._objective.heldout(stage)
+            output = self._objective.heldout_output() if stage.output else None
+            error = self._objective.heldout(stage, output)
             distributed.sum_(total)
             on_epoch(error)
             if not (math.isfinite(error) and torch.isfinite(total)):
                 return math.inf, steps
             if error < best_error:
                 best, best_error, waited = snapshot(trained), error, 0
+                self._output = output
             else:
                 waited += 1
                 if waited >= settings.patience:
