@@ -1,7 +1,8 @@
 """How texts begin that a model writes itself.
 
-What a text begins with decides what it becomes, and samples want variety. A text opens with any token of the vocabulary (code, lists and other languages get their turn), with a capitalised word
-(prose), or as a question in the model's chat template, where it has one, as most people will talk to it.
+What a text begins with decides what it becomes, and samples want variety. A text opens with any token of the vocabulary
+(code, lists and other languages get their turn), with a capitalised word (prose), or as a question in the model's chat
+template, where it has one, as most people will talk to it.
 """
 
 from typing import TYPE_CHECKING
