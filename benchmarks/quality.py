@@ -25,7 +25,7 @@ TASKS = ("piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "socia
 SALIENCY = "fisher"
 
 _SAMPLES = ("--calibration", "wikitext2", "--samples", "32", "--sequence-length", "512")
-_QUICK = ("--preset", "quick", "--calibration", "wikitext2")
+_QUICK = ("--samples", "32", "--sequence-length", "256", "--epochs", "5", "--calibration", "wikitext2")
 
 _PUBLISHED = ("--as-published", "--outlier-bits", "0.07")
 _GLOBAL = ("--allocation", "global", "--saliency", SALIENCY)

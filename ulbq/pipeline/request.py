@@ -46,7 +46,7 @@ class Preset(BaseModel):
 
 
 PRESETS: dict[PresetName, Preset] = {
-    "quick": Preset(samples=32, sequence_length=256, epochs=5),
+    "quick": Preset(samples=96, sequence_length=256, epochs=2),
     "balanced": Preset(samples=128, sequence_length=1024, epochs=10),
     "best": Preset(samples=512, sequence_length=2048, epochs=20),
 }
