@@ -1,8 +1,10 @@
 """Compiles the C++ kernels once for each machine and keeps the library in the user's cache.
 
-Nothing needs it: where it cannot be built, other backends do the work, and the reason is told by
-``ulbq inspect --kernels``. The library has a plain C interface, so neither torch's headers nor Python's are needed; it
-shares torch's OpenMP threads by linking to the runtime that torch has loaded.
+There are two libraries: products with packed weights (``cpu/``), written for AVX-512, and the loops of the closed-form
+solvers (``portable/``), plain C++ for any processor. Nothing needs them: where one cannot be built, other backends or
+torch do the work, and the reason is told by ``ulbq inspect --kernels`` or a note. They have a plain C interface, so
+neither torch's headers nor Python's are needed, and share torch's OpenMP threads by linking to the runtime that torch
+has loaded.
 """
 
 import ctypes
@@ -22,10 +24,15 @@ import torch
 _LOG = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "cpu"
+_PORTABLE = Path(__file__).parent / "portable"
 _FLAGS = ("-std=c++17", "-O3", "-w", "-fPIC", "-shared", "-fopenmp")
 # By their names in /proc/cpuinfo; the compiler calls them the same but for the underscores of one.
 _NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")
 _PAIRS = "avx512_bf16"  # products of pairs of bfloat16: used where the processor has them, not needed
+# Torch rounds after every operation; a solver that does not would round other weights up.
+_EXACT = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
+_WIDE = (("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("avx2", "fma"))
+"""Vectors for the solvers, the widest first; without either the compiler's default serves."""
 _AT, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _MATRIX = (_AT, _INT, _INT, _LONG, _LONG, _AT, _AT, _FLOAT, _LONG)
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -38,6 +45,18 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
 _SIGNATURES_OF_PAIRS: dict[str, tuple[type, ...]] = {
     "ulbq_dots": (*_MATRIX, _AT, _LONG, _AT, _INT),
     "ulbq_column_dots": (_AT, _LONG, _LONG, _AT, _AT, _AT, _AT, _AT, _AT, _AT, _LONG, _AT, _INT),
+}
+_GROUPS = (_AT, _LONG, _FLOAT)  # importance, group size, smallest scale
+_SEARCH = (_FLOAT, _FLOAT, _AT, _LONG)  # largest code, centre, factors and how many
+_STRIDED = (_AT, _LONG, _LONG, _LONG, _LONG)
+_SIGNATURES_OF_SOLVERS: dict[str, tuple[type, ...]] = {
+    "ulbq_round_to_nearest": (*_STRIDED, *_GROUPS, *_SEARCH, _AT, _AT, _AT, _AT, _INT),
+    "ulbq_search_scales": (*_STRIDED, *_GROUPS, _AT, _LONG, _INT, _AT, _INT),
+    "ulbq_compensate": (
+        *(_AT, _LONG, _LONG, _AT, _LONG, _AT, _AT, _AT),
+        *(*_GROUPS, *_SEARCH),
+        *(_AT, _AT, _AT, _AT, _INT),
+    ),
 }
 SWITCH = "ULBQ_COMPILE"
 """Set to 0 in the environment, nothing is compiled and nothing compiled is used."""
@@ -67,22 +86,58 @@ def failure() -> str:
 
 
 @functools.cache
+def solvers() -> ctypes.CDLL:
+    """The loaded library of the solvers, as :func:`library`. Raises UnavailableError."""
+    if failed := solver_failure():
+        raise UnavailableError(failed)
+    return _load_solvers()
+
+
+@functools.cache
+def solver_failure() -> str:
+    """Why :func:`solvers` cannot give one; empty where it can."""
+    try:
+        _load_solvers()
+    except UnavailableError as error:
+        _LOG.info("no compiled solvers: %s", error)
+        return str(error)
+    return ""
+
+
+@functools.cache
 def _load() -> ctypes.CDLL:
-    if os.environ.get(SWITCH) == "0":
-        raise UnavailableError(f"switched off by {SWITCH}=0")
+    _refuse_if_switched_off()
     if lacking := sorted(set(_NEEDED) - cpu_features()):
         raise UnavailableError(f"this processor has no {', '.join(lacking)}")
+    signatures = _SIGNATURES | (_SIGNATURES_OF_PAIRS if has_pairs() else {})
+    return _built(_SOURCES, (*_FLAGS, *_target()), signatures)
+
+
+@functools.cache
+def _load_solvers() -> ctypes.CDLL:
+    _refuse_if_switched_off()
+    wide = next((names for names in _WIDE if cpu_features().issuperset(names)), ())
+    return _built(_PORTABLE, (*_FLAGS, *_EXACT, *_switches(wide)), _SIGNATURES_OF_SOLVERS)
+
+
+def _refuse_if_switched_off() -> None:
+    if os.environ.get(SWITCH) == "0":
+        raise UnavailableError(f"switched off by {SWITCH}=0")
+
+
+def _built(sources: Path, flags: tuple[str, ...], signatures: dict[str, tuple[type, ...]]) -> ctypes.CDLL:
+    """The library of a folder's sources, from the cache or compiled."""
     compiler = find_compiler()
     if compiler is None:
         raise UnavailableError("no C++ compiler on the path (g++, clang++, or $CXX)")
-    path = cache_folder() / f"{_key(compiler)}.so"
+    path = cache_folder() / f"{_key(compiler, sources, flags)}.so"
     if not path.is_file():
-        _compile(compiler, path)
+        _compile(compiler, sources, flags, path)
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise UnavailableError(f"the compiled library does not load ({error})") from error
-    for name, arguments in (_SIGNATURES | (_SIGNATURES_OF_PAIRS if has_pairs() else {})).items():
+    for name, arguments in signatures.items():
         getattr(loaded, name).argtypes = arguments
         getattr(loaded, name).restype = None
     return loaded
@@ -105,7 +160,11 @@ def cpu_features() -> frozenset[str]:
 
 def _target() -> tuple[str, ...]:
     used = (*_NEEDED, _PAIRS) if has_pairs() else _NEEDED
-    return tuple("-m" + feature.replace("_", "") for feature in used)
+    return _switches(used)
+
+
+def _switches(features: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple("-m" + feature.replace("_", "") for feature in features)
 
 
 def find_compiler() -> str | None:
@@ -120,28 +179,28 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "ulbq" / "kernels"
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: str, sources: Path, flags: tuple[str, ...]) -> str:
     """Hash of everything that decides the library: sources, flags, compiler and torch, whose OpenMP it shares."""
     digest = hashlib.sha256()
-    for path in sorted(_SOURCES.iterdir()):
+    for path in sorted(sources.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     stamp = Path(compiler).resolve().stat()
-    facts = (*_FLAGS, *_target(), str(Path(compiler).resolve()), stamp.st_size, stamp.st_mtime_ns, torch.__version__)
+    facts = (*flags, str(Path(compiler).resolve()), stamp.st_size, stamp.st_mtime_ns, torch.__version__)
     digest.update("\0".join(map(str, facts)).encode())
     return digest.hexdigest()[:32]
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, folder: Path, flags: tuple[str, ...], path: Path) -> None:
     """Build the library beside its final name and move it there, so that no other process sees half of it."""
     _LOG.info("compiling kernels into %s", path)
-    sources = [str(source) for source in sorted(_SOURCES.glob("*.cpp"))]
+    sources = [str(source) for source in sorted(folder.glob("*.cpp"))]
     # Found first, and already loaded under the same name: one OpenMP runtime in the process, not two.
     runtime = [f"-L{Path(torch.__file__).parent / 'lib'}"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            command = [compiler, *_FLAGS, *_target(), *sources, *runtime, "-o", str(made)]
+        with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
+            made = Path(unfinished) / path.name
+            command = [compiler, *flags, *sources, *runtime, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
             if done.returncode:
                 lines = done.stderr.strip().splitlines()

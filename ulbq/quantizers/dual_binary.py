@@ -16,6 +16,7 @@ from torch import nn
 
 from ulbq.formats import AnyScheme, dual_binary
 from ulbq.formats.dual_binary import DualBinaryScheme
+from ulbq.kernels import solvers
 from ulbq.quantizers.base import CELL_MARGIN, SCALE_FLOOR, Quantizer
 
 
@@ -26,7 +27,8 @@ def search_scales(
 
     Every candidate step ``s`` (a fraction of the largest magnitude, both signs) gives ``α = (2s, −s)``; the best one
     is refined by Lloyd's alternation: assign each weight its nearest level, solve the 2 × 2 normal equations for α.
-    A fit that makes a group worse is not taken, so the error never rises.
+    A fit that makes a group worse is not taken, so the error never rises. On a CPU with a compiler all of it is one
+    compiled pass (:mod:`ulbq.kernels.solvers`).
 
     Args:
         weight: ``[out, in]`` float32.
@@ -36,12 +38,22 @@ def search_scales(
     Returns:
         ``[2, out, G]`` float32: ``α₁`` and ``α₂``.
     """
+    fractions = torch.linspace(0.12, 0.6, candidates)
+    if solvers.take(weight, importance):
+        return solvers.search_scales(
+            weight, importance, group_size, floor=SCALE_FLOOR, fractions=fractions, refits=refits
+        )
     grouped = weight.unflatten(1, (-1, group_size))
     cost = importance.unflatten(0, (-1, group_size)).expand_as(grouped)
+    return _search_with_torch(grouped, cost, fractions.tolist(), refits)
+
+
+def _search_with_torch(grouped: torch.Tensor, cost: torch.Tensor, fractions: list[float], refits: int) -> torch.Tensor:
+    """The same for ``[out, G, g]`` weights and the costs of their errors, on any device."""
     largest = grouped.abs().amax(-1).clamp_min(SCALE_FLOOR)
     best = torch.full_like(largest, torch.inf)
     scales = torch.stack([largest, -largest / 2])
-    for fraction in torch.linspace(0.12, 0.6, candidates).tolist():
+    for fraction in fractions:
         for sign in (1.0, -1.0):
             step = sign * fraction * largest
             scales, best = _keep_better(grouped, cost, torch.stack([2 * step, -step]), scales, best)

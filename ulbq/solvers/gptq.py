@@ -3,16 +3,22 @@
 With H the Hessian of the layer's output error and ``H⁻¹ = UᵀU``, quantizing column i to q_i leaves the error
 ``e_i = (w_i − q_i) / U_ii``, which ``w_j −= U_ij · e_i`` makes good in all later columns j. The sum of all e² is
 ``tr((W − Q) H (W − Q)ᵀ)``. How a single column is quantized is the caller's: :class:`ColumnQuantizer`.
+
+On a CPU with a compiler affine grids go another way: the columns of a block are one compiled pass
+(:mod:`ulbq.kernels.solvers`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
 from ulbq.formats.affine import AffineScheme
+from ulbq.kernels import solvers
+from ulbq.quantizers.base import SCALE_FLOOR
 from ulbq.solvers.hessian import HessianFactor, activation_order, factorize
-from ulbq.solvers.rtn import AffineCodes, round_to_nearest
+from ulbq.solvers.rtn import AffineCodes, range_factors, round_to_nearest, scale_overflow
 
 
 class ColumnQuantizer(Protocol):
@@ -54,15 +60,12 @@ def compensate(
         quantizer: of the single columns.
         block_size: columns after which later blocks are changed, all at once; a matter of speed alone.
     """
-    # Transposed, a column lies in one piece.
-    columns = weight.t()[factor.order]
-    quantized = torch.empty_like(columns)
+    quantized = torch.empty(weight.shape[1], len(weight), device=weight.device)
     pivots = factor.upper.diagonal().tolist()
     loss = torch.zeros((), dtype=torch.float64, device=weight.device)
-    for first in range(0, len(columns), block_size):
-        block = columns[first : first + block_size]
-        last = first + len(block)
-        inside = factor.upper[first:last, first:last]
+
+    def solve(first: int, block: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        nonlocal loss
         errors = torch.empty_like(block)
         quantizer.begin(first, block.t())
         for step, column in enumerate(block):
@@ -70,11 +73,38 @@ def compensate(
             quantized[first + step] = values
             error = torch.sub(column, values, out=errors[step]).div_(pivots[first + step])
             block[step + 1 :].addr_(inside[step, step + 1 :], error, alpha=-1)
-        columns[last:].addmm_(factor.upper[first:last, last:].t(), errors, alpha=-1)
-        loss += errors.square_().sum(dtype=torch.float64)
+        loss += errors.square().sum(dtype=torch.float64)
+        return errors
+
+    _block_by_block(weight, factor, block_size, solve)
     result = torch.empty_like(quantized)
     result[factor.order] = quantized
     return Compensated(result.t().contiguous(), loss.item())
+
+
+def _block_by_block(
+    weight: torch.Tensor,
+    factor: HessianFactor,
+    block_size: int,
+    solve: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Let the columns of each block be quantized and make their errors good in all later blocks.
+
+    Args:
+        solve: takes the index of a block's first column, the block ``[b, out]`` and its part ``[b, b]`` of the factor;
+            gives errors ``[b, out]`` and leaves in the block what its columns were when their turns came.
+
+    Returns:
+        ``[in, out]`` what ``solve`` left, in processing order.
+    """
+    # Transposed, a column lies in one piece.
+    columns = weight.t()[factor.order].contiguous()
+    for first in range(0, len(columns), block_size):
+        block = columns[first : first + block_size]
+        last = first + len(block)
+        errors = solve(first, block, factor.upper[first:last, first:last])
+        columns[last:].addmm_(factor.upper[first:last, last:].t(), errors, alpha=-1)
+    return columns
 
 
 @dataclass(frozen=True)
@@ -131,20 +161,89 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: AffineScheme, sett
     if not settings.act_order and group_size < weight.shape[1]:
         # Every group has to lie in one block, where its grid can be found.
         block_size = group_size * max(1, settings.block_size // group_size)
-        moving = _MovingGrids(scheme, factor, settings.search)
-        loss = compensate(weight, factor, moving, block_size).loss
-        return Solution(moving.result(), loss, factor.damping)
+        found = _pass(weight, factor, scheme, settings.search, block_size, None)
+        return Solution(found.codes, found.loss, factor.damping)
     best: Solution | None = None
     values = weight
     for _ in range(2 if settings.search else 1):
         grids = round_to_nearest(values, scheme, importance=factor.importance, search=settings.search)
-        fixed = _FixedGrids(grids, factor, scheme.bits)
-        loss = compensate(weight, factor, fixed, settings.block_size).loss
-        if best is None or loss < best.loss:
-            best = Solution(fixed.result(), loss, factor.damping)
-        values = fixed.seen()
+        found = _pass(weight, factor, scheme, settings.search, settings.block_size, grids)
+        if best is None or found.loss < best.loss:
+            best = Solution(found.codes, found.loss, factor.damping)
+        values = found.seen
     assert best is not None
     return best
+
+
+class _Passed(NamedTuple):
+    """What one pass over the columns found; ``seen`` are the values ``[out, in]`` that they had at their turns."""
+
+    codes: AffineCodes
+    loss: float
+    seen: torch.Tensor
+
+
+def _pass(
+    weight: torch.Tensor,
+    factor: HessianFactor,
+    scheme: AffineScheme,
+    search: bool,
+    block_size: int,
+    grids: AffineCodes | None,
+) -> _Passed:
+    """Quantize all columns to known grids, or to those that each group gets when its turn comes."""
+    if solvers.take(weight, factor.upper):
+        return _Compiled(factor, scheme, search, grids).run(weight, block_size)
+    if grids is None:
+        moving = _MovingGrids(scheme, factor, search)
+        loss = compensate(weight, factor, moving, block_size).loss
+        return _Passed(moving.result(), loss, weight)
+    fixed = _FixedGrids(grids, factor, scheme.bits)
+    loss = compensate(weight, factor, fixed, block_size).loss
+    return _Passed(fixed.result(), loss, fixed.seen())
+
+
+class _Compiled:
+    """Blocks of columns by the compiled loop; does what :class:`_FixedGrids` and :class:`_MovingGrids` do."""
+
+    def __init__(self, factor: HessianFactor, scheme: AffineScheme, search: bool, grids: AffineCodes | None) -> None:
+        self._factor, self._known = factor, grids
+        columns = len(factor.order)
+        self._size = columns if scheme.group_size == -1 else scheme.group_size
+        self._groups = factor.order // self._size
+        factors = range_factors(search) if grids is None else torch.empty(0)
+        self._ranges = solvers.Ranges(scheme, SCALE_FLOOR, factors)
+        self._importance = factor.importance[factor.order].contiguous()
+        self._codes: list[torch.Tensor] = []
+        self._loss = 0.0
+
+    def run(self, weight: torch.Tensor, block_size: int) -> _Passed:
+        """Quantize a matrix ``[out, in]``. Raises NumericsError."""
+        if self._known is None:
+            shape = (weight.shape[1] // self._size, len(weight))
+            self._grids = (torch.empty(shape), torch.empty(shape))
+        else:
+            self._grids = (self._known.scales.t().contiguous(), self._known.zeros.t().contiguous())
+        seen = _block_by_block(weight, self._factor, block_size, self._solve)
+        scales, zeros = (grid.t().contiguous() for grid in self._grids)
+        codes = self._in_original_order(torch.cat(self._codes)).t().contiguous()
+        return _Passed(AffineCodes(codes, scales, zeros), self._loss, self._in_original_order(seen).t())
+
+    def _solve(self, first: int, block: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        own = slice(first, first + len(block))
+        found = solvers.compensate(
+            block, inside.contiguous(), self._groups[own], self._grids, self._ranges, self._importance[own], self._size
+        )
+        if not found.finite:
+            raise scale_overflow()
+        self._codes.append(found.codes)
+        self._loss += found.loss
+        return found.errors
+
+    def _in_original_order(self, columns: torch.Tensor) -> torch.Tensor:
+        result = torch.empty_like(columns)
+        result[self._factor.order] = columns
+        return result
 
 
 class _Columns:

@@ -1,4 +1,8 @@
-"""Round to nearest on an affine grid, with an optional search for the range that rounds best."""
+"""Round to nearest on an affine grid, with an optional search for the range that rounds best.
+
+On a CPU with a compiler the search is one compiled pass (:mod:`ulbq.kernels.solvers`); what follows here in torch takes
+some 60 times as long, serves GPUs, and says what the compiled pass has to find.
+"""
 
 from typing import NamedTuple
 
@@ -6,6 +10,7 @@ import torch
 
 from ulbq.errors import NumericsError
 from ulbq.formats.affine import AffineScheme
+from ulbq.kernels import solvers
 from ulbq.quantizers.base import SCALE_FLOOR
 
 _NARROWEST = 0.1
@@ -38,7 +43,7 @@ def round_to_nearest(
 
     The range of each group starts as its minimum and maximum (zero included, so that 0 stays exact). The search
     shrinks both ends together step by step to a tenth, then each end by itself, and keeps what gives the least squared
-    error. The symmetric grid is tried in both orientations.
+    error, the first of equals. The symmetric grid is tried in both orientations.
 
     Args:
         weight: ``[out, in]`` float32.
@@ -51,28 +56,50 @@ def round_to_nearest(
         NumericsError: a group's scale or error overflows.
     """
     group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
+    factors = range_factors(search, candidates)
+    if solvers.take(weight, importance):
+        ranges = solvers.Ranges(scheme, SCALE_FLOOR, factors)
+        *found, finite = solvers.round_to_nearest(weight, group_size, ranges, importance)
+        if not finite:
+            raise scale_overflow()
+        return AffineCodes(*found)
     grouped = weight.unflatten(1, (-1, group_size))
     cost = None if importance is None else importance.unflatten(0, (-1, group_size)).expand_as(grouped)
+    return _round_with_torch(grouped, cost, scheme, factors.tolist())
+
+
+def range_factors(search: bool, candidates: int = 32) -> torch.Tensor:
+    """``[n]`` float32 shares of a group's range that are tried; all of it alone without a search."""
+    return torch.linspace(1.0, _NARROWEST, candidates) if search else torch.ones(1)
+
+
+def scale_overflow() -> NumericsError:
+    """What is raised where no grid gives a group an error that is a number."""
+    return NumericsError(
+        "A group of weights needs a scale that float16 cannot hold.",
+        hint="The model's weights are far larger than any trained model's: is the checkpoint damaged?",
+    )
+
+
+def _round_with_torch(
+    grouped: torch.Tensor, cost: torch.Tensor | None, scheme: AffineScheme, factors: list[float]
+) -> AffineCodes:
+    """The same for ``[out, G, g]`` weights and the costs of their errors, on any device."""
     low = grouped.amin(-1).clamp_max(0)
     high = grouped.amax(-1).clamp_min(0)
-    factors = torch.linspace(1.0, _NARROWEST, candidates).tolist() if search else [1.0]
     chosen = _Choice(grouped, cost, scheme, low, high)
     for factor in factors:
         chosen.offer(low * factor, high * factor)
-    if search and not scheme.symmetric:
+    if len(factors) > 1 and not scheme.symmetric:
         # One end after the other: skewed groups want another share cut from each.
         for factor in factors[::2]:
             chosen.offer(chosen.low, high * factor)
         for factor in factors[::2]:
             chosen.offer(low * factor, chosen.high)
-    scales, zeros, best = chosen.scales, chosen.zeros, chosen.error
-    if not torch.isfinite(best).all():
-        raise NumericsError(
-            "A group of weights needs a scale that float16 cannot hold.",
-            hint="The model's weights are far larger than any trained model's: is the checkpoint damaged?",
-        )
-    codes = _codes(grouped, scales, zeros, scheme.bits)
-    return AffineCodes(codes.flatten(1).to(torch.uint8), scales, zeros)
+    if not torch.isfinite(chosen.error).all():
+        raise scale_overflow()
+    codes = _codes(grouped, chosen.scales, chosen.zeros, scheme.bits)
+    return AffineCodes(codes.flatten(1).to(torch.uint8), chosen.scales, chosen.zeros)
 
 
 class _Choice:
