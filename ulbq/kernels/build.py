@@ -41,6 +41,10 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_to_tiles": (_AT, _INT, _LONG, _LONG, _AT, _LONG, _INT),
     "ulbq_columns": (_AT, _LONG, _LONG, _AT, _AT, _AT, _AT, _AT, _AT, _AT, _INT, _LONG, _AT, _INT),
     "ulbq_from_tiles": (_AT, _INT, _LONG, _LONG, _AT, _LONG, _INT),
+    "ulbq_fake_dual_binary": (_AT, _AT, _AT, _LONG, _LONG, _AT, _INT, _INT),
+    "ulbq_fake_dual_binary_back": (_AT, _AT, _AT, _LONG, _LONG, _AT, _INT, _AT, _AT, _INT),
+    "ulbq_fake_affine": (_AT, _AT, _AT, _AT, _FLOAT, _LONG, _LONG, _AT, _INT, _INT),
+    "ulbq_fake_affine_back": (_AT, _AT, _AT, _AT, _FLOAT, _LONG, _LONG, _AT, _INT, _AT, _AT, _AT, _INT),
 }
 _SIGNATURES_OF_PAIRS: dict[str, tuple[type, ...]] = {
     "ulbq_dots": (*_MATRIX, _AT, _LONG, _AT, _INT),

@@ -22,6 +22,7 @@ from torch import nn
 
 from ulbq.formats import AnyScheme, affine
 from ulbq.formats.affine import AffineScheme
+from ulbq.kernels import fake_quantize
 from ulbq.quantizers.base import CELL_MARGIN, SCALE_FLOOR, Quantizer
 
 _LEAST_SPAN = 1e-3
@@ -50,6 +51,8 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(latent, scales, zeros, step)
         ctx.top = top
+        if fake_quantize.takes(latent, dtype):
+            return fake_quantize.affine(latent, scales, zeros, step, top, dtype)
         zero = zeros.unsqueeze(-1)
         levels = _rounded(latent, scales, zeros).clamp_(0, top).sub_(zero)
         return levels.mul_(scales.unsqueeze(-1) * step).flatten(1).to(dtype)
@@ -59,6 +62,12 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, *gradients: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, None, None, None]:
         latent, scales, zeros, step = ctx.saved_tensors
+        wanted, zeros_wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        if fake_quantize.takes(latent, gradients[0].dtype):
+            found = fake_quantize.affine_back(
+                latent, scales, zeros, step, ctx.top, gradients[0], to_latents=wanted, to_zeros=zeros_wanted
+            )
+            return *found, None, None, None
         codes = _rounded(latent, scales, zeros)
         levels = codes.clamp(0, ctx.top)
         outside = codes.sub_(levels).abs_().clamp_max_(1)
@@ -68,8 +77,8 @@ class _FakeQuantize(torch.autograd.Function):
         to_latent = gradient.sub_(outside.mul_(gradient))
         # Inside, q − u is q − z less w / s, and outside nothing is left of the gradient to the latent.
         to_scales -= torch.mul(to_latent, latent, out=levels).sum(-1) / scales
-        to_zeros = -outside.sum(-1) * scales if ctx.needs_input_grad[2] else None
-        return to_latent if ctx.needs_input_grad[0] else None, to_scales, to_zeros, None, None, None
+        to_zeros = -outside.sum(-1) * scales if zeros_wanted else None
+        return to_latent if wanted else None, to_scales, to_zeros, None, None, None
 
 
 def _rounded(latent: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:

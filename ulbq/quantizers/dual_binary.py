@@ -16,7 +16,7 @@ from torch import nn
 
 from ulbq.formats import AnyScheme, dual_binary
 from ulbq.formats.dual_binary import DualBinaryScheme
-from ulbq.kernels import solvers
+from ulbq.kernels import fake_quantize, solvers
 from ulbq.quantizers.base import CELL_MARGIN, SCALE_FLOOR, Quantizer
 
 
@@ -118,18 +118,28 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, latent: torch.Tensor, scales: torch.Tensor, step: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
+        ctx.save_for_backward(latent, scales, step)
+        if fake_quantize.takes(latent, dtype):
+            return fake_quantize.dual_binary(latent, scales, step, dtype)
         upper, lower = _planes(latent, scales)
         first, second = scales.unsqueeze(-1)
-        inside = (latent > 1.5 * second) & (latent < first - second / 2)
-        ctx.save_for_backward(upper, lower, inside, step)
         return torch.addcmul(upper * (first * step), lower, second * step).flatten(1).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None, None]:
-        upper, lower, inside, step = ctx.saved_tensors
+        latent, scales, step = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0]
+        if fake_quantize.takes(latent, gradients[0].dtype):
+            found = fake_quantize.dual_binary_back(latent, scales, step, gradients[0], to_latents=wanted)
+            return *found, None, None
+        upper, lower = _planes(latent, scales)
         gradient = gradients[0].float().view(upper.shape) * step
-        scales = torch.stack([(gradient * upper).sum(-1), (gradient * lower).sum(-1)])
-        return gradient * inside if ctx.needs_input_grad[0] else None, scales, None, None
+        to_scales = torch.stack([(gradient * upper).sum(-1), (gradient * lower).sum(-1)])
+        if not wanted:
+            return None, to_scales, None, None
+        first, second = scales.unsqueeze(-1)
+        inside = (latent > 1.5 * second) & (latent < first - second / 2)
+        return gradient * inside, to_scales, None, None
 
 
 class DualBinaryQuantizer(Quantizer):

@@ -1,0 +1,114 @@
+"""Fake quantization on the CPU, compiled: latents to weights and gradients back, one pass each.
+
+``cpu/fake_quantize.cpp`` has the loops. Weights and the gradients of latents equal those of torch's operations to the
+bit, so that what training saw is what is packed; gradients of scales and zero points are sums in another order.
+"""
+
+import torch
+
+from ulbq.kernels import build
+from ulbq.kernels.tiles import FLOATS
+
+
+def takes(latents: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the compiled code serves such latents and such weights or gradients."""
+    kinds = latents.device.type == "cpu" and latents.dtype == torch.float32 and dtype in FLOATS
+    return kinds and not build.failure()
+
+
+def dual_binary(latents: torch.Tensor, scales: torch.Tensor, step: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight ``[out, in]`` of dual-binary latents.
+
+    Args:
+        latents: ``[out, G, g]`` float32, in grid steps.
+        scales: ``[2, out, G]`` float32, in grid steps.
+        step: ``[out, G, 1]`` float32.
+        dtype: of the weight.
+    """
+    weight = torch.empty(latents.shape, dtype=dtype)
+    given = [tensor.contiguous() for tensor in (latents, scales, step)]
+    build.library().ulbq_fake_dual_binary(*_places(given), *_size(latents), *_typed(weight), torch.get_num_threads())
+    return weight.flatten(1)
+
+
+def dual_binary_back(
+    latents: torch.Tensor, scales: torch.Tensor, step: torch.Tensor, gradient: torch.Tensor, *, to_latents: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Gradients of latents (None where not wanted) and of scales, float32.
+
+    Args:
+        latents, scales, step: as :func:`dual_binary` takes them.
+        gradient: of the weight, ``[out, in]`` in its dtype.
+    """
+    found = torch.empty(latents.shape) if to_latents else None
+    to_scales = torch.empty(scales.shape)
+    given = [tensor.contiguous() for tensor in (latents, scales, step)]
+    incoming = gradient.contiguous()
+    build.library().ulbq_fake_dual_binary_back(
+        *_places(given), *_size(latents), *_typed(incoming), *_places([found, to_scales]), torch.get_num_threads()
+    )
+    return found, to_scales
+
+
+def affine(
+    latents: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, step: torch.Tensor, top: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight ``[out, in]`` of affine latents.
+
+    Args:
+        latents: ``[out, G, g]`` float32, in units.
+        scales: ``[out, G]`` float32, in units.
+        zeros: ``[out, G]`` float32, in codes.
+        step: the unit, ``[out, G, 1]`` float32.
+        top: the largest code.
+        dtype: of the weight.
+    """
+    weight = torch.empty(latents.shape, dtype=dtype)
+    given = [tensor.contiguous() for tensor in (latents, scales, zeros, step)]
+    build.library().ulbq_fake_affine(*_places(given), top, *_size(latents), *_typed(weight), torch.get_num_threads())
+    return weight.flatten(1)
+
+
+def affine_back(
+    latents: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    step: torch.Tensor,
+    top: int,
+    gradient: torch.Tensor,
+    *,
+    to_latents: bool,
+    to_zeros: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """Gradients of latents, of scales and of zero points, float32; None for what is not wanted.
+
+    Args:
+        latents, scales, zeros, step, top: as :func:`affine` takes them.
+        gradient: of the weight, ``[out, in]`` in its dtype.
+    """
+    found = torch.empty(latents.shape) if to_latents else None
+    of_scales, of_zeros = torch.empty(scales.shape), torch.empty(scales.shape) if to_zeros else None
+    given = [tensor.contiguous() for tensor in (latents, scales, zeros, step)]
+    incoming = gradient.contiguous()
+    build.library().ulbq_fake_affine_back(
+        *_places(given),
+        top,
+        *_size(latents),
+        *_typed(incoming),
+        *_places([found, of_scales, of_zeros]),
+        torch.get_num_threads(),
+    )
+    return found, of_scales, of_zeros
+
+
+def _places(tensors: list[torch.Tensor | None] | list[torch.Tensor]) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _size(latents: torch.Tensor) -> tuple[int, int]:
+    """Groups, and latents in each."""
+    return latents.shape[0] * latents.shape[1], latents.shape[2]
+
+
+def _typed(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), FLOATS[tensor.dtype]
