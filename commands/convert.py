@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import console
-from .options import Debug, Force, Json, Offline, Out, Quiet, Source, read_source
+from .options import Debug, Force, Json, Offline, Out, Quiet, Source, check_out, read_source
 
 
 def convert(
@@ -46,6 +46,7 @@ def convert(
 ) -> None:
     """Write a model in a layout that other tools load."""
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
+    check_out(out, force=force)
     source = read_source(source, "newest", progress)
 
     from ulbq.pipeline.convert import ConvertRequest, convert

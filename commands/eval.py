@@ -8,7 +8,7 @@ from ulbq.errors import UsageError
 from ulbq.progress import Progress
 
 from . import console
-from .options import DataDir, Debug, Device, Force, Json, Offline, Out, Quiet, Seed, read_source
+from .options import DataDir, Debug, Device, Force, Json, Offline, Out, Quiet, Seed, check_out, read_source
 
 _MEASURES = "What to measure"
 _PROTOCOL = "How"
@@ -183,6 +183,7 @@ def eval(  # the command's name; nothing here evaluates expressions
     perplexity on WikiText-2 where that can be had. Writes results.json and report.html.
     """
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
+    check_out(out, force=force)
     chosen = _read_sources(sources or [], compare, progress)
 
     from ulbq.pipeline.evaluate import EvaluateRequest, evaluate

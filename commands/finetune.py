@@ -23,6 +23,7 @@ from .options import (
     Quiet,
     Seed,
     Source,
+    check_out,
     read_size,
     read_source,
 )
@@ -119,6 +120,7 @@ def finetune(
     given = {name: value for name, value in locals().items() if name not in _NOT_OF_A_REQUEST}
     _refuse(task, given, _OF_TASKS if task == _END_TO_END else _OF_END_TO_END)
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
+    check_out(out, force=force)
     chosen = str(read_source(source, "newest", progress))
     if task == _END_TO_END:
         result = _end_to_end(chosen, given, progress, dry_run=dry_run, json=json, quiet=quiet)

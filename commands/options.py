@@ -147,6 +147,14 @@ def read_source(
     return str(found)
 
 
+def check_out(out: Path | None, *, force: bool) -> None:
+    """Refuse an output that is taken, before the libraries are loaded or a pipe is waited for. Raises InputError."""
+    if out is not None:
+        from ulbq.artifacts.store import check_output
+
+        check_output(out, force=force)
+
+
 def _input_is_piped() -> bool:
     """Whether standard input is a pipe or a file; a terminal, ``/dev/null`` or a closed one is not."""
     try:

@@ -19,6 +19,7 @@ from .options import (
     Quiet,
     Seed,
     Source,
+    check_out,
     read_size,
     read_source,
 )
@@ -131,6 +132,7 @@ def quantize(
         "activation_memory": read_size(activation_memory) if activation_memory else None,
     }
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
+    check_out(out, force=force)
     given["source"] = read_source(source, "model", progress)
 
     from ulbq.pipeline.quantize import plan, quantize

@@ -19,6 +19,7 @@ from .options import (
     Quiet,
     Seed,
     Source,
+    check_out,
     read_size,
     read_source,
 )
@@ -88,6 +89,7 @@ def saliency(
         if name not in {"source", "activation_memory", "dry_run", "json", "quiet", "debug"}
     }
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
+    check_out(out, force=force)
     source = read_source(source, "model", progress)
 
     from ulbq.pipeline.saliency import SaliencyRequest, plan, saliency

@@ -32,7 +32,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def default_source() -> "ModelSource":
-    """The real default model, opened once (its GGUF vocabulary takes seconds to parse). For tests marked ``real``."""
+    """The real default model, opened once. For tests marked ``real``."""
     from ulbq.models.source import DEFAULT_PACKAGE, default_model
 
     if importlib.util.find_spec(DEFAULT_PACKAGE) is None:

@@ -28,7 +28,11 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
     return captured.err
 
 
-def test_what_is_typed_reaches_the_request(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_typed_reaches_the_request(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
     words = ["finetune", str(artifact), "--task", "end-to-end", "--loss", "ce-kl", "--data", "a.jsonl", "--epochs", "3"]
     words += ["--template", "alpaca", "--samples", "5", "--sequence-length", "32", "--train", "scales-zeros"]
     words += ["--rate", "0.2", "--zero-rate", "0.5", "--accumulation", "4", "--clip", "2", "--no-checkpointing"]

@@ -23,6 +23,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("dense") / "m")
 
 
+@pytest.fixture(autouse=True)
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file to calibrate on, which plans look for and do not read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").touch()
+
+
 def parameters() -> dict[str, Any]:
     group: Any = typer.main.get_command(app)
     return {parameter.name: parameter for parameter in group.commands["quantize"].params}
@@ -46,6 +53,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_brackets_in_a_name_are_no_markup(tmp_path, capsys):
     source = save_tiny("llama", tmp_path / "m[")
+    (tmp_path / "a[").mkdir()
+    (tmp_path / "a[" / "red].txt").touch()
     words = ["quantize", str(source), "--group-size", "32", "--calibration", "a[/red].txt", "--device", "cpu"]
     assert main([*words, "--offline", "--dry-run"]) == 0
     captured = capsys.readouterr()

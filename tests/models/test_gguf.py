@@ -1,16 +1,23 @@
+import shutil
+import time
 from pathlib import Path
+from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from tests.models.tiny import tiny_config, tiny_model
+from tests.models.tiny import FAMILIES, tiny_config, tiny_model
 from tests.models.tiny_gguf import write_tiny_gguf
 from ulbq.errors import InputError
 from ulbq.models.blocks import load_block, skeleton
-from ulbq.models.gguf import model_name
+from ulbq.models.gguf import _Outline, model_name, open_gguf
 from ulbq.models.load import load_model
-from ulbq.models.source import ModelSource, resolve
+from ulbq.models.skeleton import empty_model
+from ulbq.models.source import ModelSource, default_model, resolve
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +58,66 @@ def test_block_loads_in_the_asked_dtype(tiny_gguf: Path) -> None:
     source = resolve(tiny_gguf)
     block = load_block(skeleton(source), source, 1, torch.bfloat16)
     assert {parameter.dtype for parameter in block.parameters()} == {torch.bfloat16}
+
+
+def same_as_transformers(source: ModelSource, folder: Path) -> None:
+    """Compare configuration and tokenizer with those that transformers makes of the file by itself."""
+    config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
+    assert source.config.to_dict() == config.to_dict()
+    assert source.config.name_or_path == config.name_or_path
+    shutil.copyfile(source.path, folder / source.path.name)
+    theirs = AutoTokenizer.from_pretrained(folder, gguf_file=source.path.name)
+    ours = source.tokenizer()
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.chat_template == theirs.chat_template
+
+
+def test_configuration_and_tokenizer_are_those_of_transformers(tiny_gguf: Path, tmp_path: Path) -> None:
+    same_as_transformers(resolve(tiny_gguf), tmp_path)
+
+
+def test_a_vocabulary_whose_size_stands_nowhere_is_counted(tmp_path: Path) -> None:
+    model = tiny_model(tiny_config("llama", tied=False, vocab=200))
+    path = write_tiny_gguf(model, tmp_path / "m.gguf", says_vocabulary=False)
+    assert "llama.vocab_size" not in open_gguf(path).values
+    source = resolve(path)
+    assert source.config.vocab_size == 200
+    assert source.read("lm_head.weight").shape[0] == 200
+    other = tmp_path / "other"
+    other.mkdir()
+    same_as_transformers(source, other)
+
+
+def test_the_header_is_that_of_ggufs_own_reader(tiny_gguf: Path) -> None:
+    header, reader = open_gguf(tiny_gguf), gguf.GGUFReader(tiny_gguf)
+    assert list(header.tensors) == [tensor.name for tensor in reader.tensors]
+    for tensor in reader.tensors:
+        ours = header.tensors[tensor.name]
+        assert (ours.kind, ours.offset) == (tensor.tensor_type, tensor.data_offset)
+        np.testing.assert_array_equal(
+            gguf.dequantize(header.data(tensor.name), ours.kind), gguf.dequantize(tensor.data, tensor.tensor_type)
+        )
+    values: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+    for name, value in header.values.items():
+        assert value == pytest.approx(values[name]) if isinstance(value, float) else value == values[name]
+    tokens = {name for name in values if name.startswith("tokenizer.") and isinstance(values[name], list)}
+    assert header.lengths == {name: len(values[name]) for name in tokens}
+    assert header.values.keys() | tokens | {"GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"} == values.keys()
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt_neox"])
+def test_names_come_without_the_insides_of_blocks(family: str) -> None:
+    model = empty_model(tiny_config(family))
+    kind = TENSOR_PROCESSORS.get(model.config.model_type.removesuffix("_text"), TensorProcessor)
+    processor = kind(config=model.config.to_dict())
+    try:
+        whole = get_gguf_hf_weights_map(model, processor)
+    except NotImplementedError:
+        pytest.skip(f"gguf does not know {family}")
+    assert len(whole) >= len(model.state_dict()) - 1  # a tied head has no tensor of its own
+    assert get_gguf_hf_weights_map(_Outline(model), processor) == whole
 
 
 @pytest.mark.parametrize("keep", [3, 100, 5000, -1000])
@@ -112,3 +179,18 @@ def test_the_default_model(default_source: ModelSource, tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     default_source.save_tokenizer_files(tmp_path)
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.real
+def test_the_default_model_opens_as_transformers_opens_it(default_source: ModelSource, tmp_path: Path) -> None:
+    same_as_transformers(default_source, tmp_path)
+
+
+@pytest.mark.real
+def test_the_default_model_opens_in_no_time(default_source: ModelSource) -> None:
+    # Of the processor, as others may use it too. Reading the vocabulary token by token takes fifteen seconds.
+    started = time.process_time()
+    source = default_model(offline=True)
+    assert time.process_time() - started < 2
+    source.tokenizer()
+    assert time.process_time() - started < 4

@@ -19,7 +19,9 @@ _NAMES = {
 }
 
 
-def write_tiny_gguf(model: PreTrainedModel, path: Path, *, architecture: str = "llama", parts: int = 1) -> Path:
+def write_tiny_gguf(
+    model: PreTrainedModel, path: Path, *, architecture: str = "llama", parts: int = 1, says_vocabulary: bool = True
+) -> Path:
     """Write a tiny Llama with an untied head; linear weights as Q8_0, everything else as float32."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -32,10 +34,11 @@ def write_tiny_gguf(model: PreTrainedModel, path: Path, *, architecture: str = "
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
+    if says_vocabulary:
+        writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
-    writer.add_token_merges([])
+    writer.add_token_list([*(f"<{i}>" for i in range(config.vocab_size - 3)), "a", "b", "ab"])
+    writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     if parts > 1:

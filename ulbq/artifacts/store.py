@@ -66,6 +66,27 @@ def free_output(root: Path, stem: str, fingerprint: str) -> Path:
     return distributed.on_main(lambda: next(free))
 
 
+def check_output(out: Path, target: Path | None = None, *, force: bool) -> None:
+    """Refuse a place that is taken: what may be known before hours of work should be.
+
+    Args:
+        out: as it was given.
+        target: the same, absolute; None to look at ``out`` itself.
+        force: whether an artifact there may be replaced.
+
+    Raises:
+        InputError: a file, a folder that is no artifact, or an artifact that must stay.
+    """
+    target = target or out
+    if not _occupied(target):
+        return
+    if not is_replaceable(target):
+        what = "is a folder that is not an artifact" if target.is_dir() else "is a file"
+        raise InputError(f"'{out}' exists and {what}.", hint="Give another -o.")
+    if not force:
+        raise InputError(f"'{out}' exists.", hint="Give another -o, or replace it with --force.")
+
+
 class ArtifactWriter:
     """Writes one artifact; a context manager.
 
@@ -196,14 +217,8 @@ class ArtifactWriter:
 
     def _check_out(self) -> None:
         """Raise unless ``out`` is free, or may be replaced."""
-        if not _occupied(self._target):
-            return
-        if not is_replaceable(self._target):
-            what = "is a folder that is not an artifact" if self._target.is_dir() else "is a file"
-            raise InputError(f"'{self.out}' exists and {what}.", hint="Give another -o.")
-        if not self._force:
-            raise InputError(f"'{self.out}' exists.", hint="Give another -o, or replace it with --force.")
-        if any(path.is_relative_to(self._target) for path in self._spare):
+        check_output(self.out, self._target, force=self._force)
+        if _occupied(self._target) and any(path.is_relative_to(self._target) for path in self._spare):
             raise InputError(
                 f"'{self.out}' is what this run works on, and not even --force replaces that.", hint="Give another -o."
             )

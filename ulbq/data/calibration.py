@@ -24,7 +24,7 @@ import torch
 from ulbq import distributed
 from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.data import registry
-from ulbq.data.files import TEXT_SUFFIXES, read_text_file, suffix_of
+from ulbq.data.files import TEXT_SUFFIXES, read_text_file, require_file, suffix_of
 from ulbq.data.windows import draw_windows, leading_tokens, token_stream
 from ulbq.errors import InputError, UsageError
 
@@ -127,6 +127,25 @@ def calibration_samples(
     return Calibration(path.name, torch.cat(drawn)[order], seed)
 
 
+def check_calibration(spec: str, *, data_dir: Path | None = None, offline: bool = False) -> None:
+    """Refuse what :func:`calibration_samples` could not draw from, without reading it; ``self`` passes.
+
+    Raises:
+        UsageError: neither a set nor a file.
+        InputError: no such file or data folder.
+        ResourceError: the set cannot be had here, and the network is off.
+    """
+    if spec == "self":
+        return
+    for name in MIX if spec == "mix" else (spec,):
+        if name in registry.TEXT_SETS:
+            registry.check_at_hand(name, data_dir=data_dir, offline=offline)
+        elif suffix_of(Path(name)) in (*TEXT_SUFFIXES, ".safetensors"):
+            require_file(Path(name))
+        else:
+            raise _neither(name)
+
+
 def _shares(spec: str, samples: int) -> dict[str, int]:
     """Samples to draw from each source; the first ones take what does not divide."""
     names = MIX if spec == "mix" else (spec,)
@@ -144,7 +163,11 @@ def _source(name: str, needed: int, data_dir: Path | None, offline: bool) -> tup
     path = Path(name)
     if suffix_of(path) in TEXT_SUFFIXES:
         return read_text_file(path), max(_MOST_READ, ahead)
-    raise UsageError(
+    raise _neither(name)
+
+
+def _neither(name: str) -> UsageError:
+    return UsageError(
         f"'{name}' is neither a calibration set nor a data file.",
         hint=f"Sets: {', '.join([*registry.TEXT_SETS, 'mix', 'self'])}. Files: .txt, .jsonl, .parquet, .safetensors.",
     )

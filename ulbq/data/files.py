@@ -40,7 +40,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def numbered_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Rows as :func:`read_rows` gives them, each with its line in the file; of Parquet, with its number. From 1 on."""
-    _require_file(path)
+    require_file(path)
     suffix = suffix_of(path)
     if suffix == ".parquet":
         return enumerate(_parquet_rows(path), start=1)
@@ -60,7 +60,7 @@ def read_text_file(path: Path) -> Iterator[str]:
         InputError: as :func:`read_rows`; or a row holds no text, named by its number.
         ResourceError: as :func:`read_rows`.
     """
-    _require_file(path)
+    require_file(path)
     if suffix_of(path) == ".txt":
         return _paragraphs(path)
     if suffix_of(path) in ROW_SUFFIXES:
@@ -159,7 +159,8 @@ def _paragraphs(path: Path) -> Iterator[str]:
     yield rest
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> None:
+    """Refuse what is no file. Raises InputError."""
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a file.", hint="Name a file in it.")
     if not path.is_file():

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ulbq.data import registry
-from ulbq.data.calibration import Calibration, calibration_samples
+from ulbq.data.calibration import Calibration, calibration_samples, check_calibration
 from ulbq.data.files import (
     ANSWER,
     CHAT,
@@ -31,8 +31,10 @@ from ulbq.data.files import (
     Row,
     first,
     numbered_rows,
+    require_file,
     suffix_of,
 )
+from ulbq.data.hub import HubSplit
 from ulbq.data.mirror import data_root, mirror_file
 from ulbq.data.prompts import Template, Turn, choose_template, lay_out
 from ulbq.errors import InputError, UsageError
@@ -120,6 +122,23 @@ def training_text(
     drawn = _draw(spec, (examples[index] for index in order), tokenizer, template, samples, length, progress)
     tokens, taught = _padded(drawn, length, filler(tokenizer))
     return Calibration(Path(spec).name, tokens, seed, taught)
+
+
+def check_training_text(spec: str, *, data_dir: Path | None, offline: bool) -> None:
+    """Refuse what :func:`training_text` could not draw from, without reading it; ``self`` passes.
+
+    Raises:
+        UsageError: no such set or file.
+        InputError: no such file or data folder, or one without a train split.
+        ResourceError: the set cannot be had here, and the network is off.
+    """
+    file = None if spec == "self" else _file(spec, data_dir)
+    if file is not None:
+        require_file(file)
+    elif "/" in spec:
+        registry.check_dataset_at_hand(HubSplit(spec, _CONFIGS.get(spec), "train"), data_dir, offline)
+    else:
+        check_calibration(spec, data_dir=data_dir, offline=offline)
 
 
 def read_examples(spec: str, *, data_dir: Path | None, offline: bool, progress: Progress) -> list[Example] | None:

@@ -140,6 +140,26 @@ def resolve_dataset(
     return _resolve(HubSplit(dataset_id, config, split), data_dir, offline)
 
 
+def check_at_hand(wanted: str, role: Role = "train", *, data_dir: Path | None = None, offline: bool = False) -> None:
+    """Refuse a named set that cannot be had without the network where that is off; else the network is not asked.
+
+    Raises:
+        UsageError: no such set, or it has no text for that role.
+        InputError: a data folder was named and is not there.
+        ResourceError: the set is neither in the mirror nor in the caches.
+    """
+    check_dataset_at_hand(_hub_split(wanted, role), data_dir, offline)
+
+
+def check_dataset_at_hand(wanted: HubSplit, data_dir: Path | None, offline: bool) -> None:
+    """The same of any data set. Raises InputError, ResourceError."""
+    root = data_root(data_dir)
+    if mirror_file(root, wanted.id, wanted.config, wanted.split) is not None:
+        return
+    if (offline or hub.offline_by_environment()) and hub.cached_rows(wanted) is None:
+        raise _nowhere(wanted, root, "the network is off")
+
+
 def _hub_split(name: str, role: Role) -> HubSplit:
     chosen = text_set(name)
     if role not in chosen.splits:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from gguf import GGUFReader
 
 from ulbq.artifacts.manifest import EvaluationManifest, QuantizedManifest, read_manifest
 from ulbq.errors import InputError
 from ulbq.export.engines import RULES, Engine, loaders
 from ulbq.export.fit import Candidate, Target, describe, unfit
+from ulbq.models.gguf import open_gguf
 from ulbq.models.source import FULL_PRECISION, ModelSource
 
 NAME = "README.md"
@@ -72,11 +72,10 @@ def front_of(source: ModelSource) -> dict[str, Any]:
     """Licence, languages and base model, as far as a source says them: its card's head, or its GGUF file's fields."""
     found: dict[str, Any] = {}
     if source.path.is_file():
-        reader = GGUFReader(source.path)
+        values = open_gguf(source.path).values
         for key, field_name in (("license", "general.license"), ("language", "general.languages")):
-            stored = reader.get_field(field_name)
-            if stored is not None:
-                found[key] = stored.contents()
+            if field_name in values:
+                found[key] = values[field_name]
     else:
         head = _head(source.path / NAME)
         found = {key: head[key] for key in _KEPT if head.get(key)}

@@ -123,6 +123,12 @@ def structure(model: PreTrainedModel) -> ModelStructure:
     )
 
 
+def check_group(group_size: int) -> None:
+    """Refuse a group size that fits no model: neither -1 nor positive. Raises UsageError."""
+    if group_size < 1 and group_size != -1:
+        raise UsageError(f"The group size {group_size} makes no groups.", hint="Use a positive size, or -1 for rows.")
+
+
 def check_group_size(found: ModelStructure, group_size: int) -> None:
     """Refuse a group size that leaves a remainder in any layer.
 
@@ -134,10 +140,9 @@ def check_group_size(found: ModelStructure, group_size: int) -> None:
         UsageError: neither -1 nor positive.
         InputError: it does not divide a layer's input dimension; names the first such layer and the sizes that would.
     """
+    check_group(group_size)
     if group_size == -1:
         return
-    if group_size < 1:
-        raise UsageError(f"The group size {group_size} makes no groups.", hint="Use a positive size, or -1 for rows.")
     layers = [linear for block in found.linears for linear in block]
     bad = next((linear for linear in layers if linear.in_features % group_size), None)
     if bad is None:

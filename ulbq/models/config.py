@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from ulbq.errors import InputError
+from ulbq.models.gguf_header import GgufHeader
 
 # What transformers raises for a configuration that it cannot use, depending on where it notices.
 _CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError)
@@ -72,15 +74,21 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def read_gguf_config(file: Path) -> PreTrainedConfig:
+def read_gguf_config(file: Path, header: GgufHeader) -> PreTrainedConfig:
     """The configuration that transformers derives from a GGUF file's metadata. Raises InputError where it cannot."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        with tempfile.TemporaryDirectory() as folder:
+            # With the vocabulary in it, transformers would read for seconds what it then leaves out.
+            Path(folder, file.name).write_bytes(header.without_vocabulary())
+            config: PreTrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=file.name)
     except (*_CONFIG_ERRORS, IndexError, struct.error) as error:
         raise InputError(
             f"transformers cannot derive a model configuration from '{file}': {_first(error)}",
             hint="Use the model's original folder or Hub id instead of the GGUF file.",
         ) from error
+    if header.uncounted is not None:
+        config.vocab_size = header.uncounted  # of some architectures transformers looks at the vocabulary alone
+    config.name_or_path = str(file.parent)
     check_causal(config, str(file))
     return config
 

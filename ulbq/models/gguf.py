@@ -6,30 +6,28 @@ tensor equals the one in transformers' own load of the whole file.
 """
 
 import re
+import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import dequantize
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-    read_field,
-)
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from ulbq.errors import InputError
+from ulbq.models.gguf_header import MAGIC, GgufHeader, read_header
 
-_MAGIC = b"GGUF"
 _QUANTIZATION_SUFFIX = re.compile(r"[.-](?:I?Q\d\w*|TQ\d\w*|MXFP4|BF16|F(?:P)?(?:16|32))$", re.IGNORECASE)
 
 
 def is_gguf(path: Path) -> bool:
     """Whether the file starts as a GGUF file does."""
     with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def model_name(path: Path) -> str:
@@ -37,25 +35,29 @@ def model_name(path: Path) -> str:
     return _QUANTIZATION_SUFFIX.sub("", path.stem)
 
 
-def open_gguf(path: Path) -> GGUFReader:
+def open_gguf(path: Path) -> GgufHeader:
     """Map a file and read its header.
 
     Raises:
-        InputError: it is damaged, or one part of several.
+        InputError: it is damaged, one part of several, or of an architecture that transformers cannot map.
     """
     try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError) as error:
+        header = read_header(path)
+        architecture = header.architecture
+    except (ValueError, KeyError, OSError, struct.error) as error:
         raise InputError(
             f"'{path}' is a damaged GGUF file: {error}", hint="It may be a partial download; fetch it again."
         ) from error
-    parts = read_field(reader, "split.count")
-    if parts and parts[0] > 1:
+    parts = header.values.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
         raise InputError(
-            f"'{path}' is one of {parts[0]} parts of a split GGUF file.",
+            f"'{path}' is one of {parts} parts of a split GGUF file.",
             hint="Join them first: llama-gguf-split --merge FIRST_PART OUT.",
         )
-    return reader
+    if is_gguf_arch_supported(architecture):
+        # transformers keeps these on another path, with other tables, and packed.
+        raise _unsupported(path, architecture)
+    return header
 
 
 class GgufTensors:
@@ -63,28 +65,24 @@ class GgufTensors:
 
     Args:
         path: the file, for messages.
-        reader: the file, opened.
+        header: of the file.
         model: the model that the file's configuration describes; only its names count.
 
     Raises:
         InputError: the architecture is one whose tensors transformers cannot map.
     """
 
-    def __init__(self, path: Path, reader: GGUFReader, model: PreTrainedModel) -> None:
-        architecture = read_field(reader, "general.architecture")[0]
-        if is_gguf_arch_supported(architecture):
-            # transformers keeps these on another path, with other tables, and packed.
-            raise _unsupported(path, architecture)
+    def __init__(self, path: Path, header: GgufHeader, model: PreTrainedModel) -> None:
+        architecture = header.architecture
         processor: type[TensorProcessor] = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self._processor = processor(config=model.config.to_dict())
         try:
-            self._parameters: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+            self._parameters: dict[str, str] = get_gguf_hf_weights_map(_Outline(model), self._processor)
         except NotImplementedError as error:
             raise _unsupported(path, architecture) from error
-        # The reader itself keeps an array for every token of the vocabulary; only the tensors outlive this function.
-        self._tensors = {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+        self._header = header
         self._sources: dict[str, list[str]] = {}
-        for stored in self._tensors:
+        for stored in header.tensors:
             name = self._parameters.get(stored) or self._parameters.get(stored.removesuffix(".weight"))
             if name is not None:
                 self._sources.setdefault(name, []).append(stored)
@@ -99,9 +97,8 @@ class GgufTensors:
         """The parameter ``name`` in float32. Raises KeyError where the file lacks it."""
         collected: dict[str, torch.Tensor] = {}
         for stored in self._sources[name]:
-            data, kind = self._tensors[stored]
             result = self._processor.process(
-                weights=dequantize(data, kind),
+                weights=dequantize(self._header.data(stored), self._header.tensors[stored].kind),
                 name=stored,
                 tensor_key_mapping=self._parameters,
                 parsed_parameters={"tensors": collected},
@@ -111,6 +108,25 @@ class GgufTensors:
                 # Tensors that need no arithmetic are still views of the read-only file.
                 collected[name] = torch.from_numpy(np.require(result.weights, requirements=["C", "W", "E"]))
         return collected[name]
+
+
+class _Outline:
+    """What transformers' name map asks of a model, without the insides of its blocks.
+
+    It asks each submodule in turn and builds the whole table of names for it. A block's name in a GGUF file has the
+    block's number, which no submodule of the list of blocks knows: they only take time.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.config = getattr(module, "config", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._module.state_dict()
+
+    def named_children(self) -> list[tuple[str, "_Outline"]]:
+        children = self._module.named_children()
+        return [(name, _Outline(child)) for name, child in children if not isinstance(child, nn.ModuleList)]
 
 
 def _unsupported(path: Path, architecture: str) -> InputError:

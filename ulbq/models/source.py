@@ -8,11 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    TOKENIZER_MAPPING,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TokenizersBackend,
+)
 
 from ulbq.artifacts.disk import sha256_file
 from ulbq.artifacts.manifest import (
@@ -145,7 +152,7 @@ class ModelSource:
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             if self.path.is_file():
-                return _tokenizer_within(self.path)
+                return _tokenizer_within(self.path, self.config)
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
         except ImportError as error:
             raise ResourceError(f"The tokenizer of '{self.given}' needs another package: {error}") from error
@@ -184,11 +191,17 @@ class ModelSource:
             shutil.copyfile(file, destination / file.name)
 
 
-def _tokenizer_within(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file, out of sight of files beside it, with which transformers would mix it."""
+def _tokenizer_within(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file, out of sight of files beside it, with which transformers would mix it.
+
+    Its class is the one that ``AutoTokenizer`` finds, which first derives the configuration anew, for seconds.
+    """
+    kind: Any = TOKENIZER_MAPPING.get(type(config), TokenizersBackend)
+    if kind is None or kind.__name__ == "MistralCommonBackend":
+        kind = TokenizersBackend  # the other one reads Mistral's own files alone
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, path.name).symlink_to(path.resolve())
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, gguf_file=path.name)
     return tokenizer
 
 
@@ -248,9 +261,9 @@ def _open_file(path: Path, given: str) -> ModelSource:
             f"'{given}' is a file, but not a GGUF one.",
             hint="Give the folder of a model in Hugging Face layout, a .gguf file, a Hub id or an artifact.",
         )
-    reader = open_gguf(path)
-    config = read_gguf_config(path)
-    tensors = GgufTensors(path, reader, empty_model(config))
+    header = open_gguf(path)
+    config = read_gguf_config(path, header)
+    tensors = GgufTensors(path, header, empty_model(config))
     return ModelSource(model_name(path), given, path, "gguf", config, tensors)
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ulbq import distributed, formats, runtime
 from ulbq.artifacts.disk import sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.data.instructions import check_training_text
 from ulbq.data.lessons import Lessons, draw_lessons
 from ulbq.errors import InputError, UsageError
 from ulbq.formats import AnyScheme, BinaryMosScheme
@@ -146,6 +147,8 @@ def prepare(given: str, task: Task, options: Mapping[str, Any], progress: Progre
     _check_trainable(source, adapter, linears)
     device = runtime.resolve_device(request.device)
     precision = Precision.choose(device, request.precision)
+    if request.data is not None and len(request.data) == 1:  # of several, some may be missing
+        check_training_text(request.data[0], data_dir=request.data_dir, offline=request.offline)
     _check_whole(source.path, manifest, adapter=trained is not None)
     lessons = draw_lessons(
         request.data or (),

@@ -170,6 +170,15 @@ class Start:
         return BlockStart(packed, adapters, schemes=schemes)
 
 
+def check_saliency(asked: str) -> None:
+    """Refuse what is neither a kind of scores nor a folder. Raises InputError."""
+    if asked not in KINDS and not Path(asked).expanduser().is_dir():
+        raise InputError(
+            f"There is no saliency artifact '{asked}'.",
+            hint=f"Give one's path, or a kind to compute first: {', '.join(KINDS)}.",
+        )
+
+
 def open_saliency(asked: str | None, model: ModelSource) -> Saliency | None:
     """The scores that a run asks for, where they are an artifact; None where there are none or they are computed first.
 
@@ -182,11 +191,7 @@ def open_saliency(asked: str | None, model: ModelSource) -> Saliency | None:
     """
     if asked is None or asked in KINDS:
         return None
-    if not Path(asked).expanduser().is_dir():
-        raise InputError(
-            f"There is no saliency artifact '{asked}'.",
-            hint=f"Give one's path, or a kind to compute first: {', '.join(KINDS)}.",
-        )
+    check_saliency(asked)
     if model.rotation is not None:
         raise InputError(
             f"The scores in '{asked}' are of weights that were not rotated, and this run rotates them.",

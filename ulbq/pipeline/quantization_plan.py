@@ -9,18 +9,20 @@ from transformers import PreTrainedModel
 from ulbq import distributed, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import RotationRecord
+from ulbq.data.calibration import check_calibration
+from ulbq.data.instructions import check_training_text
 from ulbq.errors import InputError, UsageError
 from ulbq.formats import CodebookScheme
 from ulbq.methods.base import Method, Needs
 from ulbq.methods.switches import typed
-from ulbq.models.blocks import Linear, ModelStructure, check_group_size, skeleton, structure
+from ulbq.models.blocks import Linear, ModelStructure, check_group, check_group_size, skeleton, structure
 from ulbq.models.names import check_complete
 from ulbq.models.rotation import rotated
 from ulbq.models.source import ModelSource
 from ulbq.models.stream import check_length
-from ulbq.pipeline.origins import Start, open_origins, open_saliency, rotation_seed
+from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_saliency, rotation_seed
 from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
-from ulbq.pipeline.request import QuantizeRequest, build_method, check_options, complete, text_samples
+from ulbq.pipeline.request import PresetName, QuantizeRequest, build_method, check_options, complete, text_samples
 from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress, Silent
 from ulbq.saliency import Saliency
@@ -105,7 +107,8 @@ def plan(request: QuantizeRequest, progress: Progress | None = None) -> Quantize
     Raises:
         UsageError: options that do not exist or do not go together.
         InputError: no such model, one that is quantized, incomplete or not to be rotated, a group size that does not
-            divide, or samples longer than the model takes.
+            divide, samples longer than the model takes, or no such file of samples.
+        ResourceError: no such device, or no such data here and the network is off.
     """
     return prepare(request, progress or Silent()).plan
 
@@ -115,6 +118,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     check_options(request)
     without_adapter = request.adapter is False  # typed, not the method's default
     device = runtime.resolve_device(request.device)
+    _check_without_model(request, "balanced" if device.type == "cuda" else "quick")
     origins = open_origins(request.source, offline=request.offline)
     turn = rotation_seed(request.rotate, request.seed, origins.start)
     source = origins.model if turn is None else rotated(origins.model, turn)
@@ -161,6 +165,19 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     if method.needs.survey:
         _check_score(method, saliency)
     return Job(request, source, model, found, method, precision, described, start, saliency)
+
+
+def _check_without_model(request: QuantizeRequest, preset: PresetName) -> None:
+    """Refuse what no model could make right, before one is opened. Raises UsageError, InputError, ResourceError."""
+    if request.group_size is not None:
+        check_group(request.group_size)
+    build_method(complete(request, preset))
+    if request.calibration is not None:
+        check_calibration(request.calibration, data_dir=request.data_dir, offline=request.offline)
+    if request.end_to_end_data is not None:
+        check_training_text(request.end_to_end_data, data_dir=request.data_dir, offline=request.offline)
+    if request.saliency is not None:
+        check_saliency(request.saliency)
 
 
 def _check_processes(request: QuantizeRequest, method: Method) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from ulbq import runtime
+from ulbq.data.calibration import check_calibration
 from ulbq.errors import InputError, UsageError
 from ulbq.models.blocks import ModelStructure, block_list, skeleton, structure
 from ulbq.models.names import check_complete
@@ -114,11 +115,14 @@ def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
     """Check a request and complete it.
 
     Raises:
-        UsageError: options that mean nothing to the kind.
-        InputError: no such model, one that is quantized or incomplete, or samples longer than the model takes.
-        ResourceError: no such device.
+        UsageError: options that mean nothing to the kind, or no such calibration set.
+        InputError: no such model, one that is quantized or incomplete, samples longer than the model takes, or no such
+            file of samples.
+        ResourceError: no such device, or no such data here and the network is off.
     """
     _check_options(request)
+    if request.calibration is not None:
+        check_calibration(request.calibration, data_dir=request.data_dir, offline=request.offline)
     device = runtime.resolve_device(request.device)
     source = resolve(request.source, offline=request.offline)
     if source.packed:
