@@ -226,8 +226,9 @@ class TestPacked:
             load_model(source, dtype=torch.float32)
 
     def test_unknown_format_is_refused(self, parent: ModelSource, tmp_path: Path) -> None:
-        record = LayerRecord(name="x", shape=(1, 1), scheme={"format": "trellis"}, bits={}, error=0.0)
-        source = resolve(write_quantized(parent, tmp_path / "q", _SCHEMES[0], layers=(record,)))
+        names = [linear.name for linears in structure(skeleton(parent)).linears for linear in linears]
+        records = [LayerRecord(name=n, shape=(1, 1), scheme={"format": "trellis"}, bits={}, error=0.0) for n in names]
+        source = resolve(write_quantized(parent, tmp_path / "q", _SCHEMES[0], layers=tuple(records)))
         with pytest.raises(InputError, match="does not know"):
             load_model(source, dtype=torch.float32)
 

@@ -18,6 +18,9 @@ from ulbq.errors import InputError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
+_CARRIED = re.compile(r"model-carried-\d{5}\.safetensors")
+_CARRIED_AT_ONCE = 1 << 30  # bytes a shard
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {
     "F64": torch.float64,
@@ -100,6 +103,10 @@ class LazyTensors:
         """All tensor names."""
         return frozenset(self._stored)
 
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._find(name).file
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
         return self._find(name).shape
@@ -114,6 +121,11 @@ class LazyTensors:
     def nbytes(self, name: str) -> int:
         """Stored size of a tensor in bytes."""
         return self.dtype(name).itemsize * torch.Size(self.shape(name)).numel()
+
+    @property
+    def total_bytes(self) -> int:
+        """Stored size of all tensors in bytes."""
+        return sum(map(self.nbytes, self._stored))
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU as it is stored, in memory of its own."""
@@ -167,6 +179,28 @@ def store_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise OSError(int(number[1]), str(error), str(path)) from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def is_carried(file: Path) -> bool:
+    """Whether a shard holds what its model has no place for, and only carries along."""
+    return _CARRIED.fullmatch(file.name) is not None
+
+
+def write_carried(folder: Path, stored: LazyTensors, names: Iterable[str]) -> dict[str, list[str]]:
+    """Copy tensors into shards of their own, as they are stored; returns their names by shard."""
+    parts: list[list[str]] = []
+    room = 0
+    for name in sorted(names):
+        size = stored.nbytes(name)
+        if not parts or size > room:
+            parts.append([])
+            room = _CARRIED_AT_ONCE
+        parts[-1].append(name)
+        room -= size
+    shards = {f"model-carried-{number:05d}.safetensors": part for number, part in enumerate(parts, 1)}
+    for file, part in shards.items():
+        write_shard(folder / file, {name: stored.read(name) for name in part})
+    return shards
 
 
 def write_index(folder: Path, shards: Mapping[str, Sequence[str]]) -> None:

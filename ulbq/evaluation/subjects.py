@@ -124,6 +124,8 @@ def open_candidates(
     named = resolve(parent, offline=offline) if parent is not None else None
     origins = [named or _recorded_parent(source, offline, progress or Silent()) for source in opened]
     everyone = {source.content_hash: source for source in [*opened, *origins] if source is not None}
+    for source in everyone.values():
+        source.tell(progress or Silent())
     times = Counter(source.name for source in everyone.values())
     names = {key: source.name if times[source.name] == 1 else source.given for key, source in everyone.items()}
     if not adapter:

@@ -86,6 +86,7 @@ def write_dense(
         }
         write_shard(folder / shard, tensors)
         on_shard(shard)
+    shards |= {shard: tuple(names) for shard, names in source.write_carried(folder).items()}
     write_index(folder, shards)
     write_beside(source, folder, {"dtype": str(dtype).removeprefix("torch.")}, adapter=not merge_adapter)
 

@@ -25,7 +25,7 @@ def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
     if source.stored is None:
         return {}
     buffers = {name for name, _ in skeleton(source).named_buffers()}
-    found = {name: source.stored.dtype(name) for name in sorted(source.stored.names - buffers)}
+    found = {name: source.stored.dtype(name) for name in sorted(source.stored.names - buffers - {*source.carried})}
     return {name: dtype for name, dtype in found.items() if dtype.is_floating_point and dtype.itemsize > 2}
 
 

@@ -103,6 +103,7 @@ def write_packed(
         shards[shard] = tuple(tensors)
         _read_back(source, folder / shard, layout, {n: layers[n] for n in layers if f"{n}.weight" in names}, shapes)
         on_shard(shard)
+    shards |= {shard: tuple(names) for shard, names in source.write_carried(folder).items()}
     write_index(folder, shards)
     tied = bool(source.config.tie_word_embeddings) and not untie
     changes = {

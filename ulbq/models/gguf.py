@@ -66,6 +66,9 @@ class GgufTensors:
         reader: the file, opened.
         model: the model that the file's configuration describes; only its names count.
 
+    Attributes:
+        unplaced: names in the file of the tensors that lead to no parameter.
+
     Raises:
         InputError: the architecture is one whose tensors transformers cannot map.
     """
@@ -89,6 +92,8 @@ class GgufTensors:
             if name is not None:
                 self._sources.setdefault(name, []).append(stored)
         self._names = frozenset(self._sources)
+        placed = {stored for some in self._sources.values() for stored in some}
+        self.unplaced = frozenset(self._tensors.keys() - placed)
 
     @property
     def names(self) -> frozenset[str]:

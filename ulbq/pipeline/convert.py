@@ -86,6 +86,7 @@ def convert(
     """
     progress = progress or Silent()
     source = resolve(request.source, offline=request.offline)
+    source.tell(progress)
     job = _plan(request, source, progress)
     identity = fingerprint(
         {
@@ -129,6 +130,10 @@ def _plan(request: ConvertRequest, source: ModelSource, progress: Progress) -> _
     fit.check(candidate, target, merge_adapter=request.merge_adapter)
     if target == "gguf":
         check_tokenizer(source)
+        if source.carried:
+            progress.warn(
+                f"A GGUF file has no place for the {len(source.carried)} tensors beside the model: they stay behind."
+            )
     return _Job(request, source, candidate, target, _dtype(request, source, target))
 
 

@@ -108,6 +108,7 @@ def generate(
     settings = _settings(request)
     device = runtime.resolve_device(request.device)
     source = resolve(request.source, offline=request.offline)
+    source.tell(progress)
     tokenizer = source.tokenizer()
     tokens = _encode(request, source, tokenizer)
     _check_room(request, source, len(tokens))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ulbq import distributed
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.records import BitsReport, LayerRecord
 from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
@@ -90,6 +91,13 @@ def write_outer(
     for tensor in tensors.values():
         bits["embeddings" if tensor.dim() > 1 else "other"] += tensor.nbytes * 8
     return bits
+
+
+def write_carried(folder: Path, source: ModelSource, outer: Mapping[str, int]) -> dict[str, int]:
+    """Write what the source's model has no place for; returns the bits outside the blocks with these among them."""
+    shards = distributed.on_main(source.write_carried, folder)
+    bits = sum(LazyTensors([folder / shard]).total_bytes for shard in shards) * 8
+    return {**outer, "other": outer["other"] + bits}
 
 
 def half(tensor: torch.Tensor) -> torch.Tensor:

@@ -116,6 +116,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     without_adapter = request.adapter is False  # typed, not the method's default
     device = runtime.resolve_device(request.device)
     origins = open_origins(request.source, offline=request.offline)
+    origins.model.tell(progress)
     turn = rotation_seed(request.rotate, request.seed, origins.start)
     source = origins.model if turn is None else rotated(origins.model, turn)
     request = request.model_copy(update={"rotate": turn is not None})

@@ -216,7 +216,8 @@ def _write_outer(job: Job, writer: ArtifactWriter, temperature: TemperatureRecor
     source = job.source if job.start is None or job.request.fit_temperature else job.start.source
     factors = {} if temperature is None else dict.fromkeys(temperature.vectors, temperature.factor)
     path = writer.path / layout.OUTER_SHARD
-    return layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors)
+    bits = layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors)
+    return layout.write_carried(writer.path, job.source, bits)
 
 
 def _temperature(job: Job, writer: ArtifactWriter, calibration: Calibration, progress: Progress) -> TemperatureRecord:

@@ -121,6 +121,7 @@ def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
     _check_options(request)
     device = runtime.resolve_device(request.device)
     source = resolve(request.source, offline=request.offline)
+    source.tell(progress)
     if source.packed:
         raise InputError(
             f"'{source.given}' is quantized already: its weights have no gradients of their own.",
