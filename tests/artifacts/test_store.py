@@ -236,14 +236,14 @@ class TestAnotherRun:
         assert read_manifest(out).fingerprint == OTHERS
 
     def test_that_finished_between_two_looks_is_seen(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        acquire = store._acquire
+        acquire = store.acquire
 
         def acquire_late(folder: Path, shown: Path) -> int:
-            monkeypatch.setattr(store, "_acquire", acquire)
+            monkeypatch.setattr(store, "acquire", acquire)
             write_artifact(out)
             return acquire(folder, shown)
 
-        monkeypatch.setattr(store, "_acquire", acquire_late)
+        monkeypatch.setattr(store, "acquire", acquire_late)
         with pytest.raises(InputError, match="exists"):
             ArtifactWriter(out, MINE)
         assert os.listdir(out.parent) == ["q"]
@@ -263,6 +263,7 @@ class TestOccupiedOutput:
         write_artifact(out, files={"old.bin": b"old"})
         with ArtifactWriter(out, MINE, force=True) as writer:
             write_files(writer.path, {"new.bin": b"new"})
+            writer.plan("new.bin")
             assert (out / "old.bin").exists()
             writer.finish(quantized())
         assert tree(out).keys() == {"new.bin", "manifest.json"}

@@ -192,13 +192,23 @@ class ModelSource:
             and not file.name.endswith(_NOT_SIDE_SUFFIXES)
         ]
 
-    def save_tokenizer_files(self, destination: Path) -> None:
-        """Copy the side files into a folder; of a GGUF file, write out the tokenizer and generation config in it."""
-        if self.path.is_file():
-            self.tokenizer().save_pretrained(destination)
-            GenerationConfig.from_model_config(self.config).save_pretrained(destination)
-        for file in self.side_files():
-            shutil.copyfile(file, destination / file.name)
+    def save_tokenizer_files(self, destination: Path) -> list[str]:
+        """Copy the side files into a folder; of a GGUF file, write out the tokenizer and generation config in it.
+
+        Returns:
+            Names of the files that were written.
+        """
+        if not self.path.is_file():
+            return [shutil.copyfile(file, destination / file.name).name for file in self.side_files()]
+        with tempfile.TemporaryDirectory() as scratch:
+            self.tokenizer().save_pretrained(scratch)
+            GenerationConfig.from_model_config(self.config).save_pretrained(scratch)
+            written = [path for path in sorted(Path(scratch).rglob("*")) if path.is_file()]
+            names = [path.relative_to(scratch).as_posix() for path in written]
+            for path, name in zip(written, names, strict=True):
+                (destination / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, destination / name)
+        return names
 
 
 def _tokenizer_within(path: Path) -> PreTrainedTokenizerBase:

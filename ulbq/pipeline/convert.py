@@ -103,14 +103,16 @@ def convert(
     watch = runtime.Stopwatch()
     with ArtifactWriter(out, identity, force=request.force, spare=[source.path]) as writer:
         with watch.phase("write"), progress.phase("Writing", _steps(job)) as phase:
-            stored, saved = _write(job, writer.path, lambda name: phase.advance(detail=name))
+            stored, saved, names = _write(job, writer.path, lambda name: phase.advance(detail=name))
+            writer.plan(*names)
         progress.note(f"Stored: {stored}.")
         if adapter_folder(source) and not request.merge_adapter and job.target != "half":
             more = "" if job.target != "dense" else "; --merge-adapter makes it part of them"
             progress.note(f"The adapter lies beside the weights, for peft to load{more}.")
         if job.target != "half":
-            _write_card(job, writer.path, stored, out)
-        path = writer.finish(_manifest(job, out, saved, watch))
+            _write_card(job, writer.path, stored, writer.out)
+            writer.plan(card.NAME)
+        path = writer.finish(_manifest(job, writer.out, saved, watch))
     manifest = read_manifest(path)
     if not isinstance(manifest, ConvertedManifest | QuantizedManifest):
         raise TypeError(f"wrote a manifest of kind {manifest.kind}")
@@ -156,19 +158,23 @@ def _steps(job: _Job) -> int:
     return len(state_names(model)) if job.target == "gguf" else len(shard_names(model))
 
 
-def _write(job: _Job, folder: Path, on_step: Callable[[str], None]) -> tuple[str, dict[str, int]]:
-    """Write all but card and manifest; returns how the weights are stored, in words, and the bits that half saved."""
+def _write(job: _Job, folder: Path, on_step: Callable[[str], None]) -> tuple[str, dict[str, int], list[str]]:
+    """Write all but card and manifest.
+
+    Returns:
+        How the weights are stored, in words; the bits that half saved; the names of all files.
+    """
     source, dtype, merge = job.source, DTYPES[job.dtype], job.request.merge_adapter
     match job.target:
         case "dense":
-            write_dense(source, folder, dtype, on_step, merge_adapter=merge)
-            return f"all weights in {job.dtype}", {}
+            names = write_dense(source, folder, dtype, on_step, merge_adapter=merge)
+            return f"all weights in {job.dtype}", {}, names
         case "gptq" | "compressed-tensors":
-            write_packed(source, folder, job.target, dtype, on_step, untie=job.untie)
-            return f"the artifact's own codes, to the bit; what is not packed in {job.dtype}", {}
+            names = write_packed(source, folder, job.target, dtype, on_step, untie=job.untie)
+            return f"the artifact's own codes, to the bit; what is not packed in {job.dtype}", {}, names
         case "gguf":
             licence = card.front_of(source).get("license")
-            kinds = write_gguf(
+            kinds, names = write_gguf(
                 source,
                 folder,
                 dtype,
@@ -176,12 +182,12 @@ def _write(job: _Job, folder: Path, on_step: Callable[[str], None]) -> tuple[str
                 licence=licence if isinstance(licence, str) else None,
                 merge_adapter=merge,
             )
-            return _gguf_words(kinds, job.dtype), {}
+            return _gguf_words(kinds, job.dtype), {}, names
         case "half":
-            count, saved = len(wide_tensors(source)), write_half(source, folder, dtype, on_step)
+            count, (saved, names) = len(wide_tensors(source)), write_half(source, folder, dtype, on_step)
             if not count:
-                return "nothing changed, all of it was in half precision already; this is a copy", {}
-            return f"{count} float32 tensors became {job.dtype}, {sum(saved.values()) // 8:,} bytes less", saved
+                return "nothing changed, all of it was in half precision already; this is a copy", {}, names
+            return f"{count} float32 tensors became {job.dtype}, {sum(saved.values()) // 8:,} bytes less", saved, names
 
 
 def _gguf_words(kinds: dict[str, int], dtype: str) -> str:

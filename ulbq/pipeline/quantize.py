@@ -101,6 +101,7 @@ def quantize(
         for file, samples in ((CALIBRATION_FILE, calibration), (TEXT_FILE, text)):
             if samples is not None:
                 save_calibration(writer.path / file, samples)
+                writer.plan(file)
         saliency = job.saliency
         if job.method.needs.saliency in KINDS and not job.blocks_stay:
             with watch.phase("saliency"):
@@ -217,7 +218,10 @@ def _write_outer(job: Job, writer: ArtifactWriter, temperature: TemperatureRecor
     factors = {} if temperature is None else dict.fromkeys(temperature.vectors, temperature.factor)
     path = writer.path / layout.OUTER_SHARD
     bits = layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors)
-    return layout.write_carried(writer.path, job.source, bits)
+    shards = distributed.on_main(job.source.write_carried, writer.path)
+    writer.plan(layout.OUTER_SHARD, *shards)
+    carried = sum(LazyTensors([writer.path / shard]).total_bytes for shard in shards) * 8
+    return {**bits, "other": bits["other"] + carried}
 
 
 def _temperature(job: Job, writer: ArtifactWriter, calibration: Calibration, progress: Progress) -> TemperatureRecord:
