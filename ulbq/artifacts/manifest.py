@@ -210,13 +210,19 @@ def newest(root: Path, kinds: Collection[str]) -> Path | None:
     return max(found)[1] if found else None
 
 
-def read_manifest(path: Path) -> AnyManifest:
+def read_manifest(path: Path, *, unfinished: bool = False) -> AnyManifest:
     """Read and check an artifact's manifest, and that its files are there in full size.
+
+    Args:
+        path: the artifact.
+        unfinished: take one that does not stand at its place yet.
 
     Raises:
         InputError: no artifact, a foreign or unfinished folder, a corrupt, newer or hand-edited manifest, a missing
             or truncated file; each in its own words.
     """
+    if not unfinished and path.resolve().name.endswith(PARTIAL_SUFFIX):
+        raise _unfinished(path)
     manifest = _parse(path, _read_json(path))
     for name, entry in manifest.files.items():
         _check_file(path, name, entry)
@@ -303,6 +309,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
+def _unfinished(path: Path) -> InputError:
+    return InputError(
+        f"'{path}' is an unfinished run.", hint="Run the command that makes it again: it goes on where it stopped."
+    )
+
+
 def _absent(path: Path) -> InputError:
     if not path.exists():
         if path.with_name(path.name + PARTIAL_SUFFIX).exists():
@@ -311,10 +323,6 @@ def _absent(path: Path) -> InputError:
                 hint="Run the command that makes it again: it goes on where it stopped.",
             )
         return InputError(f"There is no artifact '{path}'.", hint="Check the path.")
-    if path.name.endswith(PARTIAL_SUFFIX):
-        return InputError(
-            f"'{path}' is an unfinished run.", hint="Run the command that makes it again: it goes on where it stopped."
-        )
     return InputError(
         f"'{path}' is not an artifact: it has no {MANIFEST_NAME}.", hint="Give a folder that a ulbq command made."
     )

@@ -254,6 +254,10 @@ class ArtifactWriter:
 
     def _check_out(self) -> None:
         """Raise unless ``out`` is free, or may be replaced."""
+        if self._target.name.endswith(PARTIAL_SUFFIX):
+            raise InputError(
+                f"'{self.out}' has the name of an unfinished run.", hint=f"Give an -o without '{PARTIAL_SUFFIX}'."
+            )
         if not occupied(self._target):
             return
         if not is_replaceable(self._target):

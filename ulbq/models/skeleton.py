@@ -10,7 +10,7 @@ from transformers.initialization import no_init_weights
 from ulbq.errors import InputError
 
 # A bad value shows wherever a model's own code stumbles over it.
-_BUILD_ERRORS = (
+BUILD_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RuntimeError, TypeError, ValueError),
 )
@@ -34,7 +34,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) ->
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
             f"The configuration of '{config.name_or_path or config.model_type}' makes no model ({cause}).",

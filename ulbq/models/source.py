@@ -311,8 +311,13 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
     return ModelSource(name, given, path, "hub" if hub_id else "folder", **_read_folder(path, given)._asdict())
 
 
-def _open_artifact(path: Path, given: str) -> ModelSource:
-    manifest = read_manifest(path)
+def open_written(path: Path) -> ModelSource:
+    """Open what a run is about to move to its place. Raises InputError as :func:`resolve`."""
+    return _open_artifact(path, str(path), unfinished=True)
+
+
+def _open_artifact(path: Path, given: str, *, unfinished: bool = False) -> ModelSource:
+    manifest = read_manifest(path, unfinished=unfinished)
     if isinstance(manifest, EvaluationManifest):
         raise InputError(f"'{given}' holds the scores of a model, not a model.", hint="Give the model that was scored.")
     if isinstance(manifest, SaliencyManifest):

@@ -22,10 +22,12 @@ from ulbq.export.gguf import write_gguf
 from ulbq.export.gguf_vocab import check_tokenizer
 from ulbq.export.half import wide_tensors, write_half
 from ulbq.export.packed import write_packed
+from ulbq.formats import AffineScheme
 from ulbq.models.adapter_files import adapter_folder
 from ulbq.models.blocks import skeleton
 from ulbq.models.names import state_names
 from ulbq.models.source import ModelSource, resolve
+from ulbq.pipeline.proof import proof
 from ulbq.progress import Progress, Silent
 
 Dtype = Literal["fp16", "bf16", "fp32"]
@@ -112,7 +114,10 @@ def convert(
         if job.target != "half":
             _write_card(job, writer.path, stored, writer.out)
             writer.plan(card.NAME)
-        path = writer.finish(_manifest(job, writer.out, saved, watch))
+        layers = [scheme for scheme in source.packed.values() if isinstance(scheme, AffineScheme)]
+        target = None if job.target == "half" else job.target
+        check = proof(progress, target, symmetric=all(scheme.symmetric for scheme in layers))
+        path = writer.finish(_manifest(job, writer.out, saved, watch), check)
     manifest = read_manifest(path)
     if not isinstance(manifest, ConvertedManifest | QuantizedManifest):
         raise TypeError(f"wrote a manifest of kind {manifest.kind}")

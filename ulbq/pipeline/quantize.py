@@ -28,6 +28,7 @@ from ulbq.pipeline import layout
 from ulbq.pipeline.end_to_end import train_end_to_end
 from ulbq.pipeline.finish import TEMPERATURE, block_record, finish, layer_record, recorded_schemes
 from ulbq.pipeline.predict import heldout_samples
+from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
 from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
 from ulbq.pipeline.samples import CALIBRATION_FILE, TEXT_FILE, draw, draw_text, written_samples
@@ -126,7 +127,7 @@ def quantize(
                 tuned = train_end_to_end(job, writer, learnt, progress)
         with watch.phase("finish"):
             manifest = distributed.on_main(finish, job, writer, calibration, outer, watch, tuned)
-        path = writer.finish(manifest)
+        path = writer.finish(manifest, proof(progress))
     return path, read_back(path, QuantizedManifest)
 
 
