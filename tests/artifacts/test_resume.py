@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.artifacts.sample import quantized, tree, write_files
-from ulbq.artifacts import ArtifactWriter, read_manifest, store, verify
+from tests.artifacts.sample import check_hashes, quantized, tree, write_files
+from ulbq.artifacts import ArtifactWriter, read_manifest, store
 from ulbq.errors import InputError
 
 MINE = "a" * 64
@@ -66,7 +66,7 @@ class TestTakenOver:
         with pytest.raises(InputError, match=name) as caught:
             complete(out)
         assert "--force" in caught.value.hint
-        verify(complete(out, force=True))
+        check_hashes(complete(out, force=True))
 
     def test_every_flipped_bit_of_the_journal_is_noticed(self, out: Path, partial: Path) -> None:
         journal = partial / ".journal.jsonl"
@@ -216,7 +216,7 @@ class TestTheEnd:
             (writer.path / ".lock").unlink()
             (writer.path / ".journal.jsonl").unlink()
 
-        verify(self._finish(out, remove))
+        check_hashes(self._finish(out, remove))
 
     def test_a_check_that_fails_keeps_the_run(self, out: Path) -> None:
         def refuse(folder: Path) -> None:

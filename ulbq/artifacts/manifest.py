@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from ulbq import __version__, runtime
-from ulbq.artifacts.disk import sha256_file
+from ulbq.artifacts.loaded import loaded_names
 from ulbq.artifacts.records import (
     BitsReport,
     BlockRecord,
@@ -29,7 +29,6 @@ from ulbq.artifacts.records import (
 )
 from ulbq.artifacts.saliency import SaliencyLayer
 from ulbq.errors import InputError
-from ulbq.progress import Progress, Silent
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -219,13 +218,19 @@ def read_manifest(path: Path, *, unfinished: bool = False) -> AnyManifest:
 
     Raises:
         InputError: no artifact, a foreign or unfinished folder, a corrupt, newer or hand-edited manifest, a missing
-            or truncated file; each in its own words.
+            or truncated file, or one that would be loaded and is not listed; each in its own words.
     """
     if not unfinished and path.resolve().name.endswith(PARTIAL_SUFFIX):
         raise _unfinished(path)
     manifest = _parse(path, _read_json(path))
     for name, entry in manifest.files.items():
         _check_file(path, name, entry)
+    if stray := next(
+        (name for name in loaded_names(path) if name not in manifest.files and name != MANIFEST_NAME), None
+    ):
+        raise InputError(
+            f"'{path / stray}' was not written with the artifact, and would be loaded with it.", hint="Remove it."
+        )
     return manifest
 
 
@@ -235,19 +240,6 @@ def read_back(path: Path, kind: type[M]) -> M:
     if not isinstance(manifest, kind):
         raise TypeError(f"wrote a manifest of kind {manifest.kind}")
     return manifest
-
-
-def verify(path: Path, progress: Progress | None = None) -> None:
-    """Hash every file of an artifact again. Raises InputError naming the first one that is not what was written."""
-    manifest = read_manifest(path)
-    with (progress or Silent()).phase("Verifying", len(manifest.files)) as phase:
-        for name, entry in manifest.files.items():
-            if sha256_file(path / name) != entry.sha256:
-                raise InputError(
-                    f"'{path / name}' was changed after the artifact was written: its SHA-256 differs.",
-                    hint="Make the artifact again, or restore the file from a copy.",
-                )
-            phase.advance(detail=name)
 
 
 def _load(path: Path) -> Any:

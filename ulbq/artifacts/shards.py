@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ulbq import distributed
-from ulbq.artifacts.disk import replace_synced, temporary, write_atomically
+from ulbq.artifacts.disk import changed, replace_synced, sha256_file, temporary, write_atomically
 from ulbq.errors import InputError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -52,13 +52,15 @@ class LazyTensors:
 
     Args:
         files: whose headers are read at once.
+        sums: SHA-256 of files by name; such a file is hashed, once, before the first tensor of it is given out.
 
     Raises:
         InputError: a file is missing, corrupt or truncated, or two files hold the same tensor.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], sums: Mapping[str, str] = {}) -> None:
         self._stored: dict[str, _Stored] = {}
+        self._sums = dict(sums)
         for file in files:
             for name, stored in _header(file).items():
                 if name in self._stored:
@@ -66,19 +68,19 @@ class LazyTensors:
                 self._stored[name] = stored
 
     @classmethod
-    def folder(cls, path: Path) -> "LazyTensors":
+    def folder(cls, path: Path, sums: Mapping[str, str] = {}) -> "LazyTensors":
         """The weights of a model folder: ``model.safetensors``, else what the index names, else every safetensors file.
 
         Raises:
             InputError: as the constructor, and: no weights, pickle weights only, an index that does not fit its shards.
         """
         if (path / SINGLE_NAME).is_file():
-            return cls([path / SINGLE_NAME])
+            return cls([path / SINGLE_NAME], sums)
         if (path / INDEX_NAME).is_file():
-            return cls._indexed(path)
+            return cls._indexed(path, sums)
         files = sorted(path.glob("*.safetensors"))
         if files:
-            return cls(files)
+            return cls(files, sums)
         if pickle := next((file for pattern in _PICKLES for file in sorted(path.glob(pattern))), None):
             raise InputError(
                 f"The weights in '{path}' are pickled ('{pickle.name}'), and unpickling can run anything.",
@@ -87,9 +89,9 @@ class LazyTensors:
         raise InputError(f"'{path}' holds no weights: there is no safetensors file.")
 
     @classmethod
-    def _indexed(cls, path: Path) -> "LazyTensors":
+    def _indexed(cls, path: Path, sums: Mapping[str, str]) -> "LazyTensors":
         weight_map = _read_index(path / INDEX_NAME)
-        tensors = cls(path / file for file in sorted(set(weight_map.values())))
+        tensors = cls((path / file for file in sorted(set(weight_map.values()))), sums)
         for name, file in weight_map.items():
             if name not in tensors._stored or tensors._stored[name].file.name != file:
                 raise InputError(
@@ -131,6 +133,7 @@ class LazyTensors:
         """One tensor on the CPU as it is stored, in memory of its own."""
         stored = self._find(name)
         self.dtype(name)
+        self._check(stored.file)
         try:
             with safe_open(stored.file, framework="pt") as file:
                 # What safetensors returns is mapped from the file: it pins the file's pages, and dies with the file.
@@ -138,6 +141,13 @@ class LazyTensors:
                 return tensor
         except (SafetensorError, OSError) as error:
             raise InputError(f"'{name}' cannot be read from '{stored.file}': {error}.") from error
+
+    def _check(self, file: Path) -> None:
+        """Hash a file whose sum is known, the first time. Raises InputError where it is another."""
+        wanted = self._sums.pop(file.name, None)
+        if wanted is not None and sha256_file(file) != wanted:
+            self._sums[file.name] = wanted
+            raise changed(file)
 
     def _find(self, name: str) -> _Stored:
         if name not in self._stored:

@@ -28,6 +28,7 @@ from ulbq.artifacts.manifest import (
 )
 from ulbq.artifacts.records import Parent, RotationRecord
 from ulbq.artifacts.shards import LazyTensors, write_carried
+from ulbq.artifacts.whole import check_small_files
 from ulbq.errors import InputError, ResourceError
 from ulbq.formats import AnyScheme, Scheme
 from ulbq.models import hub, placement
@@ -219,12 +220,13 @@ def _tokenizer_within(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def resolve(source: str | Path | None, *, offline: bool = False) -> ModelSource:
+def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = True) -> ModelSource:
     """Open a model source. No tensor is read.
 
     Args:
         source: a folder, a GGUF file, an artifact or a Hub id, the local ones first; None for the default model.
         offline: take Hub models from the local cache only.
+        verify: hash what is read of an artifact: the small files now, each shard before its first tensor.
 
     Raises:
         InputError: nothing there, or nothing that is a causal language model; each case in its own words.
@@ -235,7 +237,7 @@ def resolve(source: str | Path | None, *, offline: bool = False) -> ModelSource:
     given = str(source)
     path = Path(given).expanduser()
     if path.is_dir():
-        return _open_artifact(path, given) if is_artifact(path) else _open_folder(path, given)
+        return _open_artifact(path, given, verify=verify) if is_artifact(path) else _open_folder(path, given)
     if path.is_file():
         return _open_file(path, given)
     if path.name and path.with_name(path.name + PARTIAL_SUFFIX).is_dir():
@@ -313,10 +315,10 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
 
 def open_written(path: Path) -> ModelSource:
     """Open what a run is about to move to its place. Raises InputError as :func:`resolve`."""
-    return _open_artifact(path, str(path), unfinished=True)
+    return _open_artifact(path, str(path), unfinished=True, verify=True)
 
 
-def _open_artifact(path: Path, given: str, *, unfinished: bool = False) -> ModelSource:
+def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: bool) -> ModelSource:
     manifest = read_manifest(path, unfinished=unfinished)
     if isinstance(manifest, EvaluationManifest):
         raise InputError(f"'{given}' holds the scores of a model, not a model.", hint="Give the model that was scored.")
@@ -331,7 +333,10 @@ def _open_artifact(path: Path, given: str, *, unfinished: bool = False) -> Model
             hint="Give the quantized artifact it was converted from.",
         )
     packed = {layer.name for layer in manifest.layers} if isinstance(manifest, QuantizedManifest) else set()
-    read = _read_folder(path, given, packed)
+    if verify:
+        check_small_files(path, manifest)
+    sums = {name: entry.sha256 for name, entry in manifest.files.items()} if verify else {}
+    read = _read_folder(path, given, packed, sums)
     return ModelSource(manifest.name, given, path, "artifact", **read._asdict(), manifest=manifest)
 
 
@@ -345,10 +350,10 @@ class _Read(NamedTuple):
     notes: tuple[str, ...]
 
 
-def _read_folder(path: Path, given: str, packed: Collection[str] = ()) -> _Read:
+def _read_folder(path: Path, given: str, packed: Collection[str] = (), sums: Mapping[str, str] = {}) -> _Read:
     """Read configuration and headers, and see that they fit each other. Raises InputError."""
     config = read_config(path)
-    stored = LazyTensors.folder(path)
+    stored = LazyTensors.folder(path, sums)
     model = empty_model(config)
     notes = []
     if type(model.config) is not type(config):

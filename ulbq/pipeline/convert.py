@@ -43,6 +43,7 @@ class ConvertRequest(BaseModel):
         dtype: of the tensors that are not packed; None for bf16 where all is dense, fp16 in GGUF, and the artifact's
             own elsewhere.
         merge_adapter: make an artifact's adapter a part of the weights; else it is copied beside them.
+        verify: compare what is read of an artifact with its hashes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +54,7 @@ class ConvertRequest(BaseModel):
     dtype: Dtype | None = None
     merge_adapter: bool = False
     offline: bool = False
+    verify: bool = True
     out: Path | None = None
     force: bool = False
 
@@ -87,7 +89,7 @@ def convert(
         NumericsError: a weight does not fit the dtype, or what was written does not read back.
     """
     progress = progress or Silent()
-    source = resolve(request.source, offline=request.offline)
+    source = resolve(request.source, offline=request.offline, verify=request.verify)
     source.tell(progress)
     job = _plan(request, source, progress)
     identity = fingerprint(

@@ -109,7 +109,9 @@ def _measure(job: Job, measurer: Measurer | None) -> Results:
 
 
 def _fingerprint(job: Job) -> str:
-    request = job.request.model_dump(mode="json", exclude={"out", "force", "sources", "parent", "data_dir", "offline"})
+    request = job.request.model_dump(
+        mode="json", exclude={"out", "force", "sources", "parent", "data_dir", "offline", "verify"}
+    )
     measured = job.measures
     return fingerprint(
         {
