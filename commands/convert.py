@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import console
-from .options import Debug, Force, Json, Offline, Out, Quiet, Source, check_out, read_source
+from .options import Debug, Force, Json, NoVerify, Offline, Out, Quiet, Source, check_out, read_source
 
 
 def convert(
@@ -38,6 +38,7 @@ def convert(
         typer.Option("--merge-adapter", help="Make the adapter part of the weights; else it is copied beside them."),
     ] = False,
     offline: Offline = False,
+    no_verify: NoVerify = False,
     out: Out = None,
     force: Force = False,
     json: Json = False,
@@ -58,6 +59,7 @@ def convert(
         dtype=dtype,
         merge_adapter=merge_adapter,
         offline=offline,
+        verify=not no_verify,
         out=out,
         force=force,
     )

@@ -8,7 +8,7 @@ from ulbq.errors import UsageError
 from ulbq.progress import Progress
 
 from . import console
-from .options import DataDir, Debug, Device, Force, Json, Offline, Out, Quiet, Seed, check_out, read_source
+from .options import DataDir, Debug, Device, Force, Json, NoVerify, Offline, Out, Quiet, Seed, check_out, read_source
 
 _MEASURES = "What to measure"
 _PROTOCOL = "How"
@@ -171,6 +171,7 @@ def eval(  # the command's name; nothing here evaluates expressions
     device: Device = "auto",
     data_dir: DataDir = None,
     offline: Offline = False,
+    no_verify: NoVerify = False,
     out: Out = None,
     force: Force = False,
     json: Json = False,
@@ -208,6 +209,7 @@ def eval(  # the command's name; nothing here evaluates expressions
         seed=seed,
         data_dir=data_dir,
         offline=offline,
+        verify=not no_verify,
         out=out,
         force=force,
     )

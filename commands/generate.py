@@ -8,7 +8,7 @@ import typer
 from ulbq.errors import InputError, UsageError
 
 from . import console
-from .options import Debug, Device, Offline, Quiet, Seed, Source, read_source
+from .options import Debug, Device, NoVerify, Offline, Quiet, Seed, Source, read_source
 
 _TEXT, _SAMPLING, _HOW = "What to say", "Sampling", "How"
 _KINDS = ("quantized", "converted")
@@ -95,6 +95,7 @@ def generate(
     dtype: Dtype = "bf16",
     device: Device = "auto",
     offline: Offline = False,
+    no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -128,6 +129,7 @@ def generate(
         adapter=adapter,
         prefill_cache=prefill_cache,
         offline=offline,
+        verify=not no_verify,
     )
     try:
         done = generate(request, (lambda text: None) if json else _write, progress)

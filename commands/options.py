@@ -81,6 +81,9 @@ DataDir = Annotated[
     ),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not compare an artifact's files with their hashes as they are read.")
+]
 
 _TERMINAL = "Terminal"
 Json = Annotated[

@@ -129,7 +129,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--compare --perplexity --tasks --template --max-new-tokens --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --prefill-cache --seed --device --data-dir --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--compare --perplexity --tasks --template --max-new-tokens --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --prefill-cache --seed --device --data-dir --offline --no-verify -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -145,7 +145,7 @@ _ulbq() {
         --device) _ulbq_value '' 'auto cpu cuda' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '-p --prompt --chat -n --max-new-tokens --temperature --top-p --seed --adapter --no-adapter --prefill-cache --dtype --device --offline --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '-p --prompt --chat -n --max-new-tokens --temperature --top-p --seed --adapter --no-adapter --prefill-cache --dtype --device --offline --no-verify --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -210,7 +210,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--to --for --dtype --merge-adapter --offline -o --output --force --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--to --for --dtype --merge-adapter --offline --no-verify -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tests import together
 from tests.pipeline.test_quantize import logits
 from ulbq import distributed
-from ulbq.artifacts.manifest import QuantizedManifest, read_manifest, verify
+from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
+from ulbq.artifacts.whole import verify
 from ulbq.errors import ResourceError, UsageError
 from ulbq.pipeline.quantize import plan
 from ulbq.saliency import Saliency

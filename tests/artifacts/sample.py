@@ -14,6 +14,7 @@ from ulbq.artifacts import (
     Manifest,
     Parent,
     QuantizedManifest,
+    read_manifest,
 )
 
 FILES = {"config.json": b"{}\n", "model.safetensors": b"weights", "adapter/adapter.safetensors": b"low rank"}
@@ -68,6 +69,12 @@ def write_artifact(
     with ArtifactWriter(out, "f" * 64, force=force) as writer:
         writer.record("step", 1, files=write_files(writer.path, files))
         return writer.finish(manifest or quantized())
+
+
+def check_hashes(artifact: Path) -> None:
+    """That every file which the manifest lists is what was written; of whatever files the artifact consists."""
+    for name, entry in read_manifest(artifact).files.items():
+        assert hashlib.sha256((artifact / name).read_bytes()).hexdigest() == entry.sha256
 
 
 def digest(data: Mapping[str, Any]) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.artifacts.sample import quantized, tree
-from ulbq.artifacts import ArtifactWriter, is_artifact, read_manifest, verify
+from tests.artifacts.sample import check_hashes, quantized, tree
+from ulbq.artifacts import ArtifactWriter, is_artifact, read_manifest
 from ulbq.errors import InputError
 
 FINGERPRINT = "a" * 64
@@ -121,7 +121,7 @@ def test_a_run_killed_anywhere_is_resumed_to_the_same_bytes(tmp_path: Path, expe
     out = tmp_path / "0" / "q"
     while killed_at(operation, partial(run, out)):
         if is_artifact(out):
-            verify(out)
+            check_hashes(out)
             with pytest.raises(InputError, match="q' exists"):
                 run(out)
         else:
@@ -148,7 +148,7 @@ def test_a_replacement_killed_anywhere_keeps_the_old_or_the_new(tmp_path: Path, 
             break
         standing = [folder for folder in (out, out.with_name(".q.replaced")) if is_artifact(folder)]
         for folder in standing[:1]:
-            verify(folder)
+            check_hashes(folder)
         assert standing, f"killed at operation {operation}: the old artifact is lost"
         if not out.exists():
             # Whatever starts next, even a run that may not replace it, finds the old artifact back in its place.
@@ -167,8 +167,8 @@ FULL_DISK = """
 import os, sys
 from pathlib import Path
 import torch
-from tests.artifacts.sample import quantized, tree
-from ulbq.artifacts import ArtifactWriter, verify
+from tests.artifacts.sample import check_hashes, quantized, tree
+from ulbq.artifacts import ArtifactWriter
 from ulbq.artifacts.shards import write_shard
 from ulbq.errors import ResourceError
 
@@ -193,7 +193,7 @@ kept = sorted(name for name in tree(out.with_name("q.partial")) if not name.star
 print(kept)
 ballast.unlink()
 run()
-verify(out)
+check_hashes(out)
 print(sorted(tree(out)))
 """
 

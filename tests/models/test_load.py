@@ -85,6 +85,12 @@ def write_random_adapter(folder: Path, config: AdapterConfig, weights: dict[str,
     write_adapter(folder, config, tensors, "someone/Tiny-1B")
 
 
+def plan_all(writer: ArtifactWriter) -> None:
+    """Have an artifact consist of all that was written."""
+    files = (path.relative_to(writer.path) for path in writer.path.rglob("*") if path.is_file())
+    writer.plan(*(path.as_posix() for path in files if not path.name.startswith(".")))
+
+
 def write_quantized(
     parent: ModelSource,
     out: Path,
@@ -125,6 +131,7 @@ def write_quantized(
             "bits": BitsReport(parts={"codes": 1}, weights=1),
             "layers": tuple(layers),
         }
+        plan_all(writer)
         return writer.finish(QuantizedManifest(**common(**(fields | changes))))
 
 
@@ -133,6 +140,7 @@ def write_manifest_over(folder: Path, out: Path, manifest: Manifest) -> Path:
     with ArtifactWriter(out, "f") as writer:
         for file in folder.iterdir():
             (writer.path / file.name).write_bytes(file.read_bytes())
+        plan_all(writer)
         return writer.finish(manifest)
 
 
@@ -226,8 +234,9 @@ class TestPacked:
             load_model(source, dtype=torch.float32)
 
     def test_unknown_format_is_refused(self, parent: ModelSource, tmp_path: Path) -> None:
-        record = LayerRecord(name="x", shape=(1, 1), scheme={"format": "trellis"}, bits={}, error=0.0)
-        source = resolve(write_quantized(parent, tmp_path / "q", _SCHEMES[0], layers=(record,)))
+        names = [linear.name for linears in structure(skeleton(parent)).linears for linear in linears]
+        records = [LayerRecord(name=n, shape=(1, 1), scheme={"format": "trellis"}, bits={}, error=0.0) for n in names]
+        source = resolve(write_quantized(parent, tmp_path / "q", _SCHEMES[0], layers=tuple(records)))
         with pytest.raises(InputError, match="does not know"):
             load_model(source, dtype=torch.float32)
 

@@ -1,5 +1,6 @@
 """Writes a tiny Llama as a GGUF file, laid out as llama.cpp's own converter does it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -20,9 +21,15 @@ _NAMES = {
 
 
 def write_tiny_gguf(
-    model: PreTrainedModel, path: Path, *, architecture: str = "llama", parts: int = 1, says_vocabulary: bool = True
+    model: PreTrainedModel,
+    path: Path,
+    *,
+    architecture: str = "llama",
+    parts: int = 1,
+    says_vocabulary: bool = True,
+    more: Mapping[str, torch.Tensor] = {},
 ) -> Path:
-    """Write a tiny Llama with an untied head; linear weights as Q8_0, everything else as float32."""
+    """Write a tiny Llama with an untied head; linear weights as Q8_0, all else, and ``more`` tensors, as float32."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -51,6 +58,8 @@ def write_tiny_gguf(
         kind = gguf.GGMLQuantizationType.Q8_0 if "proj" in name else gguf.GGMLQuantizationType.F32
         data = gguf.quantize(tensor.numpy(), kind)
         writer.add_tensor(_gguf_name(name), data, raw_dtype=kind)
+    for name, tensor in more.items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -16,7 +16,8 @@ from tests.pipeline.test_quantize import (  # noqa: F401 - a fixture
     shards,
     simulated_logits,
 )
-from ulbq.artifacts.manifest import QuantizedManifest, verify
+from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.artifacts.whole import verify
 from ulbq.errors import UsageError
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.pipeline.quantize import plan, quantize

@@ -16,7 +16,7 @@ from tests.pipeline.test_quantize import (  # noqa: F401 - a fixture
     shards,
     simulated_logits,
 )
-from ulbq.artifacts.manifest import verify
+from ulbq.artifacts.whole import verify
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.request import QuantizeRequest
 

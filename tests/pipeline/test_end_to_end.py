@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models.tiny import save_tiny
-from ulbq.artifacts.manifest import QuantizedManifest, verify
+from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
+from ulbq.artifacts.whole import verify
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve

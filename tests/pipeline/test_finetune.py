@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ulbq.artifacts.manifest import verify
+from ulbq.artifacts.whole import verify
 from ulbq.errors import InputError
 from ulbq.pipeline.finetune import end_to_end_request, telling_name
 from ulbq.pipeline.quantize import quantize

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import ulbq  # noqa: F401 - registers the format with transformers
 from tests.data.conftest import write_jsonl
 from tests.models.tiny import save_tiny
-from ulbq.artifacts.manifest import QuantizedManifest, verify
+from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.artifacts.whole import verify
 from ulbq.commands.app import main
 from ulbq.data.lessons import draw_lessons
 from ulbq.errors import InputError, NumericsError, ResourceError, UsageError

@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.models.tiny import FAMILIES, save_tiny
 from ulbq import formats
-from ulbq.artifacts.manifest import QuantizedManifest, verify
+from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.artifacts.whole import verify
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.models.blocks import load_block, skeleton
 from ulbq.models.load import load_model

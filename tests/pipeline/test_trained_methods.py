@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.tiny import save_tiny
 from tests.pipeline.test_quantize import TOKENS, logits, request, samples, shards  # noqa: F401 - a fixture
-from ulbq.artifacts.manifest import read_manifest, verify
+from ulbq.artifacts.manifest import read_manifest
+from ulbq.artifacts.whole import verify
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.formats import AnyScheme
 from ulbq.models.load import load_model

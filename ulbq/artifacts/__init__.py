@@ -15,11 +15,11 @@ from ulbq.artifacts.manifest import (
     newest,
     read_back,
     read_manifest,
-    verify,
 )
 from ulbq.artifacts.records import BitsReport, BlockRecord, FileEntry, LayerRecord, Parent
 from ulbq.artifacts.saliency import BlockScores, SaliencyLayer
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.artifacts.whole import verify
 
 __all__ = [
     "DEFAULT_ROOT",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ulbq.errors import DiskFullError, ResourceError
+from ulbq.errors import DiskFullError, InputError, ResourceError
 
 TEMPORARY_PREFIX = ".tmp"
 """Names that a killed write may leave behind; safetensors uses the same prefix for its own."""
@@ -23,6 +23,14 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes in hex, streamed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def changed(path: Path) -> InputError:
+    """The sentence for a file of an artifact that is not what was written."""
+    return InputError(
+        f"'{path}' was changed after the artifact was written: its SHA-256 differs.",
+        hint="Make the artifact again, or restore the file from a copy.",
+    )
 
 
 def sync(path: Path) -> None:

@@ -1,15 +1,24 @@
-"""The finished steps of a run, one JSON line each, readable after any crash."""
+"""The finished steps of a run, one JSON line each, readable after any crash.
 
+A line tells the hashes of the files that its step wrote, and carries a sum over itself and all lines before it: what a
+resumed run takes over is what was written, to the bit.
+"""
+
+import hashlib
 import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ulbq.artifacts.disk import sync
 from ulbq.artifacts.manifest import plain
+from ulbq.artifacts.records import FileEntry
 from ulbq.errors import InputError
 
-_FORMAT = 1
+_FORMAT = 2
+_HEADER = frozenset({"journal", "fingerprint", "sum"})
+_STEP = frozenset({"key", "value", "files", "forgets", "moves", "sum"})
 
 
 class Journal:
@@ -18,11 +27,19 @@ class Journal:
     Attributes:
         fingerprint: of the run that the steps belong to.
         entries: value of every step by key, as JSON gives it back: equal whether just recorded or read again.
+        files: what must lie in the folder after all steps, by name relative to it.
+        moves: all that was ever to be moved, old names by new ones; the last of them may not have come to it.
     """
 
-    def __init__(self, path: Path, fingerprint: str, entries: dict[str, Any], size: int) -> None:
-        self.fingerprint = fingerprint
-        self.entries = entries
+    def __init__(self, path: Path, lines: list[dict[str, Any]], size: int) -> None:
+        self.fingerprint: str = lines[0]["fingerprint"]
+        self.entries: dict[str, Any] = {}
+        self.files: dict[str, FileEntry] = {}
+        self.moves: dict[str, str] = {}
+        self._wrote: dict[str, tuple[str, ...]] = {}
+        self._sum: str = lines[-1]["sum"]
+        for line in lines[1:]:
+            self._take(line)
         self._file = path.open("r+b")
         # Whatever lies behind the last whole line was torn off by a crash; a new line must not be glued to it.
         self._file.truncate(size)
@@ -31,11 +48,11 @@ class Journal:
     @classmethod
     def create(cls, path: Path, fingerprint: str) -> "Journal":
         """Start an empty journal, over whatever was there."""
-        header = _line({"journal": _FORMAT, "fingerprint": fingerprint})
+        header, _ = _summed("", {"journal": _FORMAT, "fingerprint": fingerprint})
         path.write_bytes(header)
         sync(path)
         sync(path.parent)
-        return cls(path, fingerprint, {}, len(header))
+        return cls(path, [json.loads(header)], len(header))
 
     @classmethod
     def load(cls, path: Path) -> "Journal | None":
@@ -44,12 +61,10 @@ class Journal:
         A torn last line is dropped: its step never counted as finished.
 
         Raises:
-            InputError: a line before the last is damaged.
+            InputError: a line before the last is damaged, or another version wrote it.
         """
         lines, size = _read(path)
-        if not lines:
-            return None
-        return cls(path, lines[0]["fingerprint"], {line["key"]: line["value"] for line in lines[1:]}, size)
+        return cls(path, lines, size) if lines else None
 
     @staticmethod
     def fingerprint_at(path: Path) -> str | None:
@@ -60,21 +75,54 @@ class Journal:
         lines, _ = _read(path)
         return str(lines[0]["fingerprint"]) if lines else None
 
-    def append(self, key: str, value: Any) -> None:
-        """Record a step durably. ``value``: anything JSON can say, pydantic models and paths included."""
-        line = _line({"key": key, "value": value})
-        self._file.write(line)
+    def append(
+        self,
+        key: str,
+        value: Any,
+        *,
+        files: Mapping[str, FileEntry] = {},
+        forgets: Collection[str] = (),
+        moves: Mapping[str, str] = {},
+    ) -> None:
+        """Record a step durably.
+
+        Args:
+            key: names the step; the last value counts, and only its files.
+            value: anything JSON can say, pydantic models and paths included.
+            files: what the step wrote.
+            forgets: keys of steps whose files are of no use from now on.
+            moves: files that change their names, the old ones by the new ones.
+        """
+        step = {"key": key, "value": value, "files": dict(files), "forgets": [*forgets], "moves": dict(moves)}
+        data, self._sum = _summed(self._sum, step)
+        self._file.write(data)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.entries[key] = json.loads(line)["value"]
+        self._take(json.loads(data))
 
     def close(self) -> None:
         """Close the file; the entries stay."""
         self._file.close()
 
+    def _take(self, line: dict[str, Any]) -> None:
+        key: str = line["key"]
+        for old in (key, *line["forgets"]):
+            for name in self._wrote.pop(old, ()):
+                self.files.pop(name, None)
+        for new, old in line["moves"].items():
+            self.files[new] = self.files.pop(old)
+        self.moves |= line["moves"]
+        files = {name: FileEntry.model_validate(entry) for name, entry in line["files"].items()}
+        self.files |= files
+        self._wrote[key] = tuple(files)
+        self.entries[key] = line["value"]
 
-def _line(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, default=plain) + "\n").encode()
+
+def _summed(before: str, line: Mapping[str, Any]) -> tuple[bytes, str]:
+    """A line with its sum, which hangs on that of the line before; and the sum."""
+    text = json.dumps(line, ensure_ascii=False, default=plain)
+    found = hashlib.sha256(f"{before}{text}".encode()).hexdigest()
+    return f'{text[:-1]}, "sum": "{found}"}}\n'.encode(), found
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -87,9 +135,10 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     lines: list[dict[str, Any]] = []
     size = 0
     for number, text in enumerate(raw, start=1):
-        line = _parse(text, header=number == 1)
+        line = _parse(text, lines[-1]["sum"] if lines else "", header=number == 1)
         if line is None:
-            if number == len(raw):
+            # A header that a crash tore has no end.
+            if number == len(raw) and (lines or not text.endswith(b"\n")):
                 break
             raise InputError(
                 f"'{path}' is damaged in line {number}: the unfinished run cannot be continued.",
@@ -100,12 +149,15 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     return lines, size
 
 
-def _parse(text: bytes, *, header: bool) -> dict[str, Any] | None:
+def _parse(text: bytes, before: str, *, header: bool) -> dict[str, Any] | None:
+    """A line that is whole and unchanged; None for any other."""
     if not text.endswith(b"\n"):
         return None
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    wanted = {"journal", "fingerprint"} if header else {"key", "value"}
-    return line if isinstance(line, dict) and line.keys() == wanted else None
+    if not isinstance(line, dict) or line.keys() != (_HEADER if header else _STEP):
+        return None
+    rest = {key: value for key, value in line.items() if key != "sum"}
+    return line if _summed(before, rest)[1] == line["sum"] else None

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from ulbq import __version__, runtime
-from ulbq.artifacts.disk import sha256_file
+from ulbq.artifacts.loaded import loaded_names
 from ulbq.artifacts.records import (
     BitsReport,
     BlockRecord,
@@ -29,7 +29,6 @@ from ulbq.artifacts.records import (
 )
 from ulbq.artifacts.saliency import SaliencyLayer
 from ulbq.errors import InputError
-from ulbq.progress import Progress, Silent
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -212,16 +211,28 @@ def newest(root: Path, kinds: Collection[str]) -> Path | None:
     return max(found)[1] if found else None
 
 
-def read_manifest(path: Path) -> AnyManifest:
+def read_manifest(path: Path, *, unfinished: bool = False) -> AnyManifest:
     """Read and check an artifact's manifest, and that its files are there in full size.
+
+    Args:
+        path: the artifact.
+        unfinished: take one that does not stand at its place yet.
 
     Raises:
         InputError: no artifact, a foreign or unfinished folder, a corrupt, newer or hand-edited manifest, a missing
-            or truncated file; each in its own words.
+            or truncated file, or one that would be loaded and is not listed; each in its own words.
     """
+    if not unfinished and path.resolve().name.endswith(PARTIAL_SUFFIX):
+        raise _unfinished(path)
     manifest = _parse(path, _read_json(path))
     for name, entry in manifest.files.items():
         _check_file(path, name, entry)
+    if stray := next(
+        (name for name in loaded_names(path) if name not in manifest.files and name != MANIFEST_NAME), None
+    ):
+        raise InputError(
+            f"'{path / stray}' was not written with the artifact, and would be loaded with it.", hint="Remove it."
+        )
     return manifest
 
 
@@ -231,19 +242,6 @@ def read_back(path: Path, kind: type[M]) -> M:
     if not isinstance(manifest, kind):
         raise TypeError(f"wrote a manifest of kind {manifest.kind}")
     return manifest
-
-
-def verify(path: Path, progress: Progress | None = None) -> None:
-    """Hash every file of an artifact again. Raises InputError naming the first one that is not what was written."""
-    manifest = read_manifest(path)
-    with (progress or Silent()).phase("Verifying", len(manifest.files)) as phase:
-        for name, entry in manifest.files.items():
-            if sha256_file(path / name) != entry.sha256:
-                raise InputError(
-                    f"'{path / name}' was changed after the artifact was written: its SHA-256 differs.",
-                    hint="Make the artifact again, or restore the file from a copy.",
-                )
-            phase.advance(detail=name)
 
 
 def _load(path: Path) -> Any:
@@ -305,6 +303,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
+def _unfinished(path: Path) -> InputError:
+    return InputError(
+        f"'{path}' is an unfinished run.", hint="Run the command that makes it again: it goes on where it stopped."
+    )
+
+
 def _absent(path: Path) -> InputError:
     if not path.exists():
         if path.with_name(path.name + PARTIAL_SUFFIX).exists():
@@ -313,10 +317,6 @@ def _absent(path: Path) -> InputError:
                 hint="Run the command that makes it again: it goes on where it stopped.",
             )
         return InputError(f"There is no artifact '{path}'.", hint="Check the path.")
-    if path.name.endswith(PARTIAL_SUFFIX):
-        return InputError(
-            f"'{path}' is an unfinished run.", hint="Run the command that makes it again: it goes on where it stopped."
-        )
     return InputError(
         f"'{path}' is not an artifact: it has no {MANIFEST_NAME}.", hint="Give a folder that a ulbq command made."
     )

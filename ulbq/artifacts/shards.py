@@ -12,11 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ulbq import distributed
-from ulbq.artifacts.disk import replace_synced, temporary, write_atomically
+from ulbq.artifacts.disk import changed, replace_synced, sha256_file, temporary, write_atomically
 from ulbq.errors import InputError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+_CARRIED = re.compile(r"model-carried-\d{5}\.safetensors")
+_CARRIED_AT_ONCE = 1 << 30  # bytes a shard
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {
@@ -49,13 +52,15 @@ class LazyTensors:
 
     Args:
         files: whose headers are read at once.
+        sums: SHA-256 of files by name; such a file is hashed, once, before the first tensor of it is given out.
 
     Raises:
         InputError: a file is missing, corrupt or truncated, or two files hold the same tensor.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], sums: Mapping[str, str] = {}) -> None:
         self._stored: dict[str, _Stored] = {}
+        self._sums = dict(sums)
         for file in files:
             for name, stored in _header(file).items():
                 if name in self._stored:
@@ -63,19 +68,19 @@ class LazyTensors:
                 self._stored[name] = stored
 
     @classmethod
-    def folder(cls, path: Path) -> "LazyTensors":
+    def folder(cls, path: Path, sums: Mapping[str, str] = {}) -> "LazyTensors":
         """The weights of a model folder: ``model.safetensors``, else what the index names, else every safetensors file.
 
         Raises:
             InputError: as the constructor, and: no weights, pickle weights only, an index that does not fit its shards.
         """
         if (path / SINGLE_NAME).is_file():
-            return cls([path / SINGLE_NAME])
+            return cls([path / SINGLE_NAME], sums)
         if (path / INDEX_NAME).is_file():
-            return cls._indexed(path)
+            return cls._indexed(path, sums)
         files = sorted(path.glob("*.safetensors"))
         if files:
-            return cls(files)
+            return cls(files, sums)
         if pickle := next((file for pattern in _PICKLES for file in sorted(path.glob(pattern))), None):
             raise InputError(
                 f"The weights in '{path}' are pickled ('{pickle.name}'), and unpickling can run anything.",
@@ -84,9 +89,9 @@ class LazyTensors:
         raise InputError(f"'{path}' holds no weights: there is no safetensors file.")
 
     @classmethod
-    def _indexed(cls, path: Path) -> "LazyTensors":
+    def _indexed(cls, path: Path, sums: Mapping[str, str]) -> "LazyTensors":
         weight_map = _read_index(path / INDEX_NAME)
-        tensors = cls(path / file for file in sorted(set(weight_map.values())))
+        tensors = cls((path / file for file in sorted(set(weight_map.values()))), sums)
         for name, file in weight_map.items():
             if name not in tensors._stored or tensors._stored[name].file.name != file:
                 raise InputError(
@@ -99,6 +104,10 @@ class LazyTensors:
     def names(self) -> frozenset[str]:
         """All tensor names."""
         return frozenset(self._stored)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._find(name).file
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
@@ -115,10 +124,16 @@ class LazyTensors:
         """Stored size of a tensor in bytes."""
         return self.dtype(name).itemsize * torch.Size(self.shape(name)).numel()
 
+    @property
+    def total_bytes(self) -> int:
+        """Stored size of all tensors in bytes."""
+        return sum(map(self.nbytes, self._stored))
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU as it is stored, in memory of its own."""
         stored = self._find(name)
         self.dtype(name)
+        self._check(stored.file)
         try:
             with safe_open(stored.file, framework="pt") as file:
                 # What safetensors returns is mapped from the file: it pins the file's pages, and dies with the file.
@@ -126,6 +141,13 @@ class LazyTensors:
                 return tensor
         except (SafetensorError, OSError) as error:
             raise InputError(f"'{name}' cannot be read from '{stored.file}': {error}.") from error
+
+    def _check(self, file: Path) -> None:
+        """Hash a file whose sum is known, the first time. Raises InputError where it is another."""
+        wanted = self._sums.pop(file.name, None)
+        if wanted is not None and sha256_file(file) != wanted:
+            self._sums[file.name] = wanted
+            raise changed(file)
 
     def _find(self, name: str) -> _Stored:
         if name not in self._stored:
@@ -167,6 +189,28 @@ def store_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise OSError(int(number[1]), str(error), str(path)) from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def is_carried(file: Path) -> bool:
+    """Whether a shard holds what its model has no place for, and only carries along."""
+    return _CARRIED.fullmatch(file.name) is not None
+
+
+def write_carried(folder: Path, stored: LazyTensors, names: Iterable[str]) -> dict[str, list[str]]:
+    """Copy tensors into shards of their own, as they are stored; returns their names by shard."""
+    parts: list[list[str]] = []
+    room = 0
+    for name in sorted(names):
+        size = stored.nbytes(name)
+        if not parts or size > room:
+            parts.append([])
+            room = _CARRIED_AT_ONCE
+        parts[-1].append(name)
+        room -= size
+    shards = {f"model-carried-{number:05d}.safetensors": part for number, part in enumerate(parts, 1)}
+    for file, part in shards.items():
+        write_shard(folder / file, {name: stored.read(name) for name in part})
+    return shards
 
 
 def write_index(folder: Path, shards: Mapping[str, Sequence[str]]) -> None:

@@ -6,10 +6,9 @@ fingerprint) takes it up again.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +16,6 @@ from typing import Any, Self
 
 from ulbq import distributed
 from ulbq.artifacts.disk import (
-    TEMPORARY_PREFIX,
     disk_full,
     remove_tree,
     sha256_file,
@@ -34,16 +32,24 @@ from ulbq.artifacts.manifest import (
     is_replaceable,
     sealed,
 )
+from ulbq.artifacts.partial import (
+    JOURNAL,
+    LOCK,
+    SCRATCH,
+    acquire,
+    check_ours,
+    is_locked,
+    is_own,
+    make_folders,
+    occupied,
+    partial_of,
+    remove_leftovers,
+)
 from ulbq.artifacts.records import FileEntry
 from ulbq.errors import InputError, ResourceError
 
 DEFAULT_ROOT = Path("artifacts")
 """Where artifacts go, and are looked for, that were given no folder."""
-
-_JOURNAL = ".journal.jsonl"
-_LOCK = ".lock"
-_SCRATCH = ".scratch"
-_OWN = frozenset({_JOURNAL, _LOCK, _SCRATCH, MANIFEST_NAME})
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -60,7 +66,7 @@ def free_output(root: Path, stem: str, fingerprint: str) -> Path:
     free = (
         path
         for path in (root / name for name in names)
-        if not _occupied(path) and not _claimed(_partial(path), fingerprint)
+        if not occupied(path) and not _claimed(partial_of(path), fingerprint)
     )
     # One answer for all processes: the first may make the folder while another still looks for it.
     return distributed.on_main(lambda: next(free))
@@ -78,7 +84,9 @@ def check_output(out: Path, target: Path | None = None, *, force: bool) -> None:
         InputError: a file, a folder that is no artifact, or an artifact that must stay.
     """
     target = target or out
-    if not _occupied(target):
+    if target.name.endswith(PARTIAL_SUFFIX):
+        raise InputError(f"'{out}' has the name of an unfinished run.", hint=f"Give an -o without '{PARTIAL_SUFFIX}'.")
+    if not occupied(target):
         return
     if not is_replaceable(target):
         what = "is a folder that is not an artifact" if target.is_dir() else "is a file"
@@ -113,17 +121,19 @@ class ArtifactWriter:
     """
 
     def __init__(self, out: Path, fingerprint: str, *, force: bool = False, spare: Iterable[Path] = ()) -> None:
-        self.out = out
+        # What is reached through a folder that does not exist has another name that leads there.
+        self.out = Path(os.path.realpath(out)) if ".." in out.parts else out
         self.fingerprint = fingerprint
         self._force = force
         self._spare = [Path(os.path.realpath(path)) for path in spare]
+        self._planned: set[str] = set()
         self._fresh = False
         self._finished = False
         # Absolute: a change of the working folder must not move it. Real: partial and target must share a disk.
         self._target = Path(os.path.realpath(out))
         self._aside = self._target.parent / f".{self._target.name}.replaced"
-        self.path = _partial(self._target)
-        self.scratch = self.path / _SCRATCH
+        self.path = partial_of(self._target)
+        self.scratch = self.path / SCRATCH
         self._entries, self.resumed = distributed.on_main(self._open)
         if not self.scratch.is_dir():
             raise ResourceError(
@@ -134,10 +144,12 @@ class ArtifactWriter:
     def _open(self) -> tuple[dict[str, Any], bool]:
         """Take hold of the partial folder; gives what its journal holds, and whether a run goes on there."""
         with writing(self.out):
+            self._clear_up()
             self._check_out()
-            _check_ours(self.path)
-            self._made = _make_folders(self._target.parent)
-            self._lock = _acquire(self.path, self.out)
+            check_ours(self.path)
+            self._made = make_folders(self._target.parent)
+            self._lock = acquire(self.path, self.out)
+            self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 self._recover()
                 # Again: while this one got hold of the lock, another run may have finished.
@@ -145,8 +157,9 @@ class ArtifactWriter:
                 self._journal, resumed = self._open_journal()
                 self.scratch.mkdir(exist_ok=True)
             except BaseException:
-                if self._fresh or os.listdir(self.path) == [_LOCK]:
+                if self._fresh or os.listdir(self.path) == [LOCK]:
                     self._discard()
+                os.close(self._folder)
                 os.close(self._lock)
                 raise
         return self._journal.entries, resumed
@@ -156,46 +169,89 @@ class ArtifactWriter:
         """Values of the finished steps by key, those of the resumed run included, as JSON gives them back."""
         return self._entries
 
-    def record(self, key: str, value: Any, *, files: Iterable[Path] = ()) -> None:
+    @property
+    def planned(self) -> list[str]:
+        """Files of :meth:`plan` so far, in order of their names."""
+        return sorted(self._planned)
+
+    def plan(self, *names: str) -> None:
+        """Name files, relative to the folder, that the artifact consists of besides those of the recorded steps."""
+        self._planned.update(names)
+
+    def record(self, key: str, value: Any, *, files: Iterable[Path] = (), forgets: Iterable[str] = ()) -> None:
         """Note a finished step, durably.
 
         Args:
             key: names the step; the last value counts.
             value: anything JSON can say, pydantic models included.
-            files: what the step wrote; forced onto the disk first, so that no noted step can lack its files.
+            files: what the step wrote; forced onto the disk and hashed first, so that no noted step can lack its files
+                or have others. Those outside of ``scratch`` are the artifact's.
+            forgets: keys of steps whose files are not needed any more.
         """
 
         def note() -> Any:
             with writing(self.out):
+                self._check_there()
                 paths = list(files)
                 for path in [*paths, *{path.parent for path in paths}]:
                     sync(path)
-                self._journal.append(key, value)
+                entries = {self._name(path): _entry(path) for path in paths}
+                self._journal.append(key, value, files=entries, forgets=[*forgets])
             return self._journal.entries[key]
 
         self._entries[key] = distributed.on_main(note)
 
-    def finish(self, manifest: Manifest) -> Path:
+    def move(self, key: str, moves: Mapping[Path, Path]) -> None:
+        """Have files of recorded steps take the names of others, all of them or, until the run is resumed, some.
+
+        Args:
+            key: names the step.
+            moves: new paths by old ones.
+        """
+
+        def note() -> None:
+            with writing(self.out):
+                self._check_there()
+                if key not in self._journal.entries:
+                    named = {self._name(new): self._name(old) for old, new in moves.items()}
+                    self._journal.append(key, {}, moves=named)
+                self._move()
+
+        distributed.on_main(note)
+
+    def finish(self, manifest: Manifest, check: Callable[[Path], None] | None = None) -> Path:
         """Hash every file, write the manifest and move the artifact into place.
 
         Args:
             manifest: with everything but ``files``, ``fingerprint``, ``processes`` and ``digest``, filled in here.
+            check: looks at the complete folder before it is moved; what it raises keeps the run unfinished.
 
         Returns:
             ``out``, as it was given.
+
+        Raises:
+            InputError: a file of the plan is missing or was changed, one that nobody planned is there, or the folder
+                was removed under the run.
         """
 
         def complete() -> None:
             with writing(self.out):
-                remove_tree(self.scratch)
+                self._check_there()
                 known = {"files": self._files(), "fingerprint": self.fingerprint, "processes": distributed.size()}
-                write_atomically(self.path / MANIFEST_NAME, sealed(manifest.model_copy(update=known)))
-                self._journal.close()
-                self._publish()
+                path = self.path / MANIFEST_NAME
+                write_atomically(path, sealed(manifest.model_copy(update=known)))
+                try:
+                    if check is not None:
+                        check(self.path)
+                    self._journal.close()
+                    self._check_there()
+                    self._publish()
+                except BaseException:
+                    path.unlink(missing_ok=True)
+                    raise
                 self._finished = True
-                # Only now: until the rename a crash must find the journal, after it these two are mere leftovers.
-                for name in (_JOURNAL, _LOCK):
-                    (self._target / name).unlink()
+                # Only now: until the rename a crash must find them, after it they are mere leftovers.
+                remove_leftovers(self._target)
                 remove_tree(self._aside)
 
         distributed.on_main(complete)
@@ -209,22 +265,26 @@ class ArtifactWriter:
     ) -> None:
         if distributed.is_main():
             self._journal.close()
+            gone = not self._finished and not self._is_there()
             if not self._finished and not self.journal:
                 self._discard()
+            os.close(self._folder)
             os.close(self._lock)
+            if isinstance(error, OSError) and gone:
+                raise self._removed() from error
         if error is not None and (full := disk_full(error)):
             raise full from error
 
     def _check_out(self) -> None:
         """Raise unless ``out`` is free, or may be replaced."""
         check_output(self.out, self._target, force=self._force)
-        if _occupied(self._target) and any(path.is_relative_to(self._target) for path in self._spare):
+        if occupied(self._target) and any(path.is_relative_to(self._target) for path in self._spare):
             raise InputError(
                 f"'{self.out}' is what this run works on, and not even --force replaces that.", hint="Give another -o."
             )
 
     def _open_journal(self) -> tuple[Journal, bool]:
-        path = self.path / _JOURNAL
+        path = self.path / JOURNAL
         try:
             journal = Journal.load(path)
         except InputError:
@@ -232,39 +292,115 @@ class ArtifactWriter:
                 raise
             journal = None
         if journal is not None and journal.fingerprint == self.fingerprint:
-            for leftover in self.path.rglob(f"{TEMPORARY_PREFIX}*"):
-                if leftover.is_file():
-                    leftover.unlink()
-            return journal, True
+            self._journal = journal
+            try:
+                self._take_over()
+            except InputError:
+                if not self._force:
+                    raise
+            else:
+                return journal, True
+        elif journal is not None and not self._force:
+            journal.close()
+            raise InputError(
+                f"'{self.out}{PARTIAL_SUFFIX}' holds another run, with other settings or another source.",
+                hint="Give another -o, or discard that run with --force.",
+            )
         if journal is not None:
             journal.close()
-            if not self._force:
-                raise InputError(
-                    f"'{self.out}{PARTIAL_SUFFIX}' holds another run, with other settings or another source.",
-                    hint="Give another -o, or discard that run with --force.",
-                )
-        for entry in self.path.iterdir():
+        # The journal goes last: until then the folder is known as a run's.
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == JOURNAL):
             if entry.is_dir() and not entry.is_symlink():
                 remove_tree(entry)
-            elif entry.name != _LOCK:
+            elif entry.name != LOCK:
                 entry.unlink()
         self._fresh = True
         return Journal.create(path, self.fingerprint), False
 
+    def _take_over(self) -> None:
+        """Take what an interrupted run recorded, and nothing else. Raises InputError where that is not there."""
+        found: list[Path] = []
+        for folder, folders, files in os.walk(self.path):
+            for path in (Path(folder, name) for name in (*folders, *files)):
+                if path.is_symlink():
+                    raise InputError(
+                        f"'{path}' is a link, and no run left one there.",
+                        hint="Remove it, or discard all with --force.",
+                    )
+            found += [Path(folder, name) for name in files]
+        self._move()
+        for name, entry in self._journal.files.items():
+            path = self.path / name
+            if not path.is_file() or _entry(path) != entry:
+                raise InputError(
+                    f"'{path}' is {'missing' if not path.exists() else 'not what the interrupted run wrote'}.",
+                    hint="Discard the unfinished run with --force.",
+                )
+        for path in found:
+            if self._name(path) not in (*self._journal.files, JOURNAL, LOCK):
+                path.unlink(missing_ok=True)
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            if not os.listdir(folder):
+                os.rmdir(folder)
+
+    def _move(self) -> None:
+        for new, old in self._journal.moves.items():
+            if (self.path / old).exists():
+                os.replace(self.path / old, self.path / new)
+                sync((self.path / new).parent)
+
     def _files(self) -> dict[str, FileEntry]:
-        files = sorted(path for path in self.path.rglob("*") if path.is_file())
+        """Hashes of the artifact's files. Raises InputError where the folder does not hold them and no others."""
+        recorded = {name: entry for name, entry in self._journal.files.items() if not is_own(name)}
+        wanted = self._planned | recorded.keys()
+        lying = {self._name(path) for path in self.path.rglob("*") if not path.is_dir() or path.is_symlink()}
+        lying = {name for name in lying if not is_own(name)}
+        if lost := sorted(wanted - lying):
+            raise InputError(f"'{self.path / lost[0]}' disappeared during the run.", hint="Run the same command again.")
+        if stray := sorted(lying - wanted):
+            raise InputError(
+                f"'{self.path / stray[0]}' appeared during the run, and is no part of what it makes.",
+                hint="Move it away and run the same command again.",
+            )
         entries = {}
-        for path in files:
-            name = path.relative_to(self.path).as_posix()
-            if name not in _OWN:
-                sync(path)
-                entries[name] = FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
+        for name in sorted(wanted):
+            sync(self.path / name)
+            entries[name] = _entry(self.path / name)
+            if recorded.get(name, entries[name]) != entries[name]:
+                raise InputError(
+                    f"'{self.path / name}' was changed during the run.", hint="Discard the unfinished run with --force."
+                )
         return entries
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix()
+
+    def _is_there(self) -> bool:
+        """Whether the folder that this run writes to still stands at its place."""
+        try:
+            return os.path.samestat(os.fstat(self._folder), self.path.stat())
+        except OSError:
+            return False
+
+    def _check_there(self) -> None:
+        if not self._is_there():
+            raise self._removed()
+
+    def _removed(self) -> InputError:
+        return InputError(
+            f"'{self.path}' was removed or replaced while this run wrote to it.", hint="Run the same command again."
+        )
+
+    def _clear_up(self) -> None:
+        """Remove what a run that was killed right after it finished left in the artifact."""
+        left = is_replaceable(self._target) and (self._target / JOURNAL).exists()
+        if left and not self.path.exists() and not is_locked(self._target / LOCK):
+            remove_leftovers(self._target)
 
     def _publish(self) -> None:
         """Rename the partial folder to the target. An artifact that is replaced steps aside and back on failure."""
         self._check_out()
-        replaces = _occupied(self._target)
+        replaces = occupied(self._target)
         if replaces:
             remove_tree(self._aside)
             os.rename(self._target, self._aside)
@@ -283,7 +419,7 @@ class ArtifactWriter:
 
     def _recover(self) -> None:
         """Undo the first of the two renames of a replacement that a crash cut in half."""
-        if self._aside.exists() and not _occupied(self._target):
+        if self._aside.exists() and not occupied(self._target):
             os.rename(self._aside, self._target)
 
     def _discard(self) -> None:
@@ -296,75 +432,15 @@ class ArtifactWriter:
                 break
 
 
-def _partial(path: Path) -> Path:
-    return path.parent / (path.name + PARTIAL_SUFFIX)
-
-
-def _occupied(path: Path) -> bool:
-    """Whether anything but an empty folder stands there."""
-    return any(path.iterdir()) if path.is_dir() else path.exists()
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
 
 
 def _claimed(partial: Path, fingerprint: str) -> bool:
     """Whether a partial folder belongs to something else than the run with this fingerprint."""
     try:
-        _check_ours(partial)
-        found = Journal.fingerprint_at(partial / _JOURNAL)
+        check_ours(partial)
+        found = Journal.fingerprint_at(partial / JOURNAL)
     except InputError:
         return True
     return found is not None and found != fingerprint
-
-
-def _check_ours(partial: Path) -> None:
-    """Raise where a folder (or file) bears the name of a partial folder but no writer made it."""
-    if partial.is_dir():
-        names = set(os.listdir(partial))
-        ours = not names or _LOCK in names or _JOURNAL in names
-    else:
-        ours = not partial.exists()
-    if not ours:
-        raise InputError(
-            f"'{partial}' is in the way: it has the name of an unfinished run but is none.",
-            hint="Move it away, or give another -o.",
-        )
-
-
-def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder with its parents; returns those that were made, innermost first."""
-    missing = []
-    for path in (folder, *folder.parents):
-        if path.exists():
-            break
-        missing.append(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(
-            f"'{folder}' cannot be a folder: there is a file in the way.", hint="Give another -o."
-        ) from error
-    return missing
-
-
-def _acquire(partial: Path, out: Path) -> int:
-    """Make the partial folder and lock it against other processes; returns the lock's file descriptor."""
-    while True:
-        partial.mkdir(exist_ok=True)
-        lock = partial / _LOCK
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            continue  # its owner finished between the two calls
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The previous owner may have renamed or removed the folder while this one opened the file in it.
-            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
-                return descriptor
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise InputError(
-                f"Another process is writing '{out}' at this moment.", hint="Wait for it, or give another -o."
-            ) from error
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)

@@ -92,4 +92,4 @@ def _around_a_question(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int],
     before, found, behind = text.partition(_MARK)
     if not found:
         return [], []
-    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, behind))  # type: ignore[return-value]
+    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, behind))

@@ -61,7 +61,8 @@ class LanguageModel:
         self.batch_size = batch_size
         self.progress = progress or Silent()
         self.label = label
-        self.max_length: int = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length: int = longest or _DEFAULT_LENGTH
         self.end_token = int(tokenizer.eos_token_id)
         self.first_token = self.end_token if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
         self._ends = _ends(model, self.end_token)

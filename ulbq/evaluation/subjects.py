@@ -102,6 +102,7 @@ def open_candidates(
     parent: str | None = None,
     adapter: bool = True,
     offline: bool = False,
+    verify: bool = True,
     progress: Progress | None = None,
 ) -> list[Candidate]:
     """Open models and the full-precision parents of those that have one.
@@ -111,6 +112,7 @@ def open_candidates(
         parent: everybody's parent, whatever the artifacts say.
         adapter: measure artifacts with the adapter that they have; else the base alone, and its name says so.
         offline: never touch the network.
+        verify: compare what is read of artifacts with their hashes.
         progress: told about parents that cannot be read, or are not what they were.
 
     Returns:
@@ -120,10 +122,12 @@ def open_candidates(
     Raises:
         InputError, ResourceError: a source, or the named ``parent``, cannot be opened.
     """
-    opened = [resolve(source, offline=offline) for source in sources]
+    opened = [resolve(source, offline=offline, verify=verify) for source in sources]
     named = resolve(parent, offline=offline) if parent is not None else None
     origins = [named or _recorded_parent(source, offline, progress or Silent()) for source in opened]
     everyone = {source.content_hash: source for source in [*opened, *origins] if source is not None}
+    for source in everyone.values():
+        source.tell(progress or Silent())
     times = Counter(source.name for source in everyone.values())
     names = {key: source.name if times[source.name] == 1 else source.given for key, source in everyone.items()}
     if not adapter:

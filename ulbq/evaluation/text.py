@@ -66,7 +66,7 @@ def tokens_per_batch(model: "PreTrainedModel") -> int:
     """Tokens that one batch may hold: their logits take 512 MiB on a CPU, a quarter of a GPU's free memory."""
     device = model.device
     room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _CPU_LOGITS
-    return max(1, room // (int(model.config.vocab_size) * _LOGIT_BYTES))
+    return max(1, room // (int(model.config.get_text_config().vocab_size) * _LOGIT_BYTES))
 
 
 def sequences_per_batch(model: "PreTrainedModel", tokens: int) -> int:

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from ulbq import formats
 from ulbq.artifacts.disk import write_atomically, writing
-from ulbq.artifacts.shards import write_index, write_shard
+from ulbq.artifacts.shards import INDEX_NAME, write_index, write_shard
 from ulbq.errors import InputError, NumericsError
 from ulbq.formats import AnyScheme
-from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, load_adapters
+from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, adapter_folder, load_adapters
 from ulbq.models.blocks import block_list, skeleton
 from ulbq.models.names import read_state, state_names
 from ulbq.models.source import ModelSource
@@ -59,8 +59,8 @@ def write_dense(
     on_shard: Callable[[str], None] = lambda name: None,
     *,
     merge_adapter: bool = False,
-) -> None:
-    """Write a model densely; one shard's tensors are in memory at a time.
+) -> list[str]:
+    """Write a model densely; one shard's tensors are in memory at a time. Returns the names of all files.
 
     Args:
         source: any model; packed layers are dequantized in float32 and rounded once.
@@ -86,12 +86,14 @@ def write_dense(
         }
         write_shard(folder / shard, tensors)
         on_shard(shard)
+    shards |= {shard: tuple(names) for shard, names in source.write_carried(folder).items()}
     write_index(folder, shards)
-    write_beside(source, folder, {"dtype": str(dtype).removeprefix("torch.")}, adapter=not merge_adapter)
+    beside = write_beside(source, folder, {"dtype": str(dtype).removeprefix("torch.")}, adapter=not merge_adapter)
+    return [*shards, INDEX_NAME, *beside]
 
 
-def write_beside(source: ModelSource, folder: Path, changes: Mapping[str, Any], *, adapter: bool) -> None:
-    """What lies beside the weights: configuration, tokenizer and other side files, and the adapter.
+def write_beside(source: ModelSource, folder: Path, changes: Mapping[str, Any], *, adapter: bool) -> list[str]:
+    """What lies beside the weights: configuration, tokenizer and other side files, and the adapter; gives the names.
 
     Args:
         changes: what is different in the configuration.
@@ -101,9 +103,13 @@ def write_beside(source: ModelSource, folder: Path, changes: Mapping[str, Any], 
     with writing(folder):
         type(source.config).from_dict(source.config.to_dict() | dict(changes)).save_pretrained(folder)
         _spell_rope_twice(folder / "config.json")
-        source.save_tokenizer_files(folder)
+        names = ["config.json", *source.save_tokenizer_files(folder)]
         if beside is not None and adapter:
-            shutil.copytree(beside, folder / ADAPTER_FOLDER)
+            (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
+            names += ADAPTER_FILES
+            for name in ADAPTER_FILES:
+                shutil.copyfile(source.path / name, folder / name)
+    return names
 
 
 def _spell_rope_twice(path: Path) -> None:

@@ -71,7 +71,7 @@ def write_gguf(
     *,
     licence: str | None = None,
     merge_adapter: bool = False,
-) -> dict[str, int]:
+) -> tuple[dict[str, int], list[str]]:
     """Write a model as ``model.gguf``, and read every tensor back.
 
     Args:
@@ -83,7 +83,7 @@ def write_gguf(
         merge_adapter: make the artifact's adapter a part of the weights, which are dense then.
 
     Returns:
-        How many packed layers each type holds: ``{"Q4_0": 200, "F16": 10}``.
+        How many packed layers each type holds (``{"Q4_0": 200, "F16": 10}``), and the names of all files.
 
     Raises:
         InputError: the architecture or the tokenizer is none that can be written, or a tensor is missing.
@@ -109,8 +109,8 @@ def write_gguf(
             writer.close()
         job.check(scratch)
         replace_synced(scratch, path)
-        source.save_tokenizer_files(folder)
-    return kinds
+        beside = source.save_tokenizer_files(folder)
+    return kinds, [FILE_NAME, *beside]
 
 
 class _Job:

@@ -25,13 +25,13 @@ def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
     if source.stored is None:
         return {}
     buffers = {name for name, _ in skeleton(source).named_buffers()}
-    found = {name: source.stored.dtype(name) for name in sorted(source.stored.names - buffers)}
+    found = {name: source.stored.dtype(name) for name in sorted(source.stored.names - buffers - {*source.carried})}
     return {name: dtype for name, dtype in found.items() if dtype.is_floating_point and dtype.itemsize > 2}
 
 
 def write_half(
     source: ModelSource, folder: Path, dtype: torch.dtype, on_shard: Callable[[str], None] = lambda name: None
-) -> dict[str, int]:
+) -> tuple[dict[str, int], list[str]]:
     """Copy an artifact, its wide parameters rounded.
 
     Args:
@@ -41,7 +41,8 @@ def write_half(
         on_shard: called with each shard's name once it is written.
 
     Returns:
-        Bits saved, by the part of the artifact's accounting that they were in: ``embeddings`` and ``other``.
+        Bits saved, by the part of the artifact's accounting that they were in (``embeddings`` and ``other``), and the
+        names of all files.
 
     Raises:
         InputError: a tensor cannot be read.
@@ -70,4 +71,4 @@ def write_half(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, folder / name)
     write_index(folder, shards)
-    return saved
+    return saved, [*files.keys() | shards.keys() | {INDEX_NAME}]

@@ -10,7 +10,7 @@ from torch import nn
 
 from ulbq import formats
 from ulbq.artifacts.disk import write_atomically, writing
-from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
+from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_shard
 from ulbq.errors import NumericsError
 from ulbq.export import compressed_tensors, gptq
 from ulbq.export.dense import dense_tensor, shard_names, write_beside
@@ -70,8 +70,8 @@ def write_packed(
     on_shard: Callable[[str], None] = lambda name: None,
     *,
     untie: bool = False,
-) -> None:
-    """Write a packed model for other libraries, and read every packed layer back.
+) -> list[str]:
+    """Write a packed model for other libraries, and read every packed layer back. Returns the names of all files.
 
     Args:
         source: an artifact whose layers the target holds, as :func:`ulbq.export.fit.check` says.
@@ -103,6 +103,7 @@ def write_packed(
         shards[shard] = tuple(tensors)
         _read_back(source, folder / shard, layout, {n: layers[n] for n in layers if f"{n}.weight" in names}, shapes)
         on_shard(shard)
+    shards |= {shard: tuple(names) for shard, names in source.write_carried(folder).items()}
     write_index(folder, shards)
     tied = bool(source.config.tie_word_embeddings) and not untie
     changes = {
@@ -110,11 +111,13 @@ def write_packed(
         "dtype": str(dtype).removeprefix("torch."),
         "quantization_config": layout.configuration,
     }
-    write_beside(source, folder, changes, adapter=True)
+    written = [*shards, INDEX_NAME, *write_beside(source, folder, changes, adapter=True)]
     if target == "gptq":
+        written.append("quantize_config.json")
         with writing(folder):
             text = json.dumps(layout.configuration, indent=2) + "\n"
             write_atomically(folder / "quantize_config.json", text.encode())
+    return written
 
 
 def _layout(

@@ -28,6 +28,10 @@ AdapterTensors = dict[str, dict[str, torch.Tensor]]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+
+ADAPTER_FILES = (f"{ADAPTER_FOLDER}/{_CONFIG}", f"{ADAPTER_FOLDER}/{_WEIGHTS}")
+"""What an artifact's adapter consists of, relative to the artifact."""
+
 _PREFIX = "base_model.model."
 _SHORT = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 _HINT = "Make the artifact again, or restore it from a copy; --no-adapter leaves the adapter out."

@@ -56,9 +56,12 @@ class ModelStructure:
     skipped: tuple[str, ...]
 
 
-def skeleton(source: ModelSource) -> PreTrainedModel:
-    """The source's model with its parameters on the meta device and its buffers real, in eval mode."""
-    return empty_model(source.config)
+def skeleton(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The source's model with its parameters on the meta device and its buffers real, in eval mode.
+
+    ``dtype`` as of :func:`~ulbq.models.skeleton.empty_model`.
+    """
+    return empty_model(source.config, dtype)
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -186,7 +189,7 @@ def load_outer(
 def materialize(
     module: nn.Module,
     source: ModelSource,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     *,
     prefix: str = "",
     without: tuple[str, ...] = (),
@@ -197,7 +200,7 @@ def materialize(
     Args:
         module: a skeleton, a block, or any part of one.
         source: where the tensors come from.
-        dtype: for floating-point parameters; buffers keep theirs.
+        dtype: for floating-point parameters; buffers keep theirs. None: parameters keep theirs too.
         device: where the module shall be.
         prefix: what the full names have before the module's own, with the dot.
         without: what is named so, from its start, stays as it is.
@@ -219,7 +222,7 @@ def materialize(
         tensor = _read_checked(source, prefix + stored, parameter.shape)
         if parameter.is_floating_point():
             check_values(source, prefix + stored, tensor)
-        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        kept = (dtype or parameter.dtype) if tensor.is_floating_point() else tensor.dtype
         filled = nn.Parameter(tensor.to(device, kept), requires_grad=False)
         for name in names:
             _assign(module, name, filled)
@@ -236,16 +239,15 @@ def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def _swap_packed(
-    module: nn.Module, source: ModelSource, dtype: torch.dtype, prefix: str, without: tuple[str, ...]
+    module: nn.Module, source: ModelSource, dtype: torch.dtype | None, prefix: str, without: tuple[str, ...]
 ) -> None:
     """Replace the linear layers that ``source`` stores packed."""
     for name, linear in list(module.named_modules()):
         scheme = source.packed.get(prefix + name)
         if scheme is None or not is_dense_linear(linear) or name.startswith(without):
             continue
-        quantized = QuantLinear(
-            scheme, linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=dtype
-        )
+        bias, kept = linear.bias is not None, dtype or linear.weight.dtype
+        quantized = QuantLinear(scheme, linear.in_features, linear.out_features, bias=bias, dtype=kept)
         # Back on meta: the bias is read with all the other dense parameters.
         quantized.bias = linear.bias
         try:

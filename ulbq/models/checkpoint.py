@@ -48,13 +48,22 @@ class Checkpoint:
     def __init__(self, stored: TensorReader, model: PreTrainedModel) -> None:
         self._stored = stored
         self._model = model
-        self._recipes = _recipes(stored.names, model)
+        self._recipes, self._unplaced = _recipes(stored.names, model)
         self._names = frozenset(self._recipes)
 
     @property
     def names(self) -> frozenset[str]:
         """Parameters (and persistent buffers) of the model that the checkpoint holds."""
         return self._names
+
+    @property
+    def unplaced(self) -> dict[str, str]:
+        """Stored names that lead to no parameter, each with the name that the model would have for it."""
+        return self._unplaced
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """Stored names of the tensors that the parameter ``name`` is made of."""
+        return tuple(key for key, _ in self._recipes[name].sources)
 
     def read(self, name: str) -> torch.Tensor:
         """The parameter ``name``, in its stored dtype. Raises KeyError where the checkpoint lacks it."""
@@ -70,19 +79,24 @@ class Checkpoint:
         return tensor
 
 
-def _recipes(stored: frozenset[str], model: PreTrainedModel) -> dict[str, _Recipe]:
-    """Recipes by parameter name; the order of the rules is that of ``PreTrainedModel.from_pretrained``."""
+def _recipes(stored: frozenset[str], model: PreTrainedModel) -> tuple[dict[str, _Recipe], dict[str, str]]:
+    """Recipes by parameter name, and the stored names without one by what they are renamed to.
+
+    The order of the rules is that of ``PreTrainedModel.from_pretrained``.
+    """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     wanted = model.state_dict()
     recipes: dict[str, _Recipe] = {}
+    unplaced: dict[str, str] = {}
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
         if name not in wanted and key in wanted:
             name, pattern = key, None
         if name not in wanted:
+            unplaced[key] = name
             continue
         converter = None if pattern is None else by_pattern[pattern]
         recipe = recipes.setdefault(name, _Recipe(name, converter))
@@ -90,4 +104,4 @@ def _recipes(stored: frozenset[str], model: PreTrainedModel) -> dict[str, _Recip
         if converter is not None:
             first, *others = converter.target_patterns
             recipes.update({name.replace(first, other): recipe for other in others})
-    return recipes
+    return recipes, unplaced

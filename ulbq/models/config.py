@@ -3,6 +3,7 @@
 import json
 import struct
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ from ulbq.models.gguf_header import GgufHeader
 
 # What transformers raises for a configuration that it cannot use, depending on where it notices.
 _CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError)
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Keys of a configuration, at any depth, under which tools describe how they packed the weights."""
+
+_QUANTIZATION_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
+"""Files beside the weights that say the same, with the tool that writes each."""
+
 _NOT_GENERATIVE = (
     "ForMaskedLM",
     "ForSequenceClassification",
@@ -66,12 +77,50 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"'{folder}' has no config.json, so it is not a model folder.", hint=_what_lies_there(folder))
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        # transformers writes numbers that JSON has no word for as objects, {"__float__": "Infinity"}.
+        raw = PreTrainedConfig._decode_special_floats(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"'{path}' cannot be read: {_first(error)}", hint="Fetch the model again.") from error
     if not isinstance(raw, dict):
         raise InputError(f"'{path}' is not a JSON object.", hint="Fetch the model again.")
     return raw
+
+
+def quantized_by(folder: Path, raw: Mapping[str, Any]) -> str | None:
+    """The tool that packed a folder's weights; None where nothing says that any did.
+
+    Looks at every depth of the configuration (multimodal models describe their text model inside) and at the files
+    that older tools write beside it.
+
+    Args:
+        folder: of the model.
+        raw: its ``config.json``.
+    """
+    found = _described(raw)
+    if found is None:
+        found = next((tool for name, tool in _QUANTIZATION_FILES.items() if _describes(folder / name)), None)
+    return found
+
+
+def _described(raw: Mapping[str, Any]) -> str | None:
+    for key in _QUANTIZATION_KEYS:
+        if value := raw.get(key):
+            method = value.get("quant_method") if isinstance(value, dict) else None
+            return str(method or "an unknown tool")
+    inner = (value for value in raw.values() if isinstance(value, dict))
+    return next((found for value in inner if (found := _described(value)) is not None), None)
+
+
+def _describes(file: Path) -> bool:
+    """Whether a file says that weights are packed; ModelOpt's may say that of the cache of keys and values alone."""
+    if not file.is_file():
+        return False
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return True
+    about = said.get("quantization") if isinstance(said, dict) else None
+    return not (isinstance(about, dict) and "quant_algo" in about and about["quant_algo"] is None)
 
 
 def read_gguf_config(file: Path, header: GgufHeader) -> PreTrainedConfig:

@@ -68,6 +68,9 @@ class GgufTensors:
         header: of the file.
         model: the model that the file's configuration describes; only its names count.
 
+    Attributes:
+        unplaced: names in the file of the tensors that lead to no parameter.
+
     Raises:
         InputError: the architecture is one whose tensors transformers cannot map.
     """
@@ -87,6 +90,8 @@ class GgufTensors:
             if name is not None:
                 self._sources.setdefault(name, []).append(stored)
         self._names = frozenset(self._sources)
+        placed = {stored for some in self._sources.values() for stored in some}
+        self.unplaced = frozenset(header.tensors.keys() - placed)
 
     @property
     def names(self) -> frozenset[str]:

@@ -26,7 +26,7 @@ def load_model(
 
     Args:
         source: the model.
-        dtype: of parameters and of the arithmetic.
+        dtype: of parameters and of the arithmetic; what transformers keeps in another dtype has that.
         device: where it shall be.
         adapter: attach the adapter of an artifact that has one, as peft does; without it, the base alone.
         prefill_cache: keep a dense copy of every packed weight, in ``dtype``, from its first product with many rows on.
@@ -35,8 +35,8 @@ def load_model(
         InputError: a parameter is missing or has another shape than the configuration says, or a file beside the
             weights cannot be read, the adapter among them.
     """
-    model = skeleton(source)
-    materialize(model, source, dtype, device=device)
+    model = skeleton(source, dtype)
+    materialize(model, source, None, device=device)
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
             layer.cache = prefill_cache

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ulbq.artifacts.records import RotationRecord
+from ulbq.errors import InputError
 from ulbq.models.blocks import ModelStructure, structure
 from ulbq.models.checkpoint import TensorReader
 from ulbq.models.hadamard import hadamard_factors
@@ -150,6 +151,11 @@ def rotated(source: ModelSource, seed: int) -> ModelSource:
     """
     if source.packed:
         raise ValueError("codes cannot be rotated")
+    if source.carried:
+        raise InputError(
+            f"'{source.given}' holds what is no part of its text model ('{source.carried[0]}'), and cannot be rotated.",
+            hint="Leave out --rotate.",
+        )
     config = copy.deepcopy(source.config)
     config.tie_word_embeddings = False
     plan = _Plan(source, config, seed)

@@ -10,18 +10,22 @@ from transformers.initialization import no_init_weights
 from ulbq.errors import InputError
 
 # A bad value shows wherever a model's own code stumbles over it.
-_BUILD_ERRORS = (
+BUILD_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RuntimeError, TypeError, ValueError),
 )
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal language model that ``config`` describes, in eval mode, its parameters on the meta device.
 
     Buffers (rotary frequencies, embedding scales) hold their values: they are computed, not stored in checkpoints.
     The attention implementation is the one that transformers picks for the architecture, which is SDPA wherever the
     architecture has it. Tied parameters are one object. ``config`` itself is left as it is.
+
+    Args:
+        config: of the model.
+        dtype: in which it would be loaded. Parameters and buffers that transformers keeps in another one have that.
 
     Raises:
         InputError: no such model can be built, for one of no heads or with an activation that does not exist.
@@ -29,13 +33,30 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     # A parameter exists for a moment before it goes to meta; as nothing initializes it, its pages are never touched.
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-    except _BUILD_ERRORS as error:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    except BUILD_ERRORS as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
             f"The configuration of '{config.name_or_path or config.model_type}' makes no model ({cause}).",
             hint="Its config.json is damaged, or was written for another version of transformers.",
         ) from error
+    _widen(model, dtype)
     model.tie_weights()
     model.requires_grad_(False).eval()
     return model
+
+
+def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give parameters and buffers that transformers keeps in float32, whatever the rest is loaded in, that dtype."""
+    patterns = model._get_dtype_plan(dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        wide = next((kind for pattern, kind in patterns.items() if pattern in name), None)
+        if wide is None or not tensor.is_floating_point():
+            continue
+        path, _, leaf = name.rpartition(".")
+        made = tensor.detach().to(wide)
+        setattr(
+            model.get_submodule(path),
+            leaf,
+            torch.nn.Parameter(made) if isinstance(tensor, torch.nn.Parameter) else made,
+        )

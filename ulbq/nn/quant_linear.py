@@ -11,8 +11,12 @@ from ulbq.formats import AnyScheme, BinaryMosScheme
 
 
 def is_dense_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a linear layer with its weight in full, and not a packed one."""
-    return isinstance(module, nn.Linear) and not isinstance(module, QuantLinear)
+    """Whether a module is a linear layer with its weight in full, and not a packed one.
+
+    What inherits from ``nn.Linear`` and computes something else, as the routers of some mixtures do, is none.
+    """
+    own = isinstance(module, nn.Linear) and not isinstance(module, QuantLinear)
+    return own and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
 
 
 def linear_layer(block: nn.Module, name: str) -> nn.Linear:

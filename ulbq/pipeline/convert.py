@@ -22,10 +22,12 @@ from ulbq.export.gguf import write_gguf
 from ulbq.export.gguf_vocab import check_tokenizer
 from ulbq.export.half import wide_tensors, write_half
 from ulbq.export.packed import write_packed
+from ulbq.formats import AffineScheme
 from ulbq.models.adapter_files import adapter_folder
 from ulbq.models.blocks import skeleton
 from ulbq.models.names import state_names
 from ulbq.models.source import ModelSource, resolve
+from ulbq.pipeline.proof import proof
 from ulbq.progress import Progress, Silent
 
 Dtype = Literal["fp16", "bf16", "fp32"]
@@ -41,6 +43,7 @@ class ConvertRequest(BaseModel):
         dtype: of the tensors that are not packed; None for bf16 where all is dense, fp16 in GGUF, and the artifact's
             own elsewhere.
         merge_adapter: make an artifact's adapter a part of the weights; else it is copied beside them.
+        verify: compare what is read of an artifact with its hashes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +54,7 @@ class ConvertRequest(BaseModel):
     dtype: Dtype | None = None
     merge_adapter: bool = False
     offline: bool = False
+    verify: bool = True
     out: Path | None = None
     force: bool = False
 
@@ -85,7 +89,8 @@ def convert(
         NumericsError: a weight does not fit the dtype, or what was written does not read back.
     """
     progress = progress or Silent()
-    source = resolve(request.source, offline=request.offline)
+    source = resolve(request.source, offline=request.offline, verify=request.verify)
+    source.tell(progress)
     job = _plan(request, source, progress)
     identity = fingerprint(
         {
@@ -102,14 +107,19 @@ def convert(
     watch = runtime.Stopwatch()
     with ArtifactWriter(out, identity, force=request.force, spare=[source.path]) as writer:
         with watch.phase("write"), progress.phase("Writing", _steps(job)) as phase:
-            stored, saved = _write(job, writer.path, lambda name: phase.advance(detail=name))
+            stored, saved, names = _write(job, writer.path, lambda name: phase.advance(detail=name))
+            writer.plan(*names)
         progress.note(f"Stored: {stored}.")
         if adapter_folder(source) and not request.merge_adapter and job.target != "half":
             more = "" if job.target != "dense" else "; --merge-adapter makes it part of them"
             progress.note(f"The adapter lies beside the weights, for peft to load{more}.")
         if job.target != "half":
-            _write_card(job, writer.path, stored, out)
-        path = writer.finish(_manifest(job, out, saved, watch))
+            _write_card(job, writer.path, stored, writer.out)
+            writer.plan(card.NAME)
+        layers = [scheme for scheme in source.packed.values() if isinstance(scheme, AffineScheme)]
+        target = None if job.target == "half" else job.target
+        check = proof(progress, target, symmetric=all(scheme.symmetric for scheme in layers))
+        path = writer.finish(_manifest(job, writer.out, saved, watch), check)
     manifest = read_manifest(path)
     if not isinstance(manifest, ConvertedManifest | QuantizedManifest):
         raise TypeError(f"wrote a manifest of kind {manifest.kind}")
@@ -129,6 +139,10 @@ def _plan(request: ConvertRequest, source: ModelSource, progress: Progress) -> _
     fit.check(candidate, target, merge_adapter=request.merge_adapter)
     if target == "gguf":
         check_tokenizer(source)
+        if source.carried:
+            progress.warn(
+                f"A GGUF file has no place for the {len(source.carried)} tensors beside the model: they stay behind."
+            )
     return _Job(request, source, candidate, target, _dtype(request, source, target))
 
 
@@ -151,19 +165,23 @@ def _steps(job: _Job) -> int:
     return len(state_names(model)) if job.target == "gguf" else len(shard_names(model))
 
 
-def _write(job: _Job, folder: Path, on_step: Callable[[str], None]) -> tuple[str, dict[str, int]]:
-    """Write all but card and manifest; returns how the weights are stored, in words, and the bits that half saved."""
+def _write(job: _Job, folder: Path, on_step: Callable[[str], None]) -> tuple[str, dict[str, int], list[str]]:
+    """Write all but card and manifest.
+
+    Returns:
+        How the weights are stored, in words; the bits that half saved; the names of all files.
+    """
     source, dtype, merge = job.source, DTYPES[job.dtype], job.request.merge_adapter
     match job.target:
         case "dense":
-            write_dense(source, folder, dtype, on_step, merge_adapter=merge)
-            return f"all weights in {job.dtype}", {}
+            names = write_dense(source, folder, dtype, on_step, merge_adapter=merge)
+            return f"all weights in {job.dtype}", {}, names
         case "gptq" | "compressed-tensors":
-            write_packed(source, folder, job.target, dtype, on_step, untie=job.untie)
-            return f"the artifact's own codes, to the bit; what is not packed in {job.dtype}", {}
+            names = write_packed(source, folder, job.target, dtype, on_step, untie=job.untie)
+            return f"the artifact's own codes, to the bit; what is not packed in {job.dtype}", {}, names
         case "gguf":
             licence = card.front_of(source).get("license")
-            kinds = write_gguf(
+            kinds, names = write_gguf(
                 source,
                 folder,
                 dtype,
@@ -171,12 +189,12 @@ def _write(job: _Job, folder: Path, on_step: Callable[[str], None]) -> tuple[str
                 licence=licence if isinstance(licence, str) else None,
                 merge_adapter=merge,
             )
-            return _gguf_words(kinds, job.dtype), {}
+            return _gguf_words(kinds, job.dtype), {}, names
         case "half":
-            count, saved = len(wide_tensors(source)), write_half(source, folder, dtype, on_step)
+            count, (saved, names) = len(wide_tensors(source)), write_half(source, folder, dtype, on_step)
             if not count:
-                return "nothing changed, all of it was in half precision already; this is a copy", {}
-            return f"{count} float32 tensors became {job.dtype}, {sum(saved.values()) // 8:,} bytes less", saved
+                return "nothing changed, all of it was in half precision already; this is a copy", {}, names
+            return f"{count} float32 tensors became {job.dtype}, {sum(saved.values()) // 8:,} bytes less", saved, names
 
 
 def _gguf_words(kinds: dict[str, int], dtype: str) -> str:

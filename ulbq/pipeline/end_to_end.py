@@ -4,14 +4,11 @@ The blocks' shards stay as they are until every block of the tuned model is writ
 take their places. A run that was killed at any point goes on from its last finished epoch, to the same bytes.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ulbq import distributed
-from ulbq.artifacts.disk import sync, writing
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration
@@ -26,7 +23,7 @@ from ulbq.training.samples import Samples
 from ulbq.training.student import Student
 from ulbq.training.teacher import CachedTeacher, StreamedTeacher, Teacher
 
-_EPOCH = "end to end "
+_EPOCH, _EXCHANGED = "end to end ", "tuned shards in place"
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
     if not phase.tuned and not (phase.over and not phase.epochs[-1].best):
         _train(phase)
     if phase.tuned:
-        distributed.on_main(_exchange, phase)
+        _exchange(phase)
     record = _record(phase)
     return record if job.request.end_to_end_data is None else record.model_copy(update={"data": text.record()})
 
@@ -117,7 +114,9 @@ def _train(phase: _Phase) -> None:
             bar.advance(done[-1].steps, f"epoch {done[-1].number} was done")
 
         def on_epoch(epoch: Epoch, files: list[Path]) -> None:
-            writer.record(f"{_EPOCH}{epoch.number}", epoch, files=files)
+            # The trainer keeps the best epoch's state and the last one's.
+            passed = [f"{_EPOCH}{number}" for number in range(epoch.number) if number != epoch.best]
+            writer.record(f"{_EPOCH}{epoch.number}", epoch, files=files, forgets=passed)
             bar.advance(0, f"epoch {epoch.number}, held-out loss {epoch.error:.4f}")
 
         last = trainer.train(done, on_epoch, lambda loss: bar.advance(1, f"loss {loss:.4f}"))
@@ -171,15 +170,11 @@ def _original(job: Job, linear: str) -> torch.Tensor:
 
 def _exchange(phase: _Phase) -> None:
     """Move the tuned shards over the block phase's; those that a killed run moved already are there."""
-    before, after = phase.before, phase.after
-    with writing(phase.writer.path):
-        for index in range(phase.job.found.n_blocks):
-            pairs = ((after.block(index), before.block(index)), (after.adapter(index), before.adapter(index)))
-            for new, old in pairs:
-                if new.exists():
-                    os.replace(new, old)
-        for folder in {before.blocks, before.adapters}:
-            sync(folder)
+    before, after, blocks = phase.before, phase.after, range(phase.job.found.n_blocks)
+    moves = {after.block(index): before.block(index) for index in blocks}
+    if phase.job.method.needs.adapter is not None:
+        moves |= {after.adapter(index): before.adapter(index) for index in blocks}
+    phase.writer.move(_EXCHANGED, moves)
 
 
 def _record(phase: _Phase) -> EndToEndRecord:

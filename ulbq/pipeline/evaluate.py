@@ -25,8 +25,8 @@ from ulbq.progress import Progress, Silent
 
 __all__ = ["EvaluateRequest", "evaluate"]
 
-SAMPLES = "samples.jsonl"
-"""Where an evaluation holds some of the answers that models wrote."""
+RESULTS, REPORT, SAMPLES = "results.json", "report.html", "samples.jsonl"
+"""Files of an evaluation: the numbers, the page, and some of the answers that models wrote."""
 
 
 def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tuple[Path, EvaluationManifest]:
@@ -60,7 +60,7 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
         measurer = Measurer(job.measures, writer, watch, progress) if job.measures else None
         results = _measure(job, measurer)
         manifest = EvaluationManifest(
-            name=out.name,
+            name=writer.out.name,
             request=request.model_dump(mode="json"),
             seed=request.seed,
             device=runtime.describe_device(job.device),
@@ -71,17 +71,18 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
         distributed.on_main(_write, job, results, manifest, writer.path)
         if measurer is not None and measurer.samples:
             distributed.on_main(_write_samples, measurer.samples, writer.path)
+        writer.plan(RESULTS, REPORT, *([SAMPLES] if measurer is not None and measurer.samples else []))
         path = writer.finish(manifest)
     return path, read_back(path, EvaluationManifest)
 
 
 def _write(job: Job, results: Results, manifest: EvaluationManifest, folder: Path) -> None:
     text = json.dumps(manifest.results, indent=2, ensure_ascii=False) + "\n"
-    (folder / "results.json").write_text(text, encoding="utf-8")
+    (folder / RESULTS).write_text(text, encoding="utf-8")
     title = job.candidates[0].name if len(job.candidates) == 1 and not job.recorded else "Comparison"
     created = f"{manifest.created[:16].replace('T', ' ')} UTC"
     page = report(title, results, _quantized(job), created=created)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / REPORT).write_text(page, encoding="utf-8")
 
 
 def _write_samples(samples: Sequence[tuple[str, Sample]], folder: Path) -> None:
@@ -108,7 +109,9 @@ def _measure(job: Job, measurer: Measurer | None) -> Results:
 
 
 def _fingerprint(job: Job) -> str:
-    request = job.request.model_dump(mode="json", exclude={"out", "force", "sources", "parent", "data_dir", "offline"})
+    request = job.request.model_dump(
+        mode="json", exclude={"out", "force", "sources", "parent", "data_dir", "offline", "verify"}
+    )
     measured = job.measures
     return fingerprint(
         {

@@ -51,6 +51,7 @@ class EvaluateRequest(BaseModel):
         fewshot: examples in the prompt of a task. None: as the task says.
         batch_size: sequences a batch. None: as many as memory takes.
         seed: of text that a parent writes itself.
+        verify: compare what is read of artifacts with their hashes.
         out: folder of the artifact; None for a telling name under ``./artifacts``.
     """
 
@@ -75,6 +76,7 @@ class EvaluateRequest(BaseModel):
     seed: int = Field(default=0, ge=0, le=runtime.MAX_SEED)
     data_dir: Path | None = None
     offline: bool = False
+    verify: bool = True
     out: Path | None = None
     force: bool = False
 
@@ -124,7 +126,12 @@ def prepare(request: EvaluateRequest, progress: Progress) -> Job:
     # A finished evaluation alone is no model to evaluate, and resolving it will say so.
     recorded, sources = read_recorded(request.sources) if len(request.sources) > 1 else ([], list(request.sources))
     candidates = open_candidates(
-        sources, parent=request.parent, adapter=request.adapter, offline=request.offline, progress=progress
+        sources,
+        parent=request.parent,
+        adapter=request.adapter,
+        offline=request.offline,
+        verify=request.verify,
+        progress=progress,
     )
     if candidates:
         measures = _measures(request, candidates, device, progress)

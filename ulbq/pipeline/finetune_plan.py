@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from ulbq import distributed, formats, runtime
-from ulbq.artifacts.disk import sha256_file
+from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.data.instructions import check_training_text
 from ulbq.data.lessons import Lessons, draw_lessons
@@ -131,7 +131,8 @@ def prepare(given: str, task: Task, options: Mapping[str, Any], progress: Progre
         InputError: no quantized artifact, a damaged one, one that cannot be trained; unreadable data.
         ResourceError: data or device are missing.
     """
-    source = resolve(given, offline=bool(options.get("offline")))
+    # All of it is hashed below, once.
+    source = resolve(given, offline=bool(options.get("offline")), verify=False)
     manifest = source.manifest
     if not isinstance(manifest, QuantizedManifest):
         raise InputError(
@@ -192,10 +193,7 @@ def _check_whole(folder: Path, manifest: QuantizedManifest, *, adapter: bool) ->
         if not adapter and name.startswith(f"{ADAPTER_FOLDER}/"):
             continue
         if sha256_file(folder / name) != entry.sha256:
-            raise InputError(
-                f"'{folder / name}' was changed after the artifact was written: its SHA-256 differs.",
-                hint="Make the artifact again, or restore the file from a copy.",
-            )
+            raise changed(folder / name)
 
 
 def _adapter(

@@ -27,6 +27,7 @@ from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.finetune_plan import FinetuneJob
 from ulbq.pipeline.finetune_request import NOT_IN_FINGERPRINT
 from ulbq.pipeline.finetuned import take_over, write_artifact
+from ulbq.pipeline.proof import proof
 from ulbq.pipeline.scales import pack_scales, restore_packed, train_scales
 from ulbq.progress import Phase, Progress, Silent
 from ulbq.training.scaled import ScaledLinear
@@ -88,7 +89,7 @@ def finetune(
                 f"Held-out answers did not gain: loss {record.start_loss:.4f} before, {end:.4f} after. "
                 "Try a lower --adapter-rate, fewer --epochs or more samples."
             )
-        path = writer.finish(manifest)
+        path = writer.finish(manifest, proof(progress))
     return path, read_back(path, QuantizedManifest)
 
 

@@ -17,7 +17,7 @@ from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.export import fit
 from ulbq.export.card import Card, base_of, front_of
-from ulbq.models.adapter_files import ADAPTER_FOLDER, write_adapter
+from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, write_adapter
 from ulbq.nn.adapter import AdapterConfig
 from ulbq.pipeline.finetune_page import page
 from ulbq.pipeline.finetune_plan import FinetuneJob, side_files
@@ -33,14 +33,16 @@ _UNLINKABLE = frozenset({errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLIN
 def take_over(job: FinetuneJob, writer: ArtifactWriter) -> None:
     """Bring the base's files into the new folder: shards as hard links where the file system has them, else copies.
 
-    Small files are always copied, for people edit them. A killed run may have left some there; they are complete.
+    Small files are always copied, for people edit them.
     """
+    names = side_files(job.manifest)
+    writer.plan(*names)
     with writing(writer.out):
-        for name in side_files(job.manifest):
+        for name in names:
             target = writer.path / name
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                (link_or_copy if name.endswith(".safetensors") else copy)(job.source.path / name, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            (link_or_copy if name.endswith(".safetensors") else copy)(job.source.path / name, target)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -84,6 +86,7 @@ def write_artifact(
     """
     folder, base = writer.path, job.manifest
     write_adapter(folder / ADAPTER_FOLDER, form, adapter, str(writer.out))
+    writer.plan(*ADAPTER_FILES, "config.json", "README.md", REPORT)
     layers = base.layers
     if packed is not None:
         _write_packed(folder, job.source.path, packed)

@@ -17,7 +17,7 @@ from ulbq.export.fit import Candidate, Layer, inside_blocks
 from ulbq.formats import AnyScheme, Scheme
 from ulbq.formats.bits import stored_bits
 from ulbq.methods.base import Packed
-from ulbq.models.adapter_files import ADAPTER_FOLDER, write_adapter
+from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, write_adapter
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.training.block import TrainOutcome
@@ -95,7 +95,8 @@ def finish(
     adapter = _write_adapter(job, writer)
     bits = layout.bits_report(layers, shards, outer, adapter)
     card = _card(job, bits, layers)
-    layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers, card)
+    weights = [shard.name for shard in shards] + [name for name in writer.planned if name.startswith("model-")]
+    writer.plan(*layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers, card, weights))
     return QuantizedManifest(
         name=writer.out.name,
         request=job.request.model_dump(mode="json"),
@@ -155,6 +156,7 @@ def _write_adapter(job: Job, writer: ArtifactWriter) -> int:
     stored = LazyTensors(shards)
     tensors = {name: stored.read(name) for name in sorted(stored.names)}
     write_adapter(writer.path / ADAPTER_FOLDER, config, tensors, str(writer.out))
+    writer.plan(*ADAPTER_FILES)
     return sum(tensor.nbytes for tensor in tensors.values()) * 8
 
 

@@ -37,6 +37,7 @@ class GenerateRequest(BaseModel):
         dtype: what the model computes in.
         adapter: use the adapter of an artifact that has one.
         prefill_cache: keep dense copies of packed weights for products with many rows.
+        verify: compare what is read of an artifact with its hashes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -53,6 +54,7 @@ class GenerateRequest(BaseModel):
     adapter: bool = True
     prefill_cache: bool = False
     offline: bool = False
+    verify: bool = True
 
 
 class Generation(BaseModel):
@@ -107,7 +109,8 @@ def generate(
     progress = progress or Silent()
     settings = _settings(request)
     device = runtime.resolve_device(request.device)
-    source = resolve(request.source, offline=request.offline)
+    source = resolve(request.source, offline=request.offline, verify=request.verify)
+    source.tell(progress)
     tokenizer = source.tokenizer()
     tokens = _encode(request, source, tokenizer)
     _check_room(request, source, len(tokens))

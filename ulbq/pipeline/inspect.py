@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from ulbq.artifacts.manifest import MANIFEST_NAME, AnyManifest, is_artifact, read_manifest
-from ulbq.artifacts.manifest import verify as verify_files
 from ulbq.artifacts.records import Parent, Record
+from ulbq.artifacts.whole import verify as verify_files
 from ulbq.errors import InputError, ResourceError
 from ulbq.progress import Progress, Silent
 

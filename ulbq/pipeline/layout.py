@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.records import BitsReport, LayerRecord
-from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
+from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_shard
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult
 from ulbq.methods.training import half_vector
@@ -183,13 +183,19 @@ def write_folder(
     bits: BitsReport,
     layers: Sequence[LayerRecord],
     card: str,
-) -> None:
+    shards: Sequence[str],
+) -> list[str]:
     """Everything beside the shards: index, configuration, side files and model card.
 
     The configuration says how each layer is packed, for those who read it without the manifest.
+
+    Args:
+        shards: names of the weights' files, all of them.
+
+    Returns:
+        Names of what was written.
     """
-    shards = sorted(path for path in folder.glob("model-*.safetensors"))
-    write_index(folder, {path.name: sorted(LazyTensors([path]).names) for path in shards})
+    write_index(folder, {name: sorted(LazyTensors([folder / name]).names) for name in sorted(shards)})
     with writing(folder):
         config = source.config.to_dict()
         # As `half` leaves them: what came as float16 is still float16.
@@ -202,5 +208,6 @@ def write_folder(
         }
         updated = type(source.config).from_dict(config)
         updated.save_pretrained(folder)
-        source.save_tokenizer_files(folder)
+        beside = source.save_tokenizer_files(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
+    return [INDEX_NAME, "config.json", "README.md", *beside]

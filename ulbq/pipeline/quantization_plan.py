@@ -120,6 +120,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     device = runtime.resolve_device(request.device)
     _check_without_model(request, "balanced" if device.type == "cuda" else "quick")
     origins = open_origins(request.source, offline=request.offline)
+    origins.model.tell(progress)
     turn = rotation_seed(request.rotate, request.seed, origins.start)
     source = origins.model if turn is None else rotated(origins.model, turn)
     request = request.model_copy(update={"rotate": turn is not None})

@@ -29,6 +29,7 @@ from ulbq.pipeline import layout
 from ulbq.pipeline.end_to_end import train_end_to_end
 from ulbq.pipeline.finish import TEMPERATURE, block_record, finish, layer_record, recorded_schemes
 from ulbq.pipeline.predict import heldout_samples
+from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
 from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
 from ulbq.pipeline.samples import CALIBRATION_FILE, TEXT_FILE, draw, draw_text, written_samples
@@ -104,6 +105,7 @@ def quantize(
         for file, samples in ((CALIBRATION_FILE, calibration), (TEXT_FILE, text)):
             if samples is not None:
                 save_calibration(writer.path / file, samples)
+                writer.plan(file)
         saliency = job.saliency
         if job.method.needs.saliency in KINDS and not job.blocks_stay:
             with watch.phase("saliency"):
@@ -128,7 +130,7 @@ def quantize(
                 tuned = train_end_to_end(job, writer, learnt, progress)
         with watch.phase("finish"):
             manifest = distributed.on_main(finish, job, writer, calibration, outer, watch, tuned)
-        path = writer.finish(manifest)
+        path = writer.finish(manifest, proof(progress))
     return path, read_back(path, QuantizedManifest)
 
 
@@ -219,7 +221,11 @@ def _write_outer(job: Job, writer: ArtifactWriter, temperature: TemperatureRecor
     source = job.source if job.start is None or job.request.fit_temperature else job.start.source
     factors = {} if temperature is None else dict.fromkeys(temperature.vectors, temperature.factor)
     path = writer.path / layout.OUTER_SHARD
-    return layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors)
+    bits = layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors)
+    shards = distributed.on_main(job.source.write_carried, writer.path)
+    writer.plan(layout.OUTER_SHARD, *shards)
+    carried = sum(LazyTensors([writer.path / shard]).total_bytes for shard in shards) * 8
+    return {**bits, "other": bits["other"] + carried}
 
 
 def _temperature(job: Job, writer: ArtifactWriter, calibration: Calibration, progress: Progress) -> TemperatureRecord:

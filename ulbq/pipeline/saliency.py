@@ -57,7 +57,8 @@ def saliency(
     out = request.out or free_output(DEFAULT_ROOT, f"{job.source.name}-saliency-{job.request.kind}", identity)
     with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
         if writer.resumed:
-            progress.note(f"Resuming {out}: {len(writer.journal)} of {job.found.n_blocks} blocks are done.")
+            done = sum(key.isdigit() for key in writer.journal)
+            progress.note(f"Resuming {out}: {done} of {job.found.n_blocks} blocks are done.")
         calibration = drawn
         if job.request.calibration == "self":
             with watch.phase("calibration"):
@@ -71,6 +72,7 @@ def saliency(
                 )
         if calibration is not None:
             save_calibration(writer.path / CALIBRATION_FILE, calibration)
+            writer.plan(CALIBRATION_FILE)
         with watch.phase("blocks"):
             blocks = _score(job, calibration, writer, progress)
         with watch.phase("finish"):
@@ -111,7 +113,7 @@ def _score(
         writer.path,
         scratch=writer.scratch,
         progress=progress,
-        done={int(index): BlockScores.model_validate(entry) for index, entry in writer.journal.items()},
+        done={int(key): BlockScores.model_validate(value) for key, value in writer.journal.items() if key.isdigit()},
         on_block=on_block,
     )
 
@@ -135,6 +137,7 @@ def _finish(
         loss=blocks[0].loss,
         calibration=calibration.record() if calibration else {},
     )
+    writer.plan(_REPORT)
     with writing(writer.path):
         (writer.path / _REPORT).write_text(page(manifest), encoding="utf-8")
     return manifest

@@ -125,6 +125,7 @@ def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
         check_calibration(request.calibration, data_dir=request.data_dir, offline=request.offline)
     device = runtime.resolve_device(request.device)
     source = resolve(request.source, offline=request.offline)
+    source.tell(progress)
     if source.packed:
         raise InputError(
             f"'{source.given}' is quantized already: its weights have no gradients of their own.",

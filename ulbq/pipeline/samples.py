@@ -5,7 +5,7 @@ from typing import Protocol
 
 from ulbq import distributed
 from ulbq.artifacts.store import ArtifactWriter
-from ulbq.data.calibration import Calibration, calibration_samples, load_calibration
+from ulbq.data.calibration import Calibration, calibration_samples, load_calibration, save_calibration
 from ulbq.data.generate import self_samples
 from ulbq.data.instructions import training_text
 from ulbq.data.registry import available
@@ -19,6 +19,9 @@ from ulbq.training.precision import Precision
 CALIBRATION_FILE = "calibration.safetensors"
 TEXT_FILE = "end-to-end.safetensors"
 """Where an artifact holds the samples of an end-to-end phase that had its own."""
+
+
+_WRITTEN = "samples in "
 
 
 class Sampled(Protocol):
@@ -93,8 +96,8 @@ def written_samples(
     progress: Progress,
 ) -> Calibration:
     """Samples of the model's own, or those that the interrupted run wrote to ``file``: they follow from the seed."""
-    saved = writer.path / file
-    if writer.resumed and saved.exists():
+    saved, step = writer.path / file, f"{_WRITTEN}{file}"
+    if step in writer.journal:
         return load_calibration(saved)
 
     def write() -> Calibration:
@@ -108,4 +111,7 @@ def written_samples(
         )
 
     # One process writes for all: each word hangs on those before it.
-    return distributed.on_main(write)
+    written = distributed.on_main(write)
+    save_calibration(saved, written)
+    writer.record(step, {}, files=[saved])
+    return written

@@ -41,7 +41,9 @@ class Saliency:
     def __init__(self, folder: Path, layers: Iterable[SaliencyLayer], manifest: SaliencyManifest | None = None) -> None:
         self._folder = folder
         self._layers = {layer.name: layer for layer in layers}
-        self._tensors = LazyTensors(folder / block_file(i) for i in sorted({x.block for x in self._layers.values()}))
+        files = [folder / block_file(index) for index in sorted({layer.block for layer in self._layers.values()})]
+        sums = {} if manifest is None else {name: entry.sha256 for name, entry in manifest.files.items()}
+        self._tensors = LazyTensors(files, sums)
         self.manifest = manifest
 
     @classmethod

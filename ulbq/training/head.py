@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ulbq.training.precision import Precision
 
@@ -43,13 +43,20 @@ class Head:
         return max(16, LOGITS_MEMORY // (4 * copies * self._vocabulary))
 
 
+class _States(BaseModelOutputWithPast):
+    """Hidden states as a trunk returns them; of experts, images and whatever else a head asks for there is nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 @contextmanager
 def _replaced(trunk: nn.Module, states: torch.Tensor) -> Iterator[None]:
     """Have a trunk return these states instead of running."""
 
-    def stand_in(*args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
-        # The widest of transformers' outputs: models without experts do not ask for theirs.
-        return MoeModelOutputWithPast(last_hidden_state=states)
+    def stand_in(*args: Any, **kwargs: Any) -> _States:
+        return _States(last_hidden_state=states)
 
     trunk.forward = stand_in
     try:

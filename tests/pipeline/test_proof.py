@@ -1,0 +1,84 @@
+"""A run that makes a model ends by opening it: what does not load is not finished."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models.tiny import save_tiny
+from ulbq import runtime
+from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.errors import InputError, NumericsError
+from ulbq.pipeline import proof
+from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.quantize import quantize
+from ulbq.pipeline.request import QuantizeRequest
+from ulbq.progress import Silent
+
+
+class Notes(Silent):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def request(tmp_path: Path, out: str = "q") -> QuantizeRequest:
+    source = save_tiny("llama", tmp_path / "m", tied=False, dtype=torch.bfloat16)
+    return QuantizeRequest(source=str(source), method="rtn", bits=4, group_size=32, symmetric=True, out=tmp_path / out)
+
+
+def test_what_loads_is_said_to(tmp_path: Path) -> None:
+    notes = Notes()
+    out, _ = quantize(request(tmp_path), notes)
+    assert notes.said[-1] == "Opened again, and ran 8 tokens."
+    ends = {"dense": "Opened again, and ran 8 tokens.", "half": "Opened again, and ran 8 tokens."}
+    ends["gguf"] = "Opened again by transformers' reader of GGUF files, and ran 8 tokens."
+    ends["compressed-tensors"] = "opened again by transformers, and ran 8 tokens."
+    for target, end in ends.items():
+        convert(ConvertRequest(source=str(out), to=target, out=tmp_path / target), notes)  # type: ignore[arg-type]
+        assert notes.said[-1].endswith(end) or any(said.endswith(end) for said in notes.said[-2:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{}"), InputError),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), InputError),
+        (lambda folder: make_infinite(folder / "model-outer.safetensors"), NumericsError),
+    ],
+)
+def test_what_does_not_load_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: object, error: type[Exception]
+) -> None:
+    run = proof._run
+
+    def run_damaged(folder: Path, *more: object) -> str:
+        damage(folder)  # type: ignore[operator]
+        return run(folder, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(proof, "_run", run_damaged)
+    with pytest.raises(error):
+        quantize(request(tmp_path))
+    assert not (tmp_path / "q").exists()
+    monkeypatch.undo()
+    for name in ("config.json", "tokenizer.json", "model-outer.safetensors"):
+        (tmp_path / "q.partial" / name).unlink(missing_ok=True)
+    quantize(request(tmp_path))
+
+
+def test_what_memory_has_no_room_for_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "available_memory", lambda: 1000)
+    notes = Notes()
+    quantize(request(tmp_path), notes)
+    assert notes.said[-1].startswith("Not opened again: that takes")
+
+
+def make_infinite(shard: Path) -> None:
+    stored = LazyTensors([shard])
+    tensors = {name: stored.read(name) for name in stored.names}
+    tensors["model.norm.weight"][:] = 3e38
+    write_shard(shard, tensors)
