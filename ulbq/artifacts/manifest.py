@@ -8,13 +8,14 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
-from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, Literal, NoReturn, TypeVar
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from ulbq import __version__, runtime
 from ulbq.artifacts.disk import sha256_file
+from ulbq.artifacts.names import component, is_inside
 from ulbq.artifacts.records import (
     BitsReport,
     BlockRecord,
@@ -48,7 +49,7 @@ class Manifest(Record):
 
     Attributes:
         created: UTC, ISO 8601 with microseconds.
-        name: short name for people.
+        name: short name for people, and for what is made from it: one path component.
         request: the full request that made the artifact.
         versions: of the libraries that decide the numbers.
         files: by path relative to the artifact, with forward slashes; all but the manifest itself.
@@ -60,7 +61,7 @@ class Manifest(Record):
     schema_version: int = SCHEMA_VERSION
     ulbq_version: str = __version__
     created: str = Field(default_factory=_now)
-    name: str
+    name: Annotated[str, AfterValidator(component)]
     request: dict[str, Any]
     seed: int
     versions: dict[str, str] = Field(default_factory=runtime.versions)
@@ -337,14 +338,14 @@ def _parse(path: Path, data: dict[str, Any]) -> AnyManifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"The manifest of '{path}' does not fit its schema: {field}: {first['msg']}.") from error
+        what = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"The manifest of '{path}' does not fit its schema: {field}: {what}.") from error
 
 
 def _check_file(path: Path, name: str, entry: FileEntry) -> None:
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts:
+    if not is_inside(name):
         raise InputError(f"The manifest of '{path}' names a file outside the artifact: '{name}'.")
-    file = path / relative
+    file = path / name
     if not file.is_file():
         raise InputError(
             f"'{file}' is missing from the artifact.", hint="Make the artifact again, or restore the file from a copy."

@@ -34,6 +34,7 @@ from ulbq.artifacts.manifest import (
     is_replaceable,
     sealed,
 )
+from ulbq.artifacts.names import is_component
 from ulbq.artifacts.records import FileEntry
 from ulbq.errors import InputError, ResourceError
 
@@ -55,7 +56,12 @@ def free_output(root: Path, stem: str, fingerprint: str) -> Path:
     """The first of ``root/stem``, ``root/stem-2``, … that nothing occupies.
 
     An unfinished run with the same fingerprint does not occupy its name, so that it is resumed; anything else does.
+
+    Raises:
+        InputError: ``stem`` is no name of a folder directly below ``root``.
     """
+    if not is_component(stem):
+        raise InputError(f"{stem!r} cannot be the name of a folder.", hint="Give one with -o.")
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
     free = (
         path
@@ -131,6 +137,11 @@ class ArtifactWriter:
         return self._journal.entries, resumed
 
     @property
+    def name(self) -> str:
+        """What the artifact is called: the last component of ``out``, spelled out where that is ``.`` or ``..``."""
+        return os.path.basename(os.path.abspath(self.out))
+
+    @property
     def journal(self) -> dict[str, Any]:
         """Values of the finished steps by key, those of the resumed run included, as JSON gives them back."""
         return self._entries
@@ -161,7 +172,7 @@ class ArtifactWriter:
             manifest: with everything but ``files``, ``fingerprint``, ``processes`` and ``digest``, filled in here.
 
         Returns:
-            ``out``, as it was given.
+            ``out``, as it was given; spelled out where that has ``..`` in it or is ``.``.
         """
 
         def complete() -> None:
@@ -178,7 +189,8 @@ class ArtifactWriter:
                 remove_tree(self._aside)
 
         distributed.on_main(complete)
-        return self.out
+        # ``a/..`` leads nowhere without an ``a``, and ``.`` is a folder that was just replaced.
+        return self.out if self.out.name and ".." not in self.out.parts else self._target
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ulbq.artifacts.names import local_path
 from ulbq.data import registry
 from ulbq.data.calibration import Calibration, calibration_samples
 from ulbq.data.files import (
@@ -179,7 +180,7 @@ _LAYOUTS = "A row has instruction and output, prompt and completion, or messages
 
 def _file(spec: str, data_dir: Path | None) -> Path | None:
     """The file that a spec stands for; None for a named set and for what only the Hub may have."""
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     if spec in registry.TEXT_SETS:
         id = _NAMED_INSTRUCTIONS.get(spec)
         return mirror_file(data_root(data_dir), id, None, "train") if id else None

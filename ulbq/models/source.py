@@ -26,6 +26,7 @@ from ulbq.artifacts.manifest import (
     is_artifact,
     read_manifest,
 )
+from ulbq.artifacts.names import local_path
 from ulbq.artifacts.records import Parent, RotationRecord
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.errors import InputError, ResourceError
@@ -206,7 +207,7 @@ def resolve(source: str | Path | None, *, offline: bool = False) -> ModelSource:
     if source is None:
         return default_model(offline=offline)
     given = str(source)
-    path = Path(given).expanduser()
+    path = local_path(given)
     if path.is_dir():
         return _open_artifact(path, given) if is_artifact(path) else _open_folder(path, given)
     if path.is_file():
@@ -292,7 +293,7 @@ def _open_artifact(path: Path, given: str) -> ModelSource:
             hint="Give the quantized artifact it was converted from.",
         )
     config, stored, tensors = _read_folder(path)
-    return ModelSource(manifest.name, given, path, "artifact", config, tensors, stored, manifest)
+    return ModelSource(manifest.name or path.resolve().name, given, path, "artifact", config, tensors, stored, manifest)
 
 
 def _read_folder(path: Path) -> tuple[PreTrainedConfig, LazyTensors, Checkpoint]:

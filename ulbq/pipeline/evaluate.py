@@ -15,6 +15,7 @@ from ulbq.artifacts import (
     free_output,
     read_back,
 )
+from ulbq.artifacts.names import local_path
 from ulbq.evaluation.report import report
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.written import Sample
@@ -53,14 +54,14 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
     identity = _fingerprint(job)
     out = request.out or free_output(DEFAULT_ROOT, _stem(job), identity)
     watch = runtime.Stopwatch()
-    used = [one.source.path for one in [*job.candidates, *job.parents]] + [Path(one.path) for one in job.recorded]
+    used = [one.source.path for one in [*job.candidates, *job.parents]] + [local_path(one.path) for one in job.recorded]
     with ArtifactWriter(out, identity, force=request.force, spare=used) as writer:
         if writer.resumed:
             progress.note(f"Resuming {out}: {len(writer.journal)} measurements are done.")
         measurer = Measurer(job.measures, writer, watch, progress) if job.measures else None
         results = _measure(job, measurer)
         manifest = EvaluationManifest(
-            name=out.name,
+            name=writer.name,
             request=request.model_dump(mode="json"),
             seed=request.seed,
             device=runtime.describe_device(job.device),

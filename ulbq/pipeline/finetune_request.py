@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ulbq.artifacts.names import local_path
 from ulbq.data.prompts import Template
 from ulbq.errors import InputError, UsageError
 from ulbq.nn.adapter import AdapterConfig
@@ -147,7 +148,7 @@ def load_task(given: str) -> Task:
         UsageError: neither, or options that no request has.
         InputError: a file that cannot be read or is no recipe.
     """
-    path = Path(given).expanduser()
+    path = local_path(given)
     if given in task_names():
         raw = (_folder() / f"{given}.yaml").read_bytes()
     elif path.suffix in _SUFFIXES and path.is_file():

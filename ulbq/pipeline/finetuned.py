@@ -93,7 +93,7 @@ def write_artifact(
     stored = sum(tensor.numel() for tensor in adapter.values()) * 16
     bits = BitsReport(parts={**parts, "adapter": stored}, weights=base.bits.weights)
     manifest = QuantizedManifest(
-        name=writer.out.name,
+        name=writer.name,
         request=job.request.model_dump(mode="json"),
         seed=job.request.seed,
         device=job.plan.device,

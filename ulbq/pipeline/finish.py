@@ -96,7 +96,7 @@ def finish(
     card = _card(job, bits, layers)
     layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers, card)
     return QuantizedManifest(
-        name=writer.out.name,
+        name=writer.name,
         request=job.request.model_dump(mode="json"),
         seed=job.request.seed,
         device=job.plan.device,

@@ -1,5 +1,6 @@
 """What an artifact is, whether it is intact, and what it was made from."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ from pydantic import Field
 
 from ulbq.artifacts.manifest import MANIFEST_NAME, AnyManifest, is_artifact, read_manifest
 from ulbq.artifacts.manifest import verify as verify_files
+from ulbq.artifacts.names import local_path
 from ulbq.artifacts.records import Parent, Record
 from ulbq.errors import InputError, ResourceError
 from ulbq.progress import Progress, Silent
@@ -100,7 +102,10 @@ def _ancestors(child: Path, manifest: AnyManifest, depth: int, progress: Progres
 
 def _find(parent: Parent, child: Path) -> Path | None:
     """Where an artifact parent stands: at its path, or, where both were moved together, still beside its child."""
-    given = Path(parent.path).expanduser()
+    try:
+        given = local_path(parent.path)
+    except InputError:
+        return None
     places = [place for place in (given, child.absolute().parent / given.name) if is_artifact(place)]
     return next((place for place in places if _digest(place) == parent.sha256), places[0] if places else None)
 
@@ -113,7 +118,7 @@ def _digest(path: Path) -> str | None:
 
 
 def _model_state(parent: Parent, progress: Progress | None) -> State:
-    if parent.kind != "hub" and not Path(parent.path).expanduser().exists():
+    if parent.kind != "hub" and not os.path.exists(os.path.expanduser(parent.path)):
         return "missing"
     if progress is None:
         return "unchecked"

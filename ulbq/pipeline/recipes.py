@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ulbq.artifacts.names import local_path
 from ulbq.errors import InputError, UsageError
 from ulbq.methods.switches import idle
 from ulbq.pipeline.request import Preset, QuantizeRequest, RecipeRecord
@@ -74,7 +75,7 @@ def load(given: str) -> Recipe:
         UsageError: neither, or options that no request has.
         InputError: a file that cannot be read or is no recipe.
     """
-    path = Path(given).expanduser()
+    path = local_path(given)
     if given in names():
         raw = (_folder() / f"{given}.yaml").read_bytes()
     elif path.suffix in _SUFFIXES or path.is_file():
