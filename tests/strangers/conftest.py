@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 
 from tests.artifacts.sample import digest
+from tests.models.test_load import write_quantized
 from tests.models.tiny import save_tiny
 from ulbq.commands.app import main
+from ulbq.formats import AffineScheme
+from ulbq.models.source import resolve
+from ulbq.nn.adapter import AdapterConfig
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.request import QuantizeRequest
 
@@ -84,11 +88,20 @@ def packed(_packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(_packed, tmp_path / "packed"))
 
 
-def reseal(artifact: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> Path:
-    """Make hashes and digest fit after files or the manifest were changed, as a stranger would."""
+@pytest.fixture
+def adapted(_dense: Path, tmp_path: Path) -> Path:
+    """An artifact with an adapter."""
+    adapter = AdapterConfig(rank=2, alpha=2)
+    return write_quantized(resolve(_dense), tmp_path / "adapted", AffineScheme(bits=4, group_size=32), adapter)
+
+
+def reseal(
+    artifact: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None, *, listed: tuple[str, ...] = ()
+) -> Path:
+    """Make hashes and digest fit after files or the manifest were changed, as a stranger would; ``listed`` are new."""
     path = artifact / "manifest.json"
     manifest = json.loads(path.read_text())
-    for name in manifest["files"]:
+    for name in (*manifest["files"], *listed):
         data = (artifact / name).read_bytes()
         manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     change(manifest)

@@ -51,3 +51,13 @@ def local_path(given: str | Path) -> Path:
         raise InputError(
             f"'{given}' is in the home of somebody unknown here.", hint="Write the path in full."
         ) from error
+
+
+def leads_out(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder is, by a link on its way, one that lies elsewhere.
+
+    A Hub cache keeps a model's content beside its snapshots, in ``blobs``: that is no elsewhere.
+    """
+    real, base = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    own = [base, base.parent.parent / "blobs"] if base.parent.name == "snapshots" else [base]
+    return not any(map(real.is_relative_to, own))

@@ -1,7 +1,6 @@
 """A plain half- or full-precision model folder that transformers loads without ulbq."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.artifacts.shards import write_index, write_shard
 from ulbq.errors import InputError, NumericsError
 from ulbq.formats import AnyScheme
-from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, load_adapters
+from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, copy_adapter, load_adapters
 from ulbq.models.blocks import block_list, skeleton
 from ulbq.models.names import read_state, state_names
 from ulbq.models.source import ModelSource
@@ -103,7 +102,7 @@ def write_beside(source: ModelSource, folder: Path, changes: Mapping[str, Any], 
         _spell_rope_twice(folder / "config.json")
         source.save_tokenizer_files(folder)
         if beside is not None and adapter:
-            shutil.copytree(beside, folder / ADAPTER_FOLDER)
+            copy_adapter(beside, folder / ADAPTER_FOLDER)
 
 
 def _spell_rope_twice(path: Path) -> None:

@@ -1,6 +1,7 @@
 """An artifact's adapter as the peft library stores it: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import re
+import shutil
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from itertools import groupby
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.errors import InputError, NumericsError
+from ulbq.models.side_files import check_link
 from ulbq.models.source import ModelSource
 from ulbq.nn.adapter import Adapter, AdapterConfig
 
@@ -79,6 +81,20 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, tor
         folder.mkdir(exist_ok=True)
         described.save_pretrained(str(folder))
         write_shard(folder / _WEIGHTS, {_PREFIX + name: tensor.to(torch.float16) for name, tensor in tensors.items()})
+
+
+def copy_adapter(source: Path, folder: Path) -> None:
+    """Copy an adapter's two files into a folder that is made; nothing else that lies beside them.
+
+    Raises:
+        InputError: one is missing, or a link that leads out of its folder.
+    """
+    folder.mkdir()
+    for name in (_CONFIG, _WEIGHTS):
+        check_link(source / name, source.parent)
+        if not (source / name).is_file():
+            raise InputError(f"'{source / name}' is missing.", hint=_HINT)
+        shutil.copyfile(source / name, folder / name)
 
 
 def lora_config(config: AdapterConfig, linears: Collection[str]) -> "LoraConfig":

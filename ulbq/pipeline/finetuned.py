@@ -18,6 +18,7 @@ from ulbq.artifacts.store import ArtifactWriter
 from ulbq.export import fit
 from ulbq.export.card import Card, base_of, front_of
 from ulbq.models.adapter_files import ADAPTER_FOLDER, write_adapter
+from ulbq.models.side_files import check_link
 from ulbq.nn.adapter import AdapterConfig
 from ulbq.pipeline.finetune_page import page
 from ulbq.pipeline.finetune_plan import FinetuneJob, side_files
@@ -37,10 +38,15 @@ def take_over(job: FinetuneJob, writer: ArtifactWriter) -> None:
     """
     with writing(writer.out):
         for name in side_files(job.manifest):
-            target = writer.path / name
+            source, target = job.source.path / name, writer.path / name
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                (link_or_copy if name.endswith(".safetensors") else copy)(job.source.path / name, target)
+                weights = name.endswith(".safetensors")
+                if weights:
+                    LazyTensors([source])  # whose own place is free to choose, if weights are what it leads to
+                else:
+                    check_link(source, job.source.path)
+                (link_or_copy if weights else copy)(source, target)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
