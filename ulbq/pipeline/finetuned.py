@@ -17,6 +17,7 @@ from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.export import fit
 from ulbq.export.card import Card, base_of, front_of
+from ulbq.export.markdown import code, plain
 from ulbq.models.adapter_files import ADAPTER_FOLDER, write_adapter
 from ulbq.models.side_files import check_link
 from ulbq.nn.adapter import AdapterConfig
@@ -159,9 +160,9 @@ def _card(job: FinetuneJob, manifest: QuantizedManifest, record: FinetuneRecord)
         base=base_of(job.source),
         front=front_of(job.source),
         made=[
-            f"Quantized with ulbq, method `{manifest.method}`",
-            f"Fine-tuned from `{job.manifest.name}` with `ulbq finetune --task {record.task}` on {data['samples']:,} "
-            f"samples of {', '.join(map(str, data['sources']))}",
+            f"Quantized with ulbq, method {code(manifest.method)}",
+            f"Fine-tuned from {code(job.manifest.name)} with {code(f'ulbq finetune --task {record.task}')} on "
+            f"{data['samples']:,} samples of {plain(', '.join(map(str, data['sources'])))}",
             f"Weights: packed, {bits:.3f} true bits per linear weight, a {kind} adapter of rank {job.adapter.rank} "
             "included",
             f"Perplexity of {data['heldout']} held-out answers: {record.start_perplexity:.3f} before, "
