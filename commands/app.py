@@ -32,6 +32,7 @@ from .options import State
 from .quantize import quantize
 from .saliency import saliency
 from .sections import SectionedCommand
+from .streams import printable, steadied, write
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -51,7 +52,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"ulbq {__version__}")
+        write(f"ulbq {__version__}")
         raise typer.Exit
 
 
@@ -63,7 +64,7 @@ def ulbq(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        write(context.get_help())
         raise typer.Exit(UsageError.exit_code)
     if context.invoked_subcommand in _UNDIVIDED and distributed.size() > 1:
         raise UsageError(
@@ -95,15 +96,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     calm_threads()
+    with steadied():
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(words: list[str]) -> int:
     state = State()
     command = typer.main.get_command(app)
     try:
-        words = list(sys.argv[1:] if arguments is None else arguments)
         with _noting_interrupts(state), distributed.joined(), console.only_main():
             with command.make_context("ulbq", words, obj=state) as context:
                 command.invoke(context)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
         return 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -114,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except Exception as error:
         if state.debug:
-            traceback.print_exc()
+            console.terminal(quiet=False).out(printable(traceback.format_exc()), end="", highlight=False)
         return _interrupted() if state.interrupted else _explain(error)
 
 

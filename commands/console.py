@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from ulbq import distributed
 from ulbq.progress import Progress
 
+from .streams import write
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
@@ -73,10 +75,10 @@ def terminal(quiet: bool | None = None) -> "Console":
     Args:
         quiet: show nothing; None: in all processes of a run but the first.
     """
-    from rich.console import Console
+    from .printing import PrintableConsole
 
     quiet = not distributed.is_main() if quiet is None else quiet
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120, quiet=quiet)
+    return PrintableConsole(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120, quiet=quiet)
 
 
 @contextlib.contextmanager
@@ -100,11 +102,11 @@ def fail(message: str, hint: str = "") -> None:
 
 
 def _emit_path(path: Path, manifest: "BaseModel") -> None:
-    print(path, flush=True)
+    write(str(path))
 
 
 def _emit_manifest(path: Path, manifest: "BaseModel") -> None:
-    print(manifest.model_dump_json(indent=2), flush=True)
+    write(manifest.model_dump_json(indent=2))
 
 
 def _hush_libraries() -> None:
