@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from ulbq.kernels import cache
+
 _LOG = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "cpu"
@@ -75,9 +77,11 @@ def _load() -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise UnavailableError("no C++ compiler on the path (g++, clang++, or $CXX)")
-    path = cache_folder() / f"{_key(compiler)}.so"
-    if not path.is_file():
-        _compile(compiler, path)
+    key = _key(compiler)
+    try:
+        path = cache.find(key) or _compile(compiler, key)
+    except (OSError, cache.UntrustedError) as error:
+        raise UnavailableError(f"the cache of compiled libraries cannot be used ({error})") from error
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
@@ -114,12 +118,6 @@ def find_compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: ``ulbq/kernels`` under the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ulbq" / "kernels"
-
-
 def _key(compiler: str) -> str:
     """Hash of everything that decides the library: sources, flags, compiler and torch, whose OpenMP it shares."""
     digest = hashlib.sha256()
@@ -131,22 +129,22 @@ def _key(compiler: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, key: str) -> Path:
     """Build the library beside its final name and move it there, so that no other process sees half of it."""
-    _LOG.info("compiling kernels into %s", path)
+    place = cache.open_folder()
+    _LOG.info("compiling kernels into %s", place)
     sources = [str(source) for source in sorted(_SOURCES.glob("*.cpp"))]
     # Found first, and already loaded under the same name: one OpenMP runtime in the process, not two.
     runtime = [f"-L{Path(torch.__file__).parent / 'lib'}"]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            made = Path(folder) / f"{key}.so"
             command = [compiler, *_FLAGS, *_target(), *sources, *runtime, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
             if done.returncode:
                 lines = done.stderr.strip().splitlines()
                 said = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
                 raise UnavailableError(f"{compiler} failed: {said}")
-            made.replace(path)
+            return cache.keep(made, key)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"the kernels could not be compiled ({error})") from error
