@@ -99,3 +99,33 @@ def test_a_path_that_is_no_utf8_goes_on_as_its_bytes(tmp_path: Path) -> None:
     os.rename(tmp_path / "q", folder)
     done = subprocess.run([*ULBQ, "inspect", "-q", folder], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, folder + b"\n", b"")
+
+
+@pytest.mark.parametrize("limit", ["-v 60000", "-v 400000"])
+def test_a_process_that_is_granted_too_little_memory_says_so(limit: str, tmp_path: Path) -> None:
+    command = f"ulimit {limit}; exec {sys.executable} -m ulbq generate {tmp_path} -p hi"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: This process is granted too little memory.\nhint: See 'ulimit -a'")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(24, "Too many open files", "x"), "files"),
+        (OSError(12, "Cannot allocate memory"), "memory"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "memory"),
+        (ImportError("x.so: cannot open shared object file: Too many open files"), "files"),
+        (RuntimeError("can't start new thread"), "threads"),
+        (RuntimeError("unable to mmap 64 bytes from file <x>: Cannot allocate memory (12)"), "memory"),
+    ],
+)
+def test_what_the_environment_lacks(
+    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ulbq.commands.inspect.read_source", fail)
+    assert main(["inspect", "x"]) == 4
+    assert sentence in capsys.readouterr().err

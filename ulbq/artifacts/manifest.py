@@ -4,16 +4,17 @@ A manifest is written last, so a folder that has one is complete. Its ``digest``
 of all files among them: whoever knows an artifact's digest knows its content.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from ulbq import __version__, runtime
+from ulbq import __version__, limits, runtime
 from ulbq.artifacts.disk import sha256_file
 from ulbq.artifacts.names import component, is_inside
 from ulbq.artifacts.records import (
@@ -29,6 +30,7 @@ from ulbq.artifacts.records import (
     TemperatureRecord,
 )
 from ulbq.artifacts.saliency import SaliencyLayer
+from ulbq.artifacts.small_files import read_json
 from ulbq.errors import InputError
 from ulbq.progress import Progress, Silent
 
@@ -54,6 +56,7 @@ class Manifest(Record):
         versions: of the libraries that decide the numbers.
         files: by path relative to the artifact, with forward slashes; all but the manifest itself.
         fingerprint: SHA-256 over what decides the content (request, source, calibration).
+        warnings: what the run warned of, each once.
         processes: how many worked on the run together, each on a device of its own.
         digest: SHA-256 over the canonical JSON of all the other fields.
     """
@@ -66,10 +69,11 @@ class Manifest(Record):
     seed: int
     versions: dict[str, str] = Field(default_factory=runtime.versions)
     device: str
-    parents: tuple[Parent, ...] = ()
+    parents: tuple[Parent, ...] = Field(default=(), max_length=limits.PARENTS)
     files: dict[str, FileEntry] = Field(default_factory=dict)
     phases: tuple[runtime.PhaseRecord, ...] = ()
     fingerprint: str = ""
+    warnings: tuple[str, ...] = ()
     processes: int = 1
     digest: str = ""
 
@@ -196,19 +200,23 @@ def is_replaceable(path: Path) -> bool:
 
 
 def newest(root: Path, kinds: Collection[str]) -> Path | None:
-    """The finished artifact directly below ``root`` that was made last, of one of the kinds.
+    """The finished artifact directly below ``root`` that was written last, of one of the kinds.
 
-    Only glances at the manifests: a damaged artifact may be returned, and reading it says what is wrong.
+    Last is by the file system's clock, not by what a manifest says of itself. Only glances at manifests, from the
+    newest on: a damaged artifact may be returned, and reading it says what is wrong.
     """
-    found: list[tuple[str, Path]] = []
-    for path in sorted(root.glob(f"*/{MANIFEST_NAME}")):
+    found: list[tuple[int, Path]] = []
+    for path in root.glob(f"*/{MANIFEST_NAME}"):
         folder = path.parent
         if folder.name.startswith(".") or folder.name.endswith(PARTIAL_SUFFIX):
             continue
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime_ns, folder))
+    for _, folder in sorted(found, reverse=True):
         data = _glance(folder)
         if data is not None and data["kind"] in kinds:
-            found.append((str(data.get("created", "")), folder))
-    return max(found)[1] if found else None
+            return folder
+    return None
 
 
 def read_manifest(path: Path) -> AnyManifest:
@@ -218,10 +226,15 @@ def read_manifest(path: Path) -> AnyManifest:
         InputError: no artifact, a foreign or unfinished folder, a corrupt, newer or hand-edited manifest, a missing
             or truncated file; each in its own words.
     """
-    manifest = _parse(path, _read_json(path))
+    manifest = load_manifest(path)
     for name, entry in manifest.files.items():
         _check_file(path, name, entry)
     return manifest
+
+
+def load_manifest(path: Path) -> AnyManifest:
+    """As :func:`read_manifest`, without a look at the files."""
+    return _parse(path, _read_json(path))
 
 
 def read_back(path: Path, kind: type[M]) -> M:
@@ -240,22 +253,14 @@ def verify(path: Path, progress: Progress | None = None) -> None:
             if sha256_file(path / name) != entry.sha256:
                 raise InputError(
                     f"'{path / name}' was changed after the artifact was written: its SHA-256 differs.",
-                    hint="Make the artifact again, or restore the file from a copy.",
+                    hint=_remedy(name),
                 )
             phase.advance(detail=name)
 
 
 def _load(path: Path) -> Any:
     """The manifest's JSON. Raises OSError where there is none, ValueError where it is not JSON."""
-    text = (path / MANIFEST_NAME).read_text(encoding="utf-8")
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    return read_json(path / MANIFEST_NAME, limits.MANIFEST_SIZE)
 
 
 def _glance(path: Path) -> dict[str, Any] | None:
@@ -322,7 +327,11 @@ def _absent(path: Path) -> InputError:
 
 
 def _parse(path: Path, data: dict[str, Any]) -> AnyManifest:
-    if data.get("digest") != _digest(data):
+    try:
+        intact = data.get("digest") == _digest(data)
+    except ValueError as error:  # a number so large that it is none
+        raise InputError(f"'{path / MANIFEST_NAME}' is corrupt: {error}.") from error
+    if not intact:
         raise InputError(
             f"'{path / MANIFEST_NAME}' was edited after it was written: its digest does not fit its content.",
             hint="Make the artifact again, or restore the manifest from a copy.",
@@ -342,6 +351,12 @@ def _parse(path: Path, data: dict[str, Any]) -> AnyManifest:
         raise InputError(f"The manifest of '{path}' does not fit its schema: {field}: {what}.") from error
 
 
+def _remedy(name: str) -> str:
+    if name.endswith(".safetensors"):
+        return "Make the artifact again, or copy it again in full."
+    return "Copy the file again; if you changed it on purpose, 'ulbq inspect --reseal' takes it over as it is."
+
+
 def _check_file(path: Path, name: str, entry: FileEntry) -> None:
     if not is_inside(name):
         raise InputError(f"The manifest of '{path}' names a file outside the artifact: '{name}'.")
@@ -355,5 +370,5 @@ def _check_file(path: Path, name: str, entry: FileEntry) -> None:
         raise InputError(
             f"'{file}' holds {size:,} bytes where {entry.size:,} were written: "
             f"{'truncated' if size < entry.size else 'changed'}.",
-            hint="Make the artifact again, or copy it again in full.",
+            hint=_remedy(name),
         )

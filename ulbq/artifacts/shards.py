@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ulbq import distributed
+from ulbq import distributed, limits
 from ulbq.artifacts.disk import replace_synced, temporary, write_atomically
+from ulbq.artifacts.small_files import read_json
 from ulbq.errors import InputError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -212,7 +213,7 @@ def _header(file: Path) -> dict[str, _Stored]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path, limits.INDEX_SIZE)
     except (OSError, ValueError) as error:
         raise InputError(f"'{path}' is corrupt: {error}.", hint="Fetch it again.") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

@@ -9,7 +9,11 @@ import yaml
 from gguf import GGUFReader
 from pydantic import ValidationError
 
+from ulbq import limits
 from ulbq.artifacts.manifest import EvaluationManifest, QuantizedManifest, read_manifest
+from ulbq.artifacts.names import leads_out
+from ulbq.artifacts.small_files import read_small
+from ulbq.artifacts.yaml_files import parse_yaml
 from ulbq.errors import InputError
 from ulbq.evaluation.results import Results
 from ulbq.export.engines import RULES, Engine, loaders
@@ -81,7 +85,7 @@ def front_of(source: ModelSource) -> dict[str, Any]:
             if stored is not None:
                 found[key] = stored.contents()
     else:
-        head = _head(source.path / NAME)
+        head = {} if leads_out(source.path / NAME, source.path) else _head(source.path / NAME)
         found = {key: head[key] for key in _KEPT if head.get(key)}
     if source.kind == "hub":
         found["base_model"] = source.given
@@ -103,6 +107,7 @@ def quantized_card(
     recipe: str | None,
     bits_per_weight: float,
     counted: Sequence[str],
+    warned: Sequence[str] = (),
 ) -> str:
     """The card of a packed artifact.
 
@@ -112,6 +117,7 @@ def quantized_card(
         method: that made it; ``recipe`` is the one that set its options, if one did.
         bits_per_weight: true bits of the linear weights.
         counted: what they count.
+        warned: what the run warned of.
     """
     loads = {
         "ulbq": "`ulbq generate DIR` hears it, `ulbq eval DIR` scores it, `ulbq inspect DIR` looks into it.",
@@ -128,6 +134,7 @@ def quantized_card(
         f"Weights: {describe(candidate)}; {bits_per_weight:.3f} true bits per linear weight "
         f"({plain(', '.join(counted))}; "
         "embeddings stay in half precision)",
+        *(f"Warning: {plain(text)}" for text in warned),
         "`manifest.json` records how it was made",
     ]
     formats = list(dict.fromkeys(scheme.format for scheme in candidate.schemes))
@@ -172,6 +179,7 @@ def converted_card(
             recipe = None
         named = f", recipe {code(recipe)}" if recipe else ""
         made.insert(0, f"Quantized with ulbq, method {code(manifest.method)}{named}")
+        made += [f"Warning: {plain(text)}" for text in manifest.warnings]
         made.append(
             f"Weights: {describe(candidate)}; {manifest.bits.bits_per_weight:.3f} true bits in ulbq's own format"
         )
@@ -282,15 +290,23 @@ def _sglang(more: str) -> str:
 
 
 def _head(path: Path) -> dict[str, Any]:
-    """The YAML at the head of a card; empty where there is none that can be read."""
+    """What the YAML at the head of a card says of licence, language and base; empty where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_small(path, limits.CARD_SIZE).decode("utf-8")
+    except (OSError, ValueError):
         return {}
     if not text.startswith(_FRONT):
         return {}
-    try:
-        found = yaml.safe_load(text.removeprefix(_FRONT).partition(f"\n{_FRONT}")[0])
-    except yaml.YAMLError:
+    head = text.removeprefix(_FRONT).partition(f"\n{_FRONT}")[0]
+    if len(head) > limits.CARD_HEAD_SIZE:
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        found = parse_yaml(head, frozenset(_KEPT))
+    except (yaml.YAMLError, ValueError):
+        return {}
+    return {key: value for key, value in found.items() if _is_plain(value)} if isinstance(found, dict) else {}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value of a card's head is a text or a list of texts, as the Hub has them."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))

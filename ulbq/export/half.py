@@ -13,6 +13,7 @@ import torch
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_shard
 from ulbq.errors import NumericsError
+from ulbq.formats.rounding import vanishes
 from ulbq.models.adapter_files import ADAPTER_FOLDER
 from ulbq.models.blocks import skeleton, structure
 from ulbq.models.side_files import check_link, is_side_file
@@ -67,6 +68,8 @@ def write_half(
             rounded = tensors[name].to(dtype)
             if not rounded.isfinite().all():
                 raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use --dtype bf16.")
+            if vanishes(tensors[name], rounded):
+                raise NumericsError(f"'{name}' is too small for {dtype}.", hint="Use --dtype bf16.")
             saved["embeddings" if name in tables else "other"] += (tensors[name].nbytes - rounded.nbytes) * 8
             tensors[name] = rounded
         write_shard(folder / path.name, tensors)

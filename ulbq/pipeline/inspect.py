@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from ulbq import limits
 from ulbq.artifacts.manifest import MANIFEST_NAME, AnyManifest, is_artifact, read_manifest
 from ulbq.artifacts.manifest import verify as verify_files
 from ulbq.artifacts.names import local_path
@@ -42,7 +44,7 @@ class Inspection(Record):
 
     Attributes:
         path: as it was given.
-        ancestry: depth first, every parent followed by its own parents.
+        ancestry: depth first, every parent followed by its own parents; the first :data:`ulbq.limits.ANCESTORS`.
         total_size: bytes of all files, the manifest included.
         verified: whether every file was hashed again; else only the sizes were compared.
     """
@@ -72,7 +74,7 @@ def inspect(path: Path, *, verify: bool = False, progress: Progress | None = Non
     return Inspection(
         path=str(path),
         manifest=manifest,
-        ancestry=tuple(_ancestors(path, manifest, 1, progress if verify else None)),
+        ancestry=tuple(islice(_ancestors(path, manifest, 1, progress if verify else None), limits.ANCESTORS)),
         total_size=sum(entry.size for entry in manifest.files.values()) + (path / MANIFEST_NAME).stat().st_size,
         verified=verify,
     )

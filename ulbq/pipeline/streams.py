@@ -131,7 +131,7 @@ def _importance(index: int, linear: str, sums: Mapping[str, torch.Tensor]) -> to
     if linear not in sums:
         raise InputError(
             f"Block {index} never calls its layer '{linear}' on the calibration samples.",
-            hint="Take more samples; a layer whose weight the model uses by itself cannot be quantized.",
+            hint="Take more samples; where the model uses the layer's weight by itself, --method rtn needs none.",
         )
     total = sums[linear]
     return total if total.any() else torch.ones_like(total)
