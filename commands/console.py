@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
 
+_WIDE = 200  # columns of what goes to a file or a pager
 _NOISY = ("transformers", "datasets", "huggingface_hub", "lm_eval", "accelerate")
 _HUSH = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -79,6 +80,13 @@ def terminal(quiet: bool | None = None) -> "Console":
 
     quiet = not distributed.is_main() if quiet is None else quiet
     return PrintableConsole(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120, quiet=quiet)
+
+
+def output() -> "Console":
+    """The console of a command whose report is its output: standard output, wide where a program reads it."""
+    from .printing import PrintableConsole
+
+    return PrintableConsole(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ def report(title: str, results: Results, quantized: Mapping[str, QuantizedManife
         _blocks(results, quantized),
         _layers(quantized),
         _bits(quantized),
+        _warnings(quantized),
         footer(__version__, created),
     ]
     return page(title, f"{STYLE}{SERIES}{PARTS}", body)
@@ -147,6 +148,16 @@ def _bits_table(name: str, report: BitsReport, *, titled: bool) -> Markup:
 def _bits_row(label: str, bits: int, weights: int | None, *, style: str | None = None) -> Markup:
     share = "" if weights is None else f"{bits / weights:.3f}"
     return table_row(label, share, f"{bits / _MIB:,.2f}", style=style)
+
+
+def _warnings(quantized: Mapping[str, QuantizedManifest]) -> Markup:
+    """What the runs warned of that made the models."""
+    several = len(quantized) > 1
+    said = [f"{name}: {text}" if several else text for name, one in quantized.items() for text in one.warnings]
+    if not said:
+        return Markup("")
+    listed = element("ul", *(element("li", text) for text in said), class_="notes")
+    return element("section", element("h2", "Warnings when it was made"), listed)
 
 
 def _figure(title: str, caption: str, drawn: Markup | None, shown: Markup = Markup("")) -> Markup:  # noqa: B008

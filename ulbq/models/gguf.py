@@ -6,11 +6,12 @@ tensor equals the one in transformers' own load of the whole file.
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGML_QUANT_SIZES, GGUFReader, dequantize
 from transformers import PreTrainedModel
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import (
@@ -23,6 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from ulbq.errors import InputError
 
 _MAGIC = b"GGUF"
+_FULL = frozenset({"F32", "F16", "BF16", "F64"})
 _QUANTIZATION_SUFFIX = re.compile(r"[.-](?:I?Q\d\w*|TQ\d\w*|MXFP4|BF16|F(?:P)?(?:16|32))$", re.IGNORECASE)
 
 
@@ -94,6 +96,19 @@ class GgufTensors:
     def names(self) -> frozenset[str]:
         """Parameters of the model that the file holds."""
         return self._names
+
+    @property
+    def stored_as(self) -> tuple[str, float] | None:
+        """The type that most of the matrices' values have, and bits a value of all of them; None in full precision."""
+        values: Counter[str] = Counter()
+        size = 0
+        for data, kind in self._tensors.values():
+            if data.ndim > 1:
+                block, width = GGML_QUANT_SIZES[kind]
+                values[kind.name] += data.nbytes // width * block
+                size += data.nbytes
+        most = values.most_common(1)
+        return None if not most or most[0][0] in _FULL else (most[0][0], size * 8 / values.total())
 
     def read(self, name: str) -> torch.Tensor:
         """The parameter ``name`` in float32. Raises KeyError where the file lacks it."""
