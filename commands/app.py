@@ -6,12 +6,14 @@ Exit codes: 0 done, 1 a defect of ulbq, 2 usage, 3 bad input or artifact, 4 envi
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from types import FrameType
 from typing import Annotated
 
@@ -19,7 +21,7 @@ import typer
 from pydantic import ValidationError
 
 from ulbq import __version__, distributed
-from ulbq.errors import DiskFullError, ResourceError, UlbqError, UsageError
+from ulbq.errors import DiskFullError, InputError, ResourceError, UlbqError, UsageError
 from ulbq.runtime import calm_threads
 
 from . import console
@@ -32,6 +34,8 @@ from .options import State
 from .quantize import quantize
 from .saliency import saliency
 from .sections import SectionedCommand
+from .start import HINT, lacking
+from .streams import printable, steadied, write
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -51,7 +55,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"ulbq {__version__}")
+        write(f"ulbq {__version__}")
         raise typer.Exit
 
 
@@ -63,7 +67,7 @@ def ulbq(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        write(context.get_help())
         raise typer.Exit(UsageError.exit_code)
     if context.invoked_subcommand in _UNDIVIDED and distributed.size() > 1:
         raise UsageError(
@@ -86,7 +90,7 @@ for _name, _command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the console script.
+    """Run one command.
 
     Args:
         arguments: the words after ``ulbq``; None takes this process's own.
@@ -95,15 +99,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     calm_threads()
+    with steadied():
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(words: list[str]) -> int:
     state = State()
     command = typer.main.get_command(app)
     try:
-        words = list(sys.argv[1:] if arguments is None else arguments)
         with _noting_interrupts(state), distributed.joined(), console.only_main():
             with command.make_context("ulbq", words, obj=state) as context:
                 command.invoke(context)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
         return 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -114,8 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except Exception as error:
         if state.debug:
-            traceback.print_exc()
+            console.terminal(quiet=False).out(printable(traceback.format_exc()), end="", highlight=False)
         return _interrupted() if state.interrupted else _explain(error)
+    except BaseException as error:
+        # What Rust calls a panic, and its Python bindings no Exception; its own words are on standard error by now.
+        if type(error).__name__ == "PanicException":
+            hint = "Its files are damaged, or written for another version of that library."
+            return _fail(InputError.exit_code, f"A library that reads the model gave up: {error}.", hint)
+        raise
 
 
 @contextmanager
@@ -162,11 +175,14 @@ def _as_ulbq_error(error: Exception) -> UlbqError | None:
         case UlbqError():
             return error
         case typer.TyperException():
-            return UsageError(error.format_message(), hint=_help_hint(error))
+            message = error.format_message().replace(": Value error, ", ": ")
+            return UsageError(message, hint=f"{_meant(message)}{_help_hint(error)}")
         case ValidationError():  # a request that does not hold together; manifests have their own sentences
             return UsageError("; ".join(_complaint(problem["loc"], problem["msg"]) for problem in error.errors()))
         case MemoryError():
             return _out_of_memory()
+        case OSError() | ImportError() | RuntimeError() | SystemError() if (what := lacking(error)) is not None:
+            return ResourceError(what, hint=HINT)
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return DiskFullError(
                 f"The disk is full{_at(error)}.", hint="Make room and run the same command again, or choose another -o."
@@ -176,6 +192,13 @@ def _as_ulbq_error(error: Exception) -> UlbqError | None:
         case RuntimeError() if _is_allocation_failure(error):
             return _out_of_memory()
     return None
+
+
+def _meant(message: str) -> str:
+    """The choice closest to a word that is none of an option's; empty where none is close."""
+    found = re.search(r"'([^']*)' is not one of (.*)", message)
+    close = get_close_matches(found[1], re.findall(r"'([^']*)'", found[2]), n=1) if found else []
+    return f"Did you mean {close[0]}? " if close else ""
 
 
 def _help_hint(error: typer.TyperException) -> str:

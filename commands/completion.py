@@ -224,8 +224,12 @@ def fish(app: typer.Typer) -> str:
 
 def _fish_line(condition: str, option: Option) -> str:
     names = " ".join(f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names)
-    value = f" -r {_fish_value(option.value)}" if option.value else ""
-    return f"complete -c ulbq {condition} {names}{value} -d {_fish_text(option.help)}"
+    line = f"complete -c ulbq {condition} {names}"
+    told = f"-d {_fish_text(option.help)}"
+    if option.value is None:
+        return f"{line} {told}"
+    # Apart: what describes the option would stand beside each of its values.
+    return f"{line} -r {told}\n{line} -r {_fish_value(option.value)}"
 
 
 def _fish_value(value: Value) -> str:

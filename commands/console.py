@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from ulbq import distributed
 from ulbq.progress import Progress
 
+from .streams import write
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
 
+_WIDE = 200  # columns of what goes to a file or a pager
 _NOISY = ("transformers", "datasets", "huggingface_hub", "lm_eval", "accelerate")
 _HUSH = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -73,10 +76,17 @@ def terminal(quiet: bool | None = None) -> "Console":
     Args:
         quiet: show nothing; None: in all processes of a run but the first.
     """
-    from rich.console import Console
+    from .printing import PrintableConsole
 
     quiet = not distributed.is_main() if quiet is None else quiet
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120, quiet=quiet)
+    return PrintableConsole(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120, quiet=quiet)
+
+
+def output() -> "Console":
+    """The console of a command whose report is its output: standard output, wide where a program reads it."""
+    from .printing import PrintableConsole
+
+    return PrintableConsole(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 
 
 @contextlib.contextmanager
@@ -100,11 +110,11 @@ def fail(message: str, hint: str = "") -> None:
 
 
 def _emit_path(path: Path, manifest: "BaseModel") -> None:
-    print(path, flush=True)
+    write(str(path))
 
 
 def _emit_manifest(path: Path, manifest: "BaseModel") -> None:
-    print(manifest.model_dump_json(indent=2), flush=True)
+    write(manifest.model_dump_json(indent=2))
 
 
 def _hush_libraries() -> None:

@@ -28,6 +28,7 @@ from .options import (
     read_source,
 )
 from .plan_table import show_finetune_plan, show_plan
+from .streams import write
 
 _END_TO_END = "end-to-end"
 _NOT_OF_A_REQUEST = frozenset({"source", "task", "list_tasks", "dry_run", "json", "quiet", "debug"})
@@ -163,7 +164,7 @@ def _task(chosen: str, task: str, given: Mapping[str, Any], progress: Any, **how
         show_finetune_plan(job.plan)
     if how["dry_run"]:
         if how["json"]:
-            print(job.plan.model_dump_json(indent=2))
+            write(job.plan.model_dump_json(indent=2))
         return None
     from ulbq.pipeline.finetune_run import finetune as run
 
@@ -198,7 +199,7 @@ def _end_to_end(chosen: str, given: Mapping[str, Any], progress: Any, **how: boo
             planned = plan(request, progress)
             show_plan(planned)
             if how["json"]:
-                print(planned.model_dump_json(indent=2))
+                write(planned.model_dump_json(indent=2))
             return None
         on_plan: Any = (lambda planned: None) if how["quiet"] else show_plan
         return quantize(request, progress, on_plan=on_plan, name=telling_name(chosen))

@@ -9,6 +9,7 @@ from ulbq.errors import InputError, UsageError
 
 from . import console
 from .options import Debug, Device, NoVerify, Offline, Quiet, Seed, Source, read_source
+from .streams import write
 
 _TEXT, _SAMPLING, _HOW = "What to say", "Sampling", "How"
 _KINDS = ("quantized", "converted")
@@ -139,7 +140,7 @@ def generate(
             _write("\n")
         raise typer.Exit(130) from None
     if json:
-        print(done.model_dump_json(indent=2), flush=True)
+        write(done.model_dump_json(indent=2))
     elif not done.text.endswith("\n"):
         _write("\n")
     for line in summary(done):
@@ -147,7 +148,7 @@ def generate(
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    write(text, end="")
 
 
 def _read_prompt() -> str:

@@ -22,6 +22,10 @@ def inspect(
     layers: Annotated[
         bool, typer.Option("--layers", help="Every layer with its bits and error, or its scores.")
     ] = False,
+    reseal: Annotated[
+        bool,
+        typer.Option("--reseal", help="Take small files that you changed, a chat template for one, into the manifest."),
+    ] = False,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Which kernels run its layers on this machine, and why not others.")
     ] = False,
@@ -31,7 +35,8 @@ def inspect(
 ) -> None:
     """Show an artifact: where its bits went, its errors by block and layer, its ancestry.
 
-    Without SOURCE, the newest under ./artifacts. The path goes to standard output, on to the next command of a pipe.
+    Without SOURCE, the newest under ./artifacts. The report goes to standard output; with --quiet it is the path, on to
+    the next command of a pipe.
     """
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
     # None would stand for the default model, which "newest" never takes.
@@ -39,13 +44,20 @@ def inspect(
 
     from ulbq.pipeline.inspect import inspect as look
 
+    if reseal:
+        from ulbq.pipeline.reseal import reseal as take_over
+
+        changed = take_over(path)[1]
+        progress.note(f"Taken into the manifest as they are: {', '.join(changed)}." if changed else "Nothing changed.")
     inspection = look(path, verify=verify, progress=progress)
-    if not quiet:
+    if not quiet and not json:
         from .inspection import show
 
-        show(console.terminal(), inspection, layers=layers)
+        report = console.output()
+        show(report, inspection, layers=layers)
         if kernels:
             from .kernel_table import show_kernels
 
-            show_kernels(console.terminal(), inspection.manifest)
+            show_kernels(report, inspection.manifest)
+        return
     emit(path, inspection.manifest)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from math import isfinite
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -20,10 +21,13 @@ from ulbq.artifacts import (
     QuantizedManifest,
     SaliencyManifest,
 )
+from ulbq.evaluation.results import Results
+from ulbq.evaluation.table import footnotes
 from ulbq.pipeline.inspect import Ancestor, Inspection, State
 
 from .progress import duration
 from .saliency_table import each, summary
+from .scores import score_table
 
 _STANDARD_PARTS = ("codes", "scales", "zeros", "router", "adapter")
 # What only the codebook format has, where it stands instead of scales.
@@ -50,11 +54,13 @@ def show(console: Console, inspection: Inspection, *, layers: bool = False) -> N
         if manifest.skipped:
             sections.append(("In full precision", Text(", ".join(manifest.skipped))))
     elif isinstance(manifest, EvaluationManifest):
-        sections.append(("Results", _grid(dict(_scalars(manifest.results)))))
+        sections.append(("Results", _results(manifest)))
     elif isinstance(manifest, SaliencyManifest):
         sections.append(("Scores", summary(manifest)))
         if layers:
             sections.append(("Layers", each(manifest.layers)))
+    if manifest.warnings:
+        sections.append(("Warnings", Text("\n".join(manifest.warnings), style="yellow")))
     if manifest.phases:
         sections.append(("Work", _phases(manifest)))
     if inspection.ancestry:
@@ -92,6 +98,8 @@ def _widths(widths: Mapping[Any, int]) -> str:
 
 def _grid(rows: Mapping[str, str]) -> Table:
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, text in rows.items():
         table.add_row(Text(name, style="bold"), Text(text))
     return table
@@ -101,13 +109,23 @@ def _columns(*names: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for index, name in enumerate(names):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        # Names are folded where there is no room, never cut: gate, up and down begin alike.
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     return table
 
 
 def _add(table: Table, *cells: str, style: str = "") -> None:
     # As Text, not as markup: a module may be called experts[a].
     table.add_row(*map(Text, cells), style=style)
+
+
+def _results(manifest: EvaluationManifest) -> RenderableType:
+    """The scores as 'ulbq eval' shows them; those of another version's shape number by number."""
+    try:
+        results = Results.model_validate(manifest.results)
+    except ValidationError:
+        return _grid(dict(_scalars(manifest.results)))
+    return Group(score_table(results), *(Text(note, style="dim") for note in footnotes(results)))
 
 
 def _facts(inspection: Inspection) -> Table:

@@ -25,6 +25,7 @@ from .options import (
 )
 from .plan_table import show_plan
 from .stages import read_stages
+from .streams import write
 
 if TYPE_CHECKING:
     from ulbq.pipeline.request import QuantizeRequest
@@ -142,7 +143,7 @@ def quantize(
         planned = plan(request, progress)
         show_plan(planned)
         if json:
-            print(planned.model_dump_json(indent=2))
+            write(planned.model_dump_json(indent=2))
         return
     emit(*quantize(request, progress, on_plan=(lambda planned: None) if quiet else show_plan))
 

@@ -3,9 +3,12 @@
 What is not typed is the recipe's, or the method's default: a signature gives None.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 import typer
+
+from ulbq.errors import UsageError
 
 from .recipe_list import complete_recipe, show_recipes
 
@@ -27,7 +30,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="db-llm: two bit planes; rtn: affine rounding, in seconds; gptq: the same with errors made good, in "
+        help="The published recipe to follow. "
+        "db-llm: two bit planes; rtn: affine rounding, in seconds; gptq: the same with errors made good, in "
         "minutes; claq: a codebook for every column, wider where it pays; efficientqat: affine "
         "codes, all of a block trained; apiq: affine codes and an adapter; "
         "ulb-sapr: the same with salient weights held in place; binary-mos: signs and mixed scales, 1 bit.",
@@ -49,12 +53,28 @@ ListRecipes = Annotated[
     typer.Option("--list-recipes", help="Show the shipped recipes, then stop.", is_eager=True, callback=show_recipes),
 ]
 
+
+def _read_bits(text: str | int) -> int:
+    """Whole bits; a fraction is what another option takes."""
+    try:
+        return int(text)
+    except ValueError:
+        fraction = re.fullmatch(r"\d*\.\d+", str(text)) is not None
+    if fraction:
+        raise UsageError(
+            f"--bits takes a whole number, and {text} is none.",
+            hint=f"--target-bits {text} spends so many on average (with --method claq).",
+        )
+    raise UsageError(f"--bits takes a number, and '{text}' is none.", hint="1, 2, 3, 4 or 8.")
+
+
 Bits = Annotated[
     int | None,
     option(
         "--bits",
         "1, 2, 3, 4 or 8; claq takes 2, 3 or 4.",
         _FORMAT,
+        parser=_read_bits,
         default="4 for rtn and gptq, 2 for apiq, ulb-sapr and claq",
         metavar="N",
     ),

@@ -57,9 +57,10 @@ def show_tasks(wanted: bool) -> None:
 
 def _print(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from .printing import PrintableConsole
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
@@ -67,4 +68,4 @@ def _print(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     # One line a recipe where a program reads it.
-    Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 300).print(table)
+    PrintableConsole(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 300).print(table)

@@ -24,6 +24,7 @@ from .options import (
     read_source,
 )
 from .plan_table import show_rows
+from .streams import write
 
 if TYPE_CHECKING:
     from ulbq.pipeline.saliency import SaliencyPlan
@@ -101,7 +102,7 @@ def saliency(
         planned = plan(request, progress)
         _show(planned)
         if json:
-            print(planned.model_dump_json(indent=2))
+            write(planned.model_dump_json(indent=2))
         return
     path, manifest = saliency(request, progress, on_plan=(lambda planned: None) if quiet else _show)
     if not quiet:

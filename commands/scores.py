@@ -15,6 +15,16 @@ from ulbq.evaluation.table import footnotes, rows
 def show(console: Console, manifest: EvaluationManifest, report: Path) -> None:
     """Print every score, one column a model, and where the report is."""
     results = Results.model_validate(manifest.results)
+    console.print()
+    console.print(score_table(results))
+    console.print()
+    for note in footnotes(results):
+        console.print(Text(note, style="dim"), soft_wrap=True)
+    console.print(Text(f"Report: {report}"), soft_wrap=True)
+
+
+def score_table(results: Results) -> Table:
+    """Every score, one column a model."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     table.add_column("")
     for scores in results.models:
@@ -27,9 +37,4 @@ def show(console: Console, manifest: EvaluationManifest, report: Path) -> None:
                 Text(cell, style="bold green" if place in row.best else "") for place, cell in enumerate(row.cells)
             ]
             table.add_row(Text(f"  {row.label}"), *cells)
-    console.print()
-    console.print(table)
-    console.print()
-    for note in footnotes(results):
-        console.print(Text(note, style="dim"), soft_wrap=True)
-    console.print(Text(f"Report: {report}"), soft_wrap=True)
+    return table

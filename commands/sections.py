@@ -27,4 +27,4 @@ class SectionedCommand(TyperCommand):
 
 def _tidy(name: str, text: str) -> tuple[str, str]:
     """A row without the parentheses that Typer sets around a default in words, and without its word for text."""
-    return name.replace(" <str>", ""), re.sub(r"\[default: \((.*)\)(?=; |\])", r"[default: \1", text)
+    return re.sub(r" <(str|list\[str\])>", "", name), re.sub(r"\[default: \((.*)\)(?=; |\])", r"[default: \1", text)

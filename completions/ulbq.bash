@@ -219,7 +219,7 @@ _ulbq() {
         case $previous in
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--verify --layers --kernels --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--verify --layers --reseal --kernels --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

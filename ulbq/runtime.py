@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from ulbq import distributed
+from ulbq import distributed, limits
 from ulbq.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -50,9 +50,23 @@ def resolve_device(name: str = "auto") -> "torch.device":
             device = torch.device(name)
             torch.zeros(1, device=device).item()  # the meta device has no values
         except (RuntimeError, AssertionError) as error:
-            raise ResourceError(f"Device '{name}' cannot be used here.", hint="Try --device cpu.") from error
+            raise ResourceError(
+                f"Device '{name}' cannot be used here: {_why_not(name)}.", hint="Take auto, cpu, cuda or cuda:N."
+            ) from error
     distributed.check_device(device)
     return device
+
+
+def _why_not(name: str) -> str:
+    """Why a device cannot be used."""
+    import torch
+
+    kind, _, number = name.partition(":")
+    if kind != "cuda":
+        return "torch has no device of that name" if kind != "meta" else "it holds no values"
+    if not torch.cuda.is_available():
+        return "this torch finds no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
+    return f"there are {torch.cuda.device_count()} CUDA devices, from 0 on" if number else "it does not respond"
 
 
 def seed_everything(seed: int) -> None:
@@ -111,8 +125,8 @@ class PhaseRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    seconds: float
-    peak_memory: int
+    seconds: float = Field(ge=0, le=limits.LONGEST)
+    peak_memory: int = Field(ge=0, le=limits.COUNT)
 
 
 class Stopwatch:

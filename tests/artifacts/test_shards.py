@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ulbq.artifacts import shards
 from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
-from ulbq.errors import InputError
+from ulbq.errors import InputError, ResourceError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint8, torch.bool]
@@ -241,3 +241,20 @@ class TestWriteIndex:
             with pytest.raises(InputError, match=sentence):
                 write_index(tmp_path, parts)
         assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_a_file_that_could_not_be_opened_for_lack_of_descriptors_is_not_called_damaged(tmp_path: Path) -> None:
+    import resource
+
+    path = tmp_path / "a.safetensors"
+    write_shard(path, {"x": torch.zeros(2)})
+    stored = LazyTensors([path])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(ResourceError, match="too few descriptors"):
+            stored.read("x")
+        with pytest.raises(ResourceError, match="too few descriptors"):
+            LazyTensors([path])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

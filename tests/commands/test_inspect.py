@@ -48,12 +48,14 @@ def rows(text: str, first: str) -> list[list[str]]:
 
 
 class TestCommand:
-    def test_people_read_standard_error_and_the_pipe_gets_the_path(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_report_is_the_output_and_quietly_it_is_the_path(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_artifact(Path("q"))
         assert main(["inspect", "q"]) == 0
         output = capsys.readouterr()
-        assert output.out == "q\n"
-        assert "quantized weights" in output.err
+        assert "quantized weights" in output.out
+        assert output.err == ""
+        assert main(["inspect", "q", "--quiet"]) == 0
+        assert capsys.readouterr().out == "q\n"
 
     def test_kernels_are_told_with_what_they_do_not_take(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -63,7 +65,7 @@ class TestCommand:
             function.cache_clear()
         write_artifact(Path("q"))
         assert main(["inspect", "q", "--kernels"]) == 0
-        shown = " ".join(capsys.readouterr().err.split())
+        shown = " ".join(capsys.readouterr().out.split())
         for function in (build.library, build.failure, build._load):
             function.cache_clear()
         assert "tiles this processor has no avx512_vnni" in shown
@@ -80,7 +82,7 @@ class TestCommand:
     def test_the_newest_artifact_of_any_kind_is_the_default(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_artifact(Path("artifacts/old"))
         write_artifact(Path("artifacts/new"), EvaluationManifest(**COMMON, results={}))
-        assert main(["inspect"]) == 0
+        assert main(["inspect", "--quiet"]) == 0
         assert capsys.readouterr().out == "artifacts/new\n"
 
     def test_a_damaged_artifact_ends_with_three_and_no_path(self, capsys: pytest.CaptureFixture[str]) -> None:

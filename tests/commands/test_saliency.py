@@ -66,7 +66,7 @@ def test_inspect_shows_the_scores(words, tmp_path, capsys):
     assert main([*words, "--quiet"]) == 0
     assert main(["inspect", str(tmp_path / "s"), "--verify", "--layers"]) == 0
     captured = capsys.readouterr()
-    assert captured.err.count("model.layers.2.mlp.gate_proj") == 1
-    assert "fisher, bf16" in captured.err
+    assert captured.out.count("model.layers.2.mlp.gate_proj") == 1
+    assert "fisher, bf16" in captured.out
     assert main(["inspect", str(tmp_path / "s")]) == 0
-    assert "model.layers.2.mlp.gate_proj" not in capsys.readouterr().err
+    assert "model.layers.2.mlp.gate_proj" not in capsys.readouterr().out

@@ -1,7 +1,10 @@
 """What happens where the kernels cannot be compiled, and that they are compiled once."""
 
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 from tests.kernels.matrices import assert_near, exact, random_matrix
 from ulbq import kernels
 from ulbq.formats import AffineScheme
-from ulbq.kernels import build
+from ulbq.kernels import build, cache
 from ulbq.nn.quant_linear import QuantLinear
 
 SCHEME = AffineScheme(bits=2, group_size=64)
@@ -94,3 +97,89 @@ def test_a_compiled_library_is_found_again(unbuilt: Path, monkeypatch: pytest.Mo
         function.cache_clear()
     assert build.failure()
     assert len(list(unbuilt.iterdir())) == 2
+
+
+class TestCache:
+    """What is loaded from the cache: this user's own libraries, whole; all else is built again."""
+
+    @pytest.fixture
+    def compiler(self, unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+        """A compiler that only counts its calls; what it makes does not load."""
+        path = tmp_path / "c++"
+        path.write_text(
+            f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho >> {tmp_path}/calls; echo no library > "$2"\n'
+        )
+        path.chmod(0o755)
+        without_compiler(monkeypatch)
+        monkeypatch.setattr(build, "find_compiler", lambda: str(path))
+        return path
+
+    @staticmethod
+    def _again() -> str:
+        for function in (build.failure, build._load):
+            function.cache_clear()
+        return build.failure()
+
+    @staticmethod
+    def _calls(compiler: Path) -> int:
+        return len((compiler.parent / "calls").read_text())
+
+    def test_is_closed_to_others_whatever_the_umask(self, compiler: Path, unbuilt: Path) -> None:
+        before = os.umask(0o002)
+        try:
+            self._again()
+        finally:
+            os.umask(before)
+        (made,) = unbuilt.iterdir()
+        assert [stat.S_IMODE(p.stat().st_mode) for p in (unbuilt.parent, unbuilt, made)] == [0o700] * 3
+        unbuilt.chmod(0o777)
+        self._again()
+        assert stat.S_IMODE(unbuilt.stat().st_mode) == 0o700
+
+    @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "link", "open"])
+    def test_what_is_not_whole_is_built_again(self, damage: str, compiler: Path, unbuilt: Path, tmp_path: Path) -> None:
+        self._again()
+        (made,) = unbuilt.iterdir()
+        data = made.read_bytes()
+        if damage == "link":
+            (tmp_path / "x.so").write_bytes(data)
+            made.unlink()
+            made.symlink_to(tmp_path / "x.so")
+        elif damage == "open":
+            made.chmod(0o777)
+        else:
+            made.write_bytes({"cut": data[:-1], "flipped": b"N" + data[1:], "empty": b""}[damage])
+        assert "does not load" in self._again()
+        assert self._calls(compiler) == 2
+        (again,) = unbuilt.iterdir()
+        assert again.read_bytes() == data
+        self._again()
+        assert self._calls(compiler) == 2
+
+    @pytest.mark.parametrize("folder", ["ulbq", "ulbq/kernels"])
+    def test_another_users_folder_is_not_used(
+        self, folder: str, compiler: Path, unbuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        unbuilt.mkdir(parents=True)
+        real = Path.stat
+
+        def owned(path: Path, **more: Any) -> os.stat_result:
+            found = real(path, **more)
+            return os.stat_result((*found[:4], 65534, *found[5:])) if path == tmp_path / folder else found
+
+        monkeypatch.setattr(Path, "stat", owned)
+        assert "belongs to another user" in self._again()
+        assert list(unbuilt.iterdir()) == []
+
+    def test_another_users_library_is_built_again(
+        self, compiler: Path, unbuilt: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self._again()
+        monkeypatch.setattr(cache, "_is_ours", lambda path: False)
+        self._again()
+        assert self._calls(compiler) == 2
+
+    @pytest.mark.parametrize("value", ["cache", "./cache", ""])
+    def test_a_relative_folder_counts_for_nothing(self, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache.folder() == Path.home() / ".cache" / "ulbq" / "kernels"

@@ -158,7 +158,7 @@ def test_layers_with_too_few_tokens_are_rounded_and_named(true_sequential: bool,
     method = Gptq.from_options(options, 8)
     result = method.quantize_block(asked)
     assert list(result.packed) == list(LINEARS)
-    told = " ".join(result.notes)
+    told = " ".join(": ".join(note) for note in result.notes)
     assert "experts.2.gate" in told
     assert "experts.2.down" in told
     assert "0 tokens are too few for 24 columns" in told
@@ -173,7 +173,7 @@ def test_a_singular_input_is_told(tmp_path: Path) -> None:
     assert asked.data is not None
     asked.data.inputs.set(0, torch.ones(SAMPLES, LENGTH, WIDTH).cumsum(2))
     result = Gptq.from_options(GptqOptions(damping=0.0), 8).quantize_block(asked)
-    assert any("query" in note and "damping raised to" in note for note in result.notes)
+    assert any("query" in layers and "damping raised to" in note for layers, note in result.notes)
 
 
 def test_a_layer_that_no_token_reaches_costs_nothing_in_a_survey(tmp_path: Path) -> None:

@@ -4,17 +4,19 @@ A manifest is written last, so a folder that has one is complete. Its ``digest``
 of all files among them: whoever knows an artifact's digest knows its content.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
-from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, Literal, NoReturn, TypeVar
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from ulbq import __version__, runtime
+from ulbq import __version__, limits, runtime
 from ulbq.artifacts.loaded import loaded_names
+from ulbq.artifacts.names import component, is_inside
 from ulbq.artifacts.records import (
     BitsReport,
     BlockRecord,
@@ -28,6 +30,7 @@ from ulbq.artifacts.records import (
     TemperatureRecord,
 )
 from ulbq.artifacts.saliency import SaliencyLayer
+from ulbq.artifacts.small_files import read_json
 from ulbq.errors import InputError
 
 SCHEMA_VERSION = 2
@@ -49,11 +52,12 @@ class Manifest(Record):
 
     Attributes:
         created: UTC, ISO 8601 with microseconds.
-        name: short name for people.
+        name: short name for people, and for what is made from it: one path component.
         request: the full request that made the artifact.
         versions: of the libraries that decide the numbers.
         files: by path relative to the artifact, with forward slashes; all but the manifest itself.
         fingerprint: SHA-256 over what decides the content (request, source, calibration).
+        warnings: what the run warned of, each once.
         processes: how many worked on the run together, each on a device of its own.
         digest: SHA-256 over the canonical JSON of all the other fields.
     """
@@ -61,15 +65,16 @@ class Manifest(Record):
     schema_version: int = SCHEMA_VERSION
     ulbq_version: str = __version__
     created: str = Field(default_factory=_now)
-    name: str
+    name: Annotated[str, AfterValidator(component)]
     request: dict[str, Any]
     seed: int
     versions: dict[str, str] = Field(default_factory=runtime.versions)
     device: str
-    parents: tuple[Parent, ...] = ()
+    parents: tuple[Parent, ...] = Field(default=(), max_length=limits.PARENTS)
     files: dict[str, FileEntry] = Field(default_factory=dict)
     phases: tuple[runtime.PhaseRecord, ...] = ()
     fingerprint: str = ""
+    warnings: tuple[str, ...] = ()
     processes: int = 1
     digest: str = ""
 
@@ -196,19 +201,23 @@ def is_replaceable(path: Path) -> bool:
 
 
 def newest(root: Path, kinds: Collection[str]) -> Path | None:
-    """The finished artifact directly below ``root`` that was made last, of one of the kinds.
+    """The finished artifact directly below ``root`` that was written last, of one of the kinds.
 
-    Only glances at the manifests: a damaged artifact may be returned, and reading it says what is wrong.
+    Last is by the file system's clock, not by what a manifest says of itself. Only glances at manifests, from the
+    newest on: a damaged artifact may be returned, and reading it says what is wrong.
     """
-    found: list[tuple[str, Path]] = []
-    for path in sorted(root.glob(f"*/{MANIFEST_NAME}")):
+    found: list[tuple[int, Path]] = []
+    for path in root.glob(f"*/{MANIFEST_NAME}"):
         folder = path.parent
         if folder.name.startswith(".") or folder.name.endswith(PARTIAL_SUFFIX):
             continue
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime_ns, folder))
+    for _, folder in sorted(found, reverse=True):
         data = _glance(folder)
         if data is not None and data["kind"] in kinds:
-            found.append((str(data.get("created", "")), folder))
-    return max(found)[1] if found else None
+            return folder
+    return None
 
 
 def read_manifest(path: Path, *, unfinished: bool = False) -> AnyManifest:
@@ -224,7 +233,7 @@ def read_manifest(path: Path, *, unfinished: bool = False) -> AnyManifest:
     """
     if not unfinished and path.resolve().name.endswith(PARTIAL_SUFFIX):
         raise _unfinished(path)
-    manifest = _parse(path, _read_json(path))
+    manifest = load_manifest(path)
     for name, entry in manifest.files.items():
         _check_file(path, name, entry)
     if stray := next(
@@ -234,6 +243,11 @@ def read_manifest(path: Path, *, unfinished: bool = False) -> AnyManifest:
             f"'{path / stray}' was not written with the artifact, and would be loaded with it.", hint="Remove it."
         )
     return manifest
+
+
+def load_manifest(path: Path) -> AnyManifest:
+    """As :func:`read_manifest`, without a look at the files."""
+    return _parse(path, _read_json(path))
 
 
 def read_back(path: Path, kind: type[M]) -> M:
@@ -246,15 +260,7 @@ def read_back(path: Path, kind: type[M]) -> M:
 
 def _load(path: Path) -> Any:
     """The manifest's JSON. Raises OSError where there is none, ValueError where it is not JSON."""
-    text = (path / MANIFEST_NAME).read_text(encoding="utf-8")
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    return read_json(path / MANIFEST_NAME, limits.MANIFEST_SIZE)
 
 
 def _glance(path: Path) -> dict[str, Any] | None:
@@ -323,7 +329,11 @@ def _absent(path: Path) -> InputError:
 
 
 def _parse(path: Path, data: dict[str, Any]) -> AnyManifest:
-    if data.get("digest") != _digest(data):
+    try:
+        intact = data.get("digest") == _digest(data)
+    except ValueError as error:  # a number so large that it is none
+        raise InputError(f"'{path / MANIFEST_NAME}' is corrupt: {error}.") from error
+    if not intact:
         raise InputError(
             f"'{path / MANIFEST_NAME}' was edited after it was written: its digest does not fit its content.",
             hint="Make the artifact again, or restore the manifest from a copy.",
@@ -339,14 +349,20 @@ def _parse(path: Path, data: dict[str, Any]) -> AnyManifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"The manifest of '{path}' does not fit its schema: {field}: {first['msg']}.") from error
+        what = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"The manifest of '{path}' does not fit its schema: {field}: {what}.") from error
+
+
+def _remedy(name: str) -> str:
+    if name.endswith(".safetensors"):
+        return "Make the artifact again, or copy it again in full."
+    return "Copy the file again; if you changed it on purpose, 'ulbq inspect --reseal' takes it over as it is."
 
 
 def _check_file(path: Path, name: str, entry: FileEntry) -> None:
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts:
+    if not is_inside(name):
         raise InputError(f"The manifest of '{path}' names a file outside the artifact: '{name}'.")
-    file = path / relative
+    file = path / name
     if not file.is_file():
         raise InputError(
             f"'{file}' is missing from the artifact.", hint="Make the artifact again, or restore the file from a copy."
@@ -356,5 +372,5 @@ def _check_file(path: Path, name: str, entry: FileEntry) -> None:
         raise InputError(
             f"'{file}' holds {size:,} bytes where {entry.size:,} were written: "
             f"{'truncated' if size < entry.size else 'changed'}.",
-            hint="Make the artifact again, or copy it again in full.",
+            hint=_remedy(name),
         )

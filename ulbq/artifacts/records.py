@@ -2,9 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from ulbq import limits
+
+Count = Annotated[int, Field(ge=0, le=limits.COUNT)]
+"""Of bits, bytes, weights, steps and the like."""
+
+Size = Annotated[int, Field(ge=1, le=limits.COUNT)]
+"""Of one side of a matrix."""
+
+Seconds = Annotated[float, Field(ge=0, le=limits.LONGEST)]
+
+_LARGEST_EXPONENT = 700.0  # of e in a float
 
 _NOT_WEIGHTS = frozenset({"embeddings", "other"})
 
@@ -23,7 +35,7 @@ class FileEntry(Record):
         sha256: hex digest of the bytes.
     """
 
-    size: int
+    size: Count
     sha256: str
 
 
@@ -57,14 +69,14 @@ class BlockRecord(Record):
         seconds: wall time.
     """
 
-    index: int
+    index: Count
     start_error: float
     end_error: float
-    steps: int
-    retries: int = 0
+    steps: Count
+    retries: Count = 0
     fallback: bool = False
-    spurious_sinks: int = 0
-    seconds: float
+    spurious_sinks: Count = 0
+    seconds: Seconds
 
 
 def sinks_sentence(blocks: Sequence[BlockRecord]) -> str:
@@ -96,10 +108,10 @@ class EndToEndRecord(Record):
     data: dict[str, Any] = {}
     start_error: float
     end_error: float
-    epochs: int
-    steps: int
+    epochs: Count
+    steps: Count
     finite: bool = True
-    seconds: float
+    seconds: Seconds
 
 
 class FinetuneRecord(Record):
@@ -126,24 +138,24 @@ class FinetuneRecord(Record):
     data: dict[str, Any]
     train: str
     start: str
-    parameters: int
-    epochs: int
-    steps: int
+    parameters: Count
+    epochs: Count
+    steps: Count
     start_loss: float
     end_loss: float
-    losses: tuple[tuple[int, float], ...]
-    evaluations: tuple[tuple[int, float], ...]
-    seconds: float
+    losses: tuple[tuple[Count, float], ...]
+    evaluations: tuple[tuple[Count, float], ...]
+    seconds: Seconds
 
     @property
     def start_perplexity(self) -> float:
         """Of the held-out answers before."""
-        return math.exp(self.start_loss)
+        return math.exp(min(self.start_loss, _LARGEST_EXPONENT))
 
     @property
     def end_perplexity(self) -> float:
         """Of the held-out answers with what is stored."""
-        return math.exp(self.end_loss)
+        return math.exp(min(self.end_loss, _LARGEST_EXPONENT))
 
 
 class TemperatureRecord(Record):
@@ -193,9 +205,9 @@ class LayerRecord(Record):
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[Size, Size]
     scheme: dict[str, Any]
-    bits: dict[str, int]
+    bits: dict[str, Count]
     error: float
     sparsity: tuple[float, float] | None = None
 
@@ -208,8 +220,8 @@ class BitsReport(Record):
         weights: number of weights in the quantized linear layers.
     """
 
-    parts: dict[str, int]
-    weights: int = Field(gt=0)
+    parts: dict[str, Count]
+    weights: Size
 
     @property
     def bits_per_weight(self) -> float:

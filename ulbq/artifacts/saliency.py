@@ -1,6 +1,6 @@
 """What a saliency artifact says of every layer."""
 
-from ulbq.artifacts.records import Record
+from ulbq.artifacts.records import Count, Record, Size
 
 
 class SaliencyLayer(Record):
@@ -20,14 +20,14 @@ class SaliencyLayer(Record):
     """
 
     name: str
-    block: int
+    block: Count
     projection: str
-    shape: tuple[int, int]
+    shape: tuple[Size, Size]
     total: float
     largest: float
     top: dict[str, float]
     columns: tuple[float, ...]
-    top_columns: tuple[tuple[int, float], ...]
+    top_columns: tuple[tuple[Count, float], ...]
     rounding: float
     vanished: float
 
@@ -44,6 +44,6 @@ class BlockScores(Record):
         loss: mean cross-entropy of the samples, nats a token; None for kinds that need none.
     """
 
-    index: int
+    index: Count
     layers: tuple[SaliencyLayer, ...]
     loss: float | None = None

@@ -1,6 +1,8 @@
 """Tensors in one or many safetensors files, read one at a time and written whole. No pickle is ever read."""
 
+import errno
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ulbq import distributed
+from ulbq import distributed, limits
 from ulbq.artifacts.disk import changed, replace_synced, sha256_file, temporary, write_atomically
-from ulbq.errors import InputError
+from ulbq.artifacts.small_files import read_json
+from ulbq.errors import InputError, ResourceError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -140,6 +143,7 @@ class LazyTensors:
                 tensor: torch.Tensor = file.get_tensor(name).clone()
                 return tensor
         except (SafetensorError, OSError) as error:
+            _refuse_scarcity(stored.file)
             raise InputError(f"'{name}' cannot be read from '{stored.file}': {error}.") from error
 
     def _check(self, file: Path) -> None:
@@ -244,19 +248,36 @@ def _header(file: Path) -> dict[str, _Stored]:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             return {name: _Stored(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except FileNotFoundError as error:
+        _refuse_scarcity(file)
         raise InputError(
             f"'{file}' is missing.", hint="The model was only copied or fetched in part: fetch it again."
         ) from error
     except (SafetensorError, OSError) as error:
+        _refuse_scarcity(file)
         raise InputError(
             f"'{file}' is not a whole safetensors file: {error}.",
             hint="The file is corrupt or truncated: fetch it again.",
         ) from error
 
 
+def _refuse_scarcity(file: Path) -> None:
+    """Raise ResourceError where a file cannot be opened for lack of descriptors or memory: it is neither lost nor cut.
+
+    safetensors calls such a file missing; the system itself is asked what is wrong.
+    """
+    lacking = {errno.EMFILE: "few descriptors of files", errno.ENFILE: "few descriptors of files"}
+    lacking[errno.ENOMEM] = "little memory"
+    try:
+        os.close(os.open(file, os.O_RDONLY | os.O_NONBLOCK))
+    except OSError as error:
+        if error.errno in lacking:
+            what = lacking[error.errno]
+            raise ResourceError(f"This process is granted too {what}.", hint="See 'ulimit -a'.") from error
+
+
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path, limits.INDEX_SIZE)
     except (OSError, ValueError) as error:
         raise InputError(f"'{path}' is corrupt: {error}.", hint="Fetch it again.") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

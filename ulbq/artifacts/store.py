@@ -32,6 +32,7 @@ from ulbq.artifacts.manifest import (
     is_replaceable,
     sealed,
 )
+from ulbq.artifacts.names import is_component
 from ulbq.artifacts.partial import (
     JOURNAL,
     LOCK,
@@ -61,7 +62,12 @@ def free_output(root: Path, stem: str, fingerprint: str) -> Path:
     """The first of ``root/stem``, ``root/stem-2``, … that nothing occupies.
 
     An unfinished run with the same fingerprint does not occupy its name, so that it is resumed; anything else does.
+
+    Raises:
+        InputError: ``stem`` is no name of a folder directly below ``root``.
     """
+    if not is_component(stem):
+        raise InputError(f"{stem!r} cannot be the name of a folder.", hint="Give one with -o.")
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
     free = (
         path
@@ -165,6 +171,11 @@ class ArtifactWriter:
         return self._journal.entries, resumed
 
     @property
+    def name(self) -> str:
+        """What the artifact is called: the last component of ``out``, spelled out where that is ``.`` or ``..``."""
+        return os.path.basename(os.path.abspath(self.out))
+
+    @property
     def journal(self) -> dict[str, Any]:
         """Values of the finished steps by key, those of the resumed run included, as JSON gives them back."""
         return self._entries
@@ -227,7 +238,7 @@ class ArtifactWriter:
             check: looks at the complete folder before it is moved; what it raises keeps the run unfinished.
 
         Returns:
-            ``out``, as it was given.
+            ``out``, as it was given; spelled out where that has ``..`` in it or is ``.``.
 
         Raises:
             InputError: a file of the plan is missing or was changed, one that nobody planned is there, or the folder
@@ -255,7 +266,8 @@ class ArtifactWriter:
                 remove_tree(self._aside)
 
         distributed.on_main(complete)
-        return self.out
+        # ``a/..`` leads nowhere without an ``a``, and ``.`` is a folder that was just replaced.
+        return self.out if self.out.name and ".." not in self.out.parts else self._target
 
     def __enter__(self) -> Self:
         return self

@@ -26,7 +26,7 @@ from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.data import registry
 from ulbq.data.files import TEXT_SUFFIXES, read_text_file, require_file, suffix_of
 from ulbq.data.windows import draw_windows, leading_tokens, token_stream
-from ulbq.errors import InputError, UsageError
+from ulbq.errors import InputError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,7 +159,11 @@ def _source(name: str, needed: int, data_dir: Path | None, offline: bool) -> tup
     ahead = _READ_AHEAD * needed
     if name in registry.TEXT_SETS:
         limit = ahead if registry.TEXT_SETS[name].endless else max(_MOST_READ, ahead)
-        return registry.texts(name, "train", data_dir=data_dir, offline=offline), limit
+        try:
+            return registry.texts(name, "train", data_dir=data_dir, offline=offline), limit
+        except ResourceError as error:
+            hint = "Give a mirror with --data-dir or ULBQ_DATA_DIR, a text file, or --calibration self."
+            raise ResourceError(error.message, hint=hint) from error
     path = Path(name)
     if suffix_of(path) in TEXT_SUFFIXES:
         return read_text_file(path), max(_MOST_READ, ahead)

@@ -39,7 +39,10 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def numbered_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Rows as :func:`read_rows` gives them, each with its line in the file; of Parquet, with its number. From 1 on."""
+    """Rows as :func:`read_rows` gives them, each with its line in the file; else with its number. From 1 on.
+
+    A ``.json`` file may be one array of rows.
+    """
     require_file(path)
     suffix = suffix_of(path)
     if suffix == ".parquet":
@@ -54,7 +57,7 @@ def read_text_file(path: Path) -> Iterator[str]:
 
     A ``.txt`` file comes apart at its blank lines, so that joining the pieces with ``"\n\n"`` gives the file back.
     A row's text is its column ``text`` (or ``content``, ``page``); else its instruction, input and output, or the
-    turns of its chat, joined with blank lines.
+    turns of its chat, joined with blank lines. Rows whose text is null are passed over.
 
     Raises:
         InputError: as :func:`read_rows`; or a row holds no text, named by its number.
@@ -96,6 +99,8 @@ def _chat_text(turns: list[Any]) -> str | None:
 def _row_texts(path: Path) -> Iterator[str]:
     for number, row in enumerate(read_rows(path), start=1):
         text = text_of(row)
+        if text is None and any(row.get(name, 0) is None for name in _WHOLE_TEXT):
+            continue  # published sets have some rows without
         if text is None:
             raise InputError(
                 f"{path}, row {number}: no text among the columns {', '.join(map(repr, row)) or '(none)'}.",
@@ -115,10 +120,24 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
     try:
         with open_binary(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
+                if line.lstrip()[:1] == b"[" and not suffix_of(path).startswith(".jsonl"):
+                    yield from _array_rows(path, line + lines.read())
+                    return
                 if line.strip():
                     yield number, _json_row(path, number, line)
     except (gzip.BadGzipFile, EOFError) as error:
         raise InputError(f"{path} is not a whole gzip file.", hint="Fetch it again.") from error
+
+
+def _array_rows(path: Path, text: bytes) -> Iterator[tuple[int, Row]]:
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}).", hint="It begins as an array of rows.") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, row {number}: not a JSON object.", hint="Each row is one JSON object.")
+        yield number, row
 
 
 def _json_row(path: Path, number: int, line: bytes) -> Row:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ulbq.artifacts.names import local_path
 from ulbq.data import registry
 from ulbq.data.calibration import Calibration, calibration_samples, check_calibration
 from ulbq.data.files import (
@@ -174,7 +175,7 @@ def _instruction_rows(spec: str, data_dir: Path | None, offline: bool) -> Iterab
     if file is not None and suffix_of(file) not in ROW_SUFFIXES:
         return None
     if file is not None:
-        word = "row" if suffix_of(file) == ".parquet" else "line"
+        word = "line" if suffix_of(file).startswith(".jsonl") else "row"
         rows: Iterator[tuple[str, Row]] = ((f"{file}, {word} {number}", row) for number, row in numbered_rows(file))
     elif spec in _NAMED_INSTRUCTIONS or "/" in spec:
         found = registry.resolve_dataset(
@@ -198,7 +199,7 @@ _LAYOUTS = "A row has instruction and output, prompt and completion, or messages
 
 def _file(spec: str, data_dir: Path | None) -> Path | None:
     """The file that a spec stands for; None for a named set and for what only the Hub may have."""
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     if spec in registry.TEXT_SETS:
         id = _NAMED_INSTRUCTIONS.get(spec)
         return mirror_file(data_root(data_dir), id, None, "train") if id else None
@@ -222,7 +223,7 @@ def _file(spec: str, data_dir: Path | None) -> Path | None:
 
 
 def _is_instruction(row: Row) -> bool:
-    asked = first(row, QUESTION) is not None and first(row, ANSWER) is not None
+    asked = first(row, QUESTION) is not None and _answer(row) is not None
     return asked or any(isinstance(row.get(name), list) for name in CHAT)
 
 
@@ -230,8 +231,9 @@ def _example(where: str, row: Row) -> Example | None:
     """The example in a row; None where its answer is empty. Raises InputError where it is in no layout."""
     for name in CHAT:
         if isinstance(row.get(name), list):
-            return Example(where, _turns(where, name, row[name]))
-    question, answer = first(row, QUESTION), first(row, ANSWER)
+            turns = _turns(where, name, row[name])
+            return Example(where, turns) if turns else None
+    question, answer = first(row, QUESTION), _answer(row)
     if question is None or answer is None:
         columns = ", ".join(map(repr, row)) or "(none)"
         raise InputError(f"{where}: no question with an answer among the columns {columns}.", hint=_LAYOUTS)
@@ -243,12 +245,20 @@ def _example(where: str, row: Row) -> Example | None:
     return Example(where, (Turn("user", question), Turn("assistant", answer)), context)
 
 
+def _answer(row: Row) -> str | None:
+    """A row's answer, empty where it is null; None where there is no such column."""
+    found = first(row, ANSWER)
+    return "" if found is None and any(row.get(name, 0) is None for name in ANSWER) else found
+
+
 def _turns(where: str, column: str, said: Sequence[Any]) -> tuple[Turn, ...]:
-    """The turns of a chat up to its last answer."""
+    """The turns of a chat up to its last answer that is not empty; none where all are."""
     turns = []
     for one in said:
         role = first(one, ("role", "from")) if isinstance(one, dict) else None
         content = first(one, ("content", "value")) if isinstance(one, dict) else None
+        if content is None and isinstance(one, dict) and one.get("content", one.get("value", 0)) is None:
+            content = ""  # as a call of a tool has it
         if role not in _ROLES or content is None:
             raise InputError(
                 f"{where}: '{column}' holds a turn that is no text of user, assistant or system.",
@@ -256,9 +266,10 @@ def _turns(where: str, column: str, said: Sequence[Any]) -> tuple[Turn, ...]:
             )
         _check_text(where, content)
         turns.append(Turn(_ROLES[role], content))
-    while turns and turns[-1].role != "assistant":
+    answered = any(turn.role == "assistant" for turn in turns)
+    while turns and not (turns[-1].role == "assistant" and turns[-1].content.strip()):
         turns.pop()  # a question that nobody answered teaches nothing
-    if not turns:
+    if not answered:
         raise InputError(f"{where}: '{column}' holds no answer.", hint="An answer is a turn of the assistant's.")
     return tuple(turns)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 import torch
 
+from ulbq.artifacts.names import local_path
 from ulbq.data import registry
 from ulbq.data.files import TEXT_SUFFIXES, read_text_file, suffix_of
 from ulbq.data.instructions import Example, encode, read_examples
@@ -203,7 +204,7 @@ def _blocks(
     if named is not None:
         texts = registry.texts(spec, "train", data_dir=data_dir, offline=offline)
     elif suffix_of(Path(spec)) in TEXT_SUFFIXES:
-        texts = read_text_file(Path(spec).expanduser())
+        texts = read_text_file(local_path(spec))
     else:
         raise UsageError(
             f"'{spec}' is neither a text, nor an instruction set, nor a data file.",

@@ -11,12 +11,14 @@ Prompt and answer are tokenised apart, because a prompt stands alone too when th
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
 from ulbq.data.windows import leading_tokens
 from ulbq.errors import InputError, UsageError
+from ulbq.limits import bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +45,15 @@ _NEXT: dict[Template, tuple[str, ...]] = {
     "alpaca": ("### Instruction", "### Input", "### Response", "Below is an instruction that describes a task"),
     "gsm8k": ("\nAnswer the above question.",),
 }
+
+
+_SOME_ANSWER = "\ue000"  # begins like nothing that a template writes
+
+# What a template raises, by its own words or because it is broken, when it is compiled and when it is run.
+_TEMPLATE_ERRORS = (
+    *(TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError),
+)
 
 
 class Turn(NamedTuple):
@@ -91,10 +102,8 @@ def prompt_tokens(
         return [*leading_tokens(tokenizer), *_tokens(_prompt(template, question, context), tokenizer)]
     choose_template(template, tokenizer)
     messages = _messages([Turn("user", question)], context)
-    try:
-        return _tokens(_rendered(messages, tokenizer, ask=True), tokenizer)
-    except TemplateError as error:
-        raise _refusal(where, error) from error
+    opening = _opening(messages, tokenizer, where)
+    return _tokens(opening or render_chat(messages, tokenizer, ask=True, where=where), tokenizer)
 
 
 def lay_out(
@@ -104,7 +113,7 @@ def lay_out(
 
     Args:
         template: the layout; all but ``chat`` hold one question and its answer.
-        turns: in order; the last one is the assistant's.
+        turns: in order; the last one is the assistant's. Empty answers on the way are not learnt.
         tokenizer: the model's; it has a chat template where the layout is ``chat``.
         context: Alpaca's ``input``; empty for none.
         where: file and line, for errors.
@@ -156,23 +165,35 @@ def _chat(turns: Sequence[Turn], tokenizer: "PreTrainedTokenizerBase", context: 
     messages = _messages(turns, context)
     pieces: list[Piece] = []
     before = ""
-    try:
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            prompt = _rendered(messages[:index], tokenizer, ask=True) if index else before
-            whole = _rendered(messages[: index + 1], tokenizer, ask=False)
-            if not (prompt.startswith(before) and whole.startswith(prompt)):
-                raise InputError(
-                    f"{where}: the chat template writes earlier turns anew, so the answers cannot be told.",
-                    hint="Take --template alpaca, or chats of one question and one answer.",
-                )
-            pieces.append(Piece(_tokens(prompt.removeprefix(before), tokenizer), False))
-            pieces.append(Piece(_tokens(whole.removeprefix(prompt), tokenizer), True))
-            before = whole
-    except TemplateError as error:
-        raise _refusal(where, error) from error
+    for index, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        prompt = _opening(messages[:index], tokenizer, where) if index else before
+        whole = render_chat(messages[: index + 1], tokenizer, ask=False, where=where)
+        if prompt is None or not (prompt.startswith(before) and whole.startswith(prompt)):
+            raise InputError(
+                f"{where}: the chat template writes earlier turns anew, so the answers cannot be told.",
+                hint="Take --template alpaca, or chats of one question and one answer.",
+            )
+        pieces.append(Piece(_tokens(prompt.removeprefix(before), tokenizer), False))
+        pieces.append(Piece(_tokens(whole.removeprefix(prompt), tokenizer), bool(turn.content.strip())))
+        before = whole
     return pieces
+
+
+def _opening(messages: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", where: str) -> str | None:
+    """What stands before an answer: as the template opens one, up to where it writes a finished one otherwise.
+
+    Templates of models that think open an answer with ``<think>``, and write one that is finished without it. None
+    where a template writes the chat itself otherwise once it has an answer.
+    """
+    asked = render_chat(messages, tokenizer, ask=True, where=where)
+    answer = {"role": "assistant", "content": _SOME_ANSWER}
+    answered = render_chat([*messages, answer], tokenizer, ask=False, where=where)
+    if answered.startswith(asked):
+        return asked
+    common = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, answered, strict=False)))
+    return common if len(common) >= len(render_chat(messages, tokenizer, ask=False, where=where)) else None
 
 
 def _messages(turns: Sequence[Turn], context: str) -> list[dict[str, str]]:
@@ -182,15 +203,28 @@ def _messages(turns: Sequence[Turn], context: str) -> list[dict[str, str]]:
     return messages
 
 
-def _refusal(where: str, error: TemplateError) -> InputError:
-    return InputError(
-        f"{where}: the chat template refuses it ({error}).",
-        hint="Most want user and assistant in turns. --template alpaca does without it.",
-    )
+def render_chat(
+    messages: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, ask: bool, where: str, hint: str = ""
+) -> str:
+    """A chat as the tokenizer's own template writes it.
 
+    Args:
+        messages: each with ``role`` and ``content``.
+        tokenizer: the model's; it has a chat template.
+        ask: open an answer behind the last message.
+        where: the subject of the sentence where the template fails: file and line, or the model.
+        hint: what to do then.
 
-def _rendered(messages: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, ask: bool) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+    Raises:
+        InputError: the template refuses the chat, is broken, or takes too long or too much memory.
+    """
+    hint = hint or "Most want user and assistant in turns. --template alpaca does without it."
+    try:
+        with bounded(f"{where}: the chat template", hint=hint, address_space=True):
+            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+    except _TEMPLATE_ERRORS as error:
+        why = " ".join(f"{error}".split())[:200] or type(error).__name__
+        raise InputError(f"{where}: the chat template refuses it ({why}).", hint=hint) from error
 
 
 def _tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

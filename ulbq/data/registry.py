@@ -188,12 +188,14 @@ def _nowhere(wanted: HubSplit, root: Path | None, reason: str) -> ResourceError:
     places = f"the mirror {root or '(none given)'}, the caches {' and '.join(hub.cache_folders())}, the Hub ({reason})"
     return ResourceError(
         f"{wanted} was found nowhere. Looked in {places}.",
-        hint="Give a mirror with --data-dir or ULBQ_DATA_DIR, a text file, or --calibration self.",
+        hint="Give a mirror with --data-dir or ULBQ_DATA_DIR.",
     )
 
 
 def _joined(rows: Iterable[Row], columns: tuple[str, ...], name: str) -> Iterator[str]:
     for number, row in enumerate(rows, start=1):
+        if any(row.get(column, 0) is None for column in columns):
+            continue
         missing = [column for column in columns if not isinstance(row.get(column), str)]
         if missing:
             raise InputError(

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from markupsafe import Markup
+
 from ulbq.artifacts import BitsReport, BlockRecord, LayerRecord
 from ulbq.evaluation.results import Metric, Results
 from ulbq.evaluation.svg import Drawing, Scale, number
@@ -29,7 +31,7 @@ def series_styles(results: Results) -> dict[str, str]:
     return styles
 
 
-def perplexity_figure(results: Results) -> str | None:
+def perplexity_figure(results: Results) -> Markup | None:
     """Perplexities on a logarithmic axis, one line a text and model; None unless two models have one."""
     styles = series_styles(results)
     texts = list(dict.fromkeys(name for scores in results.models for name in scores.perplexity))
@@ -51,10 +53,10 @@ def perplexity_figure(results: Results) -> str | None:
         drawing.line((left, y), (_WIDTH - _RIGHT, y), "grid")
         drawing.dot(scale(value), y, f"fill {styles[name]}", hint=f"{label}: {value:,.2f}")
         drawing.text(scale(value) + 10, y + 4, f"{value:,.2f}", style="strong")
-    return str(drawing)
+    return drawing.markup()
 
 
-def task_figure(results: Results) -> str | None:
+def task_figure(results: Results) -> Markup | None:
     """One row a task: a dot a model with its standard error; None where no task was run."""
     styles = series_styles(results)
     tasks = list(dict.fromkeys(pair for scores in results.models for pair in shown_metrics(scores)))
@@ -79,10 +81,10 @@ def task_figure(results: Results) -> str | None:
             low, high = _interval(value)
             drawing.line((scale(low), y), (scale(high), y), f"whisker {styles[name]}")
             drawing.dot(scale(value.value), y, f"fill {styles[name]}", hint=f"{name}: {value.value:.4f}", radius=4)
-    return str(drawing)
+    return drawing.markup()
 
 
-def block_figure(blocks: Mapping[str, Sequence[BlockRecord]], styles: Mapping[str, str]) -> str | None:
+def block_figure(blocks: Mapping[str, Sequence[BlockRecord]], styles: Mapping[str, str]) -> Markup | None:
     """Each block's output error: where training started (dashed) and ended; None where no block was trained."""
     trained = {name: records for name, records in blocks.items() if records}
     errors = [error for records in trained.values() for record in records for error in _errors(record)]
@@ -106,10 +108,10 @@ def block_figure(blocks: Mapping[str, Sequence[BlockRecord]], styles: Mapping[st
             what = "kept its start" if record.fallback else f"{record.steps} steps"
             hint = f"{name}, block {record.index}: {record.start_error:.4g} → {record.end_error:.4g} ({what})"
             drawing.dot(across(record.index), up(record.end_error), f"fill {styles[name]}", hint=hint, radius=3.5)
-    return str(drawing)
+    return drawing.markup()
 
 
-def layer_figure(layers: Sequence[LayerRecord], span: tuple[float, float]) -> str | None:
+def layer_figure(layers: Sequence[LayerRecord], span: tuple[float, float]) -> Markup | None:
     """A map of relative weight errors, kinds of layers by blocks; None where no layer's name tells its block.
 
     Args:
@@ -136,10 +138,10 @@ def layer_figure(layers: Sequence[LayerRecord], span: tuple[float, float]) -> st
     for column, block in enumerate(blocks[::every]):
         drawing.text(left + (column * every + 0.5) * width, below + 16, str(block), style="muted", anchor="middle")
     _heat_legend(drawing, (left, below + 34), span)
-    return str(drawing)
+    return drawing.markup()
 
 
-def bits_figure(models: Mapping[str, BitsReport]) -> str | None:
+def bits_figure(models: Mapping[str, BitsReport]) -> Markup | None:
     """Stored bits per quantized weight, one bar a model, one colour a part; None without a quantized model."""
     if not models:
         return None
@@ -157,7 +159,7 @@ def bits_figure(models: Mapping[str, BitsReport]) -> str | None:
                 drawing.text(scale(start) + size[0] / 2, y + 4, number(share), style="on-part", anchor="middle")
             start += share
         drawing.text(scale(start) + 8, y + 4, f"{start:.3f}", style="strong")
-    return str(drawing)
+    return drawing.markup()
 
 
 def weight_parts(report: BitsReport) -> dict[str, int]:

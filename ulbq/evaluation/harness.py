@@ -3,6 +3,7 @@
 import difflib
 import io
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -141,6 +142,14 @@ def _manager() -> Any:
         return TaskManager()
 
 
+def _or_go_online(offline: bool) -> str:
+    """What else would help, depending on who keeps the run from the network."""
+    if offline:
+        return ", or leave out --offline"
+    named = next((name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name)), None)
+    return f", or unset {named}" if named else ", or check the network"
+
+
 def _load(name: str, offline: bool) -> Mapping[str, Any]:
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
@@ -151,7 +160,7 @@ def _load(name: str, offline: bool) -> Mapping[str, Any]:
     except (OSError, DatasetsError) as error:
         raise ResourceError(
             f"The data of task '{name}' cannot be had here ({error}).",
-            hint="Give a mirror of it with --data-dir or ULBQ_DATA_DIR, or leave out --offline.",
+            hint=f"Give a mirror of it with --data-dir or ULBQ_DATA_DIR{_or_go_online(offline)}.",
         ) from error
     except ImportError as error:
         raise ResourceError(f"Task '{name}' needs a package: {error}.", hint='pip install "lm-eval[all]"') from error

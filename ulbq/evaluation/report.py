@@ -1,17 +1,19 @@
 """The report: one self-contained HTML page, readable in any browser, light or dark, without the network."""
 
 import math
-from collections.abc import Iterable, Mapping
-from html import escape
+from collections.abc import Mapping
 from itertools import groupby
+
+from markupsafe import Markup
 
 from ulbq import __version__
 from ulbq.artifacts import BitsReport, QuantizedManifest
 from ulbq.artifacts.records import sinks_sentence
 from ulbq.evaluation import figures
+from ulbq.evaluation.markup import element, footer, header, legend, page, table, table_row, together
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.table import describe, footnotes, parents, rows
-from ulbq.evaluation.theme import PARTS, SERIES, STYLE, tiles
+from ulbq.evaluation.theme import PARTS, SERIES, STYLE, section, tiles
 
 _MIB = 8 * 2**20  # bits
 
@@ -35,17 +37,13 @@ def report(title: str, results: Results, quantized: Mapping[str, QuantizedManife
         _blocks(results, quantized),
         _layers(quantized),
         _bits(quantized),
-        f"<footer>ulbq {escape(__version__)} · {escape(created)}</footer>",
+        _warnings(quantized),
+        footer(__version__, created),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)} · ulbq</title>\n<style>{STYLE}{SERIES}{PARTS}</style>\n</head>\n"
-        f"<body>\n<main>\n{''.join(body)}\n</main>\n</body>\n</html>\n"
-    )
+    return page(title, f"{STYLE}{SERIES}{PARTS}", body)
 
 
-def _header(title: str, results: Results) -> str:
+def _header(title: str, results: Results) -> Markup:
     originals = parents(results)
     measured = [scores.subject for scores in results.models if scores.subject.name not in originals]
     if len(measured) == 1:
@@ -53,15 +51,15 @@ def _header(title: str, results: Results) -> str:
         told = f"{describe(measured[0])}{origin}"
     else:
         told = f"{len(measured)} models compared"
-    return f'<header><h1>{escape(title)}</h1><p class="sub">{escape(told)}</p></header>'
+    return header(title, told)
 
 
-def _tiles(results: Results) -> str:
+def _tiles(results: Results) -> Markup:
     """The few numbers that matter most, of a single model."""
     originals = parents(results)
     measured = [scores for scores in results.models if scores.subject.name not in originals]
     if len(measured) != 1:
-        return ""
+        return Markup("")
     scores = measured[0]
     original = next((other for other in results.models if other.subject.name == scores.subject.parent), None)
     values = []
@@ -77,40 +75,34 @@ def _tiles(results: Results) -> str:
     return tiles(values)
 
 
-def _scores(results: Results) -> str:
-    heads = "".join(f"<th>{escape(scores.subject.name)}</th>" for scores in results.models)
-    width = len(results.models) + 1
+def _scores(results: Results) -> Markup:
     lines = []
-    for section, members in groupby(rows(results), key=lambda row: row.section):
-        lines.append(f'<tr class="group"><th colspan="{width}">{escape(section)}</th></tr>')
+    for title, members in groupby(rows(results), key=lambda row: row.section):
+        lines.append(element("tr", element("th", title, colspan=len(results.models) + 1), class_="group"))
         for row in members:
-            cells = "".join(
-                f'<td class="best">{escape(cell)}</td>'
-                if index in row.best
-                else f"<td>{escape(cell) or '&ndash;'}</td>"
+            cells = (
+                element("td", cell or "\N{EN DASH}", class_="best" if index in row.best else None)
                 for index, cell in enumerate(row.cells)
             )
-            lines.append(f"<tr><th>{escape(row.label)}</th>{cells}</tr>")
-    notes = "".join(f"<li>{escape(note)}</li>" for note in footnotes(results))
-    return (
-        f'<section><h2>Scores</h2><div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead>'
-        f'<tbody>{"".join(lines)}</tbody></table></div><ul class="notes">{notes}</ul></section>'
-    )
+            lines.append(element("tr", element("th", row.label), *cells))
+    drawn = table(["", *(scores.subject.name for scores in results.models)], lines)
+    notes = element("ul", *(element("li", note) for note in footnotes(results)), class_="notes")
+    return element("section", element("h2", "Scores"), element("div", drawn, class_="scroll"), notes)
 
 
-def _perplexity(results: Results) -> str:
+def _perplexity(results: Results) -> Markup:
     drawn = figures.perplexity_figure(results)
     return _figure("Perplexity", "Lower is better; the axis is logarithmic.", drawn)
 
 
-def _tasks(results: Results) -> str:
+def _tasks(results: Results) -> Markup:
     drawn = figures.task_figure(results)
     styles = figures.series_styles(results)
-    legend = _legend((name, style) for name, style in styles.items())
-    return _figure("Tasks", "Higher is better; the lines are one standard error to either side.", drawn, legend)
+    told = "Higher is better; the lines are one standard error to either side."
+    return _figure("Tasks", told, drawn, legend(styles.items()))
 
 
-def _blocks(results: Results, quantized: Mapping[str, QuantizedManifest]) -> str:
+def _blocks(results: Results, quantized: Mapping[str, QuantizedManifest]) -> Markup:
     styles = figures.series_styles(results)
     trained = {name: manifest.blocks for name, manifest in quantized.items() if manifest.blocks}
     drawn = figures.block_figure(trained, styles)
@@ -118,65 +110,60 @@ def _blocks(results: Results, quantized: Mapping[str, QuantizedManifest]) -> str
     for name, blocks in trained.items():
         if sinks := sinks_sentence(blocks):
             told += f" {name}: {sinks}"
-    return _figure("Error by block", told, drawn, _legend((name, styles[name]) for name in trained))
+    return _figure("Error by block", told, drawn, legend((name, styles[name]) for name in trained))
 
 
-def _layers(quantized: Mapping[str, QuantizedManifest]) -> str:
+def _layers(quantized: Mapping[str, QuantizedManifest]) -> Markup:
     # Where scales were fine-tuned, nobody looked at the original weights again.
     known = {name: m for name, m in quantized.items() if all(math.isfinite(layer.error) for layer in m.layers)}
     errors = [layer.error for manifest in known.values() for layer in manifest.layers]
-    drawn = []
+    drawn: list[Markup] = []
     for name, manifest in known.items():
         figure = figures.layer_figure(manifest.layers, (min(errors, default=0.0), max(errors, default=0.0)))
         if figure:
-            drawn.append((f"<h3>{escape(name)}</h3>" if len(quantized) > 1 else "") + figure)
+            drawn += [element("h3", name), figure] if len(quantized) > 1 else [figure]
     told = "Squared difference between the stored and the original weights, relative to the original's."
     if any(manifest.blocks for manifest in quantized.values()):
         told += " Training moves weights away on purpose where that mends an output: read it beside the error by block."
-    return _figure("Error by layer", told, "".join(drawn) or None)
+    return _figure("Error by layer", told, together(drawn) or None)
 
 
-def _bits(quantized: Mapping[str, QuantizedManifest]) -> str:
+def _bits(quantized: Mapping[str, QuantizedManifest]) -> Markup:
     reports = {name: manifest.bits for name, manifest in quantized.items()}
     parts = list(dict.fromkeys(part for report in reports.values() for part in figures.weight_parts(report)))
-    legend = _legend((part, part) for part in parts)
     drawn = figures.bits_figure(reports)
-    tables = "".join(_bits_table(name, report, titled=len(reports) > 1) for name, report in reports.items())
+    tables = together(_bits_table(name, report, titled=len(reports) > 1) for name, report in reports.items())
     told = "Everything that is stored to decode the quantized weights, over the number of these weights."
-    return _figure("Bits by part", told, drawn + tables if drawn else None, legend)
+    shown = legend((part, part) for part in parts)
+    return _figure("Bits by part", told, together([drawn, tables]) if drawn else None, shown)
 
 
-def _bits_table(name: str, report: BitsReport, *, titled: bool) -> str:
+def _bits_table(name: str, report: BitsReport, *, titled: bool) -> Markup:
     counted = figures.weight_parts(report)
     rest = {part: bits for part, bits in report.parts.items() if part not in counted and bits}
     lines = [_bits_row(part, bits, report.weights) for part, bits in counted.items()]
     lines.append(_bits_row("quantized weights", sum(counted.values()), report.weights, style="total"))
     lines += [_bits_row(part, bits, None) for part, bits in rest.items()]
     lines.append(_bits_row("all tensors", sum(report.parts.values()), None, style="total"))
-    head = f"<h3>{escape(name)}</h3>" if titled else ""
-    return (
-        f'{head}<div class="scroll"><table><thead><tr><th></th><th>bits per weight</th><th>MiB</th></tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    drawn = element("div", table(["", "bits per weight", "MiB"], lines), class_="scroll")
+    return together([element("h3", name), drawn] if titled else [drawn])
 
 
-def _bits_row(label: str, bits: int, weights: int | None, *, style: str = "") -> str:
+def _bits_row(label: str, bits: int, weights: int | None, *, style: str | None = None) -> Markup:
     share = "" if weights is None else f"{bits / weights:.3f}"
-    attribute = f' class="{style}"' if style else ""
-    return f"<tr{attribute}><th>{escape(label)}</th><td>{share}</td><td>{bits / _MIB:,.2f}</td></tr>"
+    return table_row(label, share, f"{bits / _MIB:,.2f}", style=style)
 
 
-def _legend(entries: Iterable[tuple[str, str]]) -> str:
-    """Labels, each beside the colour of its CSS class."""
-    items = "".join(f'<span><i class="{style}"></i>{escape(label)}</span>' for label, style in entries)
-    return f'<div class="legend">{items}</div>'
+def _warnings(quantized: Mapping[str, QuantizedManifest]) -> Markup:
+    """What the runs warned of that made the models."""
+    several = len(quantized) > 1
+    said = [f"{name}: {text}" if several else text for name, one in quantized.items() for text in one.warnings]
+    if not said:
+        return Markup("")
+    listed = element("ul", *(element("li", text) for text in said), class_="notes")
+    return element("section", element("h2", "Warnings when it was made"), listed)
 
 
-def _figure(title: str, caption: str, drawn: str | None, legend: str = "") -> str:
-    """A section with one figure; nothing where there is nothing to draw."""
-    if drawn is None:
-        return ""
-    return (
-        f"<section><figure><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>"
-        f'{legend}<div class="scroll">{drawn}</div></figure></section>'
-    )
+def _figure(title: str, caption: str, drawn: Markup | None, shown: Markup = Markup("")) -> Markup:  # noqa: B008
+    """A section with one figure and its legend; nothing where there is nothing to draw."""
+    return Markup("") if drawn is None else section(title, caption, drawn, shown)

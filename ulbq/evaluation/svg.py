@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from html import escape
+
+from markupsafe import Markup
+
+from ulbq.evaluation.markup import element
 
 
 class Drawing:
@@ -12,22 +15,27 @@ class Drawing:
         self.width = width
         self.height = height
         self.title = title
-        self._parts: list[str] = []
+        self._parts: list[Markup] = []
 
     def text(self, x: float, y: float, text: str, *, style: str = "", anchor: str = "start") -> None:
         """Text whose baseline starts, ends or is centred (``anchor`` start, end, middle) at a point."""
-        attributes = f' class="{style}"' if style else ""
-        self._parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{attributes}>{escape(text)}</text>')
+        place = {"x": f"{x:.1f}", "y": f"{y:.1f}"}
+        self._parts.append(element("text", text, **place, text_anchor=anchor, class_=style or None))
 
     def line(self, start: tuple[float, float], end: tuple[float, float], style: str) -> None:
         """A straight line."""
         (x1, y1), (x2, y2) = start, end
-        self._parts.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{style}"/>')
+        ends = {"x1": f"{x1:.1f}", "y1": f"{y1:.1f}", "x2": f"{x2:.1f}", "y2": f"{y2:.1f}"}
+        self._parts.append(element("line", **ends, class_=style))
 
     def path(self, points: Sequence[tuple[float, float]], style: str) -> None:
         """A line through several points."""
         drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self._parts.append(f'<polyline points="{drawn}" class="{style}"/>')
+        self._parts.append(element("polyline", points=drawn, class_=style))
+
+    def shape(self, outline: str, style: str, *, opacity: float = 1.0) -> None:
+        """A filled shape; ``outline`` as SVG's paths write it."""
+        self._parts.append(element("path", class_=style, fill_opacity=f"{opacity:.2f}", d=outline))
 
     def box(
         self,
@@ -38,26 +46,30 @@ class Drawing:
         hint: str = "",
         opacity: float = 1.0,
         radius: float = 2,
+        fill: str | None = None,
     ) -> None:
-        """A filled rectangle; ``hint`` shows when the pointer rests on it."""
+        """A rectangle, filled as its style says unless ``fill`` does; ``hint`` shows when the pointer rests on it."""
         (x, y), (width, height) = corner, size
-        inner = f"<title>{escape(hint)}</title>" if hint else ""
-        shade = "" if opacity == 1.0 else f' fill-opacity="{opacity:.3f}"'
+        place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{height:.1f}"}
+        shade = None if opacity == 1.0 else f"{opacity:.3f}"
+        inner = _hint(hint)
         self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{radius:g}" '
-            f'class="{style}"{shade}>{inner}</rect>'
+            element("rect", *inner, **place, rx=f"{radius:g}", class_=style, fill_opacity=shade, fill=fill)
         )
 
     def dot(self, x: float, y: float, style: str, *, hint: str = "", radius: float = 5) -> None:
         """A filled circle; ``hint`` shows when the pointer rests on it."""
-        inner = f"<title>{escape(hint)}</title>" if hint else ""
-        self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="{style}">{inner}</circle>')
+        place = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": f"{radius:g}"}
+        self._parts.append(element("circle", *_hint(hint), **place, class_=style))
 
-    def __str__(self) -> str:
-        return (
-            f'<svg viewBox="0 0 {self.width:g} {self.height:g}" role="img" aria-label="{escape(self.title)}">'
-            f"{''.join(self._parts)}</svg>"
-        )
+    def markup(self) -> Markup:
+        """The drawing as inline SVG."""
+        frame = f"0 0 {self.width:g} {self.height:g}"
+        return element("svg", *self._parts, viewBox=frame, role="img", aria_label=self.title)
+
+
+def _hint(text: str) -> list[Markup]:
+    return [element("title", text)] if text else []
 
 
 class Scale:

@@ -49,7 +49,8 @@ def describe(subject: Subject) -> str:
     if subject.kind == "quantized":
         words = " ".join(part for part in (subject.method, subject.scheme) if part)
     else:
-        words = "converted" if subject.kind == "converted" else "full precision"
+        dense = "full precision" if subject.scheme is None else f"GGUF {subject.scheme}"
+        words = "converted" if subject.kind == "converted" else dense
     return words if subject.adapter is None else f"{words}, {subject.adapter}"
 
 

@@ -1,7 +1,10 @@
 """The look of the report: one style sheet, light and dark, no files beside it."""
 
 from collections.abc import Iterable
-from html import escape
+
+from markupsafe import Markup
+
+from ulbq.evaluation.markup import element
 
 STYLE = """
 :root {
@@ -90,18 +93,17 @@ PARTS = "".join(
 """Colours of the parts that a model's bits are spent on."""
 
 
-def tiles(values: Iterable[tuple[str, str]]) -> str:
+def tiles(values: Iterable[tuple[str, str]]) -> Markup:
     """A row of large values, each with its label below, as HTML."""
-    drawn = "".join(
-        f'<div class="tile"><div class="value">{escape(value)}</div><div class="label">{escape(label)}</div></div>'
+    drawn = (
+        element("div", element("div", value, class_="value"), element("div", label, class_="label"), class_="tile")
         for value, label in values
     )
-    return f'<div class="tiles">{drawn}</div>'
+    return element("div", *drawn, class_="tiles")
 
 
-def section(title: str, caption: str, drawn: str) -> str:
-    """A figure under a title and a caption, as HTML; ``drawn`` is HTML already."""
-    return (
-        f"<section><figure><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>"
-        f'<div class="scroll">{drawn}</div></figure></section>'
-    )
+def section(title: str, caption: str, drawn: str, legend: str = "") -> Markup:
+    """A figure under a title and a caption, as HTML."""
+    scroll = element("div", drawn, class_="scroll")
+    figure = element("figure", element("h2", title), element("figcaption", caption), legend, scroll)
+    return element("section", figure)

@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
+from ulbq import limits
 from ulbq.artifacts.manifest import EvaluationManifest, QuantizedManifest, read_manifest
+from ulbq.artifacts.names import leads_out
+from ulbq.artifacts.small_files import read_small
+from ulbq.artifacts.yaml_files import parse_yaml
 from ulbq.errors import InputError
+from ulbq.evaluation.results import Results
 from ulbq.export.engines import RULES, Engine, loaders
 from ulbq.export.fit import Candidate, Target, describe, unfit
+from ulbq.export.markdown import code, plain
 from ulbq.models.gguf import open_gguf
 from ulbq.models.source import FULL_PRECISION, ModelSource
 
@@ -29,9 +36,9 @@ class Card:
         name: of the model.
         base: the full-precision model that it was made from, for people.
         front: fields for the Hub: ``license``, ``base_model``, ``language``.
-        made: how, one line of Markdown for each fact.
+        made: how, one line of Markdown for each fact; what they quote went through :mod:`ulbq.export.markdown`.
         loads: how to load it, Markdown by the engine's name.
-        scores: by what was measured, for a table.
+        scores: by what was measured, for a table; plain text.
         tags: for the Hub.
         library: for the Hub.
     """
@@ -53,15 +60,15 @@ class Card:
             "tags": ["ulbq", *self.tags],
             **self.front,
         }
-        licence = self.front.get("license") or "not stated by the base model; look there"
-        facts = [f"- Base model: {self.base}", f"- Licence: {licence}", *(f"- {line}" for line in self.made)]
+        licence = plain(self.front.get("license") or "not stated by the base model; look there")
+        facts = [f"- Base model: {plain(self.base)}", f"- Licence: {licence}", *(f"- {line}" for line in self.made)]
         parts = [
             f"{_FRONT}\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}{_FRONT}",
-            f"# {self.name}",
+            f"# {plain(self.name)}",
             "\n".join(facts),
         ]
         if self.scores:
-            rows = [f"| {what} | {value} |" for what, value in self.scores.items()]
+            rows = [f"| {plain(what)} | {plain(value)} |" for what, value in self.scores.items()]
             parts.append("\n".join(["## Scores", "", "| measured | value |", "| --- | --- |", *rows]))
         loads = [f"**{engine}**: {text}" for engine, text in self.loads.items()]
         parts.append("\n\n".join(["## How to load it", *loads]))
@@ -77,7 +84,7 @@ def front_of(source: ModelSource) -> dict[str, Any]:
             if field_name in values:
                 found[key] = values[field_name]
     else:
-        head = _head(source.path / NAME)
+        head = {} if leads_out(source.path / NAME, source.path) else _head(source.path / NAME)
         found = {key: head[key] for key in _KEPT if head.get(key)}
     if source.kind == "hub":
         found["base_model"] = source.given
@@ -99,6 +106,7 @@ def quantized_card(
     recipe: str | None,
     bits_per_weight: float,
     counted: Sequence[str],
+    warned: Sequence[str] = (),
 ) -> str:
     """The card of a packed artifact.
 
@@ -108,6 +116,7 @@ def quantized_card(
         method: that made it; ``recipe`` is the one that set its options, if one did.
         bits_per_weight: true bits of the linear weights.
         counted: what they count.
+        warned: what the run warned of.
     """
     loads = {
         "ulbq": "`ulbq generate DIR` hears it, `ulbq eval DIR` scores it, `ulbq inspect DIR` looks into it.",
@@ -120,9 +129,11 @@ def quantized_card(
     if unfit(candidate, "dense") is None:
         loads["Everything else"] = "`ulbq convert DIR --to dense` writes a plain half-precision model."
     made = [
-        f"Quantized with `ulbq quantize --method {method}`" + (f", recipe `{recipe}`" if recipe else ""),
-        f"Weights: {describe(candidate)}; {bits_per_weight:.3f} true bits per linear weight ({', '.join(counted)}; "
+        f"Quantized with {code(f'ulbq quantize --method {method}')}" + (f", recipe {code(recipe)}" if recipe else ""),
+        f"Weights: {describe(candidate)}; {bits_per_weight:.3f} true bits per linear weight "
+        f"({plain(', '.join(counted))}; "
         "embeddings stay in half precision)",
+        *(f"Warning: {plain(text)}" for text in warned),
         "`manifest.json` records how it was made",
     ]
     formats = list(dict.fromkeys(scheme.format for scheme in candidate.schemes))
@@ -160,11 +171,14 @@ def converted_card(
     made = [f"Stored as {target}: {stored}"]
     tags: list[str] = [target]
     if isinstance(manifest, QuantizedManifest):
-        recipe = (manifest.request.get("recipe") or {}).get("name")
+        told = manifest.request.get("recipe")
+        recipe = told.get("name") if isinstance(told, dict) else None
         if manifest.finetune is not None:  # then the request, and its recipe, are the fine-tuning's
-            made.insert(0, f"Fine-tuned with `ulbq finetune --task {manifest.finetune.task}`")
+            made.insert(0, f"Fine-tuned with {code(f'ulbq finetune --task {manifest.finetune.task}')}")
             recipe = None
-        made.insert(0, f"Quantized with ulbq, method `{manifest.method}`" + (f", recipe `{recipe}`" if recipe else ""))
+        named = f", recipe {code(recipe)}" if recipe else ""
+        made.insert(0, f"Quantized with ulbq, method {code(manifest.method)}{named}")
+        made += [f"Warning: {plain(text)}" for text in manifest.warnings]
         made.append(
             f"Weights: {describe(candidate)}; {manifest.bits.bits_per_weight:.3f} true bits in ulbq's own format"
         )
@@ -194,36 +208,46 @@ def converted_card(
 
 
 def scores(source: ModelSource, folders: Sequence[Path]) -> dict[str, str]:
-    """What the newest evaluation of a model measured; empty where none of the folders holds one.
+    """What the evaluations of a model measured, each with how much it was measured on; the newest counts.
 
     Args:
         source: the model; only evaluations that name its very content count.
         folders: whose sub-folders may be evaluations.
     """
-    newest: EvaluationManifest | None = None
+    manifests: list[EvaluationManifest] = []
     for path in sorted({file.parent for folder in folders for file in folder.glob("*/results.json")}):
         try:
             manifest = read_manifest(path)
         except InputError:
             continue
-        known = isinstance(manifest, EvaluationManifest) and any(
+        if isinstance(manifest, EvaluationManifest) and any(
             parent.sha256 == source.content_hash for parent in manifest.parents
-        )
-        if known and isinstance(manifest, EvaluationManifest) and (newest is None or manifest.created > newest.created):
-            newest = manifest
-    return {} if newest is None else _scores(newest.results, source.name)
-
-
-def _scores(results: Mapping[str, Any], name: str) -> dict[str, str]:
+        ):
+            manifests.append(manifest)
     found: dict[str, str] = {}
-    for model in results.get("models", ()):
-        if model["subject"]["name"] != name:
+    for manifest in sorted(manifests, key=lambda one: one.created):
+        found |= _scores(manifest, source.name)
+    return found
+
+
+def _scores(manifest: EvaluationManifest, name: str) -> dict[str, str]:
+    """Scores of the model of this name; none from results that another version wrote."""
+    try:
+        results = Results.model_validate(manifest.results)
+    except ValidationError:
+        return {}
+    found: dict[str, str] = {}
+    for model in results.models:
+        if model.subject.name != name:
             continue
-        for text, value in (model.get("perplexity") or {}).items():
-            found[f"perplexity, {text}"] = f"{value['value']:.2f}"
-        for task, score in (model.get("tasks") or {}).items():
-            for metric, value in score["metrics"].items():
-                found[f"{task}, {metric}"] = f"{value['value']:.4f}"
+        for text, value in model.perplexity.items():
+            windows = f"{value.windows:,} window{'s' * (value.windows != 1)} of {value.context:,} tokens"
+            found[f"perplexity, {text}"] = f"{value.value:.2f} ({windows})"
+        for task, score in model.tasks.items():
+            counted = f"{score.samples:,} document{'s' * (score.samples != 1)}"
+            for metric, measured in score.metrics.items():
+                error = "" if measured.stderr is None else f" ± {measured.stderr:.4f}"
+                found[f"{task}, {metric}"] = f"{measured.value:.4f}{error} ({counted})"
     return found
 
 
@@ -265,15 +289,23 @@ def _sglang(more: str) -> str:
 
 
 def _head(path: Path) -> dict[str, Any]:
-    """The YAML at the head of a card; empty where there is none that can be read."""
+    """What the YAML at the head of a card says of licence, language and base; empty where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_small(path, limits.CARD_SIZE).decode("utf-8")
+    except (OSError, ValueError):
         return {}
     if not text.startswith(_FRONT):
         return {}
-    try:
-        found = yaml.safe_load(text.removeprefix(_FRONT).partition(f"\n{_FRONT}")[0])
-    except yaml.YAMLError:
+    head = text.removeprefix(_FRONT).partition(f"\n{_FRONT}")[0]
+    if len(head) > limits.CARD_HEAD_SIZE:
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        found = parse_yaml(head, frozenset(_KEPT))
+    except (yaml.YAMLError, ValueError):
+        return {}
+    return {key: value for key, value in found.items() if _is_plain(value)} if isinstance(found, dict) else {}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value of a card's head is a text or a list of texts, as the Hub has them."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))

@@ -1,7 +1,6 @@
 """A plain half- or full-precision model folder that transformers loads without ulbq."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ from transformers import PreTrainedModel
 
 from ulbq import formats
 from ulbq.artifacts.disk import write_atomically, writing
+from ulbq.artifacts.manifest import PARTIAL_SUFFIX
 from ulbq.artifacts.shards import INDEX_NAME, write_index, write_shard
 from ulbq.errors import InputError, NumericsError
 from ulbq.formats import AnyScheme
-from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, adapter_folder, load_adapters
+from ulbq.formats.rounding import vanishes
+from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, adapter_folder, copy_adapter, load_adapters
 from ulbq.models.blocks import block_list, skeleton
 from ulbq.models.names import read_state, state_names
 from ulbq.models.source import ModelSource
@@ -105,10 +106,8 @@ def write_beside(source: ModelSource, folder: Path, changes: Mapping[str, Any], 
         _spell_rope_twice(folder / "config.json")
         names = ["config.json", *source.save_tokenizer_files(folder)]
         if beside is not None and adapter:
-            (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
+            copy_adapter(beside, folder / ADAPTER_FOLDER, str(folder).removesuffix(PARTIAL_SUFFIX))
             names += ADAPTER_FILES
-            for name in ADAPTER_FILES:
-                shutil.copyfile(source.path / name, folder / name)
     return names
 
 
@@ -168,7 +167,9 @@ def dense_tensor(
     if adapter is not None and linear != name:
         with torch.no_grad():
             tensor = adapter.merged(tensor)
-    tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    if not torch.isfinite(tensor).all():
+    rounded = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if not torch.isfinite(rounded).all():
         raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use --dtype bf16 or fp32.")
-    return tensor
+    if dtype == torch.float16 and rounded.is_floating_point() and vanishes(tensor, rounded):
+        raise NumericsError(f"'{name}' is too small for {dtype}.", hint="Use --dtype bf16 or fp32.")
+    return rounded

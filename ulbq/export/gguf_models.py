@@ -38,6 +38,9 @@ FAMILIES: Mapping[str, Family] = {
 }
 """By transformers' model type."""
 
+# Whose code in llama.cpp reads biases of queries, keys and values alone, where transformers has four with one switch.
+_WITHOUT_OUTPUT_BIAS = frozenset({"qwen3"})
+
 
 def unfit(config: PreTrainedConfig) -> str | None:
     """Why a model has no GGUF file of ours; None where it has one."""
@@ -49,6 +52,8 @@ def unfit(config: PreTrainedConfig) -> str | None:
         return f"its rotary embedding is of the type '{rope}'"
     if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
         return f"its activation is '{config.hidden_act}', and llama.cpp's is silu"
+    if config.model_type in _WITHOUT_OUTPUT_BIAS and getattr(config, "attention_bias", False):
+        return f"its attention's output has a bias, which llama.cpp does not read for '{config.model_type}'"
     windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     if windowed and windowed < config.max_position_embeddings:
         return f"its attention slides over {windowed} tokens, and llama.cpp's reaches over all for this architecture"

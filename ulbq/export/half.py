@@ -13,8 +13,13 @@ import torch
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_shard
 from ulbq.errors import NumericsError
+from ulbq.formats.rounding import vanishes
+from ulbq.models.adapter_files import ADAPTER_FOLDER
 from ulbq.models.blocks import skeleton, structure
+from ulbq.models.side_files import check_link, is_side_file
 from ulbq.models.source import ModelSource
+
+_OWN = frozenset({"config.json", "README.md", "finetune.html"})
 
 
 def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
@@ -27,6 +32,11 @@ def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
     buffers = {name for name, _ in skeleton(source).named_buffers()}
     found = {name: source.stored.dtype(name) for name in sorted(source.stored.names - buffers - {*source.carried})}
     return {name: dtype for name, dtype in found.items() if dtype.is_floating_point and dtype.itemsize > 2}
+
+
+def _is_copied(name: str) -> bool:
+    """Whether a file of an artifact is one that ulbq itself writes, or of a kind that travels with a model."""
+    return name in _OWN or name.startswith(f"{ADAPTER_FOLDER}/") or is_side_file(name)
 
 
 def write_half(
@@ -59,6 +69,8 @@ def write_half(
             rounded = tensors[name].to(dtype)
             if not rounded.isfinite().all():
                 raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use --dtype bf16.")
+            if vanishes(tensors[name], rounded):
+                raise NumericsError(f"'{name}' is too small for {dtype}.", hint="Use --dtype bf16.")
             saved["embeddings" if name in tables else "other"] += (tensors[name].nbytes - rounded.nbytes) * 8
             tensors[name] = rounded
         write_shard(folder / path.name, tensors)
@@ -67,7 +79,8 @@ def write_half(
     files = {} if source.manifest is None else source.manifest.files
     with writing(folder):
         # What the manifest names and nothing else: the new folder may itself lie in the old one.
-        for name in sorted(files.keys() - shards.keys() - {INDEX_NAME}):
+        for name in sorted(filter(_is_copied, files.keys() - shards.keys() - {INDEX_NAME})):
+            check_link(source.path / name, source.path)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, folder / name)
     write_index(folder, shards)

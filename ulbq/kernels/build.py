@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from ulbq.kernels import cache
+
 _LOG = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "cpu"
@@ -142,9 +144,11 @@ def _built(sources: Path, flags: tuple[str, ...], signatures: dict[str, tuple[ty
     compiler = find_compiler()
     if compiler is None:
         raise UnavailableError("no C++ compiler on the path (g++, clang++, or $CXX)")
-    path = cache_folder() / f"{_key(compiler, sources, flags)}.so"
-    if not path.is_file():
-        _compile(compiler, sources, flags, path)
+    key = _key(compiler, sources, flags)
+    try:
+        path = cache.find(key) or _compile(compiler, sources, flags, key)
+    except (OSError, cache.UntrustedError) as error:
+        raise UnavailableError(f"the cache of compiled libraries cannot be used ({error})") from error
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
@@ -185,12 +189,6 @@ def find_compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: ``ulbq/kernels`` under the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ulbq" / "kernels"
-
-
 def _key(compiler: str, sources: Path, flags: tuple[str, ...]) -> str:
     """Hash of everything that decides the library: sources, flags, compiler and torch, whose OpenMP it shares."""
     digest = hashlib.sha256()
@@ -202,22 +200,22 @@ def _key(compiler: str, sources: Path, flags: tuple[str, ...]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _compile(compiler: str, folder: Path, flags: tuple[str, ...], path: Path) -> None:
+def _compile(compiler: str, folder: Path, flags: tuple[str, ...], key: str) -> Path:
     """Build the library beside its final name and move it there, so that no other process sees half of it."""
-    _LOG.info("compiling kernels into %s", path)
+    place = cache.open_folder()
+    _LOG.info("compiling kernels into %s", place)
     sources = [str(source) for source in sorted(folder.glob("*.cpp"))]
     # Found first, and already loaded under the same name: one OpenMP runtime in the process, not two.
     runtime = [f"-L{Path(torch.__file__).parent / 'lib'}"]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
-            made = Path(unfinished) / path.name
+        with tempfile.TemporaryDirectory(dir=place) as unfinished:
+            made = Path(unfinished) / f"{key}.so"
             command = [compiler, *flags, *sources, *runtime, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
             if done.returncode:
                 lines = done.stderr.strip().splitlines()
                 said = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
                 raise UnavailableError(f"{compiler} failed: {said}")
-            made.replace(path)
+            return cache.keep(made, key)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"the kernels could not be compiled ({error})") from error

@@ -12,6 +12,7 @@ from torch import nn
 from ulbq import formats
 from ulbq.errors import NumericsError
 from ulbq.formats import AnyScheme
+from ulbq.formats.rounding import SMALLEST_MATRIX
 from ulbq.nn.adapter import AdapterConfig
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.training.block import TrainOutcome
@@ -90,7 +91,8 @@ class BlockResult:
         outcome: how training went; None for methods that do not train.
         adapters: stored tensors of each adapted layer's adapter, under peft's short names.
         schemes: how layers are stored whose scheme is not the method's, as where it counts what one matrix has.
-        notes: sentences that a person must read, of layers that could not be treated as the others.
+        notes: what a person must read of layers that could not be treated as the others: their names, with commas,
+            and a sentence.
     """
 
     packed: dict[str, Packed]
@@ -98,7 +100,7 @@ class BlockResult:
     outcome: TrainOutcome | None = None
     adapters: dict[str, Packed] = field(default_factory=dict)
     schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -207,6 +209,20 @@ def check_finite(index: int, result: BlockResult) -> None:
         raise NumericsError(
             f"Block {index} has scales, norms or adapters that are not finite.",
             hint="Try --precision fp32, or lower rates.",
+        )
+
+
+def check_range(linear: str, weight: torch.Tensor) -> None:
+    """Refuse a weight ``[out, in]`` whose scales float16 would store as zero; one of zeros is stored as it is.
+
+    Raises:
+        NumericsError: its largest value is below :data:`~ulbq.formats.rounding.SMALLEST_MATRIX`.
+    """
+    largest = weight.abs().amax().item()
+    if 0 < largest < SMALLEST_MATRIX:
+        raise NumericsError(
+            f"The weights of '{linear}' are at most {largest:.3g}, too small for scales in float16.",
+            hint="Is the checkpoint damaged? Else multiply the layer, and divide what reads it, before quantizing.",
         )
 
 

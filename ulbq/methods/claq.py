@@ -121,7 +121,7 @@ class Claq:
     def _solve_block(self, task: BlockTask) -> BlockResult:
         packed: dict[str, Packed] = {}
         schemes: dict[str, AnyScheme] = {}
-        notes: list[str] = []
+        notes: list[tuple[str, str]] = []
         originals = {linear: task.weight(linear) for linear in task.linears}
         budgets = self._budgets(originals)
 
@@ -129,7 +129,7 @@ class Claq:
             hessian, factor = self._factored(inputs)
             note = self._note(inputs, factor)
             if note:
-                notes.append(f"Block {task.index}, {', '.join(linears)}: {note}.")
+                notes.append((", ".join(linears), f"{note}."))
             made = {}
             for linear in linears:
                 weight = task.weight(linear)

@@ -60,14 +60,14 @@ class Gptq:
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block from the inputs of its layers."""
         packed: dict[str, Packed] = {}
-        notes: list[str] = []
+        notes: list[tuple[str, str]] = []
 
         def solve(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
             weights = [task.weight(linear) for linear in linears]
             # Rows know nothing of each other: layers that read the same input are one matrix.
             codes, note = self._solve(torch.cat(weights), inputs)
             if note:
-                notes.append(f"Block {task.index}, {', '.join(linears)}: {note}.")
+                notes.append((", ".join(linears), f"{note}."))
             parts = [tensor.split([len(weight) for weight in weights]) for tensor in codes]
             for linear, *own in zip(linears, *parts, strict=True):
                 packed[linear] = pack_codes(linear, self.scheme, AffineCodes(*own))

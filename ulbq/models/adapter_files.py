@@ -1,19 +1,26 @@
 """An artifact's adapter as the peft library stores it: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
+import json
 import re
+import shutil
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedModel
 
-from ulbq.artifacts.disk import writing
+from ulbq import limits
+from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.artifacts.small_files import read_json
 from ulbq.errors import InputError, NumericsError
+from ulbq.limits import bounded
+from ulbq.models.side_files import check_link
 from ulbq.models.source import ModelSource
 from ulbq.nn.adapter import Adapter, AdapterConfig
 
@@ -22,6 +29,12 @@ if TYPE_CHECKING:
 
 ADAPTER_FOLDER = "adapter"
 """Where an artifact holds its adapter."""
+
+# What says where an adapter came from or which layers it is beside, and that is told by its tensors.
+_ASIDE = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"}
+    | {"target_modules"}
+)
 
 AdapterTensors = dict[str, dict[str, torch.Tensor]]
 """Stored tensors by peft's short name (``lora_A.weight``), by full name of the linear layer."""
@@ -40,8 +53,10 @@ _HINT = "Make the artifact again, or restore it from a copy; --no-adapter leaves
 class _Stored(BaseModel):
     """What counts of peft's configuration; the forms of LoRA that ulbq does not write are refused."""
 
+    model_config = ConfigDict(strict=True)
+
     peft_type: Literal["LORA"]
-    r: int = Field(ge=1)
+    r: int = Field(ge=1, le=limits.WIDTH)
     lora_alpha: float = Field(gt=0)
     lora_dropout: float = Field(default=0, ge=0, lt=1)
     use_dora: bool = False
@@ -49,6 +64,20 @@ class _Stored(BaseModel):
     use_rslora: Literal[False] = False
     rank_pattern: dict[str, Any] = Field(default={}, max_length=0)
     alpha_pattern: dict[str, Any] = Field(default={}, max_length=0)
+
+
+def _not_ours(values: Mapping[str, Any]) -> str | None:
+    """The first key of peft's that is set to what ulbq does not compute; None where all are as peft has them."""
+    from peft import LoraConfig
+
+    usual: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    for name, value in values.items():
+        if name in _Stored.model_fields or name in _ASIDE:
+            continue
+        # A key that this version of peft does not know is a feature that is off if its value is.
+        if value != usual[name] if name in usual else value:
+            return f"{name} {json.dumps(value)[:60]}"
+    return None
 
 
 def adapter_folder(source: ModelSource) -> Path | None:
@@ -85,6 +114,27 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, tor
         write_shard(folder / _WEIGHTS, {_PREFIX + name: tensor.to(torch.float16) for name, tensor in tensors.items()})
 
 
+def copy_adapter(source: Path, folder: Path, base_name: str) -> None:
+    """Copy an adapter's two files into a folder that is made; nothing else that lies beside them.
+
+    Args:
+        source: its own folder.
+        folder: the copy's.
+        base_name: path of the model that the copy is for.
+
+    Raises:
+        InputError: one is missing, or a link that leads out of its folder.
+    """
+    folder.mkdir()
+    for name in (_CONFIG, _WEIGHTS):
+        check_link(source / name, source.parent)
+        if not (source / name).is_file():
+            raise InputError(f"'{source / name}' is missing.", hint=_HINT)
+        shutil.copyfile(source / name, folder / name)
+    described = read_json(folder / _CONFIG, limits.SETTINGS_SIZE) | {"base_model_name_or_path": base_name}
+    write_atomically(folder / _CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+
+
 def lora_config(config: AdapterConfig, linears: Collection[str]) -> "LoraConfig":
     """How peft describes an adapter beside the layers of these full names."""
     from peft import LoraConfig
@@ -104,13 +154,19 @@ def read_config(folder: Path) -> AdapterConfig:
     """The form of a stored adapter, without its ``targets``. Raises InputError where it cannot be read."""
     path = folder / _CONFIG
     try:
-        stored = _Stored.model_validate_json(path.read_text(encoding="utf-8"))
+        values = read_json(path, limits.SETTINGS_SIZE)
+        stored = _Stored.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "JSON"
         raise InputError(f"'{path}' is not ulbq's LoRA or DoRA: {field}: {first['msg']}.", hint=_HINT) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"'{path}' cannot be read: {error}.", hint=_HINT) from error
+    if odd := _not_ours(values):
+        raise InputError(
+            f"'{path}' is not ulbq's LoRA or DoRA: {odd} changes what the adapter computes, and is not supported.",
+            hint=_HINT,
+        )
     return AdapterConfig(rank=stored.r, alpha=stored.lora_alpha, dropout=stored.lora_dropout, dora=stored.use_dora)
 
 
@@ -185,14 +241,17 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    found = read_adapter(folder)[1]
+    config, found = read_adapter(folder)
     check_fits(model, folder, found)
+    # Described by its tensors, not by its own words: they name the same layers, as was seen, and any number of others.
+    described = lora_config(config, found)
+    described.inference_mode = True
     with warnings.catch_warnings():
         # peft asks the model by a property's old name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
         try:
             # Without the device peft would read the tensors onto any accelerator that it finds.
-            wrapped = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+            wrapped = PeftModel.from_pretrained(model, str(folder), config=described, torch_device=str(model.device))
         except ValueError as error:
             raise beyond_peft(model, f"the adapter in '{folder}'") from error
     if {name for name, module in model.named_modules() if isinstance(module, LoraLayer)} != found.keys():
@@ -224,11 +283,23 @@ def check_fits(model: PreTrainedModel, folder: Path, found: AdapterTensors) -> N
                 f"The adapter in '{folder}' is for another model: '{linear}' is no layer of {list(shape)} here.",
                 hint=_HINT,
             )
-    described = LoraConfig.from_pretrained(str(folder))
-    # peft would only warn of these, and go on with an adapter of noise.
-    for name in sorted(modules.keys() - found.keys()):
-        if check_target_module_exists(described, name):
-            raise InputError(f"The adapter in '{folder}' lacks the tensors of '{name}'.", hint=_HINT)
+    with bounded(f"The target_modules of the adapter in '{folder}'", hint=_HINT), sound_pattern(folder):
+        described = LoraConfig.from_pretrained(str(folder))
+        # peft would only warn of these, and go on with an adapter of noise.
+        for name in sorted(modules.keys() - found.keys()):
+            if check_target_module_exists(described, name):
+                raise InputError(f"The adapter in '{folder}' lacks the tensors of '{name}'.", hint=_HINT)
+
+
+@contextmanager
+def sound_pattern(folder: Path) -> Iterator[None]:
+    """A sentence for target_modules that are neither names nor an expression."""
+    try:
+        yield
+    except (re.error, RecursionError, OverflowError, TypeError, ValueError) as error:
+        raise InputError(
+            f"The target_modules of the adapter in '{folder}' make no sense: {error}.", hint=_HINT
+        ) from error
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Reads a model's configuration, and refuses what is not a causal language model that we can open."""
 
-import json
+import re
 import struct
 import tempfile
 from collections.abc import Mapping
@@ -11,11 +11,25 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
+from ulbq import limits
+from ulbq.artifacts.small_files import parse_json, read_small
 from ulbq.errors import InputError
 from ulbq.models.gguf_header import GgufHeader
+from ulbq.models.tokenizer_files import check_ids
 
 # What transformers raises for a configuration that it cannot use, depending on where it notices.
 _CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError)
+# Largest numbers that a configuration or a GGUF header may hold, by their names.
+_WIDTHS = (
+    r"hidden_size|intermediate_size|head_dim|_heads|n_embd|n_head|d_model|ffn_dim|head_count|"
+    r"embedding_length|feed_forward_length|key_length|value_length"
+)
+_MOST = (
+    (re.compile(r"(num_|n_)?(\w+_)?(layers?|blocks|block_count|depth)"), limits.LAYERS),
+    (re.compile(r"(num_|n_)(\w+_)?experts|expert_count"), limits.EXPERTS),
+    (re.compile(rf"\w*({_WIDTHS})"), limits.WIDTH),
+    (re.compile(r"(\w+_)?vocab_size"), limits.VOCABULARY),
+)
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 """Keys of a configuration, at any depth, under which tools describe how they packed the weights."""
 
@@ -77,12 +91,15 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"'{folder}' has no config.json, so it is not a model folder.", hint=_what_lies_there(folder))
     try:
-        # transformers writes numbers that JSON has no word for as objects, {"__float__": "Infinity"}.
-        raw = PreTrainedConfig._decode_special_floats(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, OSError, RecursionError) as error:
+        # As Python writes it, Infinity and all; transformers writes such numbers as objects, {"__float__": "Infinity"}.
+        read = parse_json(read_small(path, limits.CONFIG_SIZE).decode("utf-8"), constants=True)
+        raw = PreTrainedConfig._decode_special_floats(read)
+    except (ValueError, OSError) as error:
         raise InputError(f"'{path}' cannot be read: {_first(error)}", hint="Fetch the model again.") from error
     if not isinstance(raw, dict):
         raise InputError(f"'{path}' is not a JSON object.", hint="Fetch the model again.")
+    check_counts(raw, str(path))
+    check_ids(raw, str(path))
     return raw
 
 
@@ -116,8 +133,8 @@ def _describes(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError):
+        said = parse_json(read_small(file, limits.SETTINGS_SIZE).decode("utf-8"))
+    except (ValueError, OSError):
         return True
     about = said.get("quantization") if isinstance(said, dict) else None
     return not (isinstance(about, dict) and "quant_algo" in about and about["quant_algo"] is None)
@@ -140,6 +157,36 @@ def read_gguf_config(file: Path, header: GgufHeader) -> PreTrainedConfig:
     config.name_or_path = str(file.parent)
     check_causal(config, str(file))
     return config
+
+
+def check_counts(values: object, where: str) -> None:
+    """Refuse a configuration that describes a model beyond all bounds: building it would not end. Raises InputError.
+
+    Args:
+        values: of the configuration, those of nested ones too.
+        where: the file, for the message.
+    """
+    if isinstance(values, list):
+        for value in values:
+            check_counts(value, where)
+    if not isinstance(values, dict):
+        return
+    for name, value in values.items():
+        if isinstance(value, int) and abs(value) > limits.LAYERS:
+            most = next((most for pattern, most in _MOST if pattern.fullmatch(str(name))), limits.COUNT)
+            if abs(value) > most:
+                raise InputError(f"'{where}' says {name} {_shown(value)}; ulbq takes up to {most:,}.")
+        check_counts(value, where)
+
+
+def check_gguf_counts(header: GgufHeader, where: str) -> None:
+    """The same for the numbers in a GGUF file's header."""
+    for name, value in header.values.items():
+        check_counts({name.rpartition(".")[2]: value}, where)
+
+
+def _shown(value: int) -> str:
+    return f"{value:,}" if abs(value) < 10**15 else f"of {len(str(value))} digits"
 
 
 def check_causal(config: PreTrainedConfig, where: str) -> None:

@@ -7,6 +7,8 @@ tensor equals the one in transformers' own load of the whole file.
 
 import re
 import struct
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from ulbq.errors import InputError
 from ulbq.models.gguf_header import MAGIC, GgufHeader, read_header
 
+_FULL = frozenset({"F32", "F16", "BF16", "F64"})
 _QUANTIZATION_SUFFIX = re.compile(r"[.-](?:I?Q\d\w*|TQ\d\w*|MXFP4|BF16|F(?:P)?(?:16|32))$", re.IGNORECASE)
 
 
@@ -97,6 +100,18 @@ class GgufTensors:
     def names(self) -> frozenset[str]:
         """Parameters of the model that the file holds."""
         return self._names
+
+    @property
+    def stored_as(self) -> tuple[str, float] | None:
+        """The type that most of the matrices' values have, and bits a value of all of them; None in full precision."""
+        values: Counter[str] = Counter()
+        size = 0
+        for tensor in self._header.tensors.values():
+            if len(tensor.shape) > 1:
+                values[tensor.kind.name] += prod(tensor.shape)
+                size += prod(tensor.byte_shape)
+        most = values.most_common(1)
+        return None if not most or most[0][0] in _FULL else (most[0][0], size * 8 / values.total())
 
     def read(self, name: str) -> torch.Tensor:
         """The parameter ``name`` in float32. Raises KeyError where the file lacks it."""

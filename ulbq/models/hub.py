@@ -21,8 +21,9 @@ from ulbq.errors import InputError, ResourceError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
-# Subfolders hold other formats of the same weights, and so does Mistral's consolidated file.
-_UNWANTED = ["*/*", "consolidated*"]
+# Subfolders hold other formats of the same weights, and so does Mistral's consolidated file. Only further chat
+# templates are wanted: the patterns are all that a folder can be called that does not begin like theirs.
+_UNWANTED = ["?/*", "??/*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]
 
 
 def looks_like_hub_id(text: str) -> bool:

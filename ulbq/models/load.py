@@ -9,6 +9,7 @@ from ulbq.errors import InputError
 from ulbq.models.adapter_files import adapter_folder, attach_adapter
 from ulbq.models.blocks import materialize, skeleton
 from ulbq.models.source import ModelSource
+from ulbq.models.tokenizer_files import check_ids
 from ulbq.nn.quant_linear import QuantLinear
 
 
@@ -43,7 +44,9 @@ def load_model(
     model.config.dtype = dtype
     if (source.path / "generation_config.json").is_file():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+            found = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+            check_ids(found.to_dict(), str(source.path / "generation_config.json"))
+            model.generation_config = found
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise InputError(
                 f"'{source.path / 'generation_config.json'}' cannot be read.",

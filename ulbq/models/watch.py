@@ -35,7 +35,7 @@ def never_called(index: int, layer: str) -> InputError:
     """What is raised for a layer of a block that no sample calls."""
     return InputError(
         f"Block {index} never calls its layer '{layer}' on the calibration samples.",
-        hint="Take more samples; a layer whose weight the model uses by itself cannot be quantized.",
+        hint="Take more samples; where the model uses the layer's weight by itself, --method rtn needs none.",
     )
 
 

@@ -114,12 +114,12 @@ def convert(
             more = "" if job.target != "dense" else "; --merge-adapter makes it part of them"
             progress.note(f"The adapter lies beside the weights, for peft to load{more}.")
         if job.target != "half":
-            _write_card(job, writer.path, stored, writer.out)
+            _write_card(job, writer.path, stored, out)
             writer.plan(card.NAME)
         layers = [scheme for scheme in source.packed.values() if isinstance(scheme, AffineScheme)]
         target = None if job.target == "half" else job.target
         check = proof(progress, target, symmetric=all(scheme.symmetric for scheme in layers))
-        path = writer.finish(_manifest(job, writer.out, saved, watch), check)
+        path = writer.finish(_manifest(job, writer.name, saved, watch), check)
     manifest = read_manifest(path)
     if not isinstance(manifest, ConvertedManifest | QuantizedManifest):
         raise TypeError(f"wrote a manifest of kind {manifest.kind}")
@@ -220,11 +220,11 @@ def _write_card(job: _Job, folder: Path, stored: str, out: Path) -> None:
         (folder / card.NAME).write_text(text, encoding="utf-8")
 
 
-def _manifest(job: _Job, out: Path, saved: dict[str, int], watch: runtime.Stopwatch) -> Manifest:
+def _manifest(job: _Job, name: str, saved: dict[str, int], watch: runtime.Stopwatch) -> Manifest:
     source, before = job.source, job.source.manifest
     if job.target != "half" or not isinstance(before, QuantizedManifest):
         return ConvertedManifest(
-            name=out.name,
+            name=name,
             request=job.request.model_dump(mode="json"),
             seed=0,
             device="cpu",
@@ -238,7 +238,7 @@ def _manifest(job: _Job, out: Path, saved: dict[str, int], watch: runtime.Stopwa
     return QuantizedManifest.model_validate(
         kept
         | {
-            "name": out.name,
+            "name": name,
             "parents": (*before.parents, source.record()),
             "phases": (*before.phases, *watch.records),
             "bits": BitsReport(parts=parts, weights=before.bits.weights),

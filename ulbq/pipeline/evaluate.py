@@ -15,12 +15,14 @@ from ulbq.artifacts import (
     free_output,
     read_back,
 )
+from ulbq.artifacts.names import local_path
 from ulbq.evaluation.report import report
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.written import Sample
 from ulbq.pipeline.evaluation_plan import EvaluateRequest, Job, prepare
 from ulbq.pipeline.measure import Measurer
 from ulbq.pipeline.recorded import merge
+from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
 
 __all__ = ["EvaluateRequest", "evaluate"]
@@ -47,26 +49,27 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
         ResourceError: data, memory, disk or lm-eval are missing; nothing can be measured here.
         NumericsError: a model's logits are not finite. The finished measurements stay for a resumed run.
     """
-    progress = progress or Silent()
+    progress = Recording(progress or Silent())
     job = prepare(request, progress)
     runtime.seed_everything(request.seed)
     identity = _fingerprint(job)
     out = request.out or free_output(DEFAULT_ROOT, _stem(job), identity)
     watch = runtime.Stopwatch()
-    used = [one.source.path for one in [*job.candidates, *job.parents]] + [Path(one.path) for one in job.recorded]
+    used = [one.source.path for one in [*job.candidates, *job.parents]] + [local_path(one.path) for one in job.recorded]
     with ArtifactWriter(out, identity, force=request.force, spare=used) as writer:
         if writer.resumed:
             progress.note(f"Resuming {out}: {len(writer.journal)} measurements are done.")
         measurer = Measurer(job.measures, writer, watch, progress) if job.measures else None
         results = _measure(job, measurer)
         manifest = EvaluationManifest(
-            name=writer.out.name,
+            name=writer.name,
             request=request.model_dump(mode="json"),
             seed=request.seed,
             device=runtime.describe_device(job.device),
             parents=_ancestors(job),
             phases=tuple(watch.records),
             results=results.model_dump(mode="json"),
+            warnings=tuple(progress.warnings),
         )
         distributed.on_main(_write, job, results, manifest, writer.path)
         if measurer is not None and measurer.samples:

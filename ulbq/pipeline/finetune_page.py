@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from html import escape
+
+from markupsafe import Markup
 
 from ulbq import __version__
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import FinetuneRecord
+from ulbq.evaluation import markup
+from ulbq.evaluation.markup import footer, header, legend, table, table_row
 from ulbq.evaluation.svg import Drawing, Scale, number
 from ulbq.evaluation.theme import STYLE, section, tiles
 
@@ -26,24 +29,19 @@ def page(manifest: QuantizedManifest, record: FinetuneRecord) -> str:
     """The page, as HTML."""
     title = f"{manifest.name}: {record.task}"
     body = [
-        f'<header><h1>{escape(title)}</h1><p class="sub">{escape(_told(record))}</p></header>',
+        header(title, _told(record)),
         _tiles(record),
         section(
             "Loss by step",
             "Cross-entropy of the answers, nats a token. Training: each step's own samples, and their moving mean. "
             "Held out: the same answers every time, the start at step 0.",
-            '<div class="legend"><span><i class="s0"></i>training</span><span><i class="s1"></i>held out</span></div>'
-            + _curves(record),
+            _curves(record),
+            legend([("training", "s0"), ("held out", "s1")]),
         ),
         section("The run", "All of it is in the manifest.", _table(manifest, record)),
-        f"<footer>ulbq {escape(__version__)} · {escape(manifest.created)}</footer>",
+        footer(__version__, manifest.created),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)} · ulbq</title>\n<style>{STYLE}{_CURVES}</style>\n</head>\n"
-        f"<body>\n<main>\n{''.join(body)}\n</main>\n</body>\n</html>\n"
-    )
+    return markup.page(title, f"{STYLE}{_CURVES}", body)
 
 
 def _told(record: FinetuneRecord) -> str:
@@ -55,7 +53,7 @@ def _told(record: FinetuneRecord) -> str:
     )
 
 
-def _tiles(record: FinetuneRecord) -> str:
+def _tiles(record: FinetuneRecord) -> Markup:
     change = record.end_perplexity / record.start_perplexity - 1
     values = [
         (number(record.start_perplexity), "perplexity of the held-out answers before"),
@@ -65,7 +63,7 @@ def _tiles(record: FinetuneRecord) -> str:
     return tiles(values)
 
 
-def _curves(record: FinetuneRecord) -> str:
+def _curves(record: FinetuneRecord) -> Markup:
     training, heldout = record.losses, record.evaluations
     values = [loss for _, loss in (*training, *heldout)]
     across = Scale(0, max(record.steps, 1), (_LEFT, _WIDTH - _RIGHT), ticks=8)
@@ -85,7 +83,7 @@ def _curves(record: FinetuneRecord) -> str:
     for step, loss in heldout:
         hint = f"step {step:,}: {loss:.4f} nats a token, perplexity {math.exp(loss):.3f}"
         drawing.dot(across(step), up(loss), "s1 fill", hint=hint, radius=4)
-    return str(drawing)
+    return drawing.markup()
 
 
 def _smoothed(points: Points) -> Points:
@@ -98,7 +96,7 @@ def _smoothed(points: Points) -> Points:
     return found
 
 
-def _table(manifest: QuantizedManifest, record: FinetuneRecord) -> str:
+def _table(manifest: QuantizedManifest, record: FinetuneRecord) -> Markup:
     request = manifest.request
     adapter = "the artifact's own adapter went on" if record.start == "trained" else "a new adapter"
     scales = f", scales {request['scale_rate']:g}" if record.train == "adapter-scales" else ""
@@ -113,5 +111,4 @@ def _table(manifest: QuantizedManifest, record: FinetuneRecord) -> str:
         "training took": f"{record.seconds:,.0f} s",
         "data, SHA-256": str(record.data["sha256"])[:16],
     }
-    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
-    return f"<table><tbody>{lines}</tbody></table>"
+    return table([], (table_row(name, value) for name, value in rows.items()))

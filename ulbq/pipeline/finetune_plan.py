@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 from ulbq import distributed, formats, runtime
 from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.artifacts.shards import INDEX_NAME
 from ulbq.data.instructions import check_training_text
 from ulbq.data.lessons import Lessons, draw_lessons
 from ulbq.errors import InputError, UsageError
 from ulbq.formats import AnyScheme, BinaryMosScheme
 from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, read_adapter
 from ulbq.models.blocks import block_list, skeleton
+from ulbq.models.side_files import is_side_file
 from ulbq.models.source import ModelSource, resolve
 from ulbq.models.stream import check_length
 from ulbq.nn.adapter import AdapterConfig
@@ -296,11 +298,10 @@ def _manifest(source: ModelSource) -> QuantizedManifest:
 def side_files(manifest: QuantizedManifest) -> list[str]:
     """Files that the new artifact takes over as they are: all but the adapter, and what is written anew.
 
-    How the base was made, its calibration samples among it, stays with the base.
+    How the base was made, its calibration samples among it, stays with the base; so does what no model needs.
     """
-    anew = ("config.json", "README.md", "finetune.html")
-    return [
-        name
-        for name in manifest.files
-        if name not in anew and not name.startswith(f"{ADAPTER_FOLDER}/") and name not in (CALIBRATION_FILE, TEXT_FILE)
-    ]
+    left = (CALIBRATION_FILE, TEXT_FILE)
+    weights = {
+        name for name in manifest.files if name.endswith(".safetensors") and "/" not in name and name not in left
+    }
+    return [name for name in manifest.files if name in weights or name == INDEX_NAME or is_side_file(name)]

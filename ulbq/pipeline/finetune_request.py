@@ -6,12 +6,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ulbq import limits
+from ulbq.artifacts.names import local_path
 from ulbq.data.prompts import Template
 from ulbq.errors import InputError, UsageError
 from ulbq.nn.adapter import AdapterConfig
+from ulbq.pipeline.recipe_files import read_recipe_file, read_yaml
 from ulbq.pipeline.request import RecipeRecord
 from ulbq.training.precision import PrecisionName
 from ulbq.training.tuner import TunerSettings
@@ -59,20 +61,20 @@ class FinetuneRequest(BaseModel):
     train: Literal["adapter", "adapter-scales"] = "adapter"
     fresh: bool = False
     rank: int | None = Field(default=None, ge=1)
-    alpha: float | None = Field(default=None, gt=0)
+    alpha: float | None = Field(default=None, gt=0, le=limits.OPTION)
     dora: bool | None = None
     dropout: float | None = Field(default=None, ge=0, lt=1)
     targets: tuple[str, ...] | None = None
     epochs: int = Field(default=3, ge=1)
     batch_size: int = Field(default=16, ge=1)
     micro_batch: int = Field(default=4, ge=1)
-    adapter_rate: float = Field(default=3e-4, gt=0)
-    adapter_decay: float = Field(default=0, ge=0)
-    scale_rate: float = Field(default=1e-3, gt=0)
-    scale_decay: float = Field(default=0, ge=0)
+    adapter_rate: float = Field(default=3e-4, gt=0, le=limits.OPTION)
+    adapter_decay: float = Field(default=0, ge=0, le=limits.OPTION)
+    scale_rate: float = Field(default=1e-3, gt=0, le=limits.OPTION)
+    scale_decay: float = Field(default=0, ge=0, le=limits.OPTION)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.03, ge=0, lt=1)
-    clip: float = Field(default=1, ge=0)
+    clip: float = Field(default=1, ge=0, le=limits.OPTION)
     checkpointing: bool = True
     eval_every: int | None = Field(default=None, ge=0)
     save_every: int | None = Field(default=None, ge=1)
@@ -147,11 +149,11 @@ def load_task(given: str) -> Task:
         UsageError: neither, or options that no request has.
         InputError: a file that cannot be read or is no recipe.
     """
-    path = Path(given).expanduser()
+    path = local_path(given)
     if given in task_names():
         raw = (_folder() / f"{given}.yaml").read_bytes()
     elif path.suffix in _SUFFIXES and path.is_file():
-        raw = path.read_bytes()
+        raw = read_recipe_file("Task", path)
     elif path.suffix in _SUFFIXES:
         raise InputError(f"There is no task file '{given}'.", hint=f"Shipped tasks: {', '.join(task_names())}.")
     else:
@@ -160,12 +162,7 @@ def load_task(given: str) -> Task:
             hint=f"Tasks: end-to-end, {', '.join(task_names())}; a .yaml file of options; "
             "or '--task instructions --data FILE'.",
         )
-    try:
-        content = yaml.safe_load(raw.decode("utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise InputError(f"Task '{given}' is no YAML{where}.", hint="Mend the file.") from None
+    content = read_yaml("Task", given, raw)
     if not isinstance(content, dict) or set(content) != set(_KEYS) or not isinstance(content["options"], dict):
         raise InputError(f"'{given}' is no task.", hint="It has the keys name, description, source and options.")
     unknown = sorted(map(str, content["options"].keys() - (FinetuneRequest.model_fields.keys() - _OF_ONE_RUN)))

@@ -29,6 +29,7 @@ from ulbq.pipeline.finetune_request import NOT_IN_FINGERPRINT
 from ulbq.pipeline.finetuned import take_over, write_artifact
 from ulbq.pipeline.proof import proof
 from ulbq.pipeline.scales import pack_scales, restore_packed, train_scales
+from ulbq.pipeline.warned import Recording
 from ulbq.progress import Phase, Progress, Silent
 from ulbq.training.scaled import ScaledLinear
 from ulbq.training.tuner import Tuner, Watch, answer_loss
@@ -57,7 +58,7 @@ def finetune(
         NumericsError: a loss is not finite, or what was learnt cannot be stored. The checkpoints stay.
         ResourceError: memory or disk are missing.
     """
-    progress = progress or Silent()
+    progress = Recording(progress or Silent())
     watch = runtime.Stopwatch()
     identity = _fingerprint(job)
     out = job.request.out or free_output(DEFAULT_ROOT, name or telling_name(job), identity)
@@ -83,13 +84,14 @@ def finetune(
         learnt = [*adapter.values(), *(tensor for tensors in (packed or {}).values() for tensor in tensors.values())]
         distributed.check_agreement(learnt, "what they learnt")
         form = adapter_form(model)
-        manifest = distributed.on_main(write_artifact, job, writer, adapter, form, packed, record, watch)
         if end >= record.start_loss:
             progress.warn(
                 f"Held-out answers did not gain: loss {record.start_loss:.4f} before, {end:.4f} after. "
                 "Try a lower --adapter-rate, fewer --epochs or more samples."
             )
-        path = writer.finish(manifest, proof(progress))
+        manifest = distributed.on_main(write_artifact, job, writer, adapter, form, packed, record, watch)
+        warned = (*job.manifest.warnings, *progress.warnings)
+        path = writer.finish(manifest.model_copy(update={"warnings": warned}), proof(progress))
     return path, read_back(path, QuantizedManifest)
 
 

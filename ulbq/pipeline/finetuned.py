@@ -17,7 +17,9 @@ from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.export import fit
 from ulbq.export.card import Card, base_of, front_of
+from ulbq.export.markdown import code, plain
 from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, write_adapter
+from ulbq.models.side_files import check_link
 from ulbq.nn.adapter import AdapterConfig
 from ulbq.pipeline.finetune_page import page
 from ulbq.pipeline.finetune_plan import FinetuneJob, side_files
@@ -39,10 +41,15 @@ def take_over(job: FinetuneJob, writer: ArtifactWriter) -> None:
     writer.plan(*names)
     with writing(writer.out):
         for name in names:
-            target = writer.path / name
+            source, target = job.source.path / name, writer.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
-            (link_or_copy if name.endswith(".safetensors") else copy)(job.source.path / name, target)
+            weights = name.endswith(".safetensors")
+            if weights:
+                LazyTensors([source])  # whose own place is free to choose, if weights are what it leads to
+            else:
+                check_link(source, job.source.path)
+            (link_or_copy if weights else copy)(source, target)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -85,7 +92,7 @@ def write_artifact(
         ResourceError: the disk is full.
     """
     folder, base = writer.path, job.manifest
-    write_adapter(folder / ADAPTER_FOLDER, form, adapter, str(writer.out))
+    write_adapter(folder / ADAPTER_FOLDER, form, adapter, os.path.abspath(writer.out))
     writer.plan(*ADAPTER_FILES, "config.json", "README.md", REPORT)
     layers = base.layers
     if packed is not None:
@@ -96,7 +103,7 @@ def write_artifact(
     stored = sum(tensor.numel() for tensor in adapter.values()) * 16
     bits = BitsReport(parts={**parts, "adapter": stored}, weights=base.bits.weights)
     manifest = QuantizedManifest(
-        name=writer.out.name,
+        name=writer.name,
         request=job.request.model_dump(mode="json"),
         seed=job.request.seed,
         device=job.plan.device,
@@ -156,9 +163,9 @@ def _card(job: FinetuneJob, manifest: QuantizedManifest, record: FinetuneRecord)
         base=base_of(job.source),
         front=front_of(job.source),
         made=[
-            f"Quantized with ulbq, method `{manifest.method}`",
-            f"Fine-tuned from `{job.manifest.name}` with `ulbq finetune --task {record.task}` on {data['samples']:,} "
-            f"samples of {', '.join(map(str, data['sources']))}",
+            f"Quantized with ulbq, method {code(manifest.method)}",
+            f"Fine-tuned from {code(job.manifest.name)} with {code(f'ulbq finetune --task {record.task}')} on "
+            f"{data['samples']:,} samples of {plain(', '.join(map(str, data['sources'])))}",
             f"Weights: packed, {bits:.3f} true bits per linear weight, a {kind} adapter of rank {job.adapter.rank} "
             "included",
             f"Perplexity of {data['heldout']} held-out answers: {record.start_perplexity:.3f} before, "

@@ -1,5 +1,6 @@
 """The end of a quantization run: what lies beside the tensors, and the manifest's records."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ulbq.export.card import quantized_card
 from ulbq.export.fit import Candidate, Layer, inside_blocks
 from ulbq.formats import AnyScheme, Scheme
 from ulbq.formats.bits import stored_bits
+from ulbq.formats.rounding import relative_error
 from ulbq.methods.base import Packed
 from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, write_adapter
 from ulbq.pipeline import layout
@@ -46,7 +48,7 @@ def layer_record(
     """
     scheme, shape = scheme or job.method.scheme, (original.shape[0], original.shape[1])
     dense = formats.dequantize(scheme, packed, shape[1])
-    error = ((dense - original).square().sum() / original.square().sum().clamp_min(1e-30)).item()
+    error = relative_error(original, dense)
     sparsity = formats.sparsity(scheme, packed, shape[1])
     bits = {str(role): count for role, count in stored_bits(scheme.tensors(*shape)).items()}
     described = scheme.model_dump(mode="json")
@@ -85,8 +87,14 @@ def finish(
     outer: Mapping[str, int],
     watch: runtime.Stopwatch,
     end_to_end: EndToEndRecord | None = None,
+    warned: tuple[str, ...] = (),
 ) -> QuantizedManifest:
-    """Write everything beside the tensors, and describe the whole; ``outer`` are the bits outside the blocks."""
+    """Write everything beside the tensors, and describe the whole.
+
+    Args:
+        outer: stored bits outside the blocks.
+        warned: what the run warned of.
+    """
     folder, source = writer.path, job.source
     entries = [writer.journal[str(index)] for index in range(job.found.n_blocks)]
     last = [writer.journal.get(f"{TUNED}{index}", entry) for index, entry in enumerate(entries)]
@@ -94,11 +102,11 @@ def finish(
     shards = [folder / layout.block_shard(index) for index in range(job.found.n_blocks)]
     adapter = _write_adapter(job, writer)
     bits = layout.bits_report(layers, shards, outer, adapter)
-    card = _card(job, bits, layers)
+    card = _card(job, bits, layers, warned)
     weights = [shard.name for shard in shards] + [name for name in writer.planned if name.startswith("model-")]
     writer.plan(*layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers, card, weights))
     return QuantizedManifest(
-        name=writer.out.name,
+        name=writer.name,
         request=job.request.model_dump(mode="json"),
         seed=job.request.seed,
         device=job.plan.device,
@@ -113,11 +121,12 @@ def finish(
         end_to_end=end_to_end,
         skipped=job.found.skipped,
         rotation=job.source.rotation,
+        warnings=warned,
         calibration=calibration.record() if calibration else {},
     )
 
 
-def _card(job: Job, bits: BitsReport, layers: Sequence[LayerRecord]) -> str:
+def _card(job: Job, bits: BitsReport, layers: Sequence[LayerRecord], warned: tuple[str, ...]) -> str:
     """The model card."""
     packed = {layer.name: Layer(_SCHEME.validate_python(layer.scheme), layer.shape) for layer in layers}
     adapter = job.method.needs.adapter
@@ -136,6 +145,7 @@ def _card(job: Job, bits: BitsReport, layers: Sequence[LayerRecord]) -> str:
         recipe=None if recipe is None else recipe.name,
         bits_per_weight=bits.bits_per_weight,
         counted=[part for part in bits.parts if bits.counts(part)],
+        warned=warned,
     )
 
 
@@ -155,7 +165,7 @@ def _write_adapter(job: Job, writer: ArtifactWriter) -> int:
     shards = [writer.scratch / layout.adapter_shard(index) for index in range(job.found.n_blocks)]
     stored = LazyTensors(shards)
     tensors = {name: stored.read(name) for name in sorted(stored.names)}
-    write_adapter(writer.path / ADAPTER_FOLDER, config, tensors, str(writer.out))
+    write_adapter(writer.path / ADAPTER_FOLDER, config, tensors, os.path.abspath(writer.out))
     writer.plan(*ADAPTER_FILES)
     return sum(tensor.nbytes for tensor in tensors.values()) * 8
 

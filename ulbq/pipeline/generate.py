@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from ulbq import runtime
+from ulbq.data.prompts import render_chat
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.models.load import load_model, model_memory
 from ulbq.models.source import ModelSource, resolve
@@ -232,7 +233,8 @@ def _encode(request: GenerateRequest, source: ModelSource, tokenizer: PreTrained
             f"'{source.given}' has no chat template.", hint="Leave out --chat: the model goes on from the bare text."
         )
     messages = [{"role": "user", "content": request.prompt}]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    hint = "Leave out --chat: the model goes on from the bare text."
+    text = render_chat(messages, tokenizer, ask=True, where=f"'{source.given}'", hint=hint)
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 

@@ -1,12 +1,16 @@
 """What an artifact is, whether it is intact, and what it was made from."""
 
+import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from ulbq import limits
 from ulbq.artifacts.manifest import MANIFEST_NAME, AnyManifest, is_artifact, read_manifest
+from ulbq.artifacts.names import local_path
 from ulbq.artifacts.records import Parent, Record
 from ulbq.artifacts.whole import verify as verify_files
 from ulbq.errors import InputError, ResourceError
@@ -40,7 +44,7 @@ class Inspection(Record):
 
     Attributes:
         path: as it was given.
-        ancestry: depth first, every parent followed by its own parents.
+        ancestry: depth first, every parent followed by its own parents; the first :data:`ulbq.limits.ANCESTORS`.
         total_size: bytes of all files, the manifest included.
         verified: whether every file was hashed again; else only the sizes were compared.
     """
@@ -70,7 +74,7 @@ def inspect(path: Path, *, verify: bool = False, progress: Progress | None = Non
     return Inspection(
         path=str(path),
         manifest=manifest,
-        ancestry=tuple(_ancestors(path, manifest, 1, progress if verify else None)),
+        ancestry=tuple(islice(_ancestors(path, manifest, 1, progress if verify else None), limits.ANCESTORS)),
         total_size=sum(entry.size for entry in manifest.files.values()) + (path / MANIFEST_NAME).stat().st_size,
         verified=verify,
     )
@@ -100,7 +104,10 @@ def _ancestors(child: Path, manifest: AnyManifest, depth: int, progress: Progres
 
 def _find(parent: Parent, child: Path) -> Path | None:
     """Where an artifact parent stands: at its path, or, where both were moved together, still beside its child."""
-    given = Path(parent.path).expanduser()
+    try:
+        given = local_path(parent.path)
+    except InputError:
+        return None
     places = [place for place in (given, child.absolute().parent / given.name) if is_artifact(place)]
     return next((place for place in places if _digest(place) == parent.sha256), places[0] if places else None)
 
@@ -113,7 +120,7 @@ def _digest(path: Path) -> str | None:
 
 
 def _model_state(parent: Parent, progress: Progress | None) -> State:
-    if parent.kind != "hub" and not Path(parent.path).expanduser().exists():
+    if parent.kind != "hub" and not os.path.exists(os.path.expanduser(parent.path)):
         return "missing"
     if progress is None:
         return "unchecked"

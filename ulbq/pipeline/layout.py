@@ -93,11 +93,11 @@ def write_outer(
 
 
 def half(tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter that was not trained, as it is stored: float32 as bfloat16, anything else as it is.
+    """A parameter that was not trained, as it is stored: float32 and wider as bfloat16, anything else as it is.
 
     Buffers are stored as they are: the correction biases of a mixture of experts decide in float32 who is called.
     """
-    return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
+    return tensor.to(torch.bfloat16) if tensor.dtype in (torch.float32, torch.float64) else tensor
 
 
 def restore_block(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ulbq.artifacts.manifest import QuantizedManifest, SaliencyManifest, is_artifact, read_manifest
+from ulbq.artifacts.names import local_path
 from ulbq.artifacts.records import RotationRecord
 from ulbq.errors import InputError
 from ulbq.formats import AnyScheme, nominal
@@ -35,7 +36,7 @@ def open_origins(given: str | None, *, offline: bool) -> Origins:
     Raises:
         InputError: no such source, or the model that an artifact was made from is gone or has changed.
     """
-    path = Path(given).expanduser() if given is not None else None
+    path = local_path(given) if given is not None else None
     if given is not None and path is not None and is_artifact(path):
         manifest = read_manifest(path)
         if isinstance(manifest, SaliencyManifest):
@@ -172,7 +173,7 @@ class Start:
 
 def check_saliency(asked: str) -> None:
     """Refuse what is neither a kind of scores nor a folder. Raises InputError."""
-    if asked not in KINDS and not Path(asked).expanduser().is_dir():
+    if asked not in KINDS and not local_path(asked).is_dir():
         raise InputError(
             f"There is no saliency artifact '{asked}'.",
             hint=f"Give one's path, or a kind to compute first: {', '.join(KINDS)}.",
@@ -197,7 +198,7 @@ def open_saliency(asked: str | None, model: ModelSource) -> Saliency | None:
             f"The scores in '{asked}' are of weights that were not rotated, and this run rotates them.",
             hint=f"Give --saliency a kind to compute first ({', '.join(KINDS)}), or leave out --rotate.",
         )
-    found = Saliency.open(Path(asked).expanduser())
+    found = Saliency.open(local_path(asked))
     made_from = {parent.sha256 for parent in found.manifest.parents} if found.manifest else set()
     if model.content_hash not in made_from:
         raise InputError(

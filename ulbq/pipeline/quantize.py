@@ -21,7 +21,7 @@ from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free
 from ulbq.data.calibration import Calibration, save_calibration
 from ulbq.errors import InputError
 from ulbq.kernels import solvers
-from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Method, SurveyingMethod, check_finite
+from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Method, SurveyingMethod, check_finite, check_range
 from ulbq.methods.training import vectors_beside
 from ulbq.models.blocks import load_block
 from ulbq.nn.quant_linear import linear_layer
@@ -36,6 +36,7 @@ from ulbq.pipeline.samples import CALIBRATION_FILE, TEXT_FILE, draw, draw_text, 
 from ulbq.pipeline.streams import Streams
 from ulbq.pipeline.survey import survey
 from ulbq.pipeline.temperature import check_temperature, fit_temperature
+from ulbq.pipeline.warned import Recording, gathered
 from ulbq.progress import Phase, Progress, Silent
 from ulbq.saliency import KINDS, Saliency, SaliencyKind, SaliencySettings, block_file, compute_saliency
 from ulbq.training.block import TrainOutcome
@@ -71,7 +72,7 @@ def quantize(
         ResourceError: data, memory or disk are missing.
         NumericsError: the numbers went wrong beyond repair. The finished blocks stay for a resumed run.
     """
-    progress = progress or Silent()
+    progress = Recording(progress or Silent())
     job = prepare(request, progress)
     if on_plan is not None:
         on_plan(job.plan)
@@ -119,7 +120,9 @@ def quantize(
             outer = _write_outer(job, writer, None)
             if job.request.fit_temperature and calibration is not None:
                 check_temperature(job, writer.scratch, calibration.tokens)
-            _Run(job, writer, progress, saliency).walk(calibration)
+            run = _Run(job, writer, progress, saliency)
+            run.walk(calibration)
+            run.warn()
         if job.request.fit_temperature and calibration is not None:
             with watch.phase("temperature"):
                 _write_outer(job, writer, _temperature(job, writer, calibration, progress))
@@ -129,7 +132,8 @@ def quantize(
             with watch.phase("end to end"):
                 tuned = train_end_to_end(job, writer, learnt, progress)
         with watch.phase("finish"):
-            manifest = distributed.on_main(finish, job, writer, calibration, outer, watch, tuned)
+            warned = tuple(progress.warnings)
+            manifest = distributed.on_main(finish, job, writer, calibration, outer, watch, tuned, warned)
         path = writer.finish(manifest, proof(progress))
     return path, read_back(path, QuantizedManifest)
 
@@ -292,6 +296,8 @@ class _Run:
         prefix, linears = job.names(index)
         block = load_block(job.model, job.source, index, torch.float32, job.precision.device)
         originals = {linear: linear_layer(block, linear).weight.detach() for linear in linears}
+        for linear, weight in originals.items():
+            check_range(prefix + linear, weight)
         epochs = 0
 
         def on_epoch(error: float) -> None:
@@ -314,8 +320,6 @@ class _Run:
             prefix=prefix,
         )
         result = _as_it_is(task.start) if job.blocks_stay and task.start else job.method.quantize_block(task)
-        for note in result.notes:
-            self._progress.warn(note)
         check_finite(index, result)
         distributed.check_agreement(result.tensors, f"block {index}")
         shard = self._writer.path / layout.block_shard(index)
@@ -329,6 +333,8 @@ class _Run:
         if result.outcome is not None:
             records["block"] = block_record(index, result.outcome, time.monotonic() - started)
             self._report(index, result.outcome)
+        if said := [*result.notes, *([] if result.outcome is None else _outcome_notes(result.outcome))]:
+            records["warnings"] = said
         files = [shard]
         if job.method.needs.adapter is not None:
             files.append(self._writer.scratch / layout.adapter_shard(index))
@@ -344,13 +350,26 @@ class _Run:
         return dataclasses.replace(start.block(prefix, linears), vectors=vectors)
 
     def _report(self, index: int, outcome: TrainOutcome) -> None:
-        if outcome.fallback:
-            why = "diverged" if outcome.diverged else "did not improve"
-            self._progress.warn(f"Block {index} {why} in training: it keeps its closed-form start.")
-        elif outcome.retries:
+        if outcome.retries and not outcome.fallback:
             self._progress.note(f"Block {index} was rolled back {outcome.retries} times and trained at lower rates.")
-        if outcome.end_error > _ALARM:
-            self._progress.warn(f"Block {index} ends at a relative error of {outcome.end_error:.2f}: expect the worst.")
+
+    def warn(self) -> None:
+        """Say what was to be said of all blocks, those of a resumed run too; each thing once."""
+        journal = self._writer.journal
+        said = {index: journal[str(index)].get("warnings", ()) for index in range(self._job.found.n_blocks)}
+        for sentence in gathered(said):
+            self._progress.warn(sentence)
+
+
+def _outcome_notes(outcome: TrainOutcome) -> list[tuple[str, str]]:
+    """What a person must read of how a block trained."""
+    found = []
+    if outcome.fallback:
+        why = "diverged" if outcome.diverged else "did not improve"
+        found.append(("", f"{why} in training and kept the closed-form start."))
+    if outcome.end_error > _ALARM:
+        found.append(("", f"ended at a relative error of {outcome.end_error:.2f}: expect the worst."))
+    return found
 
 
 def _as_it_is(start: BlockStart) -> BlockResult:

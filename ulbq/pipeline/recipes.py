@@ -17,11 +17,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ulbq.artifacts.names import local_path
 from ulbq.errors import InputError, UsageError
 from ulbq.methods.switches import idle
+from ulbq.pipeline.recipe_files import read_recipe_file, read_yaml
 from ulbq.pipeline.request import Preset, QuantizeRequest, RecipeRecord
 
 # What belongs to one machine or one run is no recipe's to say.
@@ -74,13 +75,13 @@ def load(given: str) -> Recipe:
         UsageError: neither, or options that no request has.
         InputError: a file that cannot be read or is no recipe.
     """
-    path = Path(given).expanduser()
+    path = local_path(given)
     if given in names():
         raw = (_folder() / f"{given}.yaml").read_bytes()
     elif path.suffix in _SUFFIXES or path.is_file():
         if not path.is_file():
             raise InputError(f"There is no recipe file '{given}'.", hint=f"Shipped recipes: {', '.join(names())}.")
-        raw = path.read_bytes()
+        raw = read_recipe_file("Recipe", path)
     else:
         raise UsageError(
             f"There is no recipe '{given}'.",
@@ -113,15 +114,7 @@ def request_of(given: Mapping[str, Any], recipe: Recipe | None) -> QuantizeReque
 
 
 def _read(given: str, raw: bytes) -> Recipe:
-    try:
-        content = yaml.safe_load(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise InputError(f"Recipe '{given}' is no text.", hint="A recipe is a YAML file in UTF-8.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise InputError(f"Recipe '{given}' is no YAML{where}: {problem}.", hint="Mend the file.") from None
+    content = read_yaml("Recipe", given, raw)
     if not isinstance(content, dict) or not isinstance(content.get("options"), dict):
         raise InputError(
             f"'{given}' is no recipe.",

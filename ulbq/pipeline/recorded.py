@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import ValidationError
 
 from ulbq.artifacts import EvaluationManifest, Parent, QuantizedManifest, is_artifact, read_manifest
+from ulbq.artifacts.names import local_path
 from ulbq.errors import InputError
 from ulbq.evaluation.results import WITHOUT_ADAPTER, ModelScores, Protocol, Results
 from ulbq.evaluation.subjects import base_alone
@@ -46,7 +46,7 @@ class Recorded:
         digests = {parent.path: parent.sha256 for parent in self.manifest.parents}
         found = {}
         for scores in self.results.models:
-            manifest = _manifest_at(Path(scores.subject.path))
+            manifest = _manifest_at(scores.subject.path)
             if isinstance(manifest, QuantizedManifest) and manifest.digest == digests.get(scores.subject.path):
                 alone = scores.subject.adapter == WITHOUT_ADAPTER
                 found[scores.subject.name] = base_alone(manifest) if alone else manifest
@@ -64,7 +64,7 @@ def read_recorded(sources: Sequence[str]) -> tuple[list[Recorded], list[str]]:
     """
     recorded, others = [], []
     for source in dict.fromkeys(sources):
-        path = Path(source).expanduser()
+        path = local_path(source)
         manifest = read_manifest(path) if is_artifact(path) else None
         if isinstance(manifest, EvaluationManifest):
             recorded.append(Recorded(source, manifest, _results(source, manifest)))
@@ -92,8 +92,9 @@ def merge(measured: Sequence[ModelScores], recorded: Sequence[Recorded]) -> tupl
     return tuple(sorted(found.values(), key=lambda scores: scores.subject.name not in originals))
 
 
-def _manifest_at(path: Path) -> object:
+def _manifest_at(given: str) -> object:
     try:
+        path = local_path(given)
         return read_manifest(path) if is_artifact(path) else None
     except InputError:  # only a figure goes without it
         return None

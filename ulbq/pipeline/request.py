@@ -1,11 +1,12 @@
 """What ``quantize`` is asked to do, and what that means in full."""
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ulbq import runtime
+from ulbq import limits, runtime
 from ulbq.data.prompts import Template
 from ulbq.errors import UsageError
 from ulbq.formats.binary_mos import Zeros
@@ -25,7 +26,7 @@ PresetName = Literal["quick", "balanced", "best"]
 # No machine holds more samples, or longer ones: a slip of the finger, and better said than tried.
 _MOST = 1_000_000
 _Count = Annotated[int, Field(ge=1, le=_MOST)]
-_Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Number = Annotated[float, Field(ge=0, le=limits.OPTION, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -197,7 +198,9 @@ _COMPUTE = frozenset({"activation_memory", "precision", "fit_temperature"})
 def method_class(name: str) -> type[Method]:
     """The method of that name. Raises UsageError where there is none."""
     if name not in METHODS:
-        raise UsageError(f"There is no method '{name}'.", hint=f"Methods: {', '.join(METHODS)}.")
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        meant = f"Did you mean {close[0]}? " if close else ""
+        raise UsageError(f"There is no method '{name}'.", hint=f"{meant}Methods: {', '.join(METHODS)}.")
     return METHODS[name]
 
 

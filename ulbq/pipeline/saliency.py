@@ -124,7 +124,7 @@ def _finish(
     """Write the summary page, and describe the whole."""
     layers = tuple(layer for block in blocks for layer in block.layers)
     manifest = SaliencyManifest(
-        name=writer.out.name,
+        name=writer.name,
         request=job.request.model_dump(mode="json"),
         seed=job.request.seed,
         device=job.plan.device,

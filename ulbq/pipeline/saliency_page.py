@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from html import escape
+
+from markupsafe import Markup
 
 from ulbq import __version__
 from ulbq.artifacts import SaliencyLayer, SaliencyManifest
+from ulbq.evaluation import markup
+from ulbq.evaluation.markup import element, footer, header, legend, table, table_row, together
 from ulbq.evaluation.svg import Drawing, Scale, number
 from ulbq.evaluation.theme import STYLE, section, tiles
 from ulbq.saliency import KINDS
@@ -23,13 +26,14 @@ def page(manifest: SaliencyManifest) -> str:
     """The page, as HTML."""
     title = f"{manifest.parents[0].name if manifest.parents else manifest.name}: {manifest.score}"
     body = [
-        f'<header><h1>{escape(title)}</h1><p class="sub">{escape(_told(manifest))}</p></header>',
+        header(title, _told(manifest)),
         _tiles(manifest),
         section("Mean score by layer", "Logarithmic: the fullest colour is the highest mean.", _map(manifest.layers)),
         section(
             "How few weights hold how much",
             "Share of each layer's total that its highest-scoring weights hold; mean over the block's layers.",
-            _legend() + _concentration(manifest.layers),
+            _concentration(manifest.layers),
+            legend((f"top {name} %", style) for name, style in _TOPS.items()),
         ),
         section(
             "Salient columns",
@@ -38,14 +42,9 @@ def page(manifest: SaliencyManifest) -> str:
             _columns(manifest.layers),
         ),
         section("Layers", "The eight columns with the highest sums are in the manifest.", _table(manifest)),
-        f"<footer>ulbq {escape(__version__)} · {escape(manifest.created)}</footer>",
+        footer(__version__, manifest.created),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)} · ulbq</title>\n<style>{STYLE}{_CURVES}</style>\n</head>\n"
-        f"<body>\n<main>\n{''.join(body)}\n</main>\n</body>\n</html>\n"
-    )
+    return markup.page(title, f"{STYLE}{_CURVES}", body)
 
 
 def _told(manifest: SaliencyManifest) -> str:
@@ -57,18 +56,13 @@ def _told(manifest: SaliencyManifest) -> str:
     return "; ".join(words)
 
 
-def _tiles(manifest: SaliencyManifest) -> str:
+def _tiles(manifest: SaliencyManifest) -> Markup:
     values = [(f"{share:.1%}", f"of the total in the top {name} % of weights") for name, share in manifest.top.items()]
     values.append((f"{manifest.rounding:.2%}", f"largest loss of a layer to {manifest.dtype} storage"))
     return tiles(values)
 
 
-def _legend() -> str:
-    items = "".join(f'<span><i class="{style}"></i>top {name} %</span>' for name, style in _TOPS.items())
-    return f'<div class="legend">{items}</div>'
-
-
-def _map(layers: Sequence[SaliencyLayer]) -> str:
+def _map(layers: Sequence[SaliencyLayer]) -> Markup:
     """Mean score of every layer, projections by blocks."""
     kinds, blocks = projections(layers), sorted({layer.block for layer in layers})
     left = 16 + max(map(len, kinds)) * _CHARACTER
@@ -91,10 +85,10 @@ def _map(layers: Sequence[SaliencyLayer]) -> str:
         drawing.box((left + step * 5, below + 25), (5, 10), "heat", opacity=0.06 + 0.94 * step / 23, radius=0)
     span = f"{min(means):.2g} to {max(means):.2g}" if means else "0"
     drawing.text(left + 128, below + 34, f"{span} a weight", style="muted")
-    return str(drawing)
+    return drawing.markup()
 
 
-def _concentration(layers: Sequence[SaliencyLayer]) -> str:
+def _concentration(layers: Sequence[SaliencyLayer]) -> Markup:
     """Curves over the blocks of the shares that the top weights hold."""
     blocks = sorted({layer.block for layer in layers})
     rows = {block: [layer.top for layer in layers if layer.block == block] for block in blocks}
@@ -110,20 +104,20 @@ def _concentration(layers: Sequence[SaliencyLayer]) -> str:
     for name, style in _TOPS.items():
         points = [(across(b), up(sum(top[name] for top in tops) / len(tops))) for b, tops in rows.items()]
         drawing.path(points, f"curve {style}")
-    return str(drawing)
+    return drawing.markup()
 
 
-def _columns(layers: Sequence[SaliencyLayer]) -> str:
+def _columns(layers: Sequence[SaliencyLayer]) -> Markup:
     """A map for each projection: blocks by slices of columns."""
-    drawn = []
+    drawn: list[Markup] = []
     for kind in projections(layers):
         members = sorted((layer for layer in layers if layer.projection == kind), key=lambda layer: layer.block)
         told = f"{kind}: {members[0].shape[1]:,} columns, blocks {members[0].block} to {members[-1].block}"
-        drawn.append(f"<h3>{escape(told)}</h3>{_raster([layer.columns for layer in members], kind)}")
-    return "".join(drawn)
+        drawn += [element("h3", told), _raster([layer.columns for layer in members], kind)]
+    return together(drawn)
 
 
-def _raster(rows: Sequence[Sequence[float]], title: str) -> str:
+def _raster(rows: Sequence[Sequence[float]], title: str) -> Markup:
     """Rows of shares as a picture: one path a level of colour, which is a tenth of the size of one box a share."""
     height = 6.0
     paths: dict[int, list[str]] = {}
@@ -135,28 +129,22 @@ def _raster(rows: Sequence[Sequence[float]], title: str) -> str:
                 paths.setdefault(level, []).append(
                     f"M{x * width:.1f} {y * height:g}h{width:.1f}v{height:g}h-{width:.1f}z"
                 )
-    shapes = "".join(
-        f'<path class="heat" fill-opacity="{level / _LEVELS:.2f}" d="{"".join(parts)}"/>'
-        for level, parts in sorted(paths.items())
-    )
     tall = len(rows) * height
-    frame = f'<rect x="0.5" y="0.5" width="{_WIDTH - 1:g}" height="{tall - 1:g}" class="grid" fill="none"/>'
-    return f'<svg viewBox="0 0 {_WIDTH:g} {tall:g}" role="img" aria-label="{escape(title)}">{shapes}{frame}</svg>'
+    drawing = Drawing(_WIDTH, tall, title)
+    for level, parts in sorted(paths.items()):
+        drawing.shape("".join(parts), "heat", opacity=level / _LEVELS)
+    drawing.box((0.5, 0.5), (_WIDTH - 1, tall - 1), "grid", radius=0, fill="none")
+    return drawing.markup()
 
 
-def _table(manifest: SaliencyManifest) -> str:
+def _table(manifest: SaliencyManifest) -> Markup:
     lines = [_row(layer.name, f"{layer.mean:.3g}", layer.top, _best(layer)) for layer in manifest.layers]
-    heads = "".join(f"<th>top {name} %</th>" for name in manifest.top)
-    return (
-        f"<table><thead><tr><th>layer</th><th>mean</th>{heads}<th>highest column</th></tr></thead>"
-        f"<tbody>{''.join(lines)}{_row('all', '', manifest.top, '', 'total')}</tbody></table>"
-    )
+    heads = ["layer", "mean", *(f"top {name} %" for name in manifest.top), "highest column"]
+    return table(heads, [*lines, _row("all", "", manifest.top, "", "total")])
 
 
-def _row(name: str, mean: str, top: dict[str, float], best: str, style: str = "") -> str:
-    shares = "".join(f"<td>{share:.1%}</td>" for share in top.values())
-    attribute = f' class="{style}"' if style else ""
-    return f"<tr{attribute}><th>{escape(name)}</th><td>{mean}</td>{shares}<td>{escape(best)}</td></tr>"
+def _row(name: str, mean: str, top: dict[str, float], best: str, style: str | None = None) -> Markup:
+    return table_row(name, mean, *(f"{share:.1%}" for share in top.values()), best, style=style)
 
 
 def _best(layer: SaliencyLayer) -> str:

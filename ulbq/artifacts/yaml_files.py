@@ -1,0 +1,55 @@
+"""YAML of strangers: bounded in size, depth and in what its aliases come to when they are written out."""
+
+import yaml
+
+from ulbq import limits
+
+_BAD_VALUES = (ValueError, OverflowError, TypeError, RecursionError)
+
+
+def parse_yaml(text: str, keys: frozenset[str] | None = None) -> object:
+    """The value of a YAML document, of plain values, lists and maps.
+
+    Args:
+        text: the document.
+        keys: of a map at the top, build the values of these alone; what the others hold need not even have a value.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+        ValueError: it is too large or too deep, or has a value that does not exist, the 30th of February for one.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if keys is not None and isinstance(node, yaml.MappingNode):
+            node.value = [(key, value) for key, value in node.value if key.value in keys]
+        if _size(node, {}, limits.YAML_DEPTH) > limits.YAML_NODES:
+            raise ValueError("it is too large with its aliases written out")
+        built: object = loader.construct_document(node)
+        return built
+    except yaml.YAMLError:
+        raise
+    except _BAD_VALUES as error:
+        deep = isinstance(error, RecursionError)
+        raise ValueError("it is nested too deeply" if deep else " ".join(str(error).split())) from error
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """How many nodes a document has with its aliases written out; an alias for what it stands in has no end."""
+    if depth == 0:
+        raise ValueError("it is nested too deeply")
+    if id(node) not in known:
+        if isinstance(node, yaml.ScalarNode):
+            if len(node.value) > limits.YAML_SCALAR:
+                raise ValueError("one of its values is too long")
+            parts: list[yaml.Node] = []
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        else:
+            parts = list(node.value)
+        known[id(node)] = 1 + sum(_size(part, known, depth - 1) for part in parts)
+    return known[id(node)]

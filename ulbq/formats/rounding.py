@@ -1,0 +1,27 @@
+"""What is lost where a tensor is stored in fewer bits, whatever its magnitude."""
+
+import torch
+
+LARGEST_LOSS = 0.01
+"""Of a tensor that is called stored: above it its values are beside float16's range, not rounded within it."""
+
+SMALLEST_MATRIX = 2.0**-14
+"""Largest weight below which a matrix is refused: float16's smallest normal number, of which scales are a share."""
+
+
+def relative_error(exact: torch.Tensor, stored: torch.Tensor) -> float:
+    """Squared error of ``stored`` relative to the squared norm of ``exact``, both of one shape; 0 where all is zero.
+
+    Brought to the size of one first: the squares of small numbers vanish in float32.
+    """
+    largest = max(exact.abs().amax().item(), stored.abs().amax().item()) if exact.numel() else 0.0
+    if largest == 0:
+        return 0.0
+    exact, stored = exact.double() / largest, stored.double() / largest
+    norm = exact.square().sum().item()
+    return (exact - stored).square().sum().item() / norm if norm else float("inf")
+
+
+def vanishes(exact: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether so much of a tensor is below what it is stored in that it is another tensor now."""
+    return relative_error(exact, stored) > LARGEST_LOSS**2
