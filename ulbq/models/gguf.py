@@ -20,6 +20,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     read_field,
 )
 
+from ulbq.artifacts.disk import check_unchanged, stamp_of
 from ulbq.errors import InputError
 
 _MAGIC = b"GGUF"
@@ -92,6 +93,7 @@ class GgufTensors:
             if name is not None:
                 self._sources.setdefault(name, []).append(stored)
         self._names = frozenset(self._sources)
+        self._path, self._stamp = path, stamp_of(path)
         placed = {stored for some in self._sources.values() for stored in some}
         self.unplaced = frozenset(self._tensors.keys() - placed)
 
@@ -101,7 +103,8 @@ class GgufTensors:
         return self._names
 
     def read(self, name: str) -> torch.Tensor:
-        """The parameter ``name`` in float32. Raises KeyError where the file lacks it."""
+        """The parameter ``name`` in float32. Raises KeyError where the file lacks it, InputError where it changed."""
+        check_unchanged(self._path, self._stamp)
         collected: dict[str, torch.Tensor] = {}
         for stored in self._sources[name]:
             data, kind = self._tensors[stored]
