@@ -88,7 +88,7 @@ class TestLazyTensors:
         sharded(tmp_path)
         tensors = LazyTensors.folder(tmp_path)
         (tmp_path / "model-2.safetensors").unlink()
-        with pytest.raises(InputError, match=r"'c' cannot be read from '.*model-2\.safetensors'"):
+        with pytest.raises(InputError, match=r"model-2\.safetensors' changed while it was being read"):
             tensors.read("c")
 
     def test_a_dtype_that_torch_does_not_have_is_refused_only_when_wanted(self, tmp_path: Path) -> None:
@@ -258,3 +258,25 @@ def test_a_file_that_could_not_be_opened_for_lack_of_descriptors_is_not_called_d
             LazyTensors([path])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_weights_that_change_during_a_run_are_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    write_shard(file, {"a": torch.zeros(4)})
+    tensors = LazyTensors.folder(tmp_path)
+    assert torch.equal(tensors.read("a"), torch.zeros(4))
+    write_shard(file, {"a": torch.ones(4)})
+    with pytest.raises(InputError, match=r"model\.safetensors' changed while it was being read"):
+        tensors.read("a")
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "model.safetensors", {"a": torch.zeros(4)})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match="may not be read: Permission denied") as caught:
+        LazyTensors.folder(tmp_path)
+    assert "permissions" in caught.value.hint

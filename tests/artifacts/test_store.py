@@ -10,7 +10,7 @@ import pytest
 
 from tests.artifacts.sample import FILES, check_hashes, edit, quantized, tree, write_artifact, write_files
 from ulbq.artifacts import ArtifactWriter, BlockRecord, fingerprint, free_output, journal, read_manifest, store
-from ulbq.errors import InputError, ResourceError
+from ulbq.errors import DiskFullError, InputError, ResourceError
 
 MINE = "a" * 64
 OTHERS = "b" * 64
@@ -368,6 +368,10 @@ class TestDisk:
         assert caught.value.exit_code == 3
         assert "run the same command again" in caught.value.hint
         assert partial(out).is_dir()
+
+    def test_full_in_the_words_of_numpy(self, out: Path) -> None:
+        with pytest.raises(DiskFullError, match="The disk is full: No space left on device"):
+            stop(out, OSError("65536 requested and 1856 written"))
 
     def test_full_before_the_first_step_leaves_no_trace(self, out: Path) -> None:
         with pytest.raises(ResourceError, match="disk is full"):

@@ -3,16 +3,20 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from ulbq.errors import DiskFullError, InputError, ResourceError
 
 TEMPORARY_PREFIX = ".tmp"
 """Names that a killed write may leave behind; safetensors uses the same prefix for its own."""
 
+# How numpy tells that the disk took less than it was given.
+_SHORT = re.compile(r"\d+ requested and \d+ written")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _REFUSED = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -23,6 +27,33 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes in hex, streamed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Stamp(NamedTuple):
+    """What a file is known by without a look into it; another after it was replaced or written to."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+
+def stamp_of(file: Path | int) -> Stamp:
+    """Of a path or an open file's descriptor."""
+    found = os.stat(file)
+    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def check_unchanged(path: Path, before: Stamp) -> None:
+    """Refuse a file that was removed, replaced or written to since ``before``. Raises InputError."""
+    try:
+        same = stamp_of(path) == before
+    except OSError:
+        same = False
+    if not same:
+        raise InputError(
+            f"'{path}' changed while it was being read.", hint="Leave it as it is during a run, and start again."
+        )
 
 
 def changed(path: Path) -> InputError:
@@ -73,9 +104,10 @@ def remove_tree(path: Path) -> None:
 
 def disk_full(error: BaseException) -> DiskFullError | None:
     """The sentence for a full disk or an exhausted quota; None where ``error`` is anything else."""
-    if isinstance(error, OSError) and error.errno in _FULL:
+    short = isinstance(error, OSError) and error.errno is None and _SHORT.fullmatch(str(error))
+    if isinstance(error, OSError) and (short or error.errno in _FULL):
         return DiskFullError(
-            f"The disk is full: {error.strerror or error}.",
+            f"The disk is full: {error.strerror or os.strerror(errno.ENOSPC)}.",
             hint="Free some space (or point -o at another disk) and run the same command again.",
         )
     return None

@@ -14,7 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ulbq import distributed, limits
-from ulbq.artifacts.disk import changed, replace_synced, sha256_file, temporary, write_atomically
+from ulbq.artifacts.disk import (
+    Stamp,
+    changed,
+    check_unchanged,
+    replace_synced,
+    sha256_file,
+    stamp_of,
+    temporary,
+    write_atomically,
+)
 from ulbq.artifacts.small_files import read_json
 from ulbq.errors import InputError, ResourceError
 
@@ -43,11 +52,12 @@ _DTYPES = {
 
 
 class _Stored(NamedTuple):
-    """Where a tensor lies, from its file's header."""
+    """Where a tensor lies, from its file's header; ``stamp`` is what the file was known by then."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    stamp: Stamp
 
 
 class LazyTensors:
@@ -136,6 +146,7 @@ class LazyTensors:
         """One tensor on the CPU as it is stored, in memory of its own."""
         stored = self._find(name)
         self.dtype(name)
+        check_unchanged(stored.file, stored.stamp)
         self._check(stored.file)
         try:
             with safe_open(stored.file, framework="pt") as file:
@@ -244,9 +255,17 @@ def write_index(folder: Path, shards: Mapping[str, Sequence[str]]) -> None:
 
 def _header(file: Path) -> dict[str, _Stored]:
     try:
+        # safetensors has one word for a file that is missing and one that may not be read.
+        with file.open("rb") as plain:
+            stamp = stamp_of(plain.fileno())
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            return {name: _Stored(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return {name: _Stored(file, shape, dtype, stamp) for name, (shape, dtype) in found.items()}
+    except PermissionError as error:
+        raise InputError(
+            f"'{file}' may not be read: {error.strerror}.", hint="Ask its owner, or change its permissions."
+        ) from error
     except FileNotFoundError as error:
         _refuse_scarcity(file)
         raise InputError(

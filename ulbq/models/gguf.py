@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+from ulbq.artifacts.disk import check_unchanged, stamp_of
 from ulbq.errors import InputError
 from ulbq.models.gguf_header import MAGIC, GgufHeader, read_header
 
@@ -93,6 +94,7 @@ class GgufTensors:
             if name is not None:
                 self._sources.setdefault(name, []).append(stored)
         self._names = frozenset(self._sources)
+        self._path, self._stamp = path, stamp_of(path)
         placed = {stored for some in self._sources.values() for stored in some}
         self.unplaced = frozenset(header.tensors.keys() - placed)
 
@@ -114,7 +116,8 @@ class GgufTensors:
         return None if not most or most[0][0] in _FULL else (most[0][0], size * 8 / values.total())
 
     def read(self, name: str) -> torch.Tensor:
-        """The parameter ``name`` in float32. Raises KeyError where the file lacks it."""
+        """The parameter ``name`` in float32. Raises KeyError where the file lacks it, InputError where it changed."""
+        check_unchanged(self._path, self._stamp)
         collected: dict[str, torch.Tensor] = {}
         for stored in self._sources[name]:
             result = self._processor.process(

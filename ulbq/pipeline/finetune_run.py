@@ -1,7 +1,7 @@
 """``finetune`` on a task: an artifact in, one that has learnt the task out; its weights stay packed throughout."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from ulbq.training.scaled import ScaledLinear
 from ulbq.training.tuner import Tuner, Watch, answer_loss
 
 _START, _LOOK, _STEPS, _CHECKPOINT = "held out at the start", "held out at step ", "losses", "checkpoint"
+_FOLDER = "checkpoint-"
 _CURVE = 1000  # points of a loss curve
 
 
@@ -187,8 +188,8 @@ class _Run:
                 self._losses = {int(step): loss for step, loss in noted["losses"]}
                 self._started -= noted["seconds"]
                 bar.advance(noted["step"], f"{noted['step']} steps were done")
-            with writing(writer.out):
-                tuner.train(resume_from_checkpoint=str(folder / noted["folder"]) if noted is not None else None)
+            with writing(writer.out), distributed.together():
+                tuner.train(resume_from_checkpoint=None if noted is None else str(folder / _checkpoint(noted)))
         self._seconds = time.monotonic() - self._started
 
     def look(self, step: int, words: str) -> float:
@@ -240,13 +241,18 @@ class _Run:
             self._bar.advance(0, f"held-out loss {loss:.4f}")
 
     def _on_save(self, folder: Path) -> None:
-        step = int(folder.name.rpartition("-")[2])
+        step = int(folder.name.removeprefix(_FOLDER))
         losses = [(at, loss) for at, loss in sorted(self._losses.items()) if at <= step]
-        noted: dict[str, Any] = {"folder": folder.name, "step": step, "losses": losses}
+        noted: dict[str, Any] = {"step": step, "losses": losses}
         noted["seconds"] = round(time.monotonic() - self._started, 3)
         distributed.barrier()  # each process leaves the state of its own generators there
         files = distributed.on_main(lambda: [path for path in folder.iterdir() if path.is_file()])
         self._writer.record(_CHECKPOINT, noted, files=files)
+
+
+def _checkpoint(noted: Mapping[str, Any]) -> str:
+    """Name of the folder that a checkpoint lies in."""
+    return f"{_FOLDER}{int(noted['step'])}"
 
 
 def _is_scale(name: str) -> bool:

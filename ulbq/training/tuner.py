@@ -16,8 +16,9 @@ from transformers.trainer_callback import PrinterCallback
 from ulbq import distributed
 from ulbq.artifacts.shards import LazyTensors, store_shard
 from ulbq.data.lessons import Lesson
-from ulbq.errors import DiskFullError, NumericsError
+from ulbq.errors import NumericsError
 from ulbq.training.batches import IGNORED, Listed, Order, batch
+from ulbq.training.checkpoint import load_generators, load_optimizer, save_generators, save_optimizer
 from ulbq.training.head import Head, in_chunks
 from ulbq.training.precision import Precision
 
@@ -248,17 +249,27 @@ class Tuner(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         store_shard(folder / _TRAINED, {name: parameter.detach() for name, parameter in self.trained.items()})
 
-    def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
-        try:
-            super()._save_checkpoint(*arguments, **more)
-        except RuntimeError as error:
-            # torch.save has no other word for a write that comes back short.
-            if "inline_container" not in str(error):
-                raise
-            raise DiskFullError(
-                "A checkpoint of the fine-tuning cannot be written: the disk is full.",
-                hint="Free some space (or point -o at another disk) and run the same command again.",
-            ) from error
+    # The Trainer's own four pickle.
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if distributed.is_main():
+            save_optimizer(Path(output_dir), self._stepping, self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(Path(checkpoint), self._stepping, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_generators(Path(output_dir), distributed.rank())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_generators(Path(checkpoint), distributed.rank())
+
+    @property
+    def _stepping(self) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            raise ValueError("there is no optimizer yet")
+        return self.optimizer
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
