@@ -7,8 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from ulbq.errors import InputError
-
 Key = TypeVar("Key")
 
 
@@ -29,14 +27,6 @@ def watching(layers: Mapping[Key, nn.Module], see: Callable[[Key, torch.Tensor],
     finally:
         for handle in handles:
             handle.remove()
-
-
-def never_called(index: int, layer: str) -> InputError:
-    """What is raised for a layer of a block that no sample calls."""
-    return InputError(
-        f"Block {index} never calls its layer '{layer}' on the calibration samples.",
-        hint="Take more samples; where the model uses the layer's weight by itself, --method rtn needs none.",
-    )
 
 
 class Input(NamedTuple):

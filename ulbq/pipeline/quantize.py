@@ -24,6 +24,7 @@ from ulbq.kernels import solvers
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Method, SurveyingMethod, check_finite, check_range
 from ulbq.methods.training import vectors_beside
 from ulbq.models.blocks import load_block
+from ulbq.models.watch import watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.end_to_end import train_end_to_end
@@ -319,7 +320,7 @@ class _Run:
             start=self._start(block, prefix, linears),
             prefix=prefix,
         )
-        result = _as_it_is(task.start) if job.blocks_stay and task.start else job.method.quantize_block(task)
+        result = _as_it_is(task.start) if job.blocks_stay and task.start else self._by_method(task, streams)
         check_finite(index, result)
         distributed.check_agreement(result.tensors, f"block {index}")
         shard = self._writer.path / layout.block_shard(index)
@@ -341,6 +342,18 @@ class _Run:
             layout.write_adapters(files[-1], prefix, result.adapters)
         self._writer.record(str(index), records, files=files)
         phase.advance(1 + job.method.needs.epochs - min(epochs, job.method.needs.epochs), f"block {index}")
+
+    def _by_method(self, task: BlockTask, streams: Streams | None) -> BlockResult:
+        """What the method makes of a block; where no full-precision stream has called its layers, the method has to."""
+        method = self._job.method
+        if streams is None or method.needs.full_precision:
+            return method.quantize_block(task)
+        called: set[str] = set()
+        layers = {linear: task.block.get_submodule(linear) for linear in task.linears}
+        with watching(layers, lambda linear, _: called.add(linear)):
+            result = method.quantize_block(task)
+        streams.check_called(task.index, task.block, called)
+        return result
 
     def _start(self, block: nn.Module, prefix: str, linears: tuple[str, ...]) -> BlockStart | None:
         start = self._job.start

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ulbq import distributed
+from ulbq.errors import InputError
 from ulbq.formats import AnyScheme
 from ulbq.models.blocks import load_block
 from ulbq.models.stream import ActivationStore, BlockStream
-from ulbq.models.watch import never_called, watching
+from ulbq.models.watch import watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
@@ -82,6 +83,28 @@ class Streams:
             layout.restore_adapters(block, prefix, adapters, self._job.method.needs.adapter)
         self._run(block, index, self._quantized, self._quantized)
 
+    def check_called(self, index: int, block: nn.Module, called: set[str]) -> None:
+        """Refuse a block with a layer that no sample calls; for methods that do without the full-precision stream.
+
+        Args:
+            index: of the block.
+            block: it, as the method left it.
+            called: the layers that were called in this process on samples that train. The others get the held-out ones.
+
+        Raises:
+            InputError: names the layer.
+        """
+        _, linears = self._job.names(index)
+        missed = set(linears) - _of_all(called)
+        if not missed:
+            return
+        late: set[str] = set()
+        layers = {linear: block.get_submodule(linear) for linear in sorted(missed)}
+        with watching(layers, lambda linear, _: late.add(linear)):
+            self._run(block, index, self._quantized, self._quantized.copy())
+        if missed := missed - _of_all(late):
+            raise _never_called(index, min(missed))
+
     def ends(self) -> tuple[ActivationStore, ActivationStore]:
         """Both streams where they stand: in full precision, and through the packed blocks."""
         return self._full, self._quantized
@@ -117,7 +140,7 @@ def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[s
     with watching({linear: block.get_submodule(linear) for linear in linears}, add):
         yield sums
     # An expert may be called in some processes only.
-    called = {name for names in distributed.gather(set(sums)) for name in names}
+    called = _of_all(set(sums))
     for linear in linears:
         if linear in called:
             weight = linear_layer(block, linear).weight
@@ -125,9 +148,21 @@ def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[s
             distributed.sum_(sums[linear])
 
 
+def _of_all(names: set[str]) -> set[str]:
+    """What all processes have together."""
+    return {name for some in distributed.gather(names) for name in some}
+
+
+def _never_called(index: int, linear: str) -> InputError:
+    return InputError(
+        f"Block {index} never calls its layer '{linear}' on the calibration samples.",
+        hint="Take more samples; where the model uses the layer's weight by itself, --method rtn needs none.",
+    )
+
+
 def _importance(index: int, linear: str, sums: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A layer's sums; the same for every column where no token reached it, as with an expert that nobody chose."""
     if linear not in sums:
-        raise never_called(index, linear)
+        raise _never_called(index, linear)
     total = sums[linear]
     return total if total.any() else torch.ones_like(total)
