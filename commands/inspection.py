@@ -20,8 +20,11 @@ from ulbq.artifacts import (
     QuantizedManifest,
     SaliencyManifest,
 )
+from ulbq.evaluation.results import read_results
+from ulbq.evaluation.table import size
 from ulbq.pipeline.inspect import Ancestor, Inspection, State
 
+from . import scores
 from .progress import duration
 from .saliency_table import each, summary
 
@@ -50,7 +53,8 @@ def show(console: Console, inspection: Inspection, *, layers: bool = False) -> N
         if manifest.skipped:
             sections.append(("In full precision", Text(", ".join(manifest.skipped))))
     elif isinstance(manifest, EvaluationManifest):
-        sections.append(("Results", _grid(dict(_scalars(manifest.results)))))
+        results = read_results(inspection.path, manifest)
+        sections.append(("Results", Group(scores.table(results), Text(), *scores.lines(results))))
     elif isinstance(manifest, SaliencyManifest):
         sections.append(("Scores", summary(manifest)))
         if layers:
@@ -62,15 +66,6 @@ def show(console: Console, inspection: Inspection, *, layers: bool = False) -> N
     for title, body in sections:
         console.print(Group(Text(title, style="bold underline"), body) if title else body)
         console.print()
-
-
-def size(count: float) -> str:
-    """Bytes as people write them, in powers of ten as file managers do: ``512 B``, ``88.5 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def scheme(parameters: Mapping[str, Any]) -> str:
@@ -250,18 +245,6 @@ def _column_summary(layers: Iterable[LayerRecord]) -> dict[str, str]:
         return {}
     shares = (f"{counted[width] / counted.total():.2%} at {width} bits" for width in sorted(counted))
     return {"columns": ", ".join(shares), "outliers": f"{outliers:,}, {outliers / weights:.3%} of the weights"}
-
-
-def _scalars(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
-    """The numbers and words in a tree of results, by dotted name."""
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _scalars(part, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
-        for index, part in enumerate(value):
-            yield from _scalars(part, f"{name}[{index}]")
-    elif value is not None:
-        yield name, f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _phases(manifest: AnyManifest) -> Table:

@@ -11,10 +11,11 @@ from tests.models.test_load import write_quantized
 from tests.models.tiny import save_tiny, tiny_tokenizer
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.formats import AffineScheme
+from ulbq.models.decoding import TextStream
 from ulbq.models.load import load_model, model_memory
 from ulbq.models.source import ModelSource, resolve
 from ulbq.nn.adapter import AdapterConfig
-from ulbq.pipeline.generate import GenerateRequest, Generation, TextStream, generate
+from ulbq.pipeline.generate import GenerateRequest, Generation, generate
 
 PROMPT = "once upon a time"
 AFFINE = AffineScheme(bits=4, group_size=32)

@@ -100,6 +100,11 @@ class LazyTensors:
         """All tensor names."""
         return frozenset(self._stored)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold them."""
+        return sorted({stored.file for stored in self._stored.values()})
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
         return self._find(name).shape

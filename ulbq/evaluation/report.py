@@ -8,11 +8,12 @@ from itertools import groupby
 from ulbq import __version__
 from ulbq.artifacts import BitsReport, QuantizedManifest
 from ulbq.evaluation import figures
-from ulbq.evaluation.results import Results
-from ulbq.evaluation.table import describe, footnotes, parents, rows
+from ulbq.evaluation.results import ModelScores, Results
+from ulbq.evaluation.table import describe, footnotes, parents, rows, size
 from ulbq.evaluation.theme import PARTS, SERIES, STYLE, tiles
+from ulbq.evaluation.words import words_section
 
-_MIB = 8 * 2**20  # bits
+_MB = 8e6  # bits
 
 
 def report(title: str, results: Results, quantized: Mapping[str, QuantizedManifest], *, created: str) -> str:
@@ -28,6 +29,7 @@ def report(title: str, results: Results, quantized: Mapping[str, QuantizedManife
     body = [
         _header(title, results),
         _tiles(results),
+        words_section(results),
         _scores(results),
         _perplexity(results),
         _tasks(results),
@@ -66,6 +68,7 @@ def _tiles(results: Results) -> str:
     values = []
     if scores.subject.bits_per_weight is not None:
         values.append((f"{scores.subject.bits_per_weight:.3f}", "bits per weight, scales and all"))
+    values += _weight_tiles(scores, original)
     for name, found in scores.perplexity.items():
         base = original.perplexity.get(name) if original else None
         beside = f"; parent {base.value:,.2f}" if base else ""
@@ -74,6 +77,22 @@ def _tiles(results: Results) -> str:
         values.append((f"{scores.fidelity.mean_kl:.3f}", "mean KL from its parent, nats a token"))
         values.append((f"{scores.fidelity.top1_agreement:.1%}", "same top token as its parent"))
     return tiles(values)
+
+
+def _weight_tiles(scores: ModelScores, original: ModelScores | None) -> list[tuple[str, str]]:
+    """Size and speed, each beside the parent's."""
+    values = []
+    if (own := scores.weights) is not None:
+        theirs = original.weights if original else None
+        values.append((size(own.on_disk), "on disk" + (f"; parent {size(theirs.on_disk)}" if theirs else "")))
+        values.append(
+            (size(own.in_memory), "weights in memory" + (f"; parent {size(theirs.in_memory)}" if theirs else ""))
+        )
+    if (pace := scores.tokens_per_second) is not None:
+        theirs_pace = original.tokens_per_second if original else None
+        beside = f"; parent {theirs_pace:.1f}" if theirs_pace else ""
+        values.append((f"{pace:.1f}", f"tokens per second{beside}"))
+    return values
 
 
 def _scores(results: Results) -> str:
@@ -151,7 +170,7 @@ def _bits_table(name: str, report: BitsReport, *, titled: bool) -> str:
     lines.append(_bits_row("all tensors", sum(report.parts.values()), None, style="total"))
     head = f"<h3>{escape(name)}</h3>" if titled else ""
     return (
-        f'{head}<div class="scroll"><table><thead><tr><th></th><th>bits per weight</th><th>MiB</th></tr></thead>'
+        f'{head}<div class="scroll"><table><thead><tr><th></th><th>bits per weight</th><th>MB</th></tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -159,7 +178,7 @@ def _bits_table(name: str, report: BitsReport, *, titled: bool) -> str:
 def _bits_row(label: str, bits: int, weights: int | None, *, style: str = "") -> str:
     share = "" if weights is None else f"{bits / weights:.3f}"
     attribute = f' class="{style}"' if style else ""
-    return f"<tr{attribute}><th>{escape(label)}</th><td>{share}</td><td>{bits / _MIB:,.2f}</td></tr>"
+    return f"<tr{attribute}><th>{escape(label)}</th><td>{share}</td><td>{bits / _MB:,.2f}</td></tr>"
 
 
 def _legend(entries: Iterable[tuple[str, str]]) -> str:

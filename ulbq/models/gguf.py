@@ -6,6 +6,7 @@ tensor equals the one in transformers' own load of the whole file.
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,14 @@ class GgufTensors:
     def names(self) -> frozenset[str]:
         """Parameters of the model that the file holds."""
         return self._names
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Types of the stored tensors, such as ``Q4_1``, those that take the most bytes first."""
+        taken: Counter[str] = Counter()
+        for data, kind in self._tensors.values():
+            taken[kind.name] += data.nbytes
+        return tuple(kind for kind, _ in taken.most_common())
 
     def read(self, name: str) -> torch.Tensor:
         """The parameter ``name`` in float32. Raises KeyError where the file lacks it."""
