@@ -10,7 +10,7 @@ from rich.text import Text
 from ulbq.artifacts import EvaluationManifest
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.table import footnotes, rows
-from ulbq.evaluation.words import by_prompt, one_line
+from ulbq.evaluation.words import by_prompt, one_line, silence
 
 
 def show(console: Console, manifest: EvaluationManifest, report: Path) -> None:
@@ -47,6 +47,8 @@ def lines(results: Results) -> list[Text]:
     found = []
     for prompt, written in by_prompt(results).items():
         found.append(Text.assemble(("Prompt: ", "dim"), one_line(prompt)))
-        found += [Text.assemble((f"  {name}: ", "bold"), one_line(one.text)) for name, one in written.items()]
+        found += [
+            Text.assemble((f"  {name}: ", "bold"), silence(one) or one_line(one.text)) for name, one in written.items()
+        ]
         found.append(Text())
     return [*found, *(Text(note, style="dim") for note in footnotes(results))]

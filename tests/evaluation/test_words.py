@@ -3,7 +3,7 @@
 import pytest
 
 from tests.evaluation.sample import continuation, model_scores, results
-from ulbq.evaluation.words import NOTHING, by_prompt, one_line, visible, words_section
+from ulbq.evaluation.words import by_prompt, one_line, silence, visible, words_section
 
 FULL = model_scores("full", continuations=[continuation("Once", " upon a time"), continuation("Two", " three")])
 SMALL = model_scores("small", parent="full", continuations=[continuation("Once", " more\nand <more>")])
@@ -18,8 +18,8 @@ SMALL = model_scores("small", parent="full", continuations=[continuation("Once",
         ("right\u202eto left\u2066", "rightto left"),
         ("a\u2028b", "a b"),
         ("näïve 猫 🐱", "näïve 猫 🐱"),
-        ("", NOTHING),
-        (" \n\x1b ", NOTHING),
+        ("", ""),
+        (" \n\x1b ", ""),
     ],
 )
 def test_a_line_shows_everything_and_obeys_nothing(text, line):
@@ -39,13 +39,21 @@ def test_the_section_shows_texts_as_text():
     page = words_section(results(FULL, SMALL))
     assert "<h2>In their own words</h2>" in page
     assert page.count("<dd>") == 3
-    assert " more\nand &lt;more&gt;" in page
+    assert "<dd>more\nand &lt;more&gt;</dd>" in page
     assert "12 tokens · 40.0 tokens per second" in page
 
 
 def test_a_text_of_nothing_is_told():
-    silent = model_scores("silent", continuations=[continuation("Once", "\n")])
-    assert f'<dd class="nothing">{NOTHING}</dd>' in words_section(results(silent))
+    blank = continuation("Once", "\n \x1b")
+    at_once = blank.model_copy(update={"text": "", "new_tokens": 1})
+    assert [silence(one) for one in (SMALL.continuations[0], blank, at_once)] == [
+        "",
+        "(blanks alone)",
+        "(nothing: the model ended its text at once)",
+    ]
+    page = words_section(results(model_scores("silent", continuations=[at_once])))
+    assert '<dd class="nothing">(nothing: the model ended its text at once)</dd>' in page
+    assert "1 token · " in page
 
 
 def test_no_section_without_a_text():

@@ -72,7 +72,7 @@ td.best { font-weight: 700; color: var(--accent); }
 .words .prompt { color: var(--soft); white-space: pre-wrap; }
 .words dl { margin: 0; }
 .words dt { margin-top: 10px; font-size: 13.5px; font-weight: 600; overflow-wrap: anywhere; }
-.words dt span { color: var(--soft); font-weight: 400; margin-left: 6px; }
+.words dt span { display: inline-block; color: var(--soft); font-weight: 400; }
 .words dd {
   margin: 2px 0 0; padding: 6px 0 6px 12px; border-left: 3px solid var(--faint);
   white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext;

@@ -5,11 +5,9 @@ from html import escape
 
 from ulbq.evaluation.results import Continuation, Results
 
-NOTHING = "(nothing: the model ended its text at once)"
-"""Stands where a text should."""
-
 # Characters that show nothing and may tell a terminal, or the writing beside them, what to do.
 _CONTROL = frozenset({"Cc", "Cf", "Cs"})
+_CAPTION = "Written greedily: every token is the one that the model finds likeliest."
 
 
 def by_prompt(results: Results) -> dict[str, dict[str, Continuation]]:
@@ -27,8 +25,15 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text in one line, without control characters; :data:`NOTHING` where nothing is left."""
-    return " ".join(visible(" ".join(text.split())).split()) or NOTHING
+    """A text in one line, without control characters."""
+    return " ".join(visible(" ".join(text.split())).split())
+
+
+def silence(written: Continuation) -> str:
+    """What stands in place of a text in which there is nothing to see; empty where there is something."""
+    if one_line(written.text):
+        return ""
+    return "(nothing: the model ended its text at once)" if written.new_tokens == 1 else "(blanks alone)"
 
 
 def words_section(results: Results) -> str:
@@ -36,22 +41,20 @@ def words_section(results: Results) -> str:
     found = by_prompt(results)
     if not found:
         return ""
-    several = sum(map(len, found.values())) > len(found)
-    told = "Written greedily, so that the words are the models' first choice"
-    told += " and both may be compared." if several else "."
     drawn = "".join(
         f'<h3 class="prompt">{escape(visible(prompt))}</h3><dl>'
         f"{''.join(_one(name, one) for name, one in written.items())}</dl>"
         for prompt, written in found.items()
     )
-    return f'<section class="words"><h2>In their own words</h2><p class="caption">{escape(told)}</p>{drawn}</section>'
+    return f'<section class="words"><h2>In their own words</h2><p class="caption">{_CAPTION}</p>{drawn}</section>'
 
 
 def _one(name: str, written: Continuation) -> str:
+    count = f"{written.new_tokens} token{'' if written.new_tokens == 1 else 's'}"
     pace = "" if written.tokens_per_second is None else f" · {written.tokens_per_second:.1f} tokens per second"
-    text = visible(written.text).strip("\n")
-    style = "" if text.strip() else ' class="nothing"'
+    nothing = silence(written)
+    style = ' class="nothing"' if nothing else ""
     return (
-        f"<dt>{escape(name)} <span>{written.new_tokens} tokens{pace}</span></dt>"
-        f"<dd{style}>{escape(text if text.strip() else NOTHING)}</dd>"
+        f"<dt>{escape(name)} <span>{count}{pace}</span></dt>"
+        f"<dd{style}>{escape(nothing or visible(written.text).strip())}</dd>"
     )
