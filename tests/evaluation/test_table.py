@@ -74,8 +74,8 @@ def test_sizes_and_speed_stand_before_and_after():
     assert table["tokens per second ↑"].cells == ("10.0", "18.2")
     notes = " ".join(footnotes(results(parent, child)))
     assert "full is a GGUF file of Q4_1, Q8_0" in notes
-    assert "dense weights in bfloat16, packed ones packed" in notes
-    assert "continued greedily by at most 32 tokens" in notes
+    assert "dense ones in bfloat16, packed ones packed" in notes
+    assert "Prompts: as bare text, continued greedily by at most 32 tokens" in notes
     assert "(cpu, 2 threads)" in notes
 
 

@@ -121,11 +121,11 @@ def _prompt_notes(results: Results) -> list[str]:
     written = [one for scores in results.models for one in scores.continuations]
     if not written:
         return []
-    layouts = _union([one.template or "bare text"] for one in written)
+    layouts = _union([f"laid out as {one.template}" if one.template else "as bare text"] for one in written)
     devices = _union([one.device] for one in written)
     longest = max(one.timed_tokens for one in written)
     return [
-        f"Prompts: laid out as {', '.join(layouts)}, continued greedily by at most {longest:,} tokens.",
+        f"Prompts: {', '.join(layouts)}, continued greedily by at most {longest:,} tokens.",
         f"Tokens per second: {longest:,} tokens after each prompt, one at a time, after a warm-up, past any end of the "
         f"text ({'; '.join(devices)}).",
     ]
@@ -139,8 +139,8 @@ def _weight_notes(results: Results) -> list[str]:
     files = [f"{name} is a GGUF file of {', '.join(w.gguf_types)}" for name, w in known.items() if w.gguf_types]
     stored = f" ({'; '.join(files)})" if files else ""
     return [
-        f"Size on disk: the files that hold the weights{stored}. In memory: what products are made with, dense weights "
-        f"in {results.protocol.dtype}, packed ones packed."
+        f"Size on disk: the files that hold the weights{stored}. In memory: the weights as loaded, dense ones in "
+        f"{results.protocol.dtype}, packed ones packed."
     ]
 
 
