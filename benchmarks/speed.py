@@ -47,9 +47,9 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
     import torch
     from transformers import AutoTokenizer
 
+    from ulbq.models.decoding import TextStream
     from ulbq.models.load import load_model, model_memory
     from ulbq.models.source import resolve
-    from ulbq.pipeline.generate import TextStream
 
     torch.set_num_threads(threads)
     if kind == "llama.cpp":
@@ -68,7 +68,7 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
     prompt = torch.tensor([tokenizer.encode(PROMPT)])
     print(json.dumps({"weights_mb": (model_memory(model).weights + hqq_scales(model)) / 1e6}), file=out)
     for _ in sys.stdin:
-        stream = TextStream(tokenizer, lambda text: None)
+        stream = TextStream(tokenizer)
         wall, cpu = time.perf_counter(), time.process_time()
         with torch.inference_mode():
             model.generate(

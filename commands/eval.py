@@ -55,12 +55,24 @@ def eval(  # the command's name; nothing here evaluates expressions
             rich_help_panel=_MEASURES,
         ),
     ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="Let every model and its full-precision parent go on from this text, beside the scores, and time it; "
+            "can be given more than once.",
+            show_default=False,
+            rich_help_panel=_MEASURES,
+        ),
+    ] = None,
     template: Annotated[
         Literal["chat", "alpaca", "gsm8k"] | None,
         typer.Option(
             "--template",
-            help="How questions are laid out that want a written answer.",
-            show_default="as the model was fine-tuned, else alpaca",
+            help="How questions that want a written answer, and prompts, are laid out.",
+            show_default="questions as the model was fine-tuned, else alpaca; prompts as bare text",
             rich_help_panel=_PROTOCOL,
         ),
     ] = None,
@@ -70,8 +82,8 @@ def eval(  # the command's name; nothing here evaluates expressions
             "--max-new-tokens",
             min=1,
             metavar="N",
-            help="Longest written answer.",
-            show_default="256, commonsense 32",
+            help="Longest written answer, or text after a prompt.",
+            show_default="256, commonsense and --prompt 32",
             rich_help_panel=_PROTOCOL,
         ),
     ] = None,
@@ -178,9 +190,9 @@ def eval(  # the command's name; nothing here evaluates expressions
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model: perplexity, fidelity to its full-precision parent, benchmark tasks.
+    """Measure a model: size, perplexity, fidelity to its full-precision parent, benchmark tasks, words and speed.
 
-    Without SOURCE, the newest quantized or converted model under ./artifacts. If nothing is asked for: fidelity, and
+    Without SOURCE, the newest quantized or converted model under ./artifacts. If no score is asked for: fidelity, and
     perplexity on WikiText-2 where that can be had. Writes results.json and report.html.
     """
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
@@ -193,6 +205,7 @@ def eval(  # the command's name; nothing here evaluates expressions
         sources=chosen,
         perplexity=_names("--perplexity", perplexity),
         tasks=_names("--tasks", tasks),
+        prompts=tuple(prompt or ()),
         template=template,
         max_new_tokens=max_new_tokens,
         fidelity=fidelity,

@@ -143,8 +143,17 @@ def generate(
         write(done.model_dump_json(indent=2))
     elif not done.text.endswith("\n"):
         _write("\n")
+    if not done.text.strip():
+        progress.warn(_nothing_said(done.new_tokens, chat=chat))
     for line in summary(done):
         progress.note(line)
+
+
+def _nothing_said(tokens: int, *, chat: bool) -> str:
+    """Why there is nothing to read, and what might help: an empty line alone looks like a fault."""
+    other = "the bare text, without --chat" if chat else "another prompt"
+    what = "ended its answer at once" if tokens == 1 else f"wrote {tokens:,} tokens that show nothing"
+    return f"The model {what}; try {other}, --temperature 0.7, or a model of more bits."
 
 
 def _write(text: str) -> None:

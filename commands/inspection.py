@@ -22,12 +22,12 @@ from ulbq.artifacts import (
     SaliencyManifest,
 )
 from ulbq.evaluation.results import Results
-from ulbq.evaluation.table import footnotes
+from ulbq.evaluation.table import size
 from ulbq.pipeline.inspect import Ancestor, Inspection, State
 
+from . import scores
 from .progress import duration
 from .saliency_table import each, summary
-from .scores import score_table
 
 _STANDARD_PARTS = ("codes", "scales", "zeros", "router", "adapter")
 # What only the codebook format has, where it stands instead of scales.
@@ -68,15 +68,6 @@ def show(console: Console, inspection: Inspection, *, layers: bool = False) -> N
     for title, body in sections:
         console.print(Group(Text(title, style="bold underline"), body) if title else body)
         console.print()
-
-
-def size(count: float) -> str:
-    """Bytes as people write them, in powers of ten as file managers do: ``512 B``, ``88.5 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def scheme(parameters: Mapping[str, Any]) -> str:
@@ -125,7 +116,19 @@ def _results(manifest: EvaluationManifest) -> RenderableType:
         results = Results.model_validate(manifest.results)
     except ValidationError:
         return _grid(dict(_scalars(manifest.results)))
-    return Group(score_table(results), *(Text(note, style="dim") for note in footnotes(results)))
+    return Group(scores.table(results), Text(), *scores.lines(results))
+
+
+def _scalars(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
+    """The numbers and words in a tree of results, by dotted name."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _scalars(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _scalars(part, f"{name}[{index}]")
+    elif value is not None:
+        yield name, f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _facts(inspection: Inspection) -> Table:
@@ -275,18 +278,6 @@ def _column_summary(layers: Iterable[LayerRecord]) -> dict[str, str]:
         return {}
     shares = (f"{counted[width] / counted.total():.2%} at {width} bits" for width in sorted(counted))
     return {"columns": ", ".join(shares), "outliers": f"{outliers:,}, {outliers / weights:.3%} of the weights"}
-
-
-def _scalars(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
-    """The numbers and words in a tree of results, by dotted name."""
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _scalars(part, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
-        for index, part in enumerate(value):
-            yield from _scalars(part, f"{name}[{index}]")
-    elif value is not None:
-        yield name, f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _phases(manifest: AnyManifest) -> Table:

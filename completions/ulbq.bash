@@ -115,6 +115,7 @@ _ulbq() {
         case $previous in
         --perplexity) _ulbq_value 'list' 'wikitext2 c4 ptb' "$current"; return ;;
         --tasks) _ulbq_value 'list' 'piqa arc_easy arc_challenge openbookqa winogrande social_iqa arithmetic-cot commonsense gsm8k-cot svamp mawps aqua boolq-instruct piqa-instruct siqa-instruct hellaswag-instruct winogrande-instruct arc_easy-instruct arc_challenge-instruct openbookqa-instruct' "$current"; return ;;
+        -p|--prompt) _ulbq_value '' '' "$current"; return ;;
         --template) _ulbq_value '' 'chat alpaca gsm8k' "$current"; return ;;
         --max-new-tokens) _ulbq_value '' '' "$current"; return ;;
         --parent) _ulbq_value 'files' '' "$current"; return ;;
@@ -129,7 +130,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--compare --perplexity --tasks --template --max-new-tokens --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --prefill-cache --seed --device --data-dir --offline --no-verify -o --output --force --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--compare --perplexity --tasks -p --prompt --template --max-new-tokens --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --prefill-cache --seed --device --data-dir --offline --no-verify -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

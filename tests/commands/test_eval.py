@@ -63,6 +63,30 @@ def test_written_answers_need_a_name_alone(folder, capsys):
     assert len(Path("artifacts/q-eval/samples.jsonl").read_text().splitlines()) == 4
 
 
+def test_both_models_words_stand_below_the_table(folder, capsys):
+    prompts = ("-p", "once upon", "--prompt", "a quick\x1b[2J fox")
+    code, out, err = run(capsys, "artifacts/q", "--limit", "2", *prompts, "--max-new-tokens", "5")
+    assert (code, out) == (0, "artifacts/q-eval\n")
+    shown = err.splitlines()
+    start = shown.index("Prompt: once upon")
+    assert [line.split(":")[0] for line in shown[start : start + 3]] == ["Prompt", "  base", "  q"]
+    assert all(line.split(": ")[1].strip() for line in shown[start + 1 : start + 3])
+    assert "Prompt: a quick[2J fox" in shown
+    assert "\x1b" not in err
+    for text in ("size on disk", "weights in memory", "tokens per second ↑", "at most 5 tokens"):
+        assert text in err
+    assert shown[-1] == "Report: artifacts/q-eval/report.html"
+
+
+def test_inspection_shows_the_same(folder, capsys):
+    assert run(capsys, "artifacts/q", "--limit", "2", "-p", "once upon", "--max-new-tokens", "5")[0] == 0
+    assert main(["inspect", "artifacts/q-eval"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "artifacts/q-eval\n"
+    for text in ("Prompt: once upon", "  base: ", "  q: ", "tokens per second ↑", "wikitext2 ↓", "size on disk"):
+        assert text in err
+
+
 def test_compares_several(folder, capsys):
     code, out, err = run(capsys, "--compare", "artifacts/q", "base", "--limit", "2")
     assert (code, out) == (0, "artifacts/comparison\n")
@@ -79,6 +103,7 @@ def test_compares_several(folder, capsys):
         (["artifacts/q", "--perplexity", "wiki"], "no text set 'wiki'"),
         (["artifacts/q", "--tasks", ","], "--tasks names nothing"),
         (["artifacts/q", "--tasks", "piqa", "--template", "chat"], "--template means nothing to tasks of lm-eval"),
+        (["artifacts/q", "--prompt", " "], "The prompt is empty"),
         (["artifacts/q", "--seed", str(2**64)], "seed"),
         (["artifacts/q", "--batch-size", str(10**30)], "batch-size"),
     ],

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.models.tiny import save_tiny
 from ulbq.commands.app import main
 from ulbq.errors import UlbqError
+from ulbq.models.load import load_model
+from ulbq.models.source import resolve
 from ulbq.pipeline import generate as pipeline
 from ulbq.pipeline.quantize import QuantizeRequest, quantize
 
@@ -70,6 +73,45 @@ def test_json_is_one_object(folder, capsys):
 def test_the_cache_is_told(folder, capsys):
     _, _, err = run(capsys, "artifacts/q", "-p", "ab " * 60, "--prefill-cache")
     assert "prefill cache 0 MB" in err
+
+
+def end_at_once(folder: Path, prompt: str) -> None:
+    """Make the token that comes first after a prompt one that ends the text and shows nothing."""
+    source = resolve(folder)
+    tokens = source.tokenizer()(prompt, return_tensors="pt").input_ids
+    first = int(load_model(source, dtype=torch.bfloat16)(tokens).logits[0, -1].argmax())
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {first}}}')
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["extra_special_tokens"] = [source.tokenizer().convert_ids_to_tokens(first)]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_an_answer_of_nothing_says_so(folder, capsys):
+    end_at_once(folder / "base", "once upon")
+    sentence = "The model ended its answer at once; try another prompt, --temperature 0.7, or a model of more bits."
+    code, out, err = run(capsys, "base", "-p", "once upon")
+    assert (code, out) == (0, "\n")
+    assert f"warning: {sentence}\n" in err
+    assert run(capsys, "base", "-p", "once upon", "-q") == (0, "\n", f"warning: {sentence}\n")
+    code, out, err = run(capsys, "base", "-p", "once upon", "--json", "-q")
+    assert (code, json.loads(out)["text"], err) == (0, "", f"warning: {sentence}\n")
+
+
+def test_a_chat_of_nothing_names_the_way_without_one(folder, capsys):
+    end_at_once(folder / "base", "user: hello\n")
+    code, out, err = run(capsys, "base", "-p", "hello", "--chat", "-q")
+    assert (code, out) == (0, "\n")
+    assert "try the bare text, without --chat" in err
+
+
+def test_blanks_alone_say_so(folder, capsys, monkeypatch):
+    values = {"model": "m", "device": "cpu", "prompt_tokens": 2, "new_tokens": 3, "prefill_seconds": 1.0}
+    values |= {"decode_seconds": 1.0, "tokens_per_second": 2.0, "weight_memory": 1, "cache_memory": 0, "peak_memory": 1}
+    blank = pipeline.Generation(text=" \n", **values)
+    monkeypatch.setattr(pipeline, "generate", lambda request, on_text, progress: blank)
+    code, _, err = run(capsys, "base", "-p", "x", "-q")
+    assert code == 0
+    assert err.startswith("warning: The model wrote 3 tokens that show nothing; try another prompt")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from tests.artifacts.sample import SCHEME, parent_of, quantized, write_artifact
+from tests.evaluation.sample import model_scores, results
 from ulbq.artifacts import (
     BitsReport,
     BlockRecord,
@@ -21,6 +22,8 @@ from ulbq.artifacts import (
 from ulbq.artifacts.records import RotationRecord
 from ulbq.commands.app import main
 from ulbq.commands.inspection import scheme, show, size
+from ulbq.errors import InputError
+from ulbq.evaluation.results import ModelScores
 from ulbq.kernels import build
 from ulbq.pipeline.inspect import inspect
 from ulbq.runtime import PhaseRecord
@@ -40,6 +43,11 @@ def written(manifest: Manifest, *, layers: bool = False) -> str:
     show(console, inspect(write_artifact(Path("q"), manifest)), layers=layers)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def evaluation(*models: ModelScores, **changes: Any) -> EvaluationManifest:
+    """An evaluation of these models."""
+    return EvaluationManifest(**COMMON, results=results(*models).model_dump(mode="json"), **changes)
 
 
 def rows(text: str, first: str) -> list[list[str]]:
@@ -81,7 +89,7 @@ class TestCommand:
 
     def test_the_newest_artifact_of_any_kind_is_the_default(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_artifact(Path("artifacts/old"))
-        write_artifact(Path("artifacts/new"), EvaluationManifest(**COMMON, results={}))
+        write_artifact(Path("artifacts/new"), evaluation())
         assert main(["inspect", "--quiet"]) == 0
         assert capsys.readouterr().out == "artifacts/new\n"
 
@@ -185,17 +193,21 @@ class TestTables:
         assert rows(text, "blocks") == [["blocks", "8:43", "1.7", "GB"]]
 
     def test_other_kinds_show_what_they_have(self) -> None:
-        results = {"models": [{"perplexity": {"wikitext2": 71.0234567}, "fidelity": None}]}
-        assert "models[0].perplexity.wikitext2  71.0235" in written(EvaluationManifest(**COMMON, results=results))
+        found = rows(written(evaluation(model_scores("one", perplexity=71.0234567))), "  wikitext2")
+        assert found == [["wikitext2", "↓", "71.02"]]
         Path("q").rename("e")
         assert "dense, bfloat16" in written(ConvertedManifest(**COMMON, target="dense", dtype="bfloat16"))
+
+    def test_results_of_another_shape_are_refused(self) -> None:
+        with pytest.raises(InputError, match="another shape than this version of ulbq writes"):
+            written(EvaluationManifest(**COMMON, results={"models": 3}))
 
     def test_ancestry_is_a_tree_with_the_state_of_each(self) -> None:
         gguf = Parent(kind="gguf", name="SmolLM2", path="/nowhere/smol.gguf", sha256="0")
         path = write_artifact(Path("parent"), quantized(name="parent", parents=(gguf,)))
         middle = parent_of(path, read_manifest(path))
         hub = Parent(kind="hub", name="tiny", path="nobody/tiny", sha256="0")
-        text = written(EvaluationManifest(**COMMON, results={}, parents=(middle, hub)))
+        text = written(evaluation(parents=(middle, hub)))
         tree = [line.rstrip() for line in text[text.index("Ancestry") :].splitlines()]
         assert tree[1] == "x"
         assert tree[2].startswith("├── parent (quantized, 20")

@@ -1,10 +1,22 @@
 """Made-up scores, and a mirror of data sets small enough for tests."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ulbq.evaluation.results import Fidelity, Metric, ModelScores, Perplexity, Protocol, Results, Subject, TaskScore
+from ulbq.evaluation.results import (
+    Continuation,
+    Fidelity,
+    Metric,
+    ModelScores,
+    Perplexity,
+    Protocol,
+    Results,
+    Subject,
+    TaskScore,
+    WeightSize,
+)
 
 PROTOCOL = Protocol(context=1024, limit=None, fewshot=None, dtype="bfloat16", seed=0)
 
@@ -18,6 +30,8 @@ def model_scores(
     perplexity: float | None = None,
     kl: float | None = None,
     tasks: dict[str, dict[str, float]] | None = None,
+    weights: WeightSize | None = None,
+    continuations: Sequence[Continuation] = (),
     **subject: Any,
 ) -> ModelScores:
     """Scores of a model; a quantized one where it has a parent."""
@@ -30,9 +44,24 @@ def model_scores(
     )
     return ModelScores(
         subject=described,
+        weights=weights,
+        continuations=tuple(continuations),
         perplexity={"wikitext2": measured} if measured else {},
         fidelity=compared,
         tasks={task: task_score(metrics) for task, metrics in (tasks or {}).items()},
+    )
+
+
+def continuation(prompt: str, text: str, pace: float | None = 40.0, device: str = "cpu, 2 threads") -> Continuation:
+    """What a model wrote in twelve tokens."""
+    return Continuation(
+        prompt=prompt,
+        template=None,
+        text=text,
+        new_tokens=12,
+        timed_tokens=32,
+        tokens_per_second=pace,
+        device=device,
     )
 
 

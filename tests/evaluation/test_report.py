@@ -7,10 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from tests.artifacts.sample import SCHEME, quantized
-from tests.evaluation.sample import model_scores, results
+from tests.evaluation.sample import continuation, model_scores, results
 from ulbq.artifacts import BitsReport, BlockRecord, LayerRecord
 from ulbq.evaluation import figures
 from ulbq.evaluation.report import report
+from ulbq.evaluation.results import WeightSize
 from ulbq.evaluation.svg import Scale, number
 
 VOID = {"meta", "br"}
@@ -70,6 +71,26 @@ def test_shows_scores_and_figures():
     for text in ("24.19", "71.00", "0.5000", "Error by block", "Error by layer", "Bits by part", "2026-11-22"):
         assert text in page.text
     assert page.tags.count("svg") == 5
+
+
+def test_size_and_speed_have_tiles_beside_the_parents():
+    said = [continuation("Once", " upon")]
+    parent = model_scores("full", weights=WeightSize(on_disk=96_600_000, in_memory=269_060_000), continuations=said)
+    child = model_scores(
+        "good",
+        parent="full",
+        weights=WeightSize(on_disk=89_900_000, in_memory=90_100_000),
+        continuations=[continuation("Once", " more", 62.0)],
+    )
+    text = page_of(parent, child)
+    Page(text)
+    tiles = re.findall(r'class="value">(.*?)</div><div class="label">(.*?)</div>', text)
+    assert tiles == [
+        ("89.9 MB", "on disk; parent 96.6 MB"),
+        ("90.1 MB", "weights in memory; parent 269.1 MB"),
+        ("62.0", "tokens per second; parent 40.0"),
+    ]
+    assert text.index("In their own words") < text.index("<h2>Scores</h2>")
 
 
 def test_needs_nothing_but_itself():

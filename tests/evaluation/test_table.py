@@ -1,5 +1,5 @@
-from tests.evaluation.sample import model_scores, results, task_score
-from ulbq.evaluation.results import ModelScores, Writing
+from tests.evaluation.sample import continuation, model_scores, results, task_score
+from ulbq.evaluation.results import ModelScores, WeightSize, Writing
 from ulbq.evaluation.table import Row, describe, footnotes, rows, shown_metrics
 
 PARENT = model_scores("full", perplexity=24.19, tasks={"piqa": {"acc": 0.9}})
@@ -53,6 +53,43 @@ def test_members_of_a_group_are_summed_up_by_the_group():
 
 def test_scores_carry_their_standard_error():
     assert named(rows(results(PARENT)))["piqa acc ↑"].cells == ("0.9000 ± 0.0100",)
+
+
+def test_sizes_and_speed_stand_before_and_after():
+    parent = model_scores(
+        "full",
+        weights=WeightSize(on_disk=96_600_000, in_memory=269_060_000, gguf_types=("Q4_1", "Q8_0")),
+        continuations=[continuation("a", "b", 10.0)],
+    )
+    child = model_scores(
+        "small",
+        parent="full",
+        weights=WeightSize(on_disk=89_900_000, in_memory=90_100_000),
+        # 31 tokens in 3.1 seconds and 31 in 0.31: 62 in 3.41.
+        continuations=[continuation("a", "b", 10.0), continuation("c", "d", 100.0)],
+    )
+    table = named(rows(results(parent, child)))
+    assert table["size on disk"].cells == ("96.6 MB", "89.9 MB")
+    assert table["weights in memory"].cells == ("269.1 MB", "90.1 MB")
+    assert table["tokens per second ↑"].cells == ("10.0", "18.2")
+    notes = " ".join(footnotes(results(parent, child)))
+    assert "full is a GGUF file of Q4_1, Q8_0" in notes
+    assert "dense ones in bfloat16, packed ones packed" in notes
+    assert "Prompts: as bare text, continued greedily by at most 32 tokens" in notes
+    assert "(cpu, 2 threads)" in notes
+
+
+def test_other_devices_are_named_each():
+    both = results(
+        model_scores("a", continuations=[continuation("p", "x")]),
+        model_scores("b", continuations=[continuation("p", "x", device="cpu, 8 threads")]),
+    )
+    assert any("(cpu, 2 threads; cpu, 8 threads)" in note for note in footnotes(both))
+
+
+def test_a_speed_that_nobody_timed_has_no_cell():
+    lone = model_scores("a", continuations=[continuation("p", "x", None)])
+    assert "tokens per second ↑" not in named(rows(results(lone)))
 
 
 def test_descriptions():

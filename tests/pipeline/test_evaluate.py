@@ -232,7 +232,7 @@ def test_an_interrupted_run_goes_on_with_the_next_measurement(made, loads, monke
     told = Listening()
     path, manifest = evaluate(request(made, "q4", limit=2), told)
     assert loads == ["q4", "base"]  # for the fidelity that was missing, and for nothing else
-    assert any(note == "Resuming artifacts/q4-eval: 2 measurements are done." for note in told.notes)
+    assert any(note == "Resuming artifacts/q4-eval: 3 measurements are done." for note in told.notes)
     fresh = evaluate(request(made, "q4", limit=2, out=Path("fresh")))[1]
     assert manifest.results == fresh.results
     assert path == Path("artifacts/q4-eval")

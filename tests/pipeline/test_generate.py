@@ -8,13 +8,13 @@ import torch
 from pydantic import ValidationError
 
 from tests.models.test_load import write_quantized
-from tests.models.tiny import save_tiny, tiny_tokenizer
+from tests.models.tiny import save_tiny
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model, model_memory
 from ulbq.models.source import ModelSource, resolve
 from ulbq.nn.adapter import AdapterConfig
-from ulbq.pipeline.generate import GenerateRequest, Generation, TextStream, generate
+from ulbq.pipeline.generate import GenerateRequest, Generation, generate
 
 PROMPT = "once upon a time"
 AFFINE = AffineScheme(bits=4, group_size=32)
@@ -111,30 +111,6 @@ def test_chat_puts_the_template_around_the_prompt(parent: ModelSource) -> None:
     assert done.text == expected(parent, 12, f"user: {PROMPT}\n")
 
 
-def test_characters_come_whole_and_once() -> None:
-    tokenizer, pieces = tiny_tokenizer(), list[str]()
-    text = "näïve 猫と犬 🐱! "
-    stream = TextStream(tokenizer, pieces.append)
-    stream.put(torch.tensor([tokenizer.encode("so")]))
-    for token in tokenizer.encode(text):
-        stream.put(torch.tensor([token]))
-    stream.end()
-    assert "".join(pieces) == stream.text == text
-    assert {"猫", "🐱"} <= set(pieces)
-    assert len(stream.times) == len(tokenizer.encode(text)) + 1
-
-
-def test_bytes_that_never_make_a_character_still_come_out() -> None:
-    tokenizer, pieces = tiny_tokenizer(), list[str]()
-    stream = TextStream(tokenizer, pieces.append)
-    stream.put(torch.tensor([tokenizer.encode("so")]))
-    for token in tokenizer.encode("猫")[:2]:
-        stream.put(torch.tensor([token]))
-    assert pieces == []
-    stream.end()
-    assert pieces == ["\ufffd"]
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -163,7 +139,10 @@ def test_a_model_without_a_chat_template(parent: ModelSource) -> None:
         written(parent.path, chat=True)
 
 
-def test_predictions_that_are_not_finite(parent: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_predictions_that_are_not_finite(
+    parent: ModelSource, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
     def broken(*args: Any, **options: Any) -> Any:
         model = load_model(*args, **options)
         model.lm_head.weight.data.fill_(float("nan"))
@@ -171,4 +150,4 @@ def test_predictions_that_are_not_finite(parent: ModelSource, monkeypatch: pytes
 
     monkeypatch.setattr("ulbq.pipeline.generate.load_model", broken)
     with pytest.raises(NumericsError, match="not finite"):
-        written(parent.path, temperature=1.0)
+        written(parent.path, temperature=temperature)

@@ -122,6 +122,11 @@ class LazyTensors:
         """The file that holds a tensor."""
         return self._find(name).file
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold them."""
+        return sorted({stored.file for stored in self._stored.values()})
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
         return self._find(name).shape

@@ -11,11 +11,12 @@ from ulbq.artifacts import BitsReport, QuantizedManifest
 from ulbq.artifacts.records import sinks_sentence
 from ulbq.evaluation import figures
 from ulbq.evaluation.markup import element, footer, header, legend, page, table, table_row, together
-from ulbq.evaluation.results import Results
-from ulbq.evaluation.table import describe, footnotes, parents, rows
+from ulbq.evaluation.results import ModelScores, Results
+from ulbq.evaluation.table import describe, footnotes, parents, rows, size
 from ulbq.evaluation.theme import PARTS, SERIES, STYLE, section, tiles
+from ulbq.evaluation.words import words_section
 
-_MIB = 8 * 2**20  # bits
+_MB = 8e6  # bits
 
 
 def report(title: str, results: Results, quantized: Mapping[str, QuantizedManifest], *, created: str) -> str:
@@ -31,6 +32,7 @@ def report(title: str, results: Results, quantized: Mapping[str, QuantizedManife
     body = [
         _header(title, results),
         _tiles(results),
+        words_section(results),
         _scores(results),
         _perplexity(results),
         _tasks(results),
@@ -65,6 +67,7 @@ def _tiles(results: Results) -> Markup:
     values = []
     if scores.subject.bits_per_weight is not None:
         values.append((f"{scores.subject.bits_per_weight:.3f}", "bits per weight, scales and all"))
+    values += _weight_tiles(scores, original)
     for name, found in scores.perplexity.items():
         base = original.perplexity.get(name) if original else None
         beside = f"; parent {base.value:,.2f}" if base else ""
@@ -73,6 +76,22 @@ def _tiles(results: Results) -> Markup:
         values.append((f"{scores.fidelity.mean_kl:.3f}", "mean KL from its parent, nats a token"))
         values.append((f"{scores.fidelity.top1_agreement:.1%}", "same top token as its parent"))
     return tiles(values)
+
+
+def _weight_tiles(scores: ModelScores, original: ModelScores | None) -> list[tuple[str, str]]:
+    """Size and speed, each beside the parent's."""
+    values = []
+    if (own := scores.weights) is not None:
+        theirs = original.weights if original else None
+        values.append((size(own.on_disk), "on disk" + (f"; parent {size(theirs.on_disk)}" if theirs else "")))
+        values.append(
+            (size(own.in_memory), "weights in memory" + (f"; parent {size(theirs.in_memory)}" if theirs else ""))
+        )
+    if (pace := scores.tokens_per_second) is not None:
+        theirs_pace = original.tokens_per_second if original else None
+        beside = f"; parent {theirs_pace:.1f}" if theirs_pace else ""
+        values.append((f"{pace:.1f}", f"tokens per second{beside}"))
+    return values
 
 
 def _scores(results: Results) -> Markup:
@@ -145,13 +164,13 @@ def _bits_table(name: str, report: BitsReport, *, titled: bool) -> Markup:
     lines.append(_bits_row("quantized weights", sum(counted.values()), report.weights, style="total"))
     lines += [_bits_row(part, bits, None) for part, bits in rest.items()]
     lines.append(_bits_row("all tensors", sum(report.parts.values()), None, style="total"))
-    drawn = element("div", table(["", "bits per weight", "MiB"], lines), class_="scroll")
+    drawn = element("div", table(["", "bits per weight", "MB"], lines), class_="scroll")
     return together([element("h3", name), drawn] if titled else [drawn])
 
 
 def _bits_row(label: str, bits: int, weights: int | None, *, style: str | None = None) -> Markup:
     share = "" if weights is None else f"{bits / weights:.3f}"
-    return table_row(label, share, f"{bits / _MIB:,.2f}", style=style)
+    return table_row(label, share, f"{bits / _MB:,.2f}", style=style)
 
 
 def _warnings(quantized: Mapping[str, QuantizedManifest]) -> Markup:

@@ -2,7 +2,10 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ulbq.artifacts import EvaluationManifest
+from ulbq.errors import InputError
 
 WITHOUT_ADAPTER = "without adapter"
 
@@ -114,13 +117,62 @@ class Subject(_Value):
     parent: str | None = None
 
 
+class WeightSize(_Value):
+    """The room that a model's weights take, those of its adapter too where it was measured with it.
+
+    Attributes:
+        on_disk: bytes of the files that hold them.
+        in_memory: bytes of the loaded model's parameters and buffers, packed ones in the layout that products take.
+        gguf_types: of the tensors in a GGUF file, such as ``Q4_1``, those that take the most bytes first; else empty.
+    """
+
+    on_disk: int
+    in_memory: int
+    gguf_types: tuple[str, ...] = ()
+
+
+class Continuation(_Value):
+    """What a model wrote on from a prompt, greedily, and how fast it decodes.
+
+    Attributes:
+        prompt: what it went on from.
+        template: how that was laid out, see :mod:`ulbq.data.prompts`; None: as bare text.
+        text: what was written, without the prompt.
+        new_tokens: how many tokens that took; one that ended the text counts.
+        timed_tokens: tokens decoded one after the other in a second go, ends of text passed over.
+        tokens_per_second: of these, those after the first; None where there was one only.
+        device: its name, and the number of threads on a CPU.
+    """
+
+    prompt: str
+    template: str | None
+    text: str
+    new_tokens: int
+    timed_tokens: int
+    tokens_per_second: float | None
+    device: str
+
+
 class ModelScores(_Value):
-    """Everything measured of one model."""
+    """Everything measured of one model.
+
+    Attributes:
+        weights: None in results of before they were measured.
+    """
 
     subject: Subject
+    weights: WeightSize | None = None
     perplexity: dict[str, Perplexity] = {}
     fidelity: Fidelity | None = None
     tasks: dict[str, TaskScore] = {}
+    continuations: tuple[Continuation, ...] = ()
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of decoding after all prompts together; None where nothing was timed."""
+        timed = [one for one in self.continuations if one.tokens_per_second is not None]
+        seconds = sum((one.timed_tokens - 1) / one.tokens_per_second for one in timed if one.tokens_per_second)
+        return sum(one.timed_tokens - 1 for one in timed) / seconds if seconds else None
 
 
 class Protocol(_Value):
@@ -132,8 +184,9 @@ class Protocol(_Value):
         fewshot: examples in a task's prompt; None: as the task says.
         dtype: what the models computed in.
         seed: of text that a parent wrote itself.
-        template: how the questions of tasks with written answers are laid out; None: as each model was taught.
-        max_new_tokens: longest written answer; None: as each task says.
+        template: how the questions of tasks with written answers, and prompts, are laid out; None: questions as each
+            model was taught, prompts as bare text.
+        max_new_tokens: longest written text; None: of an answer as each task says, after a prompt 32.
     """
 
     context: int
@@ -150,3 +203,14 @@ class Results(_Value):
 
     protocol: Protocol
     models: tuple[ModelScores, ...]
+
+
+def read_results(path: str, manifest: EvaluationManifest) -> Results:
+    """The results of a finished evaluation. Raises InputError for those of another version; ``path`` names it."""
+    try:
+        return Results.model_validate(manifest.results)
+    except ValidationError as error:
+        raise InputError(
+            f"The scores in '{path}' have another shape than this version of ulbq writes.",
+            hint="Evaluate the model again.",
+        ) from error

@@ -26,14 +26,26 @@ class Row:
     best: frozenset[int] = frozenset()
 
 
+def size(count: float) -> str:
+    """Bytes as people write them, in powers of ten as file managers do: ``512 B``, ``88.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 def rows(results: Results) -> list[Row]:
-    """Every quantity that was measured of any model, in a fixed order: size, perplexity, fidelity, tasks."""
+    """Every quantity that was measured of any model, in a fixed order: size, speed, perplexity, fidelity, tasks."""
     models = results.models
     found = [
         Row("Weights", "method", tuple(describe(scores.subject) for scores in models)),
         _numbers(
             results, "Weights", "bits per weight", [scores.subject.bits_per_weight for scores in models], "{:.3f}"
         ),
+        Row("Weights", "size on disk", tuple(size(s.weights.on_disk) if s.weights else "" for s in models)),
+        Row("Weights", "weights in memory", tuple(size(s.weights.in_memory) if s.weights else "" for s in models)),
+        _numbers(results, "Speed", "tokens per second ↑", [s.tokens_per_second for s in models], "{:.1f}", 1),
     ]
     for name in _union(scores.perplexity for scores in models):
         values = [scores.perplexity[name].value if name in scores.perplexity else None for scores in models]
@@ -101,7 +113,36 @@ def footnotes(results: Results) -> list[str]:
         if any(score.writing is None for score in tasks):
             lines.append(f"Tasks: lm-eval, {documents}, {examples} in the prompt; ± is the standard error.")
         lines += _writing_notes(results, documents)
-    return [*lines, f"Computed in {protocol.dtype}."]
+    lines += _prompt_notes(results)
+    return [*lines, f"Computed in {protocol.dtype}.", *_weight_notes(results)]
+
+
+def _prompt_notes(results: Results) -> list[str]:
+    """How texts after prompts came about, and what was timed where."""
+    written = [one for scores in results.models for one in scores.continuations]
+    if not written:
+        return []
+    layouts = _union([f"laid out as {one.template}" if one.template else "as bare text"] for one in written)
+    devices = _union([one.device] for one in written)
+    longest = max(one.timed_tokens for one in written)
+    return [
+        f"Prompts: {', '.join(layouts)}, continued greedily by at most {longest:,} tokens.",
+        f"Tokens per second: {longest:,} tokens after each prompt, one at a time, after a warm-up, past any end of the "
+        f"text ({'; '.join(devices)}).",
+    ]
+
+
+def _weight_notes(results: Results) -> list[str]:
+    """What stands behind the sizes, which are those of different things."""
+    known = {scores.subject.name: scores.weights for scores in results.models if scores.weights is not None}
+    if not known:
+        return []
+    files = [f"{name} is a GGUF file of {', '.join(w.gguf_types)}" for name, w in known.items() if w.gguf_types]
+    stored = f" ({'; '.join(files)})" if files else ""
+    return [
+        f"Size on disk: the files that hold the weights{stored}. In memory: the weights as loaded, dense ones in "
+        f"{results.protocol.dtype}, packed ones packed."
+    ]
 
 
 def _writing_notes(results: Results, documents: str) -> list[str]:

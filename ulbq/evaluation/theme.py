@@ -71,6 +71,16 @@ td { white-space: nowrap; }
 tr.group th { padding-top: 14px; color: var(--soft); font-size: 12.5px; font-weight: 600; }
 tr.total > * { font-weight: 650; }
 td.best { font-weight: 700; color: var(--accent); }
+.words .caption { color: var(--soft); font-size: 13.5px; }
+.words .prompt { color: var(--soft); white-space: pre-wrap; }
+.words dl { margin: 0; }
+.words dt { margin-top: 10px; font-size: 13.5px; font-weight: 600; overflow-wrap: anywhere; }
+.words dt span { display: inline-block; color: var(--soft); font-weight: 400; }
+.words dd {
+  margin: 2px 0 0; padding: 6px 0 6px 12px; border-left: 3px solid var(--faint);
+  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext;
+}
+.words .nothing { color: var(--soft); font-style: italic; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 0 0 10px; font-size: 13px; color: var(--soft); }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px; }
 .notes { margin: 12px 0 0; padding: 0; list-style: none; }

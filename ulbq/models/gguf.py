@@ -115,6 +115,14 @@ class GgufTensors:
         most = values.most_common(1)
         return None if not most or most[0][0] in _FULL else (most[0][0], size * 8 / values.total())
 
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Types of the stored tensors, such as ``Q4_1``, those that take the most bytes first."""
+        taken: Counter[str] = Counter()
+        for tensor in self._header.tensors.values():
+            taken[tensor.kind.name] += prod(tensor.byte_shape)
+        return tuple(kind for kind, _ in taken.most_common())
+
     def read(self, name: str) -> torch.Tensor:
         """The parameter ``name`` in float32. Raises KeyError where the file lacks it, InputError where it changed."""
         check_unchanged(self._path, self._stamp)

@@ -162,6 +162,12 @@ class ModelSource:
         listing = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
         return hashlib.sha256(listing.encode()).hexdigest()
 
+    def weight_files(self) -> list[Path]:
+        """The files that hold the model's weights, without an adapter's."""
+        if self.path.is_file():
+            return [self.path]
+        return (self.stored or LazyTensors.folder(self.path)).files
+
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         try:

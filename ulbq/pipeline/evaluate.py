@@ -105,7 +105,7 @@ def _measure(job: Job, measurer: Measurer | None) -> Results:
             found = measurer.measure(
                 parent, with_perplexity=listed or extra is not False, with_tasks=listed or extra is True
             )
-            if found.perplexity or found.tasks:
+            if found.perplexity or found.tasks or found.continuations:
                 scores.append(found)
         scores += [measurer.measure(candidate) for candidate in job.candidates if candidate not in parents]
     return Results(protocol=job.protocol, models=merge(scores, job.recorded))

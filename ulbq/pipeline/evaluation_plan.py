@@ -13,10 +13,12 @@ from ulbq.data.mirror import data_root
 from ulbq.data.prompts import Template, choose_template
 from ulbq.data.registry import available, text_set
 from ulbq.errors import InputError, ResourceError, UsageError
+from ulbq.evaluation.continuations import NEW_TOKENS, opening
 from ulbq.evaluation.harness import Tasks, check_tasks, load_tasks
 from ulbq.evaluation.results import Protocol
 from ulbq.evaluation.subjects import Candidate, open_candidates
 from ulbq.evaluation.written_tasks import WRITTEN_NAMES, Written, load_written
+from ulbq.models.decoding import check_prompt, check_room
 from ulbq.pipeline.measure import Measures
 from ulbq.pipeline.recorded import Recorded, read_recorded
 from ulbq.progress import Progress
@@ -38,9 +40,10 @@ class EvaluateRequest(BaseModel):
         sources: models; also finished evaluations, whose scores are taken over where the protocol is the same.
         perplexity: names of text sets.
         tasks: names of lm-eval tasks, tags or groups, where ``*`` matches, and of :data:`WRITTEN_NAMES`.
-        template: how the questions of tasks with written answers are laid out. None: as each model was taught, else
-            as Alpaca's prompt.
-        max_new_tokens: longest written answer. None: as each task says.
+        prompts: texts that every model, and its parent, goes on from; beside the scores, not instead of them.
+        template: how questions that want a written answer, and prompts, are laid out. None: questions as each model was
+            taught, else as Alpaca's prompt; prompts as bare text.
+        max_new_tokens: longest written text. None: of an answer as each task says, after a prompt 32.
         fidelity: compare with the full-precision parent. None: if nothing else was asked for, and it can be read.
         parent: the parent, where the artifacts' own record of it does not help.
         adapter: measure artifacts with the adapter that they have; else the base alone.
@@ -60,6 +63,7 @@ class EvaluateRequest(BaseModel):
     sources: tuple[str, ...] = Field(min_length=1)
     perplexity: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
     template: Template | None = None
     max_new_tokens: int | None = Field(default=None, ge=1, le=_MOST)
     fidelity: bool | None = None
@@ -82,7 +86,7 @@ class EvaluateRequest(BaseModel):
 
     @property
     def asks(self) -> bool:
-        """Whether it names anything to measure."""
+        """Whether it names any score to take. A prompt is none."""
         return bool(self.perplexity or self.tasks or self.fidelity)
 
 
@@ -121,6 +125,8 @@ def prepare(request: EvaluateRequest, progress: Progress) -> Job:
     for name in request.perplexity:
         text_set(name)
     data_root(request.data_dir)
+    for prompt in request.prompts:
+        check_prompt(prompt)
     _check_written(request)
     device = runtime.resolve_device(request.device)
     # A finished evaluation alone is no model to evaluate, and resolving it will say so.
@@ -136,10 +142,10 @@ def prepare(request: EvaluateRequest, progress: Progress) -> Job:
     if candidates:
         measures = _measures(request, candidates, device, progress)
         protocol = _protocol(request, measures)
-    elif request.asks:
+    elif request.asks or request.prompts:
         raise UsageError(
             "Finished evaluations are put side by side as they are: nothing is measured.",
-            hint="Leave out --perplexity, --tasks and --fidelity, or name the models.",
+            hint="Leave out --perplexity, --tasks, --fidelity and --prompt, or name the models.",
         )
     else:
         measures, protocol = None, recorded[0].results.protocol
@@ -160,11 +166,13 @@ def _measures(
         limit = CPU_WINDOWS
         progress.note(f"On a CPU, nothing asked: the first {limit} windows of the text (--limit 0 reads all).")
     # What is ours to read comes first: it is quick, and lm-eval need not be there for it.
+    _check_prompts(request, candidates)
     written = _written(request, candidates, limit, progress)
     return Measures(
         perplexity=perplexity,
         tasks=_tasks(request, progress) if _of_lm_eval(request) else None,
         written=written,
+        prompts=tuple(dict.fromkeys(request.prompts)),
         template=request.template,
         max_new_tokens=request.max_new_tokens,
         fidelity=fidelity,
@@ -200,10 +208,10 @@ def _texts(
         if not at_hand:
             instead = "the parent writes its own text for the comparison" if fidelity else "no perplexity"
             progress.note(f"WikiText-2 cannot be had here: {instead}.")
-    if not (perplexity or fidelity or request.tasks):
+    if not (perplexity or fidelity or request.tasks or request.prompts):
         raise ResourceError(
             "Nothing can be measured: WikiText-2 cannot be had, and there is no full-precision model to compare with.",
-            hint="Give a mirror of WikiText-2 with --data-dir, a --parent, or --tasks.",
+            hint="Give a mirror of WikiText-2 with --data-dir, a --parent, --tasks or --prompt.",
         )
     return perplexity, fidelity
 
@@ -211,13 +219,22 @@ def _texts(
 def _check_written(request: EvaluateRequest) -> None:
     given = {"--template": request.template, "--max-new-tokens": request.max_new_tokens}
     for option, value in given.items():
-        if value is not None and not set(request.tasks) & set(WRITTEN_NAMES):
+        if value is not None and not (request.prompts or set(request.tasks) & set(WRITTEN_NAMES)):
             raise UsageError(
                 f"{option} means nothing to tasks of lm-eval, which lay out their own prompts."
                 if request.tasks
-                else f"{option} means nothing without --tasks.",
-                hint=f"It is for {', '.join(WRITTEN_NAMES)}.",
+                else f"{option} means nothing without --tasks or --prompt.",
+                hint=f"It is for --prompt, and tasks {', '.join(WRITTEN_NAMES)}.",
             )
+
+
+def _check_prompts(request: EvaluateRequest, candidates: Sequence[Candidate]) -> None:
+    """See that every model holds every prompt and what is written on from it. Raises UsageError, InputError."""
+    models = [one for candidate in candidates for one in (candidate.parent, candidate) if one is not None]
+    for prompt in request.prompts:
+        for one in models:
+            tokens = opening(prompt, one.source.tokenizer(), request.template)
+            check_room(one.source, len(tokens), request.max_new_tokens or NEW_TOKENS)
 
 
 def _of_lm_eval(request: EvaluateRequest) -> tuple[str, ...]:

@@ -1,27 +1,21 @@
 """``generate``: a model goes on from a prompt, and tells how fast it was and what it held in memory."""
 
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedTokenizerBase
 
 from ulbq import runtime
 from ulbq.data.prompts import render_chat
-from ulbq.errors import InputError, NumericsError, UsageError
+from ulbq.errors import InputError, UsageError
+from ulbq.models.decoding import TextStream, check_prompt, check_room, greedy, write_on
 from ulbq.models.load import load_model, model_memory
 from ulbq.models.source import ModelSource, resolve
 from ulbq.progress import Progress, Silent
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# Tokens of the prompt that the first new ones are spelled after: some tokenizers drop a space that stands first.
-_BEFORE = 8
-# What a decoder puts where bytes do not make a character yet.
-_UNFINISHED = "\ufffd"
 
 
 class GenerateRequest(BaseModel):
@@ -105,7 +99,7 @@ def generate(
         UsageError: options that do not go together, an empty prompt, one that leaves no room for new tokens.
         InputError: a source that is no model, or one without a chat template where that is asked for.
         ResourceError: the model, the device or memory are not to be had.
-        NumericsError: probabilities to draw from are not finite.
+        NumericsError: the model's predictions are not finite.
     """
     progress = progress or Silent()
     settings = _settings(request)
@@ -114,7 +108,7 @@ def generate(
     source.tell(progress)
     tokenizer = source.tokenizer()
     tokens = _encode(request, source, tokenizer)
-    _check_room(request, source, len(tokens))
+    check_room(source, len(tokens), request.max_new_tokens)
     with progress.phase(f"Loading {source.name}"):
         model = load_model(
             source,
@@ -125,76 +119,22 @@ def generate(
         )
     stream = TextStream(tokenizer, on_text)
     runtime.seed_everything(request.seed)
-    _run(model, tokenizer, tokens, settings, stream)
-    memory, times = model_memory(model), stream.times
-    decode = times[-1] - times[1]
+    write_on(model, tokenizer, tokens, settings, stream)
+    memory = model_memory(model)
     return Generation(
         model=source.name,
         device=runtime.describe_device(device),
         text=stream.text,
         prompt_tokens=len(tokens),
-        new_tokens=len(times) - 1,
-        prefill_seconds=round(times[1] - times[0], 4),
-        decode_seconds=round(decode, 4),
-        tokens_per_second=round((len(times) - 2) / decode, 2) if len(times) > 2 else None,
+        new_tokens=stream.new_tokens,
+        prefill_seconds=round(stream.prefill_seconds, 4),
+        decode_seconds=round(stream.decode_seconds, 4),
+        tokens_per_second=stream.tokens_per_second,
         weight_memory=memory.weights,
         cache_memory=memory.cache,
         peak_memory=runtime.peak_memory(),
         device_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
-
-
-class TextStream(BaseStreamer):
-    """Turns tokens into text as they come; a character whose bytes are spread over tokens comes when it is whole.
-
-    Args:
-        tokenizer: the model's own.
-        on_text: called with every piece.
-
-    Attributes:
-        text: all pieces so far.
-        times: when the prompt and each new token came, in seconds of :func:`time.perf_counter`.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], object]) -> None:
-        self.text = ""
-        self.times: list[float] = []
-        self._tokenizer = tokenizer
-        self._on_text = on_text
-        self._tokens: list[int] = []
-        # Tokens from `start` on are decoded together, those before `said` have been handed out.
-        self._start = self._said = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the prompt ``[1, n]``, then one token ``[1]`` after the other."""
-        self.times.append(time.perf_counter())
-        if len(self.times) == 1:
-            self._tokens = value.flatten()[-_BEFORE:].tolist()
-            self._said = len(self._tokens)
-            return
-        self._tokens += value.flatten().tolist()
-        piece = self._piece()
-        if piece and not piece.endswith(_UNFINISHED):
-            self._start, self._said = self._said, len(self._tokens)
-            self._say(piece)
-
-    def end(self) -> None:
-        """Hand out what is left."""
-        self._say(self._piece())
-        self._said = len(self._tokens)
-
-    def _piece(self) -> str:
-        known, whole = self._decode(self._tokens[self._start : self._said]), self._decode(self._tokens[self._start :])
-        return whole[len(known) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
-
-    def _say(self, piece: str) -> None:
-        if piece:
-            self.text += piece
-            self._on_text(piece)
 
 
 def _settings(request: GenerateRequest) -> dict[str, Any]:
@@ -205,12 +145,9 @@ def _settings(request: GenerateRequest) -> dict[str, Any]:
             "--temperature 0 takes the likeliest token, and --top-p has nothing to draw from.",
             hint="Leave one of them out.",
         )
-    plain: dict[str, Any] = {
-        "max_new_tokens": request.max_new_tokens,
-        **{"num_beams": 1, "repetition_penalty": 1.0, "top_k": 0, "min_new_tokens": 0},
-    }
+    plain = greedy(request.max_new_tokens)
     if not temperature and request.top_p is None:
-        return {**plain, "do_sample": False, "temperature": 1.0, "top_p": 1.0}
+        return plain
     return {
         **plain,
         "do_sample": True,
@@ -220,12 +157,7 @@ def _settings(request: GenerateRequest) -> dict[str, Any]:
 
 
 def _encode(request: GenerateRequest, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    try:
-        request.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError("The prompt is not UTF-8.") from error
-    if not request.prompt.strip():
-        raise UsageError("The prompt is empty.", hint="As in: ulbq generate --prompt 'Once upon a time'")
+    check_prompt(request.prompt)
     if not request.chat:
         return list(tokenizer.encode(request.prompt))
     if not getattr(tokenizer, "chat_template", None):
@@ -236,42 +168,3 @@ def _encode(request: GenerateRequest, source: ModelSource, tokenizer: PreTrained
     hint = "Leave out --chat: the model goes on from the bare text."
     text = render_chat(messages, tokenizer, ask=True, where=f"'{source.given}'", hint=hint)
     return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _check_room(request: GenerateRequest, source: ModelSource, prompt: int) -> None:
-    most = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if most is None or prompt + request.max_new_tokens <= most:
-        return
-    left = f"At most --max-new-tokens {most - prompt}." if prompt < most else "Shorten the prompt."
-    raise UsageError(
-        f"A prompt of {prompt:,} tokens and {request.max_new_tokens:,} new ones are more than the {most:,} that "
-        f"'{source.given}' holds.",
-        hint=left,
-    )
-
-
-@torch.inference_mode()
-def _run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: list[int],
-    settings: dict[str, Any],
-    stream: TextStream,
-) -> None:
-    own = model.generation_config
-    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
-    first = ends[0] if isinstance(ends, list) else ends
-    ids = torch.tensor([tokens], device=model.device)
-    config = GenerationConfig(
-        **settings, eos_token_id=ends, pad_token_id=first if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    )
-    try:
-        model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=stream
-        )
-    except RuntimeError as error:
-        if "probability tensor contains" not in str(error):
-            raise
-        raise NumericsError(
-            "The model's predictions are not finite.", hint="Try --dtype fp32; 'ulbq eval' tells whether it is sound."
-        ) from error

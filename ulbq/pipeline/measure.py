@@ -16,10 +16,12 @@ from ulbq.artifacts import ArtifactWriter
 from ulbq.data.generate import self_samples
 from ulbq.data.prompts import Template
 from ulbq.data.registry import TEXT_SETS, texts
+from ulbq.evaluation.continuations import NEW_TOKENS, continue_prompts
 from ulbq.evaluation.fidelity import fidelity
 from ulbq.evaluation.harness import Tasks, run_tasks
 from ulbq.evaluation.perplexity import perplexity
-from ulbq.evaluation.results import Fidelity, ModelScores, Perplexity, TaskScore
+from ulbq.evaluation.results import Continuation, Fidelity, ModelScores, Perplexity, TaskScore, WeightSize
+from ulbq.evaluation.sizes import weight_size
 from ulbq.evaluation.subjects import Candidate
 from ulbq.evaluation.text import text_windows
 from ulbq.evaluation.written import Answered, Sample, run_written, with_groups
@@ -42,8 +44,9 @@ class Measures:
         perplexity: names of text sets.
         tasks: loaded tasks of lm-eval's, None for none.
         written: loaded tasks whose answers models write, None for none.
-        template: how the questions of these are laid out; None: as each model was taught.
-        max_new_tokens: longest written answer; None: as each task says.
+        prompts: texts to go on from.
+        template: how questions and prompts are laid out; None: questions as each model was taught, prompts bare.
+        max_new_tokens: longest written text; None: of an answer as each task says, after a prompt 32.
         fidelity: text set to compare with the parent on, ``self`` for text that the parent writes, None not to compare.
         context: tokens a window.
         limit: windows a text and documents a task; None: all.
@@ -58,6 +61,7 @@ class Measures:
     perplexity: tuple[str, ...]
     tasks: Tasks | None
     written: Written | None
+    prompts: tuple[str, ...]
     template: Template | None
     max_new_tokens: int | None
     fidelity: str | None
@@ -89,7 +93,10 @@ class Measurer:
         self.samples: list[tuple[str, Sample]] = []
 
     def measure(self, candidate: Candidate, *, with_perplexity: bool = True, with_tasks: bool = True) -> ModelScores:
-        """Take the scores of one model; fidelity too where it has a parent. It is loaded only if a step is missing."""
+        """Take the scores of one model; fidelity too where it has a parent. It is loaded only if a step is missing.
+
+        Prompts are continued whatever else is measured: a child's text says little without its parent's.
+        """
         measures, name = self._measures, candidate.name
 
         @cache
@@ -115,11 +122,25 @@ class Measurer:
             compared = self._step(
                 f"{name}: fidelity on {text}", Fidelity, lambda: self._fidelity(candidate, model(), parent, text)
             )
+        words: tuple[Continuation, ...] = ()
+        if measures.prompts:
+            words = self._step(
+                f"{name}: prompts", tuple[Continuation, ...], lambda: self._continuations(candidate, model())
+            )
+        measured = bool(perplexities or scores or compared or words)
+        weights = self._weights(candidate, model) if measured else None
         if measures.prefill_cache and model.cache_info().currsize and (held := model_memory(model()).cache):
             self._progress.note(f"The prefill cache of {name} takes {held / 1e6:,.0f} MB.")
         model.cache_clear()
         self._forget()
-        return ModelScores(subject=candidate.subject, perplexity=perplexities, fidelity=compared, tasks=scores)
+        return ModelScores(
+            subject=candidate.subject,
+            weights=weights,
+            perplexity=perplexities,
+            fidelity=compared,
+            tasks=scores,
+            continuations=words,
+        )
 
     def _step(self, key: str, kind: type[T], work: Callable[[], T]) -> T:
         """The recorded value of a finished step, else do it and record it."""
@@ -199,6 +220,27 @@ class Measurer:
             progress=self._progress,
             label=f"Fidelity of {candidate.name} on {read}",
         )
+
+    def _continuations(self, candidate: Candidate, model: PreTrainedModel) -> tuple[Continuation, ...]:
+        measures = self._measures
+        # One process writes for all: each word hangs on those before it.
+        return distributed.on_main(
+            continue_prompts,
+            model,
+            candidate.source.tokenizer(),
+            measures.prompts,
+            template=measures.template,
+            new_tokens=measures.max_new_tokens or NEW_TOKENS,
+            progress=self._progress,
+            label=candidate.name,
+        )
+
+    def _weights(self, candidate: Candidate, model: Callable[[], PreTrainedModel]) -> WeightSize:
+        """Recorded like a step, so that a resumed run need not load the model; no work worth a line of its own."""
+        key = f"{candidate.name}: weights"
+        if key not in self._writer.journal:
+            self._writer.record(key, weight_size(candidate, model()))
+        return WeightSize.model_validate(self._writer.journal[key])
 
     def _windows(self, candidate: Candidate, text: str, limit: int | None, *, bos: bool = False) -> torch.Tensor:
         measures = self._measures

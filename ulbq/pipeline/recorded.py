@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 from ulbq.artifacts import EvaluationManifest, Parent, QuantizedManifest, is_artifact, read_manifest
 from ulbq.artifacts.names import local_path
 from ulbq.errors import InputError
-from ulbq.evaluation.results import WITHOUT_ADAPTER, ModelScores, Protocol, Results
+from ulbq.evaluation.results import WITHOUT_ADAPTER, ModelScores, Protocol, Results, read_results
 from ulbq.evaluation.subjects import base_alone
 
 
@@ -67,7 +65,7 @@ def read_recorded(sources: Sequence[str]) -> tuple[list[Recorded], list[str]]:
         path = local_path(source)
         manifest = read_manifest(path) if is_artifact(path) else None
         if isinstance(manifest, EvaluationManifest):
-            recorded.append(Recorded(source, manifest, _results(source, manifest)))
+            recorded.append(Recorded(source, manifest, read_results(source, manifest)))
         else:
             others.append(source)
     return recorded, others
@@ -98,13 +96,3 @@ def _manifest_at(given: str) -> object:
         return read_manifest(path) if is_artifact(path) else None
     except InputError:  # only a figure goes without it
         return None
-
-
-def _results(source: str, manifest: EvaluationManifest) -> Results:
-    try:
-        return Results.model_validate(manifest.results)
-    except ValidationError as error:
-        raise InputError(
-            f"The scores in '{source}' have another shape than this version of ulbq writes.",
-            hint="Evaluate the model again.",
-        ) from error

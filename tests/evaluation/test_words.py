@@ -1,0 +1,60 @@
+"""What models wrote, as lines and as a section of the page."""
+
+import pytest
+
+from tests.evaluation.sample import continuation, model_scores, results
+from ulbq.evaluation.words import by_prompt, one_line, silence, visible, words_section
+
+FULL = model_scores("full", continuations=[continuation("Once", " upon a time"), continuation("Two", " three")])
+SMALL = model_scores("small", parent="full", continuations=[continuation("Once", " more\nand <more>")])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (" two\n\n words\t", "two words"),
+        ("\x1b[31mred\x1b[0m \x07bell", "[31mred[0m bell"),
+        ("a\x00b\x9bc\x7f", "abc"),
+        ("right\u202eto left\u2066", "rightto left"),
+        ("a\u2028b", "a b"),
+        ("näïve 猫 🐱", "näïve 猫 🐱"),
+        ("", ""),
+        (" \n\x1b ", ""),
+    ],
+)
+def test_a_line_shows_everything_and_obeys_nothing(text, line):
+    assert one_line(text) == line
+
+
+def test_lines_stay_apart_where_there_is_room():
+    assert visible("a\r\n\tb\x1b") == "a\n\tb"
+
+
+def test_texts_stand_together_by_prompt():
+    found = by_prompt(results(FULL, SMALL))
+    assert {prompt: list(written) for prompt, written in found.items()} == {"Once": ["full", "small"], "Two": ["full"]}
+
+
+def test_the_section_shows_texts_as_text():
+    page = words_section(results(FULL, SMALL))
+    assert "<h2>In their own words</h2>" in page
+    assert page.count("<dd>") == 3
+    assert "<dd>more\nand &lt;more&gt;</dd>" in page
+    assert "12 tokens · 40.0 tokens per second" in page
+
+
+def test_a_text_of_nothing_is_told():
+    blank = continuation("Once", "\n \x1b")
+    at_once = blank.model_copy(update={"text": "", "new_tokens": 1})
+    assert [silence(one) for one in (SMALL.continuations[0], blank, at_once)] == [
+        "",
+        "(blanks alone)",
+        "(nothing: the model ended its text at once)",
+    ]
+    page = words_section(results(model_scores("silent", continuations=[at_once])))
+    assert '<dd class="nothing">(nothing: the model ended its text at once)</dd>' in page
+    assert "1 token · " in page
+
+
+def test_no_section_without_a_text():
+    assert words_section(results(model_scores("one", perplexity=3))) == ""

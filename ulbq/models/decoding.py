@@ -1,0 +1,183 @@
+"""A model goes on from a prompt, one token after the other, and the clock runs beside it."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from ulbq.errors import NumericsError, UsageError
+from ulbq.models.source import ModelSource
+
+# Tokens of the prompt that the first new ones are spelled after: some tokenizers drop a space that stands first.
+_BEFORE = 8
+# What a decoder puts where bytes do not make a character yet.
+_UNFINISHED = "\ufffd"
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse what is no text to go on from. Raises UsageError."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("The prompt is not UTF-8.") from error
+    if not prompt.strip():
+        raise UsageError("The prompt is empty.", hint="As in: --prompt 'Once upon a time'")
+
+
+def check_room(source: ModelSource, prompt: int, new_tokens: int) -> None:
+    """Refuse ``prompt`` tokens that leave no room for so many new ones. Raises UsageError."""
+    most = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if most is None or prompt + new_tokens <= most:
+        return
+    left = f"At most --max-new-tokens {most - prompt}." if prompt < most else "Shorten the prompt."
+    raise UsageError(
+        f"A prompt of {prompt:,} tokens and {new_tokens:,} new ones are more than the {most:,} that "
+        f"'{source.given}' holds.",
+        hint=left,
+    )
+
+
+def greedy(new_tokens: int, *, at_least: int = 0) -> dict[str, Any]:
+    """Settings for :func:`write_on`: the likeliest token every time, at most ``new_tokens``.
+
+    No end of text counts before ``at_least`` tokens are written. A model's own settings for sampling have no say.
+    """
+    return {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": at_least,
+        **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
+        **{"num_beams": 1, "repetition_penalty": 1.0},
+    }
+
+
+class TextStream(BaseStreamer):
+    """Turns tokens into text as they come; a character whose bytes are spread over tokens comes when it is whole.
+
+    Args:
+        tokenizer: the model's own.
+        on_text: called with every piece.
+
+    Attributes:
+        text: all pieces so far.
+        times: when the prompt and each new token came, in seconds of :func:`time.perf_counter`.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], object] = lambda text: None
+    ) -> None:
+        self.text = ""
+        self.times: list[float] = []
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._tokens: list[int] = []
+        # Tokens from `start` on are decoded together, those before `said` have been handed out.
+        self._start = self._said = 0
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens so far; one that ended the text counts."""
+        return len(self.times) - 1
+
+    @property
+    def prefill_seconds(self) -> float:
+        """From the start to the first new token."""
+        return self.times[1] - self.times[0]
+
+    @property
+    def decode_seconds(self) -> float:
+        """From the first new token to the last."""
+        return self.times[-1] - self.times[1]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """New tokens after the first in :attr:`decode_seconds`; None where there was one only."""
+        return round((self.new_tokens - 1) / self.decode_seconds, 2) if self.new_tokens > 1 else None
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt ``[1, n]``, then one token ``[1]`` after the other."""
+        self.times.append(time.perf_counter())
+        if len(self.times) == 1:
+            self._tokens = value.flatten()[-_BEFORE:].tolist()
+            self._said = len(self._tokens)
+            return
+        self._tokens += value.flatten().tolist()
+        piece = self._piece()
+        if piece and not piece.endswith(_UNFINISHED):
+            self._start, self._said = self._said, len(self._tokens)
+            self._say(piece)
+
+    def end(self) -> None:
+        """Hand out what is left."""
+        self._say(self._piece())
+        self._said = len(self._tokens)
+
+    def _piece(self) -> str:
+        known, whole = self._decode(self._tokens[self._start : self._said]), self._decode(self._tokens[self._start :])
+        return whole[len(known) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def _say(self, piece: str) -> None:
+        if piece:
+            self.text += piece
+            self._on_text(piece)
+
+
+@torch.inference_mode()
+def write_on(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[int],
+    settings: dict[str, Any],
+    stream: TextStream,
+) -> None:
+    """Go on from a prompt until the model ends the text, or ``settings`` do.
+
+    Args:
+        model: in eval mode, on its device.
+        tokenizer: the model's own.
+        tokens: of the prompt, at least one.
+        settings: options of transformers' ``GenerationConfig``, as of :func:`greedy`.
+        stream: gets the prompt and every new token.
+
+    Raises:
+        NumericsError: the model's predictions are not finite.
+    """
+    own = model.generation_config
+    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
+    first = ends[0] if isinstance(ends, list) else ends
+    ids = torch.tensor([list(tokens)], device=model.device)
+    config = GenerationConfig(
+        **settings, eos_token_id=ends, pad_token_id=first if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )
+    model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([_Finite()]),
+        streamer=stream,
+    )
+
+
+class _Finite(LogitsProcessor):
+    """Changes nothing, and refuses predictions from which any token could follow."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # Minus infinity is what tokens have that are out of the question.
+        if not bool(scores.amax().isfinite()):
+            raise NumericsError(
+                "The model's predictions are not finite.",
+                hint="Try --dtype fp32; 'ulbq eval' tells whether it is sound.",
+            )
+        return scores
