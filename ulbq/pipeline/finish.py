@@ -45,8 +45,10 @@ def layer_record(
         scheme: how; None where it is the method's.
     """
     scheme, shape = scheme or job.method.scheme, (original.shape[0], original.shape[1])
-    dense = formats.dequantize(scheme, packed, shape[1])
-    error = ((dense - original).square().sum() / original.square().sum().clamp_min(1e-30)).item()
+    energy = original.square().sum().clamp_min(1e-30)
+    # In place: whole matrices are what a run's memory is made of.
+    lost = formats.dequantize(scheme, packed, shape[1]).sub_(original).square_().sum()
+    error = (lost / energy).item()
     sparsity = formats.sparsity(scheme, packed, shape[1])
     bits = {str(role): count for role, count in stored_bits(scheme.tensors(*shape)).items()}
     described = scheme.model_dump(mode="json")
