@@ -63,6 +63,16 @@ def test_padding_is_zero() -> None:
     assert planes[..., -1].tolist() == [[1, 1]]
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_the_type_of_the_codes_changes_nothing(bits: int) -> None:
+    codes = torch.randint(2**bits, (5, 83), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    for part in (codes, codes[:, 3:], codes.flatten()[1:82]):
+        planes = pack_planes(part, bits)
+        assert torch.equal(planes, pack_planes(part.long(), bits))
+        assert torch.equal(unpack_planes(planes, part.shape[-1]), part)
+        assert torch.equal(unpack_planes(planes, part.shape[-1], torch.int64), part.long())
+
+
 def test_non_contiguous_codes() -> None:
     codes = torch.arange(24, dtype=torch.uint8).view(4, 6).T
     assert torch.equal(unpack_planes(pack_planes(codes, 5), 4), codes)

@@ -131,15 +131,44 @@ def test_a_model_in_float16_stays_in_float16(tmp_path: Path) -> None:
     assert resolve(path).config.dtype == torch.float16
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("db-llm", {}), ("gptq", {"epochs": None}), ("claq", {"epochs": None, "group_size": None})]
+)
 def test_a_layer_that_no_sample_calls_is_named(
-    tiny_llama: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: Any
 ) -> None:
     def by_itself(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * nn.functional.linear(x, self.up_proj.weight))
 
     monkeypatch.setattr(LlamaMLP, "forward", by_itself)
     with pytest.raises(InputError, match=r"never calls its layer 'mlp\.up_proj'"):
-        quantize(db_llm(tiny_llama, tmp_path / "q", samples))
+        quantize(db_llm(tiny_llama, tmp_path / "q", samples, method=method, **options))
+
+
+class _Notes(Silent):
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.found.append(text)
+
+
+def test_without_a_compiler_the_cost_is_told_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ulbq.kernels.solvers.solver_failure", lambda: "no C++ compiler")
+    told = _Notes()
+    slow, manifest = quantize(request(tiny_llama, tmp_path / "slow", method="rtn", bits=2, group_size=32), told)
+    assert len({layer.name.split(".")[2] for layer in manifest.layers}) > 1
+    assert [text for text in told.found if "compile" in text] == [
+        "No compiled solvers (no C++ compiler): the search for the best scales takes some 40 times as long."
+    ]
+    quick = _Notes()
+    quantize(request(tiny_llama, tmp_path / "plain", method="rtn", bits=2, group_size=32, search=False), quick)
+    monkeypatch.undo()
+    fast, _ = quantize(request(tiny_llama, tmp_path / "fast", method="rtn", bits=2, group_size=32), quick)
+    assert not any("compile" in text for text in quick.found)
+    assert (logits(slow) - logits(fast)).norm() < 0.01 * logits(fast).norm()
 
 
 def test_the_accounting_is_what_lies_on_disk(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def stored_bits(specs: Mapping[str, TensorSpec]) -> dict[Role, int]:
     return total
 
 
+_LOWEST = 0x0101010101010101
+"""The lowest bit of each of eight bytes."""
+_TO_TOP = 0x0102040810204080
+
+
 def packed_length(count: int) -> int:
     """Bytes that ``count`` one-bit values take in one plane."""
     return (count + 7) // 8
@@ -61,6 +66,10 @@ def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     count = codes.shape[-1]
     padded = torch.nn.functional.pad(codes, (0, -count % 8))
+    if codes.dtype == torch.uint8:
+        words = padded.flatten().view(torch.int64).view(*codes.shape[:-1], packed_length(count))
+        # The product carries bit j of byte j into the highest byte; bits of other places never meet there.
+        return torch.stack([((words >> p) & _LOWEST).mul_(_TO_TOP).view(torch.uint8)[..., 7::8] for p in range(bits)])
     octets = padded.unflatten(-1, (packed_length(count), 8))
     weights = torch.tensor([1 << j for j in range(8)], dtype=torch.uint8, device=codes.device)
     # Eight distinct powers of two never carry, so a wrapping uint8 sum is exact and stays one byte wide.
@@ -80,6 +89,13 @@ def unpack_planes(planes: torch.Tensor, count: int, dtype: torch.dtype = torch.u
         ``[..., count]``, in ``dtype``.
     """
     shifts = torch.arange(8, dtype=torch.uint8, device=planes.device)
+    if dtype == torch.uint8:
+        # What each byte's bits are, a byte for each, as one word.
+        spread = ((torch.arange(256, device=planes.device).unsqueeze(1) >> shifts) & 1).to(dtype).view(torch.int64)
+        words = torch.zeros(planes.shape[1:], dtype=torch.int64, device=planes.device)
+        for p, plane in enumerate(planes):
+            words |= spread.flatten().index_select(0, plane.flatten().int()).view(plane.shape) << p
+        return words.view(torch.uint8)[..., :count]
     codes = torch.zeros((*planes.shape[1:], 8), dtype=dtype, device=planes.device)
     for p, plane in enumerate(planes):
         codes |= ((plane.unsqueeze(-1) >> shifts) & 1).to(dtype) << p

@@ -13,6 +13,11 @@ from ulbq.formats import AffineScheme
 from ulbq.kernels.build import solver_failure, solvers
 
 
+def missing(device: torch.device) -> str:
+    """Why solvers on a device go the slow way, for people; empty where they do not."""
+    return solver_failure() if device.type == "cpu" else ""
+
+
 class Ranges(NamedTuple):
     """The grids among which a group's is looked for.
 

@@ -6,6 +6,7 @@ paper the start is searched by activation-weighted error, tokens count by their 
 the grid, and the weights may move; ``--freeze-weights --token-weighting uniform`` is what the paper does.
 """
 
+import dataclasses
 from functools import partial
 from typing import ClassVar, Self
 
@@ -46,7 +47,7 @@ class ApiQ:
         self._training = BlockTraining(
             options, scheme, partial(AffineQuantizer.from_packed, train_weights=options.train_weights)
         )
-        self.needs = self._training.needs
+        self.needs = dataclasses.replace(self._training.needs, searches=True)
 
     @classmethod
     def from_options(cls, options: ApiQOptions, group_size: int) -> Self:

@@ -52,7 +52,8 @@ class BlockTask:
         index: of the block.
         block: full precision, float32, on the device; the method may change it.
         linears: names of the layers to quantize, relative to the block, in execution order as far as known.
-        importance: ``[in]`` float32 mean squared input of each of them; empty for methods without calibration.
+        importance: ``[in]`` float32 mean squared input of each of them; empty for methods that do not want the
+            full-precision stream.
         data: activations; None for methods without calibration.
         precision: device and dtype of the work.
         seed: of everything random in this block.
@@ -114,12 +115,14 @@ class Needs:
         epochs: training epochs a block, for progress and prediction; 0 for methods that do not train.
         augmented: the full-precision block's output on the quantized stream.
         originals: the full-precision stream before the block.
+        full_precision: the full-precision stream at all: what training aims at, and the importance of columns.
         adapter: form of the adapter that it trains; None without.
         saliency: scores of the weights: an artifact's path, a kind, or None.
         continues: whether the method can go on from an artifact.
         end_to_end: training of the whole model after its blocks; None without.
         hessians: which second moments of the layers' inputs live at once: those of one step in the ``sequence`` of a
             block's layers, or of the whole ``block``.
+        searches: whether its closed forms are among those that are compiled for CPUs (:mod:`ulbq.kernels.solvers`).
         survey: a look at all blocks before the first is quantized, as :class:`SurveyingMethod` has it.
         target_bits: true bits a weight that the layers will have, where that is not what the scheme tells.
         extra_bits: how many more than the scheme tells they will have, about.
@@ -128,11 +131,13 @@ class Needs:
     epochs: int = 0
     augmented: bool = False
     originals: bool = False
+    full_precision: bool = True
     adapter: AdapterConfig | None = None
     saliency: str | None = None
     end_to_end: EndToEndSettings | None = None
     continues: bool = False
     hessians: Literal["none", "sequence", "block"] = "none"
+    searches: bool = False
     survey: bool = False
     target_bits: float | None = None
     extra_bits: float = 0.0

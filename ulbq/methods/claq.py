@@ -63,6 +63,7 @@ class Claq:
         trained = self._training.needs
         self.needs = dataclasses.replace(
             trained,
+            full_precision=trained.epochs > 0 or trained.adapter is not None,
             hessians="sequence" if options.true_sequential and not options.surveyed else "block",
             saliency=options.saliency if options.surveyed and options.saliency != "none" else trained.saliency,
             survey=options.surveyed,

@@ -6,6 +6,7 @@ rates are relative to each group's step, and training is block-wise instead of e
 deviation-aware distillation is a loss of the whole model (``--end-to-end dad``).
 """
 
+import dataclasses
 from functools import partial
 from typing import ClassVar, Literal, Self
 
@@ -43,7 +44,7 @@ class DbLlm:
         self._training = BlockTraining(
             options, scheme, partial(DualBinaryQuantizer.from_packed, train_weights=options.train_weights)
         )
-        self.needs = self._training.needs
+        self.needs = dataclasses.replace(self._training.needs, searches=True)
 
     @classmethod
     def from_options(cls, options: DbLlmOptions, group_size: int) -> Self:

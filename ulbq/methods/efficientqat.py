@@ -86,7 +86,8 @@ class EfficientQat:
             given = {"bits": options.bits, "symmetric": options.symmetric, "token_weighting": options.token_weighting}
             self._solver = Gptq(scheme, GptqOptions.model_validate(given))
         hessians = "none" if self._solver is None else self._solver.needs.hessians
-        self.needs = dataclasses.replace(self._training.needs, hessians=hessians)
+        searches = options.start in {"search", "gptq"}
+        self.needs = dataclasses.replace(self._training.needs, hessians=hessians, searches=searches)
 
     @classmethod
     def from_options(cls, options: EfficientQatOptions, group_size: int) -> Self:

@@ -8,7 +8,7 @@ groups.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel
@@ -43,7 +43,8 @@ class Gptq:
     def __init__(self, scheme: AffineScheme, options: GptqOptions) -> None:
         self.scheme = scheme
         self.options = options
-        self.needs = Needs(hessians="sequence" if options.true_sequential else "block")
+        hessians: Literal["sequence", "block"] = "sequence" if options.true_sequential else "block"
+        self.needs = Needs(full_precision=False, searches=True, hessians=hessians)
         self._settings = GptqSettings(
             damping=options.damping,
             act_order=options.act_order,

@@ -9,7 +9,7 @@ from torch import nn
 from ulbq import distributed
 from ulbq.methods.base import BlockTask
 from ulbq.models.stream import run_block
-from ulbq.models.watch import Enough, Input, distinct_inputs, watching
+from ulbq.models.watch import Enough, Input, distinct_inputs, never_called, watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.solvers.hessian import HessianSum
 from ulbq.training.losses import TokenWeighting
@@ -36,6 +36,9 @@ def solve_in_sequence(
             passes over the samples as there are inputs. Members of one list, a mixture's experts, are solved from the
             same pass: none of them reads what another made. Otherwise one pass serves all layers.
         weighting: how much each token counts in the second moments.
+
+    Raises:
+        InputError: a layer is called by no sample, not even by those that are held out, where there are such.
     """
     stages: dict[str, list[Input]] = {}
     known: dict[str, str] = {}
@@ -72,10 +75,11 @@ def _gather(task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting)
     sums = {name: HessianSum(width, device, relative=relative) for name, width in widths.items()}
     # Where a layer was missed, as experts are, another sample may well call it, and no call is known to be the last.
     expected = sum(one.calls for one in inputs) if all(one.calls for one in inputs) else 0
-    seen = 0
+    seen, called = 0, set[str]()
 
     def add(name: str, tensor: torch.Tensor) -> None:
         nonlocal seen
+        called.add(name)
         sums[name].add(tensor)
         seen += 1
         if seen == expected:
@@ -86,9 +90,26 @@ def _gather(task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting)
             seen = 0
             with suppress(Enough):
                 _run(task, row)
+    _check_called(task, list(sums), called)
     for one in sums.values():
         one.reduce()
     return sums
+
+
+def _check_called(task: BlockTask, names: Sequence[str], called: set[str]) -> None:
+    """Refuse a layer that no sample calls, not even a held-out one: the model may well use its weight otherwise."""
+    assert task.data is not None
+    missed = set(names) - {name for some in distributed.gather(called) for name in some}
+    heldout = torch.arange(task.data.training, int(distributed.total(len(task.data.inputs))[0]))
+    if not missed or not len(heldout):
+        return
+    late: set[str] = set()
+    with watching(_layers(task.block, sorted(missed)), lambda name, _: late.add(name)):
+        for row in distributed.rows(heldout).tolist():
+            _run(task, row)
+    missed -= {name for some in distributed.gather(late) for name in some}
+    if missed:
+        raise never_called(task.index, min(missed))
 
 
 def _layers(block: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

@@ -23,11 +23,11 @@ class Rtn:
     name: ClassVar[str] = "rtn"
     Options: ClassVar[type[BaseModel]] = RoundingOptions
     calibrated: ClassVar[bool] = False
-    needs = Needs()
 
     def __init__(self, scheme: AffineScheme, *, search: bool = True) -> None:
         self.scheme = scheme
         self._search = search
+        self.needs = Needs(searches=search)
 
     @classmethod
     def from_options(cls, options: RoundingOptions, group_size: int) -> Self:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from ulbq.errors import InputError
+
 Key = TypeVar("Key")
 
 
@@ -27,6 +29,14 @@ def watching(layers: Mapping[Key, nn.Module], see: Callable[[Key, torch.Tensor],
     finally:
         for handle in handles:
             handle.remove()
+
+
+def never_called(index: int, layer: str) -> InputError:
+    """What is raised for a layer of a block that no sample calls."""
+    return InputError(
+        f"Block {index} never calls its layer '{layer}' on the calibration samples.",
+        hint="Take more samples; a layer whose weight the model uses by itself cannot be quantized.",
+    )
 
 
 class Input(NamedTuple):

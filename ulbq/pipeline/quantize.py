@@ -20,6 +20,7 @@ from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 from ulbq.data.calibration import Calibration, save_calibration
 from ulbq.errors import InputError
+from ulbq.kernels import solvers
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Method, SurveyingMethod, check_finite
 from ulbq.methods.training import vectors_beside
 from ulbq.models.blocks import load_block
@@ -87,6 +88,8 @@ def quantize(
     out = request.out or free_output(DEFAULT_ROOT, name or telling, identity)
     if job.source.kind == "gguf":
         job.source.tokenizer()  # written out at the end: better missed now
+    if job.method.needs.searches and job.start is None and (reason := solvers.missing(job.precision.device)):
+        progress.note(f"No compiled solvers ({reason}): the search for the best scales takes some 40 times as long.")
     with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
         if writer.resumed:
             done = sum(key.isdigit() for key in writer.journal)
@@ -265,7 +268,7 @@ class _Run:
         steps = job.found.n_blocks * (job.method.needs.epochs + 1)
         with self._progress.phase("Quantizing", steps, rounds=job.found.n_blocks) as phase:
             for index in range(job.found.n_blocks):
-                if streams is not None:
+                if streams is not None and job.method.needs.full_precision:
                     streams.advance_full_precision(index)
                 if str(index) in self._writer.journal:
                     phase.advance(job.method.needs.epochs + 1, f"block {index} was done")

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from ulbq import distributed
-from ulbq.errors import InputError
 from ulbq.formats import AnyScheme
 from ulbq.models.blocks import load_block
 from ulbq.models.stream import ActivationStore, BlockStream
-from ulbq.models.watch import watching
+from ulbq.models.watch import never_called, watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
@@ -129,9 +128,6 @@ def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[s
 def _importance(index: int, linear: str, sums: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A layer's sums; the same for every column where no token reached it, as with an expert that nobody chose."""
     if linear not in sums:
-        raise InputError(
-            f"Block {index} never calls its layer '{linear}' on the calibration samples.",
-            hint="Take more samples; a layer whose weight the model uses by itself cannot be quantized.",
-        )
+        raise never_called(index, linear)
     total = sums[linear]
     return total if total.any() else torch.ones_like(total)

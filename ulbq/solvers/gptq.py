@@ -98,7 +98,7 @@ def _block_by_block(
         ``[in, out]`` what ``solve`` left, in processing order.
     """
     # Transposed, a column lies in one piece.
-    columns = weight.t()[factor.order].contiguous()
+    columns = weight.index_select(1, factor.order).t().contiguous()
     for first in range(0, len(columns), block_size):
         block = columns[first : first + block_size]
         last = first + len(block)

@@ -12,6 +12,11 @@ _FIRST_DAMPING = 1e-4
 _MOST_DAMPING = 1.0
 """A share of the mean diagonal at which no sum of squares is singular any more."""
 
+_STRIP = 1024
+"""Columns of a sum of squares that are added up at once, of those on and below the diagonal alone."""
+_WHOLE = 512
+"""A triangular matrix of up to so many rows is inverted at once."""
+
 _TINY = 1e-12
 """A token whose input is smaller counts for nothing."""
 
@@ -26,14 +31,24 @@ class HessianSum:
             attention sink's activations are larger than all others together: by plain squares they are all that counts.
 
     Attributes:
-        matrix: ``[in, in]`` float32; zeros before the first token.
         tokens: how many rows of X it is made of.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu", *, relative: bool = False) -> None:
         self._relative = relative
-        self.matrix = torch.zeros(columns, columns, device=device)
+        self._sum = torch.zeros(columns, columns, device=device)
+        self._whole = True
         self.tokens = 0
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """``[in, in]`` float32; zeros before the first token."""
+        if not self._whole:
+            for first in range(0, len(self._sum), _STRIP):
+                last = first + _STRIP
+                self._sum[first:last, last:] = self._sum[last:, first:last].t()
+            self._whole = True
+        return self._sum
 
     @torch.no_grad()
     def add(self, inputs: torch.Tensor) -> None:
@@ -44,7 +59,12 @@ class HessianSum:
         if self._relative:
             rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp_min(_TINY)
         total = self.tokens + len(rows)
-        self.matrix.addmm_(rows.t(), rows, beta=self.tokens / total, alpha=2 / total)
+        for first in range(0, len(self._sum), _STRIP):
+            strip = rows[:, first : first + _STRIP]
+            # It is symmetric: what lies above the strip's square has been added up below the diagonal.
+            below = self._sum[first:, first : first + _STRIP]
+            below.addmm_(rows[:, first:].t(), strip, beta=self.tokens / total, alpha=2 / total)
+        self._whole = len(self._sum) <= _STRIP
         self.tokens = total
 
     def reduce(self) -> None:
@@ -137,8 +157,25 @@ def _inverse_factor(reversed_: torch.Tensor) -> torch.Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(reversed_)
     if failed.item():
         return None
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+    _invert_(lower)
+    inverse = lower.flip(0, 1).float()
     # Float32 has less room than float64: a step would be divided by a diagonal of 0 or infinity.
     usable = torch.isfinite(inverse).all() and (inverse.diagonal() > 0).all()
     return inverse if usable else None
+
+
+def _invert_(lower: torch.Tensor) -> None:
+    """Invert a lower triangular matrix in place: ``−C⁻¹ B A⁻¹`` for the block B below its diagonal, then A and C.
+
+    To solve for an identity would take three times the work, most of it with zeros.
+    """
+    if len(lower) <= _WHOLE:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = len(lower) // 2
+    above, corner, below = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    right = torch.linalg.solve_triangular(above, corner, upper=False, left=False)
+    corner.copy_(torch.linalg.solve_triangular(below, right, upper=False)).neg_()
+    _invert_(above)
+    _invert_(below)
