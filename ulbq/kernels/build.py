@@ -35,6 +35,7 @@ _WIDE = (("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("avx2", "fma"))
 """Vectors for the solvers, the widest first; without either the compiler's default serves."""
 _AT, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _MATRIX = (_AT, _INT, _INT, _LONG, _LONG, _AT, _AT, _FLOAT, _LONG)
+_PLACED = (_AT, _INT, _LONG, _LONG, _LONG)
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_multiply": (*_MATRIX, _AT, _INT, _LONG, _AT, _INT),
     "ulbq_widen": (*_MATRIX, _LONG, _LONG, _AT, _INT, _INT),
@@ -45,9 +46,16 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_fake_dual_binary_back": (_AT, _AT, _AT, _LONG, _LONG, _AT, _INT, _AT, _AT, _INT),
     "ulbq_fake_affine": (_AT, _AT, _AT, _AT, _FLOAT, _LONG, _LONG, _AT, _INT, _INT),
     "ulbq_fake_affine_back": (_AT, _AT, _AT, _AT, _FLOAT, _LONG, _LONG, _AT, _INT, _AT, _AT, _AT, _INT),
+    "ulbq_norm": (_AT, _AT, _FLOAT, _LONG, _LONG, _AT, _AT, _AT, _INT),
+    "ulbq_norm_back": (_AT, _AT, _AT, _LONG, _LONG, _AT, _AT, _AT, _AT, _INT),
+    "ulbq_rotary": (*_PLACED, _AT, _AT, *(_LONG,) * 5, _INT, *_PLACED, _INT),
+    "ulbq_gate": (_AT, _AT, _LONG, _AT, _INT, _INT),
+    "ulbq_gate_back": (_AT, _AT, _AT, _LONG, _AT, _AT, _INT, _INT),
 }
 _SIGNATURES_OF_PAIRS: dict[str, tuple[type, ...]] = {
     "ulbq_dots": (*_MATRIX, _AT, _LONG, _AT, _INT),
+    "ulbq_attend": (*(_AT,) * 5, *(_LONG,) * 5, _FLOAT, _AT, _INT),
+    "ulbq_attend_back": (*(_AT,) * 9, *(_LONG,) * 5, _FLOAT, _AT, _INT),
     "ulbq_column_dots": (_AT, _LONG, _LONG, _AT, _AT, _AT, _AT, _AT, _AT, _AT, _LONG, _AT, _INT),
 }
 _GROUPS = (_AT, _LONG, _FLOAT)  # importance, group size, smallest scale

@@ -15,6 +15,25 @@ SCALE_FLOOR = 1e-8
 CELL_MARGIN = 1e-3
 """Grid steps that a latent keeps from the border of its code's cell, so that rounding gives that code back."""
 
+_CAST = "_ulbq_cast"
+
+
+def remember_cast(x: torch.Tensor, cast: torch.Tensor) -> None:
+    """Have :func:`cast_once` give ``cast`` for ``x`` while its values stay."""
+    setattr(x, _CAST, (x._version, cast))
+
+
+def cast_once(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` in another dtype, the same tensor for all layers that read it: their gradients meet there, in one cast."""
+    if x.dtype == dtype:
+        return x
+    version, known = getattr(x, _CAST, (None, x))
+    differentiable = x.requires_grad and torch.is_grad_enabled()
+    if version != x._version or known.dtype != dtype or known.requires_grad != differentiable:
+        known = x.to(dtype)
+        remember_cast(x, known)
+    return known
+
 
 class Quantizer(nn.Module, ABC):
     """One ``[out, in]`` weight under training.
@@ -34,7 +53,7 @@ class Quantizer(nn.Module, ABC):
 
     def multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """The layer's product ``[..., out]`` of inputs ``[..., in]`` and the matrix that :meth:`forward` gave."""
-        return nn.functional.linear(x, matrix)
+        return nn.functional.linear(cast_once(x, matrix.dtype), matrix)
 
     def dense(self, matrix: torch.Tensor) -> torch.Tensor:
         """The weight ``[out, in]`` that the matrix stands for."""

@@ -3,7 +3,8 @@
 Torch's own kernel for the CPU works with small tiles, and takes longer to go back through 512 tokens than all linear
 layers before it together. Here queries go a chunk at a time through plain batched products, each chunk with the keys
 that it may look at and no others, and the way back makes the probabilities anew, so that nothing of the size of
-``length × length`` is kept. In bfloat16 scores are rounded before the softmax, whose sums are float32.
+``length × length`` is kept. In bfloat16 scores are rounded before the softmax, whose sums are float32; where a compiled
+kernel takes the work, they are not.
 """
 
 import math
@@ -15,6 +16,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ulbq.kernels import attention
 from ulbq.training.precision import Precision
 
 _CHUNK = 64
@@ -45,6 +47,8 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     Returns:
         ``[batch, heads, length, value's width]``, differentiable.
     """
+    if attention.takes(query, key, value):
+        return attention.attend(query, key, value, scaling)
     output: torch.Tensor = _CausalAttention.apply(query, key, value, scaling)  # type: ignore[no-untyped-call]
     return output
 

@@ -11,6 +11,7 @@ from ulbq import distributed
 from ulbq.training.objective import BlockData, Objective, Penalty
 from ulbq.training.optimizer import (
     Group,
+    clip_gradients,
     make_optimizer,
     parameters_by_role,
     rate_factor,
@@ -74,6 +75,7 @@ class BlockTrainer:
         self._objective = Objective(block, data, settings, precision, penalty)
         self._roles = parameters_by_role(block, self._objective.layers.values())
         self._device = precision.device
+        self._output: float | None = None  # held-out output loss of the parameters as they stand; None if unknown
 
     def train(self, seed: int, on_epoch: Callable[[float], None] = lambda error: None) -> TrainOutcome:
         """Train, keep in every stage the parameters with the lowest held-out loss, and roll back what got worse.
@@ -82,12 +84,12 @@ class BlockTrainer:
             seed: of the order of the samples.
             on_epoch: called with the held-out loss after each epoch.
         """
-        start_error = self._objective.heldout_output()
+        start_error = self._output = self._objective.heldout_output()
         ends = [self._stage(stage, seed + 7919 * i, on_epoch) for i, stage in enumerate(self._stages) if stage.epochs]
         steps, retries = sum(end.steps for end in ends), sum(end.retries for end in ends)
         return TrainOutcome(
             start_error=start_error,
-            end_error=self._objective.heldout_output() if steps else start_error,
+            end_error=self._objective.heldout_output() if self._output is None else self._output,
             steps=steps,
             retries=retries,
             fallback=bool(ends) and not steps,
@@ -100,8 +102,8 @@ class BlockTrainer:
         if not groups or not self._objective.learns(stage):
             return _StageEnd(0, 0, False)
         trained = [p for group in groups for p in group.parameters]
-        start = snapshot(trained)
-        start_error = self._objective.heldout(stage)
+        start, start_output = snapshot(trained), self._output
+        start_error = self._objective.heldout(stage, start_output)
         rate, retries, diverged = 1.0, 0, False
         while True:
             error, steps = self._attempt(stage, groups, rate, seed, on_epoch)
@@ -109,6 +111,7 @@ class BlockTrainer:
             if error < start_error:
                 return _StageEnd(steps, retries, diverged)
             restore(trained, start)
+            self._output = start_output
             if retries == self._settings.retries:
                 return _StageEnd(0, retries, diverged)
             retries += 1
@@ -137,18 +140,20 @@ class BlockTrainer:
                     total += loss.detach()
                 distributed.sum_gradients(trained)
                 if settings.clip:
-                    nn.utils.clip_grad_norm_(trained, settings.clip)
+                    clip_gradients(trained, settings.clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
                 steps += 1
-            error = self._objective.heldout(stage)
+            output = self._objective.heldout_output() if stage.output else None
+            error = self._objective.heldout(stage, output)
             distributed.sum_(total)
             on_epoch(error)
             if not (math.isfinite(error) and torch.isfinite(total)):
                 return math.inf, steps
             if error < best_error:
                 best, best_error, waited = snapshot(trained), error, 0
+                self._output = output
             else:
                 waited += 1
                 if waited >= settings.patience:

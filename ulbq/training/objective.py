@@ -11,6 +11,7 @@ from torch import nn
 from ulbq import distributed
 from ulbq.models.stream import ActivationStore, run_block
 from ulbq.training.attention import chunked_attention
+from ulbq.training.fused import FusedParts
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.losses import output_loss, sliced_wasserstein, token_weights
 from ulbq.training.precision import Precision
@@ -67,6 +68,7 @@ class Objective:
         self._samples = int(distributed.total(len(data.inputs))[0])
         self.layers = {name: m for name, m in block.named_modules() if isinstance(m, TrainedLinear)}
         self._adapters = [layer for layer in self.layers.values() if layer.adapter is not None]
+        self._fused = FusedParts(block, precision)
 
     def learns(self, stage: Stage) -> bool:
         """Whether anything that trains has a part in a stage's loss; a penalty may reach frozen weights alone."""
@@ -93,9 +95,15 @@ class Objective:
         return loss
 
     @torch.no_grad()
-    def heldout(self, stage: Stage) -> float:
-        """The same loss on the held-out samples, the random parts left out; with and without the adapter by share."""
-        value = stage.output * self.heldout_output() if stage.output else 0.0
+    def heldout(self, stage: Stage, output: float | None = None) -> float:
+        """The same loss on the held-out samples, the random parts left out; with and without the adapter by share.
+
+        Args:
+            output: what :meth:`heldout_output` gives, where that is known.
+        """
+        value = 0.0
+        if stage.output:
+            value = stage.output * (self.heldout_output() if output is None else output)
         if stage.penalized and self._penalty is not None and stage.penalty:
             value += stage.penalty * self._penalty(self.layers).item()
         return value
@@ -122,7 +130,7 @@ class Objective:
             return torch.zeros((), device=device)
         training = generator is not None
         settings = self._adapters_set(adapted=adapted, training=training)
-        with settings, chunked_attention(self._precision), self._precision.autocast():
+        with settings, chunked_attention(self._precision), self._fused.active(), self._precision.autocast():
             outputs = run_block(self._block, data.inputs.get(own).to(device), data.kwargs)
         loss = output_loss(outputs, targets, weights)
         if data.augmented is not None:

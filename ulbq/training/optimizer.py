@@ -87,6 +87,16 @@ def rate_factor(settings: TrainSettings, steps: int) -> Callable[[int], float]:
     return factor
 
 
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> None:
+    """Scale gradients down to a norm of ``largest`` over all of them; what is not finite spreads to all."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    # To ask a GPU would wait for it; elsewhere a pass over all gradients is saved, which mostly are small enough.
+    if norm.device.type != "cpu" or not norm.item() < largest - 1e-5:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+
+
 def snapshot(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
     """Copies of the parameters' values."""
     return [p.detach().clone() for p in parameters]

@@ -7,22 +7,9 @@
 
 #include <omp.h>
 
-#include <type_traits>
-
-#include "activations.h"
+#include "vectors.h"
 
 namespace ulbq {
-
-constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-
-// With their rounding spelt out, a compiler does not make one fused operation of two, whose result may be another.
-inline __m512 times(__m512 a, __m512 b) { return _mm512_mul_round_ps(a, b, kNearest); }
-inline __m512 plus(__m512 a, __m512 b) { return _mm512_add_round_ps(a, b, kNearest); }
-inline __m512 minus(__m512 a, __m512 b) { return _mm512_sub_round_ps(a, b, kNearest); }
-inline __m512 all(float value) { return _mm512_set1_ps(value); }
-// To multiply by: where it is 0, what is not finite stays so, and shows.
-inline __m512 ones(__mmask16 mask) { return _mm512_maskz_mov_ps(mask, all(1.0f)); }
-inline __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
 
 // One group of a dual-binary matrix: levels 0, first, second and their sum.
 struct DualBinary {
@@ -105,14 +92,6 @@ inline typename Group::Sums backward(const Group& group, const float* latents, i
         if (to_latents) _mm512_mask_storeu_ps(to_latents + at, mask, passed);
     }
     return sums;
-}
-
-// `run` with the type of 16-bit or 32-bit floats as a constant.
-template <class Run>
-inline void by_type(int type, const Run& run) {
-    if (type == kFloat32) return run(std::integral_constant<int, kFloat32>());
-    if (type == kFloat16) return run(std::integral_constant<int, kFloat16>());
-    run(std::integral_constant<int, kBFloat16>());
 }
 
 }  // namespace ulbq

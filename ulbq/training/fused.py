@@ -1,0 +1,164 @@
+"""What a block does between its products, by compiled kernels while it trains on a CPU.
+
+Nothing is known of architectures: a norm is taken over whose answer to random numbers is that of the kernel's formula,
+and so are functions that rotate queries and keys. The answers differ by rounding alone.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import SiLUActivation
+
+from ulbq.kernels import between
+from ulbq.quantizers.base import remember_cast
+from ulbq.training.precision import Precision
+
+_ROTATION = "apply_rotary_pos_emb"
+_WIDTH = 8
+
+
+class FusedParts:
+    """The parts of a block that kernels take over; none on other devices, or where nothing is compiled.
+
+    Args:
+        block: the block.
+        precision: device and dtype.
+    """
+
+    def __init__(self, block: nn.Module, precision: Precision) -> None:
+        self._norms: list[nn.Module] = []
+        self._gates: list[nn.Module] = []
+        self._modules: list[ModuleType] = []
+        if not between.takes(torch.empty(0, device=precision.device)):
+            return
+        modules = list(block.modules())
+        self._norms = [module for module in modules if _is_rms_norm(module)]
+        self._gates = [module for module in modules if isinstance(module, (nn.SiLU, SiLUActivation))]
+        defined = {sys.modules[type(module).__module__] for module in modules}
+        self._modules = [one for one in defined if _rotates(getattr(one, _ROTATION, None))]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While it lasts, the block computes so."""
+        with ExitStack() as stack:
+            for norm in self._norms:
+                _replace(stack, norm, "forward", partial(_norm, norm, norm.forward))
+            for gate in self._gates:
+                _replace(stack, gate, "forward", _Activated)
+            for module in self._modules:
+                _replace(stack, module, _ROTATION, partial(_rotate, getattr(module, _ROTATION)))
+            yield
+
+
+def _replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute until the stack unwinds, as it was before then."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    if before is missing:
+        stack.callback(delattr, owner, name)
+    else:
+        stack.callback(setattr, owner, name, before)
+
+
+def _epsilon(norm: nn.Module) -> float | None:
+    """ε of a root mean square norm; None where a module has none."""
+    found = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return found if isinstance(found, float) else None
+
+
+@torch.no_grad()
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module is ``weight · x / √(mean(x²) + ε)``."""
+    weight, epsilon = getattr(module, "weight", None), _epsilon(module)
+    if epsilon is None or not isinstance(weight, nn.Parameter) or len(list(module.parameters())) > 1:
+        return False
+    if weight.dim() != 1 or weight.dtype != torch.float32:
+        return False
+    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0))
+    wanted = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+    return torch.allclose(module(x), wanted, rtol=1e-4, atol=1e-6)
+
+
+def _norm(norm: nn.Module, plain: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    if x.dtype != torch.float32:
+        return plain(x)
+    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    weight, epsilon = norm.weight, _epsilon(norm)
+    assert isinstance(weight, torch.Tensor)
+    assert epsilon is not None
+    whole, rounded = between.rms_norm(x.contiguous(), weight, epsilon, half=half)
+    if rounded is not None:
+        remember_cast(whole, rounded)
+    return whole
+
+
+class _Activated:
+    """``silu(x)`` that waits whether it is multiplied; whatever else is done with it is done with its value."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._x = x
+
+    def __mul__(self, other: Any) -> torch.Tensor:
+        fits = isinstance(other, torch.Tensor) and other.shape == self._x.shape and other.dtype == self._x.dtype
+        return between.gated(self._x, other) if fits and between.takes(other) else self._value() * other
+
+    __rmul__ = __mul__
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.mul and isinstance(args[1], cls):
+            return args[1] * args[0]
+        plain = [arg._value() if isinstance(arg, cls) else arg for arg in args]
+        named = {name: arg._value() if isinstance(arg, cls) else arg for name, arg in (kwargs or {}).items()}
+        return func(*plain, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._value(), name)
+
+    def _value(self) -> torch.Tensor:
+        return nn.functional.silu(self._x)
+
+
+@cache
+def _rotates(function: Any) -> bool:
+    """Whether a function rotates queries and keys by their halves."""
+    if function is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, heads, 3, _WIDTH, generator=generator) for heads in (4, 2))
+    cosines, sines = torch.randn(2, 1, 3, _WIDTH, generator=generator)
+    try:
+        found = function(query, key, cosines, sines)
+    except (TypeError, RuntimeError, ValueError):  # takes something else under the same name
+        return False
+    wanted = [
+        x * cosines + torch.cat([-x[..., _WIDTH // 2 :], x[..., : _WIDTH // 2]], -1) * sines for x in (query, key)
+    ]
+    return len(found) == 2 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted, strict=True))
+
+
+def _rotate(
+    plain: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+    *more: Any,
+    **named: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    fits = not more and not named and cosines.dim() == 3 and cosines.shape[-1] == query.shape[-1]
+    exact = cosines.dtype == sines.dtype == torch.float32 and not cosines.requires_grad
+    if not (fits and exact and query.stride(-1) == key.stride(-1) == 1 and between.takes(query) and between.takes(key)):
+        return plain(query, key, cosines, sines, *more, **named)
+    # Products take no other type afterwards, where autocast is on.
+    on = torch.is_autocast_enabled("cpu")
+    given = (cosines.contiguous(), sines.contiguous())
+    turned = [between.rotate(x, *given, torch.get_autocast_dtype("cpu") if on else x.dtype) for x in (query, key)]
+    return turned[0], turned[1]
