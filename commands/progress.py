@@ -34,21 +34,32 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """How far a phase is, and when it will end at the speed so far.
+    """How far a phase is, and when it will end.
 
-    Steps that arrive within the first second count as done before: a resumed run skips its finished steps at once,
-    and they say nothing about the speed of the rest.
+    What a round takes is told by the later half of the rounds so far: the first ones load, compile and warm up, and an
+    estimate that kept them would be wrong to the end. Rounds that arrive within the first second count as done before:
+    a resumed run skips its finished steps at once, and they say nothing about the speed of the rest.
+
+    Args:
+        total: steps; None where nobody knows.
+        rounds: into how many rounds alike they fall; None for as many as steps.
+        clock: seconds.
     """
 
     _HEAD_START = 1.0  # seconds
+    _FEW = 10  # rounds, of which the first alone tells the speed
 
-    def __init__(self, total: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, total: int | None, rounds: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.total = total
         self.done = 0
+        self._rounds = rounds or total or 0
         self._clock = clock
         self._started = clock()
         self._head_start = 0
         self._advanced_at = 0.0
+        self._marks = [0.0]  # when so many whole rounds were done
 
     def advance(self, steps: int) -> None:
         """Count ``steps`` finished steps."""
@@ -56,6 +67,10 @@ class Pace:
         self._advanced_at = self.elapsed
         if self._advanced_at < self._HEAD_START:
             self._head_start = self.done
+        whole = self.done * self._rounds // self.total if self.total else 0
+        before, new = self._marks[-1], whole + 1 - len(self._marks)
+        # Several at once took alike.
+        self._marks += [before + (self._advanced_at - before) * (i + 1) / new for i in range(new)]
 
     @property
     def elapsed(self) -> float:
@@ -65,10 +80,19 @@ class Pace:
     @property
     def left(self) -> float | None:
         """Seconds until the end, or None while nothing is known about the speed."""
-        earned = self.done - self._head_start
-        if self.total is None or earned <= 0:
+        if self.total is None or self.done <= self._head_start:
             return None
-        ahead = self._advanced_at / earned * (self.total - self.done)
+        whole = len(self._marks) - 1
+        before = self._head_start * self._rounds // self.total
+        if whole > before and (whole > before + 1 or self._rounds <= self._FEW):
+            since = max(before, whole // 2)
+            each = (self._marks[whole] - self._marks[since]) / (whole - since)
+            # However long this round takes, those after it are still to come.
+            present = max(each - (self.elapsed - self._marks[whole]), 0.0)
+            return present + each * (self._rounds - whole - 1) if whole < self._rounds else 0.0
+        if whole > before or self._rounds == self.total:
+            return None
+        ahead = self._advanced_at / (self.done - self._head_start) * (self.total - self.done)
         return max(ahead - (self.elapsed - self._advanced_at), 0.0)
 
     def __str__(self) -> str:
@@ -81,7 +105,7 @@ class QuietProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Phase]:
+    def phase(self, name: str, total: int | None = None, *, rounds: int | None = None) -> AbstractContextManager[Phase]:
         return Silent().phase(name, total)
 
     def note(self, text: str) -> None:
@@ -104,8 +128,8 @@ class PlainProgress:
         self._last_line = clock()
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
-        pace = Pace(total, self._clock)
+    def phase(self, name: str, total: int | None = None, *, rounds: int | None = None) -> Iterator[Phase]:
+        pace = Pace(total, rounds, self._clock)
 
         def show(detail: str) -> None:
             if self._clock() - self._last_line >= self._interval:
@@ -149,8 +173,8 @@ class LiveProgress:
         )
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
-        pace = Pace(total)
+    def phase(self, name: str, total: int | None = None, *, rounds: int | None = None) -> Iterator[Phase]:
+        pace = Pace(total, rounds)
         task = self._bars.add_task(name, total=total, detail="", pace=pace)
         if self._depth == 0:
             self._bars.start()

@@ -37,7 +37,7 @@ _TRAINING = {"method": "efficientqat", "epochs": 2, "batch_size": 3}
 class _StopAfter(Silent):
     """Interrupts a run in all processes at once: when the first block is done."""
 
-    def phase(self, name: str, total: int | None = None) -> Any:
+    def phase(self, name: str, total: int | None = None, *, rounds: int | None = None) -> Any:
         outer = super().phase(name, total)
 
         class Phase:

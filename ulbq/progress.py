@@ -16,8 +16,12 @@ class Phase(Protocol):
 class Progress(Protocol):
     """What a pipeline function reports to."""
 
-    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Phase]:
-        """Open a phase of ``total`` steps (None: unknown)."""
+    def phase(self, name: str, total: int | None = None, *, rounds: int | None = None) -> AbstractContextManager[Phase]:
+        """Open a phase of ``total`` steps (None: unknown).
+
+        Where steps differ but come in so many ``rounds`` that are alike, as a block's epochs and its packing do, the
+        time left is told by whole rounds.
+        """
         ...
 
     def note(self, text: str) -> None:
@@ -38,7 +42,7 @@ class Silent:
     """Reports nothing; the default of every library function."""
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
+    def phase(self, name: str, total: int | None = None, *, rounds: int | None = None) -> Iterator[Phase]:
         yield _SilentPhase()
 
     def note(self, text: str) -> None:

@@ -43,30 +43,75 @@ def test_duration(seconds, text):
 
 def test_pace_extrapolates_and_counts_down_between_steps():
     clock = _Clock()
-    pace = Pace(10, clock)
+    pace = Pace(10, clock=clock)
     assert pace.left is None
     clock.now += 20
     pace.advance(2)
     assert pace.left == pytest.approx(80)
     clock.now += 5
     assert pace.left == pytest.approx(75)
+    # A step that takes its time leaves those after it to come.
     clock.now += 1000
+    assert pace.left == pytest.approx(70)
+    pace.advance(8)
     assert pace.left == 0
+
+
+def test_pace_forgets_a_first_step_that_is_not_like_the_others():
+    clock = _Clock()
+    pace = Pace(272, clock=clock)
+    clock.now += 66
+    pace.advance(1)
+    assert pace.left is None  # 66 seconds for each of 272 would be five hours
+    for done in range(2, 101):
+        clock.now += 0.5
+        pace.advance(1)
+        assert pace.left == pytest.approx(0.5 * (272 - done))
+
+
+def test_pace_follows_a_speed_that_changes():
+    clock = _Clock()
+    pace = Pace(100, clock=clock)
+    for _ in range(20):
+        clock.now += 1
+        pace.advance(1)
+    for _ in range(30):
+        clock.now += 3
+        pace.advance(1)
+    assert pace.left == pytest.approx(150)
+
+
+def test_pace_counts_rounds_where_steps_differ():
+    # Blocks of five epochs a second each, with ten seconds before the first one and five after the last one.
+    clock = _Clock()
+    pace = Pace(24, 4, clock)
+    for block in range(4):
+        clock.now += 10
+        for epoch in range(5):
+            clock.now += 1
+            pace.advance(1)
+            if block:
+                assert pace.left == pytest.approx(20 * (4 - block) - 11 - epoch)
+        clock.now += 5
+        pace.advance(1)
+        assert pace.left == pytest.approx(20 * (3 - block))
 
 
 def test_pace_ignores_steps_of_an_earlier_run():
     clock = _Clock()
-    pace = Pace(30, clock)
+    pace = Pace(30, clock=clock)
     pace.advance(10)
     assert pace.left is None
     clock.now += 20
     pace.advance(1)
-    assert pace.left == pytest.approx(19 * 20)
+    clock.now += 20
+    pace.advance(1)
+    assert pace.left == pytest.approx(18 * 20)
 
 
 def test_pace_without_a_total_knows_no_end():
     clock = _Clock()
-    pace = Pace(None, clock)
+    pace = Pace(None, clock=clock)
     clock.now += 20
     pace.advance(3)
     assert pace.left is None

@@ -82,7 +82,7 @@ class _StopAfter(Silent):
     def __init__(self, steps: int) -> None:
         self._left = steps
 
-    def phase(self, name: str, total: int | None = None) -> Any:
+    def phase(self, name: str, total: int | None = None, *, rounds: int | None = None) -> Any:
         inner, outer = super().phase(name, total), self
 
         class Phase:

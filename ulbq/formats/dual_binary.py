@@ -72,8 +72,10 @@ def dequantize(
 ) -> torch.Tensor:
     """``[out, in]`` weights in ``dtype``; the arithmetic is float32, with one rounding at the end."""
     planes, scales = unpack(scheme, tensors, in_features)
-    grouped = planes.view(*scales.shape, -1).float()
-    return (grouped * scales.unsqueeze(-1)).sum(0).flatten(1).to(dtype)
+    first, second = (
+        plane.view(*own.shape, -1).float().mul_(own.unsqueeze(-1)) for plane, own in zip(planes, scales, strict=True)
+    )
+    return first.add_(second).flatten(1).to(dtype)
 
 
 def sparsity(scheme: DualBinaryScheme, tensors: Mapping[str, torch.Tensor], in_features: int) -> tuple[float, float]:

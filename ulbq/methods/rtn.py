@@ -48,5 +48,5 @@ def pack_codes(linear: str, scheme: AffineScheme, found: AffineCodes) -> Packed:
     codes, scales, zeros = found
     packed = affine.pack(scheme, codes, scales, None if scheme.symmetric else zeros)
     steps = codes.view(*scales.shape, -1) - zeros.unsqueeze(-1)
-    check_packed(linear, scheme, packed, (steps * scales.unsqueeze(-1)).flatten(1))
+    check_packed(linear, scheme, packed, steps.mul_(scales.unsqueeze(-1)).flatten(1))
     return packed

@@ -47,8 +47,7 @@ def layer_record(
         scheme: how; None where it is the method's.
     """
     scheme, shape = scheme or job.method.scheme, (original.shape[0], original.shape[1])
-    dense = formats.dequantize(scheme, packed, shape[1])
-    error = relative_error(original, dense)
+    error = relative_error(original, formats.dequantize(scheme, packed, shape[1]))
     sparsity = formats.sparsity(scheme, packed, shape[1])
     bits = {str(role): count for role, count in stored_bits(scheme.tensors(*shape)).items()}
     described = scheme.model_dump(mode="json")

@@ -277,7 +277,7 @@ class _Run:
         if calibration is not None and not job.blocks_stay:
             streams = Streams(job, calibration.tokens, self._writer.scratch)
         steps = job.found.n_blocks * (job.method.needs.epochs + 1)
-        with self._progress.phase("Quantizing", steps) as phase:
+        with self._progress.phase("Quantizing", steps, rounds=job.found.n_blocks) as phase:
             for index in range(job.found.n_blocks):
                 if streams is not None and job.method.needs.full_precision:
                     streams.advance_full_precision(index)

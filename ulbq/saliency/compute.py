@@ -28,6 +28,9 @@ from ulbq.saliency.head import LossHead
 from ulbq.saliency.settings import BACKWARD, SaliencySettings
 from ulbq.saliency.stored import block_file, write_scores
 
+_BACK = 3
+"""Steps that a block's way back counts as, where its way forward counts as one: that again, and twice as much back."""
+
 
 def compute_saliency(
     model: PreTrainedModel,
@@ -64,7 +67,7 @@ def compute_saliency(
     """
     run = _Run(model, source, found, settings, folder, dict(done or {}), on_block)
     if len(run.done) < found.n_blocks:
-        steps = found.n_blocks * (2 if settings.kind in BACKWARD else 1)
+        steps = found.n_blocks * (1 + (_BACK if settings.kind in BACKWARD else 0))
         with (progress or Silent()).phase(f"Scoring ({settings.kind})", steps) as phase:
             if tokens is None:
                 run.magnitudes(phase)
@@ -139,8 +142,8 @@ class _Run:
                     passing.backward(index, block)
                 share = 1 if self.settings.kind == "fisher" else passing.samples
                 self._write(index, {linear: sums[weight] / share for linear, weight in weights.items()}, loss)
-            phase.advance(detail=f"block {index} backward")
-        phase.advance(first)
+            phase.advance(_BACK, detail=f"block {index} backward")
+        phase.advance(_BACK * first)
 
     def _write(self, index: int, scores: Mapping[Linear, torch.Tensor], loss: float | None = None) -> None:
         bad = next((linear.name for linear, values in scores.items() if not values.isfinite().all()), None)
