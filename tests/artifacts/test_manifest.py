@@ -90,7 +90,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (overwrite("manifest.json", b"[]"), r"ulbq did not write its manifest\.json"),
     "a web app's": (overwrite("manifest.json", b'{"name": "app", "icons": []}'), "ulbq did not write"),
     "a boolean version": (change(schema_version=True), "ulbq did not write"),
-    "newer": (change(schema_version=7, ulbq_version="9.1.0"), r"newer ulbq \(9\.1\.0, schema 7\).*schemas up to 1"),
+    "newer": (change(schema_version=7, ulbq_version="9.1.0"), r"newer ulbq \(9\.1\.0, schema 7\).*schemas up to 2"),
     "never written": (change(schema_version=0), "schema 0, which no ulbq ever wrote"),
     "edited": (change(reseal=False, seed=77), "edited after it was written"),
     "digest lost": (lambda path: edit(path, lambda data: data.pop("digest"), reseal=False), "edited after"),
@@ -121,7 +121,7 @@ def test_every_damage_has_its_sentence(artifact: Path, name: str) -> None:
 
 
 def test_a_newer_artifact_says_how_to_upgrade(artifact: Path) -> None:
-    change(schema_version=2)(artifact)
+    change(schema_version=3)(artifact)
     with pytest.raises(InputError) as caught:
         read_manifest(artifact)
     assert "pip install --upgrade ulbq" in caught.value.hint
@@ -185,7 +185,7 @@ def test_older_manifests_are_upgraded_step_by_step(artifact: Path, monkeypatch: 
     def rename_seed(data: dict[str, Any]) -> dict[str, Any]:
         return {**{key: value for key, value in data.items() if key != "start"}, "seed": data["start"]}
 
-    edit(artifact, lambda data: data.update(start=data.pop("seed") + 5), reseal=True)
+    edit(artifact, lambda data: data.update(start=data.pop("seed") + 5, schema_version=1), reseal=True)
     monkeypatch.setattr(manifest, "SCHEMA_VERSION", 3)
     monkeypatch.setattr(manifest, "_UPGRADERS", {1: rename_seed, 2: lambda data: {**data, "name": "third"}})
     read = read_manifest(artifact)

@@ -30,11 +30,13 @@ from ulbq.artifacts.records import (
 from ulbq.artifacts.saliency import SaliencyLayer
 from ulbq.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
 
-_UPGRADERS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+_UPGRADERS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda data: data,  # parents were known by the path that was typed alone
+}
 """From a schema version to the function that turns its JSON object into the next version's."""
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ulbq.artifacts.manifest import MANIFEST_NAME, AnyManifest, is_artifact, read_manifest
+from ulbq.artifacts.parents import places
 from ulbq.artifacts.records import Parent, Record
 from ulbq.artifacts.whole import verify as verify_files
 from ulbq.errors import InputError, ResourceError
@@ -80,7 +81,7 @@ def _ancestors(child: Path, manifest: AnyManifest, depth: int, progress: Progres
     """Ancestors of an artifact; models are hashed where there is a ``progress`` to tell."""
     for parent in manifest.parents:
         if parent.kind in _MODELS:
-            yield Ancestor(depth=depth, parent=parent, state=_model_state(parent, progress))
+            yield Ancestor(depth=depth, parent=parent, state=_model_state(parent, child, progress))
             continue
         path = _find(parent, child)
         if path is None:
@@ -99,10 +100,9 @@ def _ancestors(child: Path, manifest: AnyManifest, depth: int, progress: Progres
 
 
 def _find(parent: Parent, child: Path) -> Path | None:
-    """Where an artifact parent stands: at its path, or, where both were moved together, still beside its child."""
-    given = Path(parent.path).expanduser()
-    places = [place for place in (given, child.absolute().parent / given.name) if is_artifact(place)]
-    return next((place for place in places if _digest(place) == parent.sha256), places[0] if places else None)
+    """Where an artifact parent stands: the first of its places that holds it, else the first that holds another."""
+    found = [place for place in places(parent, child) if is_artifact(place)]
+    return next((place for place in found if _digest(place) == parent.sha256), found[0] if found else None)
 
 
 def _digest(path: Path) -> str | None:
@@ -112,17 +112,17 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _model_state(parent: Parent, progress: Progress | None) -> State:
-    if parent.kind != "hub" and not Path(parent.path).expanduser().exists():
+def _model_state(parent: Parent, child: Path, progress: Progress | None) -> State:
+    if parent.kind != "hub" and not places(parent, child):
         return "missing"
     if progress is None:
         return "unchecked"
     # Imported here because it needs torch and transformers, and a look at a manifest does not.
-    from ulbq.models.source import resolve
+    from ulbq.models.source import resolve_parent
 
     with progress.phase(f"Hashing {parent.name}"):
         try:
-            content = resolve(parent.path, offline=True).content_hash
+            content = resolve_parent(child, parent, offline=True).content_hash
         except ResourceError:
             return "unchecked"
         except InputError:
