@@ -38,7 +38,8 @@ MANIFEST_NAME = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
 
 _UPGRADERS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: lambda data: data,  # 2 counts the spurious attention sinks of blocks, which 1 did not look for
+    # 2 counts the spurious attention sinks of blocks, and knows parents by more than the path that was typed.
+    1: lambda data: data,
 }
 """From a schema version to the function that turns its JSON object into the next version's."""
 

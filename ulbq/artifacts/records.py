@@ -47,12 +47,16 @@ class Parent(Record):
         name: short name for people.
         path: as the user gave it.
         sha256: the manifest digest of an artifact, the content hash of a model source.
+        absolute: where that was; empty for a model of the Hub, and in older artifacts.
+        relative: the same, seen from the artifact.
     """
 
     kind: str
     name: str
     path: str
     sha256: str
+    absolute: str = ""
+    relative: str = ""
 
 
 class BlockRecord(Record):

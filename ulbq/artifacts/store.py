@@ -33,6 +33,7 @@ from ulbq.artifacts.manifest import (
     sealed,
 )
 from ulbq.artifacts.names import is_component
+from ulbq.artifacts.parents import seen_from
 from ulbq.artifacts.partial import (
     JOURNAL,
     LOCK,
@@ -234,7 +235,8 @@ class ArtifactWriter:
         """Hash every file, write the manifest and move the artifact into place.
 
         Args:
-            manifest: with everything but ``files``, ``fingerprint``, ``processes`` and ``digest``, filled in here.
+            manifest: with everything but ``files``, ``fingerprint``, ``processes``, ``digest`` and where its parents
+                stand from here, filled in now.
             check: looks at the complete folder before it is moved; what it raises keeps the run unfinished.
 
         Returns:
@@ -249,6 +251,7 @@ class ArtifactWriter:
             with writing(self.out):
                 self._check_there()
                 known = {"files": self._files(), "fingerprint": self.fingerprint, "processes": distributed.size()}
+                known |= {"parents": tuple(seen_from(parent, self._target) for parent in manifest.parents)}
                 path = self.path / MANIFEST_NAME
                 write_atomically(path, sealed(manifest.model_copy(update=known)))
                 try:

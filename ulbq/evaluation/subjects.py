@@ -14,7 +14,7 @@ from ulbq.evaluation.results import WITHOUT_ADAPTER, Subject
 from ulbq.formats import AnyScheme, Scheme
 from ulbq.models.adapter_files import adapter_folder, read_config
 from ulbq.models.gguf import GgufTensors
-from ulbq.models.source import ModelSource, resolve
+from ulbq.models.source import ModelSource, resolve, resolve_parent
 from ulbq.progress import Progress, Silent
 
 _SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
@@ -72,10 +72,11 @@ class Candidate:
     @property
     def template(self) -> Template:
         """How questions are laid out for it: as it was taught, before it was converted too, else as Alpaca's prompt."""
-        manifest = self.source.manifest
+        manifest, path = self.source.manifest, self.source.path
         while isinstance(manifest, ConvertedManifest) and manifest.parents:
             try:
-                manifest = resolve(manifest.parents[0].path, offline=True).manifest
+                parent = resolve_parent(path, manifest.parents[0], offline=True)
+                manifest, path = parent.manifest, parent.path
             except UlbqError:  # said when the full-precision parent was looked for
                 break
         taught = manifest.finetune.template if isinstance(manifest, QuantizedManifest) and manifest.finetune else None
@@ -151,9 +152,9 @@ def _recorded_parent(source: ModelSource, offline: bool, progress: Progress) -> 
             return None
         recorded = found.manifest.parents[0]
         try:
-            found = resolve(recorded.path, offline=offline)
+            found = resolve_parent(found.path, recorded, offline=offline)
         except UlbqError as error:
-            progress.note(f"'{source.name}' was made from '{recorded.path}', which cannot be read: {error.message}")
+            progress.note(error.message)
             return None
         if found.content_hash != recorded.sha256:
             progress.warn(f"'{recorded.path}' has changed since '{source.name}' was made from it.")

@@ -75,7 +75,8 @@ def dequantize(
     first, second = (
         plane.view(*own.shape, -1).float().mul_(own.unsqueeze(-1)) for plane, own in zip(planes, scales, strict=True)
     )
-    return first.add_(second).flatten(1).to(dtype)
+    weight: torch.Tensor = first.add_(second).flatten(1)
+    return weight.to(dtype)
 
 
 def sparsity(scheme: DualBinaryScheme, tensors: Mapping[str, torch.Tensor], in_features: int) -> tuple[float, float]:

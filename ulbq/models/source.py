@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from ulbq.artifacts.manifest import (
     read_manifest,
 )
 from ulbq.artifacts.names import local_path
+from ulbq.artifacts.parents import places
 from ulbq.artifacts.records import Parent, RotationRecord
 from ulbq.artifacts.shards import LazyTensors, write_carried
 from ulbq.artifacts.whole import check_small_files
@@ -142,7 +144,8 @@ class ModelSource:
     def record(self) -> Parent:
         """How the manifest of what is made from it names it."""
         kind = self.manifest.kind if self.manifest else self.kind
-        return Parent(kind=kind, name=self.name, path=self.given, sha256=self.content_hash)
+        absolute = "" if kind == "hub" else os.path.realpath(self.path)
+        return Parent(kind=kind, name=self.name, path=self.given, sha256=self.content_hash, absolute=absolute)
 
     @property
     def parent(self) -> str | None:
@@ -249,6 +252,37 @@ def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = 
     if hub.looks_like_hub_id(given):
         return _open_folder(hub.download(given, offline=offline), given, hub_id=given)
     raise InputError(f"There is no file or folder '{given}'.", hint="Check the path.")
+
+
+def resolve_parent(child: Path, parent: Parent, *, offline: bool = False) -> ModelSource:
+    """Open what an artifact was made from, wherever it stands now. What the Hub did not give is not asked for there.
+
+    Args:
+        child: the artifact's folder.
+        parent: as its manifest has it.
+        offline: as of :func:`resolve`.
+
+    Returns:
+        The first of its places that holds what the artifact was made from; if none does, what stands at the first one:
+        its ``content_hash`` is another then.
+
+    Raises:
+        InputError, ResourceError: it is nowhere, or cannot be read; both name the artifact.
+    """
+    try:
+        if parent.kind == "hub":
+            return _open_folder(hub.download(parent.path, offline=offline), parent.path, hub_id=parent.path)
+        found = [resolve(place, offline=offline) for place in places(parent, child)]
+    except (InputError, ResourceError) as error:
+        message = f"'{child}' was made from '{parent.path}', which cannot be read: {error.message}"
+        raise type(error)(message, hint=error.hint) from error
+    if not found:
+        looked = f" (it was '{parent.absolute}')" if parent.absolute not in ("", parent.path) else ""
+        raise InputError(
+            f"'{child}' was made from '{parent.path}'{looked}, and that is not there any more.",
+            hint="Its weights are needed: put it back where it was, or beside the artifact.",
+        )
+    return next((source for source in found if source.content_hash == parent.sha256), found[0])
 
 
 def default_model(*, offline: bool = False) -> ModelSource:

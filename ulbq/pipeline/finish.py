@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,5 +177,7 @@ def _parents(job: Job) -> tuple[Parent, ...]:
         found.append(job.start.source.record())
     if job.saliency is not None and job.saliency.manifest is not None:
         manifest, path = job.saliency.manifest, str(job.method.needs.saliency)
-        found.append(Parent(kind=manifest.kind, name=manifest.name, path=path, sha256=manifest.digest))
+        absolute = os.path.realpath(Path(path).expanduser())
+        digest = manifest.digest
+        found.append(Parent(kind=manifest.kind, name=manifest.name, path=path, sha256=digest, absolute=absolute))
     return tuple(found)

@@ -1,6 +1,5 @@
 """What an artifact is, whether it is intact, and what it was made from."""
 
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,7 +9,7 @@ from pydantic import Field
 
 from ulbq import limits
 from ulbq.artifacts.manifest import MANIFEST_NAME, AnyManifest, is_artifact, read_manifest
-from ulbq.artifacts.names import local_path
+from ulbq.artifacts.parents import places
 from ulbq.artifacts.records import Parent, Record
 from ulbq.artifacts.whole import verify as verify_files
 from ulbq.errors import InputError, ResourceError
@@ -84,7 +83,7 @@ def _ancestors(child: Path, manifest: AnyManifest, depth: int, progress: Progres
     """Ancestors of an artifact; models are hashed where there is a ``progress`` to tell."""
     for parent in manifest.parents:
         if parent.kind in _MODELS:
-            yield Ancestor(depth=depth, parent=parent, state=_model_state(parent, progress))
+            yield Ancestor(depth=depth, parent=parent, state=_model_state(parent, child, progress))
             continue
         path = _find(parent, child)
         if path is None:
@@ -103,13 +102,9 @@ def _ancestors(child: Path, manifest: AnyManifest, depth: int, progress: Progres
 
 
 def _find(parent: Parent, child: Path) -> Path | None:
-    """Where an artifact parent stands: at its path, or, where both were moved together, still beside its child."""
-    try:
-        given = local_path(parent.path)
-    except InputError:
-        return None
-    places = [place for place in (given, child.absolute().parent / given.name) if is_artifact(place)]
-    return next((place for place in places if _digest(place) == parent.sha256), places[0] if places else None)
+    """Where an artifact parent stands: the first of its places that holds it, else the first that holds another."""
+    found = [place for place in places(parent, child) if is_artifact(place)]
+    return next((place for place in found if _digest(place) == parent.sha256), found[0] if found else None)
 
 
 def _digest(path: Path) -> str | None:
@@ -119,17 +114,17 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _model_state(parent: Parent, progress: Progress | None) -> State:
-    if parent.kind != "hub" and not os.path.exists(os.path.expanduser(parent.path)):
+def _model_state(parent: Parent, child: Path, progress: Progress | None) -> State:
+    if parent.kind != "hub" and not places(parent, child):
         return "missing"
     if progress is None:
         return "unchecked"
     # Imported here because it needs torch and transformers, and a look at a manifest does not.
-    from ulbq.models.source import resolve
+    from ulbq.models.source import resolve_parent
 
     with progress.phase(f"Hashing {parent.name}"):
         try:
-            content = resolve(parent.path, offline=True).content_hash
+            content = resolve_parent(child, parent, offline=True).content_hash
         except ResourceError:
             return "unchecked"
         except InputError:

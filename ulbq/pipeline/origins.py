@@ -10,7 +10,7 @@ from ulbq.errors import InputError
 from ulbq.formats import AnyScheme, nominal
 from ulbq.methods.base import BlockStart, Needs
 from ulbq.models.adapter_files import AdapterTensors, adapter_folder, read_adapter, read_config
-from ulbq.models.source import FULL_PRECISION, ModelSource, resolve
+from ulbq.models.source import FULL_PRECISION, ModelSource, resolve, resolve_parent
 from ulbq.nn.adapter import AdapterConfig
 from ulbq.saliency import KINDS, Saliency
 
@@ -40,27 +40,21 @@ def open_origins(given: str | None, *, offline: bool) -> Origins:
     if given is not None and path is not None and is_artifact(path):
         manifest = read_manifest(path)
         if isinstance(manifest, SaliencyManifest):
-            return Origins(_parent(given, manifest, offline), saliency=given)
+            return Origins(_parent(path, manifest, offline), saliency=given)
     source = resolve(given, offline=offline)
     if isinstance(source.manifest, QuantizedManifest):
-        return Origins(_parent(source.given, source.manifest, offline), start=source)
+        return Origins(_parent(source.path, source.manifest, offline), start=source)
     return Origins(source)
 
 
-def _parent(given: str, manifest: QuantizedManifest | SaliencyManifest, offline: bool) -> ModelSource:
+def _parent(child: Path, manifest: QuantizedManifest | SaliencyManifest, offline: bool) -> ModelSource:
     recorded = next((parent for parent in manifest.parents if parent.kind in FULL_PRECISION), None)
     if recorded is None:
-        raise InputError(f"'{given}' does not say which model it was made from.", hint="Give the model itself.")
-    try:
-        model = resolve(recorded.path, offline=offline)
-    except InputError as error:
-        raise InputError(
-            f"'{given}' was made from '{recorded.path}', which cannot be read: {error.message}",
-            hint="Its weights are needed to go on: put the model back where it was.",
-        ) from error
+        raise InputError(f"'{child}' does not say which model it was made from.", hint="Give the model itself.")
+    model = resolve_parent(child, recorded, offline=offline)
     if model.content_hash != recorded.sha256:
         raise InputError(
-            f"'{recorded.path}' has changed since '{given}' was made from it.",
+            f"'{model.given}' has changed since '{child}' was made from it.",
             hint="Make the artifact again from the model as it is now.",
         )
     return model

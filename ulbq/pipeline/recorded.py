@@ -1,5 +1,6 @@
 """Finished evaluations whose scores a comparison takes over instead of measuring again."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,8 @@ class Recorded:
 
     def record(self) -> Parent:
         """How a comparison's manifest names it."""
-        return Parent(kind="evaluation", name=self.manifest.name, path=self.path, sha256=self.manifest.digest)
+        absolute, digest = os.path.realpath(self.path), self.manifest.digest
+        return Parent(kind="evaluation", name=self.manifest.name, path=self.path, sha256=digest, absolute=absolute)
 
     def quantized(self) -> dict[str, QuantizedManifest]:
         """Manifests of the quantized models that it measured, by name, of those that are still where they were."""

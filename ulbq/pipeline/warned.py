@@ -17,8 +17,8 @@ class Recording:
         self.warnings: list[str] = []
         self._progress = progress
 
-    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Phase]:
-        return self._progress.phase(name, total)
+    def phase(self, name: str, total: int | None = None, *, rounds: int | None = None) -> AbstractContextManager[Phase]:
+        return self._progress.phase(name, total, rounds=rounds)
 
     def note(self, text: str) -> None:
         self._progress.note(text)
