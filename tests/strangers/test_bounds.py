@@ -99,6 +99,12 @@ def test_settings_of_any_size(name: str, dense: Path, ulbq: Ulbq, tmp_path: Path
     assert "more than" in ulbq("quantize", dense, *RTN, "-o", tmp_path / "q").refused()
 
 
+def test_what_nobody_reads_may_be_large(dense: Path, ulbq: Ulbq, tmp_path: Path) -> None:
+    with (dense / "trainer_state.json").open("ab") as file:
+        file.truncate(limits.SETTINGS_SIZE + 1)
+    assert ulbq("quantize", dense, *RTN, "-o", tmp_path / "q").code == 0
+
+
 def test_a_large_manifest_is_not_read(packed: Path, ulbq: Ulbq, tmp_path: Path, monkeypatch: Any) -> None:
     large = tmp_path / "artifacts" / "large"
     large.mkdir(parents=True)

@@ -28,7 +28,7 @@ _TERMS = r"([\w-]+[_-])?(licen[sc]e|copying|notices?|use_policy|usage_policy)([_
 _KNOWN = re.compile(rf"({_TOKENIZER}|{_VOCABULARY}|{_SETTINGS}|{_TERMS})", re.IGNORECASE)
 
 # Whose vocabularies have no other bound; the other settings are read by libraries that have none.
-_LARGE = frozenset({"tokenizer.json", "vocab.json", "model.safetensors.index.json", "manifest.json", "tekken.json"})
+_LARGE = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json"})
 
 # What transformers writes into a tokenizer's configuration of how it was called, and not of the tokenizer.
 _OF_THE_CALL = ("local_files_only", "gguf_file")
@@ -76,7 +76,8 @@ def check_folder(folder: Path) -> None:
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise InputError(f"'{path}' is neither a file nor a folder.", hint="Remove it from the model's folder.")
         most = limits.TOKENIZER_SIZE if path.name in _LARGE else limits.SETTINGS_SIZE
-        if path.suffix in (".json", ".jinja") and path.stat().st_size > most:
+        # What nobody reads may be as large as it likes: a trainer's log of its steps, for one.
+        if is_side_file(path.relative_to(folder).as_posix()) and path.stat().st_size > most:
             raise InputError(
                 f"'{path}' holds {path.stat().st_size:,} bytes, more than the {most:,} that are read.",
                 hint="Fetch the model again.",
