@@ -81,10 +81,9 @@ def test_both_models_words_stand_below_the_table(folder, capsys):
 def test_inspection_shows_the_same(folder, capsys):
     assert run(capsys, "artifacts/q", "--limit", "2", "-p", "once upon", "--max-new-tokens", "5")[0] == 0
     assert main(["inspect", "artifacts/q-eval"]) == 0
-    out, err = capsys.readouterr()
-    assert out == "artifacts/q-eval\n"
+    out = capsys.readouterr().out
     for text in ("Prompt: once upon", "  base: ", "  q: ", "tokens per second ↑", "wikitext2 ↓", "size on disk"):
-        assert text in err
+        assert text in out
 
 
 def test_compares_several(folder, capsys):

@@ -20,7 +20,7 @@ class Speaks:
 
     def __init__(self, logits):
         self.logits = logits
-        self.config = SimpleNamespace(vocab_size=len(logits))
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=len(logits)))
 
     def __call__(self, input_ids, use_cache):
         return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))

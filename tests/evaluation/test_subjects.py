@@ -73,7 +73,8 @@ def test_a_parent_that_is_gone_is_told_and_done_without(folder):
     told = Listening()
     (q,) = open_candidates(["q"], progress=told)
     assert q.parent is None
-    assert "'base', which cannot be read" in told.notes[0]
+    assert "'q' was made from 'base'" in told.notes[0]
+    assert "not there any more" in told.notes[0]
 
 
 def test_a_parent_that_changed_is_warned_about(folder):
@@ -126,7 +127,7 @@ def test_a_fine_tuned_model_is_asked_as_it_was_taught(folder, monkeypatch):
     assert with_record(taught).template == "gsm8k"
     assert with_record(taught.model_copy(update={"template": None})).template == "alpaca"
     assert dense.template == "alpaca"
-    monkeypatch.setattr(subjects, "resolve", lambda path, offline: with_record(taught).source)
+    monkeypatch.setattr(subjects, "resolve_parent", lambda child, parent, offline: with_record(taught).source)
     assert dense.template == "gsm8k"
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tests.models.test_load import write_quantized, write_random_adapter
 from tests.models.tiny import save_tiny
+from tests.strangers.conftest import reseal
 from ulbq.errors import InputError
 from ulbq.formats import AffineScheme, DualBinaryScheme
 from ulbq.models.adapter_files import ADAPTER_FOLDER, load_adapters
@@ -112,10 +113,16 @@ def test_what_peft_misplaces_is_refused(tmp_path: Path, dora: bool) -> None:
         load_model(source, dtype=torch.float32)
 
 
+def listed(path: Path) -> None:
+    """Name the adapter that came later in the artifact's manifest."""
+    reseal(path, listed=tuple(f"{ADAPTER_FOLDER}/{file.name}" for file in (path / ADAPTER_FOLDER).iterdir()))
+
+
 def test_an_adapter_of_another_model_is_refused(parent: ModelSource, tmp_path: Path) -> None:
     path = write_quantized(parent, tmp_path / "q", AFFINE)
     weights = {"model.layers.0.self_attn.q_proj": torch.zeros(64, 32)}
     write_random_adapter(path / ADAPTER_FOLDER, CONFIG, weights)
+    listed(path)
     with pytest.raises(
         InputError, match=r"another model: 'model\.layers\.0\.self_attn\.q_proj' is no layer of \[64, 32"
     ):
@@ -128,6 +135,7 @@ def test_a_layer_without_its_tensors_is_refused(parent: ModelSource, tmp_path: P
     write_random_adapter(path / ADAPTER_FOLDER, CONFIG, weights)
     file = path / ADAPTER_FOLDER / "adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if "layers.1" not in name}, file)
+    listed(path)
     with pytest.raises(InputError, match=r"lacks the tensors of 'model\.layers\.1\.self_attn\.q_proj'"):
         load_model(resolve(path), dtype=torch.float32)
     assert load_model(resolve(path), dtype=torch.float32, adapter=False)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy
 import pytest
 from gguf import GGMLQuantizationType
 
@@ -14,6 +13,7 @@ from ulbq.commands import completion
 from ulbq.commands.app import app
 from ulbq.export.card import scores
 from ulbq.models.gguf import GgufTensors
+from ulbq.models.gguf_header import StoredTensor
 from ulbq.models.source import resolve
 from ulbq.pipeline.warned import gathered
 
@@ -124,8 +124,8 @@ def test_a_gguf_file_says_what_it_is(tmp_path: Path) -> None:
     tensors = resolve(path).tensors
     assert isinstance(tensors, GgufTensors)
     # 32 weights in 20 bytes, one matrix of three in float16 of its size.
-    data = numpy.zeros((8, 20), numpy.uint8), GGMLQuantizationType.Q4_1
-    tensors._tensors = {"a": data, "b": data, "c": (numpy.zeros((8, 32), numpy.float16), GGMLQuantizationType.F16)}
+    packed = StoredTensor(GGMLQuantizationType.Q4_1, (8, 32), 0)
+    tensors._header.tensors = {"a": packed, "b": packed, "c": StoredTensor(GGMLQuantizationType.F16, (8, 32), 0)}
     assert tensors.stored_as == ("Q4_1", pytest.approx((5 + 5 + 16) / 3))
     named = subject.model_copy(update={"scheme": "Q4_1", "bits_per_weight": 5.0})
     assert describe(named) == "GGUF Q4_1"

@@ -15,8 +15,8 @@ def is_loaded(name: str) -> bool:
     parts = PurePosixPath(name).parts
     if any(part.startswith(".") for part in parts):
         return False
-    return parts[0] in _LOADED_FOLDERS or (
-        len(parts) == 1 and (parts[0].endswith(_LOADED_SUFFIXES) or parts[0] in _LOADED_NAMES)
+    return (len(parts) == 1 or parts[0] in _LOADED_FOLDERS) and (
+        parts[-1].endswith(_LOADED_SUFFIXES) or parts[-1] in _LOADED_NAMES
     )
 
 

@@ -27,7 +27,9 @@ def places(parent: Parent, child: Path) -> list[Path]:
     found = [given, child.absolute().parent / given.name]
     # An absolute path stays what it is behind another.
     found = [*(Path(os.path.normpath(child.absolute() / path)) for path in named), *found]
-    return [place for place in dict.fromkeys(found) if place.exists()]
+    # Where it is the same place, as it was typed: that is how people know it.
+    known = [given if place == given.absolute() else place for place in found]
+    return [place for place in dict.fromkeys(known) if place.exists()]
 
 
 def seen_from(parent: Parent, child: Path) -> Parent:

@@ -79,9 +79,10 @@ def write_half(
     files = {} if source.manifest is None else source.manifest.files
     with writing(folder):
         # What the manifest names and nothing else: the new folder may itself lie in the old one.
-        for name in sorted(filter(_is_copied, files.keys() - shards.keys() - {INDEX_NAME})):
+        copied = sorted(filter(_is_copied, files.keys() - shards.keys() - {INDEX_NAME}))
+        for name in copied:
             check_link(source.path / name, source.path)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, folder / name)
     write_index(folder, shards)
-    return saved, [*files.keys() | shards.keys() | {INDEX_NAME}]
+    return saved, [*copied, *shards, INDEX_NAME]

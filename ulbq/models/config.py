@@ -154,6 +154,9 @@ def read_gguf_config(file: Path, header: GgufHeader) -> PreTrainedConfig:
         ) from error
     if header.uncounted is not None:
         config.vocab_size = header.uncounted  # of some architectures transformers looks at the vocabulary alone
+    stated = header.values.get(f"{header.architecture}.attention.key_length")
+    if isinstance(stated, int) and getattr(config, "head_dim", stated) != stated:
+        config.head_dim = stated  # of some architectures transformers takes its own default
     config.name_or_path = str(file.parent)
     check_causal(config, str(file))
     return config
