@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.models.test_load import write_quantized, write_random_adapter
 from tests.models.tiny import save_tiny
+from tests.strangers.conftest import reseal
 from ulbq.artifacts import read_manifest, verify
 from ulbq.errors import InputError, NumericsError
 from ulbq.formats import AffineScheme
@@ -143,5 +144,6 @@ class TestAdapter:
         artifact = packed(tiny_llama, tmp_path / "q")
         stranger = {"model.layers.9.self_attn.q_proj": torch.zeros(64, 64)}
         write_random_adapter(artifact / "adapter", AdapterConfig(rank=2), stranger)
+        reseal(artifact, listed=("adapter/adapter_config.json", "adapter/adapter_model.safetensors"))
         with pytest.raises(InputError, match=r"another model: 'model\.layers\.9"):
             convert(ConvertRequest(source=str(artifact), merge_adapter=True, out=tmp_path / "plain"))

@@ -201,7 +201,7 @@ def test_a_run_stopped_in_the_middle_of_the_exchange_goes_on_to_the_same_bytes(
 
     out = tmp_path / "stopped"
     with monkeypatch.context() as patched:
-        patched.setattr("ulbq.pipeline.end_to_end.os.replace", stopping)
+        patched.setattr(os, "replace", stopping)
         with pytest.raises(_Stop):
             quantize(request(tiny_llama, out, samples))
     assert shards(quantize(request(tiny_llama, out, samples))[0]) == shards(straight)

@@ -223,7 +223,7 @@ class _StopAt(Silent):
         self._journal = folder.with_name(folder.name + ".partial") / ".journal.jsonl"
         self._blocks = blocks
 
-    def phase(self, name: str, total: int | None = None) -> Any:
+    def phase(self, name: str, total: int | None = None, *, rounds: int | None = None) -> Any:
         outer = self
 
         class Phase:
@@ -414,8 +414,10 @@ def test_the_plan_counts_the_experts_that_stay_as_they_are(tmp_path: Path) -> No
 def test_the_plan_counts_the_whole_model_where_it_writes_its_samples(tiny_llama: Path, tmp_path: Path) -> None:
     sizes = {"samples": 1, "sequence_length": 2, "batch_size": 1, "epochs": 0}
     big = save_tiny("llama", tmp_path / "dense", num_hidden_layers=24)
+    tokens = tmp_path / "tokens.safetensors"
+    save_file({"tokens": torch.arange(20).view(10, 2)}, tokens)
     own, file = (
         plan(request(big, tmp_path / "q", method="db-llm", group_size=32, calibration=name, **sizes)).cost.peak_memory
-        for name in ("self", "tokens.safetensors")
+        for name in ("self", str(tokens))
     )
     assert own > file

@@ -47,7 +47,7 @@ class _Stop(Silent):
         self._left = scored
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Any]:
+    def phase(self, name: str, total: int | None = None, *, rounds: int | None = None) -> Iterator[Any]:
         yield self
 
     def advance(self, steps: int = 1, detail: str = "") -> None:

@@ -167,7 +167,7 @@ class Start:
 
 def check_saliency(asked: str) -> None:
     """Refuse what is neither a kind of scores nor a folder. Raises InputError."""
-    if asked not in KINDS and not local_path(asked).is_dir():
+    if asked not in (*KINDS, "none") and not local_path(asked).is_dir():
         raise InputError(
             f"There is no saliency artifact '{asked}'.",
             hint=f"Give one's path, or a kind to compute first: {', '.join(KINDS)}.",

@@ -267,6 +267,8 @@ class _Run:
         self._saliency = saliency
         self._writer = writer
         self._progress = progress
+        # An artifact is gone on from by training, whatever its method does in a first run.
+        self._full_precision = job.method.needs.full_precision or job.start is not None
 
     def walk(self, calibration: Calibration | None) -> None:
         """Quantize every block that the journal does not hold yet; the others are replayed from their shards."""
@@ -279,7 +281,7 @@ class _Run:
         steps = job.found.n_blocks * (job.method.needs.epochs + 1)
         with self._progress.phase("Quantizing", steps, rounds=job.found.n_blocks) as phase:
             for index in range(job.found.n_blocks):
-                if streams is not None and job.method.needs.full_precision:
+                if streams is not None and self._full_precision:
                     streams.advance_full_precision(index)
                 if str(index) in self._writer.journal:
                     phase.advance(job.method.needs.epochs + 1, f"block {index} was done")
@@ -346,7 +348,7 @@ class _Run:
     def _by_method(self, task: BlockTask, streams: Streams | None) -> BlockResult:
         """What the method makes of a block; where no full-precision stream has called its layers, the method has to."""
         method = self._job.method
-        if streams is None or method.needs.full_precision:
+        if streams is None or self._full_precision:
             return method.quantize_block(task)
         called: set[str] = set()
         layers = {linear: task.block.get_submodule(linear) for linear in task.linears}
