@@ -1,6 +1,8 @@
 """Fine-tuning on a task: what trains and what stays, going on after a stop, and the artifact that it leaves."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from ulbq.pipeline.finetune_run import finetune
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
+from ulbq.training import tuner
 from ulbq.training.precision import Precision
 from ulbq.training.tuner import answer_loss
 
@@ -329,11 +332,10 @@ def test_numbers_that_are_not_finite_end_the_run(folder: Path, tmp_path: Path, m
 
 def test_a_full_disk_is_a_sentence(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
-        # What torch says where a write comes back short.
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(ResourceError, match=r"checkpoint of the fine-tuning cannot be written") as caught:
+    monkeypatch.setattr(tuner, "save_optimizer", full)
+    with pytest.raises(ResourceError, match=r"The disk is full") as caught:
         finetune(job(made(folder, "rtn"), folder, tmp_path / "ft", rank=1))
     assert caught.value.exit_code == 3
     assert not (tmp_path / "ft").exists()
