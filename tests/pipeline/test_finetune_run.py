@@ -31,6 +31,7 @@ from ulbq.pipeline.finetune_run import finetune
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
+from ulbq.training import tuner
 from ulbq.training.precision import Precision
 from ulbq.training.tuner import answer_loss
 
@@ -333,7 +334,7 @@ def test_a_full_disk_is_a_sentence(folder: Path, tmp_path: Path, monkeypatch: py
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("ulbq.training.checkpoint.store_shard", full)
+    monkeypatch.setattr(tuner, "save_optimizer", full)
     with pytest.raises(ResourceError, match="The disk is full") as caught:
         finetune(job(made(folder, "rtn"), folder, tmp_path / "ft", rank=1))
     assert caught.value.exit_code == 3
