@@ -164,19 +164,22 @@ def dual_errors(weight: torch.Tensor, scales: torch.Tensor, importance: torch.Te
     return (off * importance.double().view(grouped.shape[1:])).sum(-1)
 
 
+def check_dual_binary(weight: torch.Tensor, importance: torch.Tensor, group_size: int) -> None:
+    ours = search_scales(weight, importance, group_size)
+    theirs = by_torch(search_scales, weight, importance, group_size)
+    same = ((ours - theirs).abs() <= 1e-4 * theirs.abs()).all(0)
+    assert same.float().mean() >= 0.98
+    left, right = (dual_errors(weight, scales, importance) for scales in (ours, theirs))
+    assert left.sum() <= right.sum() * (1 + 1e-5)
+    assert (left <= right * 1.05 + 1e-12).all()
+
+
 @pytest.mark.skipif(bool(build.solver_failure()), reason="switched off")
 class TestDualBinary:
     @pytest.mark.parametrize("weighted", [False, True])
     @pytest.mark.parametrize("group_size", [6, 32, 48, 96])
     def test_scales_are_the_references(self, group_size: int, weighted: bool) -> None:
-        weight, importance = weights(), costs() if weighted else torch.ones(COLUMNS)
-        ours = search_scales(weight, importance, group_size)
-        theirs = by_torch(search_scales, weight, importance, group_size)
-        same = ((ours - theirs).abs() <= 1e-4 * theirs.abs()).all(0)
-        assert same.float().mean() >= 0.98
-        left, right = (dual_errors(weight, scales, importance) for scales in (ours, theirs))
-        assert left.sum() <= right.sum() * (1 + 1e-5)
-        assert (left <= right * 1.05 + 1e-12).all()
+        check_dual_binary(weights(), costs() if weighted else torch.ones(COLUMNS), group_size)
 
     @pytest.mark.parametrize("options", [{"candidates": 3}, {"candidates": 13}, {"refits": 0}, {"refits": 1}])
     def test_any_number_of_candidates_and_refits(self, options: dict[str, int]) -> None:
@@ -199,6 +202,17 @@ class TestDualBinary:
         assert torch.equal(search_scales(weight.t().contiguous().t(), costs().repeat_interleave(2)[::2], 32), plain)
 
 
+def check_compensation(scheme: AffineScheme, settings: GptqSettings) -> None:
+    weight, hessian = weights(50), moments(COLUMNS, 600)
+    ours = gptq(weight, hessian, scheme, settings)
+    theirs = by_torch(gptq, weight, hessian, scheme, settings)
+    # One code on the border between two sends the rest of its row another way.
+    assert (ours.codes.codes == theirs.codes.codes).all(1).float().mean() >= 0.9
+    assert ours.loss == pytest.approx(theirs.loss, rel=0.01)
+    assert [tensor.dtype for tensor in ours.codes] == [tensor.dtype for tensor in theirs.codes]
+    assert all(tensor.is_contiguous() for tensor in ours.codes)
+
+
 @pytest.mark.skipif(bool(build.solver_failure()), reason="switched off")
 class TestCompensation:
     @pytest.mark.parametrize("search", [False, True])
@@ -209,16 +223,8 @@ class TestCompensation:
     def test_codes_are_the_references(
         self, bits: Any, group_size: int, symmetric: bool, act_order: bool, search: bool
     ) -> None:
-        weight, hessian = weights(50), moments(COLUMNS, 600)
         scheme = AffineScheme(bits=bits, group_size=group_size, symmetric=symmetric)
-        settings = GptqSettings(act_order=act_order, search=search, block_size=32)
-        ours = gptq(weight, hessian, scheme, settings)
-        theirs = by_torch(gptq, weight, hessian, scheme, settings)
-        # One code on the border between two sends the rest of its row another way.
-        assert (ours.codes.codes == theirs.codes.codes).all(1).float().mean() >= 0.9
-        assert ours.loss == pytest.approx(theirs.loss, rel=0.01)
-        assert [tensor.dtype for tensor in ours.codes] == [tensor.dtype for tensor in theirs.codes]
-        assert all(tensor.is_contiguous() for tensor in ours.codes)
+        check_compensation(scheme, GptqSettings(act_order=act_order, search=search, block_size=32))
 
     @pytest.mark.parametrize("rows", [1, 31, 32, 33])
     @pytest.mark.parametrize("block_size", [1, 7, 96, 200])
@@ -237,7 +243,23 @@ class TestCompensation:
 
 
 @pytest.fixture
-def mutated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str, str, str], None]]:
+def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """An empty cache, and what has the process look for the library anew."""
+
+    def forget() -> None:
+        for function in (build.solvers, build.solver_failure, build._load_solvers):
+            function.cache_clear()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield forget
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.fixture
+def mutated(
+    unbuilt: Callable[[], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str, str, str], None]:
     """Compiles the sources with one place of a file changed."""
 
     def mutate(file: str, old: str, new: str) -> None:
@@ -247,16 +269,37 @@ def mutated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         assert text.count(old) == 1
         (folder / file).write_text(text.replace(old, new), encoding="utf-8")
         monkeypatch.setattr(build, "_PORTABLE", folder)
-        forget()
+        unbuilt()
 
-    def forget() -> None:
-        for function in (build.solvers, build.solver_failure, build._load_solvers):
-            function.cache_clear()
+    return mutate
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield mutate
-    monkeypatch.undo()
-    forget()
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(build.solver_failure()), reason="switched off")
+@pytest.mark.parametrize("features", [(), ("avx2", "fma")], ids=["baseline", "avx2"])
+def test_other_processors_find_the_same_to_the_bit(
+    unbuilt: Callable[[], None], monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...]
+) -> None:
+    if not build.cpu_features().issuperset(features):
+        pytest.skip("this processor has no AVX2")
+
+    def found() -> list[torch.Tensor]:
+        plain = [
+            *round_to_nearest(weights(), AffineScheme(bits=2, group_size=48), importance=costs()),
+            *round_to_nearest(weights(), AffineScheme(bits=1, group_size=6, symmetric=True)),
+            search_scales(weights(), costs(), 48),
+        ]
+        solved = [
+            gptq(weights(), moments(COLUMNS, 600), AffineScheme(bits=3, group_size=32), GptqSettings(act_order=order))
+            for order in (False, True)
+        ]
+        return plain + [tensor for one in solved for tensor in one.codes]
+
+    here = found()
+    monkeypatch.setattr(build, "cpu_features", lambda: frozenset(features))
+    unbuilt()
+    assert not build.solver_failure()
+    assert all(map(torch.equal, here, found()))
 
 
 @pytest.mark.slow
@@ -272,9 +315,15 @@ class TestWrongKernelsFail:
             ("affine.h", "candidates_.add(low, high, -scale", "candidates_.add(low, high, scale"),
             ("lanes.h", "(bits + 0xFFF + (bits >> 13 & 1))", "(bits + 0x1000)"),
             ("lanes.h", "if (scale < 0x1p-14f)", "if (false)"),
+            ("dual_binary.cpp", "weight > (first + second) / 2", "weight > first / 2"),
+            ("dual_binary.cpp", "boths[p] += rounded.upper > 0 ? lower : none", "boths[p] += none"),
+            ("dual_binary.cpp", "sign[lane] = lane % 2 ? -1 : 1", "sign[lane] = 1"),
+            ("compensate.cpp", "factors[column]", "factors[0]"),
+            ("compensate.cpp", "* scales[row]) / pivot", "* scales[row])"),
+            ("compensate.cpp", "importance + column, size", "importance, size"),
         ],
     )
-    def test_of_rounding(self, mutated: Callable[[str, str, str], None], file: str, old: str, new: str) -> None:
+    def test_of_any_loop(self, mutated: Callable[[str, str, str], None], file: str, old: str, new: str) -> None:
         mutated(file, old, new)
         with pytest.raises(AssertionError):
             check_all_kinds()
@@ -288,3 +337,7 @@ def check_all_kinds() -> None:
             check_rounding(weights(64), scheme, costs(), True)
             check_rounding(1e-6 * weights(64), scheme, None, False)
             check_rounding((weights(64) * 64).round() / 64, scheme, None, True)
+    for weight in (weights(64), -weights(64)):
+        check_dual_binary(weight, costs(), 32)
+    for act_order in (False, True):
+        check_compensation(AffineScheme(bits=2, group_size=16), GptqSettings(act_order=act_order, block_size=32))

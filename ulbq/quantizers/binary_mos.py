@@ -29,6 +29,9 @@ _CELL_MARGIN = 1e-3
 # Scales lose 2^-11 of themselves in storage and the logits of the gates as much, of which the largest are near 10.
 _ROUNDING = 2.0**-6
 
+_SETTLED = 3e-7
+"""A unit vector that an iteration changes by no more is as good as float32 has it."""
+
 _LEAST_COST = 1e-6
 """Smallest weight of a column's error, relative to the mean; a layer that was never called has no better measure."""
 
@@ -42,12 +45,13 @@ def rank_one(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best rank-one approximation of ``|W|``: ``min Σ h_j (|W_ij| − u_i v_j)²``, by power iteration.
 
-    A matrix without negative elements has a first singular value far above the second, so a few dozen iterations
-    reach float32's precision; its singular vectors have no negative elements either.
+    A matrix without negative elements has a first singular value far above the second, so few iterations reach
+    float32's precision, where they end; its singular vectors have no negative elements either.
 
     Args:
         weight: ``[out, in]``.
         importance: ``[in]``, ``h``: non-negative weight of each column's squared error; None for ones.
+        iterations: at most.
 
     Returns:
         ``u`` ``[out]`` and ``v`` ``[in]`` float32 of equal norms: ``√σ₁·u₁`` and ``√σ₁·v₁`` where all ``h`` are 1.
@@ -56,7 +60,9 @@ def rank_one(
     weighted = magnitude if importance is None else magnitude * _costs(importance).sqrt()
     u = torch.ones_like(weighted[:, 0])
     for _ in range(iterations):
-        u = nn.functional.normalize(weighted @ (weighted.T @ u), dim=0)
+        before, u = u, nn.functional.normalize(weighted @ (weighted.T @ u), dim=0)
+        if (u - before).norm() <= _SETTLED:
+            break
     # Least squares for v, column by column: the weight of a column does not matter any more.
     v = magnitude.T @ u
     balance = v.norm().sqrt()

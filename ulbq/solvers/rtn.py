@@ -1,7 +1,7 @@
 """Round to nearest on an affine grid, with an optional search for the range that rounds best.
 
 On a CPU with a compiler the search is one compiled pass (:mod:`ulbq.kernels.solvers`); what follows here in torch takes
-some 60 times as long, serves GPUs, and says what the compiled pass has to find.
+some 40 times as long, serves GPUs, and says what the compiled pass has to find.
 """
 
 from typing import NamedTuple

@@ -13,8 +13,6 @@
 
 namespace ulbq {
 
-constexpr int64_t kSum = 64;  // elements that are summed by themselves, to keep rounding small in long groups
-
 // What is looked for, the same for all groups.
 struct Search {
     float top;             // largest code

@@ -6,7 +6,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -53,7 +52,6 @@ inline void errors(const Group& group, const float* firsts, const float* seconds
         first[p] = load(firsts + p * kWidth);
         second[p] = load(seconds + p * kWidth);
     }
-    constexpr int64_t kSum = 64;
     for (int64_t begin = 0; begin < group.size; begin += kSum) {
         Floats sum[kParts] = {};
         const int64_t end = std::min(begin + kSum, group.size);

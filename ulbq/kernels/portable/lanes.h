@@ -20,6 +20,7 @@ constexpr int kWidth = 4;
 
 constexpr int kLanes = 16;  // handled together whatever the machine, so that sums come out the same on all
 constexpr int kParts = kLanes / kWidth;
+constexpr int64_t kSum = 64;  // elements that are summed by themselves, to keep rounding small in long groups
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 
