@@ -103,10 +103,12 @@ def _norm(norm: nn.Module, plain: Callable[[torch.Tensor], torch.Tensor], x: tor
 def _is_gated(module: nn.Module) -> bool:
     """Whether a module is ``down(silu(gate(x)) · up(x))``."""
     gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    if not (isinstance(gate, nn.Module) and isinstance(up, nn.Module) and isinstance(down, nn.Module)):
+        return False
     columns = getattr(gate, "in_features", None)
     if isinstance(gate, TrainedLinear):
         columns = gate.weight(with_adapter=False).shape[1]
-    if columns is None or not isinstance(up, nn.Module) or not isinstance(down, nn.Module):
+    if not isinstance(columns, int):
         return False
     x = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
     try:
