@@ -14,7 +14,8 @@ from ulbq.models.stream import ActivationStore
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
 from ulbq.training.block import BlockTrainer
 from ulbq.training.linear import TrainedLinear
-from ulbq.training.objective import BlockData
+from ulbq.training.objective import BlockData, Objective
+from ulbq.training.optimizer import clip_gradients
 from ulbq.training.precision import Precision
 from ulbq.training.settings import TrainSettings
 
@@ -127,6 +128,40 @@ def test_a_loss_that_is_not_finite_is_rolled_back(problem: Any, tmp_path: Path) 
     assert outcome.diverged
     assert outcome.fallback
     assert same(before, state(block))
+
+
+def test_what_it_reports_is_what_evaluating_again_would(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look at the start and one after each epoch are enough."""
+    looks: list[float] = []
+    real = Objective.heldout_output
+
+    def counted(self: Objective) -> float:
+        looks.append(real(self))
+        return looks[-1]
+
+    monkeypatch.setattr(Objective, "heldout_output", counted)
+    block, data = problem
+    settings = {"weight_rate": 3.0, "scale_rate": 1.0, "norm_rate": 1.0, "patience": 6}
+    start = Objective(block, data, TrainSettings(batch_size=4), CPU, None)
+    wanted = real(start)
+    outcome = trainer(problem, retries=4, **settings).train(seed=0)
+    assert outcome.retries
+    assert len(looks) <= 1 + 6 * (outcome.retries + 1)
+    assert outcome.start_error == wanted
+    assert outcome.end_error == real(start) < wanted
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.1, 10.0, math.inf, math.nan])
+def test_clipping_is_torchs(size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.ones(n)) for n in (3, 40)] for _ in range(2))
+    for one, other in zip(ours, theirs, strict=True):
+        one.grad = size * torch.randn(one.shape, generator=generator)
+        other.grad = one.grad.clone()
+    clip_gradients([*ours, nn.Parameter(torch.ones(2))], 0.5)
+    nn.utils.clip_grad_norm_(theirs, 0.5)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
 
 
 def test_no_epochs_mean_the_closed_form_start(problem: Any) -> None:

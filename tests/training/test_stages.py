@@ -18,10 +18,10 @@ from ulbq.training.block import BlockTrainer
 from ulbq.training.layers import LayerwiseTrainer, input_groups
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.losses import sliced_wasserstein
-from ulbq.training.objective import BlockData
+from ulbq.training.objective import BlockData, Objective
 from ulbq.training.penalty import WeightPenalty
 from ulbq.training.settings import TrainSettings
-from ulbq.training.stages import Stage
+from ulbq.training.stages import Stage, StageName
 
 WIDTH = 32
 SCHEME = AffineScheme(bits=2, group_size=32)
@@ -129,6 +129,17 @@ def test_stages_follow_each_other_with_rates_of_their_own(data: BlockData) -> No
     assert any("lora_b" in name for name in changed)
     assert any("ends" in name for name in changed)
     assert not any("latents" in name or "norm" in name for name in changed)
+
+
+@pytest.mark.parametrize("names", [("wpt",), ("mixed", "wpt"), ("wpt", "opt")])
+def test_the_reported_error_is_that_of_the_block_behind_its_last_stage(
+    names: tuple[StageName, ...], data: BlockData
+) -> None:
+    block = quantized(dense_block(), search=False)
+    stages = [Stage(name=name, epochs=2, penalty=1.0) for name in names]
+    outcome = BlockTrainer(block, data, SETTINGS, CPU, stages=stages, penalty=penalty(block)).train(0)
+    assert outcome.steps
+    assert outcome.end_error == Objective(block, data, SETTINGS, CPU, None).heldout_output()
 
 
 def test_a_rate_of_zero_everywhere_changes_nothing(data: BlockData) -> None:

@@ -48,6 +48,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_fake_dual_binary_back": (_AT, _AT, _AT, _LONG, _LONG, _AT, _INT, _AT, _AT, _INT),
     "ulbq_fake_affine": (_AT, _AT, _AT, _AT, _FLOAT, _LONG, _LONG, _AT, _INT, _INT),
     "ulbq_fake_affine_back": (_AT, _AT, _AT, _AT, _FLOAT, _LONG, _LONG, _AT, _INT, _AT, _AT, _AT, _INT),
+    "ulbq_affine_grid": (_AT, _FLOAT, _FLOAT, _LONG, _AT, _AT),
+    "ulbq_affine_grid_back": (_AT, _FLOAT, _FLOAT, _LONG, _AT, _AT, _AT),
     "ulbq_norm": (_AT, _AT, _FLOAT, _LONG, _LONG, _AT, _AT, _AT, _INT),
     "ulbq_norm_back": (_AT, _AT, _AT, _LONG, _LONG, _AT, _AT, _AT, _AT, _INT),
     "ulbq_rotary": (*_PLACED, _AT, _AT, *(_LONG,) * 5, _INT, *_PLACED, _INT),

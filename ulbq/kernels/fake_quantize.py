@@ -4,6 +4,8 @@
 bit, so that what training saw is what is packed; gradients of scales and zero points are sums in another order.
 """
 
+from typing import Any
+
 import torch
 
 from ulbq.kernels import build
@@ -99,6 +101,35 @@ def affine_back(
         torch.get_num_threads(),
     )
     return found, of_scales, of_zeros
+
+
+def affine_grid(ends: torch.Tensor, least: float, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points ``[out, G]`` of clip ends ``[2, out, G]`` float32, contiguous; differentiable.
+
+    Args:
+        ends: lower and upper ends.
+        least: no scale is smaller.
+        top: the largest code.
+    """
+    scales, zeros = _Grid.apply(ends, least, top)  # type: ignore[no-untyped-call]
+    return scales, zeros
+
+
+class _Grid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ends: torch.Tensor, least: float, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(ends)
+        ctx.limits = least, top
+        scales, zeros = torch.empty_like(ends[0]), torch.empty_like(ends[0])
+        build.library().ulbq_affine_grid(ends.data_ptr(), least, top, scales.numel(), *_places([scales, zeros]))
+        return scales, zeros
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (ends,) = ctx.saved_tensors
+        found, given = torch.empty_like(ends), [gradient.contiguous() for gradient in gradients]
+        build.library().ulbq_affine_grid_back(ends.data_ptr(), *ctx.limits, given[0].numel(), *_places([*given, found]))
+        return found, None, None
 
 
 def _places(tensors: list[torch.Tensor | None] | list[torch.Tensor]) -> list[int | None]:

@@ -16,6 +16,8 @@ from ulbq.models.watch import watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
+from ulbq.training.attention import chunked_attention
+from ulbq.training.fused import FusedParts
 from ulbq.training.objective import BlockData
 
 
@@ -61,17 +63,19 @@ class Streams:
         """Run ``x_fp`` through a block in place; where ``watch``, note what its linear layers see and the like."""
         _, linears = self._job.names(index)
         block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
+        # It tries the block out: before somebody watches.
+        fused = FusedParts(block, self._job.precision)
         if not watch:
-            self._run(block, index, self._full, self._full)
+            self._run(block, index, self._full, self._full, fused)
             return
         if self._originals is not None:
             for start in range(len(self._full)):
                 self._originals.set(start, self._full.get(slice(start, start + 1)))
         with _mean_squares(block, linears) as sums:
-            self._run(block, index, self._full, self._full)
+            self._run(block, index, self._full, self._full, fused)
         self.importance = {linear: _importance(index, linear, sums) / self._positions for linear in linears}
         if self._augmented is not None:
-            self._run(block, index, self._quantized, self._augmented)
+            self._run(block, index, self._quantized, self._augmented, fused)
 
     def advance_quantized(self, index: int, shard: Path, schemes: Mapping[str, AnyScheme] = {}) -> None:
         """Run ``x_q`` through the packed block that a shard holds, in place; ``schemes`` of layers with their own."""
@@ -81,7 +85,8 @@ class Streams:
         if self._job.method.needs.adapter is not None:
             adapters = self._scratch / layout.adapter_shard(index)
             layout.restore_adapters(block, prefix, adapters, self._job.method.needs.adapter)
-        self._run(block, index, self._quantized, self._quantized)
+        fused = FusedParts(block, self._job.precision)
+        self._run(block, index, self._quantized, self._quantized, fused)
 
     def check_called(self, index: int, block: nn.Module, called: set[str]) -> None:
         """Refuse a block with a layer that no sample calls; for methods that do without the full-precision stream.
@@ -116,10 +121,13 @@ class Streams:
         )
 
     @torch.no_grad()
-    def _run(self, block: nn.Module, index: int, inputs: ActivationStore, outputs: ActivationStore) -> None:
+    def _run(
+        self, block: nn.Module, index: int, inputs: ActivationStore, outputs: ActivationStore, fused: FusedParts
+    ) -> None:
+        precision = self._job.precision
         for start in range(0, len(inputs), self._batch):
-            hidden = inputs.get(slice(start, start + self._batch)).to(self._job.precision.device)
-            with self._job.precision.autocast():
+            hidden = inputs.get(slice(start, start + self._batch)).to(precision.device)
+            with chunked_attention(precision), fused.active(), precision.autocast():
                 result = block(hidden, **self._kwargs[index])
             self.extras = len(result) - 1 if isinstance(result, tuple) else None
             outputs.set(start, (result if self.extras is None else result[0]).float())
@@ -132,9 +140,14 @@ def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[s
     Behind the context they are those of all processes.
     """
     sums: dict[str, torch.Tensor] = {}
+    last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(linear: str, inputs: torch.Tensor) -> None:
-        square = inputs.float().square().flatten(0, -2).sum(0)
+        nonlocal last
+        # Layers that read the same tensor are called one after the other.
+        if last is None or last[0] is not inputs:
+            last = (inputs, inputs.float().square().flatten(0, -2).sum(0))
+        square = last[1]
         sums[linear] = sums[linear] + square if linear in sums else square
 
     with watching({linear: block.get_submodule(linear) for linear in linears}, add):

@@ -229,6 +229,8 @@ class AffineQuantizer(Quantizer):
     def _grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales in units and zero points in codes, both ``[out, G]``."""
         if self.form.grid == "ends" and not self.scheme.symmetric:
+            if fake_quantize.takes(self.ends, torch.float32) and self.ends.is_contiguous():
+                return fake_quantize.affine_grid(self.ends, self._least, self._top)
             low, high = self.ends
             scales = ((high - low) / self._top).clamp_min(self._least)
             exact = -low / scales

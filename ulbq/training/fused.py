@@ -1,7 +1,7 @@
-"""What a block does between its products, by compiled kernels while it trains on a CPU.
+"""What a block does between its products, by compiled kernels while it runs or trains on a CPU.
 
 Nothing is known of architectures: a norm is taken over whose answer to random numbers is that of the kernel's formula,
-and so are functions that rotate queries and keys. The answers differ by rounding alone.
+and so are gated layers, and functions that rotate queries and keys. What they give differs by rounding alone.
 """
 
 import sys
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import SiLUActivation
 
 from ulbq.kernels import between
 from ulbq.quantizers.base import remember_cast
+from ulbq.training.linear import TrainedLinear
 from ulbq.training.precision import Precision
 
 _ROTATION = "apply_rotary_pos_emb"
@@ -27,7 +27,7 @@ class FusedParts:
     """The parts of a block that kernels take over; none on other devices, or where nothing is compiled.
 
     Args:
-        block: the block.
+        block: the block; its layers are called to see what they do.
         precision: device and dtype.
     """
 
@@ -39,7 +39,7 @@ class FusedParts:
             return
         modules = list(block.modules())
         self._norms = [module for module in modules if _is_rms_norm(module)]
-        self._gates = [module for module in modules if isinstance(module, (nn.SiLU, SiLUActivation))]
+        self._gates = [module for module in modules if _is_gated(module)]
         defined = {sys.modules[type(module).__module__] for module in modules}
         self._modules = [one for one in defined if _rotates(getattr(one, _ROTATION, None))]
 
@@ -50,7 +50,7 @@ class FusedParts:
             for norm in self._norms:
                 _replace(stack, norm, "forward", partial(_norm, norm, norm.forward))
             for gate in self._gates:
-                _replace(stack, gate, "forward", _Activated)
+                _replace(stack, gate, "forward", partial(_gated, gate))
             for module in self._modules:
                 _replace(stack, module, _ROTATION, partial(_rotate, getattr(module, _ROTATION)))
             yield
@@ -99,31 +99,29 @@ def _norm(norm: nn.Module, plain: Callable[[torch.Tensor], torch.Tensor], x: tor
     return whole
 
 
-class _Activated:
-    """``silu(x)`` that waits whether it is multiplied; whatever else is done with it is done with its value."""
+@torch.no_grad()
+def _is_gated(module: nn.Module) -> bool:
+    """Whether a module is ``down(silu(gate(x)) · up(x))``."""
+    gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    if not (isinstance(gate, nn.Module) and isinstance(up, nn.Module) and isinstance(down, nn.Module)):
+        return False
+    columns = getattr(gate, "in_features", None)
+    if isinstance(gate, TrainedLinear):
+        columns = gate.weight(with_adapter=False).shape[1]
+    if not isinstance(columns, int):
+        return False
+    x = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
+    try:
+        wanted = down(nn.functional.silu(gate(x)) * up(x))
+        return torch.allclose(module(x), wanted, rtol=1e-4, atol=1e-6)
+    except TypeError:  # it is called with more
+        return False
 
-    def __init__(self, x: torch.Tensor) -> None:
-        self._x = x
 
-    def __mul__(self, other: Any) -> torch.Tensor:
-        fits = isinstance(other, torch.Tensor) and other.shape == self._x.shape and other.dtype == self._x.dtype
-        return between.gated(self._x, other) if fits and between.takes(other) else self._value() * other
-
-    __rmul__ = __mul__
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.mul and isinstance(args[1], cls):
-            return args[1] * args[0]
-        plain = [arg._value() if isinstance(arg, cls) else arg for arg in args]
-        named = {name: arg._value() if isinstance(arg, cls) else arg for name, arg in (kwargs or {}).items()}
-        return func(*plain, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._value(), name)
-
-    def _value(self) -> torch.Tensor:
-        return nn.functional.silu(self._x)
+def _gated(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    gate, up = module.get_submodule("gate_proj")(x), module.get_submodule("up_proj")(x)
+    product: torch.Tensor = module.get_submodule("down_proj")(between.gated(gate, up))
+    return product
 
 
 @cache

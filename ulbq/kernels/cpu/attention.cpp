@@ -117,7 +117,7 @@ inline void scatter(const float* lanes, const Shape& shape, const Heads& to, int
     }
     for (int64_t q = 0; q < kLanes && begin + q < shape.tokens; ++q) {
         uint16_t* row = to.row(batch, head, begin + q);
-        for (int64_t c = 0; c < shape.width; c += 16) store_floats(row, kBFloat16, c, 0xffff, _mm512_loadu_ps(scratch + q * shape.width + c));
+        for (int64_t c = 0; c < shape.width; c += 16) store_rounded(row, kBFloat16, c, 0xffff, _mm512_loadu_ps(scratch + q * shape.width + c));
     }
 }
 
@@ -222,7 +222,7 @@ inline void slopes(const Shape& shape, int64_t begin, int64_t keys, const Backwa
 inline void put(const float* from, const Shape& shape, const Heads& to, int64_t batch, int64_t head) {
     for (int64_t t = 0; t < shape.tokens; ++t) {
         uint16_t* row = to.row(batch, head, t);
-        for (int64_t c = 0; c < shape.width; c += 16) store_floats(row, kBFloat16, c, 0xffff, _mm512_loadu_ps(from + t * shape.width + c));
+        for (int64_t c = 0; c < shape.width; c += 16) store_rounded(row, kBFloat16, c, 0xffff, _mm512_loadu_ps(from + t * shape.width + c));
     }
 }
 

@@ -73,13 +73,13 @@ inline void rotate(const void* x, int64_t from, const float* cosine, const float
         // On the way back each half takes the sine that its partner had.
         const __m512 to_low = times(sign, times(high, back ? high_sine : low_sine));
         const __m512 to_high = times(sign, times(low, back ? low_sine : high_sine));
-        store_floats(y, To, to + at, mask, minus(times(low, load(cosine + at, mask)), to_low));
-        store_floats(y, To, to + half + at, mask, plus(times(high, load(cosine + half + at, mask)), to_high));
+        store_rounded(y, To, to + at, mask, minus(times(low, load(cosine + at, mask)), to_low));
+        store_rounded(y, To, to + half + at, mask, plus(times(high, load(cosine + half + at, mask)), to_high));
     }
 }
 
 inline __m512 sigmoid(__m512 x) {
-    return _mm512_div_ps(all(1.0f), _mm512_add_ps(all(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    return inverse(_mm512_add_ps(all(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
 }  // namespace ulbq
@@ -96,7 +96,7 @@ extern "C" void ulbq_norm(const float* x, const float* weight, float epsilon, in
             const __mmask16 mask = first(width - at);
             const __m512 value = times(load(weight + at, mask), times(load(x + row * width + at, mask), all(factor)));
             if (whole) _mm512_mask_storeu_ps(whole + row * width + at, mask, value);
-            if (half) store_floats(half, kBFloat16, row * width + at, mask, value);
+            if (half) store_rounded(half, kBFloat16, row * width + at, mask, value);
         }
     }
 }
@@ -153,7 +153,7 @@ extern "C" void ulbq_gate(const void* gate, const void* up, int64_t count, void*
         for (int64_t at = 0; at < count; at += 16) {
             const __mmask16 mask = first(count - at);
             const __m512 value = load_floats(gate, kType, at, mask), factor = load_floats(up, kType, at, mask);
-            store_floats(y, kType, at, mask, _mm512_mul_ps(_mm512_mul_ps(value, sigmoid(value)), factor));
+            store_rounded(y, kType, at, mask, _mm512_mul_ps(_mm512_mul_ps(value, sigmoid(value)), factor));
         }
     });
 }
@@ -167,10 +167,10 @@ extern "C" void ulbq_gate_back(const void* gate, const void* up, const void* gra
             const __mmask16 mask = first(count - at);
             const __m512 value = load_floats(gate, kType, at, mask), factor = load_floats(up, kType, at, mask);
             const __m512 incoming = load_floats(gradients, kType, at, mask), share = sigmoid(value);
-            store_floats(to_up, kType, at, mask, _mm512_mul_ps(incoming, _mm512_mul_ps(value, share)));
+            store_rounded(to_up, kType, at, mask, _mm512_mul_ps(incoming, _mm512_mul_ps(value, share)));
             // d silu(x) / dx = s (1 + x (1 - s))
             const __m512 slope = _mm512_fmadd_ps(value, _mm512_sub_ps(all(1.0f), share), all(1.0f));
-            store_floats(to_gate, kType, at, mask, _mm512_mul_ps(_mm512_mul_ps(incoming, factor), _mm512_mul_ps(share, slope)));
+            store_rounded(to_gate, kType, at, mask, _mm512_mul_ps(_mm512_mul_ps(incoming, factor), _mm512_mul_ps(share, slope)));
         }
     });
 }

@@ -150,3 +150,34 @@ extern "C" void ulbq_fake_affine_back(const float* latents, const float* scales,
         }
     });
 }
+
+// Scales and zero points [groups] of clip ends [2][groups]; no scale below the least.
+extern "C" void ulbq_affine_grid(const float* ends, float least, float top, int64_t groups, float* scales, float* zeros) {
+    for (int64_t at = 0; at < groups; at += 16) {
+        const __mmask16 mask = first(groups - at);
+        const __m512 low = load(ends + at, mask), high = load(ends + groups + at, mask);
+        // Of two operands the second is what is left where one is not a number.
+        const __m512 scale = _mm512_max_ps(all(least), _mm512_div_ps(minus(high, low), all(top)));
+        const __m512 place = _mm512_roundscale_ps(_mm512_div_ps(minus(all(-0.0f), low), scale), kNearest);
+        _mm512_mask_storeu_ps(scales + at, mask, scale);
+        _mm512_mask_storeu_ps(zeros + at, mask, _mm512_min_ps(all(top), _mm512_max_ps(_mm512_setzero_ps(), place)));
+    }
+}
+
+// Gradients of the ends [2][groups] from those of scales and zero points.
+extern "C" void ulbq_affine_grid_back(const float* ends, float least, float top, int64_t groups, const float* of_scales,
+                                      const float* of_zeros, float* to_ends) {
+    for (int64_t at = 0; at < groups; at += 16) {
+        const __mmask16 mask = first(groups - at);
+        const __m512 low = load(ends + at, mask), high = load(ends + groups + at, mask);
+        const __m512 raw = _mm512_div_ps(minus(high, low), all(top)), scale = _mm512_max_ps(all(least), raw);
+        const __m512 exact = _mm512_div_ps(minus(all(-0.0f), low), scale), place = _mm512_roundscale_ps(exact, kNearest);
+        // Rounding lets gradients through, limits do not.
+        const __mmask16 within = _mm512_cmp_ps_mask(place, _mm512_setzero_ps(), _CMP_GE_OQ) & _mm512_cmp_ps_mask(place, all(top), _CMP_LE_OQ);
+        const __m512 shift = _mm512_div_ps(_mm512_maskz_loadu_ps(mask & within, of_zeros + at), scale);
+        const __m512 whole = _mm512_fnmadd_ps(shift, exact, load(of_scales + at, mask));
+        const __m512 span = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(raw, all(least), _CMP_GE_OQ), whole, all(top));
+        _mm512_mask_storeu_ps(to_ends + at, mask, minus(minus(all(-0.0f), span), shift));
+        _mm512_mask_storeu_ps(to_ends + groups + at, mask, span);
+    }
+}

@@ -34,6 +34,25 @@ inline __m512 exponential(__m512 x) {
     return _mm512_maskz_scalef_ps(above, sum, whole);
 }
 
+// 1 / x to two units in the last place, 0 for infinity.
+inline __m512 inverse(__m512 x) {
+    const __m512 near = _mm512_rcp14_ps(x);
+    const __mmask16 finite = _mm512_cmp_ps_mask(x, all(__builtin_inff()), _CMP_NEQ_UQ);
+    return _mm512_maskz_mul_ps(finite, near, _mm512_fnmadd_ps(x, near, all(2.0f)));
+}
+
+// As `store_floats`, but by the processor's own rounding to bfloat16 where it has one, which takes the smallest numbers
+// (of less than 2^-126) for zeros.
+inline void store_rounded(void* to, int type, int64_t index, __mmask16 mask, __m512 value) {
+#ifdef __AVX512BF16__
+    if (type == kBFloat16) {
+        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + index, mask, (__m256i)_mm512_cvtneps_pbh(value));
+        return;
+    }
+#endif
+    store_floats(to, type, index, mask, value);
+}
+
 // `run` with the type of 16-bit or 32-bit floats as a constant.
 template <class Run>
 inline void by_type(int type, const Run& run) {
