@@ -106,7 +106,8 @@ class Streams:
         late: set[str] = set()
         layers = {linear: block.get_submodule(linear) for linear in sorted(missed)}
         with watching(layers, lambda linear, _: late.add(linear)):
-            self._run(block, index, self._quantized, self._quantized.copy())
+            fused = FusedParts(block, self._job.precision)
+            self._run(block, index, self._quantized, self._quantized.copy(), fused)
         if missed := missed - _of_all(late):
             raise _never_called(index, min(missed))
 
