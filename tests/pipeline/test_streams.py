@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.models.tiny import FAMILIES, save_tiny
 from ulbq.kernels import attention, between, build
@@ -17,9 +18,11 @@ TOKENS = torch.randint(3, 250, (6, 32), generator=torch.Generator().manual_seed(
 
 def passed(source: Path, folder: Path, precision: str) -> dict[str, torch.Tensor]:
     """What comes out of the first two blocks, and what the second's layers saw."""
+    tokens = folder / "tokens.safetensors"
+    save_file({"tokens": TOKENS}, tokens)
     request = QuantizeRequest(
-        source=str(source), method="gptq", group_size=32, calibration="wikitext2", samples=4, device="cpu",
-        precision=precision, offline=True,
+        source=str(source), method="gptq", group_size=32, calibration=str(tokens), samples=4, sequence_length=32,
+        device="cpu", precision=precision, offline=True,
     )  # fmt: skip
     streams = Streams(prepare(request, Silent()), TOKENS, folder)
     for index in range(2):

@@ -105,8 +105,8 @@ class Streams:
             return
         late: set[str] = set()
         layers = {linear: block.get_submodule(linear) for linear in sorted(missed)}
+        fused = FusedParts(block, self._job.precision)  # which calls layers to see what they do
         with watching(layers, lambda linear, _: late.add(linear)):
-            fused = FusedParts(block, self._job.precision)
             self._run(block, index, self._quantized, self._quantized.copy(), fused)
         if missed := missed - _of_all(late):
             raise _never_called(index, min(missed))

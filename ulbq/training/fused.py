@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ulbq.kernels import between
+from ulbq.models.watch import watching
 from ulbq.quantizers.base import remember_cast
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.precision import Precision
@@ -101,7 +102,7 @@ def _norm(norm: nn.Module, plain: Callable[[torch.Tensor], torch.Tensor], x: tor
 
 @torch.no_grad()
 def _is_gated(module: nn.Module) -> bool:
-    """Whether a module is ``down(silu(gate(x)) · up(x))``."""
+    """Whether a module is ``down(silu(gate(x)) · up(x))``, by calls of its layers and not of their weights."""
     gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
     if not (isinstance(gate, nn.Module) and isinstance(up, nn.Module) and isinstance(down, nn.Module)):
         return False
@@ -113,9 +114,12 @@ def _is_gated(module: nn.Module) -> bool:
     x = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
     try:
         wanted = down(nn.functional.silu(gate(x)) * up(x))
-        return torch.allclose(module(x), wanted, rtol=1e-4, atol=1e-6)
+        called: set[str] = set()
+        with watching({"gate": gate, "up": up, "down": down}, lambda name, _: called.add(name)):
+            found = module(x)
     except TypeError:  # it is called with more
         return False
+    return len(called) == 3 and torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def _gated(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
