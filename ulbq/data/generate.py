@@ -1,9 +1,8 @@
 """Samples that the model writes itself, so that calibration works with no data at all.
 
 Data-free calibration as in LLM-QAT (Liu et al., 2023, https://arxiv.org/abs/2305.17888): texts go on from an opening by
-plain sampling at temperature 1, so that they follow the model's own distribution. What differs was measured: many short
-texts side by side in a sample teach a block more than one long one, and where a sample holds one text alone, a token
-behind its random opening may become an attention sink of the quantized model.
+plain sampling at temperature 1, so that they follow the model's own distribution. Samples hold many short texts side by
+side: their number and variety count for more than their length.
 """
 
 from collections.abc import Sequence
