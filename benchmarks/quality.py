@@ -4,7 +4,7 @@
 
 Runs ``ulbq saliency``, ``ulbq quantize`` and ``ulbq eval`` as a user would, each in a process of its own; with
 ``--folder`` the artifacts stay, and what is finished there is not made again. The protocol: 32 samples of 512 tokens
-of WikiText-2 ``train`` (the ``quick`` and ``mos`` rows: 256 tokens, that preset's); perplexity on WikiText-2
+of WikiText-2 ``train`` (the ``quick`` and ``mos`` rows: 256 tokens, 5 epochs); perplexity on WikiText-2
 ``test``, context 1024, first 32 windows, bf16; accuracy as the mean over six tasks, the first 200 documents of each.
 The times mean something only where nothing else runs.
 """
