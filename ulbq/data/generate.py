@@ -1,17 +1,15 @@
 """Samples that the model writes itself, so that calibration works with no data at all.
 
-Data-free calibration as in LLM-QAT (Liu et al., 2023, https://arxiv.org/abs/2305.17888): texts go on from an opening by
-plain sampling at temperature 1, so that they follow the model's own distribution. Samples hold many short texts side by
-side: their number and variety count for more than their length.
+Data-free calibration as in LLM-QAT (Liu et al., 2023, https://arxiv.org/abs/2305.17888): texts go on from a random
+token by plain sampling at temperature 1, so that they follow the model's own distribution. Samples hold many short
+texts side by side: their number and variety count for more than their length.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ulbq.data.calibration import Calibration
-from ulbq.data.openings import Openings
 from ulbq.data.windows import leading_tokens
 from ulbq.errors import NumericsError, UsageError
 from ulbq.progress import Phase, Progress, Silent
@@ -39,8 +37,8 @@ def self_samples(
     """Let a full-precision model write its own samples.
 
     A beginning-of-text token stands in front of each text where the tokenizer puts one, and once in front of each
-    sample. Special tokens are written in answers to chats alone, whose template has them. All random numbers are drawn
-    on the CPU: the same seed, model and device give the same samples.
+    sample; no other special token is ever written. All random numbers are drawn on the CPU: the same seed, model and
+    device give the same samples.
 
     Args:
         model: in eval mode, on any device, in any floating dtype.
@@ -63,14 +61,12 @@ def self_samples(
     leading = leading_tokens(tokenizer)
     room = length - len(leading)
     each = room if text_length is None else min(room, text_length)
-    openings = Openings(tokenizer, model.config.get_text_config().vocab_size, limit=each // 2)
-    drawn = openings.draw(samples * -(-room // each), generator)
-    at_once = max(1, _CACHE_MEMORY // (len(leading) + each) // _cache_bytes(model))
-    batches = [drawn[first : first + at_once] for first in range(0, len(drawn), at_once)]
+    allowed = text_tokens(tokenizer, model.config.get_text_config().vocab_size)
+    starts = allowed[torch.randint(len(allowed), (samples * -(-room // each),), generator=generator)]
+    batches = starts.split(max(1, _CACHE_MEMORY // (len(leading) + each) // _cache_bytes(model)))
     with (progress or Silent()).phase("Writing samples", len(batches) * (each - 1)) as phase:
-        texts = torch.cat([_write(model, batch, leading, each, openings, generator, phase) for batch in batches])
-    # In a random order: a sample has texts of all kinds.
-    texts = texts[torch.randperm(len(texts), generator=generator)].reshape(samples, -1)[:, :room]
+        texts = torch.cat([_write(model, batch, leading, each, allowed, generator, phase) for batch in batches])
+    texts = texts.reshape(samples, -1)[:, :room]
     return Calibration("self", torch.cat([torch.tensor(leading).long().expand(samples, -1), texts], dim=1), seed)
 
 
@@ -80,27 +76,30 @@ def _cache_bytes(model: "PreTrainedModel") -> int:
     return int(2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize)
 
 
+def text_tokens(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> torch.Tensor:
+    """Ids below ``vocabulary`` of every token that is not special, int64, ascending."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added.union(tokenizer.all_special_ids)
+    return torch.tensor(
+        [index for index in range(min(len(tokenizer), vocabulary)) if index not in special], dtype=torch.int64
+    )
+
+
 def _write(
     model: "PreTrainedModel",
-    begun: Sequence[Sequence[int]],
-    leading: Sequence[int],
+    starts: torch.Tensor,
+    leading: list[int],
     length: int,
-    openings: Openings,
+    allowed: torch.Tensor,
     generator: torch.Generator,
     phase: Phase,
 ) -> torch.Tensor:
-    """Texts ``[batch, length]`` int64 that go on from openings, one forward pass a token for all of them."""
-    device = model.device
-    given = torch.full((len(begun), length), -1)
-    for row, opening in zip(given, begun, strict=True):
-        row[: len(opening)] = torch.tensor(opening)
-    banned = openings.banned.repeat(len(begun), 1)
-    chats = torch.tensor([len(opening) > 1 for opening in begun])
-    banned[chats] = banned[chats].index_fill(1, torch.tensor(openings.answering).long(), False)
-    given, banned = given.to(device), banned.to(device)
-    tokens = given[:, :1]
-    step = torch.cat([torch.tensor(leading, device=device).long().expand(len(tokens), -1), tokens], dim=1)
-    cache = None
+    """Texts ``[batch, length]`` int64 that go on from their first tokens, one forward pass a token for all of them."""
+    tokens = starts.unsqueeze(1).to(model.device)
+    step = torch.cat([torch.tensor(leading, device=model.device).long().expand(len(tokens), -1), tokens], dim=1)
+    banned = torch.ones(model.config.get_text_config().vocab_size, dtype=torch.bool)
+    banned[allowed] = False
+    banned, cache = banned.to(model.device), None
     while tokens.shape[1] < length:
         output = model(input_ids=step, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
@@ -110,8 +109,6 @@ def _write(
                 "The model's logits are not finite.", hint="Try fp32: --precision of quantize, --dtype of eval."
             )
         step = _draw(logits.masked_fill_(banned, -torch.inf), generator)
-        wanted = given[:, tokens.shape[1]].unsqueeze(1)
-        step = torch.where(wanted < 0, step, wanted)
         tokens = torch.cat([tokens, step], dim=1)
         phase.advance()
     return tokens.cpu()
