@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-
 
 class ByteTokenizer:
     """Token ``b`` is byte ``b``; 256 begins a text where ``bos`` is set, 257 would end it and never appears."""
@@ -26,8 +24,3 @@ class ByteTokenizer:
     def read(tokens: Sequence[int]) -> str:
         """The text of some tokens."""
         return bytes(tokens).decode()
-
-    @staticmethod
-    def batch_decode(rows: torch.Tensor) -> list[str]:
-        """The text of every row of tokens; what is no UTF-8 reads as U+FFFD."""
-        return [bytes(row).decode(errors="replace") for row in rows.tolist()]
