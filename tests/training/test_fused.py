@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRotaryEmbedding
 
 from ulbq.formats import AffineScheme
 from ulbq.kernels import between, build
@@ -132,6 +132,32 @@ def test_rotations_of_another_kind_stay() -> None:
     part = type("Part", (nn.Module,), {"__module__": modeling_glm.__name__})()
     with FusedParts(part, Precision(CPU, torch.float32)).active():
         assert modeling_glm.apply_rotary_pos_emb is before
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu", "silu"])
+def test_gates_of_another_kind_stay_however_small_their_weights(activation: str, size: float) -> None:
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, hidden_act=activation)
+    torch.manual_seed(0)
+    gates = nn.ModuleList([LlamaMLP(config)])
+    with torch.no_grad():
+        for parameter in gates.parameters():
+            parameter.mul_(size)
+    with FusedParts(gates, Precision(CPU, torch.float32)).active():
+        assert ("forward" in vars(gates[0])) == (activation == "silu")
+
+
+class Demanding(Centred):
+    """A norm that is called with more than its name tells."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.weight * x * gate
+
+
+def test_modules_that_take_more_stay() -> None:
+    norms = nn.ModuleList([Demanding()])
+    with FusedParts(norms, Precision(CPU, torch.float32)).active():
+        assert "forward" not in vars(norms[0])
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])

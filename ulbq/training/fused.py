@@ -22,6 +22,11 @@ from ulbq.training.precision import Precision
 
 _ROTATION = "apply_rotary_pos_emb"
 _WIDTH = 8
+_LIKE_THIS = 1e-4
+"""Largest distance of two answers, relative to their norm, that is rounding; another activation is further away."""
+
+# What a module or function raises that takes something else than its names promise.
+_TAKES_ELSE = (TypeError, RuntimeError, ValueError, IndexError)
 
 
 class FusedParts:
@@ -82,9 +87,20 @@ def _is_rms_norm(module: nn.Module) -> bool:
         return False
     if weight.dim() != 1 or weight.dtype != torch.float32:
         return False
-    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0))
+    # Not around zero: whoever subtracts the mean gives something else.
+    x = 1 + torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0))
     wanted = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
-    return torch.allclose(module(x), wanted, rtol=1e-4, atol=1e-6)
+    try:
+        return _alike(module(x), wanted)
+    except _TAKES_ELSE:
+        return False
+
+
+def _alike(found: object, wanted: torch.Tensor) -> bool:
+    """Whether an answer is the one that is wanted; nothing is known from an answer of zero."""
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape or not wanted.any():
+        return False
+    return bool((found - wanted).norm() <= _LIKE_THIS * wanted.norm())
 
 
 def _norm(norm: nn.Module, plain: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -113,13 +129,15 @@ def _is_gated(module: nn.Module) -> bool:
         return False
     x = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
     try:
+        # Near zero all activations are alike: what the gate says has to be of the size of one.
+        x = x / gate(x).square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         wanted = down(nn.functional.silu(gate(x)) * up(x))
         called: set[str] = set()
         with watching({"gate": gate, "up": up, "down": down}, lambda name, _: called.add(name)):
             found = module(x)
-    except TypeError:  # it is called with more
+    except _TAKES_ELSE:
         return False
-    return len(called) == 3 and torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+    return len(called) == 3 and _alike(found, wanted)
 
 
 def _gated(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -138,7 +156,7 @@ def _rotates(function: Any) -> bool:
     cosines, sines = torch.randn(2, 1, 3, _WIDTH, generator=generator)
     try:
         found = function(query, key, cosines, sines)
-    except (TypeError, RuntimeError, ValueError):  # takes something else under the same name
+    except _TAKES_ELSE:
         return False
     wanted = [
         x * cosines + torch.cat([-x[..., _WIDTH // 2 :], x[..., : _WIDTH // 2]], -1) * sines for x in (query, key)
