@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from tests.data.byte_tokenizer import ByteTokenizer
 from ulbq.data import generate
@@ -14,8 +14,8 @@ from ulbq.errors import NumericsError, UsageError
 from ulbq.progress import Silent
 
 
-def sizes(vocabulary: int) -> SimpleNamespace:
-    return SimpleNamespace(vocab_size=vocabulary, num_hidden_layers=2, hidden_size=8)
+def sizes(vocabulary: int) -> PreTrainedConfig:
+    return PreTrainedConfig(vocab_size=vocabulary, num_hidden_layers=2, hidden_size=8, num_attention_heads=2)
 
 
 class CountingModel:
@@ -23,7 +23,7 @@ class CountingModel:
 
     device = torch.device("cpu")
     dtype = torch.float32
-    config = SimpleNamespace(get_text_config=lambda: sizes(258))
+    config = sizes(258)
 
     def __call__(self, input_ids: torch.Tensor, past_key_values: int | None, use_cache: bool) -> SimpleNamespace:
         assert use_cache
@@ -86,7 +86,7 @@ def test_special_tokens_are_never_written() -> None:
 
 def test_tokens_that_the_model_does_not_have_are_never_written() -> None:
     class Small(CountingModel):
-        config = SimpleNamespace(get_text_config=lambda: sizes(100))
+        config = sizes(100)
 
         def __call__(self, **inputs: object) -> SimpleNamespace:  # type: ignore[override]
             output = super().__call__(**inputs)
@@ -132,7 +132,8 @@ def test_a_number_that_rounds_up_to_one_draws_no_impossible_token(monkeypatch: p
 
 
 def test_texts_that_memory_does_not_hold_at_once_are_written_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "_CACHE_MEMORY", 7 * 4 * 2 * 2 * 8 * 4)  # seven texts of four tokens
+    # Seven texts of four tokens: keys and values of two layers eight wide, twice over, and what a draw takes.
+    monkeypatch.setattr(generate, "_MEMORY", 7 * (2 * 4 * (2 * 2 * 8 * 4) + 258 * 18) + 1)
     told = Counted()
     tokens = self_samples(
         CountingModel(), SpecialBytes(), samples=20, length=4, seed=0, text_length=4, progress=told

@@ -1,8 +1,8 @@
 """Whether an artifact is what was written: all of it, and nothing else."""
 
-import json
 from pathlib import Path
 
+from ulbq import limits
 from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.loaded import is_loaded
 from ulbq.artifacts.manifest import (
@@ -14,6 +14,7 @@ from ulbq.artifacts.manifest import (
     SaliencyManifest,
     read_manifest,
 )
+from ulbq.artifacts.small_files import read_json
 from ulbq.errors import InputError
 from ulbq.progress import Progress, Silent
 
@@ -68,7 +69,7 @@ def _needed(path: Path, manifest: AnyManifest) -> list[str]:
     if _SINGLE in manifest.files:
         return needed
     try:
-        index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
+        index = read_json(path / _INDEX, limits.INDEX_SIZE)
         shards = sorted({str(file) for file in index["weight_map"].values()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         shards = []

@@ -12,15 +12,17 @@ import torch
 from ulbq.data.calibration import Calibration
 from ulbq.data.windows import leading_tokens
 from ulbq.errors import NumericsError, UsageError
+from ulbq.models.config import cache_bytes
 from ulbq.progress import Phase, Progress, Silent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TEXT_LENGTH = 64
 """Tokens of one text of a calibration sample."""
 
-_CACHE_MEMORY = 1 << 30  # bytes of keys and values that texts written side by side may take
+_MEMORY = 512 << 20  # bytes that texts written side by side may take, the model not counted
+_LOGIT_BYTES = 2 + 4 * 4  # of each token that may follow: its logit, and float32 copies on the way to a draw
 
 
 @torch.inference_mode()
@@ -63,17 +65,28 @@ def self_samples(
     each = room if text_length is None else min(room, text_length)
     allowed = text_tokens(tokenizer, model.config.get_text_config().vocab_size)
     starts = allowed[torch.randint(len(allowed), (samples * -(-room // each),), generator=generator)]
-    batches = starts.split(max(1, _CACHE_MEMORY // (len(leading) + each) // _cache_bytes(model)))
+    batches = starts.split(_at_once(model.config, model.dtype, len(leading) + each))
     with (progress or Silent()).phase("Writing samples", len(batches) * (each - 1)) as phase:
         texts = torch.cat([_write(model, batch, leading, each, allowed, generator, phase) for batch in batches])
     texts = texts.reshape(samples, -1)[:, :room]
     return Calibration("self", torch.cat([torch.tensor(leading).long().expand(samples, -1), texts], dim=1), seed)
 
 
-def _cache_bytes(model: "PreTrainedModel") -> int:
-    """Keys and values of one token, in bytes, at most."""
-    config = model.config.get_text_config()
-    return int(2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize)
+def writing_memory(config: "PreTrainedConfig", dtype: torch.dtype, samples: int, length: int) -> int:
+    """Bytes that :func:`self_samples` takes beside the model, for samples of short texts."""
+    tokens = min(length, TEXT_LENGTH)
+    texts = samples * -(-length // tokens)
+    return min(texts, _at_once(config, dtype, tokens)) * _text_bytes(config, dtype, tokens)
+
+
+def _at_once(config: "PreTrainedConfig", dtype: torch.dtype, tokens: int) -> int:
+    """Texts of so many tokens that are written side by side."""
+    return max(1, _MEMORY // _text_bytes(config, dtype, tokens))
+
+
+def _text_bytes(config: "PreTrainedConfig", dtype: torch.dtype, tokens: int) -> int:
+    # Keys and values twice over: a growing cache is copied.
+    return 2 * cache_bytes(config, dtype.itemsize) * tokens + config.get_text_config().vocab_size * _LOGIT_BYTES
 
 
 def text_tokens(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> torch.Tensor:

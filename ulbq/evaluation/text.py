@@ -8,6 +8,7 @@ import torch
 
 from ulbq.data.windows import leading_tokens, token_stream
 from ulbq.errors import InputError, ResourceError
+from ulbq.models.config import cache_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,10 +77,7 @@ def sequences_per_batch(model: "PreTrainedModel", tokens: int) -> int:
     of the free memory on a GPU. But no more than are of use: finished answers wait for the longest one beside them.
     """
     device = model.device
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each: int = 2 * 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * tokens
+    each = 2 * cache_bytes(model.config, model.dtype.itemsize) * tokens
     room, most = _CPU_CACHE, _CPU_SEQUENCES
     if device.type == "cuda":
         room, most = torch.cuda.mem_get_info(device)[0] // 4, _GPU_SEQUENCES

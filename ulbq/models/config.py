@@ -162,6 +162,19 @@ def read_gguf_config(file: Path, header: GgufHeader) -> PreTrainedConfig:
     return config
 
 
+def cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:
+    """Bytes that the keys and values of one token take in all layers together, ``itemsize`` each value.
+
+    Layers without attention count as if they had it: an upper bound for hybrids.
+    """
+    config = config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(
+        2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width * itemsize
+    )
+
+
 def check_counts(values: object, where: str) -> None:
     """Refuse a configuration that describes a model beyond all bounds: building it would not end. Raises InputError.
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedModel
 
 from ulbq import formats, runtime
+from ulbq.data.generate import writing_memory
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import Method
 from ulbq.models.blocks import Linear, ModelStructure, block_list
@@ -94,8 +95,7 @@ def predict(
         peak, on_disk, scores = run.scoring()
         memory, disk = max(memory, peak), max(disk + scores, on_disk)
     if "self" in (request.calibration, request.end_to_end_data):
-        # To write, the model is loaded whole.
-        memory = max(memory, started + run.weights * precision.dtype.itemsize)
+        memory = max(memory, started + run.writing())
     return Cost(peak_memory=memory, disk=disk, artifact=artifact)
 
 
@@ -143,6 +143,12 @@ class _Run:
             activation_memory=self.limit,
         )
         return predict_scoring(asked, self.model, self.found, self.precision)
+
+    def writing(self) -> int:
+        """Bytes of the model that writes its own samples, loaded whole, and of the texts that it writes at once."""
+        drawn = self.samples if self.request.calibration == "self" else text_samples(self.request)
+        beside = writing_memory(self.model.config, self.precision.dtype, drawn + heldout_samples(drawn), self.length)
+        return self.weights * self.precision.dtype.itemsize + beside
 
     def blocks(self) -> _Need:
         """The walk over the blocks, beside the artifact."""

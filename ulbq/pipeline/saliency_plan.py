@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ulbq import runtime
 from ulbq.data.calibration import check_calibration
+from ulbq.data.generate import writing_memory
 from ulbq.errors import InputError, UsageError
 from ulbq.models.blocks import ModelStructure, block_list, skeleton, structure
 from ulbq.models.names import check_complete
@@ -210,5 +211,6 @@ def predict_scoring(
         disk += activations - kept
     if request.calibration == "self":
         # To write, the model is loaded whole.
-        memory = max(memory, started + weights * precision.dtype.itemsize)
+        beside = writing_memory(model.config, precision.dtype, request.samples or 0, request.sequence_length or 0)
+        memory = max(memory, started + weights * precision.dtype.itemsize + beside)
     return memory, disk, artifact
