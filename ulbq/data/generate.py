@@ -86,7 +86,8 @@ def _at_once(config: "PreTrainedConfig", dtype: torch.dtype, tokens: int) -> int
 
 def _text_bytes(config: "PreTrainedConfig", dtype: torch.dtype, tokens: int) -> int:
     # Keys and values twice over: a growing cache is copied.
-    return 2 * cache_bytes(config, dtype.itemsize) * tokens + config.get_text_config().vocab_size * _LOGIT_BYTES
+    logits = int(config.get_text_config().vocab_size) * _LOGIT_BYTES
+    return 2 * cache_bytes(config, dtype.itemsize) * tokens + logits
 
 
 def text_tokens(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> torch.Tensor:

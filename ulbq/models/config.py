@@ -170,9 +170,8 @@ def cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     config = config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(
-        2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width * itemsize
-    )
+    values = (getattr(config, "num_key_value_heads", None) or heads) * width
+    return int(2 * config.num_hidden_layers * values * itemsize)
 
 
 def check_counts(values: object, where: str) -> None:
