@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from ulbq import __version__, distributed
 from ulbq.errors import DiskFullError, InputError, ResourceError, UlbqError, UsageError
+from ulbq.printable import printable
 from ulbq.runtime import calm_threads
 
 from . import console
@@ -35,7 +36,7 @@ from .quantize import quantize
 from .saliency import saliency
 from .sections import SectionedCommand
 from .start import HINT, lacking
-from .streams import printable, steadied, write
+from .streams import steadied, write
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from .streams import printable
+from ulbq.printable import printable
 
 
 class PrintableConsole(Console):

@@ -10,7 +10,8 @@ from rich.text import Text
 from ulbq.artifacts import EvaluationManifest
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.table import footnotes, rows
-from ulbq.evaluation.words import by_prompt, one_line, silence
+from ulbq.evaluation.words import by_prompt, silence
+from ulbq.printable import one_line
 
 
 def show(console: Console, manifest: EvaluationManifest, report: Path) -> None:

@@ -2,27 +2,17 @@
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
 from ulbq.errors import ResourceError
-
-# All control characters but line feed and tab, DEL, C1, and what turns the direction of writing round.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-# What no output can encode: surrogates that stand for no byte of a file's name.
-_LONE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")
-
-
-def printable(text: str) -> str:
-    """Text without control characters: names, errors and models' words may carry escape sequences."""
-    return _LONE.sub("\N{REPLACEMENT CHARACTER}", _CONTROL.sub("", text))
+from ulbq.printable import encodable, printable
 
 
 def write(text: str, end: str = "\n") -> None:
     """Write to standard output: as it is where a program reads it, printable where a terminal shows it."""
-    shown = printable(text) if sys.stdout.isatty() else _LONE.sub("\N{REPLACEMENT CHARACTER}", text)
+    shown = printable(text) if sys.stdout.isatty() else encodable(text)
     try:
         sys.stdout.write(shown + end)
         sys.stdout.flush()

@@ -12,7 +12,8 @@ import pytest
 from tests.artifacts.sample import edit, write_artifact
 from ulbq.commands import console as console_module
 from ulbq.commands.app import main
-from ulbq.commands.streams import printable, write
+from ulbq.commands.streams import write
+from ulbq.printable import printable
 
 EVIL = "\x1b]0;OWNED\x07\x1b[2J\x9b31m\u202eback\r"
 ULBQ = [sys.executable, "-c", "import sys; from ulbq.commands.app import main; sys.exit(main())"]

@@ -1,33 +1,10 @@
 """What models wrote, as lines and as a section of the page."""
 
-import pytest
-
 from tests.evaluation.sample import continuation, model_scores, results
-from ulbq.evaluation.words import by_prompt, one_line, silence, visible, words_section
+from ulbq.evaluation.words import by_prompt, silence, words_section
 
 FULL = model_scores("full", continuations=[continuation("Once", " upon a time"), continuation("Two", " three")])
 SMALL = model_scores("small", parent="full", continuations=[continuation("Once", " more\nand <more>")])
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        (" two\n\n words\t", "two words"),
-        ("\x1b[31mred\x1b[0m \x07bell", "[31mred[0m bell"),
-        ("a\x00b\x9bc\x7f", "abc"),
-        ("right\u202eto left\u2066", "rightto left"),
-        ("a\u2028b", "a b"),
-        ("näïve 猫 🐱", "näïve 猫 🐱"),
-        ("", ""),
-        (" \n\x1b ", ""),
-    ],
-)
-def test_a_line_shows_everything_and_obeys_nothing(text, line):
-    assert one_line(text) == line
-
-
-def test_lines_stay_apart_where_there_is_room():
-    assert visible("a\r\n\tb\x1b") == "a\n\tb"
 
 
 def test_texts_stand_together_by_prompt():

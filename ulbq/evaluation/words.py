@@ -1,14 +1,11 @@
 """What models wrote on from prompts, as people read it: lines for a terminal, a section for the page."""
 
-import unicodedata
-
 from markupsafe import Markup
 
 from ulbq.evaluation.markup import element, together
 from ulbq.evaluation.results import Continuation, Results
+from ulbq.printable import one_line, printable
 
-# Characters that show nothing and may tell a terminal, or the writing beside them, what to do.
-_CONTROL = frozenset({"Cc", "Cf", "Cs"})
 _CAPTION = "Written greedily: every token is the one that the model finds likeliest."
 
 
@@ -19,16 +16,6 @@ def by_prompt(results: Results) -> dict[str, dict[str, Continuation]]:
         for one in scores.continuations:
             found.setdefault(one.prompt, {})[scores.subject.name] = one
     return found
-
-
-def visible(text: str) -> str:
-    """A text without control and format characters; line feeds and tabs stay."""
-    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) not in _CONTROL)
-
-
-def one_line(text: str) -> str:
-    """A text in one line, without control characters."""
-    return " ".join(visible(" ".join(text.split())).split())
 
 
 def silence(written: Continuation) -> str:
@@ -45,7 +32,7 @@ def words_section(results: Results) -> Markup:
         return Markup("")
     parts: list[Markup] = []
     for prompt, written in found.items():
-        parts.append(element("h3", visible(prompt), class_="prompt"))
+        parts.append(element("h3", printable(prompt), class_="prompt"))
         parts.append(element("dl", *(_one(name, one) for name, one in written.items())))
     caption = element("p", _CAPTION, class_="caption")
     return element("section", element("h2", "In their own words"), caption, *parts, class_="words")
@@ -55,5 +42,5 @@ def _one(name: str, written: Continuation) -> Markup:
     count = f"{written.new_tokens} token{'' if written.new_tokens == 1 else 's'}"
     pace = "" if written.tokens_per_second is None else f" · {written.tokens_per_second:.1f} tokens per second"
     nothing = silence(written)
-    said = element("dd", nothing or visible(written.text).strip(), class_="nothing" if nothing else None)
+    said = element("dd", nothing or printable(written.text).strip(), class_="nothing" if nothing else None)
     return together([element("dt", f"{name} ", element("span", count + pace)), said])

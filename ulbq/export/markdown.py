@@ -3,6 +3,8 @@
 import re
 from html import escape
 
+from ulbq.printable import one_line
+
 _ACTIVE = re.compile(r"([\\`*\[\]|~])")
 
 
@@ -14,8 +16,3 @@ def plain(text: str) -> str:
 def code(text: str) -> str:
     """Text as code on one line; a backtick in it becomes an apostrophe."""
     return f"`{one_line(text).replace('`', chr(39)) or ' '}`"
-
-
-def one_line(text: str) -> str:
-    """Text without line breaks, tabs and characters that do not print; runs of blanks become one."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
