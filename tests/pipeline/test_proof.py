@@ -1,14 +1,18 @@
 """A run that makes a model ends by opening it: what does not load is not finished."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tests.models.tiny import save_tiny
 from ulbq import runtime
 from ulbq.artifacts.shards import LazyTensors, write_shard
-from ulbq.errors import InputError
+from ulbq.errors import InputError, NumericsError
+from ulbq.models.source import ModelSource
 from ulbq.pipeline import proof
 from ulbq.pipeline.convert import ConvertRequest, convert
 from ulbq.pipeline.quantize import quantize
@@ -44,30 +48,45 @@ def test_what_loads_is_said_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "error"),
+    "damage",
     [
-        (lambda folder: (folder / "config.json").write_text("{}"), InputError),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), InputError),
-        (lambda folder: make_infinite(folder / "model-outer.safetensors"), InputError),  # not what was hashed
+        lambda folder: (folder / "config.json").write_text("{}"),
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        lambda folder: make_infinite(folder / "model-outer.safetensors"),  # not what was hashed
     ],
 )
 def test_what_does_not_load_is_not_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: object, error: type[Exception]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
 ) -> None:
     run = proof._run
 
     def run_damaged(folder: Path, *more: object) -> str:
-        damage(folder)  # type: ignore[operator]
+        damage(folder)
         return run(folder, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(proof, "_run", run_damaged)
-    with pytest.raises(error):
+    with pytest.raises(InputError):
         quantize(request(tmp_path))
     assert not (tmp_path / "q").exists()
     monkeypatch.undo()
     for name in ("config.json", "tokenizer.json", "model-outer.safetensors"):
         (tmp_path / "q.partial" / name).unlink(missing_ok=True)
     quantize(request(tmp_path))
+
+
+def test_what_predicts_no_numbers_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = proof.load_model
+
+    def overflowing(source: ModelSource, **options: Any) -> PreTrainedModel:
+        model = load(source, **options)
+        with torch.no_grad():
+            model.lm_head.weight[5] = torch.inf
+        return model
+
+    monkeypatch.setattr(proof, "load_model", overflowing)
+    with pytest.raises(NumericsError, match="predicts what is no number"):
+        quantize(request(tmp_path))
+    assert not (tmp_path / "q").exists()
 
 
 def test_what_memory_has_no_room_for_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
