@@ -14,6 +14,7 @@ from ulbq.errors import UsageError
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.models.blocks import block_list
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
+from ulbq.training.distill import mean_loss, predicted, token_terms
 from ulbq.training.end_to_end import EndToEndSettings, EndToEndTrainer, Epoch
 from ulbq.training.head import Head
 from ulbq.training.linear import TrainedLinear
@@ -71,6 +72,36 @@ def test_checkpointing_changes_no_gradient(loss: str, tmp_path: Path) -> None:
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+@pytest.mark.parametrize("loss", ["kl", "kl-hidden", "ce", "ce-kl"])
+def test_chunks_that_go_back_at_once_give_the_loss_and_gradients_of_one_piece(
+    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for size in (1000, 5):
+        monkeypatch.setattr(Head, "chunk", lambda self, copies, size=size: size)
+        student = make_student()
+        trainer = make_trainer(tmp_path, student, loss=loss, hidden_weight=0.5)
+        value = trainer._loss(torch.tensor([0, 1]), True)
+        (3 * value).backward()
+        found.append((value, [p.grad for p in student.model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0])
+    # And they are those of the definition.
+    student = make_student()
+    samples = Samples(TOKENS, 4)
+    logits = student.model(TOKENS[:2]).logits.flatten(0, 1)
+    following = samples.batch(torch.tensor([0, 1])).following.flatten()
+    with torch.no_grad():
+        teacher = predicted(tiny_model(tiny_config("llama", num_hidden_layers=2))(TOKENS[:2]).logits.flatten(0, 1))
+    plain = mean_loss(loss, token_terms(loss, logits, following, None if loss == "ce" else teacher, 0.5), following)
+    if loss != "kl-hidden":
+        torch.testing.assert_close(found[0][0], plain)
+
+
+def test_short_samples_of_a_step_run_at_once() -> None:
+    settings = EndToEndSettings(loss="kl", accumulation=6)
+    assert [settings.together(length) for length in (2048, 1024, 512, 256, 64)] == [1, 1, 2, 4, 6]
+
+
 def test_no_layer_keeps_its_matrix(tmp_path: Path) -> None:
     student = make_student()
     make_trainer(tmp_path, student)._loss(torch.tensor([0]), True)
@@ -114,11 +145,12 @@ def test_what_trains_is_what_was_asked_for(train: str, tmp_path: Path) -> None:
     assert not outside
 
 
-def test_accumulated_samples_make_the_step_of_a_batch(tmp_path: Path) -> None:
+def test_accumulated_samples_make_the_step_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for size in (1, 4):
+        monkeypatch.setattr(EndToEndSettings, "together", lambda self, length, size=size: size)
         student = make_student()
-        run(make_trainer(tmp_path / str(size), _made(tmp_path / str(size), student), batch_size=size, accumulation=4))
+        run(make_trainer(tmp_path / str(size), _made(tmp_path / str(size), student), accumulation=4))
         ends.append(state(student))
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, atol=2e-4, rtol=2e-4)
@@ -161,7 +193,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path, monkeypatch
     def spoiled(indices: torch.Tensor, adapted: bool) -> torch.Tensor:
         nonlocal calls
         calls += torch.is_grad_enabled()
-        return plain(indices, adapted) * (math.nan if calls > 5 else 1.0)
+        return plain(indices, adapted) * (math.nan if calls > 3 else 1.0)
 
     monkeypatch.setattr(trainer, "_loss", spoiled)
     last, epochs, _ = run(trainer)
@@ -259,12 +291,13 @@ def test_the_head_is_what_the_model_has_behind_its_trunk(family: str) -> None:
         torch.testing.assert_close(model(TOKENS[:2]).logits, expected)
 
 
-def test_samples_of_different_length_count_by_their_answers(tmp_path: Path) -> None:
+def test_samples_of_different_length_count_by_their_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for size in (1, 4):
+        monkeypatch.setattr(EndToEndSettings, "together", lambda self, length, size=size: size)
         student = make_student()
         folder = _folder(tmp_path, str(size))
-        run(make_trainer(folder, student, batch_size=size, accumulation=4, samples=masked(TOKENS)))
+        run(make_trainer(folder, student, accumulation=4, samples=masked(TOKENS)))
         ends.append(state(student))
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, atol=2e-4, rtol=2e-4)

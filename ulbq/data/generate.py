@@ -13,6 +13,7 @@ from ulbq.data.calibration import Calibration
 from ulbq.data.windows import leading_tokens
 from ulbq.errors import NumericsError, UsageError
 from ulbq.models.config import cache_bytes
+from ulbq.models.decoding import batched_attention
 from ulbq.progress import Phase, Progress, Silent
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def self_samples(
     allowed = text_tokens(tokenizer, model.config.get_text_config().vocab_size)
     starts = allowed[torch.randint(len(allowed), (samples * -(-room // each),), generator=generator)]
     batches = starts.split(_at_once(model.config, model.dtype, len(leading) + each))
-    with (progress or Silent()).phase("Writing samples", len(batches) * (each - 1)) as phase:
+    writing = (progress or Silent()).phase("Writing samples", len(batches) * (each - 1))
+    with batched_attention(model.device), writing as phase:
         texts = torch.cat([_write(model, batch, leading, each, allowed, generator, phase) for batch in batches])
     texts = texts.reshape(samples, -1)[:, :room]
     return Calibration("self", torch.cat([torch.tensor(leading).long().expand(samples, -1), texts], dim=1), seed)

@@ -31,7 +31,7 @@ from ulbq.progress import Progress
 
 FIDELITY_WINDOWS = 8  # eight thousand positions at the usual context: the mean KL is then known to a few per cent
 ENDLESS_WINDOWS = 256  # of a set too large to read whole, where no limit is given; GPTQ's number for C4
-_OWN_LENGTH = 512  # tokens of a sample that the parent writes itself, one forward pass each
+_OWN_WINDOWS, _OWN_LENGTH = 16, 256  # of text that the parent writes itself, a forward pass a token for all at once
 
 T = TypeVar("T")
 
@@ -194,7 +194,8 @@ class Measurer:
         measures = self._measures
         original = self._load(parent)
         read = "its parent's text" if text == "self" else text
-        count = min(measures.limit or FIDELITY_WINDOWS, FIDELITY_WINDOWS)
+        most = _OWN_WINDOWS if text == "self" else FIDELITY_WINDOWS
+        count = min(measures.limit or most, most)
         if text == "self":
             length = min(measures.context, _OWN_LENGTH)
             # One process writes for all: each word hangs on those before it.

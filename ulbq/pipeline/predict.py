@@ -229,7 +229,7 @@ class _Run:
             return _Need(0, 0)
         beside = self._trained_beside_weights()
         trained = beside + (sum(self.quantized) if settings.train == "all" else 0)
-        tokens = settings.batch_size * self.length
+        tokens = settings.together(self.length) * self.length
         teacher, cached = self.weights * self.precision.dtype.itemsize if settings.taught else 0, 0
         if settings.teacher == "cached":
             # It is gone before the student comes.

@@ -145,6 +145,17 @@ def mean_loss(loss: Loss, terms: Sequence[torch.Tensor], following: torch.Tensor
     return distilled + _mean_of_text(terms[1], following) if len(terms) > 1 else distilled
 
 
+def term_shares(loss: Loss, following: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What each of a token's terms adds to :func:`mean_loss`, which is then their sum; scalars. Not for ``dad``.
+
+    Args:
+        loss: which.
+        following: of all tokens, as in :func:`token_terms`.
+    """
+    every, text = torch.ones_like(following).sum().reciprocal(), (following >= 0).sum().reciprocal()
+    return {"ce": (text,), "ce-kl": (every, text)}.get(loss, (every,))
+
+
 def _mean_of_text(entropies: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     return entropies.sum() / (following >= 0).sum()
 

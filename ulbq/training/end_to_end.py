@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -13,8 +14,8 @@ from torch import nn
 from ulbq import distributed
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.errors import UsageError
-from ulbq.training.distill import Loss, hidden_error, mean_loss, token_terms
-from ulbq.training.head import in_chunks
+from ulbq.training.distill import Loss, hidden_error, mean_loss, term_shares, token_terms
+from ulbq.training.head import in_chunks, sum_in_chunks
 from ulbq.training.optimizer import Group, make_optimizer, rate_factor
 from ulbq.training.samples import Samples
 from ulbq.training.settings import Role, TrainSettings
@@ -25,6 +26,8 @@ Trained = Literal["scales", "scales-zeros", "all"]
 
 # Float32 copies of a chunk's logits that live together: themselves, log-probabilities, gradients; the teacher's too.
 _COPIES, _COPIES_TAUGHT = 4, 10
+# Tokens that run at once where samples are short: quantized weights are made once for all of them.
+_TOGETHER = 1024
 
 
 class EndToEndSettings(BaseModel):
@@ -37,7 +40,6 @@ class EndToEndSettings(BaseModel):
         rate: learning rates, as a share of the block-wise training's.
         train: ``scales`` with norms, router and adapter; ``scales-zeros`` with zero points too; ``all`` with weights.
         zero_rate: learning rate of zero points, in grid steps, before ``rate``.
-        batch_size: samples that run at once.
         accumulation: samples a step.
         teacher: ``streamed`` runs for every batch, ``cached`` keeps its ``top_k`` best guesses of each token.
         gamma: exponent of the entropies in ``dad``.
@@ -54,7 +56,6 @@ class EndToEndSettings(BaseModel):
     rate: float = Field(default=0.4, gt=0)
     train: Trained = "scales"
     zero_rate: float = Field(default=0.1, ge=0)
-    batch_size: int = Field(default=1, ge=1)
     accumulation: int = Field(default=2, ge=1)
     teacher: Literal["streamed", "cached"] = "streamed"
     top_k: int = Field(default=64, ge=1)
@@ -76,6 +77,10 @@ class EndToEndSettings(BaseModel):
     def taught(self) -> bool:
         """Whether a teacher is needed."""
         return self.loss != "ce"
+
+    def together(self, length: int) -> int:
+        """Samples of ``length`` tokens that run at once: as many as a step has, up to 1,024 tokens."""
+        return max(1, min(self.accumulation, _TOGETHER // length))
 
     def rates(self) -> dict[Role, float]:
         """Learning rates of the roles that train."""
@@ -194,9 +199,9 @@ class EndToEndTrainer:
         return adapted if not self._share else (1 - self._share) * adapted + self._share * self._mean(indices, False)
 
     def _mean(self, indices: torch.Tensor, adapted: bool) -> float:
-        return distributed.total(sum(self._loss(part, adapted).item() * share for part, share in self._parts(indices)))[
-            0
-        ]
+        with self._student.fast():
+            own = sum(self._loss(part, adapted).item() * share for part, share in self._parts(indices))
+        return distributed.total(own)[0]
 
     def _parts(self, indices: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
         """Samples in the portions that run at once, each with its share of all predictions that count.
@@ -204,7 +209,7 @@ class EndToEndTrainer:
         Of several processes each gets its share of the portions, which may be none.
         """
         whole = self._samples.predictions(indices)
-        parts = distributed.own(indices.split(self._settings.batch_size))
+        parts = distributed.own(indices.split(self._settings.together(self._samples.tokens.shape[1])))
         return [(part, self._samples.predictions(part) / whole) for part in parts]
 
     def _loss(self, indices: torch.Tensor, adapted: bool) -> torch.Tensor:
@@ -216,14 +221,24 @@ class EndToEndTrainer:
         lesson = self._lesson(indices) if settings.taught else None
         states, following = states.flatten(0, 1), batch.following.flatten()
 
-        def terms(places: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def terms(states: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
             prediction = None if lesson is None else lesson.predict(places)
             logits = student.head.logits(states[places])
             return token_terms(settings.loss, logits, following[places], prediction, settings.gamma)
 
         places = batch.counted.flatten().nonzero().squeeze(1)
         chunk = student.head.chunk(_COPIES if lesson is None else _COPIES_TAUGHT)
-        loss = mean_loss(settings.loss, in_chunks(terms, places, chunk), following[places])
+        if settings.loss == "dad":  # its weights are known when all tokens are
+            found = in_chunks(partial(terms, states), places, chunk)
+            loss = mean_loss(settings.loss, found, following[places])
+        else:
+            shares = term_shares(settings.loss, following[places])
+
+            def part(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+                values = terms(states, places)
+                return torch.stack([v.sum() * share for v, share in zip(values, shares, strict=True)]).sum()
+
+            loss = sum_in_chunks(part, states, places, chunk)
         if hidden is not None and lesson is not None and lesson.hidden is not None:
             outputs, targets = ([layer[batch.counted] for layer in layers] for layers in (hidden, lesson.hidden))
             loss = loss + settings.hidden_weight * hidden_error(outputs, targets)
@@ -269,10 +284,11 @@ class EndToEndTrainer:
     def _step(self, batch: torch.Tensor, optimizer: torch.optim.AdamW, adapted: bool) -> tuple[bool, float]:
         """One optimizer step on a batch of samples, a few of which run at once; whether it could be made, its loss."""
         total = 0.0
-        for part, share in self._parts(batch):
-            loss = self._loss(part, adapted) * share
-            loss.backward()
-            total += loss.item()
+        with self._student.fast():
+            for part, share in self._parts(batch):
+                loss = self._loss(part, adapted) * share
+                loss.backward()
+                total += loss.item()
         (total,) = distributed.total(total)
         distributed.sum_gradients(self._trained)
         # Without a limit it only measures.

@@ -84,3 +84,49 @@ def in_chunks(
     else:
         found = [checkpoint(function, part, use_reentrant=False) for part in parts]
     return [torch.cat(values) for values in zip(*found, strict=True)]
+
+
+def sum_in_chunks(
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    states: torch.Tensor,
+    positions: torch.Tensor,
+    size: int,
+) -> torch.Tensor:
+    """The sum of a function over many positions, a chunk at a time; each chunk goes back as soon as it is summed.
+
+    So nothing of a chunk is kept, and nothing is computed twice.
+
+    Args:
+        function: from states ``[n, hidden]`` and positions ``[m]`` to a scalar.
+        states: ``[n, hidden]``, the one thing that a gradient goes back to.
+        positions: int64 ``[N]``.
+        size: of a chunk.
+
+    Returns:
+        A scalar.
+    """
+    parts = positions.split(size)
+    if not (torch.is_grad_enabled() and states.requires_grad):
+        return torch.stack([function(states, part) for part in parts]).sum()
+    leaf = states.detach().requires_grad_()
+    values = []
+    for part in parts:
+        value = function(leaf, part)
+        value.backward()
+        values.append(value.detach())
+    total: torch.Tensor = _Summed.apply(states, torch.stack(values).sum(), leaf.grad)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _Summed(torch.autograd.Function):
+    """A value whose gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, coming: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * coming, None, None

@@ -1,6 +1,8 @@
 """A whole model under training: quantized layers, everything beside the blocks frozen."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ulbq.models.watch import watching
+from ulbq.training.attention import chunked_attention
+from ulbq.training.fused import FusedParts
 from ulbq.training.head import Head
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.optimizer import parameters_by_role
@@ -46,6 +50,7 @@ class Student:
         self.roles = parameters_by_role(blocks, self.layers.values())
         for layer in self.layers.values():
             layer.register_forward_hook(_forget_matrix)
+        self._fused = [FusedParts(block, precision) for block in blocks]
         if checkpointing:
             # Not transformers' own switch: it works in training mode alone, which turns the model's dropout on.
             for block in blocks:
@@ -70,6 +75,15 @@ class Student:
                 layer.adapter.train(torch.is_grad_enabled())  # dropout is for training alone
         with self._precision.autocast():
             return self._tap.run(self.model, tokens.to(self._precision.device), hidden=hidden)
+
+    @contextmanager
+    def fast(self) -> Iterator[None]:
+        """While it lasts, attention, norms and gates run and go back by the kernels of the blocks' training."""
+        with ExitStack() as stack:
+            stack.enter_context(chunked_attention(self._precision))
+            for fused in self._fused:
+                stack.enter_context(fused.active())
+            yield
 
     @torch.no_grad()
     def input_sizes(self, tokens: torch.Tensor) -> dict[str, float]:
