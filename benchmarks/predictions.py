@@ -270,11 +270,11 @@ def write_model(folder: Path, *, hidden: int, inside: int, heads: int, blocks: i
     return folder
 
 
-def models(folder: Path, names: list[str]) -> dict[str, Path]:
-    """The models of some names, written where they are not."""
+def models(folder: Path, names: list[str], blocks: int = 2) -> dict[str, Path]:
+    """The models of some names, written where they are not; ``block`` with so many blocks."""
     shapes: dict[str, dict[str, int]] = {
         "tiny": {"hidden": 64, "inside": 192, "heads": 4, "blocks": 3},
-        "block": {"hidden": 4096, "inside": 11008, "heads": 32, "blocks": 2},
+        "block": {"hidden": 4096, "inside": 11008, "heads": 32, "blocks": blocks},
     }
     found = {}
     for name in names:
