@@ -1,4 +1,4 @@
-"""One command as a process of its own, forked from one that has imported everything, with a fault where it is wanted."""
+"""One command as a process of its own, forked from one that has imported everything, with a fault if wanted."""
 
 import ctypes
 import os
@@ -123,9 +123,10 @@ def _live(
         for number, descriptor in enumerate(opened):
             os.dup2(descriptor, number)
             os.close(descriptor)
-        sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
+        # fdopen, for these live as long as the process.
+        sys.stdin = os.fdopen(0, encoding="utf-8", errors="surrogateescape", closefd=False)
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
         os.chdir(working)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -150,4 +151,3 @@ def _live(
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
-

@@ -65,7 +65,8 @@ COMMANDS = {
         ("quantize", "@dense", *_SHOWN, "--method", "binary-mos", "--epochs", "1", *_TEXT, "--fit-temperature")
     ),
     "quantize apiq, self, end to end": Command(
-        (*_QUANTIZE, "apiq", "--rank", "2", "--epochs", "1", "--end-to-end", "kl", "--teacher", "cached", *_DRAWN, "self")
+        (*_QUANTIZE, "apiq", "--rank", "2", "--epochs", "1", "--end-to-end", "kl", "--teacher", "cached", *_DRAWN,
+         "self")
     ),
     "finetune instructions": Command(
         (*_TUNE, "instructions", "--data", "@rows.jsonl", "--samples", "4", "--heldout", "2", "--sequence-length", "64",

@@ -65,7 +65,7 @@ def _look(progress: Progress, target: Target | None, symmetric: bool, folder: Pa
 def _run(folder: Path, target: Target | None, symmetric: bool) -> str:
     """Open the folder and run it as far as can be; what was done, in words."""
     if target == "gguf":
-        source = resolve(folder / FILE_NAME)
+        source = resolve(folder / FILE_NAME, verify=False)  # it was hashed just now
         _generate(load_model(source, dtype=_DTYPE))
         return f"Opened again by transformers' reader of GGUF files, and ran {_TOKENS} tokens."
     if target in ("gptq", "compressed-tensors"):
