@@ -15,7 +15,17 @@ import traceback
 from typing import Any
 
 _MODELS = ("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto")
-_LIBRARIES = ("torch", "datasets", "gguf", "peft", "safetensors.torch", "compressed_tensors", "torch._dynamo")
+_LIBRARIES = (
+    "torch",
+    "datasets",
+    "gguf",
+    "peft",
+    "safetensors.torch",
+    "compressed_tensors",
+    "torch._dynamo",
+    "lm_eval",
+    "lm_eval.tasks",
+)
 
 
 def warm() -> None:
