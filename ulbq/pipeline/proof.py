@@ -103,6 +103,8 @@ def _generate(model: PreTrainedModel) -> None:
     first = model.config.get_text_config().bos_token_id
     prompt = torch.tensor([[first if isinstance(first, int) else 0]])
     settings = GenerationConfig(max_new_tokens=_TOKENS, do_sample=False, pad_token_id=0)
+    if model.generation_config is not None:
+        model.generation_config.stop_strings = None  # they want a tokenizer, which is looked at by itself
     found = model.generate(  # type: ignore[operator]
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
