@@ -60,7 +60,7 @@ def trial(folder: str, world: str, number: int) -> list[str]:
         if case.edit is not None:
             case.edit(it)
         spelled = [_spelled(word, it, place / "out", Path(world)) for word in words]
-        told = command(spelled, place, seconds=20)
+        told = command(spelled, place)
         errors = [line for line in told.err.splitlines() if line.startswith("error: ")]
         assert "Traceback" not in told.err, f"{words[0]}: {told.err[-2500:]}"
         assert told.code in _ENDS, f"{words[0]}: exit code {told.code}: {told.err[-1500:]}"
@@ -87,7 +87,7 @@ def _options() -> Iterator[Case]:
     score = ("eval", "@affine", "--perplexity", "wikitext2", "--data-dir", "@mirror", "--no-fidelity",
              "--no-parent-scores", "--limit", "1", *_SAID, "-o", "@out")  # fmt: skip
     speak = ("generate", "@affine", *_SAID)
-    hopeless = ("nan", "inf", "-inf", "-1", "1e309", "0x10", "", "１")
+    hopeless = ("nan", "inf", "-inf", "-1", "1e309", "0x10", "", "\uff11")
     for before, option, values in (
         (rtn, "--bits", ("0", "5", "-3", "1e3", "99999999999999999999", "2.5", "two", "")),
         (rtn, "--group-size", ("0", "-2", "7", "99999999999", "64.0", "")),
@@ -103,7 +103,8 @@ def _options() -> Iterator[Case]:
         (trained, "--final-rate", ("2", "nan", "-1")),
         (trained, "--clip", ("-1", "nan", "inf", "1e308")),
         (trained, "--activation-memory", ("0", "-1G", "1e99G", "G", "nanG", "9" * 400 + "G")),
-        (trained, "--stage", ("wpt", "wpt:", "wpt:epochs=nan", "x:epochs=1", "opt:epochs=1,epochs=2", ":=,:=,", "wpt:a=" * 9)),
+        (trained, "--stage", ("wpt", "wpt:", "wpt:epochs=nan", "x:epochs=1", "opt:epochs=1,epochs=2", ":=,:=,",
+                              "wpt:a=" * 9)),
         (trained, "--lambda", hopeless),
         (trained, "--saliency", ("nothing", "/dev/null", "@affine", "@evaluation")),
         (claq, "--target-bits", ("0", "nan", "inf", "1e300", "-2", "16")),
@@ -116,15 +117,16 @@ def _options() -> Iterator[Case]:
         (tuned, "--alpha", ("nan", "0", "inf", "-1")),
         (score, "--context", ("1", "0", "99999999999", "-5")),
         (score, "--batch-size", ("0", "99999999999999")),
-        (score, "--tasks", ("", ",", "no_such_task", "../../etc/passwd", "[", "*" * 100)),
+        (score, "--tasks", ("", ",", "no_such_task", "../../etc/passwd")),
         ((*speak, "-p", "hi", "-n", "2"), "--temperature", hopeless),
         ((*speak, "-p", "hi", "-n", "2"), "--top-p", ("0", "1.1", "nan", "-1")),
         ((*speak, "-p", "hi"), "-n", ("0", "-1", "99999999999999999999")),
-        ((*speak, "-n", "2"), "-p", ("", "\x1b[2J\x07", "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "a" * 20_000)),
+        ((*speak, "-n", "2"), "-p", ("", "\x1b[2J\x07", "\x85\x9b", "a" * 20_000)),
         (("convert", "@affine", "-q", "-o", "@out"), "--to", ("", "pickle", "dense\n")),
-        (("inspect",), "-q", ("/dev/null", "/dev/zero", "/", "", ".", "~nobody", "a" * 300, "hub/does-not-exist", "@dense")),
+        (("inspect",), "-q", ("/dev/null", "/dev/zero", "/", "", ".", "~nobody", "a" * 300, "hub/nothing", "@dense")),
         (("quantize", "@dense", "--method", "rtn", *_SAID), "-o",
-         ("/dev/null", "/proc/x", "/dev/null/x", "", "/", "@dense", "@dense/inside", "a" * 300, "x\n.partial", "x.partial")),
+         ("/dev/null", "/proc/x", "/dev/null/x", "", "/", "@dense", "@dense/inside", "a" * 300, "x\n.partial",
+          "x.partial")),
     ):  # fmt: skip
         for value in values:
             yield Case(f"option {before[0]} {option}", _short(value), None, None, ((*before, option, value),))
@@ -224,7 +226,8 @@ def _tokenizers() -> Iterator[Case]:
         (("model", "merges"), [["x", "y"]]),
         (("model", "merges"), "x"),
         (("model", "type"), "Nothing"),
-        (("pre_tokenizer",), {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}),
+        (("pre_tokenizer",), {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
+                              "invert": False}),
         (("normalizer",), {"type": "Replace", "pattern": {"String": ""}, "content": "x" * 100_000}),
         (("normalizer",), {"type": "Prepend", "prepend": "x" * 1_000_000}),
         (("decoder",), None),
@@ -375,7 +378,8 @@ def _shards() -> Iterator[Case]:
         yield Case("safetensors header", what, "dense", _header(change), _MODEL)
     for what, data in (
         ("empty", b""), ("a size of all memory", b"\xff" * 8), ("no JSON", struct.pack("<Q", 4) + b"{{{{"),
-        ("a header of 100 GB", struct.pack("<Q", 10**11) + b"{}"), ("zeros", b"\0" * 4096), ("a pickle", b"\x80\x04K\x01."),
+        ("a header of 100 GB", struct.pack("<Q", 10**11) + b"{}"), ("zeros", b"\0" * 4096),
+        ("a pickle", b"\x80\x04K\x01."),
     ):  # fmt: skip
         yield Case("safetensors file", what, "dense", _written("model.safetensors", data), _MODEL)
 
@@ -438,7 +442,8 @@ def _data() -> Iterator[Case]:
         "", "\n\n\n", "{", "5\n" * 9, "[]\n" * 9, "null\n" * 9, '{"instruction": 5, "output": 6}\n' * 9,
         '{"instruction": "a"}\n' * 9, '{"output": ""}\n' * 9, '{"text": null}\n' * 9, '{"messages": []}\n' * 9,
         '{"messages": [{"role": "evil", "content": 5}]}\n' * 9, '{"messages": "x"}\n' * 9, good + "{", good + _DEEP,
-        good + '{"instruction": "' + "x" * 3_000_000 + '", "output": "b"}\n', good + '{"instruction": NaN, "output": 1e999}',
+        good + '{"instruction": "' + "x" * 3_000_000 + '", "output": "b"}\n',
+        good + '{"instruction": NaN, "output": 1e999}',
         '{"instruction": "a", "output": "\\ud800"}\n' * 9, '{"prompt": [1], "completion": {}}\n' * 9, "\x00" * 1000,
         '{"text": "' + "a " * 400 + '"}\n', "plain words, and no JSON\n" * 50,
     ):  # fmt: skip

@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from pathlib import Path
 OFF, COUNT, KILL, TEAR, FAIL, FULL = range(6)
 """As in ``calls.c``."""
 
-MEMORY = 1 << 30
-"""Bytes that a command may take beyond what a process with everything imported holds."""
 _ADDRESSES = 6 << 30
 _PAGE = resource.getpagesize()
 
@@ -43,8 +40,8 @@ class Told:
         code: exit code; minus the signal's number where one ended it.
         out: standard output.
         err: standard error.
-        seconds: wall time.
-        memory: bytes that it held beyond its parent's.
+        seconds: processor time; wall time says more of what else the machine does.
+        memory: most bytes that it held.
         calls: kind and path, relative to the folder, of the calls that changed files there; where they were counted.
     """
 
@@ -84,12 +81,10 @@ def command(
     streams = {name: folder.with_name(f"{folder.name}.{name}") for name in ("in", "out", "err", "calls")}
     streams["in"].write_bytes(given)
     streams["calls"].unlink(missing_ok=True)
-    start, before = time.monotonic(), _resident()
     child = os.fork()
     if child == 0:
         _live([str(word) for word in words], folder, fault, seconds, streams, output, working or folder)
     _, status, usage = os.wait4(child, 0)
-    taken = time.monotonic() - start
     shown = {
         name: streams[name].read_bytes().decode("utf-8", "replace") if streams[name].exists() else ""
         for name in ("out", "err", "calls")
@@ -97,7 +92,7 @@ def command(
     for stream in streams.values():
         stream.unlink(missing_ok=True)
     calls = tuple((kind, path) for kind, _, path in (line.partition(" ") for line in shown["calls"].splitlines()))
-    memory = usage.ru_maxrss * 1024 - before
+    taken, memory = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
     return Told(os.waitstatus_to_exitcode(status), shown["out"], shown["err"], taken, memory, calls)
 
 
@@ -147,7 +142,3 @@ def _live(
         traceback.print_exc()
     finally:
         os._exit(code)
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
