@@ -135,7 +135,10 @@ def _live(
             library = ctypes.CDLL(None)
             library.campaign_arm(fault.mode, ctypes.c_long(fault.at), fault.error, os.fsencode(folder), log)
         code = main(words)
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            code = code or 120  # as Python ends
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
