@@ -53,14 +53,14 @@ def trial(folder: str, name: str, world: str, at: Sequence[int], torn: bool = Fa
 
 _SEEN: dict[tuple[str, str], str] = {}
 _CHANGING = re.compile(rb'"(seconds|sum|created|digest)": ?("[^"]*"|[-\d.e]+)')
-_TEMPORARY = re.compile(r"\.tmp\w{6}$")
+TEMPORARY = re.compile(r"\.tmp\w{6}$")
 
 
 def _state(place: Path) -> str:
     """A hash of all that lies in a folder."""
     found = hashlib.sha256()
     for path in sorted(place.rglob("*")):
-        found.update(f"{_TEMPORARY.sub('.tmp', str(path))} {path.is_file()}\n".encode())
+        found.update(f"{TEMPORARY.sub('.tmp', str(path))} {path.is_file()}\n".encode())
         if path.is_file():
             data = path.read_bytes()
             found.update(_CHANGING.sub(b"", data) if path.name in (JOURNAL, "manifest.json") else data)
