@@ -19,7 +19,7 @@ ifneq ($(wildcard ../shared/data),)
 export ULBQ_DATA_DIR ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help run test lint completions constraints clean
+.PHONY: help run test lint fuzz completions constraints clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ lint: $(READY)  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(READY)  ## kill, starve, spoil and mislead every command, some thousand times; writes docs/faults.md
+	$(BIN)/python -m pytest -m slow tests/campaign --table docs/faults.md
 
 completions: $(READY)  ## write the shell completions anew
 	$(BIN)/python -m ulbq.commands.completion completions

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ulbq import distributed
+from ulbq import distributed, limits
 from ulbq.errors import InputError, UsageError
 from ulbq.progress import Progress, Silent
 
@@ -197,4 +197,7 @@ def read_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), flags=re.IGNORECASE)
     if match is None:
         raise UsageError(f"'{text}' is no size.", hint="Write a number of bytes, or 512M, 4G and the like.")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size > limits.COUNT:
+        raise UsageError(f"'{match[0][:40]}' is more than any machine has.", hint="Write 512M, 4G and the like.")
+    return int(size)

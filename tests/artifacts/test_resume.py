@@ -1,5 +1,6 @@
 """What an interrupted run left is taken over as it was written, or not at all; and nothing else is."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -239,6 +240,24 @@ class TestTheEnd:
         with pytest.raises(InputError, match="q' exists"):
             ArtifactWriter(out, MINE)
         assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_a_look_at_the_output_clears_up_too(self, out: Path, force: bool) -> None:
+        # Commands look before they open a writer, and go no further where the artifact stands.
+        complete(out)
+        write_files(out, {".journal.jsonl": b"", ".lock": b""})
+        write_files(out.with_name(".q.replaced"), {"manifest.json": b"{}"})
+        with contextlib.nullcontext() if force else pytest.raises(InputError, match="q' exists"):
+            store.check_output(out, force=force)
+        assert not [path for path in out.iterdir() if path.name.startswith(".")]
+        assert os.listdir(out.parent) == ["q"]
+
+    def test_what_lies_beside_a_finished_artifact_by_another_hand_stays(self, out: Path) -> None:
+        complete(out)
+        write_files(out.with_name(".q.replaced"), {"mine": b"1"})
+        with pytest.raises(InputError, match="q' exists"):
+            store.check_output(out, force=False)
+        assert (out.with_name(".q.replaced") / "mine").exists()
 
     def test_a_path_through_a_folder_that_is_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

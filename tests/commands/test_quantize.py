@@ -211,3 +211,4 @@ def test_what_does_not_exist_is_a_sentence_with_a_hint(capsys, tmp_path):
     assert "means nothing to --method rtn" in refused(capsys, "--method", "rtn", "--rank", "4")
     assert "means nothing without --adapter" in refused(capsys, "--method", "apiq", "--no-adapter", "--rank", "4")
     assert "is no size" in refused(capsys, "--activation-memory", "much")
+    assert "more than any machine" in refused(capsys, "--activation-memory", "9" * 400 + "G")

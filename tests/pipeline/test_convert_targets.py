@@ -24,6 +24,8 @@ from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.adapter import AdapterConfig
 from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.quantize import quantize
+from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -48,6 +50,13 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def artifact(parent: Path, out: Path, scheme: object = None, adapter: AdapterConfig | None = None) -> Path:
     return write_quantized(resolve(parent), out, scheme or AffineScheme(bits=3, group_size=32), adapter)
+
+
+def flip(path: Path) -> None:
+    """Turn one of the last bits of a file over."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 def ask(source: Path, out: Path, **options: object) -> ConvertRequest:
@@ -129,6 +138,16 @@ def test_a_gguf_file_reads_back_as_the_artifact(parent: Path, tmp_path: Path) ->
     assert "message['role']" in reader.get_field("tokenizer.chat_template").contents()
 
 
+def test_a_gguf_file_of_an_artifact_is_compared_with_its_hash(parent: Path, tmp_path: Path) -> None:
+    path, _ = convert(ask(artifact(parent, tmp_path / "q"), tmp_path / "g", to="gguf"))
+    flip(path / "model.gguf")
+    with pytest.raises(InputError, match=r"model\.gguf' was changed"):
+        resolve(path / "model.gguf")
+    resolve(path / "model.gguf", verify=False)
+    alone = shutil.copy(path / "model.gguf", tmp_path)
+    resolve(alone)
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 def test_other_families_as_gguf(family: str, tmp_path: Path) -> None:
     # transformers' reader takes Qwen 3's heads to be 128 wide.
@@ -188,6 +207,25 @@ class TestHalf:
         again, _ = convert(ask(first, tmp_path / "again", to="half"), notes)
         assert any("nothing changed" in note for note in notes.said)
         assert all((again / f.name).read_bytes() == f.read_bytes() for f in first.glob("*.safetensors"))
+
+    def test_samples_are_carried_along_and_no_tensors(self, parent: Path, tmp_path: Path) -> None:
+        (tmp_path / "text.txt").write_text("".join(f"Line {i} says {i * i % 97}.\n\n" for i in range(400)))
+        drawn = {"calibration": str(tmp_path / "text.txt"), "samples": 2, "sequence_length": 16}
+        request = QuantizeRequest(source=str(parent), out=tmp_path / "q", method="gptq", device="cpu", **drawn)
+        source = quantize(request)[0]
+        path, _ = convert(ask(source, tmp_path / "h", to="half"))
+        assert (path / "calibration.safetensors").read_bytes() == (source / "calibration.safetensors").read_bytes()
+        assert resolve(path).stored.names == resolve(source).stored.names
+        load_model(resolve(path), dtype=torch.float32)
+        flip(source / "calibration.safetensors")
+        with pytest.raises(InputError, match=r"calibration\.safetensors' was changed"):
+            convert(ask(source, tmp_path / "again", to="half"))
+
+    def test_weights_that_were_changed_are_not_copied(self, parent: Path, tmp_path: Path) -> None:
+        source = artifact(parent, tmp_path / "q")
+        flip(next(source.glob("*.safetensors")))
+        with pytest.raises(InputError, match="was changed"):
+            convert(ask(source, tmp_path / "h", to="half"))
 
     def test_a_copy_within_the_artifact_does_not_hold_itself(self, parent: Path, tmp_path: Path) -> None:
         source = artifact(parent, tmp_path / "q", adapter=AdapterConfig(rank=2))

@@ -133,12 +133,37 @@ def test_qwen3_with_biases_is_no_gguf(bias: bool, ulbq: Ulbq, tmp_path: Path) ->
         ("config.json", {"eos_token_id": [1, "x"]}),
         ("generation_config.json", {"eos_token_id": "</s>"}),
         ("generation_config.json", {"eos_token_id": {"a": 1}}),
+        ("generation_config.json", {"eos_token_id": []}),
+        ("config.json", {"architectures": [5]}),
+        ("config.json", {"architectures": "LlamaForCausalLM"}),
     ],
 )
 def test_settings_of_a_wrong_type(file: str, change: dict[str, Any], packed: Path, ulbq: Ulbq) -> None:
     edit_json(packed / file, **change)
     reseal(packed)
     ulbq("generate", packed, "-p", "hi", "-n", 1).refused()
+
+
+@pytest.mark.parametrize("width", ["hidden_size", "intermediate_size"])
+def test_a_model_of_no_width(width: str, dense: Path, ulbq: Ulbq, tmp_path: Path) -> None:
+    edit_json(dense / "config.json", **{width: 0})
+    told = ulbq("quantize", dense, "--method", "rtn", "-o", tmp_path / "q", "-q")
+    told.refused()
+    assert "0" in told.err
+
+
+def test_settings_that_are_nested_too_deeply(dense: Path, ulbq: Ulbq) -> None:
+    (dense / "generation_config.json").write_text("[" * 100_000)
+    assert "generation_config.json' cannot be read" in ulbq("generate", dense, "-p", "hi", "-n", 1).refused()
+
+
+def test_strings_that_end_a_text_ask_for_nothing(dense: Path, ulbq: Ulbq, tmp_path: Path) -> None:
+    edit_json(dense / "generation_config.json", stop_strings=["\n"])
+    told = ulbq("generate", dense, "-p", "hi", "-n", 2)
+    assert told.code == 0, told.err
+    told = ulbq("convert", dense, "--to", "dense", "-o", tmp_path / "d", "-q")
+    assert told.code == 0, told.err
+    assert json.loads((tmp_path / "d" / "generation_config.json").read_text())["stop_strings"] == ["\n"]
 
 
 def test_the_hint_of_eval_speaks_of_its_own_options(packed: Path, ulbq: Ulbq, tmp_path: Path, monkeypatch: Any) -> None:

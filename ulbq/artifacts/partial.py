@@ -1,11 +1,12 @@
 """The folder of an unfinished run: its name, its lock, and what of it is the run's own."""
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
 
 from ulbq.artifacts.disk import remove_tree
-from ulbq.artifacts.manifest import MANIFEST_NAME, PARTIAL_SUFFIX
+from ulbq.artifacts.manifest import MANIFEST_NAME, PARTIAL_SUFFIX, is_replaceable
 from ulbq.errors import InputError
 
 JOURNAL, LOCK, SCRATCH = ".journal.jsonl", ".lock", ".scratch"
@@ -14,6 +15,11 @@ _OWN = frozenset({JOURNAL, LOCK, SCRATCH, MANIFEST_NAME})
 
 def partial_of(path: Path) -> Path:
     return path.parent / (path.name + PARTIAL_SUFFIX)
+
+
+def aside_of(path: Path) -> Path:
+    """Where an artifact that is replaced stands until the new one has its place."""
+    return path.parent / f".{path.name}.replaced"
 
 
 def occupied(path: Path) -> bool:
@@ -99,6 +105,16 @@ def is_locked(lock: Path) -> bool:
 
 
 def remove_leftovers(artifact: Path) -> None:
+    """Remove what a run needs no more once its artifact stands; the journal last, which marks what is left."""
+    remove_tree(aside_of(artifact))
     remove_tree(artifact / SCRATCH)
     for name in (LOCK, JOURNAL):
         (artifact / name).unlink(missing_ok=True)
+
+
+def clear_up(artifact: Path) -> None:
+    """Remove what a run that was killed right after its end left in the artifact; where that may not be, it stays."""
+    left = (artifact / JOURNAL).exists() and is_replaceable(artifact)
+    with contextlib.suppress(OSError):
+        if left and not partial_of(artifact).exists() and not is_locked(artifact / LOCK):
+            remove_leftovers(artifact)

@@ -39,8 +39,9 @@ from ulbq.artifacts.partial import (
     LOCK,
     SCRATCH,
     acquire,
+    aside_of,
     check_ours,
-    is_locked,
+    clear_up,
     is_own,
     make_folders,
     occupied,
@@ -82,6 +83,8 @@ def free_output(root: Path, stem: str, fingerprint: str) -> Path:
 def check_output(out: Path, target: Path | None = None, *, force: bool) -> None:
     """Refuse a place that is taken: what may be known before hours of work should be.
 
+    What a run that was killed right after it finished left in the artifact there is removed.
+
     Args:
         out: as it was given.
         target: the same, absolute; None to look at ``out`` itself.
@@ -93,6 +96,7 @@ def check_output(out: Path, target: Path | None = None, *, force: bool) -> None:
     target = target or out
     if target.name.endswith(PARTIAL_SUFFIX):
         raise InputError(f"'{out}' has the name of an unfinished run.", hint=f"Give an -o without '{PARTIAL_SUFFIX}'.")
+    clear_up(target)
     if not occupied(target):
         return
     if not is_replaceable(target):
@@ -138,7 +142,7 @@ class ArtifactWriter:
         self._finished = False
         # Absolute: a change of the working folder must not move it. Real: partial and target must share a disk.
         self._target = Path(os.path.realpath(out))
-        self._aside = self._target.parent / f".{self._target.name}.replaced"
+        self._aside = aside_of(self._target)
         self.path = partial_of(self._target)
         self.scratch = self.path / SCRATCH
         self._entries, self.resumed = distributed.on_main(self._open)
@@ -151,7 +155,6 @@ class ArtifactWriter:
     def _open(self) -> tuple[dict[str, Any], bool]:
         """Take hold of the partial folder; gives what its journal holds, and whether a run goes on there."""
         with writing(self.out):
-            self._clear_up()
             self._check_out()
             check_ours(self.path)
             self._made = make_folders(self._target.parent)
@@ -266,7 +269,6 @@ class ArtifactWriter:
                 self._finished = True
                 # Only now: until the rename a crash must find them, after it they are mere leftovers.
                 remove_leftovers(self._target)
-                remove_tree(self._aside)
 
         distributed.on_main(complete)
         # ``a/..`` leads nowhere without an ``a``, and ``.`` is a folder that was just replaced.
@@ -405,12 +407,6 @@ class ArtifactWriter:
         return InputError(
             f"'{self.path}' was removed or replaced while this run wrote to it.", hint="Run the same command again."
         )
-
-    def _clear_up(self) -> None:
-        """Remove what a run that was killed right after it finished left in the artifact."""
-        left = is_replaceable(self._target) and (self._target / JOURNAL).exists()
-        if left and not self.path.exists() and not is_locked(self._target / LOCK):
-            remove_leftovers(self._target)
 
     def _publish(self) -> None:
         """Rename the partial folder to the target. An artifact that is replaced steps aside and back on failure."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ulbq.artifacts.disk import writing
-from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_shard
-from ulbq.errors import NumericsError
+from ulbq.artifacts.disk import changed, sha256_file, writing
+from ulbq.artifacts.shards import INDEX_NAME, write_index, write_shard
+from ulbq.errors import InputError, NumericsError
 from ulbq.formats.rounding import vanishes
 from ulbq.models.adapter_files import ADAPTER_FOLDER
 from ulbq.models.blocks import skeleton, structure
@@ -20,6 +20,7 @@ from ulbq.models.side_files import check_link, is_side_file
 from ulbq.models.source import ModelSource
 
 _OWN = frozenset({"config.json", "README.md", "finetune.html"})
+_SAMPLES = frozenset({"calibration.safetensors", "text.safetensors"})
 
 
 def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
@@ -36,7 +37,7 @@ def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
 
 def _is_copied(name: str) -> bool:
     """Whether a file of an artifact is one that ulbq itself writes, or of a kind that travels with a model."""
-    return name in _OWN or name.startswith(f"{ADAPTER_FOLDER}/") or is_side_file(name)
+    return name in _OWN | _SAMPLES or name.startswith(f"{ADAPTER_FOLDER}/") or is_side_file(name)
 
 
 def write_half(
@@ -55,16 +56,18 @@ def write_half(
         names of all files.
 
     Raises:
-        InputError: a tensor cannot be read.
+        InputError: a tensor cannot be read, or samples are not what was written.
         NumericsError: a tensor does not fit the dtype's range.
     """
     wide, saved = wide_tensors(source), {"embeddings": 0, "other": 0}
     found = structure(skeleton(source))
     tables = {f"{name}.weight" for name in (*found.embeddings, found.head)}
     shards: dict[str, list[str]] = {}
-    for path in sorted(source.path.glob("*.safetensors")):
-        stored = LazyTensors([path])
-        tensors = {name: stored.read(name) for name in sorted(stored.names)}
+    stored = source.stored
+    if stored is None:
+        raise InputError(f"'{source.given}' holds no packed weights.")
+    for path in stored.files:
+        tensors = {name: stored.read(name) for name in sorted(stored.names) if stored.file(name) == path}
         for name in wide.keys() & tensors.keys():
             rounded = tensors[name].to(dtype)
             if not rounded.isfinite().all():
@@ -84,5 +87,8 @@ def write_half(
             check_link(source.path / name, source.path)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, folder / name)
+            # Who opened the source looked at all that is read of it, and samples are not.
+            if name in _SAMPLES and sha256_file(folder / name) != files[name].sha256:
+                raise changed(source.path / name)
     write_index(folder, shards)
     return saved, [*copied, *shards, INDEX_NAME]

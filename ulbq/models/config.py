@@ -212,6 +212,8 @@ def check_causal(config: PreTrainedConfig, where: str) -> None:
             hint="ulbq quantizes decoder-only causal language models.",
         )
     architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise InputError(f"'{where}' says architectures {architectures!r}, which are no names.", hint="Fetch it again.")
     headless = bool(architectures) and all(name.endswith(_NOT_GENERATIVE) for name in architectures)
     if headless or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         what = ", ".join(architectures) or config.model_type

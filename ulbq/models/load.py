@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from ulbq import limits
+from ulbq.artifacts.small_files import parse_json, read_small
 from ulbq.errors import InputError
 from ulbq.models.adapter_files import adapter_folder, attach_adapter
 from ulbq.models.blocks import materialize, skeleton
@@ -44,7 +46,13 @@ def load_model(
     model.config.dtype = dtype
     if (source.path / "generation_config.json").is_file():
         try:
+            # First as a file of bounded size and depth, which transformers does not see to.
+            parse_json(
+                read_small(source.path / "generation_config.json", limits.SETTINGS_SIZE).decode(), constants=True
+            )
             found = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+            # Strings that end a text want a tokenizer in every call; here a text ends by its tokens.
+            found.stop_strings = None
             check_ids(found.to_dict(), str(source.path / "generation_config.json"))
             model.generation_config = found
         except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -28,7 +28,8 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) ->
         dtype: in which it would be loaded. Parameters and buffers that transformers keeps in another one have that.
 
     Raises:
-        InputError: no such model can be built, for one of no heads or with an activation that does not exist.
+        InputError: no such model can be built, for one of no heads or with an activation that does not exist; or
+            its matrices have no rows or columns.
     """
     # A parameter exists for a moment before it goes to meta; as nothing initializes it, its pages are never touched.
     try:
@@ -40,6 +41,11 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) ->
             f"The configuration of '{config.name_or_path or config.model_type}' makes no model ({cause}).",
             hint="Its config.json is damaged, or was written for another version of transformers.",
         ) from error
+    if empty := next((name for name, parameter in model.named_parameters() if not parameter.numel()), None):
+        raise InputError(
+            f"The configuration of '{config.name_or_path or config.model_type}' leaves '{empty}' without any value.",
+            hint="A width in its config.json is 0: the file is damaged.",
+        )
     _widen(model, dtype)
     model.tie_weights()
     model.requires_grad_(False).eval()

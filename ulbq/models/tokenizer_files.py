@@ -54,7 +54,7 @@ def _check_packages(folder: Path, given: str) -> None:
 
 
 def check_ids(values: Mapping[str, object], where: str) -> None:
-    """Refuse token ids that are no numbers. Raises InputError.
+    """Refuse token ids that are no numbers, and lists of none. Raises InputError.
 
     Args:
         values: settings, ``eos_token_id`` and the like among them.
@@ -63,7 +63,7 @@ def check_ids(values: Mapping[str, object], where: str) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = values.get(name)
         each = value if isinstance(value, list) else [value]
-        if not all(one is None or (isinstance(one, int) and not isinstance(one, bool)) for one in each):
+        if value == [] or not all(one is None or (isinstance(one, int) and not isinstance(one, bool)) for one in each):
             raise InputError(f"'{where}' says {name} {value!r}, which is no number of a token.")
 
 

@@ -160,7 +160,7 @@ def _dtype(request: ConvertRequest, source: ModelSource, target: Target) -> Dtyp
 
 def _steps(job: _Job) -> int:
     if job.target == "half":
-        return len(list(job.source.path.glob("*.safetensors")))
+        return len(job.source.stored.files) if job.source.stored is not None else 0
     model = skeleton(job.source)
     return len(state_names(model)) if job.target == "gguf" else len(shard_names(model))
 

@@ -65,7 +65,7 @@ def _look(progress: Progress, target: Target | None, symmetric: bool, folder: Pa
 def _run(folder: Path, target: Target | None, symmetric: bool) -> str:
     """Open the folder and run it as far as can be; what was done, in words."""
     if target == "gguf":
-        source = resolve(folder / FILE_NAME)
+        source = resolve(folder / FILE_NAME, verify=False)  # it was hashed just now
         _generate(load_model(source, dtype=_DTYPE))
         return f"Opened again by transformers' reader of GGUF files, and ran {_TOKENS} tokens."
     if target in ("gptq", "compressed-tensors"):
@@ -103,6 +103,8 @@ def _generate(model: PreTrainedModel) -> None:
     first = model.config.get_text_config().bos_token_id
     prompt = torch.tensor([[first if isinstance(first, int) else 0]])
     settings = GenerationConfig(max_new_tokens=_TOKENS, do_sample=False, pad_token_id=0)
+    if model.generation_config is not None:
+        model.generation_config.stop_strings = None  # they want a tokenizer, which is looked at by itself
     found = model.generate(  # type: ignore[operator]
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
