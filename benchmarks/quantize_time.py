@@ -59,6 +59,19 @@ WORKS = {
     },
     "start": Work("default", 0, 0, ("--method", "rtn", "--dry-run")),
 }
+# A checkout's command line, whatever is installed: ``ulbq.commands`` lies beside ``ulbq`` there.
+_COMMAND = """
+import importlib.util, sys
+tree = sys.argv.pop(1)
+sys.path.insert(0, tree)
+import ulbq
+spec = importlib.util.spec_from_file_location("ulbq.commands", f"{tree}/commands/__init__.py")
+sys.modules["ulbq.commands"] = ulbq.commands = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ulbq.commands)
+from ulbq.commands.app import main
+assert ulbq.__file__.startswith(tree)
+sys.exit(main())
+"""
 _NO_BITS = ("db-llm", "binary-mos")
 
 
@@ -101,17 +114,17 @@ class Race:
             _, said = timed([self._options.llmcompressor, str(worker), json.dumps(asked)], {})
             found: dict[str, float] = json.loads(said.splitlines()[-1])
             return found
-        code = "import sys; from ulbq.commands.app import main; sys.exit(main())"
         out = self._folder / "out"
-        words = [sys.executable, "-P", "-c", code, "quantize", str(self._models[work.model]), *work.words]
+        tree = self._options.earlier if who == "earlier" else Path(__file__).parent.parent
+        words = [sys.executable, "-c", _COMMAND, str(tree.resolve()), "quantize", str(self._models[work.model])]
+        words += work.words
         if not any(method in work.words for method in _NO_BITS):
             words += ["--bits", "2"]
         if tokens is not None:
             words += ["--calibration", f"{tokens}.safetensors", "--samples", str(work.samples)]
             words += ["--sequence-length", str(work.length)]
         words += ["-o", str(out), "--force", "--quiet", "--device", "cpu", "--offline"]
-        tree = self._options.earlier if who == "earlier" else Path(__file__).parent.parent
-        return timed(words, {"PYTHONPATH": str(tree.resolve()), "OMP_NUM_THREADS": str(self._options.threads)})[0]
+        return timed(words, {"OMP_NUM_THREADS": str(self._options.threads)})[0]
 
     def _tokens(self, work: Work) -> Path | None:
         """Samples of a work, for ulbq and for others, named without their ending."""
