@@ -130,12 +130,15 @@ def is_whole(place: Path, known: Reference, in_place: bool = False) -> bool:
 
 
 def recorded(place: Path) -> set[str]:
-    """Files that the journal of an unfinished run holds for finished, scratch files apart."""
+    """Files that the journal of an unfinished run holds for finished, checkpoints and the like among them."""
     path = place / f"{OUT}.partial" / JOURNAL
     if not path.exists():
         return set()
-    names: set[str] = set()
+    names: dict[str, set[str]] = {}
     for line in path.read_bytes().splitlines(keepends=True)[1:]:
         if line.endswith(b"\n"):
-            names |= {name for name in json.loads(line)["files"] if not name.startswith(".")}
-    return names
+            step = json.loads(line)
+            for key in (step["key"], *step["forgets"]):
+                names.pop(key, None)
+            names[step["key"]] = set(step["files"])
+    return {file for files in names.values() for file in files}
