@@ -20,7 +20,8 @@ It stops with an error where a single trial ends in any other way than this page
   output but what is whole. With room, the same command makes what an undisturbed run makes.
 - **Flipped bit**: of one file of an artifact, or of an unfinished run. Whoever reads it refuses it with exit code 3 and
   one sentence, or gives what it gave before, to the bit. `ulbq inspect --verify` finds all of them.
-- **Hostile value**: exit code 0, 2, 3, 4 or 5, one sentence, in less than 10 seconds and 1 GiB; never a traceback.
+- **Hostile value**: exit code 0, 2, 3, 4 or 5, one sentence where it is not 0, within 10 seconds of processor time and
+  1 GiB; never a traceback.
 
 The models are tiny, on one CPU thread. Where a run makes more calls than were tried, those tried hold the first and the
 last of every kind on every kind of file.

@@ -12,10 +12,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 _UNFINISHED = {
     "saliency": (0.6, 0.85),
     "quantize rtn": (0.5, 0.9),
-    "quantize db-llm": (0.4, 0.6, 0.9),
-    "quantize apiq, self, end to end": (0.2, 0.4, 0.6, 0.9),
-    "finetune instructions": (0.3, 0.6, 0.9),
-    "finetune end-to-end": (0.4, 0.8),
+    "quantize db-llm": (0.4, 0.9),
+    "quantize apiq, self, end to end": (0.4, 0.6, 0.9),
+    "finetune instructions": (0.3, 0.7),
+    "finetune end-to-end": (0.6,),
     "convert gguf": (0.6,),
     "eval": (0.5,),
 }
@@ -33,7 +33,7 @@ def bits(size: int, seed: str, most: int) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_artifact(kind: str, world: str, campaign: Campaign) -> None:
-    most = 3 if kind in ("affine", "saliency") else 5
+    most = 3 if kind in ("affine", "saliency") else 4
     trials = [
         {"world": world, "kind": kind, "file": name, "bit": bit}
         for name, size in campaign.pool.ask("flips:files", world=world, kind=kind)
@@ -49,5 +49,5 @@ def test_an_unfinished_run(name: str, world: str, campaign: Campaign) -> None:
     for share in _UNFINISHED[name]:
         known = {"name": name, "world": world, "at": int(len(calls) * share)}
         for file, size in campaign.pool.ask("flips:left_at", **known):
-            trials += [{**known, "file": file, "bit": bit} for bit in bits(size, f"{share} {file}", 3)]
+            trials += [{**known, "file": file, "bit": bit} for bit in bits(size, f"{share} {file}", 2)]
     campaign.run("flipped bit in .partial", name, "flips:go_on", trials)
