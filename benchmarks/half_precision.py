@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
-from ulbq.data.calibration import load_calibration
+from ulbq.data.calibration import CALIBRATION_FILE, load_calibration
 from ulbq.pipeline.quantization_plan import prepare
 from ulbq.pipeline.request import QuantizeRequest
-from ulbq.pipeline.samples import CALIBRATION_FILE
 from ulbq.pipeline.student import Folders, build_student
 from ulbq.progress import Silent
 from ulbq.runtime import calm_threads, versions

@@ -29,8 +29,10 @@ from typing import Any, NamedTuple
 import torch
 from predictions import models
 from safetensors.torch import save_file
+from speed import write_original
 
-from ulbq.models.source import default_model, resolve
+from ulbq.models.source import default_model
+from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.samples import draw
 from ulbq.runtime import calm_threads, describe_device, versions
@@ -134,7 +136,7 @@ class Race:
         if not path.with_suffix(".pt").exists():
             request = QuantizeRequest(method="gptq", calibration="wikitext2", sequence_length=work.length)
             # Those that are held out stand behind the others.
-            tokens = draw(request, default_model(offline=True), work.samples + max(4, work.samples // 8)).tokens
+            tokens = draw(request, default_model(offline=True), work.samples + heldout_samples(work.samples)).tokens
             save_file({"tokens": tokens.to(torch.int32)}, path.with_suffix(".safetensors"))
             torch.save(tokens, path.with_suffix(".pt"))
         return path
@@ -144,12 +146,8 @@ class Race:
         if self._models[model].is_dir():
             return self._models[model]
         if model not in self._dense:
-            from ulbq.models.load import load_model
-
-            source, folder = resolve(str(self._models[model]), offline=True), self._folder / "dense"
-            load_model(source, dtype=torch.bfloat16).save_pretrained(folder)
-            source.save_tokenizer_files(folder)
-            self._dense[model] = folder
+            self._dense[model] = self._folder / "dense"
+            write_original(str(self._models[model]), str(self._dense[model]))
         return self._dense[model]
 
 

@@ -11,8 +11,9 @@ from tests.campaign.process import COUNT, KILL, TEAR, Fault, command
 from tests.campaign.world import COMMANDS, OUT
 from ulbq.artifacts.disk import TEMPORARY_PREFIX
 from ulbq.artifacts.partial import JOURNAL
+from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 
-_REPEATED = frozenset({"calibration.safetensors", "text.safetensors"})
+_REPEATED = frozenset({CALIBRATION_FILE, TEXT_FILE})
 """Written by every run from the samples that it drew or read; not the work that a run resumes."""
 
 

@@ -210,16 +210,20 @@ class TestHalf:
 
     def test_samples_are_carried_along_and_no_tensors(self, parent: Path, tmp_path: Path) -> None:
         (tmp_path / "text.txt").write_text("".join(f"Line {i} says {i * i % 97}.\n\n" for i in range(400)))
-        drawn = {"calibration": str(tmp_path / "text.txt"), "samples": 2, "sequence_length": 16}
-        request = QuantizeRequest(source=str(parent), out=tmp_path / "q", method="gptq", device="cpu", **drawn)
-        source = quantize(request)[0]
+        drawn = {"calibration": str(tmp_path / "text.txt"), "samples": 2, "sequence_length": 16, "epochs": 1}
+        own = {"end_to_end": "ce", "end_to_end_data": str(tmp_path / "text.txt")}
+        asked = {"source": str(parent), "method": "efficientqat", "device": "cpu"}
+        source = quantize(QuantizeRequest(out=tmp_path / "q", **asked, **drawn, **own))[0]
         path, _ = convert(ask(source, tmp_path / "h", to="half"))
-        assert (path / "calibration.safetensors").read_bytes() == (source / "calibration.safetensors").read_bytes()
+        for name in ("calibration.safetensors", "end-to-end.safetensors"):
+            assert (path / name).read_bytes() == (source / name).read_bytes()
         assert resolve(path).stored.names == resolve(source).stored.names
         load_model(resolve(path), dtype=torch.float32)
-        flip(source / "calibration.safetensors")
-        with pytest.raises(InputError, match=r"calibration\.safetensors' was changed"):
-            convert(ask(source, tmp_path / "again", to="half"))
+        for name in ("calibration.safetensors", "end-to-end.safetensors"):
+            flip(source / name)
+            with pytest.raises(InputError, match=rf"{name}' was changed"):
+                convert(ask(source, tmp_path / "again", to="half"))
+            flip(source / name)
 
     def test_weights_that_were_changed_are_not_copied(self, parent: Path, tmp_path: Path) -> None:
         source = artifact(parent, tmp_path / "q")

@@ -20,6 +20,7 @@ from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.models.stream import ActivationStore
 from ulbq.nn.adapter import Adapter
+from ulbq.pipeline import predict
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.saliency import saliency
 from ulbq.pipeline.saliency_plan import SaliencyRequest
@@ -185,7 +186,7 @@ def test_activations_keep_to_their_memory_and_the_plan_knows_the_rest(
     cost = plan(asked).cost
     quantize(asked)
     # Beside the weights lie the files of a tokenizer of 256 tokens.
-    assert cost.disk - cost.artifact - 75 * 256 == live()[1]
+    assert cost.disk - cost.artifact - predict._TOKENIZER_BYTES * 256 == live()[1]
 
 
 def test_the_plan_counts_adapters_scores_and_references(

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from tests.models.tiny import tiny_config, tiny_model
+from ulbq import distributed
 from ulbq.errors import UsageError
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.models.blocks import block_list
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
-from ulbq.training.distill import mean_loss, predicted, token_terms
+from ulbq.training.distill import hidden_error, mean_loss, predicted, token_terms
 from ulbq.training.end_to_end import EndToEndSettings, EndToEndTrainer, Epoch
 from ulbq.training.head import Head
 from ulbq.training.linear import TrainedLinear
@@ -22,7 +23,7 @@ from ulbq.training.precision import Precision
 from ulbq.training.samples import Samples
 from ulbq.training.settings import TrainSettings
 from ulbq.training.student import Student
-from ulbq.training.teacher import StreamedTeacher
+from ulbq.training.teacher import HiddenTap, StreamedTeacher
 
 PRECISION = Precision(torch.device("cpu"), torch.float32)
 TOKENS = torch.randint(3, 60, (6, 12), generator=torch.Generator().manual_seed(1))
@@ -76,30 +77,47 @@ def test_checkpointing_changes_no_gradient(loss: str, tmp_path: Path) -> None:
 def test_chunks_that_go_back_at_once_give_the_loss_and_gradients_of_one_piece(
     loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    def gradients(student: Student) -> list[torch.Tensor]:
+        return [p.grad for p in student.model.parameters() if p.grad is not None]
+
+    # As the definition has it, with the hidden states' error where there is one.
+    student = make_student()
+    make_trainer(tmp_path, student)  # which says what trains
+    tokens, following = TOKENS[:2], Samples(TOKENS, 4).batch(torch.tensor([0, 1])).following.flatten()
+    states, hidden = student.run(tokens, hidden=True)
+    teacher = tiny_model(tiny_config("llama", num_hidden_layers=2))
+    with torch.no_grad():
+        taught = None if loss == "ce" else predicted(teacher(tokens).logits.flatten(0, 1))
+        targets = HiddenTap(block_list(teacher)[1]).run(teacher, tokens, hidden=True)[1]
+    terms = token_terms(loss, student.model.lm_head(states).flatten(0, 1), following, taught, 0.5)
+    plain = mean_loss(loss, terms, following)
+    if loss == "kl-hidden":
+        plain = plain + 0.5 * hidden_error([h.flatten(0, 1) for h in hidden], [t.flatten(0, 1) for t in targets])
+    (3 * plain).backward()
+    wanted = gradients(student)
+    assert wanted
     for size in (1000, 5):
         monkeypatch.setattr(Head, "chunk", lambda self, copies, size=size: size)
         student = make_student()
         trainer = make_trainer(tmp_path, student, loss=loss, hidden_weight=0.5)
         value = trainer._loss(torch.tensor([0, 1]), True)
         (3 * value).backward()
-        found.append((value, [p.grad for p in student.model.parameters() if p.grad is not None]))
-    torch.testing.assert_close(found[1], found[0])
-    # And they are those of the definition.
-    student = make_student()
-    samples = Samples(TOKENS, 4)
-    logits = student.model(TOKENS[:2]).logits.flatten(0, 1)
-    following = samples.batch(torch.tensor([0, 1])).following.flatten()
-    with torch.no_grad():
-        teacher = predicted(tiny_model(tiny_config("llama", num_hidden_layers=2))(TOKENS[:2]).logits.flatten(0, 1))
-    plain = mean_loss(loss, token_terms(loss, logits, following, None if loss == "ce" else teacher, 0.5), following)
-    if loss != "kl-hidden":
-        torch.testing.assert_close(found[0][0], plain)
+        torch.testing.assert_close(value, plain)
+        torch.testing.assert_close(gradients(student), wanted)
 
 
 def test_short_samples_of_a_step_run_at_once() -> None:
     settings = EndToEndSettings(loss="kl", accumulation=6)
     assert [settings.together(length) for length in (2048, 1024, 512, 256, 64)] == [1, 1, 2, 4, 6]
+
+
+@pytest.mark.parametrize(("processes", "sizes"), [(1, [4]), (2, [2]), (3, [2]), (4, [1])])
+def test_every_process_has_some_of_a_step(
+    processes: int, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, make_student(), accumulation=4)
+    monkeypatch.setattr(distributed, "size", lambda: processes)
+    assert [len(part) for part, _ in trainer._parts(torch.arange(4))] == sizes
 
 
 def test_no_layer_keeps_its_matrix(tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ from ulbq.errors import InputError, ResourceError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CALIBRATION_FILE = "calibration.safetensors"
+"""Where an artifact holds its samples."""
+TEXT_FILE = "end-to-end.safetensors"
+"""Where it holds those of an end-to-end phase that had its own."""
+
 MIX = ("wikitext2", "c4", "alpaca")
 """The sets that ``mix`` draws equal shares from: an encyclopaedia, the web, instructions."""
 

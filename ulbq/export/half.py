@@ -12,6 +12,7 @@ import torch
 
 from ulbq.artifacts.disk import changed, sha256_file, writing
 from ulbq.artifacts.shards import INDEX_NAME, write_index, write_shard
+from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.errors import InputError, NumericsError
 from ulbq.formats.rounding import vanishes
 from ulbq.models.adapter_files import ADAPTER_FOLDER
@@ -20,7 +21,7 @@ from ulbq.models.side_files import check_link, is_side_file
 from ulbq.models.source import ModelSource
 
 _OWN = frozenset({"config.json", "README.md", "finetune.html"})
-_SAMPLES = frozenset({"calibration.safetensors", "text.safetensors"})
+_SAMPLES = frozenset({CALIBRATION_FILE, TEXT_FILE})
 
 
 def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:

@@ -1,9 +1,8 @@
 """A model goes on from a prompt, one token after the other, and the clock runs beside it."""
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,10 +14,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ulbq.errors import NumericsError, UsageError
+from ulbq.models.attention import own_attention
 from ulbq.models.source import ModelSource
 
 # Tokens of the prompt that the first new ones are spelled after: some tokenizers drop a space that stands first.
@@ -50,44 +48,22 @@ def check_room(source: ModelSource, prompt: int, new_tokens: int) -> None:
     )
 
 
-@contextmanager
-def batched_attention(device: torch.device) -> Iterator[None]:
+def batched_attention(device: torch.device) -> AbstractContextManager[None]:
     """While it lasts, single tokens of a batch look back by batched products, in models whose attention is torch's.
 
     Torch's kernel for the CPU takes far longer for one query than for many, and wants the keys once for every head that
     shares them. What has a mask stays torch's. In bfloat16 scores are rounded before the softmax.
     """
-    if device.type != "cpu":
-        yield
-        return
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attend
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return own_attention(_attend, device)
 
 
-def _attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """As transformers calls an attention: heads before positions; ``[batch, 1, heads, width]`` comes back."""
-    other = dropout or any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
-    if query.shape[2] != 1 or attention_mask is not None or other:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    batch, heads, _, width = query.shape
-    scale = 1 / math.sqrt(width) if scaling is None else scaling
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor | None:
+    batch, heads, length, width = query.shape
+    if length != 1:
+        return None
     scores = query.view(batch, key.shape[1], -1, width) @ key.transpose(2, 3)
-    weights = (scores.float() * scale).softmax(-1).to(value.dtype)
-    return (weights @ value).view(batch, 1, heads, -1), None
+    weights = (scores.float() * scaling).softmax(-1).to(value.dtype)
+    return (weights @ value).view(batch, heads, 1, -1)
 
 
 def greedy(new_tokens: int, *, at_least: int = 0) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ulbq import distributed, formats, runtime
 from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.shards import INDEX_NAME
+from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.data.instructions import check_training_text
 from ulbq.data.lessons import Lessons, draw_lessons
 from ulbq.errors import InputError, UsageError
@@ -24,7 +25,6 @@ from ulbq.models.stream import check_length
 from ulbq.nn.adapter import AdapterConfig
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline.finetune_request import FinetuneRequest, Task, request_of
-from ulbq.pipeline.samples import CALIBRATION_FILE, TEXT_FILE
 from ulbq.progress import Progress
 from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision

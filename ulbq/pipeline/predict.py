@@ -38,8 +38,8 @@ _ADAPTER_COPIES = 6
 _STEP_ACTIVATIONS = 40
 # Float32 copies of one block's weights while it runs: the quantized weight, its gradient, and what autograd keeps.
 _QUANTIZED_COPIES = 4
-# Bytes of a tokenizer's files for each token of the vocabulary: 72 to 75 in those of Llama 3 and SmolLM2.
-_TOKENIZER_BYTES = 75
+# Bytes of a tokenizer's files for each token of the vocabulary, as measured on SmolLM2's.
+_TOKENIZER_BYTES = 72
 # Bytes a weight whose code is fixed takes in memory while the whole model trains; 0 for what its format stores.
 _FIXED_BYTES = {"affine": 0.0, "dual_binary": 0.0, "codebook": 1.0, "binary_mos": 0.0}
 

@@ -18,7 +18,7 @@ from ulbq.artifacts.records import BlockRecord, TemperatureRecord, sinks_sentenc
 from ulbq.artifacts.saliency import BlockScores
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
-from ulbq.data.calibration import Calibration, save_calibration
+from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE, Calibration, save_calibration
 from ulbq.errors import InputError
 from ulbq.kernels import solvers
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Method, SurveyingMethod, check_finite, check_range
@@ -33,7 +33,7 @@ from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
 from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
-from ulbq.pipeline.samples import CALIBRATION_FILE, TEXT_FILE, draw, draw_text, written_samples
+from ulbq.pipeline.samples import draw, draw_text, written_samples
 from ulbq.pipeline.streams import Streams
 from ulbq.pipeline.survey import survey
 from ulbq.pipeline.temperature import check_temperature, fit_temperature

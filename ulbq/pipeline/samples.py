@@ -5,7 +5,7 @@ from typing import Protocol
 
 from ulbq import distributed
 from ulbq.artifacts.store import ArtifactWriter
-from ulbq.data.calibration import Calibration, calibration_samples, load_calibration, save_calibration
+from ulbq.data.calibration import CALIBRATION_FILE, Calibration, calibration_samples, load_calibration, save_calibration
 from ulbq.data.generate import self_samples
 from ulbq.data.instructions import training_text
 from ulbq.data.registry import available
@@ -15,11 +15,6 @@ from ulbq.models.source import ModelSource
 from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Progress
 from ulbq.training.precision import Precision
-
-CALIBRATION_FILE = "calibration.safetensors"
-TEXT_FILE = "end-to-end.safetensors"
-"""Where an artifact holds the samples of an end-to-end phase that had its own."""
-
 
 _WRITTEN = "samples in "
 

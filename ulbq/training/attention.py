@@ -7,33 +7,22 @@ that it may look at and no others, and the way back makes the probabilities anew
 kernel takes the work, they are not.
 """
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ulbq.kernels import attention
+from ulbq.models.attention import own_attention
 from ulbq.training.precision import Precision
 
 _CHUNK = 64
 """Queries at a time: few enough that their scores stay in the cache, and that little is computed to be masked."""
 
 
-@contextmanager
-def chunked_attention(precision: Precision) -> Iterator[None]:
+def chunked_attention(precision: Precision) -> AbstractContextManager[None]:
     """While it lasts, models on a CPU whose attention is torch's take this one; what it cannot do stays torch's."""
-    if precision.device.type != "cpu":
-        yield
-        return
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attend
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return own_attention(_attend, precision.device)
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -53,30 +42,14 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return output
 
 
-def _attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """As transformers calls an attention; ``[batch, length, heads, width]`` and no weights."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = causal and attention_mask is None and not dropout and query.shape[2] == key.shape[2]
-    if not plain or any(kwargs.get(name) is not None for name in ("position_bias", "cache")):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor | None:
+    if query.shape[2] != key.shape[2]:
+        return None
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    return causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
+    return causal_attention(query, key, value, scaling)
 
 
 class _CausalAttention(torch.autograd.Function):

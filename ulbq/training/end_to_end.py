@@ -209,7 +209,8 @@ class EndToEndTrainer:
         Of several processes each gets its share of the portions, which may be none.
         """
         whole = self._samples.predictions(indices)
-        parts = distributed.own(indices.split(self._settings.together(self._samples.tokens.shape[1])))
+        share = -(-len(indices) // distributed.size())
+        parts = distributed.own(indices.split(min(share, self._settings.together(self._samples.tokens.shape[1]))))
         return [(part, self._samples.predictions(part) / whole) for part in parts]
 
     def _loss(self, indices: torch.Tensor, adapted: bool) -> torch.Tensor:

@@ -30,10 +30,10 @@ _TAKES_ELSE = (TypeError, RuntimeError, ValueError, IndexError)
 
 
 class FusedParts:
-    """The parts of a block that kernels take over; none on other devices, or where nothing is compiled.
+    """The parts of a block, or of several, that kernels take over; none on other devices, or where nothing is compiled.
 
     Args:
-        block: the block; its layers are called to see what they do.
+        block: the block, or a list of them; its layers are called to see what they do.
         precision: device and dtype.
     """
 

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ class Student:
         self.roles = parameters_by_role(blocks, self.layers.values())
         for layer in self.layers.values():
             layer.register_forward_hook(_forget_matrix)
-        self._fused = [FusedParts(block, precision) for block in blocks]
+        self._fused = FusedParts(blocks, precision)
         if checkpointing:
             # Not transformers' own switch: it works in training mode alone, which turns the model's dropout on.
             for block in blocks:
@@ -79,10 +79,7 @@ class Student:
     @contextmanager
     def fast(self) -> Iterator[None]:
         """While it lasts, attention, norms and gates run and go back by the kernels of the blocks' training."""
-        with ExitStack() as stack:
-            stack.enter_context(chunked_attention(self._precision))
-            for fused in self._fused:
-                stack.enter_context(fused.active())
+        with chunked_attention(self._precision), self._fused.active():
             yield
 
     @torch.no_grad()
