@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,9 @@ class CountingModel:
     dtype = torch.float32
     config = sizes(258)
 
+    def forward(self, **inputs: Any) -> SimpleNamespace:
+        return self(**inputs)
+
     def __call__(self, input_ids: torch.Tensor, past_key_values: int | None, use_cache: bool) -> SimpleNamespace:
         assert use_cache
         seen = past_key_values or 0
@@ -36,6 +40,21 @@ class CountingModel:
 class SpecialBytes(ByteTokenizer):
     added_tokens_decoder = {257: SimpleNamespace(special=True), 7: SimpleNamespace(special=False)}  # noqa: RUF012
     all_special_ids = [256]  # noqa: RUF012
+
+
+class ChatBytes(SpecialBytes):
+    """Byte 1 begins a message and byte 2 ends it; both are special."""
+
+    added_tokens_decoder = {index: SimpleNamespace(special=True) for index in (1, 2, 257)}  # noqa: RUF012
+    chat_template = "there is one"
+
+    def __init__(self, opening: str = "Hi\1", *, bos: bool = False) -> None:
+        super().__init__(bos=bos)
+        self._opening = opening
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> str:
+        (message,) = messages
+        return f"{self._opening}{message['content']}\2A:"
 
 
 class Counted(Silent):
@@ -69,6 +88,58 @@ def test_each_text_goes_on_from_its_own_last_token(bos: bool) -> None:
 def test_one_text_fills_a_sample_where_that_is_asked_for() -> None:
     texts = self_samples(CountingModel(), SpecialBytes(), samples=3, length=200, seed=0, text_length=None).tokens
     assert torch.equal(texts, (texts[:, :1] + torch.arange(200)) % 256)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("begins", ["Hi\1", "\0Hi\1"])
+def test_every_fourth_sample_begins_with_a_chat(begins: str, bos: bool) -> None:
+    tokenizer = ChatBytes(begins, bos=bos)
+    tokens = self_samples(CountingModel(), tokenizer, samples=9, length=20, seed=0, text_length=5).tokens
+    assert tokens.shape == (9, 20)
+    opening = list(begins.encode())
+    for index, text in enumerate(tokens[:, int(bos) :].tolist()):
+        if index % 4 == 0:
+            # The special token between a question and its answer may be written here, and nowhere else.
+            chat = [*opening, 2, 3, 4, 5, 6]
+            assert text[: len(chat)] == chat
+            text = text[len(chat) :]
+        assert not {1, 2}.intersection(text)
+
+
+def test_a_beginning_of_text_that_the_template_writes_itself_stands_there_once() -> None:
+    class Beginning(ChatBytes):
+        bos_token_id = 0
+
+    found = self_samples(CountingModel(), Beginning("\0Hi\1", bos=True), samples=1, length=20, seed=0, text_length=5)
+    assert found.tokens[0, :6].tolist() == [0, *b"Hi", 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text_length"),
+    [
+        (SpecialBytes(), 5),
+        (ChatBytes("Hi\1"), None),  # one text fills a sample
+        (ChatBytes("A long one\1"), 5),  # leaves less than half
+        (ChatBytes(""), 5),
+        (ChatBytes("\u00ff\1"), 5),  # not in the vocabulary
+    ],
+)
+def test_no_chats_where_there_is_no_room_or_no_template_for_them(
+    tokenizer: SpecialBytes, text_length: int | None
+) -> None:
+    class Small(CountingModel):
+        config = sizes(128)
+
+        def __call__(self, **inputs: Any) -> SimpleNamespace:
+            output = super().__call__(**inputs)
+            output.logits = output.logits[..., :128]
+            return output
+
+    found = self_samples(Small(), tokenizer, samples=5, length=20, seed=0, text_length=text_length).tokens
+    if isinstance(tokenizer, ChatBytes):
+        assert not {1, 2}.intersection(found.flatten().tolist())
+    texts = [found] if text_length is None else found.split(text_length, dim=1)
+    assert all(len(text[:, 0].unique()) > 2 for text in texts)
 
 
 def test_special_tokens_are_never_written() -> None:

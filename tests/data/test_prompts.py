@@ -6,7 +6,16 @@ import pytest
 
 from tests.data.byte_tokenizer import ByteTokenizer
 from tests.models.tiny import tiny_tokenizer
-from ulbq.data.prompts import FINAL_ANSWER, Template, Turn, choose_template, lay_out, next_question, prompt_tokens
+from ulbq.data.prompts import (
+    FINAL_ANSWER,
+    Template,
+    Turn,
+    choose_template,
+    lay_out,
+    next_question,
+    prompt_tokens,
+    question_frame,
+)
 from ulbq.errors import InputError, UsageError
 
 BYTES: Any = ByteTokenizer(bos=True)
@@ -68,3 +77,19 @@ def test_a_chat_template_has_to_be_there() -> None:
     refusing.chat_template = "{{ raise_exception('nothing suits me') }}"
     with pytest.raises(InputError, match=r"here: the chat template refuses it \(nothing suits me\)"):
         prompt_tokens("chat", ASKED, refusing, where="here")
+
+
+def test_what_stands_around_a_question() -> None:
+    tokenizer = chatty()
+    before, between = question_frame(tokenizer)
+    assert tokenizer.decode([*before, *tokenizer.encode(ASKED, add_special_tokens=False), *between]) == (
+        f"<s>user\n{ASKED}</s>\n<s>assistant\n"
+    )
+    assert question_frame(BYTES) == ([], [])
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0]['content'] | length }}", "{% if"])
+def test_a_template_that_a_question_alone_does_not_satisfy_has_nothing_around_it(template: str) -> None:
+    tokenizer = chatty()
+    tokenizer.chat_template = template
+    assert question_frame(tokenizer) == ([], [])

@@ -104,10 +104,11 @@ class TestCache:
 
     @pytest.fixture
     def compiler(self, unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-        """A compiler that only counts its calls; what it makes does not load."""
+        """A compiler that only counts the libraries it makes, which do not load."""
         path = tmp_path / "c++"
         path.write_text(
-            f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho >> {tmp_path}/calls; echo no library > "$2"\n'
+            f'#!/bin/sh\ncase "$*" in *-shared*) echo >> {tmp_path}/calls;; esac\n'
+            'while [ "$1" != -o ]; do shift; done\necho no library > "$2"\n'
         )
         path.chmod(0o755)
         without_compiler(monkeypatch)

@@ -47,7 +47,7 @@ _NEXT: dict[Template, tuple[str, ...]] = {
 }
 
 
-_SOME_ANSWER = "\ue000"  # begins like nothing that a template writes
+_SOME_TEXT = "\ue000"  # begins like nothing that a template writes
 
 # What a template raises, by its own words or because it is broken, when it is compiled and when it is run.
 _TEMPLATE_ERRORS = (
@@ -138,6 +138,21 @@ def lay_out(
     ]
 
 
+def question_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """Tokens of the chat template before a user's first message, and between it and the answer.
+
+    Both are empty where there is no template, or none that a message alone satisfies.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return [], []
+    try:
+        text = render_chat([{"role": "user", "content": _SOME_TEXT}], tokenizer, ask=True, where="The model")
+    except InputError:
+        return [], []
+    before, found, between = text.partition(_SOME_TEXT)
+    return (_tokens(before, tokenizer), _tokens(between, tokenizer)) if found else ([], [])
+
+
 def next_question(template: Template) -> tuple[str, ...]:
     """Words that open another prompt in this layout: a model that writes them has finished its answer."""
     return _NEXT[template]
@@ -188,7 +203,7 @@ def _opening(messages: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizer
     where a template writes the chat itself otherwise once it has an answer.
     """
     asked = render_chat(messages, tokenizer, ask=True, where=where)
-    answer = {"role": "assistant", "content": _SOME_ANSWER}
+    answer = {"role": "assistant", "content": _SOME_TEXT}
     answered = render_chat([*messages, answer], tokenizer, ask=False, where=where)
     if answered.startswith(asked):
         return asked

@@ -1,6 +1,5 @@
 """A causal language model as benchmark tasks use it: likelihoods of given answers, and answers that it writes."""
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +9,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from ulbq import distributed
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.text import sequences_per_batch, tokens_per_batch
+from ulbq.models.decoding import keeps_logits
 from ulbq.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class LanguageModel:
         self.end_token = int(tokenizer.eos_token_id)
         self.first_token = self.end_token if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
         self._ends = _ends(model, self.end_token)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._keeps_logits = keeps_logits(model)
 
     def encode(self, text: str, *, special: bool | None = None) -> list[int]:
         """Token ids; ``special`` None adds the tokenizer's special tokens unless the text starts with them already."""

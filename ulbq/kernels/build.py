@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "cpu"
 _PORTABLE = Path(__file__).parent / "portable"
-_FLAGS = ("-std=c++17", "-O3", "-w", "-fPIC", "-shared", "-fopenmp")
+_FLAGS = ("-std=c++17", "-O3", "-w", "-fPIC", "-fopenmp")
 # By their names in /proc/cpuinfo; the compiler calls them the same but for the underscores of one.
 _NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")
 _PAIRS = "avx512_bf16"  # products of pairs of bfloat16: used where the processor has them, not needed
@@ -206,18 +207,27 @@ def _compile(compiler: str, folder: Path, flags: tuple[str, ...], key: str) -> P
     """Build the library beside its final name and move it there, so that no other process sees half of it."""
     place = cache.open_folder()
     _LOG.info("compiling kernels into %s", place)
-    sources = [str(source) for source in sorted(folder.glob("*.cpp"))]
     # Found first, and already loaded under the same name: one OpenMP runtime in the process, not two.
-    runtime = [f"-L{Path(torch.__file__).parent / 'lib'}"]
+    runtime = f"-L{Path(torch.__file__).parent / 'lib'}"
     try:
         with tempfile.TemporaryDirectory(dir=place) as unfinished:
+            sources = sorted(folder.glob("*.cpp"))
+            objects = [str(Path(unfinished) / f"{source.stem}.o") for source in sources]
+            # A process for each: the compiler itself uses one core.
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                jobs = zip(sources, objects, strict=True)
+                list(pool.map(lambda job: _run(compiler, *flags, "-c", str(job[0]), "-o", job[1]), jobs))
             made = Path(unfinished) / f"{key}.so"
-            command = [compiler, *flags, *sources, *runtime, "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-            if done.returncode:
-                lines = done.stderr.strip().splitlines()
-                said = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-                raise UnavailableError(f"{compiler} failed: {said}")
+            _run(compiler, *flags, "-shared", *objects, runtime, "-o", str(made))
             return cache.keep(made, key)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"the kernels could not be compiled ({error})") from error
+
+
+def _run(compiler: str, *arguments: str) -> None:
+    """Raises UnavailableError with what the compiler said first."""
+    done = subprocess.run([compiler, *arguments], capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        said = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+        raise UnavailableError(f"{compiler} failed: {said}")

@@ -1,5 +1,6 @@
 """A model goes on from a prompt, one token after the other, and the clock runs beside it."""
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,11 @@ from ulbq.models.source import ModelSource
 _BEFORE = 8
 # What a decoder puts where bytes do not make a character yet.
 _UNFINISHED = "\ufffd"
+
+
+def keeps_logits(model: PreTrainedModel) -> bool:
+    """Whether the model takes ``logits_to_keep``, and so makes no logits that nobody reads."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def check_prompt(prompt: str) -> None:
