@@ -17,7 +17,7 @@ from ulbq.data.prompts import question_frame
 from ulbq.data.windows import leading_tokens
 from ulbq.errors import NumericsError, UsageError
 from ulbq.models.config import cache_bytes
-from ulbq.models.decoding import batched_attention, keeps_logits
+from ulbq.models.decoding import batched_attention, last_logits, take_room
 from ulbq.progress import Phase, Progress, Silent
 
 if TYPE_CHECKING:
@@ -141,10 +141,8 @@ def _at_once(config: "PreTrainedConfig", dtype: torch.dtype, tokens: int) -> int
 
 
 def _text_bytes(config: "PreTrainedConfig", dtype: torch.dtype, tokens: int) -> int:
-    text = config.get_text_config()
-    # A growing cache is copied, a layer at a time.
-    copied = 1 + 1 / text.num_hidden_layers
-    return int(copied * cache_bytes(config, dtype.itemsize) * tokens) + int(text.vocab_size) * _LOGIT_BYTES
+    logits = int(config.get_text_config().vocab_size) * _LOGIT_BYTES
+    return cache_bytes(config, dtype.itemsize) * tokens + logits
 
 
 def text_tokens(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> torch.Tensor:
@@ -165,10 +163,12 @@ def _write(
     banned = torch.ones(model.config.get_text_config().vocab_size, dtype=torch.bool)
     banned[begun.allowed] = False
     never, cache = banned.nonzero().squeeze(1).to(model.device), None
-    last = {"logits_to_keep": 1} if keeps_logits(model) else {}
+    last = last_logits(model)
     while tokens.shape[1] < begun.length:
         output = model(input_ids=step, past_key_values=cache, use_cache=True, **last)
-        cache = output.past_key_values
+        if cache is None:
+            cache = output.past_key_values
+            take_room(cache, len(leading) + begun.length)
         step = _draw(output.logits[:, -1].float().index_fill_(1, never, -torch.inf), generator)
         tokens = torch.cat([tokens, step], dim=1)
         phase.advance()

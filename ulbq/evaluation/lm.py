@@ -9,7 +9,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from ulbq import distributed
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.text import sequences_per_batch, tokens_per_batch
-from ulbq.models.decoding import keeps_logits
+from ulbq.models.decoding import keeps_logits, last_logits
 from ulbq.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -196,6 +196,7 @@ class LanguageModel:
                 eos_token_id=self._ends,
                 stopping_criteria=StoppingCriteriaList([_StopAt(stops, length, self.tokenizer)]),
                 **{"do_sample": False, **sampling},
+                **last_logits(self.model),
             )
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:

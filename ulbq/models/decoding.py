@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from ulbq.errors import NumericsError, UsageError
@@ -29,6 +31,47 @@ _UNFINISHED = "\ufffd"
 def keeps_logits(model: PreTrainedModel) -> bool:
     """Whether the model takes ``logits_to_keep``, and so makes no logits that nobody reads."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def last_logits(model: PreTrainedModel) -> dict[str, Any]:
+    """Options of a forward pass whose last logits alone are wanted; none where the model has no such option.
+
+    The position is an index: behind a slice, as of ``logits_to_keep=1``, torch copies the head once for every row.
+    """
+    return {"logits_to_keep": torch.tensor([-1], device=model.device)} if keeps_logits(model) else {}
+
+
+def take_room(cache: Any, length: int) -> None:
+    """Let a cache take the room for ``length`` tokens now, in place, as far as it is transformers' growing one.
+
+    That one is copied for every token, which costs time, and leaves holes in memory that are soon larger than itself.
+    """
+    if not isinstance(cache, DynamicCache):
+        return
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            cache.layers[index] = _RoomyLayer(layer.keys, layer.values, length)
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values ``[batch, heads, n, width]`` at the beginning of room for ``length`` tokens."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self._length = 0
+        self._room = [states.new_empty(*states.shape[:2], length, states.shape[3]) for states in (keys, values)]
+        self.update(keys, values)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append, and return all of them."""
+        start, self._length = self._length, self._length + key_states.shape[2]
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, start : self._length] = states
+        self.keys, self.values = (room[:, :, : self._length] for room in self._room)
+        return self.keys, self.values
 
 
 def check_prompt(prompt: str) -> None:
