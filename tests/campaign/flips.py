@@ -44,7 +44,7 @@ READERS: dict[str, tuple[str, ...]] = {
 
 KINDS: dict[str, tuple[str, ...]] = {
     "affine": ("inspect", "generate", "convert", "eval", "finetune"),
-    "dual_binary": ("inspect", "generate", "quantize on"),
+    "dual_binary": ("inspect", "generate", "quantize on", "convert half"),
     "codebook": ("inspect", "generate", "convert"),
     "binary_mos": ("inspect", "generate", "convert half"),
     "adapted": ("inspect", "generate", "convert"),

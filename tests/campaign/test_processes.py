@@ -70,7 +70,7 @@ def test_a_call_goes_wrong(
 
 
 def test_a_forked_command_does_what_a_real_one_does(world: str, campaign: Campaign, tmp_path: Path) -> None:
-    words = COMMANDS["quantize db-llm"].spelled(Path(world), tmp_path / OUT)
+    words = COMMANDS["quantize db-llm, end to end"].spelled(Path(world), tmp_path / OUT)
     for asked in (words, words, ["inspect", str(tmp_path / "nothing")], ["quantize", "--bits", "x"]):
         told = campaign.pool.ask("test_processes:forked", words=asked)
         made = content(tmp_path / OUT)

@@ -59,7 +59,10 @@ COMMANDS = {
     "quantize rtn": Command((*_QUANTIZE, "rtn", "--bits", "3")),
     "quantize rtn --force": Command((*_QUANTIZE, "rtn", "--bits", "2", "--force"), prepare=_standing),
     "quantize gptq": Command((*_QUANTIZE, "gptq", "--bits", "2", *_TEXT)),
-    "quantize db-llm": Command((*_QUANTIZE, "db-llm", "--epochs", "1", *_TEXT)),
+    "quantize db-llm, end to end": Command(
+        (*_QUANTIZE, "db-llm", "--epochs", "1", *_TEXT, "--end-to-end", "ce", "--end-to-end-data", "self",
+         "--end-to-end-samples", "2")
+    ),
     "quantize claq": Command(("quantize", "@dense", *_SHOWN, "--method", "claq", "--target-bits", "3.2", *_TEXT)),
     "quantize binary-mos": Command(
         ("quantize", "@dense", *_SHOWN, "--method", "binary-mos", "--epochs", "1", *_TEXT, "--fit-temperature")
@@ -95,7 +98,7 @@ READERS = {
 
 ARTIFACTS = {
     "affine": "quantize rtn",
-    "dual_binary": "quantize db-llm",
+    "dual_binary": "quantize db-llm, end to end",
     "codebook": "quantize claq",
     "binary_mos": "quantize binary-mos",
     "adapted": "quantize apiq, self, end to end",
