@@ -172,7 +172,8 @@ def test_the_cache_changes_nothing(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     state = torch.get_rng_state()
-    found = self_samples(model, tokenizer, samples=3, length=10, seed=5, text_length=5).tokens
+    asked: dict[str, Any] = {"samples": 3, "length": 10, "text_length": 5, "temperature": 0.5}
+    found = self_samples(model, tokenizer, seed=5, **asked).tokens
     assert torch.equal(torch.get_rng_state(), state)
     # The plain way: everything anew at every step.
     generator = torch.Generator().manual_seed(5)
@@ -181,11 +182,11 @@ def test_the_cache_changes_nothing(tiny_llama: Path) -> None:
     tokens = allowed[torch.randint(len(allowed), (6,), generator=generator)].unsqueeze(1)
     with torch.no_grad():
         while tokens.shape[1] < 5:
-            chances = model(tokens).logits[:, -1].masked_fill(banned, -torch.inf).softmax(-1).cumsum(-1)
+            chances = (model(tokens).logits[:, -1] / 0.5).masked_fill(banned, -torch.inf).softmax(-1).cumsum(-1)
             step = [int((row <= u).sum()) for row, u in zip(chances, torch.rand(6, generator=generator), strict=True)]
             tokens = torch.cat([tokens, torch.tensor(step).unsqueeze(1)], dim=1)
     assert torch.equal(found, tokens.reshape(3, 10))
-    other = self_samples(model, tokenizer, samples=3, length=10, seed=6, text_length=5).tokens
+    other = self_samples(model, tokenizer, seed=6, **asked).tokens
     assert not torch.equal(found, other)
 
 

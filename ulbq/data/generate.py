@@ -1,10 +1,10 @@
 """Samples that the model writes itself, so that calibration works with no data at all.
 
 Data-free calibration as in LLM-QAT (Liu et al., 2023, https://arxiv.org/abs/2305.17888): texts go on from a random
-token by plain sampling at temperature 1, so that they follow the model's own distribution. Samples hold many short
-texts side by side: their number and variety count for more than their length. Some of them begin with a chat instead,
-of a model that has a template for it: the model is shown where a user's message begins, and writes the message and the
-answer, as in Magpie (Xu et al., 2024, https://arxiv.org/abs/2406.08464).
+token by sampling, a little colder than the model's own distribution. Samples hold many short texts side by side: their
+number and variety count for more than their length. Some of them begin with a chat, where the model has a template for
+one: it is shown where a user's message begins, and writes the message and the answer, as in Magpie (Xu et al., 2024,
+https://arxiv.org/abs/2406.08464).
 """
 
 from itertools import islice
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 TEXT_LENGTH = 64
 """Tokens of one text of a calibration sample."""
+TEMPERATURE = 0.8
+"""Of a calibration sample's tokens."""
 
 _CHATS = 4  # one sample of so many begins with a chat
 _MEMORY = 512 << 20  # bytes that texts written side by side may take, the model not counted
@@ -40,6 +42,7 @@ def self_samples(
     length: int,
     seed: int = 0,
     text_length: int | None = TEXT_LENGTH,
+    temperature: float = TEMPERATURE,
     progress: Progress | None = None,
 ) -> Calibration:
     """Let a full-precision model write its own samples.
@@ -56,6 +59,7 @@ def self_samples(
         length: tokens a sample, a beginning-of-text token included.
         seed: of the draw.
         text_length: tokens of each text in a sample, the last one cut; None for one text, which fills it, and no chats.
+        temperature: what logits are divided by before a draw; above 0.
         progress: told of every step.
 
     Raises:
@@ -86,7 +90,7 @@ def self_samples(
     ]
     writing = (progress or Silent()).phase("Writing samples", sum(batch.missing for batch in batches))
     with batched_attention(model.device), writing as phase:
-        written = [text for batch in batches for text in _write(model, batch, leading, generator, phase)]
+        written = [text for batch in batches for text in _write(model, batch, leading, temperature, generator, phase)]
     texts, chats = iter(written[: len(starts)]), iter(written[len(starts) :])
     rows = [
         torch.cat([leading, *islice(chats, int(index in begun)), *islice(texts, count)])[:length]
@@ -155,7 +159,12 @@ def text_tokens(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> torch.
 
 
 def _write(
-    model: "PreTrainedModel", begun: _Begun, leading: torch.Tensor, generator: torch.Generator, phase: Phase
+    model: "PreTrainedModel",
+    begun: _Begun,
+    leading: torch.Tensor,
+    temperature: float,
+    generator: torch.Generator,
+    phase: Phase,
 ) -> torch.Tensor:
     """The whole texts, int64 ``[batch, length]``, one forward pass a token for all of them."""
     tokens = begun.openings.to(model.device)
@@ -169,7 +178,8 @@ def _write(
         if cache is None:
             cache = output.past_key_values
             take_room(cache, len(leading) + begun.length)
-        step = _draw(output.logits[:, -1].float().index_fill_(1, never, -torch.inf), generator)
+        logits = output.logits[:, -1].float().div_(temperature).index_fill_(1, never, -torch.inf)
+        step = _draw(logits, generator)
         tokens = torch.cat([tokens, step], dim=1)
         phase.advance()
     return tokens.cpu()

@@ -49,6 +49,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_fake_dual_binary_back": (_AT, _AT, _AT, _LONG, _LONG, _AT, _INT, _AT, _AT, _INT),
     "ulbq_fake_affine": (_AT, _AT, _AT, _AT, _FLOAT, _LONG, _LONG, _AT, _INT, _INT),
     "ulbq_fake_affine_back": (_AT, _AT, _AT, _AT, _FLOAT, _LONG, _LONG, _AT, _INT, _AT, _AT, _AT, _INT),
+    "ulbq_fixed": (_AT, _LONG, _LONG, _LONG, _LONG, _AT, _AT, _AT, _INT, _INT),
+    "ulbq_fixed_back": (_AT, _LONG, _LONG, _LONG, _LONG, _AT, _AT, _AT, _INT, _AT, _AT, _INT),
     "ulbq_affine_grid": (_AT, _FLOAT, _FLOAT, _LONG, _AT, _AT),
     "ulbq_affine_grid_back": (_AT, _FLOAT, _FLOAT, _LONG, _AT, _AT, _AT),
     "ulbq_norm": (_AT, _AT, _FLOAT, _LONG, _LONG, _AT, _AT, _AT, _INT),

@@ -1,7 +1,8 @@
 """Fake quantization on the CPU, compiled: latents to weights and gradients back, one pass each.
 
-``cpu/fake_quantize.cpp`` has the loops. Weights and the gradients of latents equal those of torch's operations to the
-bit, so that what training saw is what is packed; gradients of scales and zero points are sums in another order.
+``cpu/fake_quantize.cpp`` has the loops, ``cpu/fixed_codes.cpp`` those of codes that stay. Weights and the gradients of
+latents equal those of torch's operations to the bit, so that what training saw is what is packed; gradients of scales
+and zero points are sums in another order.
 """
 
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 
 from ulbq.kernels import build
 from ulbq.kernels.tiles import FLOATS
+
+_LANES = 16
+"""Codes that the loops take at once; a group has whole ones."""
 
 
 def takes(latents: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -103,6 +107,53 @@ def affine_back(
     return found, of_scales, of_zeros
 
 
+def takes_planes(planes: torch.Tensor, scales: torch.Tensor, columns: int, dtype: torch.dtype) -> bool:
+    """Whether the compiled code serves such codes that stay, and such weights or gradients."""
+    kinds = scales.device.type == "cpu" and scales.dtype == torch.float32 and dtype in FLOATS
+    groups = scales.shape[-1]
+    return kinds and planes.shape[-1] * 8 == columns and columns % (groups * _LANES) == 0 and not build.failure()
+
+
+def fixed(planes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The weight ``[out, in]`` of codes that stay.
+
+    Args:
+        planes: ``[bits, out, in / 8]`` uint8, as :func:`ulbq.formats.bits.pack_planes` lays them out.
+        scales: ``[out, G]`` float32, or ``[bits, out, G]`` where each plane has its own and the weight is their sum.
+        zeros: ``[out, G]`` float32, in codes; None where each plane has scales of its own.
+        dtype: of the weight.
+    """
+    weight = torch.empty(planes.shape[1], planes.shape[2] * 8, dtype=dtype)
+    given = [tensor.contiguous() for tensor in (planes, scales)]
+    offsets = None if zeros is None else zeros.contiguous()
+    build.library().ulbq_fixed(
+        *_shape(given[0], scales), *_places([given[1], offsets]), *_typed(weight), torch.get_num_threads()
+    )
+    return weight
+
+
+def fixed_back(
+    planes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, gradient: torch.Tensor, *, to_zeros: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of scales and of zero points, float32; None for what is not wanted.
+
+    Args:
+        planes, scales, zeros: as :func:`fixed` takes them.
+        gradient: of the weight, ``[out, in]`` in its dtype.
+    """
+    of_scales, of_zeros = torch.empty(scales.shape), torch.empty(scales.shape) if to_zeros else None
+    given = [tensor.contiguous() for tensor in (planes, scales, gradient)]
+    offsets = None if zeros is None else zeros.contiguous()
+    build.library().ulbq_fixed_back(
+        *_shape(given[0], scales),
+        *_places([given[1], offsets]),
+        *_typed(given[2]),
+        *_places([of_scales, of_zeros]),
+        torch.get_num_threads(),
+    )
+    return of_scales, of_zeros
+
+
 def affine_grid(ends: torch.Tensor, least: float, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points ``[out, G]`` of clip ends ``[2, out, G]`` float32, contiguous; differentiable.
 
@@ -139,6 +190,12 @@ def _places(tensors: list[torch.Tensor | None] | list[torch.Tensor]) -> list[int
 def _size(latents: torch.Tensor) -> tuple[int, int]:
     """Groups, and latents in each."""
     return latents.shape[0] * latents.shape[1], latents.shape[2]
+
+
+def _shape(planes: torch.Tensor, scales: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """The planes' place, how many there are, rows, groups of a row and codes of a group."""
+    count, rows, width = planes.shape
+    return planes.data_ptr(), count, rows, scales.shape[-1], width * 8 // scales.shape[-1]
 
 
 def _typed(tensor: torch.Tensor) -> tuple[int, int]:

@@ -206,7 +206,9 @@ class Measurer:
                 samples=count,
                 length=length,
                 seed=measures.seed,
-                text_length=None,  # long texts, as people read them
+                # Long texts, as people read them, and the parent's own distribution.
+                text_length=None,
+                temperature=1.0,
                 progress=self._progress,
             )
             windows = written.tokens

@@ -8,15 +8,15 @@ Zero points are b-bit integers, so where they train they are real numbers that a
 gradient that passes straight through.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, binary_mos, dual_binary
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, binary_mos
 from ulbq.formats.bits import pack_planes, unpack_planes
+from ulbq.kernels import fake_quantize
 from ulbq.quantizers.base import SCALE_FLOOR, Quantizer
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer
 
@@ -25,7 +25,7 @@ class _Dequantize(torch.autograd.Function):
     """``s (q − z)`` of codes that are unpacked anew in the backward pass, so that no unpacked matrix is kept for it.
 
     Gradients: to a scale the sum of the incoming one times ``q − z`` over its group, to a zero point ``−s`` times the
-    group's sum.
+    group's sum. Without zero points every plane is a code of its own, and the weight is their sum.
     """
 
     @staticmethod
@@ -33,28 +33,38 @@ class _Dequantize(torch.autograd.Function):
         ctx: Any,
         scales: torch.Tensor,
         zeros: torch.Tensor | None,
-        codes: Callable[[], torch.Tensor],
+        planes: torch.Tensor,
+        columns: int,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        ctx.codes = codes
-        ctx.save_for_backward(scales, zeros)
-        weight = _levels(codes, scales, zeros).mul_(scales.unsqueeze(-1))
+        ctx.columns = columns
+        ctx.save_for_backward(scales, zeros, planes)
+        if fake_quantize.takes_planes(planes, scales, columns, dtype):
+            return fake_quantize.fixed(planes, scales, zeros, dtype)
+        weight = _levels(planes, columns, scales, zeros).mul_(scales.unsqueeze(-1))
         while weight.dim() > 3:
             weight = weight.sum(0)
         return weight.flatten(1).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
-        scales, zeros = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
+        scales, zeros, planes = ctx.saved_tensors
+        if fake_quantize.takes_planes(planes, scales, ctx.columns, gradients[0].dtype):
+            found = fake_quantize.fixed_back(planes, scales, zeros, gradients[0], to_zeros=ctx.needs_input_grad[1])
+            return *found, None, None, None
         gradient = gradients[0].to(scales.dtype).view(*scales.shape[-2:], -1)
-        to_scales = _levels(ctx.codes, scales, zeros).mul_(gradient).sum(-1)
+        to_scales = _levels(planes, ctx.columns, scales, zeros).mul_(gradient).sum(-1)
         to_zeros = -gradient.sum(-1) * scales if ctx.needs_input_grad[1] else None
-        return to_scales, to_zeros, None, None
+        return to_scales, to_zeros, None, None, None
 
 
-def _levels(codes: Callable[[], torch.Tensor], scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+def _levels(planes: torch.Tensor, columns: int, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
     """What the scales ``[..., out, G]`` multiply, ``[..., out, G, g]`` in their dtype."""
-    levels = codes().view(*scales.shape, -1).to(scales.dtype)
+    if zeros is None:
+        codes = torch.stack([unpack_planes(plane.unsqueeze(0), columns) for plane in planes])
+    else:
+        codes = unpack_planes(planes, columns)
+    levels = codes.view(*scales.shape, -1).to(scales.dtype)
     return levels if zeros is None else levels.sub_(zeros.unsqueeze(-1))
 
 
@@ -83,17 +93,14 @@ class _Fixed(Quantizer):
         self.register_buffer("start", tensors["scales"])
         self.scales = nn.Parameter(torch.ones_like(tensors["scales"], dtype=torch.float32))
 
-    @abstractmethod
-    def codes(self) -> torch.Tensor:
-        """The unpacked codes, ``[..., out, in]`` uint8."""
-
     def offsets(self) -> torch.Tensor | None:
         """Zero points ``[out, G]`` in the scales' dtype, differentiable where they train; None for none."""
         return None
 
     def forward(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dequantized weight ``[out, in]`` in ``dtype``, differentiable in what trains."""
-        weight: torch.Tensor = _Dequantize.apply(self._absolute(), self.offsets(), self.codes, dtype)  # type: ignore[no-untyped-call]
+        planes = self.get_buffer("packed_codes")
+        weight: torch.Tensor = _Dequantize.apply(self._absolute(), self.offsets(), planes, self._in_features, dtype)  # type: ignore[no-untyped-call]
         return weight
 
     def trainable(self) -> dict[str, list[nn.Parameter]]:
@@ -141,10 +148,6 @@ class FixedAffine(_Fixed):
         self.zeros = nn.Parameter(self._stored_zeros().to(self.scales.dtype))
         return self
 
-    def codes(self) -> torch.Tensor:
-        """The codes, ``[out, in]`` uint8."""
-        return unpack_planes(self.get_buffer("packed_codes"), self._in_features)
-
     def offsets(self) -> torch.Tensor:
         """Zero points ``[out, G]`` in the scales' dtype; those that train rounded, straight-through."""
         if self.zeros is not None:
@@ -189,11 +192,6 @@ class FixedDualBinary(_Fixed):
     """Two bit planes that stay."""
 
     scheme: DualBinaryScheme
-
-    def codes(self) -> torch.Tensor:
-        """The planes, ``[2, out, in]`` uint8."""
-        packed = {"codes": self.get_buffer("packed_codes"), "scales": self.start}
-        return dual_binary.unpack(self.scheme, packed, self._in_features)[0]
 
 
 class FixedBinaryMos(BinaryMosQuantizer):
