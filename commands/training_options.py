@@ -304,7 +304,14 @@ EndToEndData = Annotated[
 ]
 EndToEndSamples = Annotated[
     int | None,
-    option("--end-to-end-samples", "How many of these train.", _END_TO_END, default="as --samples", min=1, metavar="N"),
+    option(
+        "--end-to-end-samples",
+        "How many of these train; more or fewer than the blocks' --samples.",
+        _END_TO_END,
+        default="as --samples",
+        min=1,
+        metavar="N",
+    ),
 ]
 EndToEndTemplate = Annotated[
     Literal["chat", "alpaca", "gsm8k"] | None,

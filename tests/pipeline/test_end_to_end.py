@@ -21,10 +21,13 @@ from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import end_to_end
+from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.request import QuantizeRequest
+from ulbq.pipeline.streams import Streams
 from ulbq.progress import Silent
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer
+from ulbq.training.samples import Samples
 from ulbq.training.student import Student
 
 _FIELDS = ("end_to_end", "end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "accumulation")
@@ -490,3 +493,29 @@ def test_the_model_may_write_the_text_itself(tiny_llama: Path, samples: Path, tm
     path, manifest = quantize(asked)
     assert record_of(manifest).data["name"] == "self"
     assert load_file(path / "end-to-end.safetensors")["tokens"].shape == (5, 24)
+
+
+@pytest.mark.parametrize(("blocks", "end_to_end"), [(2, 4), (4, 2), (4, 4)])
+def test_blocks_and_the_whole_may_train_on_other_numbers_of_the_same_samples(
+    blocks: int, end_to_end: int, tiny_llama: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = dict[str, list[list[int]]]()
+
+    class Noted(Samples):
+        def __init__(self, tokens: torch.Tensor, training: int, taught: torch.Tensor | None = None) -> None:
+            seen["train"], seen["held"] = tokens[:training].tolist(), tokens[training:].tolist()
+            super().__init__(tokens, training, taught)
+
+    class Walked(Streams):
+        def __init__(self, job: Job, tokens: torch.Tensor, scratch: Path) -> None:
+            seen["blocks"] = tokens.tolist()
+            super().__init__(job, tokens, scratch)
+
+    monkeypatch.setattr("ulbq.pipeline.end_to_end.Samples", Noted)
+    monkeypatch.setattr("ulbq.pipeline.quantize.Streams", Walked)
+    asked = request(tiny_llama, tmp_path / "q", samples, end_to_end_samples=end_to_end)
+    path, manifest = quantize(asked.model_copy(update={"samples": blocks}))
+    given = load_file(samples)["tokens"].tolist()
+    assert seen == {"train": given[:end_to_end], "held": given[4:], "blocks": [*given[:blocks], *given[4:]]}
+    assert record_of(manifest).steps == end_to_end
+    assert load_file(path / "calibration.safetensors")["tokens"].tolist() == given

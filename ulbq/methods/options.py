@@ -339,7 +339,7 @@ class EndToEndOptions(MethodOptions):
             ``ce-kl`` both, ``kl-hidden`` with the distance of the hidden states too, ``dad`` deviation-aware (DB-LLM).
         end_to_end_data: plain text or an instruction set, see :func:`ulbq.data.instructions.training_text`; None for
             the calibration samples.
-        end_to_end_samples: how many of that train; None for as many as the calibration has.
+        end_to_end_samples: how many of that train, which may be more than train the blocks; None for as many as those.
         end_to_end_template: how instructions are laid out; None for the tokenizer's chat template, if it has one.
         end_to_end_epochs: passes over the samples.
         end_to_end_rate: learning rates, as a share of those of the blocks' training; 0.4 in steps of 2 samples was the

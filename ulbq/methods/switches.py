@@ -132,12 +132,12 @@ SWITCHES = (
         frozenset(
             {
                 *("end_to_end_data", "end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "accumulation"),
-                *("checkpointing",),
+                *("end_to_end_samples", "checkpointing"),
             }
         )
         | _TEACHER,
     ),
-    Switch("--end-to-end-data", _textless, frozenset({"end_to_end_samples", "end_to_end_template"})),
+    Switch("--end-to-end-data", _textless, frozenset({"end_to_end_template"})),
     Switch("--end-to-end-train scales-zeros", _zeros_fixed, frozenset({"end_to_end_zero_rate"})),
     Switch("--train-weights", _frozen_for_good, frozenset({"end_to_end_train"})),
     Switch("--train all", _grid_for_good, frozenset({"end_to_end_train"})),

@@ -13,7 +13,7 @@ from ulbq.data.generate import writing_memory
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import Method
 from ulbq.models.blocks import Linear, ModelStructure, block_list
-from ulbq.pipeline.request import QuantizeRequest, text_samples
+from ulbq.pipeline.request import QuantizeRequest, drawn_samples, text_samples
 from ulbq.pipeline.saliency_plan import SaliencyRequest, predict_scoring
 from ulbq.saliency import KINDS, SaliencyKind, SaliencySettings
 from ulbq.saliency.head import HEAD_MEMORY
@@ -149,7 +149,7 @@ class _Run:
 
     def writing(self) -> int:
         """Bytes of the model that writes its own samples, loaded whole, and of the texts that it writes at once."""
-        drawn = self.samples if self.request.calibration == "self" else text_samples(self.request)
+        drawn = drawn_samples(self.request) if self.request.calibration == "self" else text_samples(self.request)
         beside = writing_memory(self.model.config, self.precision.dtype, drawn + heldout_samples(drawn), self.length)
         return self.weights * self.precision.dtype.itemsize + beside
 

@@ -32,7 +32,7 @@ from ulbq.pipeline.finish import TEMPERATURE, block_record, finish, layer_record
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
-from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest
+from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest, drawn_samples
 from ulbq.pipeline.samples import draw, draw_text, written_samples
 from ulbq.pipeline.streams import Streams
 from ulbq.pipeline.survey import survey
@@ -97,17 +97,17 @@ def quantize(
         if writer.resumed:
             done = sum(key.isdigit() for key in writer.journal)
             progress.note(f"Resuming {out}: {done} of {job.found.n_blocks} blocks are done.")
-        calibration = drawn
-        if job.calibrated and calibration is None:
+        if job.calibrated and drawn is None:
             with watch.phase("calibration"):
-                calibration = _written_samples(job, writer, progress)
+                drawn = _written_samples(job, writer, progress)
         if job.request.end_to_end_data is not None and text is None:
             with watch.phase("text"):
                 text = _written_text(job, writer, progress)
-        for file, samples in ((CALIBRATION_FILE, calibration), (TEXT_FILE, text)):
+        for file, samples in ((CALIBRATION_FILE, drawn), (TEXT_FILE, text)):
             if samples is not None:
                 save_calibration(writer.path / file, samples)
                 writer.plan(file)
+        calibration = None if drawn is None else _share(drawn, job.request.samples or 0)
         saliency = job.saliency
         if job.method.needs.saliency in KINDS and not job.blocks_stay:
             with watch.phase("saliency"):
@@ -128,19 +128,19 @@ def quantize(
             with watch.phase("temperature"):
                 _write_outer(job, writer, _temperature(job, writer, calibration, progress))
         tuned = None
-        learnt = text or calibration
+        learnt = text or (None if drawn is None else _share(drawn, job.text_samples))
         if job.method.needs.end_to_end is not None and learnt is not None:
             with watch.phase("end to end"):
                 tuned = train_end_to_end(job, writer, learnt, progress)
         with watch.phase("finish"):
             warned = tuple(progress.warnings)
-            manifest = distributed.on_main(finish, job, writer, calibration, outer, watch, tuned, warned)
+            manifest = distributed.on_main(finish, job, writer, drawn, outer, watch, tuned, warned)
         path = writer.finish(manifest, proof(progress))
     return path, read_back(path, QuantizedManifest)
 
 
 def _draw(job: Job) -> Calibration:
-    samples = job.request.samples or 0
+    samples = drawn_samples(job.request)
     with _telling_of_others(samples):
         return draw(job.request, job.source, samples + heldout_samples(samples))
 
@@ -148,6 +148,12 @@ def _draw(job: Job) -> Calibration:
 def _draw_text(job: Job, progress: Progress) -> Calibration:
     with _telling_of_others(job.text_samples):
         return draw_text(job.request, job.source, job.text_samples + heldout_samples(job.text_samples), progress)
+
+
+def _share(drawn: Calibration, samples: int) -> Calibration:
+    """The first samples, which train, and of those that are held out behind them all as many as they want."""
+    held = heldout_samples(samples)
+    return dataclasses.replace(drawn, tokens=torch.cat([drawn.tokens[:samples], drawn.tokens[-held:]]))
 
 
 @contextmanager
@@ -161,7 +167,7 @@ def _telling_of_others(samples: int) -> Iterator[None]:
 
 
 def _written_samples(job: Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
-    samples = job.request.samples or 0
+    samples = drawn_samples(job.request)
     count = samples + heldout_samples(samples)
     return written_samples(job.request, job.source, count, precision=job.precision, writer=writer, progress=progress)
 

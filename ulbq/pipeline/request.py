@@ -271,6 +271,12 @@ def text_samples(request: QuantizeRequest) -> int:
     return request.end_to_end_samples or request.samples or 0
 
 
+def drawn_samples(request: QuantizeRequest) -> int:
+    """Calibration samples of a completed request for whoever trains on most of them, those held out not counted."""
+    shared = request.end_to_end not in (None, "none") and request.end_to_end_data is None
+    return max(request.samples or 0, text_samples(request) if shared else 0)
+
+
 def _options(request: QuantizeRequest, preset: dict[str, Any]) -> MethodOptions:
     """The method's options as the request has them, the preset's values and the method's defaults filled in."""
     options = method_options(request.method)
