@@ -31,7 +31,7 @@ from ulbq.progress import Progress
 
 FIDELITY_WINDOWS = 8  # eight thousand positions at the usual context: the mean KL is then known to a few per cent
 ENDLESS_WINDOWS = 256  # of a set too large to read whole, where no limit is given; GPTQ's number for C4
-_OWN_WINDOWS, _OWN_LENGTH = 32, 128  # of text that the parent writes itself, a forward pass a token for all at once
+_OWN_WINDOWS, _OWN_LENGTH = 16, 128  # of text that the parent writes itself, a forward pass a token for all at once
 
 T = TypeVar("T")
 
