@@ -220,11 +220,12 @@ def test_progress_ends_where_it_was_promised() -> None:
     assert told.steps == told.total == 11
 
 
-def test_broken_logits_are_an_error() -> None:
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_broken_logits_are_an_error(value: str) -> None:
     class Broken(CountingModel):
         def __call__(self, **inputs: object) -> SimpleNamespace:  # type: ignore[override]
             output = super().__call__(**inputs)
-            output.logits[0, -1, 3] = float("nan")
+            output.logits[0, -1, 257] = float(value)  # a special token's count too
             return output
 
     with pytest.raises(NumericsError, match="not finite"):

@@ -75,7 +75,7 @@ def self_samples(
     room = length - len(leading)
     vocabulary = model.config.get_text_config().vocab_size
     allowed = text_tokens(tokenizer, vocabulary)
-    chat = _chat(tokenizer, vocabulary, room, text_length) if text_length else None
+    chat = _chat(tokenizer, leading, allowed, vocabulary, room, text_length) if text_length else None
     begun = range(0, samples, _CHATS) if chat else range(0)
     each = min(room, text_length or room)
     counts = [-(-(room - (chat.length if chat and index in begun else 0)) // each) for index in range(samples)]
@@ -112,18 +112,23 @@ class _Begun(NamedTuple):
         return self.length - self.openings.shape[1]
 
 
-def _chat(tokenizer: "PreTrainedTokenizerBase", vocabulary: int, room: int, text_length: int) -> _Begun | None:
+def _chat(
+    tokenizer: "PreTrainedTokenizerBase",
+    leading: torch.Tensor,
+    allowed: torch.Tensor,
+    vocabulary: int,
+    room: int,
+    text_length: int,
+) -> _Begun | None:
     """A chat whose question and answer are as long as a text.
 
     None where there is no template, or none that leaves them half of the room.
     """
     before, between = question_frame(tokenizer)
-    leading = leading_tokens(tokenizer)
-    if leading and before[:1] == leading:
+    if len(leading) and before[:1] == leading.tolist():
         before = before[1:]
     if not 0 < len(before) <= room // 2 or max(before + between) >= vocabulary:
         return None
-    allowed = text_tokens(tokenizer, vocabulary)
     special = sorted(set(between).difference(allowed.tolist()))
     return _Begun(
         torch.tensor([before]),
@@ -178,8 +183,13 @@ def _write(
         if cache is None:
             cache = output.past_key_values
             take_room(cache, len(leading) + begun.length)
-        logits = output.logits[:, -1].float().div_(temperature).index_fill_(1, never, -torch.inf)
-        step = _draw(logits, generator)
+        logits = output.logits[:, -1].float()
+        # The ends tell of all: one that is not a number is both.
+        if not torch.stack(logits.aminmax()).isfinite().all():
+            raise NumericsError(
+                "The model's logits are not finite.", hint="Try fp32: --precision of quantize, --dtype of eval."
+            )
+        step = _draw(logits.div_(temperature).index_fill_(1, never, -torch.inf), generator)
         tokens = torch.cat([tokens, step], dim=1)
         phase.advance()
     return tokens.cpu()
@@ -189,14 +199,10 @@ def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One token of each row ``[batch, vocabulary]``, int64 ``[batch, 1]``.
 
     It is where a uniform number cuts the cumulated probabilities; a multinomial draw would want an exponential for
-    every token of the vocabulary. Raises NumericsError where a logit is not finite (but for negative infinity).
+    every token of the vocabulary.
     """
     cumulated = logits.softmax(-1).cumsum_(-1)
     total = cumulated[:, -1:]
-    if not total.isfinite().all():
-        raise NumericsError(
-            "The model's logits are not finite.", hint="Try fp32: --precision of quantize, --dtype of eval."
-        )
     at = torch.rand(len(logits), 1, generator=generator).to(logits.device) * total
     # Rounded up to the total it would lie behind every token, the impossible ones included.
     at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))

@@ -37,8 +37,8 @@ class _Dequantize(torch.autograd.Function):
         columns: int,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        ctx.columns = columns
-        ctx.save_for_backward(scales, zeros, planes)
+        ctx.planes, ctx.columns = planes, columns  # the buffer itself: nothing is kept beside it
+        ctx.save_for_backward(scales, zeros)
         if fake_quantize.takes_planes(planes, scales, columns, dtype):
             return fake_quantize.fixed(planes, scales, zeros, dtype)
         weight = _levels(planes, columns, scales, zeros).mul_(scales.unsqueeze(-1))
@@ -48,7 +48,7 @@ class _Dequantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
-        scales, zeros, planes = ctx.saved_tensors
+        (scales, zeros), planes = ctx.saved_tensors, ctx.planes
         if fake_quantize.takes_planes(planes, scales, ctx.columns, gradients[0].dtype):
             found = fake_quantize.fixed_back(planes, scales, zeros, gradients[0], to_zeros=ctx.needs_input_grad[1])
             return *found, None, None, None
