@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 def show_plan(plan: "QuantizePlan") -> None:
     """Say on standard error what a quantization run does and costs."""
     cost = plan.cost
+    stored = "" if plan.stored_as is None else ", stored as GGUF {} ({:.1f} bits a value)".format(*plan.stored_as)
+    counts = f"{plan.blocks} blocks, {plan.layers} layers, {plan.weights / 1e6:,.1f} M weights"
     rows = {
-        "model": f"{plan.model}: {plan.blocks} blocks, {plan.layers} layers, {plan.weights / 1e6:,.1f} M weights",
+        "model": f"{plan.model}: {counts}{stored}",
         "method": f"{plan.request.method}, {plan.scheme}, {plan.bits_per_weight:.3f} bits per weight",
         **({"rotation": plan.rotation.label} if plan.rotation is not None else {}),
         **_what_is_done(plan.request),

@@ -163,11 +163,6 @@ class TestWithoutAPlace:
         with pytest.raises(InputError, match=r"no place for: 'blk\.0\.attn_k\.bias'"):
             resolve(path)
 
-    def test_scaled_frequencies_of_a_gguf_file_are_told(self, tmp_path: Path) -> None:
-        model = tiny_model(tiny_config("llama", tied=False))
-        path = write_tiny_gguf(model, tmp_path / "tiny.gguf", more={"rope_freqs.weight": torch.ones(8)})
-        assert "rope_freqs.weight" in resolve(path).notes[0]
-
 
 class TestCarried:
     @pytest.fixture

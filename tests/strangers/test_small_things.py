@@ -131,6 +131,14 @@ def test_a_gguf_file_says_what_it_is(tmp_path: Path) -> None:
     assert describe(named) == "GGUF Q4_1"
 
 
+def test_a_plan_says_that_a_gguf_file_was_quantized_before(tmp_path: Path, ulbq: Ulbq) -> None:
+    path = write_tiny_gguf(tiny_model(tiny_config("llama")), tmp_path / "tiny.gguf")
+    for rotate in ((), ("--rotate",)):
+        told = ulbq("quantize", path, "--method", "rtn", "--group-size", "32", "--dry-run", *rotate)
+        assert told.code == 0, told.err
+        assert "stored as GGUF Q8_0 (" in told.err
+
+
 def test_warnings_come_once_with_their_list() -> None:
     few = ("q_proj, k_proj", "too few tokens.")
     assert gathered({0: [few], 1: [few, ("", "diverged.")], 2: [few], 5: [few]}) == [

@@ -13,7 +13,6 @@ from ulbq.errors import UlbqError
 from ulbq.evaluation.results import WITHOUT_ADAPTER, Subject
 from ulbq.formats import AnyScheme, Scheme
 from ulbq.models.adapter_files import adapter_folder, read_config
-from ulbq.models.gguf import GgufTensors
 from ulbq.models.source import ModelSource, resolve, resolve_parent
 from ulbq.progress import Progress, Silent
 
@@ -56,8 +55,8 @@ class Candidate:
         elif manifest is not None:
             kind = "quantized"
             method, scheme, bits = manifest.method, _label(manifest), manifest.bits.bits_per_weight
-        elif isinstance(self.source.tensors, GgufTensors) and (stored := self.source.tensors.stored_as) is not None:
-            scheme, bits = stored
+        elif self.source.stored_as is not None:
+            scheme, bits = self.source.stored_as
         return Subject(
             name=self.name,
             path=self.source.given,

@@ -31,6 +31,7 @@ from ulbq.export.dense import adapters_to_merge, dense_tensor
 from ulbq.export.gguf_vocab import add_tokenizer
 from ulbq.models.blocks import skeleton
 from ulbq.models.names import state_names
+from ulbq.models.rope_factors import ROPE_FACTORS
 from ulbq.models.source import ModelSource
 from ulbq.nn.adapter import Adapter
 from ulbq.nn.quant_linear import linear_layer
@@ -151,7 +152,7 @@ class _Job:
         """All of the file, one at a time."""
         factors = gguf_models.rope_factors(self._source, self._model)
         if factors is not None:
-            yield _Tensor("rope_freqs.weight", factors.numpy(), GGMLQuantizationType.F32)
+            yield _Tensor(ROPE_FACTORS, factors.numpy(), GGMLQuantizationType.F32)
         for name in self._names:
             yield self._make(name)
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import transformers
+from gguf import GGMLQuantizationType
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -15,6 +18,7 @@ from ulbq import limits
 from ulbq.artifacts.small_files import parse_json, read_small
 from ulbq.errors import InputError
 from ulbq.models.gguf_header import GgufHeader
+from ulbq.models.rope_factors import ROPE_FACTORS, scale_frequencies
 from ulbq.models.tokenizer_files import check_ids
 
 # What transformers raises for a configuration that it cannot use, depending on where it notices.
@@ -159,7 +163,23 @@ def read_gguf_config(file: Path, header: GgufHeader) -> PreTrainedConfig:
         config.head_dim = stated  # of some architectures transformers takes its own default
     config.name_or_path = str(file.parent)
     check_causal(config, str(file))
+    _scale_frequencies(config, file, header)
     return config
+
+
+def _scale_frequencies(config: PreTrainedConfig, file: Path, header: GgufHeader) -> None:
+    """Take over what a GGUF file divides its rotary frequencies by, of which transformers takes no notice."""
+    stored = header.tensors.get(ROPE_FACTORS)
+    if stored is None:
+        return
+    # Anything else than a short row of float32 is no such file's.
+    sound = stored.kind == GGMLQuantizationType.F32 and len(stored.shape) == 1 and stored.shape[0] <= limits.WIDTH
+    values = header.data(ROPE_FACTORS).view(np.float32).copy() if sound else np.zeros(1, np.float32)
+    if not scale_frequencies(config, torch.from_numpy(values)):
+        raise InputError(
+            f"'{file}' scales its rotary frequencies ('{ROPE_FACTORS}') as no rotary embedding of transformers does.",
+            hint="Use the model's original folder or Hub id instead of the GGUF file.",
+        )
 
 
 def cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:

@@ -46,6 +46,7 @@ from ulbq.models import hub, placement
 from ulbq.models.checkpoint import Checkpoint, TensorReader
 from ulbq.models.config import check_gguf_counts, quantized_by, read_config, read_gguf_config, read_raw_config
 from ulbq.models.gguf import GgufTensors, is_gguf, model_name, open_gguf
+from ulbq.models.rope_factors import ROPE_FACTORS
 from ulbq.models.side_files import check_folder, copy_side_files, copy_tree, side_files, write_tokenizer
 from ulbq.models.skeleton import empty_model
 from ulbq.models.tokenizer_files import check_loaded, check_tokenizer
@@ -56,9 +57,6 @@ DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
 """Kinds of parents, in a manifest, that are full-precision models."""
-
-_ROPE_FACTORS = "rope_freqs.weight"
-"""In a GGUF file, what the rotary frequencies of newer Llamas are divided by."""
 
 _SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
 # What the tokenizer loaders raise, depending on the tokenizer's kind and on what is wrong with it.
@@ -108,6 +106,11 @@ class ModelSource:
                 hint="The checkpoint is incomplete, or belongs to another architecture than its config.json says.",
             )
         return self.tensors.read(name)
+
+    @property
+    def stored_as(self) -> tuple[str, float] | None:
+        """A GGUF file's type and bits a value, as :attr:`GgufTensors.stored_as`; None in full precision."""
+        return self.tensors.stored_as if isinstance(self.tensors, GgufTensors) else None
 
     @cached_property
     def packed(self) -> Mapping[str, AnyScheme]:
@@ -329,15 +332,9 @@ def _open_file(path: Path, given: str) -> ModelSource:
     config = read_gguf_config(path, header)
     model = empty_model(config)
     tensors = GgufTensors(path, header, model)
-    lost = tensors.unplaced - {_ROPE_FACTORS}
-    if lost:
+    if lost := tensors.unplaced - {ROPE_FACTORS}:
         raise placement.without_a_place(given, lost, type(model).__name__)
-    notes: tuple[str, ...] = ()
-    if tensors.unplaced:
-        notes = (
-            f"'{given}' scales its rotary frequencies ('{_ROPE_FACTORS}'), which transformers leaves out of account.",
-        )
-    return ModelSource(model_name(path), given, path, "gguf", config, tensors, notes=notes)
+    return ModelSource(model_name(path), given, path, "gguf", config, tensors)
 
 
 def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelSource:

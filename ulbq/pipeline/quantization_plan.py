@@ -33,6 +33,7 @@ class QuantizePlan(BaseModel):
     """What a run would do and cost.
 
     Attributes:
+        stored_as: type and bits a value of a model that was quantized before; None in full precision.
         request: completed: presets, defaults and the calibration source filled in.
         bits_per_weight: true bits of the linear weights, scales and zeros included.
         rotation: of the weights before they are quantized; None for none.
@@ -51,6 +52,7 @@ class QuantizePlan(BaseModel):
     device: str
     precision: str
     rotation: RotationRecord | None = None
+    stored_as: tuple[str, float] | None = None
     cost: Cost
 
 
@@ -160,6 +162,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
         rotation=source.rotation,
+        stored_as=origins.model.stored_as,
         cost=predict(request, method, found, model, precision, blocks_stay=_blocks_stay(request, method.needs, start)),
     )
     saliency = open_saliency(method.needs.saliency, source)
