@@ -13,9 +13,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ulbq import distributed
+from ulbq.printable import printable
 from ulbq.progress import Progress
 
 from .streams import write
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
 
+_LAY_OUT_WARNING = warnings.formatwarning
 _WIDE = 200  # columns of what goes to a file or a pager
 _NOISY = ("transformers", "datasets", "huggingface_hub", "lm_eval", "accelerate")
 _HUSH = {
@@ -57,7 +59,9 @@ def session(json: bool = False, quiet: bool = False, debug: bool = False) -> Ses
     """
     from .progress import LiveProgress, PlainProgress, QuietProgress
 
-    if not debug:
+    if debug:
+        _disarm_libraries()
+    else:
         _hush_libraries()
     console = terminal()
     progress: Progress
@@ -115,6 +119,23 @@ def _emit_path(path: Path, manifest: "BaseModel") -> None:
 
 def _emit_manifest(path: Path, manifest: "BaseModel") -> None:
     write(manifest.model_dump_json(indent=2))
+
+
+class _PrintableRecord(logging.LogRecord):
+    """What a library logs, as text that a terminal shows and does not obey: it may name strings of files."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+def _disarm_libraries() -> None:
+    """Let the libraries log and warn, but in printable text."""
+    logging.setLogRecordFactory(_PrintableRecord)
+    warnings.formatwarning = _printable_warning
+
+
+def _printable_warning(*arguments: Any, **named: Any) -> str:
+    return printable(_LAY_OUT_WARNING(*arguments, **named))
 
 
 def _hush_libraries() -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,20 @@ def test_users_own_verbosity_stays(monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
     console.session()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+
+
+def test_what_libraries_say_when_debugging_is_printable(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    factory = logging.getLogRecordFactory()
+    logger = logging.getLogger("a library")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(sys.stderr)])
+    try:
+        console.session(debug=True)
+        logger.warning("a file called %s", "\x1b[31mred")
+        warned = warnings.formatwarning("\x1b]0;title\x07", UserWarning, "some\x1b.py", 1)
+    finally:
+        logging.setLogRecordFactory(factory)
+    said = capsys.readouterr().err
+    assert "a file called [31mred" in said
+    assert "\x1b" not in said
+    assert warned.startswith("some.py:1: UserWarning: ]0;title")
