@@ -2,12 +2,13 @@
 
 ``KL`` is the mean divergence of a model's predictions from the parent's over the tokens of the parent's answers, in
 nats; ``first`` that of each answer's first token alone. ``empty`` counts the questions that a model's own answer says
-nothing to. Its answers to the first five are shown.
+nothing to, ``loops`` those whose answer says the same four words three times. Its answers to the first five are shown.
 
 python benchmarks/chat.py SOURCE [SOURCE ...]
 """
 
 import argparse
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,12 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: l
     return stream.text
 
 
+def loops(text: str) -> bool:
+    """Whether a text says the same four words three times."""
+    words = text.split()
+    return max(Counter(zip(words, words[1:], words[2:], words[3:], strict=False)).values(), default=0) >= 3
+
+
 @torch.inference_mode()
 def main() -> None:
     """Print a line for each model, and some of its answers."""
@@ -99,7 +106,9 @@ def main() -> None:
         first = torch.stack([each[0] for each in found]).mean().item()
         answers = [answer(model, tokenizer, prompt) for prompt in prompts]
         empty = sum(not each.strip() for each in answers)
-        print(f"{name}: KL {torch.cat(found).mean().item():.3f}, first {first:.3f}, empty {empty} of {len(prompts)}")
+        looping = sum(map(loops, answers))
+        mean = torch.cat(found).mean().item()
+        print(f"{name}: KL {mean:.3f}, first {first:.3f}, empty {empty}, loops {looping} of {len(prompts)}")
         for question, each in zip(QUESTIONS[:SHOWN], answers, strict=False):
             print(f"  {question} {each.strip()!r}", flush=True)
 

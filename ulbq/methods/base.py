@@ -218,7 +218,7 @@ def check_range(linear: str, weight: torch.Tensor) -> None:
     Raises:
         NumericsError: its largest value is below :data:`~ulbq.formats.rounding.SMALLEST_MATRIX`.
     """
-    largest = weight.abs().amax().item()
+    largest = _largest(weight)
     if 0 < largest < SMALLEST_MATRIX:
         raise NumericsError(
             f"The weights of '{linear}' are at most {largest:.3g}, too small for scales in float16.",
