@@ -54,6 +54,16 @@ TopP = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="X",
+        help="Above 1, what was said already is less likely to be said again.",
+        show_default="1.1 with --chat, else 1",
+        rich_help_panel=_SAMPLING,
+    ),
+]
 Adapter = Annotated[
     bool,
     typer.Option(
@@ -90,6 +100,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = None,
     top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     adapter: Adapter = True,
     prefill_cache: PrefillCache = False,
@@ -124,6 +135,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         dtype=dtype,
         device=device,

@@ -141,12 +141,13 @@ _ulbq() {
         -n|--max-new-tokens) _ulbq_value '' '' "$current"; return ;;
         --temperature) _ulbq_value '' '' "$current"; return ;;
         --top-p) _ulbq_value '' '' "$current"; return ;;
+        --repetition-penalty) _ulbq_value '' '' "$current"; return ;;
         --seed) _ulbq_value '' '' "$current"; return ;;
         --dtype) _ulbq_value '' 'bf16 fp16 fp32' "$current"; return ;;
         --device) _ulbq_value '' 'auto cpu cuda' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '-p --prompt --chat -n --max-new-tokens --temperature --top-p --seed --adapter --no-adapter --prefill-cache --dtype --device --offline --no-verify --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '-p --prompt --chat -n --max-new-tokens --temperature --top-p --repetition-penalty --seed --adapter --no-adapter --prefill-cache --dtype --device --offline --no-verify --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

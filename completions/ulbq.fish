@@ -268,6 +268,8 @@ complete -c ulbq -n '__fish_seen_subcommand_from generate' -l temperature -r -d 
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l temperature -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l top-p -r -d 'Draw from the likeliest tokens that hold this share of the probability'
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l top-p -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from generate' -l repetition-penalty -r -d 'Above 1, what was said already is less likely to be said again'
+complete -c ulbq -n '__fish_seen_subcommand_from generate' -l repetition-penalty -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l seed -r -d 'Seed of everything random'
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l seed -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l adapter -d 'With the adapter of the artifact, or its base alone'

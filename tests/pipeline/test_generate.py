@@ -107,8 +107,18 @@ def test_sampling_follows_the_seed(parent: ModelSource) -> None:
 
 
 def test_chat_puts_the_template_around_the_prompt(parent: ModelSource) -> None:
-    done = written(parent.path, chat=True)
+    done = written(parent.path, chat=True, repetition_penalty=1)
     assert done.text == expected(parent, 12, f"user: {PROMPT}\n")
+
+
+def test_repetitions_are_penalized_in_a_chat(parent: ModelSource) -> None:
+    question = f"user: {PROMPT}\n"
+    text = {penalty: expected(parent, 12, question, repetition_penalty=penalty) for penalty in (1.0, 1.1, 2.5)}
+    assert len(set(text.values())) > 1
+    assert written(parent.path, chat=True).text == text[1.1]
+    assert written(parent.path, chat=True, repetition_penalty=2.5).text == text[2.5]
+    assert written(parent.path).text == written(parent.path, repetition_penalty=1).text
+    assert written(parent.path).text != written(parent.path, repetition_penalty=2.5).text
 
 
 @pytest.mark.parametrize(
@@ -127,7 +137,13 @@ def test_what_does_not_go_together_is_refused(parent: ModelSource, changes: dict
         written(parent.path, **changes)
 
 
-@pytest.mark.parametrize("changes", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}),
+        *({"repetition_penalty": 0}, {"repetition_penalty": -1}, {"repetition_penalty": 11}),
+    ],
+)
 def test_values_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         GenerateRequest(prompt=PROMPT, **changes)
