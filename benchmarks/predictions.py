@@ -5,8 +5,9 @@
 Three models: a tiny one, whose memory is that of the libraries; the default model; and two blocks of Llama 2 7B's
 shape with random weights, between embeddings and a head. Every command that predicts something runs on each of them,
 as typed in a shell, in a process of its own. ``memory`` is the largest resident set that the system counted for that
-process (``ru_maxrss``), beside what the plan said before the work began. ``disk`` is the most that lay in the run's
-folder, and in files without a name that it had mapped, looked at five times a second; ``artifact`` are the weights of
+process (``ru_maxrss``; a small process starts it, for a large one would hand on its own peak), beside what the plan
+said before the work began. ``disk`` is the most that lay in the run's folder, and in files without a name that it had
+mapped, looked at five times a second; ``artifact`` are the weights of
 the finished folder. ``time`` is what the progress line said was left, a quarter and half through the longest phase,
 beside what it then took; only runs of more than a minute are long enough to tell. Ratios are predicted over measured.
 
@@ -53,9 +54,9 @@ CASES: dict[str, tuple[str, ...]] = {
     "gptq": ("quantize", "--method", "gptq", *TEXT, *SMALL),
     "gptq, one pass": ("quantize", "--method", "gptq", "--one-pass", *TEXT, *SMALL),
     "claq": ("quantize", "--method", "claq", *TEXT, *SMALL),
-    "claq, layers": ("quantize", "--method", "claq", "--target-bits", "2.5", *TEXT, *SMALL),
+    "claq, layers": ("quantize", "--method", "claq", "--target-bits", "3", *TEXT, *SMALL),
     "claq, global": (
-        *("quantize", "--method", "claq", "--target-bits", "2.5", "--allocation", "global"),
+        *("quantize", "--method", "claq", "--target-bits", "3", "--allocation", "global"),
         *("--saliency", "fisher", *TEXT, *SMALL),
     ),
     "efficientqat": ("quantize", "--method", "efficientqat", *TEXT, *QUICK),
@@ -79,9 +80,21 @@ CASES: dict[str, tuple[str, ...]] = {
     "hessian": ("saliency", "--kind", "hessian", *TEXT, *SMALL),
     "wanda": ("saliency", "--kind", "wanda", *TEXT, *SMALL),
     "magnitude": ("saliency", "--kind", "magnitude"),
-    "finetune": ("finetune", f"{MADE}rtn", "--task", "instructions", "--data", "alpaca", "--samples", "32"),
+    "finetune": ("finetune", f"{MADE}rtn", "--task", "gsm8k", "--samples", "32"),
     "finetune, end to end": ("finetune", f"{MADE}db-llm", "--task", "end-to-end", "--loss", "ce", *TEXT, *SMALL),
 }
+
+
+_STARTED_BY = """
+import os, sys
+child = os.fork()
+if not child:
+    os.execv(sys.argv[2], sys.argv[2:])
+_, status, usage = os.wait4(child, 0)
+open(sys.argv[1], "w").write(str(usage.ru_maxrss))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""Says in a file what the largest resident set of a command was, in KiB."""
 
 
 @dataclass
@@ -105,14 +118,18 @@ class Seen:
 def run(words: list[str], out: Path) -> Seen:
     """Run ``ulbq`` with some words, and look at it."""
     seen, started = Seen(), time.monotonic()
+    counted = out.parent / "peak"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    starter = [sys.executable, "-I", "-S", "-c", _STARTED_BY, str(counted)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ulbq", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*starter, sys.executable, "-m", "ulbq", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     ended = threading.Event()
 
     def look() -> None:
         while not ended.wait(0.2):
-            seen.disk = max(seen.disk, _lying(out) + _mapped_away(process.pid))
+            away = sum(map(_mapped_away, _children(process.pid)))
+            seen.disk = max(seen.disk, _lying(out) + away)
 
     looker = threading.Thread(target=look)
     looker.start()
@@ -127,10 +144,10 @@ def run(words: list[str], out: Path) -> Seen:
         elif done := re.match(r"([^:]+): (\d+) ?/?(\d*) done in|([^:]+): (\d+)/(\d+) done in", line):
             name, total = (done[1] or done[4]), int(done[3] or done[6] or done[2] or 0)
             seen.paces.append((time.monotonic() - started, name, total, total, 0.0))
-    _, status, usage = os.wait4(process.pid, 0)
+    status = process.wait()
     ended.set()
     looker.join()
-    seen.peak_memory, seen.seconds = usage.ru_maxrss * 1024, time.monotonic() - started
+    seen.peak_memory, seen.seconds = int(counted.read_text()) * 1024, time.monotonic() - started
     if status:
         raise SystemExit(f"ulbq {' '.join(words)} ended with {status}:\n{seen.text[-3000:]}")
     return seen
@@ -147,6 +164,14 @@ def _lying(out: Path) -> int:
                 except FileNotFoundError:  # gone since
                     continue
     return total
+
+
+def _children(process: int) -> list[int]:
+    """Processes that a process has started."""
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # ended since
+        return []
 
 
 def _mapped_away(process: int) -> int:

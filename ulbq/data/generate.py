@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
 TEXT_LENGTH = 64
 """Tokens of one text of a calibration sample."""
-TEMPERATURE = 0.8
-"""Of a calibration sample's tokens."""
 
-_CHATS = 4  # one sample of so many begins with a chat
+_CHATS = 2  # one sample of so many begins with a chat
+_CHAT_TEXTS = 2  # length of a question with its answer, in texts
 _MEMORY = 512 << 20  # bytes that texts written side by side may take, the model not counted
 _LOGIT_BYTES = 2 + 4 * 4  # of each token that may follow: its logit, and float32 copies on the way to a draw
 
@@ -42,13 +41,12 @@ def self_samples(
     length: int,
     seed: int = 0,
     text_length: int | None = TEXT_LENGTH,
-    temperature: float = TEMPERATURE,
     progress: Progress | None = None,
 ) -> Calibration:
     """Let a full-precision model write its own samples.
 
     A beginning-of-text token stands in front of each text where the tokenizer puts one, and once in front of each
-    sample; no other special token is ever written, but in chats those of the template. Every fourth sample begins with
+    sample; no other special token is ever written, but in chats those of the template. Every second sample begins with
     a chat, where the tokenizer has a template that leaves half of the room. All random numbers are drawn on the CPU:
     the same seed, model and device give the same samples.
 
@@ -59,7 +57,6 @@ def self_samples(
         length: tokens a sample, a beginning-of-text token included.
         seed: of the draw.
         text_length: tokens of each text in a sample, the last one cut; None for one text, which fills it, and no chats.
-        temperature: what logits are divided by before a draw; above 0.
         progress: told of every step.
 
     Raises:
@@ -90,7 +87,7 @@ def self_samples(
     ]
     writing = (progress or Silent()).phase("Writing samples", sum(batch.missing for batch in batches))
     with batched_attention(model.device), writing as phase:
-        written = [text for batch in batches for text in _write(model, batch, leading, temperature, generator, phase)]
+        written = [text for batch in batches for text in _write(model, batch, leading, generator, phase)]
     texts, chats = iter(written[: len(starts)]), iter(written[len(starts) :])
     rows = [
         torch.cat([leading, *islice(chats, int(index in begun)), *islice(texts, count)])[:length]
@@ -120,7 +117,7 @@ def _chat(
     room: int,
     text_length: int,
 ) -> _Begun | None:
-    """A chat whose question and answer are as long as a text.
+    """A chat whose question and answer are as long as two texts.
 
     None where there is no template, or none that leaves them half of the room.
     """
@@ -132,7 +129,7 @@ def _chat(
     special = sorted(set(between).difference(allowed.tolist()))
     return _Begun(
         torch.tensor([before]),
-        min(room, len(before) + text_length),
+        min(room, len(before) + _CHAT_TEXTS * text_length),
         torch.cat([allowed, torch.tensor(special, dtype=torch.int64)]),
     )
 
@@ -167,7 +164,6 @@ def _write(
     model: "PreTrainedModel",
     begun: _Begun,
     leading: torch.Tensor,
-    temperature: float,
     generator: torch.Generator,
     phase: Phase,
 ) -> torch.Tensor:
@@ -189,7 +185,7 @@ def _write(
             raise NumericsError(
                 "The model's logits are not finite.", hint="Try fp32: --precision of quantize, --dtype of eval."
             )
-        step = _draw(logits.div_(temperature).index_fill_(1, never, -torch.inf), generator)
+        step = _draw(logits.index_fill_(1, never, -torch.inf), generator)
         tokens = torch.cat([tokens, step], dim=1)
         phase.advance()
     return tokens.cpu()

@@ -208,7 +208,6 @@ class Measurer:
                 seed=measures.seed,
                 # Long texts, as people read them, and the parent's own distribution.
                 text_length=None,
-                temperature=1.0,
                 progress=self._progress,
             )
             windows = written.tokens
