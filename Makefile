@@ -19,7 +19,7 @@ ifneq ($(wildcard ../shared/data),)
 export ULBQ_DATA_DIR ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help run test lint fuzz completions constraints clean
+.PHONY: help run test lint docs fuzz completions constraints clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,13 +41,16 @@ $(READY): $(BARE)
 run: $(BARE)  ## quantize the default model to 2 bits; show size, scores, speed and words beside its parent's
 	$(BIN)/ulbq quantize $(QUANTIZE) </dev/null | $(BIN)/ulbq eval --prompt '$(subst ','\'',$(PROMPT))'
 
-test: lint  ## run every check and the test suite
+test: lint docs  ## run every check and the test suite
 	$(BIN)/python -m pytest
 
 lint: $(READY)  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)  ## build the documentation into site/; a broken link or reference is an error
+	$(BIN)/mkdocs build --strict --quiet
 
 fuzz: $(READY)  ## kill, starve, spoil and mislead every command, some thousand times; writes docs/faults.md
 	$(BIN)/python -m pytest -m slow tests/campaign --table docs/faults.md
@@ -60,4 +63,4 @@ constraints: $(READY)  ## write constraints.txt from what is installed
 	mv $(VENV)/frozen constraints.txt
 
 clean:  ## remove the environment and everything generated; artifacts stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,77 @@
+"""What `mkdocs.yml` hooks in: the options of every command, and links that lead out of the site."""
+
+import re
+from collections.abc import Iterator
+from posixpath import basename, normpath
+from typing import Any
+
+import typer
+
+from ulbq.commands.app import app
+
+_COMMANDS_HERE = "<!-- every command -->"
+_LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")
+_ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):(<code>)[~.]?")
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Write the commands where their page wants them; a file of the repository is named, not linked to."""
+    if _COMMANDS_HERE in markdown:
+        markdown = markdown.replace(_COMMANDS_HERE, "\n".join(commands()))
+    folders = page.file.src_uri.count("/")
+    return _LINK.sub(lambda link: _named(link, folders), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Take Sphinx's roles out of docstrings: what they mark stays as code."""
+    return _ROLE.sub(r"\1", html)
+
+
+def commands() -> Iterator[str]:
+    """Markdown of every command with a table for each section of its options, as ``--help`` cuts them."""
+    group: Any = typer.main.get_command(app)
+    context = group.make_context("ulbq", [], resilient_parsing=True)
+    for name, command in group.commands.items():
+        if not command.hidden:
+            own = command.make_context(name, [], parent=context, resilient_parsing=True)
+            yield from _command(f"ulbq {name}", command, own)
+
+
+def _command(title: str, command: Any, context: Any) -> Iterator[str]:
+    usage = " ".join(command.collect_usage_pieces(context))
+    yield from (f"## {title}", "", _flowing(command.help or ""), "", "```text", f"{title} {usage}", "```", "")
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(context):
+        row = parameter.get_help_record(context)
+        if row is not None:
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            sections.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(row)
+    for heading, rows in sections.items():
+        yield from (f"**{heading}**", "", "| | |", "| --- | --- |")
+        yield from (f"| {_code(name)} | {_cell(text)} |" for name, text in rows)
+        yield ""
+
+
+def _code(text: str) -> str:
+    """A cell of options as code, those that say the opposite on lines of their own."""
+    parts = re.split(r" / ", re.sub(r" <(str|list\[str\])>", "", text))
+    return "<br>".join(f"`{part}`".replace("|", r"\|") for part in parts)
+
+
+def _cell(text: str) -> str:
+    text = re.sub(r"\[default: \((.*)\)(?=; |\])", r"[default: \1", text)
+    escaped = re.sub(r"([\\|<>*_\[\]])", r"\\\1", text)
+    return escaped.replace("\n", " ")
+
+
+def _flowing(text: str) -> str:
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
+def _named(link: re.Match[str], folders: int) -> str:
+    text, target = link.groups()
+    path = normpath(f"{'d/' * folders}{target}")
+    if not path.startswith("../"):  # a page of the site
+        return link[0]
+    path = path.removeprefix("../")
+    return f"`{path}`" if text.strip("`") in (basename(path), path) else f"{text} (`{path}`)"
