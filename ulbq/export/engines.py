@@ -2,7 +2,7 @@
 
 An engine's rules are stricter than its file format's: GPTQ's layout holds 3 bits, and exllamav2 reads 4 of it. Each
 engine here names its targets, the best first, and says of a model and a target what stands in the way. The
-versions that the rules were read from stand in README.
+versions that the rules were read from stand in docs/guides/converting.md.
 """
 
 from collections.abc import Callable, Mapping
