@@ -50,7 +50,7 @@ lint: $(READY)  ## run ruff and mypy
 	$(BIN)/mypy
 
 docs: $(READY)  ## build the documentation into site/; a broken link or reference is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fuzz: $(READY)  ## kill, starve, spoil and mislead every command, some thousand times; writes docs/faults.md
 	$(BIN)/python -m pytest -m slow tests/campaign --table docs/faults.md

@@ -11,6 +11,8 @@ from ulbq.commands.app import app
 
 _COMMANDS_HERE = "<!-- every command -->"
 _LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")
+_EMPTY_HEAD = re.compile(r"<thead>\s*<tr>(?:\s*<th[^>]*></th>)+\s*</tr>\s*</thead>")
+_CELL_CODE = re.compile(r"<code>[^<]*</code>")
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):(<code>)[~.]?")
 
 
@@ -23,8 +25,9 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Take Sphinx's roles out of docstrings: what they mark stays as code."""
-    return _ROLE.sub(r"\1", html)
+    """Take out Sphinx's roles, heads of tables with nothing in them, and backslashes that pipes have in tables."""
+    html = _EMPTY_HEAD.sub("", _ROLE.sub(r"\1", html))
+    return _CELL_CODE.sub(lambda code: code[0].replace(r"\|", "|"), html)
 
 
 def commands() -> Iterator[str]:
