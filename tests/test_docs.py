@@ -1,5 +1,6 @@
 """README and docs/: every link leads somewhere, every command line is one that ulbq takes, and README stays short."""
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def command_lines(name: str, text: str) -> Iterator[Line]:
 
 
 def ulbq_words(line: str) -> Iterator[list[str]]:
-    """The words after ``ulbq`` of each command of a shell line: behind a prompt, pipes, settings and ``torchrun``."""
+    """The words after ``ulbq`` of each command of a shell line: behind a prompt, pipes, settings and ``-m``."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     try:
@@ -104,7 +105,7 @@ def ulbq_words(line: str) -> Iterator[list[str]]:
     for command in commands:
         while command and (command[0] == "$" or _ENVIRONMENT.match(command[0])):
             del command[0]
-        if command[:1] == ["torchrun"] and "-m" in command:
+        if command[:1] in (["torchrun"], ["python"]) and "-m" in command:
             del command[: command.index("-m") + 1]
         if command[:1] == ["ulbq"] and len(command) > 1:
             yield command[1:]
@@ -226,6 +227,20 @@ def test_recipes_that_pages_name_are_shipped() -> None:
     }
     assert named
     assert [one for one in named if one[1] not in recipe_names()] == []
+
+
+def test_the_reference_has_every_option() -> None:
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    written = "\n".join(hooks.commands())
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        part = re.split(r"^## ", written.partition(f"## ulbq {name}\n")[2], flags=re.MULTILINE)[0]
+        options = {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
+        assert [option for option in options if option.startswith("-") and option not in part] == []
 
 
 # The checks themselves: each must see what is wrong, and take what is right.
