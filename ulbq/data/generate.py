@@ -23,11 +23,10 @@ from ulbq.progress import Phase, Progress, Silent
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-TEXT_LENGTH = 64
+TEXT_LENGTH = 128
 """Tokens of one text of a calibration sample."""
 
 _CHATS = 2  # one sample of so many begins with a chat
-_CHAT_TEXTS = 2  # length of a question with its answer, in texts
 _MEMORY = 512 << 20  # bytes that texts written side by side may take, the model not counted
 _LOGIT_BYTES = 2 + 4 * 4  # of each token that may follow: its logit, and float32 copies on the way to a draw
 
@@ -117,7 +116,7 @@ def _chat(
     room: int,
     text_length: int,
 ) -> _Begun | None:
-    """A chat whose question and answer are as long as two texts.
+    """A chat whose question and answer are as long as a text.
 
     None where there is no template, or none that leaves them half of the room.
     """
@@ -129,7 +128,7 @@ def _chat(
     special = sorted(set(between).difference(allowed.tolist()))
     return _Begun(
         torch.tensor([before]),
-        min(room, len(before) + _CHAT_TEXTS * text_length),
+        min(room, len(before) + text_length),
         torch.cat([allowed, torch.tensor(special, dtype=torch.int64)]),
     )
 

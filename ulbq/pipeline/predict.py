@@ -16,7 +16,7 @@ from ulbq.models.blocks import Linear, ModelStructure, block_list
 from ulbq.pipeline.request import QuantizeRequest, drawn_samples, text_samples
 from ulbq.pipeline.saliency_plan import SaliencyRequest, predict_scoring
 from ulbq.saliency import KINDS, SaliencyKind, SaliencySettings
-from ulbq.saliency.head import HEAD_MEMORY
+from ulbq.saliency.head import head_memory
 from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
 
@@ -74,6 +74,7 @@ def predict(
     model: PreTrainedModel,
     precision: Precision,
     *,
+    file: int = 0,
     blocks_stay: bool = False,
 ) -> Cost:
     """Predict memory and disk of a run.
@@ -82,12 +83,13 @@ def predict(
         request: completed.
         model: the skeleton of which ``found`` tells.
         precision: of the run.
+        file: bytes of the model's GGUF file, which is mapped and dequantized; 0 where it has none.
         blocks_stay: an artifact's blocks are taken as they are.
     """
-    run = _Run(request, method, found, model, precision)
+    run = _Run(request, method, found, model, precision, file)
     adapters = 2 * sum(run.adapter_values(block) for block in found.linears)
     artifact = run.packed() + (run.weights - sum(run.quantized)) * 2 + adapters
-    started = runtime.peak_memory()
+    started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
     blocks, whole = run.untouched() if blocks_stay else run.blocks(), run.end_to_end()
     # On top: most of what the blocks leave behind stays with the allocator, in pieces that the whole does not fit.
     memory = started + blocks.memory + max(whole.memory, run.temperature())
@@ -111,6 +113,7 @@ class _Run:
     found: ModelStructure
     model: PreTrainedModel
     precision: Precision
+    file: int
 
     def __post_init__(self) -> None:
         config = self.model.config.get_text_config()
@@ -158,13 +161,15 @@ class _Run:
         outer = self.weights - sum(self.inside)
         largest = max(map(self._block, range(self.found.n_blocks)))
         if not self.method.calibrated:
-            return _Need(4 * largest + 2 * outer, 0)
+            # What is no block is copied first, in half precision; out of a GGUF file it is float32 before.
+            copied = self.file + 6 * outer if self.file else 2 * outer
+            return _Need(max(4 * largest + self.file, copied), 0)
         held = self.samples + heldout_samples(self.samples)
         # Each has its share of the memory, and lies on disk whole where that is not enough.
         stores = [4 * held * self.length * width for width in self._widths()]
         kept = sum(size for size in stores if size <= self.limit // self.needs.stores)
         step = min(self.request.batch_size or 1, held) * self.length * self.hidden * _STEP_ACTIVATIONS
-        return _Need(4 * (largest + outer + step) + kept, sum(stores) - kept)
+        return _Need(4 * (largest + outer + step) + kept + self.file, sum(stores) - kept)
 
     def untouched(self) -> _Need:
         """Copying blocks that stay: one of them in float32, to say how far its layers are from the model's."""
@@ -216,8 +221,9 @@ class _Run:
         if not self.request.fit_temperature:
             return 0
         outer = self.weights - sum(self.inside)
-        streams = 2 * heldout_samples(self.samples) * self.length * self.hidden
-        return 4 * (max(self.inside) + streams + outer) + HEAD_MEMORY
+        positions = heldout_samples(self.samples) * self.length
+        streams = 2 * positions * self.hidden
+        return 4 * (max(self.inside) + streams + outer) + head_memory(self.vocabulary, positions)
 
     def end_to_end(self) -> _Need:
         """The end-to-end phase: memory on top of the blocks', and its states on disk; 0 without one.

@@ -163,7 +163,15 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
         precision=str(precision.dtype).removeprefix("torch."),
         rotation=source.rotation,
         stored_as=origins.model.stored_as,
-        cost=predict(request, method, found, model, precision, blocks_stay=_blocks_stay(request, method.needs, start)),
+        cost=predict(
+            request,
+            method,
+            found,
+            model,
+            precision,
+            file=source.path.stat().st_size if source.kind == "gguf" else 0,
+            blocks_stay=_blocks_stay(request, method.needs, start),
+        ),
     )
     saliency = open_saliency(method.needs.saliency, source)
     if method.needs.survey:

@@ -293,6 +293,7 @@ class _Run:
                     phase.advance(job.method.needs.epochs + 1, f"block {index} was done")
                 else:
                     self._quantize(index, streams, phase)
+                    runtime.give_back_memory()
                 if streams is not None and index + 1 < job.found.n_blocks:
                     schemes = recorded_schemes(self._writer.journal[str(index)], job.names(index)[0])
                     streams.advance_quantized(index, self._writer.path / layout.block_shard(index), schemes)

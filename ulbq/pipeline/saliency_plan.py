@@ -18,7 +18,7 @@ from ulbq.models.stream import check_length
 from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress
 from ulbq.saliency import SaliencyDtype, SaliencyKind, SaliencySettings
-from ulbq.saliency.head import HEAD_MEMORY
+from ulbq.saliency.head import head_memory
 from ulbq.saliency.settings import BACKWARD
 from ulbq.training.precision import Precision
 
@@ -191,26 +191,27 @@ def predict_scoring(
     request: SaliencyRequest, model: PreTrainedModel, found: ModelStructure, precision: Precision
 ) -> tuple[int, int, int]:
     """Peak memory, disk and artifact of a completed request, in bytes."""
-    hidden = model.config.get_text_config().hidden_size
+    config = model.config.get_text_config()
+    hidden, length = config.hidden_size, request.sequence_length or 0
     layers = [linear for block in found.linears for linear in block]
     backward = request.kind in BACKWARD
     artifact = sum(2 * x.in_features * (1 if request.kind == "hessian" else x.out_features) for x in layers)
     blocks = [sum(p.numel() for p in block.parameters()) for block in block_list(model)[1]]
     weights = sum(p.numel() for p in model.parameters())
-    started = runtime.peak_memory()
+    started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
     copies = _BACKWARD_COPIES if backward else _FORWARD_COPIES
     memory, disk = started + round(4 * copies * max(blocks)), artifact
     if request.kind != "magnitude":
-        sequence = (request.sequence_length or 0) * hidden * 4
+        sequence = length * hidden * 4
         activations = (request.samples or 0) * sequence * (found.n_blocks + 1 if backward else 1)
         kept = min(activations, request.activation_memory or 0)
         at_once = 1 if backward else min(request.batch_size or 1, request.samples or 1)
         # The embeddings, or the head, are there while no block is.
-        outside = 4 * (weights - sum(blocks)) + (HEAD_MEMORY if backward else 0)
+        outside = 4 * (weights - sum(blocks)) + (head_memory(config.vocab_size, length) if backward else 0)
         memory += kept + max(at_once * sequence * _STEP_ACTIVATIONS, outside)
         disk += activations - kept
     if request.calibration == "self":
         # To write, the model is loaded whole.
-        beside = writing_memory(model.config, precision.dtype, request.samples or 0, request.sequence_length or 0)
+        beside = writing_memory(model.config, precision.dtype, request.samples or 0, length)
         memory = max(memory, started + weights * precision.dtype.itemsize + beside)
     return memory, disk, artifact

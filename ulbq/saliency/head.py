@@ -18,6 +18,11 @@ HEAD_MEMORY = 256 << 20
 _COPIES = 4
 
 
+def head_memory(vocabulary: int, positions: int) -> int:
+    """Bytes that the logits of one chunk take, of so many positions at most."""
+    return min(HEAD_MEMORY, vocabulary * 4 * _COPIES * max(16, positions))
+
+
 class LossHead:
     """Final norm, head and cross-entropy, however an architecture writes them (scaled, soft-capped, tied or not).
 
