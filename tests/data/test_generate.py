@@ -94,23 +94,42 @@ def test_one_text_fills_a_sample_where_that_is_asked_for() -> None:
 @pytest.mark.parametrize("begins", ["Hi\1", "\0Hi\1"])
 def test_every_second_sample_begins_with_a_chat(begins: str, bos: bool) -> None:
     tokenizer = ChatBytes(begins, bos=bos)
-    tokens = self_samples(CountingModel(), tokenizer, samples=9, length=20, seed=0, text_length=5).tokens
+    tokens = self_samples(CountingModel(), tokenizer, samples=9, length=20, seed=0, text_length=8).tokens
     assert tokens.shape == (9, 20)
     opening = list(begins.encode())
     for index, text in enumerate(tokens[:, int(bos) :].tolist()):
         if index % 2 == 0:
             # The special token between a question and its answer may be written here, and nowhere else.
-            chat = [*opening, 2, 3, 4, 5, 6]
+            chat = [*opening, *range(2, 10 - len(opening))]
             assert text[: len(chat)] == chat
             text = text[len(chat) :]
         assert not {1, 2}.intersection(text)
+
+
+def test_chats_alone() -> None:
+    told = Counted()
+    found = self_samples(CountingModel(), ChatBytes(), samples=1, length=8, seed=0, text_length=8, progress=told)
+    assert found.tokens.tolist() == [[*b"Hi\1", 2, 3, 4, 5, 6]]
+
+
+def test_texts_and_chats_are_written_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {"samples": 9, "length": 24, "seed": 0, "text_length": 8}
+    whole = self_samples(CountingModel(), ChatBytes(), **asked).tokens
+    monkeypatch.setattr(generate, "_MEMORY", 1)
+    told = Counted()
+    found = self_samples(CountingModel(), ChatBytes(), **asked, progress=told).tokens
+    assert torch.equal(found[::2, :8], whole[::2, :8])
+    for start in (0, 8, 16):
+        texts = found[1::2, start : start + 8]
+        assert torch.equal(texts, (texts[:, :1] + torch.arange(8)) % 256)
+    assert told.steps == told.total == 22 * 7  # a text each, and with five of them a chat
 
 
 def test_a_beginning_of_text_that_the_template_writes_itself_stands_there_once() -> None:
     class Beginning(ChatBytes):
         bos_token_id = 0
 
-    found = self_samples(CountingModel(), Beginning("\0Hi\1", bos=True), samples=1, length=20, seed=0, text_length=5)
+    found = self_samples(CountingModel(), Beginning("\0Hi\1", bos=True), samples=1, length=20, seed=0, text_length=8)
     assert found.tokens[0, :6].tolist() == [0, *b"Hi", 1, 2, 3]
 
 
@@ -119,9 +138,9 @@ def test_a_beginning_of_text_that_the_template_writes_itself_stands_there_once()
     [
         (SpecialBytes(), 5),
         (ChatBytes("Hi\1"), None),  # one text fills a sample
-        (ChatBytes("A long one\1"), 5),  # leaves less than half
+        (ChatBytes("Hi\1"), 5),  # leaves less than half
         (ChatBytes(""), 5),
-        (ChatBytes("\u00ff\1"), 5),  # not in the vocabulary
+        (ChatBytes("\u00ff\1"), 8),  # not in the vocabulary
     ],
 )
 def test_no_chats_where_there_is_no_room_or_no_template_for_them(

@@ -1,13 +1,11 @@
 """Samples that the model writes itself, so that calibration works with no data at all.
 
 Data-free calibration as in LLM-QAT (Liu et al., 2023, https://arxiv.org/abs/2305.17888): texts go on from a random
-token by sampling, a little colder than the model's own distribution. Samples hold many short texts side by side: their
-number and variety count for more than their length. Some of them begin with a chat, where the model has a template for
-one: it is shown where a user's message begins, and writes the message and the answer, as in Magpie (Xu et al., 2024,
-https://arxiv.org/abs/2406.08464).
+token by sampling, and a sample holds several side by side. Some samples begin with a chat, where the model has a
+template for one: it is shown where a user's message begins, and writes the message and the answer, as in Magpie (Xu et
+al., 2024, https://arxiv.org/abs/2406.08464).
 """
 
-from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,8 +44,8 @@ def self_samples(
 
     A beginning-of-text token stands in front of each text where the tokenizer puts one, and once in front of each
     sample; no other special token is ever written, but in chats those of the template. Every second sample begins with
-    a chat, where the tokenizer has a template that leaves half of the room. All random numbers are drawn on the CPU:
-    the same seed, model and device give the same samples.
+    a chat, where the tokenizer has a template that leaves half of a text. All random numbers are drawn on the CPU: the
+    same seed, model and device give the same samples.
 
     Args:
         model: in eval mode, on any device, in any floating dtype.
@@ -55,7 +53,8 @@ def self_samples(
         samples: number of samples.
         length: tokens a sample, a beginning-of-text token included.
         seed: of the draw.
-        text_length: tokens of each text in a sample, the last one cut; None for one text, which fills it, and no chats.
+        text_length: tokens of each text in a sample, of a chat too, the last one cut; None for one text, which fills
+            it, and no chats.
         progress: told of every step.
 
     Raises:
@@ -69,68 +68,50 @@ def self_samples(
     generator = torch.Generator().manual_seed(seed)
     leading = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
     room = length - len(leading)
+    each = min(room, text_length or room)
     vocabulary = model.config.get_text_config().vocab_size
     allowed = text_tokens(tokenizer, vocabulary)
-    chat = _chat(tokenizer, leading, allowed, vocabulary, room, text_length) if text_length else None
+    chat = _chat(tokenizer, leading, allowed, vocabulary, each) if text_length else None
     begun = range(0, samples, _CHATS) if chat else range(0)
-    each = min(room, text_length or room)
-    counts = [-(-(room - (chat.length if chat and index in begun else 0)) // each) for index in range(samples)]
-    starts = allowed[torch.randint(len(allowed), (sum(counts), 1), generator=generator)]
-    works = [_Begun(starts, each, allowed)]
-    if chat:
-        works.append(chat._replace(openings=chat.openings.expand(len(begun), -1)))
-    batches = [
-        work._replace(openings=openings)
-        for work in works
-        for openings in work.openings.split(_at_once(model.config, model.dtype, len(leading) + work.length))
-    ]
-    writing = (progress or Silent()).phase("Writing samples", sum(batch.missing for batch in batches))
-    with batched_attention(model.device), writing as phase:
-        written = [text for batch in batches for text in _write(model, batch, leading, generator, phase)]
-    texts, chats = iter(written[: len(starts)]), iter(written[len(starts) :])
+    count = -(-room // each)
+    starts = allowed[torch.randint(len(allowed), (samples * count - len(begun), 1), generator=generator)]
+    writer = _Writer(model, leading, each, allowed, generator)
+    at_once = _at_once(model.config, model.dtype, len(leading) + each)
+    turns = max(1, min(len(starts), -(-samples * count // at_once)))
+    texts: list[torch.Tensor] = []
+    chats: list[torch.Tensor] = []
+    steps = turns * (each - 1)
+    with batched_attention(model.device), (progress or Silent()).phase("Writing samples", steps) as phase:
+        for some, asked in zip(starts.tensor_split(turns), torch.arange(len(begun)).tensor_split(turns), strict=True):
+            written = writer.write(some, chat, len(asked), phase)
+            texts.extend(written[: len(some)])
+            chats.extend(written[len(some) :])
+    more, asked_for = iter(texts), iter(chats)
     rows = [
-        torch.cat([leading, *islice(chats, int(index in begun)), *islice(texts, count)])[:length]
-        for index, count in enumerate(counts)
+        [next(asked_for if chat and index in begun and not place else more) for place in range(count)]
+        for index in range(samples)
     ]
-    return Calibration("self", torch.stack(rows), seed)
+    return Calibration("self", torch.stack([torch.cat([leading, *row])[:length] for row in rows]), seed)
 
 
-class _Begun(NamedTuple):
-    """Texts ``[batch, length]`` that go on from openings ``[batch, n]`` with the tokens of ``allowed``, all int64."""
+class _Chat(NamedTuple):
+    """How a chat begins, int64 ``[n]``, and what may stand in it beside text: ids of special tokens, int64."""
 
-    openings: torch.Tensor
-    length: int
-    allowed: torch.Tensor
-
-    @property
-    def missing(self) -> int:
-        """Tokens that each of them lacks."""
-        return self.length - self.openings.shape[1]
+    opening: torch.Tensor
+    special: torch.Tensor
 
 
 def _chat(
-    tokenizer: "PreTrainedTokenizerBase",
-    leading: torch.Tensor,
-    allowed: torch.Tensor,
-    vocabulary: int,
-    room: int,
-    text_length: int,
-) -> _Begun | None:
-    """A chat whose question and answer are as long as a text.
-
-    None where there is no template, or none that leaves them half of the room.
-    """
+    tokenizer: "PreTrainedTokenizerBase", leading: torch.Tensor, allowed: torch.Tensor, vocabulary: int, length: int
+) -> _Chat | None:
+    """A chat of ``length`` tokens; None where there is no template, or none that leaves half of them."""
     before, between = question_frame(tokenizer)
     if len(leading) and before[:1] == leading.tolist():
         before = before[1:]
-    if not 0 < len(before) <= room // 2 or max(before + between) >= vocabulary:
+    if not 0 < len(before) <= length // 2 or max(before + between) >= vocabulary:
         return None
     special = sorted(set(between).difference(allowed.tolist()))
-    return _Begun(
-        torch.tensor([before]),
-        min(room, len(before) + text_length),
-        torch.cat([allowed, torch.tensor(special, dtype=torch.int64)]),
-    )
+    return _Chat(torch.tensor(before), torch.tensor(special, dtype=torch.int64))
 
 
 def writing_memory(config: "PreTrainedConfig", dtype: torch.dtype, samples: int, length: int) -> int:
@@ -159,35 +140,74 @@ def text_tokens(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> torch.
     )
 
 
-def _write(
-    model: "PreTrainedModel",
-    begun: _Begun,
-    leading: torch.Tensor,
-    generator: torch.Generator,
-    phase: Phase,
-) -> torch.Tensor:
-    """The whole texts, int64 ``[batch, length]``, one forward pass a token for all of them."""
-    tokens = begun.openings.to(model.device)
-    step = torch.cat([leading.to(model.device).expand(len(tokens), -1), tokens], dim=1)
-    banned = torch.ones(model.config.get_text_config().vocab_size, dtype=torch.bool)
-    banned[begun.allowed] = False
-    never, cache = banned.nonzero().squeeze(1).to(model.device), None
-    last = last_logits(model)
-    while tokens.shape[1] < begun.length:
-        output = model(input_ids=step, past_key_values=cache, use_cache=True, **last)
-        if cache is None:
-            cache = output.past_key_values
-            take_room(cache, len(leading) + begun.length)
-        logits = output.logits[:, -1].float()
-        # The ends tell of all: one that is not a number is both.
-        if not torch.stack(logits.aminmax()).isfinite().all():
-            raise NumericsError(
-                "The model's logits are not finite.", hint="Try fp32: --precision of quantize, --dtype of eval."
-            )
-        step = _draw(logits.index_fill_(1, never, -torch.inf), generator)
-        tokens = torch.cat([tokens, step], dim=1)
-        phase.advance()
-    return tokens.cpu()
+class _Writer:
+    """Lets a model write texts of one length, one forward pass a token for all of them.
+
+    Args:
+        model: in eval mode.
+        leading: what stands in front of every text, int64 ``[0]`` or ``[1]``.
+        length: tokens of a text, without that.
+        allowed: tokens that may be written, int64.
+        generator: of the draws.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        leading: torch.Tensor,
+        length: int,
+        allowed: torch.Tensor,
+        generator: torch.Generator,
+    ) -> None:
+        self._model = model
+        self._leading = leading
+        self._length = length
+        self._generator = generator
+        self._banned = torch.ones(model.config.get_text_config().vocab_size, dtype=torch.bool)
+        self._banned[allowed] = False
+        self._last = last_logits(model)
+
+    def write(self, starts: torch.Tensor, chat: _Chat | None, chats: int, phase: Phase) -> torch.Tensor:
+        """Texts that go on from ``starts`` ``[n, 1]``, and chats behind them: int64 ``[n + chats, length]``."""
+        never = [(slice(None), self._banned.nonzero().squeeze(1))]
+        tokens = starts
+        if chat is not None:
+            # Texts first come to where the chats begin: all of them then are as long, and go on side by side.
+            opening = chat.opening.expand(chats, -1)
+            begun = self._go_on(starts, opening.shape[1], never, phase) if len(starts) else opening[:0]
+            tokens = torch.cat([begun, opening])
+            open_to_chats = self._banned.index_fill(0, chat.special, False)
+            never = [
+                (slice(0, len(starts)), self._banned.nonzero().squeeze(1)),
+                (slice(len(starts), None), open_to_chats.nonzero().squeeze(1)),
+            ]
+        return self._go_on(tokens, self._length, never, phase)
+
+    def _go_on(
+        self, tokens: torch.Tensor, length: int, never: list[tuple[slice, torch.Tensor]], phase: Phase
+    ) -> torch.Tensor:
+        """Texts ``[batch, n]`` continued to ``length`` tokens; ``never`` says which rows may not write what."""
+        model, cache = self._model, None
+        never = [(rows, banned.to(model.device)) for rows, banned in never]
+        tokens = tokens.to(model.device)
+        step = torch.cat([self._leading.to(model.device).expand(len(tokens), -1), tokens], dim=1)
+        while tokens.shape[1] < length:
+            output = model(input_ids=step, past_key_values=cache, use_cache=True, **self._last)
+            if cache is None:
+                cache = output.past_key_values
+                take_room(cache, len(self._leading) + length)
+            logits = output.logits[:, -1].float()
+            # The ends tell of all: one that is not a number is both.
+            if not torch.stack(logits.aminmax()).isfinite().all():
+                raise NumericsError(
+                    "The model's logits are not finite.", hint="Try fp32: --precision of quantize, --dtype of eval."
+                )
+            for rows, banned in never:
+                logits[rows].index_fill_(1, banned, -torch.inf)
+            step = _draw(logits, self._generator)
+            tokens = torch.cat([tokens, step], dim=1)
+            phase.advance()
+        return tokens.cpu()
 
 
 def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
