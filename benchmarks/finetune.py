@@ -41,11 +41,13 @@ def run(artifact: str, task: str, out: Path, options: list[str]) -> dict[str, An
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"'ulbq {' '.join(words)}' failed")
-    learnt = json.loads(text)["finetune"]
+    manifest = json.loads(text)
+    learnt = manifest["finetune"]
     return {
         "command": " ".join(["ulbq", "finetune", Path(artifact).name, "--task", task, *options]),
         **summary(learnt),
-        "peak_resident_mib": usage.ru_maxrss // 1024,
+        # Not what was counted for the child: that holds this process's own peak, too.
+        "peak_resident_mib": max(phase["peak_memory"] for phase in manifest["phases"]) >> 20,
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime),
         "seconds": round(time.monotonic() - began),
         "training_tokens_a_cpu_second": round(

@@ -7,9 +7,9 @@ shape with random weights, between embeddings and a head. Every command that pre
 as typed in a shell, in a process of its own. ``memory`` is the largest resident set that the system counted for that
 process (``ru_maxrss``; a small process starts it, for a large one would hand on its own peak), beside what the plan
 said before the work began. ``disk`` is the most that lay in the run's folder, and in files without a name that it had
-mapped, looked at five times a second; ``artifact`` are the weights of
-the finished folder. ``time`` is what the progress line said was left, a quarter and half through the longest phase,
-beside what it then took; only runs of more than a minute are long enough to tell. Ratios are predicted over measured.
+mapped, looked at five times a second; ``artifact`` are the weights of the finished folder. ``time`` is what the
+progress line said was left, a quarter and half through the longest phase, beside what it then took; only runs of more
+than a minute are long enough to tell. Ratios are predicted over measured.
 
 Needs a mirror of WikiText-2 in ``ULBQ_DATA_DIR``.
 """

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1
 """Beyond it torch's generators take none; the seeds of blocks are counted on from a run's."""
 
+LIBRARY_MEMORY = 70 << 20
+"""Bytes that libraries take after a run was planned: what is imported late, kernels, pools of threads."""
+
 _PACKAGES = ("torch", "transformers", "safetensors", "datasets", "lm-eval", "gguf", "numpy")
 
 
@@ -106,10 +109,6 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-LIBRARY_MEMORY = 70 << 20
-"""Bytes that libraries take after a run was planned: what is imported late, kernels, pools of threads."""
 
 
 def available_memory() -> int:

@@ -110,6 +110,7 @@ def test_chats_alone() -> None:
     told = Counted()
     found = self_samples(CountingModel(), ChatBytes(), samples=1, length=8, seed=0, text_length=8, progress=told)
     assert found.tokens.tolist() == [[*b"Hi\1", 2, 3, 4, 5, 6]]
+    assert told.steps == told.total == 7
 
 
 def test_texts_and_chats_are_written_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from tests.campaign.process import command
 from tests.models.tiny import save_tiny
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
-from ulbq.runtime import calm_threads
 
 _TEXT = ("--samples", "4", "--sequence-length", "32", "--calibration", "@text.txt")
 _PLAIN = ("--device", "cpu", "--offline", "-q")
@@ -47,7 +46,6 @@ TOKENS = torch.arange(24).unsqueeze(0)
 
 def main(folder: Path) -> None:
     """Make all of them in a folder, and what they must compute; ``golden`` in it is what belongs here."""
-    calm_threads()
     torch.set_num_threads(1)
     folder.mkdir(parents=True)
     (folder / "text.txt").write_text("".join(f"Line {i} says {i * i % 97}.\n\n" for i in range(800)))

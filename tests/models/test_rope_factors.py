@@ -81,6 +81,12 @@ class TestScaleFrequencies:
         assert not scale_frequencies(found, odd)
         assert found.rope_parameters == before
 
+    @pytest.mark.parametrize("base", [0.0, -1.0, float("inf"), float("nan")])
+    def test_a_base_that_gives_no_frequencies(self, base: float) -> None:
+        found = config()
+        found.rope_parameters = {"rope_theta": base, "rope_type": "default"}
+        assert not scale_frequencies(found, factors(config(**LLAMA_31)))
+
 
 class TestGgufFile:
     def test_computes_what_the_scaled_model_computes(self, tmp_path: Path) -> None:

@@ -169,19 +169,19 @@ class _Writer:
 
     def write(self, starts: torch.Tensor, chat: _Chat | None, chats: int, phase: Phase) -> torch.Tensor:
         """Texts that go on from ``starts`` ``[n, 1]``, and chats behind them: int64 ``[n + chats, length]``."""
-        never = [(slice(None), self._banned.nonzero().squeeze(1))]
-        tokens = starts
-        if chat is not None:
-            # Texts first come to where the chats begin: all of them then are as long, and go on side by side.
-            opening = chat.opening.expand(chats, -1)
-            begun = self._go_on(starts, opening.shape[1], never, phase) if len(starts) else opening[:0]
-            tokens = torch.cat([begun, opening])
-            open_to_chats = self._banned.index_fill(0, chat.special, False)
-            never = [
-                (slice(0, len(starts)), self._banned.nonzero().squeeze(1)),
-                (slice(len(starts), None), open_to_chats.nonzero().squeeze(1)),
-            ]
-        return self._go_on(tokens, self._length, never, phase)
+        no_text = self._banned.nonzero().squeeze(1)
+        if chat is None:
+            return self._go_on(starts, self._length, [(slice(None), no_text)], phase)
+        # Texts first come to where the chats begin: all of them then are as long, and go on side by side.
+        opening = chat.opening.expand(chats, -1)
+        if len(starts):
+            begun = self._go_on(starts, opening.shape[1], [(slice(None), no_text)], phase)
+        else:
+            begun = opening[:0]
+            phase.advance(opening.shape[1] - 1)
+        no_chat = self._banned.index_fill(0, chat.special, False).nonzero().squeeze(1)
+        never = [(slice(0, len(starts)), no_text), (slice(len(starts), None), no_chat)]
+        return self._go_on(torch.cat([begun, opening]), self._length, never, phase)
 
     def _go_on(
         self, tokens: torch.Tensor, length: int, never: list[tuple[slice, torch.Tensor]], phase: Phase

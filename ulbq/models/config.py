@@ -174,8 +174,7 @@ def _scale_frequencies(config: PreTrainedConfig, file: Path, header: GgufHeader)
         return
     # Anything else than a short row of float32 is no such file's.
     sound = stored.kind == GGMLQuantizationType.F32 and len(stored.shape) == 1 and stored.shape[0] <= limits.WIDTH
-    values = header.data(ROPE_FACTORS).view(np.float32).copy() if sound else np.zeros(1, np.float32)
-    if not scale_frequencies(config, torch.from_numpy(values)):
+    if not sound or not scale_frequencies(config, torch.from_numpy(header.data(ROPE_FACTORS).view(np.float32).copy())):
         raise InputError(
             f"'{file}' scales its rotary frequencies ('{ROPE_FACTORS}') as no rotary embedding of transformers does.",
             hint="Use the model's original folder or Hub id instead of the GGUF file.",

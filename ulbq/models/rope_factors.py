@@ -34,6 +34,8 @@ def scale_frequencies(config: PreTrainedConfig, factors: torch.Tensor) -> bool:
         return False
     width = 2 * len(factors)
     plain = 1.0 / before["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    if not bool(plain.isfinite().all()):
+        return False
     most = float(factors.max())
     for context, low, high in (_TYPICAL, *_fitted(plain, factors.double(), most)):
         config.rope_parameters = before | {
@@ -63,6 +65,6 @@ def _fitted(plain: torch.Tensor, factors: torch.Tensor, most: float) -> list[tup
         .tolist()
     )
     # kept = (context × turns - low) / (high - low), with a low of 1.
-    if start >= 0 or slope <= 0:
+    if not (start < 0 < slope) or not math.isfinite(slope / start):
         return []
     return [(-slope / start, 1.0, 1 - 1 / start)]

@@ -74,7 +74,7 @@ def predict(
     model: PreTrainedModel,
     precision: Precision,
     *,
-    file: int = 0,
+    gguf_size: int = 0,
     blocks_stay: bool = False,
 ) -> Cost:
     """Predict memory and disk of a run.
@@ -83,10 +83,10 @@ def predict(
         request: completed.
         model: the skeleton of which ``found`` tells.
         precision: of the run.
-        file: bytes of the model's GGUF file, which is mapped and dequantized; 0 where it has none.
+        gguf_size: bytes of the model's GGUF file, which is mapped and dequantized; 0 where it has none.
         blocks_stay: an artifact's blocks are taken as they are.
     """
-    run = _Run(request, method, found, model, precision, file)
+    run = _Run(request, method, found, model, precision, gguf_size)
     adapters = 2 * sum(run.adapter_values(block) for block in found.linears)
     artifact = run.packed() + (run.weights - sum(run.quantized)) * 2 + adapters
     started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
@@ -113,7 +113,7 @@ class _Run:
     found: ModelStructure
     model: PreTrainedModel
     precision: Precision
-    file: int
+    gguf_size: int
 
     def __post_init__(self) -> None:
         config = self.model.config.get_text_config()
@@ -162,14 +162,14 @@ class _Run:
         largest = max(map(self._block, range(self.found.n_blocks)))
         if not self.method.calibrated:
             # What is no block is copied first, in half precision; out of a GGUF file it is float32 before.
-            copied = self.file + 6 * outer if self.file else 2 * outer
-            return _Need(max(4 * largest + self.file, copied), 0)
+            copied = self.gguf_size + 6 * outer if self.gguf_size else 2 * outer
+            return _Need(max(4 * largest + self.gguf_size, copied), 0)
         held = self.samples + heldout_samples(self.samples)
         # Each has its share of the memory, and lies on disk whole where that is not enough.
         stores = [4 * held * self.length * width for width in self._widths()]
         kept = sum(size for size in stores if size <= self.limit // self.needs.stores)
         step = min(self.request.batch_size or 1, held) * self.length * self.hidden * _STEP_ACTIVATIONS
-        return _Need(4 * (largest + outer + step) + kept + self.file, sum(stores) - kept)
+        return _Need(4 * (largest + outer + step) + kept + self.gguf_size, sum(stores) - kept)
 
     def untouched(self) -> _Need:
         """Copying blocks that stay: one of them in float32, to say how far its layers are from the model's."""
