@@ -18,7 +18,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { OFF, COUNT, KILL, TEAR, FAIL, FULL };
+enum { OFF, COUNT, KILL, TEAR, FAIL, FULL, STOP };
 enum { GO = 0, HALF = -1 };
 
 static int mode = OFF, error_number = 0, log_to = -1;
@@ -28,7 +28,7 @@ static char prefix[PATH_MAX];
 static size_t prefix_length = 0;
 
 /* What `wanted`: COUNT calls into the open file `log` (or nowhere with -1); KILL before call `number`; TEAR it, half of
- * its bytes written; FAIL it with `error`; or FULL: fail it and all after it that take room. */
+ * its bytes written; FAIL it with `error`; FULL: fail it and all after it that take room; or STOP before each. */
 void campaign_arm(int wanted, long number, int error, const char *folder, int log) {
     owner = getpid();
     at = number;
@@ -79,6 +79,8 @@ static int event(const char *kind, const char *path, int takes_room) {
         int size = snprintf(line, sizeof line, "%s %s\n", kind, path + prefix_length);
         syscall(SYS_write, log_to, line, (size_t)size);
     }
+    /* To this thread: the process stands still before this returns. */
+    if (mode == STOP) raise(SIGSTOP);
     if (mode == FULL && number >= at && takes_room) return error_number;
     if (number != at) return GO;
     if (mode == KILL) kill(owner, SIGKILL);

@@ -6,11 +6,11 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-OFF, COUNT, KILL, TEAR, FAIL, FULL = range(6)
+OFF, COUNT, KILL, TEAR, FAIL, FULL, STOP = range(7)
 """As in ``calls.c``."""
 
 _ADDRESSES = 6 << 30
@@ -42,7 +42,8 @@ class Told:
         err: standard error.
         seconds: processor time; wall time says more of what else the machine does.
         memory: most bytes that it held.
-        calls: kind and path, relative to the folder, of the calls that changed files there; where they were counted.
+        calls: kind and path, relative to the folder, of the calls that changed files there; where they were counted,
+            or the command was stopped at them.
     """
 
     code: int
@@ -66,6 +67,7 @@ def command(
     given: bytes = b"",
     output: str | None = None,
     working: Path | None = None,
+    stopped: Callable[[], None] | None = None,
 ) -> Told:
     """Run one command to its end.
 
@@ -77,6 +79,7 @@ def command(
         given: standard input.
         output: a file to have as standard output instead.
         working: working folder; None for ``folder``.
+        stopped: called before each call that changes files, the command standing still; for a fault of ``STOP``.
     """
     streams = {name: folder.with_name(f"{folder.name}.{name}") for name in ("in", "out", "err", "calls")}
     streams["in"].write_bytes(given)
@@ -84,7 +87,12 @@ def command(
     child = os.fork()
     if child == 0:
         _live([str(word) for word in words], folder, fault, seconds, streams, output, working or folder)
-    _, status, usage = os.wait4(child, 0)
+    _, status, usage = os.wait4(child, os.WUNTRACED)
+    while os.WIFSTOPPED(status):
+        if stopped is not None:
+            stopped()
+        os.kill(child, signal.SIGCONT)
+        _, status, usage = os.wait4(child, os.WUNTRACED)
     shown = {
         name: streams[name].read_bytes().decode("utf-8", "replace") if streams[name].exists() else ""
         for name in ("out", "err", "calls")
@@ -109,7 +117,7 @@ def _live(
     code = 1
     try:
         writing = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        log = os.open(streams["calls"], writing, 0o600) if fault and fault.mode == COUNT else -1
+        log = os.open(streams["calls"], writing, 0o600) if fault and fault.mode in (COUNT, STOP) else -1
         opened = (
             os.open(streams["in"], os.O_RDONLY),
             os.open(output or streams["out"], writing, 0o600),
