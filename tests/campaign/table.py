@@ -14,7 +14,9 @@ It stops with an error where a single trial ends in any other way than this page
   write, sync, close, rename, unlink, mkdir, …, by whatever library), in the middle of a write, or several times in a
   row. What then stands at the output is whole, or nothing does. The same command again makes what an undisturbed run
   makes, to the bit, writes no finished block again, and leaves nothing lying about. *anew*: nothing was finished yet;
-  *resumed*: it went on; *whole*: all was done, and the command says so.
+  *resumed*: it went on; *whole*: all was done, and the command says so. Every call of every command is tried: what lies
+  on the disk before each is copied from one run, and the command goes on from each copy. A sample of runs is killed in
+  truth, and must leave what the copy holds.
 - **Full disk**: from one call on nothing takes room any more; or one call alone fails; or the disk is truly small. The
   command ends with exit code 3 (4 for a disk that is broken), one sentence and one hint, and nothing stands at the
   output but what is whole. With room, the same command makes what an undisturbed run makes.
@@ -23,8 +25,7 @@ It stops with an error where a single trial ends in any other way than this page
 - **Hostile value**: exit code 0, 2, 3, 4 or 5, one sentence where it is not 0, within 10 seconds of processor time and
   1 GiB; never a traceback.
 
-The models are tiny, on one CPU thread. Where a run makes more calls than were tried, those tried hold the first and the
-last of every kind on every kind of file.
+The models are tiny, on one CPU thread. *10 of 55*: a sample, drawn once and always the same.
 
 """
 

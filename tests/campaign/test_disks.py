@@ -2,11 +2,12 @@
 
 import errno
 import random
+import re
+from collections.abc import Sequence
 
 import pytest
 
 from tests.campaign.conftest import Campaign
-from tests.campaign.test_kills import chosen
 from tests.campaign.world import COMMANDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -14,6 +15,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 _FROM, _ONCE = 10, 10
 _SIZES = (2, 8, 20, 40, 64, 90, 128, 224)
 """Pages of 4 KiB."""
+
+
+def chosen(calls: Sequence[tuple[str, str]], most: int) -> list[int]:
+    """Numbers of at most so many calls: first and last of each kind on each kind of file, and others between them."""
+    if len(calls) <= most:
+        return list(range(len(calls)))
+    alike: dict[tuple[str, str], list[int]] = {}
+    for number, (kind, path) in enumerate(calls):
+        alike.setdefault((kind, re.sub(r"\d+|\.tmp\w{6}$", "#", path)), []).append(number)
+    ends = sorted({number for numbers in alike.values() for number in (numbers[0], numbers[-1])})
+    if len(ends) > most:
+        return sorted(random.Random(0).sample(ends, most))
+    rest = sorted(set(range(len(calls))) - set(ends))
+    return sorted([*ends, *random.Random(0).sample(rest, most - len(ends))])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
