@@ -22,7 +22,6 @@ from ulbq.data.registry import texts
 from ulbq.data.windows import token_stream
 from ulbq.evaluation.perplexity import perplexity
 from ulbq.methods.base import BlockTask
-from ulbq.models.blocks import load_block
 from ulbq.models.load import load_model
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job, prepare
@@ -118,8 +117,8 @@ def run(
     error = 0.0
     for index in range(BLOCKS):
         prefix, linears = job.names(index)
-        streams.advance_full_precision(index)
-        block = load_block(job.model, job.source, index, torch.float32)
+        block = streams.load(index)
+        streams.advance_full_precision(index, block)
         wanted = saliency[0] if job.method.needs.saliency is not None else None
         task = BlockTask(
             index=index,
@@ -139,8 +138,7 @@ def run(
         layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
         layout.write_adapters(folder / layout.adapter_shard(index), prefix, result.adapters)
         streams.advance_quantized(index, shard)
-        stored = load_block(job.model, job.source, index, torch.bfloat16)
-        layout.restore_block(stored, prefix, shard, linears, job.method.scheme)
+        stored = layout.packed_block(job.model, index, shard, linears, job.method.scheme).to(torch.bfloat16)
         if job.method.needs.adapter is not None:
             adapters = folder / layout.adapter_shard(index)
             layout.restore_adapters(stored, prefix, adapters, job.method.needs.adapter)

@@ -23,6 +23,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"kernels"}),
     frozenset({"nn"}),
     frozenset({"models"}),
+    frozenset({"blockwise"}),
     frozenset({"data"}),
     frozenset({"quantizers"}),
     frozenset({"solvers"}),

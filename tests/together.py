@@ -206,15 +206,15 @@ def do(name: str, inputs: Path, folder: Path) -> None:
 
 def break_second(words: list[str]) -> int:
     """Run a command; returns its exit code."""
+    from ulbq.blockwise import walk
     from ulbq.commands.app import main
-    from ulbq.pipeline import streams
 
     def broken(*arguments: Any) -> Any:
         if distributed.rank() == 1:
             raise InputError("The second one stumbles.")
         return load_block(*arguments)
 
-    streams.load_block = broken
+    walk.load_block = broken
     return main(words)
 
 

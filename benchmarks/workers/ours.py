@@ -10,7 +10,6 @@ import torch
 from lap import Done, Laps
 
 from ulbq.methods.base import BlockTask
-from ulbq.models.blocks import load_block
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import prepare
 from ulbq.pipeline.request import QuantizeRequest
@@ -56,7 +55,8 @@ def main() -> None:
 def _quantize(job: Any, streams: Streams, index: int, folder: Path) -> int:
     """One block; returns the steps that training took, retries included."""
     prefix, linears = job.names(index)
-    streams.advance_full_precision(index)
+    block = streams.load(index)
+    streams.advance_full_precision(index, block)
     epochs = 0
 
     def on_epoch(error: float) -> None:
@@ -66,7 +66,7 @@ def _quantize(job: Any, streams: Streams, index: int, folder: Path) -> int:
     task = BlockTask(
         index=index,
         prefix=prefix,
-        block=load_block(job.model, job.source, index, torch.float32),
+        block=block,
         linears=linears,
         importance=streams.importance,
         data=streams.data(index),

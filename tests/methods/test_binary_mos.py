@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from ulbq import formats
+from ulbq.blockwise.activations import ActivationStore
 from ulbq.errors import NumericsError
 from ulbq.formats import BinaryMosScheme, binary_mos
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask
 from ulbq.methods.binary_mos import BinaryMos
-from ulbq.models.stream import ActivationStore
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer, closed_form_start
 from ulbq.training.objective import BlockData
 from ulbq.training.precision import Precision

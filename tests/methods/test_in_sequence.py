@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from ulbq.blockwise.activations import ActivationStore
 from ulbq.methods.base import BlockTask
 from ulbq.methods.claq import Claq, ClaqOptions
 from ulbq.methods.gptq import Gptq, GptqOptions
 from ulbq.methods.in_sequence import solve_in_sequence
-from ulbq.models.stream import ActivationStore
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.solvers.hessian import HessianSum
 from ulbq.training.losses import TokenWeighting

@@ -24,7 +24,7 @@ from tests.pipeline.test_quantize import (
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
 from ulbq.formats import CodebookScheme
 from ulbq.methods import METHODS
-from ulbq.models.blocks import load_block, skeleton
+from ulbq.models.blocks import skeleton
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
@@ -117,8 +117,7 @@ def test_the_quantized_stream_runs_through_what_the_shard_holds(dense: Path, pat
     source = resolve(dense)
     prefix = "model.layers.1."
     own = {name.removeprefix(prefix): s for name, s in schemes(path).items() if name.startswith(prefix)}
-    block = load_block(skeleton(source), source, 1, torch.float32)
-    layout.restore_block(block, prefix, path / layout.block_shard(1), list(own), ByColumns.scheme, own)
+    block = layout.packed_block(skeleton(source), 1, path / layout.block_shard(1), list(own), ByColumns.scheme, own)
     stored = load_file(path / layout.block_shard(1))
     assert {prefix + name for name in block.state_dict()} == set(stored)
     for name, tensor in block.state_dict().items():

@@ -15,7 +15,7 @@ from ulbq import formats
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.whole import verify
 from ulbq.errors import InputError, NumericsError, UsageError
-from ulbq.models.blocks import load_block, skeleton
+from ulbq.models.blocks import skeleton
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import layout
@@ -111,13 +111,10 @@ def test_what_the_quantized_stream_runs_through_is_what_the_shard_holds(samples:
     source = resolve(save_tiny("deepseek", tmp_path / "dense"))
     model = skeleton(source)
     path, manifest = quantize(request(source.path, tmp_path / "q", method="rtn", group_size=32))
-    block, prefix = load_block(model, source, 1, torch.float32), "model.layers.1."
-    with torch.no_grad():
-        for tensor in block.state_dict().values():
-            tensor.fill_(7)
+    prefix = "model.layers.1."
     linears = [layer.name.removeprefix(prefix) for layer in manifest.layers if layer.name.startswith(prefix)]
     scheme = next(iter(resolve(path).packed.values()))
-    layout.restore_block(block, prefix, path / layout.block_shard(1), linears, scheme)
+    block = layout.packed_block(model, 1, path / layout.block_shard(1), linears, scheme)
     stored = load_file(path / layout.block_shard(1))
     assert {prefix + name for name in block.state_dict()} == set(stored)
     for name, tensor in block.state_dict().items():

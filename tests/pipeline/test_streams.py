@@ -26,7 +26,7 @@ def passed(source: Path, folder: Path, precision: str) -> dict[str, torch.Tensor
     )  # fmt: skip
     streams = Streams(prepare(request, Silent()), TOKENS, folder)
     for index in range(2):
-        streams.advance_full_precision(index)
+        streams.advance_full_precision(index, streams.load(index))
     return {"output": streams.ends()[0].get(slice(0, 6)), **streams.importance}
 
 

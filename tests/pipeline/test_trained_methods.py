@@ -14,11 +14,11 @@ from tests.models.tiny import save_tiny
 from tests.pipeline.test_quantize import TOKENS, logits, request, samples, shards  # noqa: F401 - a fixture
 from ulbq.artifacts.manifest import read_manifest
 from ulbq.artifacts.whole import verify
+from ulbq.blockwise.activations import ActivationStore
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.formats import AnyScheme
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
-from ulbq.models.stream import ActivationStore
 from ulbq.nn.adapter import Adapter
 from ulbq.pipeline import predict
 from ulbq.pipeline.quantize import plan, quantize

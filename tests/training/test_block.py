@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from ulbq.blockwise.activations import ActivationStore
 from ulbq.formats.dual_binary import DualBinaryScheme
-from ulbq.models.stream import ActivationStore
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
 from ulbq.training.block import BlockTrainer
 from ulbq.training.linear import TrainedLinear

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ulbq import distributed
+from ulbq.blockwise.walk import run_block
 from ulbq.methods.base import BlockTask
-from ulbq.models.stream import run_block
 from ulbq.models.watch import Enough, Input, distinct_inputs, watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.solvers.hessian import HessianSum

@@ -225,15 +225,16 @@ def materialize(
         kept = (dtype or parameter.dtype) if tensor.is_floating_point() else tensor.dtype
         filled = nn.Parameter(tensor.to(device, kept), requires_grad=False)
         for name in names:
-            _assign(module, name, filled)
+            assign(module, name, filled)
     for name, buffer in list(module.named_buffers()):
         if name.startswith(without):
             continue
         value = _read_checked(source, prefix + name, buffer.shape) if name in persistent else buffer
-        _assign(module, name, value.to(device, buffer.dtype))
+        assign(module, name, value.to(device, buffer.dtype))
 
 
-def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
+def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, by its name inside the module."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, value)
 

@@ -12,6 +12,7 @@ from ulbq import distributed, formats, runtime
 from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.shards import INDEX_NAME
+from ulbq.blockwise.walk import check_length
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.data.instructions import check_training_text
 from ulbq.data.lessons import Lessons, draw_lessons
@@ -21,7 +22,6 @@ from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, read_adapt
 from ulbq.models.blocks import block_list, skeleton
 from ulbq.models.side_files import is_side_file
 from ulbq.models.source import ModelSource, resolve
-from ulbq.models.stream import check_length
 from ulbq.nn.adapter import AdapterConfig
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline.finetune_request import FinetuneRequest, Task, request_of

@@ -1,5 +1,6 @@
 """How a quantized model lies in its folder: shards, configuration, side files, model card."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult
 from ulbq.methods.training import half_vector
 from ulbq.models.adapter_files import build_adapters, by_layer
-from ulbq.models.blocks import check_shape, check_values
+from ulbq.models.blocks import assign, block_list, check_shape, check_values
 from ulbq.models.names import read_state, state_names
 from ulbq.models.source import ModelSource
 from ulbq.nn.adapter import AdaptedLinear, Adapter, AdapterConfig
@@ -100,37 +101,43 @@ def half(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.bfloat16) if tensor.dtype in (torch.float32, torch.float64) else tensor
 
 
-def restore_block(
-    block: nn.Module,
-    prefix: str,
+def packed_block(
+    model: PreTrainedModel,
+    index: int,
     shard: Path,
     linears: Sequence[str],
     scheme: AnyScheme,
     schemes: Mapping[str, AnyScheme] = {},
 ) -> nn.Module:
-    """Turn a full-precision block into the packed one that its shard holds, in place.
+    """The packed block that a shard holds, by the shard alone, on the CPU; what is not packed is in float32.
 
     The quantized stream runs through this, in the first run and in a resumed one alike: what later blocks are
     trained on is what was stored, to the bit.
 
     Args:
-        block: in full precision.
-        prefix: full name of the block, with the dot.
+        model: a skeleton; it stays as it is.
+        index: of the block.
         shard: the block's.
         linears: names of the packed layers, relative to the block.
         scheme: of every layer that has none of its own.
         schemes: of those that have.
     """
-    stored = LazyTensors([shard])
+    prefix, blocks = block_list(model)
+    block = copy.deepcopy(blocks[index])
     for linear in linears:
         layer = linear_layer(block, linear)
         own, bias = schemes.get(linear, scheme), layer.bias is not None
-        packed = QuantLinear(own, layer.in_features, layer.out_features, bias=bias, cache=True)
-        block.set_submodule(linear, packed.to(layer.weight.device))
+        block.set_submodule(linear, QuantLinear(own, layer.in_features, layer.out_features, bias=bias, cache=True))
+    stored = LazyTensors([shard])
     with torch.no_grad():
         # Parameters, packed tensors and persistent buffers alike.
         for name, tensor in block.state_dict(keep_vars=True).items():
-            tensor.copy_(stored.read(f"{prefix}{name}"))
+            value = stored.read(f"{prefix}.{index}.{name}")
+            if tensor.is_meta:
+                kept = torch.float32 if value.is_floating_point() else value.dtype
+                assign(block, name, nn.Parameter(value.to(kept), requires_grad=False))
+            else:
+                tensor.copy_(value)
     return block
 
 

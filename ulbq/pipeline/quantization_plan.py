@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ulbq import distributed, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import RotationRecord
+from ulbq.blockwise.walk import check_length
 from ulbq.data.calibration import check_calibration
 from ulbq.data.instructions import check_training_text
 from ulbq.errors import InputError, UsageError
@@ -19,7 +20,6 @@ from ulbq.models.blocks import Linear, ModelStructure, check_group, check_group_
 from ulbq.models.names import check_complete
 from ulbq.models.rotation import rotated
 from ulbq.models.source import ModelSource
-from ulbq.models.stream import check_length
 from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_saliency, rotation_seed
 from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
 from ulbq.pipeline.request import PresetName, QuantizeRequest, build_method, check_options, complete, text_samples

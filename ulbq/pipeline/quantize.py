@@ -287,13 +287,8 @@ class _Run:
         steps = job.found.n_blocks * (job.method.needs.epochs + 1)
         with self._progress.phase("Quantizing", steps, rounds=job.found.n_blocks) as phase:
             for index in range(job.found.n_blocks):
-                if streams is not None and self._full_precision:
-                    streams.advance_full_precision(index)
-                if str(index) in self._writer.journal:
-                    phase.advance(job.method.needs.epochs + 1, f"block {index} was done")
-                else:
-                    self._quantize(index, streams, phase)
-                    runtime.give_back_memory()
+                self._pass(index, streams, phase)
+                runtime.give_back_memory()
                 if streams is not None and index + 1 < job.found.n_blocks:
                     schemes = recorded_schemes(self._writer.journal[str(index)], job.names(index)[0])
                     streams.advance_quantized(index, self._writer.path / layout.block_shard(index), schemes)
@@ -301,10 +296,27 @@ class _Run:
         if sinks := sinks_sentence([BlockRecord.model_validate(record) for record in records if record]):
             self._progress.note(sinks)
 
-    def _quantize(self, index: int, streams: Streams | None, phase: Phase) -> None:
+    def _pass(self, index: int, streams: Streams | None, phase: Phase) -> None:
+        """Run ``x_fp`` through a block, where it is wanted, and quantize the block, where that is to be done."""
+        job, done = self._job, str(index) in self._writer.journal
+        passing = streams if self._full_precision else None
+        if done:
+            phase.advance(job.method.needs.epochs + 1, f"block {index} was done")
+            if passing is None:
+                return
+        # Read once: what its full-precision activations ran through is quantized then.
+        if streams is not None:
+            block = streams.load(index)
+        else:
+            block = load_block(job.model, job.source, index, torch.float32, job.precision.device)
+        if passing is not None:
+            passing.advance_full_precision(index, block)
+        if not done:
+            self._quantize(index, block, streams, phase)
+
+    def _quantize(self, index: int, block: nn.Module, streams: Streams | None, phase: Phase) -> None:
         job, started = self._job, time.monotonic()
         prefix, linears = job.names(index)
-        block = load_block(job.model, job.source, index, torch.float32, job.precision.device)
         originals = {linear: linear_layer(block, linear).weight.detach() for linear in linears}
         for linear, weight in originals.items():
             check_range(prefix + linear, weight)

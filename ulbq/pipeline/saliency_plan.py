@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from ulbq import runtime
+from ulbq.blockwise.walk import check_length
 from ulbq.data.calibration import check_calibration
 from ulbq.data.generate import writing_memory
 from ulbq.errors import InputError, UsageError
 from ulbq.models.blocks import ModelStructure, block_list, skeleton, structure
 from ulbq.models.names import check_complete
 from ulbq.models.source import ModelSource, resolve
-from ulbq.models.stream import check_length
 from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress
 from ulbq.saliency import SaliencyDtype, SaliencyKind, SaliencySettings

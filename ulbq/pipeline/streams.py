@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ulbq import distributed
+from ulbq.blockwise.activations import ActivationStore
+from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import InputError
 from ulbq.formats import AnyScheme
-from ulbq.models.blocks import load_block
-from ulbq.models.stream import ActivationStore, BlockStream
 from ulbq.models.watch import watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
@@ -31,7 +31,6 @@ class Streams:
 
     Attributes:
         importance: ``[in]`` mean squared input of each linear layer of the block that ``x_fp`` passed last.
-        extras: values that this block returned behind the hidden states; None where it returned no tuple.
     """
 
     def __init__(self, job: Job, tokens: torch.Tensor, scratch: Path) -> None:
@@ -39,30 +38,41 @@ class Streams:
         self._scratch = scratch
         self._training = job.request.samples or 0
         self._batch = job.request.batch_size or 1
-        device = job.precision.device
         needs = job.method.needs
         self._positions = tokens.numel()
-        stream = BlockStream(
+        self._walk = BlockWalk(
             job.model,
             job.source,
             distributed.own(tokens),
             dtype=torch.float32,
-            device=device,
+            device=job.precision.device,
             limit=(job.request.activation_memory or 0) // needs.stores,
             directory=scratch,
         )
-        self._kwargs = stream.block_kwargs
-        self._full = stream.hidden
-        self._quantized = stream.hidden.copy()
-        self._augmented = stream.hidden.copy() if needs.augmented else None
-        self._originals = stream.hidden.copy() if needs.originals else None
+        self._full = self._walk.hidden
+        self._quantized = self._full.copy()
+        self._augmented = self._full.copy() if needs.augmented else None
+        self._originals = self._full.copy() if needs.originals else None
         self.importance: dict[str, torch.Tensor] = {}
-        self.extras: int | None = None
 
-    def advance_full_precision(self, index: int, *, watch: bool = True) -> None:
-        """Run ``x_fp`` through a block in place; where ``watch``, note what its linear layers see and the like."""
+    @property
+    def extras(self) -> int | None:
+        """Values that the last block returned behind the hidden states; None where it returned no tuple."""
+        return self._walk.extras
+
+    def load(self, index: int) -> nn.Module:
+        """A block in full precision, as :meth:`BlockWalk.load` has it."""
+        return self._walk.load(index)
+
+    def advance_full_precision(self, index: int, block: nn.Module, *, watch: bool = True) -> None:
+        """Run ``x_fp`` through a block in place; where ``watch``, note what its linear layers see and the like.
+
+        Args:
+            index: of the block.
+            block: as :meth:`load` gives it; it stays as it is.
+            watch: False where nothing is quantized.
+        """
         _, linears = self._job.names(index)
-        block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
         # It tries the block out: before somebody watches.
         fused = FusedParts(block, self._job.precision)
         if not watch:
@@ -79,12 +89,12 @@ class Streams:
 
     def advance_quantized(self, index: int, shard: Path, schemes: Mapping[str, AnyScheme] = {}) -> None:
         """Run ``x_q`` through the packed block that a shard holds, in place; ``schemes`` of layers with their own."""
-        prefix, linears = self._job.names(index)
-        block = load_block(self._job.model, self._job.source, index, torch.float32, self._job.precision.device)
-        layout.restore_block(block, prefix, shard, linears, self._job.method.scheme, schemes)
-        if self._job.method.needs.adapter is not None:
+        job, prefix = self._job, self._job.names(index)[0]
+        block = layout.packed_block(job.model, index, shard, job.names(index)[1], job.method.scheme, schemes)
+        if job.method.needs.adapter is not None:
             adapters = self._scratch / layout.adapter_shard(index)
-            layout.restore_adapters(block, prefix, adapters, self._job.method.needs.adapter)
+            layout.restore_adapters(block, prefix, adapters, job.method.needs.adapter)
+        block.to(job.precision.device)
         fused = FusedParts(block, self._job.precision)
         self._run(block, index, self._quantized, self._quantized, fused)
 
@@ -117,21 +127,18 @@ class Streams:
 
     def data(self, index: int) -> BlockData:
         """What the block is trained on."""
-        return BlockData(
-            self._quantized, self._full, self._augmented, self._kwargs[index], self._training, self._originals
-        )
+        kwargs = self._walk.block_kwargs[index]
+        return BlockData(self._quantized, self._full, self._augmented, kwargs, self._training, self._originals)
 
-    @torch.no_grad()
     def _run(
         self, block: nn.Module, index: int, inputs: ActivationStore, outputs: ActivationStore, fused: FusedParts
     ) -> None:
-        precision = self._job.precision
-        for start in range(0, len(inputs), self._batch):
-            hidden = inputs.get(slice(start, start + self._batch)).to(precision.device)
-            with chunked_attention(precision), fused.active(), precision.autocast():
-                result = block(hidden, **self._kwargs[index])
-            self.extras = len(result) - 1 if isinstance(result, tuple) else None
-            outputs.set(start, (result if self.extras is None else result[0]).float())
+        @contextmanager
+        def context() -> Iterator[None]:
+            with chunked_attention(self._job.precision), fused.active(), self._job.precision.autocast():
+                yield
+
+        self._walk.advance(index, block, inputs, outputs, batch_size=self._batch, context=context)
 
 
 @contextmanager

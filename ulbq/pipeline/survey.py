@@ -7,9 +7,8 @@ from typing import Any, cast
 import torch
 
 from ulbq import distributed
+from ulbq.blockwise.walk import BlockWalk
 from ulbq.methods.base import BlockTask, SurveyingMethod
-from ulbq.models.blocks import load_block
-from ulbq.models.stream import BlockStream, run_block
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.progress import Progress
 from ulbq.training.objective import BlockData
@@ -33,7 +32,7 @@ def survey(
     """
     method = cast(SurveyingMethod, job.method)
     training, device = job.request.samples or 0, job.precision.device
-    stream = BlockStream(
+    walk = BlockWalk(
         job.model,
         job.source,
         distributed.own(tokens[:training]),
@@ -42,17 +41,17 @@ def survey(
         limit=job.request.activation_memory or 0,
         directory=scratch,
     )
-    hidden = stream.hidden
+    hidden = walk.hidden
     found: dict[str, Any] = {}
     with progress.phase("Surveying", job.found.n_blocks) as phase:
         for index in range(job.found.n_blocks):
             prefix, linears = job.names(index)
             task = BlockTask(
                 index=index,
-                block=load_block(job.model, job.source, index, torch.float32, device),
+                block=walk.load(index),
                 linears=linears,
                 importance={},
-                data=BlockData(hidden, hidden, None, stream.block_kwargs[index], training),
+                data=BlockData(hidden, hidden, None, walk.block_kwargs[index], training),
                 precision=job.precision,
                 seed=job.request.seed + index,
                 on_epoch=lambda error: None,
@@ -60,9 +59,7 @@ def survey(
                 prefix=prefix,
             )
             found |= method.survey_block(task)
-            for start in range(len(hidden) if index + 1 < job.found.n_blocks else 0):
-                inputs = hidden.get(slice(start, start + 1)).to(device)
-                with job.precision.autocast():
-                    hidden.set(start, run_block(task.block, inputs, stream.block_kwargs[index]).float())
+            if index + 1 < job.found.n_blocks:
+                walk.advance(index, task.block, hidden, hidden, batch_size=1, context=job.precision.autocast)
             phase.advance(1, f"block {index}")
     return method.decide(found)

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from ulbq import distributed
 from ulbq.artifacts import BlockScores
+from ulbq.blockwise.activations import ActivationStore
+from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import NumericsError
 from ulbq.models.blocks import Linear, ModelStructure, load_block
 from ulbq.models.source import ModelSource
-from ulbq.models.stream import ActivationStore, BlockStream
 from ulbq.models.watch import watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.progress import Phase, Progress, Silent
@@ -112,7 +113,7 @@ class _Run:
     def inputs(self, passing: "_Activations", phase: Phase) -> None:
         """Score by the inputs of each layer, on one pass forward."""
         for index in range(self.found.n_blocks):
-            block = self.load(index)
+            block = passing.walk.load(index)
             weights = self.layers(index, block)
             names = {linear: linear.name.removeprefix(self._prefix(index)) for linear in weights}
             with _square_sums(block, names) as sums:
@@ -128,12 +129,12 @@ class _Run:
     def gradients(self, passing: "_Activations", phase: Phase) -> None:
         """Score by the gradients of the loss, on one pass forward and one back."""
         for index in range(self.found.n_blocks):
-            passing.forward(index, self.load(index), keep=True)
+            passing.forward(index, passing.walk.load(index), keep=True)
             phase.advance(detail=f"block {index} forward")
         loss = passing.turn()
         first = min(index for index in range(self.found.n_blocks) if index not in self.done)
         for index in reversed(range(first, self.found.n_blocks)):
-            block = self.load(index)
+            block = passing.walk.load(index)
             if index in self.done:
                 passing.backward(index, block)
             else:
@@ -167,6 +168,7 @@ class _Activations:
 
     Attributes:
         samples: of all processes together.
+        walk: over the blocks.
     """
 
     def __init__(self, run: _Run, tokens: torch.Tensor, scratch: Path) -> None:
@@ -175,7 +177,7 @@ class _Activations:
         tokens = self._tokens = distributed.own(tokens)
         self._scratch = scratch
         self._room = run.settings.activation_memory
-        stream = BlockStream(
+        self.walk = BlockWalk(
             run.model,
             run.source,
             tokens,
@@ -185,17 +187,15 @@ class _Activations:
             directory=scratch,
             batch_size=run.settings.batch_size,
         )
-        self._kwargs = stream.block_kwargs
-        self._extras: int | None = None
-        self._stores = [self._counted(stream.hidden)]
+        self._stores = [self._counted(self.walk.hidden)]
 
-    @torch.no_grad()
     def forward(self, index: int, block: nn.Module, *, keep: bool) -> None:
         """Pass a block; ``keep`` its inputs for the way back."""
-        inputs, size = self._stores[-1], self._run.settings.batch_size
+        inputs, settings = self._stores[-1], self._run.settings
         outputs = self._like(inputs) if keep else inputs
-        for start in range(0, len(inputs), size):
-            outputs.set(start, self._call(index, block, inputs.get(slice(start, start + size))))
+        self.walk.advance(
+            index, block, inputs, outputs, batch_size=settings.batch_size, context=settings.precision.autocast
+        )
         if keep:
             self._stores.append(outputs)
 
@@ -203,7 +203,7 @@ class _Activations:
         """Put the gradient in the place of the last block's outputs. Returns the mean loss of the sequences."""
         run, outputs = self._run, self._stores[-1]
         precision = run.settings.precision
-        head = LossHead(run.model, run.source, precision, extras=self._extras)
+        head = LossHead(run.model, run.source, precision, extras=self.walk.extras)
         losses = torch.empty(len(self._tokens), dtype=torch.float64)
         for row in range(len(self._tokens)):
             hidden = outputs.get(slice(row, row + 1)).to(precision.device)
@@ -221,21 +221,14 @@ class _Activations:
         for row in range(len(self._tokens)):
             one = slice(row, row + 1)
             hidden = inputs.get(one).to(self._run.settings.precision.device).requires_grad_(index > 0)
-            output = self._call(index, block, hidden)
+            with self._run.settings.precision.autocast():
+                output = self.walk.call(index, block, hidden)
             if output.requires_grad:
                 torch.autograd.backward(output, gradients.get(one).to(output))
             if hidden.grad is not None:
                 gradients.set(row, hidden.grad)
         self._stores[-1] = gradients
         self._room += inputs.nbytes if inputs.in_memory else 0
-
-    def _call(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        precision = self._run.settings.precision
-        with precision.autocast():
-            output = block(hidden.to(precision.device), **self._kwargs[index])
-        self._extras = len(output) - 1 if isinstance(output, tuple) else None
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
 
     def _like(self, store: ActivationStore) -> ActivationStore:
         return self._counted(ActivationStore(store.shape, store.dtype, limit=self._room, directory=self._scratch))

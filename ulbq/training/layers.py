@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ulbq import distributed
+from ulbq.blockwise.activations import ActivationStore
+from ulbq.blockwise.walk import run_block
 from ulbq.errors import InputError
-from ulbq.models.stream import ActivationStore, run_block
 from ulbq.models.watch import Enough, distinct_inputs, watching
 from ulbq.training.block import BlockTrainer, TrainOutcome
 from ulbq.training.linear import TrainedLinear

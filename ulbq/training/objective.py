@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ulbq import distributed
-from ulbq.models.stream import ActivationStore, run_block
+from ulbq.blockwise.activations import ActivationStore
+from ulbq.blockwise.walk import run_block
 from ulbq.training.attention import chunked_attention
 from ulbq.training.fused import FusedParts
 from ulbq.training.linear import TrainedLinear

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ulbq import distributed
+from ulbq.blockwise.activations import ActivationStore
 from ulbq.models.blocks import block_list
-from ulbq.models.stream import ActivationStore
 from ulbq.training.distill import Predicted, best_guesses, predicted
 from ulbq.training.head import Head, in_chunks
 from ulbq.training.precision import Precision

@@ -10,11 +10,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.models.tiny import FAMILIES, save_tiny
+from ulbq.blockwise import walk as walk_module
+from ulbq.blockwise.activations import ActivationStore
+from ulbq.blockwise.walk import BlockWalk, run_block
 from ulbq.errors import InputError, ResourceError
-from ulbq.models import stream as stream_module
 from ulbq.models.blocks import block_list, load_block, load_outer, skeleton
 from ulbq.models.source import ModelSource, resolve
-from ulbq.models.stream import ActivationStore, BlockStream, run_block
 
 _CPU = torch.device("cpu")
 
@@ -24,9 +25,9 @@ def some_tokens(samples: int = 5, length: int = 32, vocabulary: int = 256) -> to
     return torch.randint(0, vocabulary, (samples, length), generator=generator)
 
 
-def open_stream(source: ModelSource, tokens: torch.Tensor, directory: Path, **options: Any) -> BlockStream:
+def open_stream(source: ModelSource, tokens: torch.Tensor, directory: Path, **options: Any) -> BlockWalk:
     chosen = {"dtype": torch.float32, "device": _CPU, "limit": 0, "directory": directory, "batch_size": 2} | options
-    return BlockStream(skeleton(source), source, tokens, **chosen)
+    return BlockWalk(skeleton(source), source, tokens, **chosen)
 
 
 def through_all_blocks(source: ModelSource, tokens: torch.Tensor, directory: Path) -> torch.Tensor:
@@ -115,7 +116,7 @@ def test_skeleton_stays_a_skeleton(tiny_llama: Path, tmp_path: Path) -> None:
     source = resolve(tiny_llama)
     model = skeleton(source)
     forwards = [block.forward for block in block_list(model)[1]]
-    BlockStream(model, source, some_tokens(), dtype=torch.float32, device=_CPU, limit=1 << 20, directory=tmp_path)
+    BlockWalk(model, source, some_tokens(), dtype=torch.float32, device=_CPU, limit=1 << 20, directory=tmp_path)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert [block.forward for block in block_list(model)[1]] == forwards
 
@@ -125,13 +126,13 @@ def test_the_embeddings_are_let_go_of_at_once(
 ) -> None:
     """Not when the garbage collector happens to come by: they can be gigabytes."""
     seen = []
-    materialize = stream_module.materialize
+    materialize = walk_module.materialize
 
     def note(module: nn.Module, *args: Any, **kwargs: Any) -> None:
         seen.append(weakref.ref(module))
         materialize(module, *args, **kwargs)
 
-    monkeypatch.setattr(stream_module, "materialize", note)
+    monkeypatch.setattr(walk_module, "materialize", note)
     gc.disable()
     try:
         kept = open_stream(resolve(tiny_llama), some_tokens(), tmp_path)
@@ -174,9 +175,9 @@ def test_model_that_works_between_its_blocks_is_refused(
 
     model = skeleton(source)
     monkeypatch.setattr(type(model), "forward", scaled_between)
-    monkeypatch.setattr(stream_module, "load_block", lambda model, *_: _Fixed(torch.zeros(1)))
+    monkeypatch.setattr(walk_module, "load_block", lambda model, *_: _Fixed(torch.zeros(1)))
     with pytest.raises(InputError, match="straight from block to block"):
-        BlockStream(model, source, some_tokens(), dtype=torch.float32, device=_CPU, limit=0, directory=tmp_path)
+        BlockWalk(model, source, some_tokens(), dtype=torch.float32, device=_CPU, limit=0, directory=tmp_path)
 
 
 def test_arguments_tied_to_the_batch_are_refused(tmp_path: Path) -> None:

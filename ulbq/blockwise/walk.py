@@ -1,11 +1,9 @@
-"""Activations on their way through a model, one block in memory at a time."""
+"""One walk over the blocks of a model: each is read once, and all samples pass it before the next is read."""
 
 import copy
 import inspect
-import mmap
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,98 +12,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ulbq.artifacts.disk import writing
+from ulbq.blockwise.activations import ActivationStore, Hidden
 from ulbq.errors import InputError
 from ulbq.models.blocks import block_list, load_block, materialize
 from ulbq.models.source import ModelSource
 
-Hidden = torch.Tensor
-"""Hidden states ``[batch, length, hidden]``."""
 
-
-class ActivationStore:
-    """A float tensor ``[samples, length, hidden]``, in memory up to a limit and in a memory-mapped file beyond it.
-
-    Args:
-        shape: ``(samples, length, hidden)``.
-        dtype: of the stored values.
-        limit: bytes that may stay in memory.
-        directory: where the file lies if there has to be one; it has no name there, so that nothing is left behind.
-
-    Raises:
-        ResourceError: the disk has no room for the file.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, *, limit: int, directory: Path) -> None:
-        self.shape = shape
-        self.dtype = dtype
-        self._limit = limit
-        self._directory = directory
-        self._map: mmap.mmap | None = None
-        if self.nbytes <= limit:
-            self._tensor = torch.empty(shape, dtype=dtype)
-        else:
-            self._map = _mapped_file(directory, self.nbytes)
-            self._tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether the values are in memory rather than in a file."""
-        return self._map is None
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def get(self, indices: slice | Sequence[int] | torch.Tensor) -> Hidden:
-        """Copy of some samples ``[n, length, hidden]``, on the CPU."""
-        rows = self._tensor[indices]
-        # A slice is a view, and later calls of set() must not show in it; lists of indices copy by themselves.
-        taken = rows.clone() if isinstance(indices, slice) else rows
-        self._release()
-        return taken
-
-    def set(self, start: int, values: Hidden) -> None:
-        """Overwrite the samples from ``start`` on with ``[n, length, hidden]`` of any device and float dtype."""
-        self._tensor[start : start + len(values)].copy_(values.detach())
-        self._release()
-
-    def copy(self) -> "ActivationStore":
-        """A store of its own with the same values, limit and directory."""
-        other = ActivationStore(self.shape, self.dtype, limit=self._limit, directory=self._directory)
-        for start in range(len(self)):
-            other.set(start, self.get(slice(start, start + 1)))
-        return other
-
-    def alike(self, length: int, width: int) -> "ActivationStore":
-        """An empty store for as many samples of ``[length, width]``, with the same dtype, limit and directory."""
-        shape = (len(self), length, width)
-        return ActivationStore(shape, self.dtype, limit=self._limit, directory=self._directory)
-
-    def _release(self) -> None:
-        # The file's pages stay in the system's cache, which gives way under pressure, but leave our resident memory.
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-
-def _mapped_file(directory: Path, size: int) -> mmap.mmap:
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as file:
-            # Reserved now: a full disk must be an error here, not a bus error at some later write.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-            return mmap.mmap(file.fileno(), size)
-
-
-class BlockStream:
-    """Samples, embedded, at the door of the first block, and what every block is called with beside them.
+class BlockWalk:
+    """Samples, embedded, at the first block; and the blocks of the full-precision model, one in memory at a time.
 
     Args:
         model: a skeleton; it stays as it is.
@@ -120,6 +34,7 @@ class BlockStream:
         hidden: output of the embeddings, the input of block 0.
         block_kwargs: keyword arguments of each block (attention mask, position embeddings, …), of batch size 1 so
             that they broadcast over any batch. Blocks of one layer type share their tensors.
+        extras: values that the block which ran last returned behind the hidden states; None where it returned no tuple.
 
     Raises:
         InputError: tokens beyond the vocabulary or the model's positions, or a model whose blocks are no plain chain.
@@ -139,6 +54,8 @@ class BlockStream:
         batch_size: int = 8,
     ) -> None:
         _check_tokens(model, tokens)
+        self._model, self._source, self._dtype, self._device = model, source, dtype, device
+        self.extras: int | None = None
         outer = _without_head(model, source, dtype, device)
         blocks = list(block_list(outer)[1])
         with torch.no_grad():
@@ -147,13 +64,57 @@ class BlockStream:
             first = load_block(model, source, 0, dtype, device)
             self.block_kwargs = _arguments(outer, blocks, first, sample)
             _check_broadcast(outer, self.block_kwargs[0], _arguments(outer, blocks, first, sample.repeat(2, 1))[0])
-            del first
+            self._first: nn.Module | None = first
             embed = partial(_embed, outer, blocks[0])
             width = embed(sample).shape[-1]
             shape = (tokens.shape[0], tokens.shape[1], width)
             self.hidden = ActivationStore(shape, dtype, limit=limit, directory=directory)
             for start in range(0, len(tokens), batch_size):
                 self.hidden.set(start, embed(tokens[start : start + batch_size].to(device)))
+
+    def load(self, index: int) -> nn.Module:
+        """A block in full precision, on the device. The first was read before, and is not read again.
+
+        Raises:
+            InputError: as :func:`ulbq.models.blocks.load_block`.
+        """
+        first, self._first = self._first, None
+        if first is not None and index == 0:
+            return first
+        return load_block(self._model, self._source, index, self._dtype, self._device)
+
+    def call(self, index: int, block: nn.Module, hidden: Hidden) -> Hidden:
+        """Output of a block on hidden states of any device, ``[batch, length, hidden]``."""
+        output = block(hidden.to(self._device), **self.block_kwargs[index])
+        self.extras = len(output) - 1 if isinstance(output, tuple) else None
+        result: Hidden = output if self.extras is None else output[0]
+        return result
+
+    @torch.no_grad()
+    def advance(
+        self,
+        index: int,
+        block: nn.Module,
+        inputs: ActivationStore,
+        outputs: ActivationStore,
+        *,
+        batch_size: int,
+        context: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        """Run all samples through a block.
+
+        Args:
+            index: of the block, for what it is called with.
+            block: it, or what takes its place.
+            inputs: before it.
+            outputs: behind it; may be the inputs, which are overwritten then.
+            batch_size: samples that run at once.
+            context: what every batch runs in.
+        """
+        for start in range(0, len(inputs), batch_size):
+            with context():
+                result = self.call(index, block, inputs.get(slice(start, start + batch_size)))
+            outputs.set(start, result.float())
 
 
 def run_block(block: nn.Module, hidden: Hidden, kwargs: dict[str, Any]) -> Hidden:
