@@ -108,6 +108,11 @@ class ModelSource:
         return self.tensors.read(name)
 
     @property
+    def gguf_size(self) -> int:
+        """Bytes of the GGUF file, which stays mapped; 0 where the source is none."""
+        return self.path.stat().st_size if self.kind == "gguf" else 0
+
+    @property
     def stored_as(self) -> tuple[str, float] | None:
         """A GGUF file's type and bits a value, as :attr:`GgufTensors.stored_as`; None in full precision."""
         return self.tensors.stored_as if isinstance(self.tensors, GgufTensors) else None

@@ -36,7 +36,7 @@ _TRAINED_COPIES = 5
 # Activations of one block that autograd keeps, in units of its hidden states and of its widest layer's outputs, the
 # adapter's among them; what the allocator holds beyond what is used. Fitted to runs of the default model.
 _HIDDEN_COPIES, _WIDE_COPIES, _ALLOCATED = 60, 16, 1.6
-_PROCESS = 560 << 20  # Python with torch and transformers
+_TRAINER = 80 << 20  # what transformers imports for its trainer
 
 
 class FinetuneCost(BaseModel):
@@ -278,7 +278,7 @@ def _cost(
     logits = LOGITS_MEMORY
     training = (parameters + scales) * _FLOAT * _TRAINED_COPIES
     training, activations = int(training * _ALLOCATED), int((kept + logits) * _ALLOCATED)
-    peak = _PROCESS + held + training + activations
+    peak = runtime.peak_memory() + runtime.LIBRARY_MEMORY + _TRAINER + held + training + activations
     cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=activations)
     return parameters + scales, cost
 

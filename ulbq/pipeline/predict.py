@@ -148,7 +148,7 @@ class _Run:
             batch_size=SaliencySettings.batch_size,
             activation_memory=self.limit,
         )
-        return predict_scoring(asked, self.model, self.found, self.precision)
+        return predict_scoring(asked, self.model, self.found, self.precision, gguf_size=self.gguf_size)
 
     def writing(self) -> int:
         """Bytes of the model that writes its own samples, loaded whole, and of the texts that it writes at once."""

@@ -169,7 +169,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
             found,
             model,
             precision,
-            gguf_size=source.path.stat().st_size if source.kind == "gguf" else 0,
+            gguf_size=source.gguf_size,
             blocks_stay=_blocks_stay(request, method.needs, start),
         ),
     )

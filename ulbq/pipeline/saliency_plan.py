@@ -147,7 +147,7 @@ def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
         activation_memory=request.activation_memory or 0,
     )
     layers = [linear for block in found.linears for linear in block]
-    peak_memory, disk, artifact = predict_scoring(request, model, found, precision)
+    peak_memory, disk, artifact = predict_scoring(request, model, found, precision, gguf_size=source.gguf_size)
     plan = SaliencyPlan(
         request=request,
         model=source.name,
@@ -188,9 +188,14 @@ def _complete(request: SaliencyRequest, samples: int, progress: Progress) -> Sal
 
 
 def predict_scoring(
-    request: SaliencyRequest, model: PreTrainedModel, found: ModelStructure, precision: Precision
+    request: SaliencyRequest,
+    model: PreTrainedModel,
+    found: ModelStructure,
+    precision: Precision,
+    *,
+    gguf_size: int = 0,
 ) -> tuple[int, int, int]:
-    """Peak memory, disk and artifact of a completed request, in bytes."""
+    """Peak memory, disk and artifact of a completed request, in bytes; ``gguf_size`` as of ``predict``."""
     config = model.config.get_text_config()
     hidden, length = config.hidden_size, request.sequence_length or 0
     layers = [linear for block in found.linears for linear in block]
@@ -200,7 +205,7 @@ def predict_scoring(
     weights = sum(p.numel() for p in model.parameters())
     started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
     copies = _BACKWARD_COPIES if backward else _FORWARD_COPIES
-    memory, disk = started + round(4 * copies * max(blocks)), artifact
+    memory, disk = started + gguf_size + round(4 * copies * max(blocks)), artifact
     if request.kind != "magnitude":
         sequence = length * hidden * 4
         activations = (request.samples or 0) * sequence * (found.n_blocks + 1 if backward else 1)

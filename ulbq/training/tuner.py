@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ulbq import distributed
+from ulbq import distributed, runtime
 from ulbq.artifacts.shards import LazyTensors, store_shard
 from ulbq.data.lessons import Lesson
 from ulbq.errors import NumericsError
@@ -317,6 +317,10 @@ class _Reporter(TrainerCallback):
             model = more["model"]
             self._watch.on_look(state.global_step)
             model.train()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        # Every step has another length: what it leaves free rarely fits the next one.
+        runtime.give_back_memory()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         self._watch.on_save(self._folder / f"checkpoint-{state.global_step}")
