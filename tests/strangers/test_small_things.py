@@ -9,8 +9,6 @@ from gguf import GGMLQuantizationType
 from tests.models.tiny import tiny_config, tiny_model
 from tests.models.tiny_gguf import write_tiny_gguf
 from tests.strangers.conftest import Ulbq, reseal
-from ulbq.commands import completion
-from ulbq.commands.app import app
 from ulbq.export.card import scores
 from ulbq.models.gguf import GgufTensors
 from ulbq.models.gguf_header import StoredTensor
@@ -48,16 +46,6 @@ def test_a_help_page_has_no_python_types(ulbq: Ulbq) -> None:
         page = ulbq(command, "--help").out
         assert "<list" not in page
         assert "<str>" not in page
-
-
-def test_fish_shows_an_options_words_beside_it_alone() -> None:
-    lines = completion.fish(app).splitlines()
-    offering = [line for line in lines if " -l " in line and " -a " in line]
-    assert offering
-    assert not [line for line in offering if " -d " in line]
-    described = [line for line in lines if "-l method " in line and " -d " in line]
-    assert described
-    assert all("db-llm" not in line for line in described)
 
 
 def test_reports_are_the_output(packed: Path, ulbq: Ulbq) -> None:
