@@ -42,7 +42,7 @@ run: $(BARE)  ## quantize the default model to 2 bits; show size, scores, speed 
 	$(BIN)/ulbq quantize $(QUANTIZE) </dev/null | $(BIN)/ulbq eval --prompt '$(subst ','\'',$(PROMPT))'
 
 test: lint docs  ## run every check and the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY)  ## run ruff and mypy
 	$(BIN)/ruff check .

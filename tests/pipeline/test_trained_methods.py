@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models.tiny import save_tiny
-from tests.pipeline.test_quantize import TOKENS, logits, request, samples, shards  # noqa: F401 - a fixture
+from tests.pipeline.runs import TOKENS, logits, request, shards
 from ulbq.artifacts.manifest import read_manifest
 from ulbq.artifacts.whole import verify
 from ulbq.errors import InputError, NumericsError, UsageError
@@ -30,14 +30,14 @@ from ulbq.training.stages import Stage
 
 
 @pytest.fixture
-def trained(samples: Path) -> dict[str, Any]:  # noqa: F811
+def trained(samples: Path) -> dict[str, Any]:
     """Options of a run of seconds."""
     size = {"samples": 8, "sequence_length": 32, "epochs": 2, "precision": "fp32"}
     return {"calibration": str(samples), "group_size": 32, **size}
 
 
 @pytest.fixture
-def scores(tiny_llama: Path, samples: Path, tmp_path: Path) -> Path:  # noqa: F811
+def scores(tiny_llama: Path, samples: Path, tmp_path: Path) -> Path:
     asked = SaliencyRequest(
         source=str(tiny_llama),
         out=tmp_path / "scores",

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from tests.artifacts.sample import quantized
 from tests.evaluation.sample import model_scores, results
-from tests.strangers.conftest import Ulbq, reseal
+from tests.strangers.conftest import reseal
+from tests.told import Ulbq
 from ulbq.artifacts import QuantizedManifest, SaliencyLayer, SaliencyManifest
 from ulbq.artifacts.records import FinetuneRecord
 from ulbq.evaluation.markup import element

@@ -8,7 +8,8 @@ from gguf import GGMLQuantizationType
 
 from tests.models.tiny import tiny_config, tiny_model
 from tests.models.tiny_gguf import write_tiny_gguf
-from tests.strangers.conftest import Ulbq, reseal
+from tests.strangers.conftest import reseal
+from tests.told import Ulbq
 from ulbq.export.card import scores
 from ulbq.models.gguf import GgufTensors
 from ulbq.models.gguf_header import StoredTensor
