@@ -89,8 +89,8 @@ def test_an_evaluation_is_shown_as_a_table_and_cards_say_on_how_much(packed: Pat
     assert "wikitext2 ↓" in told.out
     assert "models[0]" not in told.out
     found = scores(resolve(packed), [tmp_path])
-    assert "(2 windows of 64 tokens)" in found["perplexity, wikitext2"]
-    assert any("(2 documents)" in text for text in found.values())
+    assert "(2 windows of 64 tokens)" in found["perplexity, wikitext2"].shown
+    assert any("(2 documents)" in score.shown for score in found.values())
 
 
 def test_an_adapter_says_what_it_is_for_where_no_hub_is_asked(adapted: Path, ulbq: Ulbq, tmp_path: Path) -> None:
