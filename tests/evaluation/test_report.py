@@ -129,8 +129,15 @@ def test_errors_that_a_logarithmic_axis_cannot_show_are_left_out():
 
 
 def test_equal_errors_do_not_divide_by_zero():
-    assert figures.layer_figure(layers(0.1), (0.1, 0.1)) is not None
-    assert figures.block_figure({"good": blocks((1.0, 1.0))}, {"good": "s0"}) is not None
+    drawn = figures.layer_figure(layers(0.1), (0.1, 0.1))
+    assert drawn is not None
+    # Every layer is the worst: in the fullest colour, which is no opacity at all.
+    assert re.findall(r'<rect [^>]*class="heat"([^>]*)><title>[^<]*: 0\.1000</title>', drawn) == [""] * 6
+    one = figures.block_figure({"good": blocks((1.0, 1.0))}, {"good": "s0"})
+    assert one is not None
+    [height] = re.findall(r'<circle [^>]*cy="([\d.]+)"', one)
+    assert 0 < float(height) < 260
+    assert "nan" not in drawn + one
 
 
 def test_layers_outside_of_blocks_have_no_place_on_the_map():

@@ -110,9 +110,8 @@ def test_apiq_runs_by_block_and_by_layer(
     layers = manifest.layers[0].name.startswith("model.layers.0") and granularity == "layer"
     # Every group of layers has steps of its own: q, k, v; o; gate and up; down.
     assert all(block.steps == (32 if layers else 8) for block in manifest.blocks)
-    assert sum(block.end_error for block in manifest.blocks) < 1.05 * sum(
-        block.start_error for block in manifest.blocks
-    )
+    assert all(block.end_error <= block.start_error for block in manifest.blocks)
+    assert sum(block.end_error for block in manifest.blocks) < sum(block.start_error for block in manifest.blocks)
 
 
 def test_targets_that_no_layer_has_are_said(tiny_llama: Path, trained: dict[str, Any], tmp_path: Path) -> None:
@@ -139,7 +138,9 @@ def test_targets_name_the_layers_of_single_blocks(tiny_llama: Path, trained: dic
 
 def test_the_largest_seed_is_taken(tiny_llama: Path, trained: dict[str, Any], tmp_path: Path) -> None:
     trained["epochs"] = 1
-    quantize(request(tiny_llama, tmp_path / "q", method="apiq", rank=4, seed=MAX_SEED, **trained))
+    path, manifest = quantize(request(tiny_llama, tmp_path / "q", method="apiq", rank=4, seed=MAX_SEED, **trained))
+    assert manifest.seed == MAX_SEED
+    assert logits(path).isfinite().all()
 
 
 def test_an_adapter_that_float16_does_not_hold_is_said(
