@@ -2,14 +2,18 @@
 
 import math
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
 from tests.artifacts.sample import SCHEME, quantized
 from tests.evaluation.sample import continuation, model_scores, results
 from ulbq.artifacts import BitsReport, BlockRecord, LayerRecord
 from ulbq.evaluation import figures
+from ulbq.evaluation.page import render
 from ulbq.evaluation.report import report
 from ulbq.evaluation.results import WeightSize
 from ulbq.evaluation.svg import Scale, number
@@ -97,6 +101,16 @@ def test_needs_nothing_but_itself():
     manifest = quantized(layers=layers(), blocks=blocks((2, 1)))
     text = page_of(PARENT, GOOD, manifests={"good": manifest})
     assert not re.search(r"https?://|<script|<link|@import|url\(|src=", text)
+
+
+def test_templates_are_in_the_wheel():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert "evaluation/pages/*" in project["tool"]["setuptools"]["package-data"]["ulbq"]
+
+
+def test_a_value_that_a_template_lacks_is_an_error():
+    with pytest.raises(UndefinedError, match="'told' is undefined"):
+        render("report", title="t", created="now")
 
 
 def test_names_are_escaped():
