@@ -19,7 +19,7 @@ ifneq ($(wildcard ../shared/data),)
 export ULBQ_DATA_DIR ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help run test lint docs fuzz completions constraints clean
+.PHONY: help run test lint docs fuzz constraints clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,7 +42,7 @@ run: $(BARE)  ## quantize the default model to 2 bits; show size, scores, speed 
 	$(BIN)/ulbq quantize $(QUANTIZE) </dev/null | $(BIN)/ulbq eval --prompt '$(subst ','\'',$(PROMPT))'
 
 test: lint docs  ## run every check and the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY)  ## run ruff and mypy
 	$(BIN)/ruff check .
@@ -54,9 +54,6 @@ docs: $(READY)  ## build the documentation into site/; a broken link or referenc
 
 fuzz: $(READY)  ## kill, starve, spoil and mislead every command, some thousand times; writes docs/faults.md
 	$(BIN)/python -m pytest -m slow tests/campaign --table docs/faults.md
-
-completions: $(READY)  ## write the shell completions anew
-	$(BIN)/python -m ulbq.commands.completion completions
 
 constraints: $(READY)  ## write constraints.txt from what is installed
 	{ sed -n '/^#/p' constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^llm'; } > $(VENV)/frozen

@@ -81,7 +81,17 @@ CASES: dict[str, tuple[str, ...]] = {
     "wanda": ("saliency", "--kind", "wanda", *TEXT, *SMALL),
     "magnitude": ("saliency", "--kind", "magnitude"),
     "finetune": ("finetune", f"{MADE}rtn", "--task", "gsm8k", "--samples", "32"),
-    "finetune, end to end": ("finetune", f"{MADE}db-llm", "--task", "end-to-end", "--loss", "ce", *TEXT, *SMALL),
+    "finetune, end to end": (
+        "finetune",
+        f"{MADE}db-llm",
+        "--task",
+        "end-to-end",
+        "--loss",
+        "ce",
+        "--data",
+        "wikitext2",
+        *SMALL,
+    ),
 }
 
 

@@ -25,7 +25,7 @@ from ulbq.errors import DiskFullError, InputError, ResourceError, UlbqError, Usa
 from ulbq.printable import printable
 from ulbq.runtime import calm_threads
 
-from . import console
+from . import completion, console
 from .convert import convert
 from .eval import eval as evaluate
 from .finetune import finetune
@@ -48,7 +48,6 @@ app = typer.Typer(
     name="ulbq",
     help="Turn a causal language model into a 1- to 4-bit one, and show how good it is.",
     epilog="Commands chain: ulbq quantize --method db-llm | ulbq eval",
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -100,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     calm_threads()
+    if completion.ASKED in os.environ:
+        completion.answer(app)
     with steadied():
         return _run(list(sys.argv[1:] if arguments is None else arguments))
 

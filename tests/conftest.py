@@ -2,8 +2,9 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +20,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.models.tiny import save_tiny
+from tests.told import Told, Ulbq
+from ulbq.commands.app import main
 
 if TYPE_CHECKING:
     from ulbq.models.source import ModelSource
@@ -48,3 +51,18 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data mirror at {folder} (set ULBQ_DATA_DIR)")
     return folder
+
+
+@pytest.fixture
+def ulbq(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ulbq]:
+    """Run a command in this process; standard input is no pipe."""
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+
+        def run(*words: Any) -> Told:
+            capfd.readouterr()
+            code = main([str(word) for word in words])
+            out, err = capfd.readouterr()
+            return Told(code, out, err, tuple(map(str, words)))
+
+        yield run

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import together
-from tests.pipeline.test_quantize import logits
+from tests.pipeline.runs import logits
 from ulbq import distributed
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
 from ulbq.artifacts.whole import verify

@@ -116,7 +116,8 @@ def complaint(line: Line, monkeypatch: pytest.MonkeyPatch) -> str | None:
     group: Any = typer.main.get_command(app)
     name, *words = line.words
     if name.startswith("-"):
-        return None if name in ("--help", "--version") else f"no option {name}"
+        taken = group.get_params(typer.Context(group))
+        return None if any(name in option.opts for option in taken) else f"no option {name}"
     command = group.commands.get(name)
     if command is None:
         return None if _stands_in(name) and not line.whole else f"no command {name}"

@@ -81,6 +81,7 @@ class TestFinish:
         out.mkdir(parents=True)
         write_artifact(out)
         check_hashes(out)
+        assert tree(out).keys() == {*FILES, "manifest.json"}
 
     def test_follows_a_link_to_another_place(self, tmp_path: Path) -> None:
         (tmp_path / "disk").mkdir()
@@ -201,6 +202,8 @@ class TestAnotherRun:
             pass
         with ArtifactWriter(out, OTHERS) as writer:
             writer.finish(quantized())
+        assert read_manifest(out).fingerprint == OTHERS
+        assert os.listdir(out.parent) == [out.name]
 
     def test_that_gave_up_while_this_one_reached_for_the_lock(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         flock = fcntl.flock
@@ -323,8 +326,11 @@ class TestOccupiedOutput:
     def test_force_replaces_an_artifact_that_this_version_cannot_read(self, out: Path) -> None:
         write_artifact(out)
         edit(out, lambda data: data.update(schema_version=7), reseal=True)
+        with pytest.raises(InputError):
+            read_manifest(out)
         write_artifact(out, force=True)
         check_hashes(out)
+        assert read_manifest(out).fingerprint == "f" * 64
 
     def test_a_foreign_folder_named_like_a_partial_one_is_left_alone(self, out: Path) -> None:
         write_files(partial(out), {"notes.txt": b"mine"})

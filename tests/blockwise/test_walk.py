@@ -146,8 +146,22 @@ def test_gradients_flow_through_a_block(tiny_llama: Path, tmp_path: Path) -> Non
     source = resolve(tiny_llama)
     stream = open_stream(source, some_tokens(), tmp_path)
     block = load_block(skeleton(source), source, 0, torch.float32).requires_grad_(True)
-    run_block(block, stream.hidden.get([0, 3]), stream.block_kwargs[0]).square().mean().backward()
-    assert all(parameter.grad is not None for parameter in block.parameters())
+
+    def loss() -> torch.Tensor:
+        return run_block(block, stream.hidden.get([0, 3]), stream.block_kwargs[0]).square().mean()
+
+    loss().backward()
+    for name, parameter in block.named_parameters():
+        assert parameter.grad is not None, name
+        # Along the gradient, the loss rises by the gradient's length.
+        step, length = 1e-2, parameter.grad.norm()
+        with torch.no_grad():
+            parameter += step * parameter.grad / length
+            above = loss()
+            parameter -= 2 * step * parameter.grad / length
+            below = loss()
+            parameter += step * parameter.grad / length
+        assert ((above - below) / (2 * step)).item() == pytest.approx(length.item(), rel=2e-2), name
 
 
 @pytest.mark.parametrize(("token", "message"), [(256, "token 256.* 0 to 255"), (-7, "token -7")])

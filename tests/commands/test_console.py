@@ -13,7 +13,6 @@ import pytest
 from pydantic import BaseModel
 
 from ulbq.commands import console
-from ulbq.commands.progress import PlainProgress, QuietProgress
 
 WORK = """
 from pathlib import Path
@@ -52,9 +51,21 @@ def test_json_writes_the_manifest(capsys):
     assert json.loads(capsys.readouterr().out) == {"kind": "quantized", "seed": 0}
 
 
-@pytest.mark.parametrize(("quiet", "kind"), [(True, QuietProgress), (False, PlainProgress)])
-def test_progress_of_a_run_without_a_terminal(quiet, kind):
-    assert isinstance(console.session(quiet=quiet).progress, kind)
+@pytest.mark.parametrize("quiet", [True, False])
+def test_progress_of_a_run_without_a_terminal(quiet, capfd):
+    progress = console.session(quiet=quiet).progress
+    with progress.phase("blocks", 2) as phase:
+        phase.advance()
+        phase.advance()
+    progress.note("a note")
+    progress.warn("careful")
+    shown = capfd.readouterr().err.splitlines()
+    assert shown[-1] == "warning: careful"
+    if quiet:
+        assert len(shown) == 1
+    else:
+        assert shown[0].startswith("blocks: ")
+        assert "a note" in shown
 
 
 def test_no_escape_codes_without_a_terminal(capfd):

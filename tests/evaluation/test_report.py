@@ -2,14 +2,18 @@
 
 import math
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
 from tests.artifacts.sample import SCHEME, quantized
 from tests.evaluation.sample import continuation, model_scores, results
 from ulbq.artifacts import BitsReport, BlockRecord, LayerRecord
 from ulbq.evaluation import figures
+from ulbq.evaluation.page import render
 from ulbq.evaluation.report import report
 from ulbq.evaluation.results import WeightSize
 from ulbq.evaluation.svg import Scale, number
@@ -99,6 +103,16 @@ def test_needs_nothing_but_itself():
     assert not re.search(r"https?://|<script|<link|@import|url\(|src=", text)
 
 
+def test_templates_are_in_the_wheel():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert "evaluation/pages/*" in project["tool"]["setuptools"]["package-data"]["ulbq"]
+
+
+def test_a_value_that_a_template_lacks_is_an_error():
+    with pytest.raises(UndefinedError, match="'told' is undefined"):
+        render("report", title="t", created="now")
+
+
 def test_names_are_escaped():
     name = "<b>bold</b> & 'co'"
     page = page_of(PARENT, model_scores(name, parent="full", perplexity=3), manifests={name: quantized()})
@@ -129,8 +143,15 @@ def test_errors_that_a_logarithmic_axis_cannot_show_are_left_out():
 
 
 def test_equal_errors_do_not_divide_by_zero():
-    assert figures.layer_figure(layers(0.1), (0.1, 0.1)) is not None
-    assert figures.block_figure({"good": blocks((1.0, 1.0))}, {"good": "s0"}) is not None
+    drawn = figures.layer_figure(layers(0.1), (0.1, 0.1))
+    assert drawn is not None
+    # Every layer is the worst: in the fullest colour, which is no opacity at all.
+    assert re.findall(r'<rect [^>]*class="heat"([^>]*)><title>[^<]*: 0\.1000</title>', drawn) == [""] * 6
+    one = figures.block_figure({"good": blocks((1.0, 1.0))}, {"good": "s0"})
+    assert one is not None
+    [height] = re.findall(r'<circle [^>]*cy="([\d.]+)"', one)
+    assert 0 < float(height) < 260
+    assert "nan" not in drawn + one
 
 
 def test_layers_outside_of_blocks_have_no_place_on_the_map():

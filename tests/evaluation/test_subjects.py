@@ -1,15 +1,14 @@
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.artifacts.sample import edit
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import QuantizedManifest
 from ulbq.artifacts.records import FinetuneRecord
 from ulbq.errors import InputError
-from ulbq.evaluation import subjects
-from ulbq.evaluation.subjects import Candidate, open_candidates
+from ulbq.evaluation.subjects import open_candidates
 from ulbq.pipeline.convert import ConvertRequest, convert
 from ulbq.pipeline.quantize import QuantizeRequest, quantize
 from ulbq.progress import Silent
@@ -100,14 +99,12 @@ def test_a_named_parent_must_exist(folder):
         open_candidates(["q"], parent="./nowhere")
 
 
-def test_a_fine_tuned_model_is_asked_as_it_was_taught(folder, monkeypatch):
-    q, dense = open_candidates(["q", "dense"])
-    assert q.template == "alpaca"
-    manifest = q.source.manifest
-    assert isinstance(manifest, QuantizedManifest)
-    taught = FinetuneRecord(
+@pytest.mark.parametrize(("taught", "asked"), [("gsm8k", "gsm8k"), ("chat", "chat"), (None, "alpaca")])
+def test_a_fine_tuned_model_is_asked_as_it_was_taught(folder, taught, asked):
+    assert [one.template for one in open_candidates(["q", "dense"])] == ["alpaca", "alpaca"]
+    record = FinetuneRecord(
         task="gsm8k",
-        template="gsm8k",
+        template=taught,
         data={},
         train="adapter",
         start="fresh",
@@ -120,15 +117,9 @@ def test_a_fine_tuned_model_is_asked_as_it_was_taught(folder, monkeypatch):
         evaluations=(),
         seconds=1.0,
     )
-
-    def with_record(record: FinetuneRecord) -> Candidate:
-        return replace(q, source=replace(q.source, manifest=manifest.model_copy(update={"finetune": record})))
-
-    assert with_record(taught).template == "gsm8k"
-    assert with_record(taught.model_copy(update={"template": None})).template == "alpaca"
-    assert dense.template == "alpaca"
-    monkeypatch.setattr(subjects, "resolve_parent", lambda child, parent, offline: with_record(taught).source)
-    assert dense.template == "gsm8k"
+    edit(Path("q"), lambda data: data.update(finetune=record.model_dump(mode="json")), reseal=True)
+    convert(ConvertRequest(source="q", out=Path("tuned")))
+    assert [one.template for one in open_candidates(["q", "tuned"])] == [asked, asked]
 
 
 def test_a_converted_model_whose_artifact_is_gone_is_asked_as_any_other(folder):

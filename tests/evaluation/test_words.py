@@ -1,10 +1,16 @@
-"""What models wrote, as lines and as a section of the page."""
+"""What models wrote, and the section of the page that shows it."""
 
 from tests.evaluation.sample import continuation, model_scores, results
-from ulbq.evaluation.words import by_prompt, silence, words_section
+from ulbq.evaluation.report import report
+from ulbq.evaluation.results import ModelScores
+from ulbq.evaluation.words import by_prompt, silence
 
 FULL = model_scores("full", continuations=[continuation("Once", " upon a time"), continuation("Two", " three")])
 SMALL = model_scores("small", parent="full", continuations=[continuation("Once", " more\nand <more>")])
+
+
+def page_of(*models: ModelScores) -> str:
+    return report("t", results(*models), {}, created="now")
 
 
 def test_texts_stand_together_by_prompt():
@@ -13,7 +19,7 @@ def test_texts_stand_together_by_prompt():
 
 
 def test_the_section_shows_texts_as_text():
-    page = words_section(results(FULL, SMALL))
+    page = page_of(FULL, SMALL)
     assert "<h2>In their own words</h2>" in page
     assert page.count("<dd>") == 3
     assert "<dd>more\nand &lt;more&gt;</dd>" in page
@@ -28,10 +34,10 @@ def test_a_text_of_nothing_is_told():
         "(blanks alone)",
         "(nothing: the model ended its text at once)",
     ]
-    page = words_section(results(model_scores("silent", continuations=[at_once])))
+    page = page_of(model_scores("silent", continuations=[at_once]))
     assert '<dd class="nothing">(nothing: the model ended its text at once)</dd>' in page
     assert "1 token · " in page
 
 
 def test_no_section_without_a_text():
-    assert words_section(results(model_scores("one", perplexity=3))) == ""
+    assert "In their own words" not in page_of(model_scores("one", perplexity=3))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.models.test_load import write_quantized
+from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
 from ulbq import formats
 from ulbq.errors import InputError

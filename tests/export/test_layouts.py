@@ -4,7 +4,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, dequantize
 
-from tests.models.test_load import pack_some
+from tests.models.stored import pack_some
 from ulbq import formats
 from ulbq.export import compressed_tensors, gguf_blocks, gptq
 from ulbq.formats import AffineScheme, DualBinaryScheme, affine

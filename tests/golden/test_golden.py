@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.evaluation.sample import write_mirror
 from tests.golden.make import COMMANDS, TOKENS
-from tests.strangers.conftest import Ulbq
+from tests.told import Ulbq
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 

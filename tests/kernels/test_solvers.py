@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.solvers.test_hessian import moments
+from tests.solvers.moments import moments
 from ulbq.errors import NumericsError
 from ulbq.formats.affine import AffineScheme
 from ulbq.kernels import build, solvers

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models.test_load import random_adapters
+from tests.models.stored import random_adapters
 from ulbq.errors import InputError, NumericsError
 from ulbq.models.adapter_files import read_adapter, write_adapter
 from ulbq.nn.adapter import Adapter, AdapterConfig

@@ -1,5 +1,6 @@
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -87,9 +88,13 @@ def test_model_without_linear_layers_is_refused() -> None:
 
 
 class TestGroupSize:
-    @pytest.mark.parametrize("size", [-1, 1, 16, 32, 64])
-    def test_divisor_passes(self, size: int) -> None:
-        check_group_size(structure(empty_model(tiny_config("llama"))), size)
+    @pytest.mark.parametrize(
+        ("size", "divides"), [(-1, True), (1, True), (16, True), (32, True), (64, True), (3, False), (48, False)]
+    )
+    def test_divisors_alone_pass(self, size: int, divides: bool) -> None:
+        refusal = pytest.raises(InputError, match=f"{size} does not divide the 64 inputs")
+        with nullcontext() if divides else refusal:
+            check_group_size(structure(empty_model(tiny_config("llama"))), size)
 
     def test_other_names_the_layer_and_the_choices(self) -> None:
         found = structure(empty_model(tiny_config("llama", hidden_size=192, intermediate_size=320)))

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import ulbq.models.hf
-from tests.models.test_load import write_manifest_over, write_quantized
-from tests.models.test_load_adapter import simulated
+from tests.models.adapted import simulated
+from tests.models.stored import write_manifest_over, write_quantized
 from tests.models.tiny import save_tiny
-from tests.pipeline.test_quantize import request
+from tests.pipeline.runs import request
 from ulbq.artifacts.manifest import MANIFEST_NAME, read_manifest
 from ulbq.errors import InputError, UsageError
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme

@@ -9,17 +9,17 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from tests.models.test_load import write_quantized, write_random_adapter
+from tests.models.adapted import TOKENS, simulated
+from tests.models.stored import write_quantized, write_random_adapter
 from tests.models.tiny import save_tiny
 from tests.strangers.conftest import reseal
 from ulbq.errors import InputError
 from ulbq.formats import AffineScheme, DualBinaryScheme
-from ulbq.models.adapter_files import ADAPTER_FOLDER, load_adapters
+from ulbq.models.adapter_files import ADAPTER_FOLDER
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
-from ulbq.nn.adapter import AdaptedLinear, AdapterConfig
+from ulbq.nn.adapter import AdapterConfig
 
-TOKENS = torch.arange(64).view(2, 32)
 AFFINE = AffineScheme(bits=3, group_size=32)
 ROWS = AffineScheme(bits=2, group_size=-1, symmetric=True)
 DUAL = DualBinaryScheme(group_size=16)
@@ -30,15 +30,6 @@ CONFIG = AdapterConfig(rank=4, alpha=6)
 def parent(tmp_path: Path) -> ModelSource:
     """Has biases, which a packed layer keeps dense, and a tied head."""
     return resolve(save_tiny("qwen2", tmp_path / "parent", tied=True))
-
-
-def simulated(source: ModelSource) -> torch.Tensor:
-    """Logits of the packed base under our own adapters."""
-    model = load_model(source, dtype=torch.float32, adapter=False)
-    for name, adapter in load_adapters(model, source.path / ADAPTER_FOLDER).items():
-        model.set_submodule(name, AdaptedLinear(model.get_submodule(name), adapter))
-    with torch.no_grad():
-        return model(TOKENS).logits
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

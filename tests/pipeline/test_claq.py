@@ -8,14 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.tiny import FAMILIES, save_tiny
-from tests.pipeline.test_quantize import (  # noqa: F401 - a fixture
-    _StopAt,
-    logits,
-    request,
-    samples,
-    shards,
-    simulated_logits,
-)
+from tests.pipeline.runs import StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.whole import verify
 from ulbq.errors import UsageError
@@ -26,7 +19,7 @@ from ulbq.progress import Silent
 from ulbq.saliency import Saliency
 
 
-def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:  # noqa: F811
+def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:
     size = {"samples": 8, "sequence_length": 32, "precision": "fp32"}
     return request(source, out, **{"method": "claq", "calibration": str(samples), **size, **changes})
 
@@ -46,7 +39,7 @@ def mean_widths(manifest: QuantizedManifest) -> list[float]:
 @pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "deepseek"])
 def test_families_are_packed_and_reload_to_the_simulated_model(
     family: str,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     dense = save_tiny(family, tmp_path / family)
@@ -71,7 +64,7 @@ def test_families_are_packed_and_reload_to_the_simulated_model(
 def test_a_budget_is_spent_and_pays(
     changes: dict[str, Any],
     tiny_llama: Path,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     tokens = load_file(samples)["tokens"][:8].long()
@@ -86,14 +79,14 @@ def test_a_budget_is_spent_and_pays(
     assert min(widths) < max(widths)
 
 
-def test_outliers_alone(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_outliers_alone(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     _, narrow = quantize(asked(tiny_llama, tmp_path / "plain", samples))
     _, manifest = quantize(asked(tiny_llama, tmp_path / "q", samples, outlier_bits=0.3, allocation="outlier"))
     assert max(mean_widths(manifest)) < 2.1  # what the outliers left over
     assert 0.2 < manifest.bits.bits_per_weight - narrow.bits.bits_per_weight <= 0.3
 
 
-def test_the_global_budget_follows_the_scores(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_global_budget_follows_the_scores(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     """Scores a hundred times as high in the layers of one block widen that block's columns."""
     options = {"target_bits": 4.3, "allocation": "global", "saliency": "fisher"}
     _, plain = quantize(asked(tiny_llama, tmp_path / "plain", samples, **options))
@@ -110,7 +103,7 @@ def test_the_global_budget_follows_the_scores(tiny_llama: Path, samples: Path, t
     assert sum(after[:7]) < sum(before[:7])
 
 
-def test_as_published_is_nominal(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_as_published_is_nominal(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     _, manifest = quantize(
         asked(tiny_llama, tmp_path / "q", samples, as_published=True, target_bits=2.32, outlier_bits=0.12)
     )
@@ -122,7 +115,7 @@ def test_as_published_is_nominal(tiny_llama: Path, samples: Path, tmp_path: Path
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     tiny_llama: Path,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     options = {"target_bits": 4.3, "allocation": "global", "saliency": "fisher", "epochs": 1}
@@ -130,7 +123,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
         # After the first line, the scores of two blocks, the decisions and the first block.
-        quantize(asked(tiny_llama, out, samples, **options), _StopAt(out, 4))
+        quantize(asked(tiny_llama, out, samples, **options), StopAt(out, 4))
 
     def again(*args: Any) -> Any:
         raise AssertionError("the decisions are on disk")
@@ -145,7 +138,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 def test_training_lowers_the_errors_and_leaves_the_bits(
     train_weights: bool,
     tiny_llama: Path,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     start, before = quantize(asked(tiny_llama, tmp_path / "start", samples, outlier_bits=0.1))
@@ -163,7 +156,7 @@ def test_training_lowers_the_errors_and_leaves_the_bits(
     assert any(block.end_error < block.start_error for block in further.blocks)
 
 
-def test_codes_move_only_where_weights_train(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_codes_move_only_where_weights_train(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     start, _ = quantize(asked(tiny_llama, tmp_path / "start", samples))
     codes = {}
     for train in (False, True):
@@ -174,7 +167,7 @@ def test_codes_move_only_where_weights_train(tiny_llama: Path, samples: Path, tm
     assert not torch.equal(codes[True], before)
 
 
-def test_a_whole_model_trains_end_to_end(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_whole_model_trains_end_to_end(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     options = {"target_bits": 4.3, "end_to_end": "kl", "end_to_end_rate": 0.3}
     path, manifest = quantize(asked(tiny_llama, tmp_path / "q", samples, **options))
     assert manifest.end_to_end is not None
@@ -183,7 +176,7 @@ def test_a_whole_model_trains_end_to_end(tiny_llama: Path, samples: Path, tmp_pa
     verify(path)
 
 
-def test_few_tokens_are_said_aloud(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_few_tokens_are_said_aloud(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     told: list[str] = []
 
     class Listening(Silent):
@@ -196,7 +189,7 @@ def test_few_tokens_are_said_aloud(tiny_llama: Path, samples: Path, tmp_path: Pa
     assert any("too few" in message for message in told)
 
 
-def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None:
     dense = save_tiny("llama", tmp_path / "dense", num_hidden_layers=1)
     variants: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -243,21 +236,21 @@ def test_what_does_not_go_together_is_refused(
     changes: dict[str, Any],
     words: str,
     tiny_llama: Path,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     with pytest.raises(UsageError, match=words):
         plan(asked(tiny_llama, tmp_path / "q", samples, **changes))
 
 
-def test_what_an_artifact_has_already_is_not_asked_for(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_an_artifact_has_already_is_not_asked_for(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     start, _ = quantize(asked(tiny_llama, tmp_path / "start", samples))
     for changes in ({"target_bits": 4.3}, {"outlier_bits": 0.1}, {"refit": False}, {"damping": 0.1}):
         with pytest.raises(UsageError, match="means nothing to an artifact"):
             plan(asked(start, tmp_path / "q", samples, **changes))
 
 
-def test_the_plan_tells_the_target(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_plan_tells_the_target(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     found = plan(asked(tiny_llama, tmp_path / "q", samples, target_bits=4.3))
     assert found.bits_per_weight == pytest.approx(4.3)
     assert found.request.epochs == 0
@@ -270,6 +263,6 @@ def test_the_plan_tells_the_target(tiny_llama: Path, samples: Path, tmp_path: Pa
     assert beside.bits_per_weight == pytest.approx(narrow.bits_per_weight + 0.2)
 
 
-def test_as_published_alone_is_plain_squares_and_no_common_fit(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_as_published_alone_is_plain_squares_and_no_common_fit(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     request = plan(asked(tiny_llama, tmp_path / "q", samples, as_published=True)).request
     assert (request.token_weighting, request.refit, request.allocation) == ("uniform", False, None)

@@ -8,20 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.tiny import save_tiny
-from tests.pipeline.test_quantize import (  # noqa: F401 - a fixture
-    _StopAt,
-    logits,
-    request,
-    samples,
-    shards,
-    simulated_logits,
-)
+from tests.pipeline.runs import StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts.whole import verify
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.request import QuantizeRequest
 
 
-def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:  # noqa: F811
+def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:
     size = {"samples": 8, "sequence_length": 32, "precision": "fp32", "group_size": 32, "bits": 3}
     return request(source, out, **{"method": "gptq", "calibration": str(samples), **size, **changes})
 
@@ -29,7 +22,7 @@ def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeReq
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "mixtral", "deepseek"])
 def test_families_are_packed_and_reload_to_the_simulated_model(
     family: str,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     dense = save_tiny(family, tmp_path / family, num_hidden_layers=2)
@@ -43,7 +36,7 @@ def test_families_are_packed_and_reload_to_the_simulated_model(
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_it_comes_closer_than_rounding(bits: int, tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_it_comes_closer_than_rounding(bits: int, tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     tokens = load_file(samples)["tokens"][:8].long()
     exact = logits(tiny_llama, tokens)
     path, _ = quantize(asked(tiny_llama, tmp_path / "q", samples, bits=bits))
@@ -53,20 +46,20 @@ def test_it_comes_closer_than_rounding(bits: int, tiny_llama: Path, samples: Pat
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     tiny_llama: Path,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     straight, _ = quantize(asked(tiny_llama, tmp_path / "straight", samples))
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        quantize(asked(tiny_llama, out, samples), _StopAt(out, 1))
+        quantize(asked(tiny_llama, out, samples), StopAt(out, 1))
     resumed, _ = quantize(asked(tiny_llama, out, samples))
     assert shards(resumed) == shards(straight)
     disk, _ = quantize(asked(tiny_llama, tmp_path / "disk", samples, activation_memory=0))
     assert shards(disk) == shards(straight)
 
 
-def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None:
     dense = save_tiny("llama", tmp_path / "dense", num_hidden_layers=1)
     variants: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -84,7 +77,7 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
     assert len(set(made.values())) == len(variants)
 
 
-def test_the_plan_counts_the_second_moments(samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_plan_counts_the_second_moments(samples: Path, tmp_path: Path) -> None:
     wide = save_tiny("llama", tmp_path / "wide", intermediate_size=2048, num_hidden_layers=1)
 
     def peak(**changes: Any) -> int:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.models.test_load import write_quantized, write_random_adapter
+from tests.models.stored import write_quantized, write_random_adapter
 from tests.models.tiny import save_tiny
 from tests.strangers.conftest import reseal
 from ulbq.artifacts import read_manifest, verify

@@ -11,7 +11,7 @@ import torch
 import yaml
 from gguf import GGUFReader
 
-from tests.models.test_load import write_quantized
+from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import ConvertedManifest, QuantizedManifest, read_manifest, verify
 from ulbq.artifacts.shards import LazyTensors

@@ -8,14 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.tiny import save_tiny
-from tests.pipeline.test_quantize import (  # noqa: F401 - a fixture
-    _StopAt,
-    logits,
-    request,
-    samples,
-    shards,
-    simulated_logits,
-)
+from tests.pipeline.runs import StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts.whole import verify
 from ulbq.errors import UsageError
 from ulbq.formats import affine
@@ -27,7 +20,7 @@ SCHEME = AffineScheme(bits=2, group_size=32)
 LAYER = "model.layers.0.mlp.up_proj"
 
 
-def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:  # noqa: F811
+def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:
     size = {"samples": 8, "sequence_length": 32, "precision": "fp32", "group_size": 32, "epochs": 2, "batch_size": 2}
     return request(source, out, **{"method": "efficientqat", "calibration": str(samples), **size, **changes})
 
@@ -46,7 +39,7 @@ def test_a_block_learns_from_every_start(
     start: str,
     train: str,
     tiny_llama: Path,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     path, manifest = quantize(asked(tiny_llama, tmp_path / "q", samples, start=start, train=train))
@@ -58,7 +51,7 @@ def test_a_block_learns_from_every_start(
     assert manifest.bits.bits_per_weight == pytest.approx(2 + (16 + 2) / 32)
 
 
-def test_what_does_not_train_stays(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_does_not_train_stays(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     made = {
         train: unpacked(quantize(asked(tiny_llama, tmp_path / train, samples, train=train))[0])
         for train in ("weights", "all", "grid")
@@ -71,14 +64,14 @@ def test_what_does_not_train_stays(tiny_llama: Path, samples: Path, tmp_path: Pa
     assert not torch.equal(made["grid"][1], scales)
 
 
-def test_a_start_from_gptq_is_gptq(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_start_from_gptq_is_gptq(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     untrained, _ = quantize(asked(tiny_llama, tmp_path / "q", samples, start="gptq", epochs=0))
     size = {"method": "gptq", "start": None, "epochs": None, "batch_size": None, "bits": 2}
     solved, _ = quantize(asked(tiny_llama, tmp_path / "g", samples, **size))
     assert shards(untrained) == shards(solved)
 
 
-def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None:
     dense = save_tiny("llama", tmp_path / "dense", num_hidden_layers=1)
     variants: dict[str, dict[str, Any]] = {
         "all": {},
@@ -100,7 +93,7 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
     assert len(set(made.values())) == len(variants)
 
 
-def test_a_micro_batch_is_a_matter_of_memory_alone(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_micro_batch_is_a_matter_of_memory_alone(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     whole, parted = (
         quantize(asked(tiny_llama, tmp_path / str(micro), samples, batch_size=4, micro_batch=micro))[0]
         for micro in (None, 1)
@@ -109,7 +102,7 @@ def test_a_micro_batch_is_a_matter_of_memory_alone(tiny_llama: Path, samples: Pa
     assert (unpacked(parted)[0] != unpacked(whole)[0]).float().mean() < 0.01
 
 
-def test_blocks_first_then_all_scales(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_blocks_first_then_all_scales(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     path, manifest = quantize(asked(tiny_llama, tmp_path / "q", samples, end_to_end="ce", end_to_end_epochs=2))
     before, _ = quantize(asked(tiny_llama, tmp_path / "b", samples))
     assert manifest.end_to_end is not None
@@ -121,18 +114,18 @@ def test_blocks_first_then_all_scales(tiny_llama: Path, samples: Path, tmp_path:
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     tiny_llama: Path,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     straight, _ = quantize(asked(tiny_llama, tmp_path / "straight", samples, start="gptq"))
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        quantize(asked(tiny_llama, out, samples, start="gptq"), _StopAt(out, 1))
+        quantize(asked(tiny_llama, out, samples, start="gptq"), StopAt(out, 1))
     resumed, _ = quantize(asked(tiny_llama, out, samples, start="gptq"))
     assert shards(resumed) == shards(straight)
 
 
-def test_an_artifact_has_its_start_already(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_artifact_has_its_start_already(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     start, before = quantize(asked(tiny_llama, tmp_path / "start", samples))
     with pytest.raises(UsageError, match="--start means nothing to an artifact"):
         plan(asked(start, tmp_path / "q", samples, start="gptq"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.evaluation.sample import write_mirror
-from tests.models.test_load import write_quantized
+from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import BitsReport, EvaluationManifest
 from ulbq.data.registry import texts

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.evaluation.sample import write_mirror
-from tests.models.test_load import write_quantized
+from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny, tiny_config, tiny_model
 from tests.models.tiny_gguf import write_tiny_gguf
 from ulbq.artifacts import EvaluationManifest

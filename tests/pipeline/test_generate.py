@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.models.test_load import write_quantized
+from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.formats import AffineScheme

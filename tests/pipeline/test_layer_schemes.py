@@ -13,14 +13,7 @@ from torch import nn
 
 from tests.models.tiny import save_tiny
 from tests.pipeline.columns import ByColumns
-from tests.pipeline.test_quantize import (
-    TOKENS,
-    _StopAt,
-    logits,
-    request,
-    shards,
-    simulated_logits,
-)
+from tests.pipeline.runs import TOKENS, StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
 from ulbq.formats import CodebookScheme
 from ulbq.methods import METHODS
@@ -106,7 +99,7 @@ def test_an_interrupted_run_knows_the_schemes_of_the_finished_blocks(
     out = tmp_path / "stopped"
     asked = request(dense, out, **options)
     with pytest.raises(KeyboardInterrupt):
-        quantize(asked, _StopAt(out, 1))
+        quantize(asked, StopAt(out, 1))
     resumed, again = quantize(asked)
     assert shards(resumed) == shards(path)
     assert again.layers == manifest.layers

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.test_quantize import request, samples  # noqa: F401 - a fixture
+from tests.pipeline.runs import request
 from ulbq.errors import InputError
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.saliency import KINDS, SaliencyKind
@@ -14,7 +14,7 @@ ADAPTED = {"method": "db-llm", "adapter": True, "rank": 2, "alpha": 4}
 
 
 @pytest.fixture
-def size(samples: Path) -> dict[str, Any]:  # noqa: F811
+def size(samples: Path) -> dict[str, Any]:
     amount = {"samples": 2, "sequence_length": 16, "epochs": 0, "precision": "fp32"}
     return {"calibration": str(samples), "group_size": 32, **amount}
 

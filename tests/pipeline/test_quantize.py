@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.models.tiny import FAMILIES, save_tiny
-from ulbq import formats
+from tests.pipeline.runs import StopAt, db_llm, logits, request, shards, simulated_logits
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.whole import verify
 from ulbq.errors import InputError, NumericsError, UsageError
@@ -20,53 +20,7 @@ from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantize import plan, quantize
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
-
-TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture
-def samples(tmp_path: Path) -> Path:
-    """Token samples in a file, so that no data set is needed."""
-    path = tmp_path / "tokens.safetensors"
-    tokens = torch.randint(3, 250, (12, 32), generator=torch.Generator().manual_seed(7))
-    save_file({"tokens": tokens.int()}, path)
-    return path
-
-
-def request(source: Path, out: Path, **changes: Any) -> QuantizeRequest:
-    return QuantizeRequest(source=str(source), out=out, device="cpu", offline=True, **changes)
-
-
-def db_llm(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:
-    size = {"group_size": 32, "samples": 8, "sequence_length": 32, "epochs": 2, "precision": "fp32"}
-    return request(source, out, **{"method": "db-llm", "calibration": str(samples), **size, **changes})
-
-
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
-
-
-def logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = load_model(resolve(folder), dtype=torch.float32)(tokens).logits
-        return result
-
-
-def simulated_logits(dense: Path, packed: Path) -> torch.Tensor:
-    """Logits of the full-precision model with the artifact's dequantized weights and norms put in."""
-    source, model = resolve(packed), load_model(resolve(dense), dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            linear = name.removesuffix(".weight")
-            if linear in source.packed:
-                tensors = source.read_packed(linear)
-                parameter.copy_(formats.dequantize(source.packed[linear], tensors, parameter.shape[1]))
-            else:
-                parameter.copy_(source.read(name))
-        result: torch.Tensor = model(TOKENS).logits
-        return result
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -213,30 +167,6 @@ def test_the_trained_norms_are_stored(tiny_llama: Path, samples: Path, tmp_path:
     torch.testing.assert_close(resolve(frozen).read(name).float(), original, atol=2**-8, rtol=2**-8)
 
 
-class _StopAt(Silent):
-    """Interrupts the run when the journal has so many blocks."""
-
-    def __init__(self, folder: Path, blocks: int) -> None:
-        self._journal = folder.with_name(folder.name + ".partial") / ".journal.jsonl"
-        self._blocks = blocks
-
-    def phase(self, name: str, total: int | None = None, *, rounds: int | None = None) -> Any:
-        outer = self
-
-        class Phase:
-            def __enter__(self) -> Any:
-                return self
-
-            def __exit__(self, *error: object) -> None:
-                return None
-
-            def advance(self, steps: int = 1, detail: str = "") -> None:
-                if outer._journal.exists() and outer._journal.read_text().count("\n") > outer._blocks:
-                    raise KeyboardInterrupt
-
-        return Phase()
-
-
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     blocks: int, tiny_llama: Path, samples: Path, tmp_path: Path
@@ -244,7 +174,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     straight, _ = quantize(db_llm(tiny_llama, tmp_path / "straight", samples))
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        quantize(db_llm(tiny_llama, out, samples), _StopAt(out, blocks))
+        quantize(db_llm(tiny_llama, out, samples), StopAt(out, blocks))
     assert not out.exists()
     partial = out.with_name("stopped.partial")
     done = {path.name: path.stat().st_mtime_ns for path in partial.glob("model-block-*")}
@@ -259,7 +189,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 def test_the_device_by_another_name_is_no_other_run(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     out = tmp_path / "q"
     with pytest.raises(KeyboardInterrupt):
-        quantize(db_llm(tiny_llama, out, samples), _StopAt(out, 1))
+        quantize(db_llm(tiny_llama, out, samples), StopAt(out, 1))
     assert quantize(db_llm(tiny_llama, out, samples).model_copy(update={"device": "cpu:0"}))[0] == out
     assert not out.with_name("q.partial").exists()
 
@@ -267,7 +197,7 @@ def test_the_device_by_another_name_is_no_other_run(tiny_llama: Path, samples: P
 def test_an_interrupted_run_with_other_settings_is_refused(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     out = tmp_path / "q"
     with pytest.raises(KeyboardInterrupt):
-        quantize(db_llm(tiny_llama, out, samples), _StopAt(out, 1))
+        quantize(db_llm(tiny_llama, out, samples), StopAt(out, 1))
     for changed in ({"epochs": 3}, {"seed": 1}, {"group_size": 16}, {"token_weighting": "uniform"}):
         with pytest.raises(InputError):
             quantize(db_llm(tiny_llama, out, samples, **changed))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.models.tiny import save_tiny
-from tests.pipeline.test_quantize import request, samples  # noqa: F401 - a fixture
+from tests.pipeline.runs import request
 from ulbq.models.source import ModelSource, resolve
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.saliency import saliency
@@ -48,7 +48,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_weight_is_read_once(case: str, reads: Counter[str], samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_each_weight_is_read_once(case: str, reads: Counter[str], samples: Path, tmp_path: Path) -> None:
     options, times = CASES[case]
     given = {} if options["method"] == "rtn" else {**DRAWN, "calibration": str(samples)}
     quantize(request(tmp_path / "dense", tmp_path / "q", **{"group_size": 32, **given, **options}))
@@ -61,7 +61,7 @@ def test_scoring_reads_each_weight_once_a_pass(
     kind: Any,
     times: int,
     reads: Counter[str],
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     given: dict[str, Any] = {} if kind == "magnitude" else {**DRAWN, "calibration": str(samples)}

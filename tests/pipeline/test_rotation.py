@@ -9,15 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.models.tiny import save_tiny
-from tests.pipeline.test_quantize import (  # noqa: F401 - a fixture
-    TOKENS,
-    _StopAt,
-    db_llm,
-    logits,
-    request,
-    samples,
-    shards,
-)
+from tests.pipeline.runs import TOKENS, StopAt, db_llm, logits, request, shards
 from ulbq import formats
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
 from ulbq.errors import InputError
@@ -97,7 +89,7 @@ def test_an_unrotated_run_says_so(tiny_llama: Path, tmp_path: Path) -> None:
 def test_streams_scores_and_teacher_are_the_rotated_models(
     options: dict[str, Any],
     tiny_llama: Path,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     options = {"epochs": None, **options}
@@ -111,13 +103,13 @@ def test_streams_scores_and_teacher_are_the_rotated_models(
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     tiny_llama: Path,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     straight, _ = quantize(db_llm(tiny_llama, tmp_path / "straight", samples, rotate=True))
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        quantize(db_llm(tiny_llama, out, samples, rotate=True), _StopAt(out, 1))
+        quantize(db_llm(tiny_llama, out, samples, rotate=True), StopAt(out, 1))
     for changed in ({}, {"rotate": True, "seed": 1}):
         with pytest.raises(InputError):
             quantize(db_llm(tiny_llama, out, samples, **changed))
@@ -127,7 +119,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 def test_going_on_from_a_rotated_artifact_keeps_its_rotation(
     tiny_llama: Path,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     first, made = quantize(db_llm(tiny_llama, tmp_path / "first", samples, rotate=True, seed=3, epochs=1))
@@ -144,7 +136,7 @@ def test_going_on_from_a_rotated_artifact_keeps_its_rotation(
     assert (logits(further) - exact).norm() < 1.2 * (logits(first) - exact).norm()
 
 
-def test_an_artifacts_rotation_cannot_be_changed(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_artifacts_rotation_cannot_be_changed(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     for made, asked, said in ((True, False, "with --rotate"), (False, True, "without --rotate")):
         path, _ = quantize(db_llm(tiny_llama, tmp_path / str(made), samples, epochs=0, rotate=made))
         with pytest.raises(InputError, match=f"was made {said}, and its codes cannot be changed") as refused:
@@ -154,7 +146,7 @@ def test_an_artifacts_rotation_cannot_be_changed(tiny_llama: Path, samples: Path
 
 def test_scores_of_the_unrotated_model_are_refused(
     tiny_llama: Path,
-    samples: Path,  # noqa: F811
+    samples: Path,
     tmp_path: Path,
 ) -> None:
     asked = SaliencyRequest(source=str(tiny_llama), kind="magnitude", out=tmp_path / "s", device="cpu", offline=True)

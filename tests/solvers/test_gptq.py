@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.solvers.test_hessian import damped, moments
+from tests.solvers.moments import damped, moments
 from ulbq.formats.affine import AffineScheme
 from ulbq.solvers.gptq import GptqSettings, compensate, gptq
 from ulbq.solvers.hessian import activation_order, factorize

@@ -2,19 +2,16 @@
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.artifacts.sample import digest
-from tests.models.test_load import write_quantized
+from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
-from ulbq.commands.app import main
 from ulbq.formats import AffineScheme
 from ulbq.models.source import resolve
 from ulbq.nn.adapter import AdapterConfig
@@ -22,47 +19,10 @@ from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.request import QuantizeRequest
 
 
-@dataclass
-class Told:
-    """What one command did: exit code, standard output, standard error."""
-
-    code: int
-    out: str
-    err: str
-    words: tuple[str, ...] = field(default=())
-
-    def refused(self, code: int = 3) -> str:
-        """The sentence of a command that ends with this exit code and one sentence; fails the test otherwise."""
-        lines = self.err.splitlines()
-        errors = [line for line in lines if line.startswith("error: ")]
-        assert self.code == code, (self.words, self.code, self.err)
-        assert len(errors) == 1, (self.words, self.err)
-        assert "Traceback" not in self.err
-        return errors[0].removeprefix("error: ")
-
-
-Ulbq = Callable[..., Told]
-
-
 @pytest.fixture(autouse=True)
 def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
         monkeypatch.delenv(variable, raising=False)
-
-
-@pytest.fixture
-def ulbq(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ulbq]:
-    """Run a command in this process; standard input is no pipe."""
-    with open(os.devnull) as nothing:
-        monkeypatch.setattr("sys.stdin", nothing)
-
-        def run(*words: Any) -> Told:
-            capfd.readouterr()
-            code = main([str(word) for word in words])
-            out, err = capfd.readouterr()
-            return Told(code, out, err, tuple(map(str, words)))
-
-        yield run
 
 
 @pytest.fixture(scope="session")

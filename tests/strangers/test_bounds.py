@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.strangers.conftest import Ulbq, edit_json, reseal
+from tests.strangers.conftest import edit_json, reseal
+from tests.told import Ulbq
 from ulbq import limits
 from ulbq.errors import InputError
 

@@ -13,12 +13,13 @@ from pydantic import ValidationError
 
 from tests.artifacts.sample import quantized
 from tests.evaluation.sample import model_scores, results
-from tests.strangers.conftest import Ulbq, reseal
+from tests.strangers.conftest import reseal
+from tests.told import Ulbq
 from ulbq.artifacts import QuantizedManifest, SaliencyLayer, SaliencyManifest
 from ulbq.artifacts.records import FinetuneRecord
-from ulbq.evaluation.markup import element
 from ulbq.evaluation.report import report
 from ulbq.evaluation.results import Results
+from ulbq.evaluation.svg import element
 from ulbq.export.card import converted_card, quantized_card
 from ulbq.export.fit import Candidate
 from ulbq.export.markdown import code, plain
@@ -149,7 +150,6 @@ def test_the_card_of_a_hostile_base_and_of_hostile_scores(packed: Path, ulbq: Ul
 
 def test_escaping() -> None:
     assert str(element("i", "<&>", element("b", '"'), class_='"x')) == '<i class="&#34;x">&lt;&amp;&gt;<b>&#34;</b></i>'
-    assert str(element("meta", charset="utf-8")) == '<meta charset="utf-8">'
     assert plain("a\n|b|  <c> `d` [e](f)") == r"a \|b\| &lt;c&gt; \`d\` \[e\](f)"
     assert code("a`b\n<c>") == "`a'b <c>`"
     assert code("") == "` `"

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.strangers.conftest import Ulbq, reseal
+from tests.strangers.conftest import reseal
+from tests.told import Ulbq
 from ulbq.artifacts.names import is_component, is_inside, local_path
 from ulbq.artifacts.store import free_output
 from ulbq.errors import InputError

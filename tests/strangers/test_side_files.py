@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.strangers.conftest import Ulbq, reseal
+from tests.strangers.conftest import reseal
+from tests.told import Ulbq
 from ulbq.artifacts.names import leads_out
 from ulbq.errors import InputError
 from ulbq.models.side_files import copy_side_files, is_side_file, side_files

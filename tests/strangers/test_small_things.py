@@ -8,9 +8,8 @@ from gguf import GGMLQuantizationType
 
 from tests.models.tiny import tiny_config, tiny_model
 from tests.models.tiny_gguf import write_tiny_gguf
-from tests.strangers.conftest import Ulbq, reseal
-from ulbq.commands import completion
-from ulbq.commands.app import app
+from tests.strangers.conftest import reseal
+from tests.told import Ulbq
 from ulbq.export.card import scores
 from ulbq.models.gguf import GgufTensors
 from ulbq.models.gguf_header import StoredTensor
@@ -48,16 +47,6 @@ def test_a_help_page_has_no_python_types(ulbq: Ulbq) -> None:
         page = ulbq(command, "--help").out
         assert "<list" not in page
         assert "<str>" not in page
-
-
-def test_fish_shows_an_options_words_beside_it_alone() -> None:
-    lines = completion.fish(app).splitlines()
-    offering = [line for line in lines if " -l " in line and " -a " in line]
-    assert offering
-    assert not [line for line in offering if " -d " in line]
-    described = [line for line in lines if "-l method " in line and " -d " in line]
-    assert described
-    assert all("db-llm" not in line for line in described)
 
 
 def test_reports_are_the_output(packed: Path, ulbq: Ulbq) -> None:
@@ -100,8 +89,8 @@ def test_an_evaluation_is_shown_as_a_table_and_cards_say_on_how_much(packed: Pat
     assert "wikitext2 ↓" in told.out
     assert "models[0]" not in told.out
     found = scores(resolve(packed), [tmp_path])
-    assert "(2 windows of 64 tokens)" in found["perplexity, wikitext2"]
-    assert any("(2 documents)" in text for text in found.values())
+    assert "(2 windows of 64 tokens)" in found["perplexity, wikitext2"].shown
+    assert any("(2 documents)" in score.shown for score in found.values())
 
 
 def test_an_adapter_says_what_it_is_for_where_no_hub_is_asked(adapted: Path, ulbq: Ulbq, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.strangers.conftest import Ulbq
+from tests.told import Ulbq
 from ulbq.formats.rounding import relative_error, vanishes
 
 LAYER = "model.layers.1.self_attn.q_proj.weight"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.models.tiny import save_tiny, tiny_tokenizer
-from tests.strangers.conftest import Ulbq, edit_json, reseal
+from tests.strangers.conftest import edit_json, reseal
+from tests.told import Ulbq
 from ulbq.data.files import read_rows, read_text_file
 from ulbq.data.instructions import read_examples
 from ulbq.data.prompts import Turn, lay_out, prompt_tokens

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training.test_block import CPU, ToyBlock, store
+from tests.training.toy import CPU, ToyBlock, store
 from ulbq.errors import InputError
 from ulbq.formats.affine import AffineScheme
 from ulbq.nn.adapter import Adapter, AdapterConfig

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
-from ulbq.data.windows import leading_tokens
 from ulbq.errors import InputError, UsageError
 from ulbq.limits import bounded
 
@@ -99,6 +98,8 @@ def prompt_tokens(
         InputError: the chat template refuses the question.
     """
     if template != "chat":
+        from ulbq.data.windows import leading_tokens  # not above: a Tab reads names of tasks without torch
+
         return [*leading_tokens(tokenizer), *_tokens(_prompt(template, question, context), tokenizer)]
     choose_template(template, tokenizer)
     messages = _messages([Turn("user", question)], context)

@@ -3,9 +3,23 @@
 import math
 from collections.abc import Sequence
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from ulbq.evaluation.markup import element
+
+def element(tag: str, *content: str, **attributes: str | float | None) -> Markup:
+    """One element; every attribute is quoted.
+
+    Args:
+        tag: its name.
+        content: what stands inside; text is escaped, markup is not.
+        attributes: by name, ``class_`` and ``text_anchor`` for ``class`` and ``text-anchor``; None leaves one out.
+    """
+    told = Markup("").join(
+        Markup(' {}="{}"').format(name.removesuffix("_").replace("_", "-"), value)
+        for name, value in attributes.items()
+        if value is not None
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), told, Markup("").join(map(escape, content)))
 
 
 class Drawing:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from pydantic import ValidationError
 
 from ulbq import limits
@@ -28,6 +29,13 @@ _FRONT = "---"
 _KEPT = ("license", "license_name", "license_link", "language", "base_model")
 
 
+class Score(NamedTuple):
+    """One score: as the table shows it, plain text, and as the Hub wants it."""
+
+    shown: str
+    result: EvalResult
+
+
 @dataclass(frozen=True)
 class Card:
     """What a card says.
@@ -38,7 +46,7 @@ class Card:
         front: fields for the Hub: ``license``, ``base_model``, ``language``.
         made: how, one line of Markdown for each fact; what they quote went through :mod:`ulbq.export.markdown`.
         loads: how to load it, Markdown by the engine's name.
-        scores: by what was measured, for a table; plain text.
+        scores: by what was measured, plain text.
         tags: for the Hub.
         library: for the Hub.
     """
@@ -48,27 +56,30 @@ class Card:
     front: Mapping[str, Any]
     made: Sequence[str]
     loads: Mapping[str, str]
-    scores: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[str, Score] = field(default_factory=dict)
     tags: Sequence[str] = ()
     library: str = "ulbq"
 
     def markdown(self) -> str:
         """The whole file."""
-        front = {
-            "library_name": self.library,
-            "pipeline_tag": "text-generation",
-            "tags": ["ulbq", *self.tags],
+        front = ModelCardData(
+            library_name=self.library,
+            pipeline_tag="text-generation",
+            tags=["ulbq", *self.tags],
+            model_name=self.name if self.scores else None,
+            eval_results=[score.result for score in self.scores.values()] or None,
             **self.front,
-        }
-        licence = plain(self.front.get("license") or "not stated by the base model; look there")
-        facts = [f"- Base model: {plain(self.base)}", f"- Licence: {licence}", *(f"- {line}" for line in self.made)]
+        )
+        licence = self.front.get("license") or "not stated by the base model; look there"
+        told = licence if isinstance(licence, str) else ", ".join(licence)
+        facts = [f"- Base model: {plain(self.base)}", f"- Licence: {plain(told)}", *(f"- {line}" for line in self.made)]
         parts = [
-            f"{_FRONT}\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}{_FRONT}",
+            f"{_FRONT}\n{front.to_yaml(original_order=['library_name', 'pipeline_tag', 'tags'])}\n{_FRONT}",
             f"# {plain(self.name)}",
             "\n".join(facts),
         ]
         if self.scores:
-            rows = [f"| {plain(what)} | {plain(value)} |" for what, value in self.scores.items()]
+            rows = [f"| {plain(what)} | {plain(score.shown)} |" for what, score in self.scores.items()]
             parts.append("\n".join(["## Scores", "", "| measured | value |", "| --- | --- |", *rows]))
         loads = [f"**{engine}**: {text}" for engine, text in self.loads.items()]
         parts.append("\n\n".join(["## How to load it", *loads]))
@@ -81,7 +92,7 @@ def front_of(source: ModelSource) -> dict[str, Any]:
     if source.path.is_file():
         values = open_gguf(source.path).values
         for key, field_name in (("license", "general.license"), ("language", "general.languages")):
-            if field_name in values:
+            if _is_plain(values.get(field_name)):
                 found[key] = values[field_name]
     else:
         head = {} if leads_out(source.path / NAME, source.path) else _head(source.path / NAME)
@@ -207,7 +218,7 @@ def converted_card(
     return card.markdown()
 
 
-def scores(source: ModelSource, folders: Sequence[Path]) -> dict[str, str]:
+def scores(source: ModelSource, folders: Sequence[Path]) -> dict[str, Score]:
     """What the evaluations of a model measured, each with how much it was measured on; the newest counts.
 
     Args:
@@ -224,31 +235,37 @@ def scores(source: ModelSource, folders: Sequence[Path]) -> dict[str, str]:
             parent.sha256 == source.content_hash for parent in manifest.parents
         ):
             manifests.append(manifest)
-    found: dict[str, str] = {}
+    found: dict[str, Score] = {}
     for manifest in sorted(manifests, key=lambda one: one.created):
         found |= _scores(manifest, source.name)
     return found
 
 
-def _scores(manifest: EvaluationManifest, name: str) -> dict[str, str]:
+def _scores(manifest: EvaluationManifest, name: str) -> dict[str, Score]:
     """Scores of the model of this name; none from results that another version wrote."""
     try:
         results = Results.model_validate(manifest.results)
     except ValidationError:
         return {}
-    found: dict[str, str] = {}
+    found: dict[str, Score] = {}
     for model in results.models:
         if model.subject.name != name:
             continue
         for text, value in model.perplexity.items():
             windows = f"{value.windows:,} window{'s' * (value.windows != 1)} of {value.context:,} tokens"
-            found[f"perplexity, {text}"] = f"{value.value:.2f} ({windows})"
+            shown = f"{value.value:.2f} ({windows})"
+            found[f"perplexity, {text}"] = Score(shown, _result(text, "perplexity", value.value))
         for task, score in model.tasks.items():
             counted = f"{score.samples:,} document{'s' * (score.samples != 1)}"
             for metric, measured in score.metrics.items():
                 error = "" if measured.stderr is None else f" ± {measured.stderr:.4f}"
-                found[f"{task}, {metric}"] = f"{measured.value:.4f}{error} ({counted})"
+                shown = f"{measured.value:.4f}{error} ({counted})"
+                found[f"{task}, {metric}"] = Score(shown, _result(task, metric, measured.value))
     return found
+
+
+def _result(data: str, metric: str, value: float) -> EvalResult:
+    return EvalResult("text-generation", dataset_type=data, dataset_name=data, metric_type=metric, metric_value=value)
 
 
 def _commands(candidate: Candidate, target: Target, *, merged: bool) -> dict[Engine, str]:

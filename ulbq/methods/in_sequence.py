@@ -13,6 +13,7 @@ from ulbq.models.watch import Enough, Input, distinct_inputs, watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.solvers.hessian import HessianSum
 from ulbq.training.losses import TokenWeighting
+from ulbq.training.objective import BlockData
 
 Solve = Callable[[Sequence[str], HessianSum], Mapping[str, torch.Tensor]]
 """Quantizes the layers of some names, which read the same input; gives their weights ``[out, in]`` as stored."""
@@ -65,7 +66,7 @@ def _place(block: nn.Module, name: str) -> str:
 
 def _gather(task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting) -> dict[str, HessianSum]:
     """Second moments of some inputs over the samples that train, by the first layer that reads them."""
-    assert task.data is not None
+    samples = _activations(task).training
     device = task.precision.device
     relative = weighting is TokenWeighting.ENERGY
     widths = {one.layers[0]: linear_layer(task.block, one.layers[0]).in_features for one in inputs}
@@ -82,7 +83,7 @@ def _gather(task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting)
             raise Enough
 
     with watching(_layers(task.block, list(sums)), add):
-        for row in distributed.rows(torch.arange(task.data.training)).tolist():
+        for row in distributed.rows(torch.arange(samples)).tolist():
             seen = 0
             with suppress(Enough):
                 _run(task, row)
@@ -97,7 +98,12 @@ def _layers(block: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
 
 def _run(task: BlockTask, row: int) -> None:
     """Pass one sample of the quantized stream, of those that this process holds, through the block."""
+    data = _activations(task)
+    with task.precision.autocast():
+        run_block(task.block, data.inputs.get(slice(row, row + 1)).to(task.precision.device), data.kwargs)
+
+
+def _activations(task: BlockTask) -> BlockData:
     if task.data is None:
         raise ValueError("second moments need activations")
-    with task.precision.autocast():
-        run_block(task.block, task.data.inputs.get(slice(row, row + 1)).to(task.precision.device), task.data.kwargs)
+    return task.data

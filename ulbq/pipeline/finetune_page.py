@@ -5,43 +5,29 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from ulbq import __version__
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import FinetuneRecord
-from ulbq.evaluation import markup
-from ulbq.evaluation.markup import footer, header, legend, table, table_row
+from ulbq.evaluation.page import render
 from ulbq.evaluation.svg import Drawing, Scale, number
-from ulbq.evaluation.theme import STYLE, section, tiles
 
 _WIDTH, _HEIGHT = 800.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 24.0, 16.0, 46.0
 _SMOOTHED = 0.02  # of the run, the width of the moving mean
-_CURVES = (
-    ".s0.curve{stroke:var(--s0)} .s1.curve{stroke:var(--s1)} .s1.fill{fill:var(--s1)} "
-    ".faded.curve{stroke:var(--s0);stroke-width:1;opacity:.3} "
-    ".legend .s0{background:var(--s0)} .legend .s1{background:var(--s1)}"
-)
 
 Points = Sequence[tuple[float, float]]
 
 
 def page(manifest: QuantizedManifest, record: FinetuneRecord) -> str:
     """The page, as HTML."""
-    title = f"{manifest.name}: {record.task}"
-    body = [
-        header(title, _told(record)),
-        _tiles(record),
-        section(
-            "Loss by step",
-            "Cross-entropy of the answers, nats a token. Training: each step's own samples, and their moving mean. "
-            "Held out: the same answers every time, the start at step 0.",
-            _curves(record),
-            legend([("training", "s0"), ("held out", "s1")]),
-        ),
-        section("The run", "All of it is in the manifest.", _table(manifest, record)),
-        footer(__version__, manifest.created),
-    ]
-    return markup.page(title, f"{STYLE}{_CURVES}", body)
+    return render(
+        "finetune",
+        title=f"{manifest.name}: {record.task}",
+        told=_told(record),
+        created=manifest.created,
+        values=_values(record),
+        curves=_curves(record),
+        rows=list(_rows(manifest, record).items()),
+    )
 
 
 def _told(record: FinetuneRecord) -> str:
@@ -53,14 +39,13 @@ def _told(record: FinetuneRecord) -> str:
     )
 
 
-def _tiles(record: FinetuneRecord) -> Markup:
+def _values(record: FinetuneRecord) -> list[tuple[str, str]]:
     change = record.end_perplexity / record.start_perplexity - 1
-    values = [
+    return [
         (number(record.start_perplexity), "perplexity of the held-out answers before"),
         (number(record.end_perplexity), "after"),
         (f"{change:+.1%}".replace("-", "−"), "change"),
     ]
-    return tiles(values)
 
 
 def _curves(record: FinetuneRecord) -> Markup:
@@ -96,11 +81,11 @@ def _smoothed(points: Points) -> Points:
     return found
 
 
-def _table(manifest: QuantizedManifest, record: FinetuneRecord) -> Markup:
+def _rows(manifest: QuantizedManifest, record: FinetuneRecord) -> dict[str, str]:
     request = manifest.request
     adapter = "the artifact's own adapter went on" if record.start == "trained" else "a new adapter"
     scales = f", scales {request['scale_rate']:g}" if record.train == "adapter-scales" else ""
-    rows = {
+    return {
         "base": manifest.parents[-1].name,
         "trained": f"{record.train}, {record.parameters:,} parameters; {adapter}",
         "layout": record.template or "plain text",
@@ -111,4 +96,3 @@ def _table(manifest: QuantizedManifest, record: FinetuneRecord) -> Markup:
         "training took": f"{record.seconds:,.0f} s",
         "data, SHA-256": str(record.data["sha256"])[:16],
     }
-    return table([], (table_row(name, value) for name, value in rows.items()))

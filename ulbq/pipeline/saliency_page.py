@@ -1,50 +1,37 @@
 """The summary of a saliency artifact: one self-contained HTML page, light or dark, without the network."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
 
-from ulbq import __version__
 from ulbq.artifacts import SaliencyLayer, SaliencyManifest
-from ulbq.evaluation import markup
-from ulbq.evaluation.markup import element, footer, header, legend, table, table_row, together
+from ulbq.evaluation.page import render
 from ulbq.evaluation.svg import Drawing, Scale, number
-from ulbq.evaluation.theme import STYLE, section, tiles
 from ulbq.saliency import KINDS
 
 _WIDTH = 800.0
 _RIGHT = 24.0
 _CHARACTER = 6.6  # pixels, of the labels' 12-pixel type; errs on the wide side
 _LEVELS = 16
-_CURVES = "".join(f".{name}.curve{{stroke:var(--{name})}} .legend .{name}{{background:var(--{name})}}"
-                  for name in ("s0", "s1", "s2"))  # fmt: skip
 _TOPS = {"10": "s0", "1": "s1", "0.1": "s2"}
 
 
 def page(manifest: SaliencyManifest) -> str:
     """The page, as HTML."""
-    title = f"{manifest.parents[0].name if manifest.parents else manifest.name}: {manifest.score}"
-    body = [
-        header(title, _told(manifest)),
-        _tiles(manifest),
-        section("Mean score by layer", "Logarithmic: the fullest colour is the highest mean.", _map(manifest.layers)),
-        section(
-            "How few weights hold how much",
-            "Share of each layer's total that its highest-scoring weights hold; mean over the block's layers.",
-            _concentration(manifest.layers),
-            legend((f"top {name} %", style) for name, style in _TOPS.items()),
-        ),
-        section(
-            "Salient columns",
-            "Columns from left to right in up to 64 slices, blocks from top to bottom; share of the layer's total, "
-            "logarithmic: nothing at an even share or below, full at ten times and beyond.",
-            _columns(manifest.layers),
-        ),
-        section("Layers", "The eight columns with the highest sums are in the manifest.", _table(manifest)),
-        footer(__version__, manifest.created),
-    ]
-    return markup.page(title, f"{STYLE}{_CURVES}", body)
+    return render(
+        "saliency",
+        title=f"{manifest.parents[0].name if manifest.parents else manifest.name}: {manifest.score}",
+        told=_told(manifest),
+        created=manifest.created,
+        values=_values(manifest),
+        means=_map(manifest.layers),
+        concentration=_concentration(manifest.layers),
+        tops=[(f"top {name} %", style) for name, style in _TOPS.items()],
+        columns=list(_columns(manifest.layers)),
+        heads=["layer", "mean", *(f"top {name} %" for name in manifest.top), "highest column"],
+        rows=_rows(manifest),
+    )
 
 
 def _told(manifest: SaliencyManifest) -> str:
@@ -56,10 +43,10 @@ def _told(manifest: SaliencyManifest) -> str:
     return "; ".join(words)
 
 
-def _tiles(manifest: SaliencyManifest) -> Markup:
+def _values(manifest: SaliencyManifest) -> list[tuple[str, str]]:
     values = [(f"{share:.1%}", f"of the total in the top {name} % of weights") for name, share in manifest.top.items()]
     values.append((f"{manifest.rounding:.2%}", f"largest loss of a layer to {manifest.dtype} storage"))
-    return tiles(values)
+    return values
 
 
 def _map(layers: Sequence[SaliencyLayer]) -> Markup:
@@ -107,14 +94,12 @@ def _concentration(layers: Sequence[SaliencyLayer]) -> Markup:
     return drawing.markup()
 
 
-def _columns(layers: Sequence[SaliencyLayer]) -> Markup:
-    """A map for each projection: blocks by slices of columns."""
-    drawn: list[Markup] = []
+def _columns(layers: Sequence[SaliencyLayer]) -> Iterator[tuple[str, Markup]]:
+    """A map for each projection, with its name: blocks by slices of columns."""
     for kind in projections(layers):
         members = sorted((layer for layer in layers if layer.projection == kind), key=lambda layer: layer.block)
         told = f"{kind}: {members[0].shape[1]:,} columns, blocks {members[0].block} to {members[-1].block}"
-        drawn += [element("h3", told), _raster([layer.columns for layer in members], kind)]
-    return together(drawn)
+        yield told, _raster([layer.columns for layer in members], kind)
 
 
 def _raster(rows: Sequence[Sequence[float]], title: str) -> Markup:
@@ -137,14 +122,12 @@ def _raster(rows: Sequence[Sequence[float]], title: str) -> Markup:
     return drawing.markup()
 
 
-def _table(manifest: SaliencyManifest) -> Markup:
-    lines = [_row(layer.name, f"{layer.mean:.3g}", layer.top, _best(layer)) for layer in manifest.layers]
-    heads = ["layer", "mean", *(f"top {name} %" for name in manifest.top), "highest column"]
-    return table(heads, [*lines, _row("all", "", manifest.top, "", "total")])
-
-
-def _row(name: str, mean: str, top: dict[str, float], best: str, style: str | None = None) -> Markup:
-    return table_row(name, mean, *(f"{share:.1%}" for share in top.values()), best, style=style)
+def _rows(manifest: SaliencyManifest) -> list[tuple[str, ...]]:
+    lines = [(layer.name, f"{layer.mean:.3g}", layer.top, _best(layer)) for layer in manifest.layers]
+    return [
+        (name, mean, *(f"{share:.1%}" for share in top.values()), best)
+        for name, mean, top, best in [*lines, ("all", "", manifest.top, "")]
+    ]
 
 
 def _best(layer: SaliencyLayer) -> str:

@@ -163,16 +163,14 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: AffineScheme, sett
         block_size = group_size * max(1, settings.block_size // group_size)
         found = _pass(weight, factor, scheme, settings.search, block_size, None)
         return Solution(found.codes, found.loss, factor.damping)
-    best: Solution | None = None
+    solutions = []
     values = weight
     for _ in range(2 if settings.search else 1):
         grids = round_to_nearest(values, scheme, importance=factor.importance, search=settings.search)
         found = _pass(weight, factor, scheme, settings.search, settings.block_size, grids)
-        if best is None or found.loss < best.loss:
-            best = Solution(found.codes, found.loss, factor.damping)
+        solutions.append(Solution(found.codes, found.loss, factor.damping))
         values = found.seen
-    assert best is not None
-    return best
+    return min(solutions, key=lambda solution: solution.loss)
 
 
 class _Passed(NamedTuple):

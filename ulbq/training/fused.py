@@ -54,7 +54,7 @@ class FusedParts:
         """While it lasts, the block computes so."""
         with ExitStack() as stack:
             for norm in self._norms:
-                _replace(stack, norm, "forward", partial(_norm, norm, norm.forward))
+                _replace(stack, norm, "forward", partial(_norm, norm, _epsilon(norm) or 0.0, norm.forward))
             for gate in self._gates:
                 _replace(stack, gate, "forward", partial(_gated, gate))
             for module in self._modules:
@@ -103,14 +103,13 @@ def _alike(found: object, wanted: torch.Tensor) -> bool:
     return bool((found - wanted).norm() <= _LIKE_THIS * wanted.norm())
 
 
-def _norm(norm: nn.Module, plain: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def _norm(
+    norm: nn.Module, epsilon: float, plain: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
     if x.dtype != torch.float32:
         return plain(x)
     half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    weight, epsilon = norm.weight, _epsilon(norm)
-    assert isinstance(weight, torch.Tensor)
-    assert epsilon is not None
-    whole, rounded = between.rms_norm(x.contiguous(), weight, epsilon, half=half)
+    whole, rounded = between.rms_norm(x.contiguous(), norm.get_parameter("weight"), epsilon, half=half)
     if rounded is not None:
         remember_cast(whole, rounded)
     return whole

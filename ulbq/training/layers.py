@@ -5,7 +5,7 @@ as it is by then, with the layers before it quantized already; its target is the
 full-precision stream.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -105,14 +105,8 @@ class LayerwiseTrainer:
         group = _LayerGroup([layers[name] for name in names])
         by_index = {f"layers.{i}": name for i, name in enumerate(names)}
         own = self._penalty(names)
-
-        def penalty(found: Mapping[str, TrainedLinear]) -> torch.Tensor:
-            assert own is not None
-            return own({by_index[key]: layer for key, layer in found.items()})
-
-        return BlockTrainer(
-            group, data, self._settings, self._precision, stages=self._stages, penalty=penalty if own else None
-        )
+        penalty = None if own is None else lambda found: own({by_index[key]: layer for key, layer in found.items()})
+        return BlockTrainer(group, data, self._settings, self._precision, stages=self._stages, penalty=penalty)
 
     def _capture(self, block: nn.Module, names: Sequence[str], hidden: ActivationStore) -> ActivationStore:
         """What the layers of a group read for every sample, ``[samples, length, in]``."""
