@@ -39,7 +39,7 @@ def shard_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
 
 def unfit(scheme: AnyScheme) -> str | None:
     """Why no dense weight can stand for a layer; None where one can."""
-    return None if formats.is_one_matrix(scheme) else "its scales are mixed anew for every token, and a weight is one"
+    return None if scheme.is_one_matrix else "its scales are mixed anew for every token, and a weight is one"
 
 
 def check_convertible(source: ModelSource) -> None:
