@@ -32,7 +32,8 @@ from rich.table import Table
 
 from ulbq import formats, kernels
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme
-from ulbq.kernels import build, int4
+from ulbq.kernels import build
+from ulbq.kernels.layouts import int4
 
 SCHEMES: list[AnyScheme] = [
     *(AffineScheme(bits=bits, group_size=64) for bits in (1, 2, 3, 4)),
@@ -72,7 +73,7 @@ def copies(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 def packed_call(scheme: AnyScheme, outs: int, ready: kernels.Ready) -> list[Call]:
     made = [kernels.Ready(ready.layout, tensors) for tensors in copies(ready.tensors)]
-    return [lambda x, one=one: kernels.multiply(scheme, one, x, outs) for one in made]
+    return [lambda x, one=one: one.layout.multiply(scheme, one.tensors, x, outs) for one in made]
 
 
 def dense_call(weight: torch.Tensor) -> list[Call]:
@@ -106,9 +107,9 @@ def case(outs: int, columns: int, scheme: AnyScheme, repeats: int, index: int, c
     stored = random_matrix(scheme, outs, columns)
     ready = kernels.prepare(scheme, stored, outs, columns)
     weight = formats.dequantize(scheme, stored, columns)
-    contenders = {ready.layout: packed_call(scheme, outs, ready), "bf16": dense_call(weight.bfloat16())}
+    contenders = {ready.layout.name: packed_call(scheme, outs, ready), "bf16": dense_call(weight.bfloat16())}
     contenders["fp32"] = dense_call(weight)
-    sizes = {ready.layout: sum(t.nbytes for t in ready.tensors.values()), "bf16": 2 * outs * columns}
+    sizes = {ready.layout.name: sum(t.nbytes for t in ready.tensors.values()), "bf16": 2 * outs * columns}
     contenders["fp16"] = dense_call(weight.half())
     sizes |= {"fp32": 4 * outs * columns, "fp16": 2 * outs * columns}
     foreign = set()  # codes of their own: nothing to be exact against
@@ -116,10 +117,11 @@ def case(outs: int, columns: int, scheme: AnyScheme, repeats: int, index: int, c
         for name, (calls, size, same) in peers.calls(scheme, stored, weight, turns).items():
             contenders[name], sizes[name] = calls, size
             foreign |= set() if same else {name}
-    if isinstance(scheme, AffineScheme) and not int4.refusal(scheme, outs):
-        packed = int4.pack(scheme, stored, columns)
-        contenders["int4"] = packed_call(scheme, outs, kernels.Ready("int4", stored | packed))
-        sizes["int4"] = sum(t.nbytes for t in packed.values())
+    torch_own = int4.Int4()
+    if torch_own.unsupported_reason(scheme, outs, columns) is None:
+        packed = torch_own.pack(scheme, stored, outs, columns)
+        contenders["int4"] = packed_call(scheme, outs, kernels.Ready(torch_own, packed))
+        sizes["int4"] = sum(packed[name].nbytes for name in packed.keys() - stored.keys())
     rows = []
     for count in ROWS:
         x = torch.randn(count, columns).bfloat16()
@@ -145,7 +147,7 @@ def case(outs: int, columns: int, scheme: AnyScheme, repeats: int, index: int, c
                     "gb_per_s": round(rate / 1e9, 2),
                     "of_copy": round(rate / copied, 3),
                     "error": float(f"{error:.2e}")
-                    if name == ready.layout or (scheme.format != "binary_mos" and name not in foreign)
+                    if name == ready.layout.name or (scheme.format != "binary_mos" and name not in foreign)
                     else None,
                 }
             )
@@ -184,7 +186,7 @@ def main() -> None:
         for scheme in SCHEMES:
             rows += case(outs, columns, scheme, options.repeats, int(options.threads > 1), copied)
     show(rows)
-    print(f"copy: {copied / 1e9:.1f} GB/s; compiled kernels: {build.failure() or 'yes'}")
+    print(f"copy: {copied / 1e9:.1f} GB/s; compiled kernels: {build.unavailable_reason() or 'yes'}")
     if options.results:
         cpu = next((line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")), "")
         facts = {"cpu": cpu or platform.processor(), "threads": options.threads, "torch": torch.__version__}

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import torch
 
-from ulbq.export import gptq
+from ulbq.export.targets import gptq
 from ulbq.formats import AffineScheme
 
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -28,7 +28,7 @@ def calls(
     """
     found: dict[str, tuple[list[Call], int, bool]] = {}
     shape = (weight.shape[0], weight.shape[1])
-    if importlib.util.find_spec("gptqmodel") is not None and gptq.unfit(scheme, shape) is None:
+    if importlib.util.find_spec("gptqmodel") is not None and gptq.unsupported_reason(scheme, shape) is None:
         tensors = gptq.encode(scheme, stored, shape, v1=False)
         size = sum(t.nbytes for t in tensors.values())
         found["gptqmodel"] = (_copied(_gptqmodel(scheme, tensors, shape), copies(size)), size, True)

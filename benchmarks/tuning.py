@@ -37,7 +37,7 @@ def tune() -> Path:
     """Measure all kernels and write the table of this GPU. SystemExit where there is none, or no Triton."""
     if not torch.cuda.is_available():
         raise SystemExit("--tune needs a CUDA GPU, and this machine has none.")
-    if missing := triton_launch.failure():
+    if missing := triton_launch.unavailable_reason():
         raise SystemExit(f"--tune needs the Triton kernels: {missing}.")
     path = block_sizes.FOLDER / f"{block_sizes.slug(torch.cuda.get_device_name())}.json"
     return write(torch.cuda.get_device_name(), path, seconds)

@@ -1,8 +1,11 @@
 """``ulbq convert``: hand a model to other tools."""
 
+from itertools import groupby
 from typing import Annotated, Literal
 
 import typer
+
+from ulbq.export.targets import TARGETS, EngineName, TargetName
 
 from . import console
 from .options import Debug, Force, Json, NoVerify, Offline, Out, Quiet, Source, check_out, read_source
@@ -11,16 +14,15 @@ from .options import Debug, Force, Json, NoVerify, Offline, Out, Quiet, Source, 
 def convert(
     source: Source = None,
     to: Annotated[
-        Literal["dense", "gptq", "compressed-tensors", "gguf", "half"] | None,
+        TargetName | None,
         typer.Option(
             "--to",
-            help="dense: plain weights; gptq, compressed-tensors: packed for other libraries; gguf: for llama.cpp; "
-            "half: the artifact itself, norms in half precision.",
+            help="; ".join(f"{', '.join(names)}: {summary}" for summary, names in groupby(TARGETS, TARGETS.get)) + ".",
             show_default="what --for reads best, else dense",
         ),
     ] = None,
     engine: Annotated[
-        Literal["vllm", "sglang", "transformers", "gptqmodel", "auto-gptq", "llama.cpp", "exllamav2"] | None,
+        EngineName | None,
         typer.Option(
             "--for", help="Check first that this engine loads it, and choose what it reads.", show_default=False
         ),

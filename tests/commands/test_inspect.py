@@ -68,12 +68,12 @@ class TestCommand:
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("ulbq.kernels.build.cpu_features", frozenset)
-        for function in (build.library, build.failure, build._load):
+        for function in (build.library, build.unavailable_reason, build._load):
             function.cache_clear()
         write_artifact(Path("q"))
         assert main(["inspect", "q", "--kernels"]) == 0
         shown = " ".join(capsys.readouterr().out.split())
-        for function in (build.library, build.failure, build._load):
+        for function in (build.library, build.unavailable_reason, build._load):
             function.cache_clear()
         assert "tiles this processor has no avx512_vnni" in shown
         assert "dense yes slabs of dense weights" in shown

@@ -6,7 +6,8 @@ from gguf import GGMLQuantizationType, dequantize
 
 from tests.models.stored import pack_some
 from ulbq import formats
-from ulbq.export import compressed_tensors, gguf_blocks, gptq
+from ulbq.export import gguf_blocks
+from ulbq.export.targets import compressed_tensors, gptq
 from ulbq.formats import AffineScheme, DualBinaryScheme, affine
 
 WIDTHS = [2, 3, 4, 8]

@@ -1,10 +1,11 @@
 """Random packed matrices, and how far a product may be from the exact one."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ulbq import formats
+from ulbq import formats, kernels
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, codebook
 from ulbq.formats.bits import pack_planes
 
@@ -69,3 +70,30 @@ def changed(tensors: dict[str, torch.Tensor], name: str, value: Any) -> dict[str
     copy = tensors[name].clone()
     copy.view(-1)[0] = value
     return tensors | {name: copy}
+
+
+def named(name: str) -> kernels.Layout:
+    """The layout of a name."""
+    return next(layout for layout in kernels.LAYOUTS if layout.name == name)
+
+
+def in_layout(
+    name: str, scheme: AnyScheme, stored: Mapping[str, torch.Tensor], outs: int, columns: int
+) -> kernels.Ready:
+    """A matrix in a layout, whichever is the best."""
+    return kernels.Ready(named(name), named(name).pack(scheme, stored, outs, columns))
+
+
+def multiply(scheme: AnyScheme, ready: kernels.Ready, x: torch.Tensor, outs: int) -> torch.Tensor:
+    """The product."""
+    return ready.layout.multiply(scheme, ready.tensors, x, outs)
+
+
+def unpacked(scheme: AnyScheme, ready: kernels.Ready, outs: int, columns: int) -> Mapping[str, torch.Tensor]:
+    """The stored tensors."""
+    return ready.layout.unpack(scheme, ready.tensors, outs, columns)
+
+
+def matrix(scheme: AnyScheme, ready: kernels.Ready, outs: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight."""
+    return ready.layout.matrix(scheme, ready.tensors, outs, columns, dtype)

@@ -6,7 +6,8 @@ import torch
 from ulbq.kernels import attention, build
 
 pytestmark = pytest.mark.skipif(
-    bool(build.failure()) or not build.has_pairs(), reason=build.failure() or "no products of pairs"
+    build.unavailable_reason() is not None or not build.has_pairs(),
+    reason=str(build.unavailable_reason()) or "no products of pairs",
 )
 
 TOLERANCE = 8e-3

@@ -7,7 +7,7 @@ import torch
 
 from ulbq.kernels import between, build
 
-pytestmark = pytest.mark.skipif(bool(build.failure()), reason=build.failure())
+pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 

@@ -22,7 +22,7 @@ SCHEME = AffineScheme(bits=2, group_size=64)
 def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A process that has not looked for the library yet, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    caches = (build.library, build.failure, build._load)
+    caches = (build.library, build.unavailable_reason, build._load)
     for function in caches:
         function.cache_clear()
     yield tmp_path / "ulbq" / "kernels"
@@ -47,7 +47,7 @@ def test_without_a_compiler_other_backends_do_the_work(
     # With bfloat16 activations it is torch's int4 product, which rounds the scales.
     assert_near(layer(x), exact(SCHEME, stored, x), dtype, slack=2)
     choice = kernels.choose(kernels.Case(SCHEME, 64, 128, "cpu", dtype, 3))
-    assert choice.backend.name == ("int4" if dtype == torch.bfloat16 else "dense")
+    assert choice.layout.name == ("int4" if dtype == torch.bfloat16 else "dense")
     assert "no C++ compiler" in choice.passed_over["tiles"]
     assert set(layer.state_dict()) == {"codes", "scales", "zeros"}
     assert not unbuilt.exists()
@@ -65,7 +65,7 @@ def test_the_reason_is_told(unbuilt: Path, monkeypatch: pytest.MonkeyPatch, brea
     break_it(monkeypatch)
     with pytest.raises(build.UnavailableError, match=reason):
         build.library()
-    assert build.failure()
+    assert build.unavailable_reason()
 
 
 def test_a_compiler_that_fails_is_quoted(unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_compiler_that_fails_is_quoted(unbuilt: Path, monkeypatch: pytest.Monk
     compiler.chmod(0o755)
     without_compiler(monkeypatch)
     monkeypatch.setattr(build, "find_compiler", lambda: str(compiler))
-    assert "error: no such luck" in build.failure()
+    assert "error: no such luck" in build.unavailable_reason()
     assert list(unbuilt.iterdir()) == []
 
 
@@ -85,17 +85,17 @@ def test_a_compiled_library_is_found_again(unbuilt: Path, monkeypatch: pytest.Mo
     compiler.chmod(0o755)
     without_compiler(monkeypatch)
     monkeypatch.setattr(build, "find_compiler", lambda: str(compiler))
-    assert "does not load" in build.failure()
+    assert "does not load" in build.unavailable_reason()
     (made,) = unbuilt.iterdir()
     compiled = made.stat().st_mtime_ns
-    for function in (build.failure, build._load):
+    for function in (build.unavailable_reason, build._load):
         function.cache_clear()
-    assert build.failure()
+    assert build.unavailable_reason()
     assert made.stat().st_mtime_ns == compiled
     compiler.write_text(compiler.read_text() + "# another\n")
-    for function in (build.failure, build._load):
+    for function in (build.unavailable_reason, build._load):
         function.cache_clear()
-    assert build.failure()
+    assert build.unavailable_reason()
     assert len(list(unbuilt.iterdir())) == 2
 
 
@@ -117,9 +117,9 @@ class TestCache:
 
     @staticmethod
     def _again() -> str:
-        for function in (build.failure, build._load):
+        for function in (build.unavailable_reason, build._load):
             function.cache_clear()
-        return build.failure()
+        return build.unavailable_reason()
 
     @staticmethod
     def _calls(compiler: Path) -> int:

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from tests.formats.columns import random_columns
-from tests.kernels.matrices import assert_near, exact
+from tests.kernels.matrices import assert_near, exact, multiply
 from ulbq import kernels
 from ulbq.formats import CodebookScheme, codebook
-from ulbq.kernels import build, columns, ops
+from ulbq.kernels import build, columns
+from ulbq.kernels.ops import codebook as codebook_ops
 from ulbq.nn.quant_linear import QuantLinear
 
-pytestmark = pytest.mark.skipif(bool(build.failure()), reason=build.failure())
+pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 
 MIXED = [2] * 31 + [4] * 5 + [3] * 7 + [2] * 20
 CASES = [([2] * 64, 0), ([2] * 33, 5), ([3] * 40, 0), ([4] * 17, 9), (MIXED, 0), (MIXED, 40)]
@@ -28,10 +29,10 @@ def test_products(widths: list[int], outliers: int, dtype: torch.dtype) -> None:
     for outs in OUTS:
         scheme, stored = matrix(outs, widths, outliers)
         ready = kernels.prepare(scheme, stored, outs, len(widths))
-        assert ready.layout == "columns"
+        assert ready.layout.name == "columns"
         for rows in (1, 2, 5, columns.FEW_ROWS, columns.FEW_ROWS + 1, 200):
             x = torch.randn(rows, len(widths), generator=torch.Generator().manual_seed(rows)).to(dtype)
-            assert_near(kernels.multiply(scheme, ready, x, outs), exact(scheme, stored, x), dtype)
+            assert_near(multiply(scheme, ready, x, outs), exact(scheme, stored, x), dtype)
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(2, torch.float32), (7, torch.bfloat16)])
@@ -42,7 +43,7 @@ def test_one_wrong_level_or_outlier_is_seen(rows: int, dtype: torch.dtype) -> No
     for name in ("codebooks", "outlier_deltas"):
         spoiled = ready.tensors[name].clone()
         spoiled[3] += 0.25
-        result = kernels.multiply(scheme, ready._replace(tensors=ready.tensors | {name: spoiled}), x, 256)
+        result = multiply(scheme, ready._replace(tensors=ready.tensors | {name: spoiled}), x, 256)
         with pytest.raises(AssertionError):
             assert_near(result, exact(scheme, stored, x), dtype)
 
@@ -50,9 +51,9 @@ def test_one_wrong_level_or_outlier_is_seen(rows: int, dtype: torch.dtype) -> No
 def test_outputs_that_fill_no_byte_take_the_dense_way() -> None:
     scheme, stored = matrix(13, MIXED, 4)
     ready = kernels.prepare(scheme, stored, 13, len(MIXED))
-    assert ready.layout == "planes"
+    assert ready.layout.name == "dense"
     x = torch.randn(2, len(MIXED))
-    assert_near(kernels.multiply(scheme, ready, x, 13), exact(scheme, stored, x), torch.float32)
+    assert_near(multiply(scheme, ready, x, 13), exact(scheme, stored, x), torch.float32)
 
 
 @pytest.mark.parametrize("derived", [False, True])
@@ -65,9 +66,9 @@ def test_opcheck_and_the_gradient(outs: int, outliers: int, derived: bool) -> No
     x = torch.randn(2, 3, len(MIXED), generator=torch.Generator().manual_seed(0)).requires_grad_()
     widths = scheme.widths
     given = ([stored[name] for name in scheme.tensors(outs, len(MIXED))], beside)
-    arguments = (x, *given, outs, list(widths), list(widths.values()), scheme.outliers)
-    torch.library.opcheck(ops.codebook_linear, arguments)
-    y = ops.codebook_linear(*arguments)
+    arguments = (x, *given, outs, list(widths), list(widths.values()), scheme.outliers, "planes")
+    torch.library.opcheck(codebook_ops.codebook_linear, arguments)
+    y = codebook_ops.codebook_linear(*arguments)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     (found,) = torch.autograd.grad(y, x, grad)
     wide = x.detach().double().requires_grad_()

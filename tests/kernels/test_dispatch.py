@@ -3,7 +3,7 @@ import torch
 
 from ulbq import kernels
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme
-from ulbq.kernels import BACKENDS, Case, build, choose, triton_launch
+from ulbq.kernels import LAYOUTS, Case, build, choose, triton_launch
 
 W2 = AffineScheme(bits=2, group_size=64)
 
@@ -12,7 +12,7 @@ def case(**changes: object) -> Case:
     return Case(W2, 64, 128, "cpu", torch.bfloat16, 1)._replace(**changes)
 
 
-@pytest.mark.skipif(bool(build.failure()), reason=build.failure())
+@pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 @pytest.mark.parametrize(
     ("changes", "name", "reasons"),
     [
@@ -28,7 +28,7 @@ def case(**changes: object) -> Case:
 )
 def test_the_table(changes: dict[str, object], name: str, reasons: dict[str, str]) -> None:
     choice = choose(case(**changes))
-    assert choice.backend.name == name
+    assert choice.layout.name == name
     assert choice.passed_over.keys() - {"columns", "humming", "triton"} == reasons.keys()
     for backend, reason in reasons.items():
         assert reason in choice.passed_over[backend]
@@ -36,23 +36,24 @@ def test_the_table(changes: dict[str, object], name: str, reasons: dict[str, str
 
 def test_a_gpu_does_not_get_the_kernels_of_the_cpu() -> None:
     choice = choose(case(device="cuda"))
-    assert choice.backend.name == ("dense" if triton_launch.failure() else "triton")
+    assert choice.layout.name == ("dense" if triton_launch.unavailable_reason() else "triton")
     for name in ("tiles", "columns", "int4"):
         assert choice.passed_over[name] == "runs on the CPU, not on cuda"  # type: ignore[index]
 
 
 def test_the_cpu_does_not_get_those_of_gpus() -> None:
     choice = choose(case(dtype=torch.float64))
-    assert choice.backend.name == "dense"
+    assert choice.layout.name == "dense"
     assert choice.passed_over["triton"] == "runs on CUDA GPUs, not on cpu"
 
 
 def test_the_last_row_takes_everything() -> None:
-    last = BACKENDS[-1]
+    last = LAYOUTS[-1]
     assert last.name == "dense"
-    assert not (last.missing())
-    assert not (last.matrix(CodebookScheme(), 1, 1, "meta"))
-    assert not (last.call(case()))
+    assert last.device is None
+    assert last.unavailable_reason() is None
+    assert last.unsupported_reason(CodebookScheme(), 1, 1) is None
+    assert last.call_reason(case()) is None
 
 
 @pytest.mark.parametrize("scheme", [W2, AffineScheme(bits=8), DualBinaryScheme()], ids=lambda s: s.label)
@@ -62,5 +63,5 @@ def test_what_is_prepared_on_another_device_stays_as_stored(scheme: AnyScheme) -
         for name, spec in scheme.tensors(64, 128).items()
     }
     ready = kernels.prepare(scheme, stored, 64, 128)
-    assert ready.layout == "planes"
+    assert ready.layout.name == "dense"
     assert all(ready.tensors[name] is tensor for name, tensor in stored.items())

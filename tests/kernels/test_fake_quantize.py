@@ -12,7 +12,7 @@ from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
 from ulbq.solvers.rtn import round_to_nearest
 
-pytestmark = pytest.mark.skipif(bool(build.failure()), reason=build.failure())
+pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(7, 15, 5), (3, 100, 100), (9, 66, 33), (16, 128, 64), (33, 48, 16), (1, 1, 1)]

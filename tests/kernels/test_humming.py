@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.matrices import assert_near, exact, random_matrix
+from tests.kernels.matrices import assert_near, exact, in_layout, multiply, named, random_matrix, unpacked
 from ulbq import kernels
 from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme
-from ulbq.kernels import humming, triton_launch
+from ulbq.kernels import dispatch, triton_launch
+from ulbq.kernels.layouts import humming
 
 OUTS, COLUMNS = 64, 128
 SCHEMES = [AffineScheme(bits=bits, group_size=size) for bits in (1, 2, 3, 4) for size in (32, -1)]
@@ -89,26 +90,23 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     humming._config.cache_clear()
 
 
-def ready(scheme: AffineScheme, stored: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> kernels.Ready:
-    monkeypatch.setattr(kernels.dispatch, "layout", lambda *_: "humming")
-    made = kernels.prepare(scheme, stored, OUTS, COLUMNS)
-    assert made.layout == "humming"
-    return made
+def ready(scheme: AffineScheme, stored: dict[str, torch.Tensor]) -> kernels.Ready:
+    return in_layout("humming", scheme, stored, OUTS, COLUMNS)
 
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
-def test_it_is_given_the_same_weight(scheme: AffineScheme, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_given_the_same_weight(scheme: AffineScheme) -> None:
     stored = random_matrix(scheme, OUTS, COLUMNS)
-    made = ready(scheme, stored, monkeypatch)
+    made = ready(scheme, stored)
     x = torch.randn(2, 5, COLUMNS).bfloat16()
     # Scales are rounded to bfloat16.
-    assert_near(kernels.multiply(scheme, made, x, OUTS), exact(scheme, stored, x), torch.bfloat16, slack=2)
+    assert_near(multiply(scheme, made, x, OUTS), exact(scheme, stored, x), torch.bfloat16, slack=2)
     spoiled = made.tensors | {"humming_codes": made.tensors["humming_codes"].roll(1, 0)}
-    result = kernels.multiply(scheme, made._replace(tensors=spoiled), x, OUTS)
+    result = multiply(scheme, made._replace(tensors=spoiled), x, OUTS)
     with pytest.raises(AssertionError):
         assert_near(result, exact(scheme, stored, x), torch.bfloat16, slack=2)
-    back = kernels.stored(scheme, made, OUTS, COLUMNS)
+    back = unpacked(scheme, made, OUTS, COLUMNS)
     assert all(torch.equal(back[name], tensor) for name, tensor in stored.items())
 
 
@@ -117,19 +115,19 @@ def test_it_is_given_the_same_weight(scheme: AffineScheme, monkeypatch: pytest.M
 def test_vectors_other_floats_and_gradients_take_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = SCHEMES[2]
     stored = random_matrix(scheme, OUTS, COLUMNS)
-    made = ready(scheme, stored, monkeypatch)
+    made = ready(scheme, stored)
     monkeypatch.setattr(sys.modules["humming.forward"], "humming_forward", None)
     for x in (torch.randn(2, COLUMNS), torch.randn(5, COLUMNS).half(), torch.randn(5, COLUMNS).requires_grad_()):
-        assert_near(kernels.multiply(scheme, made, x, OUTS), exact(scheme, stored, x), x.dtype, slack=2)
+        assert_near(multiply(scheme, made, x, OUTS), exact(scheme, stored, x), x.dtype, slack=2)
     assert not humming.takes(torch.randn(4, COLUMNS).bfloat16())
     assert not humming.takes(torch.randn(5, COLUMNS).bfloat16().requires_grad_())
     assert humming.takes(torch.randn(5, COLUMNS).bfloat16())
 
 
 @pytest.mark.usefixtures("installed")
-def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opcheck() -> None:
     scheme = SCHEMES[2]
-    made = ready(scheme, random_matrix(scheme, OUTS, COLUMNS), monkeypatch).tensors
+    made = ready(scheme, random_matrix(scheme, OUTS, COLUMNS)).tensors
     given = (made["humming_codes"], made["humming_scales"], made["humming_zeros"], made["humming_locks"])
     x = torch.randn(5, COLUMNS).bfloat16()
     torch.library.opcheck(humming.humming_linear, (x, *given, OUTS, scheme.bits, scheme.group_size))
@@ -147,9 +145,9 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_it_does_not_take(scheme: AnyScheme, outs: int, reason: str) -> None:
-    refused = humming.refusal(scheme, outs, 128)
-    assert reason in refused
-    assert bool(reason) == bool(refused)
+    refused = named("humming").unsupported_reason(scheme, outs, 128)
+    assert reason in (refused or "")
+    assert bool(reason) == (refused is not None)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +161,7 @@ def test_why_it_is_missing(version: str | None, reason: str, monkeypatch: pytest
 
     monkeypatch.setattr(humming.metadata, "version", found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert reason in humming.failure.__wrapped__()
+    assert reason in str(humming.unavailable_reason.__wrapped__())
 
 
 @pytest.mark.parametrize(
@@ -178,7 +176,7 @@ def test_why_it_is_missing(version: str | None, reason: str, monkeypatch: pytest
 )
 def test_the_row_of_the_table(changes: dict[str, Any], reason: str) -> None:
     case = kernels.Case(AffineScheme(bits=2), 64, 128, "cuda", torch.bfloat16, 16)._replace(**changes)
-    (row,) = (each for each in kernels.BACKENDS if each.name == "humming")
-    refused = row.matrix(case.scheme, case.outs, case.columns, case.device) or row.call(case)
-    assert reason in refused
-    assert bool(reason) == bool(refused)
+    layout = named("humming")
+    refused = dispatch.unsupported_reason(layout, case.scheme, 64, 128, case.device) or layout.call_reason(case)
+    assert reason in (refused or "")
+    assert bool(reason) == (refused is not None)

@@ -2,18 +2,23 @@
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
-from tests.kernels.matrices import assert_near, exact, random_matrix
-from ulbq import kernels
+from tests.kernels.matrices import assert_near, exact, multiply, random_matrix
+from ulbq import formats, kernels
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme
 from ulbq.formats.bits import unpack_planes
-from ulbq.kernels import build, int4, ops, reference, tiles
+from ulbq.kernels import build, tiles
+from ulbq.kernels.layouts import int4
+from ulbq.kernels.ops import affine, dual_binary
 from ulbq.nn.quant_linear import QuantLinear
 
 OUTS, COLUMNS = 70, 128
 AFFINE = [AffineScheme(bits=bits, group_size=size) for bits, size in ((1, 64), (2, 32), (3, 128), (4, -1), (8, 16))]
 AFFINE += [AffineScheme(bits=2, group_size=64, symmetric=True)]
-TILES = pytest.param("tiles", marks=pytest.mark.skipif(bool(build.failure()), reason=build.failure()))
+TILES = pytest.param(
+    "tiles", marks=pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
+)
 
 
 def operands(scheme: AnyScheme, layout: str) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor | None, ...]]:
@@ -33,11 +38,11 @@ def inputs(rows: int = 3, *, grad: bool = False) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["planes", TILES])
 @pytest.mark.parametrize("scheme", AFFINE, ids=lambda s: s.label)
 def test_opcheck_affine(scheme: AffineScheme, layout: str) -> None:
-    if layout == "tiles" and tiles.refusal(scheme, COLUMNS):
-        pytest.skip(tiles.refusal(scheme, COLUMNS))
+    if layout == "tiles" and (reason := tiles.unsupported_reason(scheme, COLUMNS)) is not None:
+        pytest.skip(reason)
     _, packed = operands(scheme, layout)
     constants = (OUTS, scheme.bits, scheme.group_size, layout)
-    torch.library.opcheck(ops.affine_linear, (inputs(grad=True), *packed, *constants))
+    torch.library.opcheck(affine.affine_linear, (inputs(grad=True), *packed, *constants))
 
 
 def test_opcheck_affine_with_scales_and_zeros_that_train() -> None:
@@ -45,7 +50,9 @@ def test_opcheck_affine_with_scales_and_zeros_that_train() -> None:
     stored = random_matrix(scheme, OUTS, COLUMNS)
     scales = stored["scales"].float().requires_grad_()
     zeros = torch.rand_like(scales).requires_grad_()
-    torch.library.opcheck(ops.affine_linear, (inputs(grad=True), stored["codes"], scales, zeros, OUTS, 2, 32, "planes"))
+    torch.library.opcheck(
+        affine.affine_linear, (inputs(grad=True), stored["codes"], scales, zeros, OUTS, 2, 32, "planes")
+    )
 
 
 @pytest.mark.parametrize("layout", ["planes", TILES])
@@ -55,12 +62,12 @@ def test_opcheck_dual_binary(layout: str) -> None:
     assert scales is not None
     if layout == "planes":
         scales = scales.float().requires_grad_()
-    torch.library.opcheck(ops.dual_binary_linear, (inputs(grad=True), codes, scales, OUTS, 32, layout))
+    torch.library.opcheck(dual_binary.dual_binary_linear, (inputs(grad=True), codes, scales, OUTS, 32, layout))
 
 
 def test_opcheck_int4() -> None:
     scheme = AffineScheme(bits=2, group_size=32)
-    packed = int4.pack(scheme, random_matrix(scheme, 64, COLUMNS), COLUMNS)
+    packed = int4.to_int4(scheme, random_matrix(scheme, 64, COLUMNS), COLUMNS)
     x = inputs().to(torch.bfloat16)
     torch.library.opcheck(int4.int4_linear, (x, packed["int4_codes"], packed["int4_scales"], 32))
 
@@ -69,12 +76,14 @@ def test_opcheck_int4() -> None:
 @pytest.mark.parametrize("layout", ["planes", TILES])
 @pytest.mark.parametrize("scheme", [*AFFINE, DualBinaryScheme(group_size=32)], ids=lambda s: f"{s.format}-{s.label}")
 def test_values_and_the_gradient_of_the_input(scheme: AnyScheme, layout: str, rows: int) -> None:
-    if layout == "tiles" and tiles.refusal(scheme, COLUMNS):
-        pytest.skip(tiles.refusal(scheme, COLUMNS))
+    if layout == "tiles" and (reason := tiles.unsupported_reason(scheme, COLUMNS)) is not None:
+        pytest.skip(reason)
     stored, _ = operands(scheme, layout)
-    ready = kernels.prepare(scheme, stored, OUTS, COLUMNS) if layout == "tiles" else kernels.Ready(layout, stored)
+    ready = (
+        kernels.prepare(scheme, stored, OUTS, COLUMNS) if layout == "tiles" else kernels.Ready(kernels.STORED, stored)
+    )
     x = inputs(rows, grad=True)
-    y = kernels.multiply(scheme, ready, x, OUTS)
+    y = multiply(scheme, ready, x, OUTS)
     wide = x.detach().double().requires_grad_()
     wanted = exact(scheme, stored, wide)
     assert_near(y, wanted, torch.float32)
@@ -88,10 +97,12 @@ def test_values_and_the_gradient_of_the_input(scheme: AnyScheme, layout: str, ro
 def test_the_gradient_through_a_mixture(zeros: str, layout: str) -> None:
     scheme = BinaryMosScheme(experts=4, zeros=zeros)
     stored = random_matrix(scheme, OUTS, COLUMNS)
-    ready = kernels.prepare(scheme, stored, OUTS, COLUMNS) if layout == "tiles" else kernels.Ready(layout, stored)
+    ready = (
+        kernels.prepare(scheme, stored, OUTS, COLUMNS) if layout == "tiles" else kernels.Ready(kernels.STORED, stored)
+    )
     x = inputs(grad=True)
-    y = kernels.multiply(scheme, ready, x, OUTS)
-    wanted = reference.binary_mos_linear(scheme, stored, x)
+    y = multiply(scheme, ready, x, OUTS)
+    wanted = formats.multiply(scheme, stored, x, formats.matrix(scheme, stored, COLUMNS))
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     (found,), (should,) = torch.autograd.grad(y, x, grad), torch.autograd.grad(wanted, x, grad)
     assert_near(found, should, torch.float32, slack=8)
@@ -103,7 +114,7 @@ def test_gradients_of_scales_and_zero_points_are_those_of_the_reference() -> Non
     leaves = [inputs(grad=True), stored["scales"].float().requires_grad_(), torch.rand(OUTS, 4).mul(7).requires_grad_()]
     x, scales, zeros = leaves
     y = torch.ops.ulbq.affine_linear(x, stored["codes"], scales, zeros, OUTS, 3, 32, "planes")
-    wanted = reference.affine_linear(x, stored["codes"], scales, zeros)
+    wanted = linear(x, formats.affine.weight(stored["codes"], scales, zeros, COLUMNS, x.dtype))
     assert_near(y, wanted, torch.float32)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     for found, should in zip(
@@ -117,7 +128,7 @@ def test_gradients_of_both_scales_of_dual_binary() -> None:
     stored = random_matrix(scheme, OUTS, COLUMNS)
     leaves = [inputs(grad=True), stored["scales"].float().requires_grad_()]
     y = torch.ops.ulbq.dual_binary_linear(leaves[0], stored["codes"], leaves[1], OUTS, 32, "planes")
-    wanted = reference.dual_binary_linear(leaves[0], stored["codes"], leaves[1])
+    wanted = linear(leaves[0], formats.dual_binary.weight(stored["codes"], leaves[1], COLUMNS, torch.float32))
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     for found, should in zip(
         torch.autograd.grad(y, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
@@ -125,7 +136,7 @@ def test_gradients_of_both_scales_of_dual_binary() -> None:
         assert_near(found, should, torch.float32, slack=4)
 
 
-@pytest.mark.skipif(bool(build.failure()), reason=build.failure())
+@pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 def test_scales_in_tiles_do_not_train() -> None:
     _, (codes, scales, zeros) = operands(AFFINE[0], "tiles")
     assert scales is not None
@@ -139,7 +150,7 @@ def test_torchs_int4_product_has_the_same_weights(bits: int, size: int) -> None:
     """Scales and shifts are rounded to bfloat16, twice the rounding of a bfloat16 weight."""
     scheme = AffineScheme(bits=bits, group_size=size)
     stored = random_matrix(scheme, 64, 512)
-    packed = int4.pack(scheme, stored, 512)
+    packed = int4.to_int4(scheme, stored, 512)
     x = torch.randn(5, 512, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     y = torch.ops.ulbq.int4_linear(x, packed["int4_codes"], packed["int4_scales"], size)
     assert_near(y, exact(scheme, stored, x), torch.bfloat16, slack=2)
@@ -163,5 +174,5 @@ def test_a_layer_compiles_to_one_graph(scheme: AnyScheme, ready: bool) -> None:
 
 def test_packed_codes_are_what_unpack_planes_reads() -> None:
     stored = random_matrix(AFFINE[2], OUTS, COLUMNS)
-    weight = reference.affine_weight(stored["codes"], torch.ones(OUTS, 1), torch.zeros(OUTS, 1), COLUMNS, torch.float32)
+    weight = formats.affine.weight(stored["codes"], torch.ones(OUTS, 1), torch.zeros(OUTS, 1), COLUMNS, torch.float32)
     assert torch.equal(weight, unpack_planes(stored["codes"], COLUMNS).float())

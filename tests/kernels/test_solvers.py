@@ -74,7 +74,7 @@ def check_all_scales() -> None:
     assert torch.equal(found, weight.half().float().clamp_min(1e-8))
 
 
-@pytest.mark.skipif(bool(build.solver_failure()), reason="switched off")
+@pytest.mark.skipif(build.solvers_unavailable_reason() is not None, reason="switched off")
 class TestRounding:
     @pytest.mark.parametrize("weighted", [False, True])
     @pytest.mark.parametrize("search", [False, True])
@@ -174,7 +174,7 @@ def check_dual_binary(weight: torch.Tensor, importance: torch.Tensor, group_size
     assert (left <= right * 1.05 + 1e-12).all()
 
 
-@pytest.mark.skipif(bool(build.solver_failure()), reason="switched off")
+@pytest.mark.skipif(build.solvers_unavailable_reason() is not None, reason="switched off")
 class TestDualBinary:
     @pytest.mark.parametrize("weighted", [False, True])
     @pytest.mark.parametrize("group_size", [6, 32, 48, 96])
@@ -213,7 +213,7 @@ def check_compensation(scheme: AffineScheme, settings: GptqSettings) -> None:
     assert all(tensor.is_contiguous() for tensor in ours.codes)
 
 
-@pytest.mark.skipif(bool(build.solver_failure()), reason="switched off")
+@pytest.mark.skipif(build.solvers_unavailable_reason() is not None, reason="switched off")
 class TestCompensation:
     @pytest.mark.parametrize("search", [False, True])
     @pytest.mark.parametrize("act_order", [False, True])
@@ -247,7 +247,7 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
     """An empty cache, and what has the process look for the library anew."""
 
     def forget() -> None:
-        for function in (build.solvers, build.solver_failure, build._load_solvers):
+        for function in (build.solvers, build.solvers_unavailable_reason, build._load_solvers):
             function.cache_clear()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -275,7 +275,7 @@ def mutated(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(build.solver_failure()), reason="switched off")
+@pytest.mark.skipif(build.solvers_unavailable_reason() is not None, reason="switched off")
 @pytest.mark.parametrize("features", [(), ("avx2", "fma")], ids=["baseline", "avx2"])
 def test_other_processors_find_the_same_to_the_bit(
     unbuilt: Callable[[], None], monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...]
@@ -298,12 +298,12 @@ def test_other_processors_find_the_same_to_the_bit(
     here = found()
     monkeypatch.setattr(build, "cpu_features", lambda: frozenset(features))
     unbuilt()
-    assert not build.solver_failure()
+    assert not build.solvers_unavailable_reason()
     assert all(map(torch.equal, here, found()))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(build.solver_failure()), reason="switched off")
+@pytest.mark.skipif(build.solvers_unavailable_reason() is not None, reason="switched off")
 class TestWrongKernelsFail:
     @pytest.mark.parametrize(
         ("file", "old", "new"),

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.matrices import assert_near, exact, random_matrix
+from tests.kernels.matrices import assert_near, exact, matrix, multiply, random_matrix, unpacked
 from ulbq import formats, kernels
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme
 from ulbq.kernels import build, tiles
 
-pytestmark = pytest.mark.skipif(bool(build.failure()), reason=build.failure())
+pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEMES: list[AnyScheme] = [
@@ -29,7 +29,7 @@ def shapes(scheme: AnyScheme) -> list[tuple[int, int]]:
 
 def ready(scheme: AnyScheme, stored: dict[str, torch.Tensor], outs: int, columns: int) -> kernels.Ready:
     made = kernels.prepare(scheme, stored, outs, columns)
-    assert made.layout == "tiles"
+    assert made.layout.name == "tiles"
     return made
 
 
@@ -43,7 +43,7 @@ def test_products(scheme: AnyScheme, dtype: torch.dtype) -> None:
             x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
             # The scales of a mixture are rounded at several places.
             slack = 4 if isinstance(scheme, BinaryMosScheme) else 1
-            assert_near(kernels.multiply(scheme, tiled, x, outs), exact(scheme, stored, x), dtype, slack)
+            assert_near(multiply(scheme, tiled, x, outs), exact(scheme, stored, x), dtype, slack)
 
 
 @pytest.mark.parametrize("scheme", [SCHEMES[5], DualBinaryScheme(), BinaryMosScheme()], ids=lambda s: s.format)
@@ -52,7 +52,7 @@ def test_processors_without_pair_products_take_digits(scheme: AnyScheme, monkeyp
     x = torch.randn(7, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
     monkeypatch.setattr(build, "has_pairs", lambda: False)
     assert tiles.most_rows(torch.bfloat16) == tiles.MANY_ROWS - 1
-    assert_near(kernels.multiply(scheme, ready(scheme, stored, 75, 384), x, 75), exact(scheme, stored, x), x.dtype, 4)
+    assert_near(multiply(scheme, ready(scheme, stored, 75, 384), x, 75), exact(scheme, stored, x), x.dtype, 4)
 
 
 @pytest.mark.skipif(not build.has_pairs(), reason="no products of pairs")
@@ -62,7 +62,7 @@ def test_pairs_leave_codes_and_activations_as_they_are() -> None:
     stored = random_matrix(scheme, 64, 256)
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     wanted = exact(scheme, stored, x)
-    found = kernels.multiply(scheme, ready(scheme, stored, 64, 256), x, 64)
+    found = multiply(scheme, ready(scheme, stored, 64, 256), x, 64)
     assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all()
 
 
@@ -75,7 +75,7 @@ def test_slabs_are_the_dequantized_weight_to_the_bit(
     for outs, columns in shapes(scheme):
         stored = random_matrix(scheme, outs, columns)
         tiled = ready(scheme, stored, outs, columns)
-        dense = kernels.matrix(scheme, tiled, outs, columns, dtype)
+        dense = matrix(scheme, tiled, outs, columns, dtype)
         assert torch.equal(dense, formats.dequantize(scheme, stored, columns, dtype))
 
 
@@ -85,7 +85,7 @@ def test_the_stored_tensors_come_back(scheme: AnyScheme, outs: int, columns: int
     if scheme.group_size != -1:
         columns = -(-columns // scheme.group_size) * scheme.group_size
     stored = random_matrix(scheme, outs, columns, seed)
-    back = kernels.stored(scheme, ready(scheme, stored, outs, columns), outs, columns)
+    back = unpacked(scheme, ready(scheme, stored, outs, columns), outs, columns)
     assert back.keys() == stored.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in stored.items())
 
@@ -113,7 +113,7 @@ def test_activations_of_any_size_and_outliers_among_them() -> None:
     x[4, :64] *= 1e-6
     for dtype in (torch.float32, torch.bfloat16):
         for row in x.to(dtype).unsqueeze(1):
-            result = kernels.multiply(scheme, tiled, row, outs)
+            result = multiply(scheme, tiled, row, outs)
             assert_near(result, exact(scheme, stored, row), dtype, slack=4)
 
 
@@ -124,7 +124,7 @@ def test_what_is_not_finite_spoils_its_row_and_no_other(bad: float, dtype: torch
     stored = random_matrix(scheme, 64, 128)
     x = torch.randn(4, 128).to(dtype)
     x[2, 70] = bad
-    y = kernels.multiply(scheme, ready(scheme, stored, 64, 128), x, 64)
+    y = multiply(scheme, ready(scheme, stored, 64, 128), x, 64)
     assert y[2].isnan().all()
     assert y[[0, 1, 3]].isfinite().all()
 
@@ -134,16 +134,16 @@ def test_inputs_that_are_not_contiguous_or_have_no_rows() -> None:
     stored = random_matrix(scheme, 70, 64)
     tiled = ready(scheme, stored, 70, 64)
     x = torch.randn(64, 2, 3).permute(2, 1, 0)
-    assert_near(kernels.multiply(scheme, tiled, x, 70), exact(scheme, stored, x), torch.float32)
-    assert kernels.multiply(scheme, tiled, x[:0], 70).shape == (0, 2, 70)
-    assert kernels.multiply(scheme, tiled, x[0, 0], 70).shape == (70,)
+    assert_near(multiply(scheme, tiled, x, 70), exact(scheme, stored, x), torch.float32)
+    assert multiply(scheme, tiled, x[:0], 70).shape == (0, 2, 70)
+    assert multiply(scheme, tiled, x[0, 0], 70).shape == (70,)
 
 
 def test_other_floats_than_those_of_the_kernel() -> None:
     scheme = AffineScheme(bits=2, group_size=64)
     stored = random_matrix(scheme, 64, 128)
     x = torch.randn(3, 128, dtype=torch.float64)
-    result = kernels.multiply(scheme, ready(scheme, stored, 64, 128), x, 64)
+    result = multiply(scheme, ready(scheme, stored, 64, 128), x, 64)
     assert (result - exact(scheme, stored, x)).norm() < 1e-6 * result.norm()
 
 
@@ -153,9 +153,9 @@ def test_the_number_of_threads_does_not_change_a_bit(threads: int, monkeypatch: 
     stored = random_matrix(scheme, 700, 256)
     tiled = ready(scheme, stored, 700, 256)
     x = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
-    alone = kernels.multiply(scheme, tiled, x, 700)
+    alone = multiply(scheme, tiled, x, 700)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert torch.equal(kernels.multiply(scheme, tiled, x, 700), alone)
+    assert torch.equal(multiply(scheme, tiled, x, 700), alone)
 
 
 @pytest.mark.parametrize("scheme", [SCHEMES[1], SCHEMES[8], DualBinaryScheme()], ids=lambda s: s.label)
@@ -181,7 +181,7 @@ def test_a_broken_kernel_does_not_pass(scheme: AnyScheme, broken: str, monkeypat
         return y
 
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(0))
-    assert_near(kernels.multiply(scheme, tiled, x, outs), exact(scheme, stored, x), torch.float32)
+    assert_near(multiply(scheme, tiled, x, outs), exact(scheme, stored, x), torch.float32)
     monkeypatch.setattr(tiles, "multiply", spoiled)
     with pytest.raises(AssertionError):
-        assert_near(kernels.multiply(scheme, tiled, x, outs), exact(scheme, stored, x), torch.float32)
+        assert_near(multiply(scheme, tiled, x, outs), exact(scheme, stored, x), torch.float32)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.formats.columns import random_columns
-from tests.kernels.matrices import assert_near, exact, random_matrix
+from tests.kernels.matrices import assert_near, exact, in_layout, multiply, named, random_matrix
 from ulbq import kernels
 from ulbq.formats import (
     AffineScheme,
@@ -21,12 +21,16 @@ from ulbq.formats import (
     codebook,
     dequantize,
 )
-from ulbq.kernels import dispatch, linear, ops, triton_launch, words
+from ulbq.kernels import dispatch, triton_launch, words
+from ulbq.kernels.ops import affine, binary_mos, dual_binary
+from ulbq.kernels.ops import codebook as codebook_ops
 from ulbq.nn.quant_linear import QuantLinear
 
-NO_INTERPRETER = triton_launch.failure() or "kernels are compiled in this process: TRITON_INTERPRET=1 is not set"
-NO_GPU = triton_launch.failure() or "no CUDA device"
-GPU = bool(torch.cuda.is_available() and not triton_launch.failure() and not triton_launch.interpreted())
+NO_INTERPRETER = (
+    triton_launch.unavailable_reason() or "kernels are compiled in this process: TRITON_INTERPRET=1 is not set"
+)
+NO_GPU = triton_launch.unavailable_reason() or "no CUDA device"
+GPU = bool(torch.cuda.is_available() and not triton_launch.unavailable_reason() and not triton_launch.interpreted())
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not triton_launch.interpreted(), reason=NO_INTERPRETER)),
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason=NO_GPU)]),
@@ -65,7 +69,7 @@ def poisoned() -> Iterator[None]:
 
 def in_words(scheme: AnyScheme, stored: dict[str, torch.Tensor], columns: int, device: str = "cpu") -> kernels.Ready:
     moved = {name: tensor.to(device) for name, tensor in stored.items()}
-    return kernels.Ready("words", linear._in_words(scheme, moved, OUTS, columns))
+    return in_layout("triton", scheme, moved, OUTS, columns)
 
 
 def fresh(rows: int, columns: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -88,14 +92,14 @@ def check(scheme: AnyScheme, stored: dict[str, torch.Tensor], columns: int, devi
     slack = 4 if isinstance(scheme, BinaryMosScheme) else 2
     for dtype in dtypes(device):
         x = fresh(rows, columns, dtype, device)
-        assert_near(kernels.multiply(scheme, ready, x, OUTS).cpu(), exact(scheme, stored, x.cpu()), dtype, slack)
+        assert_near(multiply(scheme, ready, x, OUTS).cpu(), exact(scheme, stored, x.cpu()), dtype, slack)
 
 
 def check_gradient(scheme: AnyScheme, stored: dict[str, torch.Tensor], columns: int, device: str) -> None:
     ready = in_words(scheme, stored, columns, device)
     for dtype in dtypes(device):
         x = fresh(17, columns, dtype, device).requires_grad_()
-        y = kernels.multiply(scheme, ready, x, OUTS)
+        y = multiply(scheme, ready, x, OUTS)
         wide = x.detach().cpu().double().requires_grad_()
         wanted = exact(scheme, stored, wide)
         assert_near(y.cpu(), wanted, dtype, slack=4)
@@ -146,7 +150,7 @@ def test_zero_points_between_the_codes(device: str) -> None:
     ].double()
     for rows in (2, 20):
         x = fresh(rows, 96, torch.float32, device)
-        found = kernels.multiply(scheme, ready, x, OUTS)
+        found = multiply(scheme, ready, x, OUTS)
         assert_near(found.cpu(), x.cpu().double() @ weight.flatten(1).T, torch.float32)
 
 
@@ -156,20 +160,24 @@ def test_opcheck(device: str) -> None:
     scheme = AffineScheme(bits=2, group_size=64)
     packed = in_words(scheme, random_matrix(scheme, OUTS, 128), 128, device).tensors
     given = packed["word_codes"], packed["word_scales"], packed["word_zeros"]
-    torch.library.opcheck(ops.affine_linear, (x, *given, OUTS, 2, 64, "words"))
+    torch.library.opcheck(affine.affine_linear, (x, *given, OUTS, 2, 64, "words"))
     dual = DualBinaryScheme(group_size=64)
     packed = in_words(dual, random_matrix(dual, OUTS, 128), 128, device).tensors
-    torch.library.opcheck(ops.dual_binary_linear, (x, packed["word_codes"], packed["word_scales"], OUTS, 64, "words"))
+    torch.library.opcheck(
+        dual_binary.dual_binary_linear, (x, packed["word_codes"], packed["word_scales"], OUTS, 64, "words")
+    )
     signs = BinaryMosScheme(experts=2, zeros="input")
     packed = in_words(signs, random_matrix(signs, OUTS, 128), 128, device).tensors
     names = "word_codes", "word_scales", "in_scales", "out_scales", "router", "zeros"
-    torch.library.opcheck(ops.binary_mos_linear, (x.detach(), *(packed[name] for name in names), "input"))
+    torch.library.opcheck(binary_mos.binary_mos_linear, (x.detach(), *(packed[name] for name in names), "input"))
     columns, stored = codebooks(9)
     packed = in_words(columns, stored, len(MIXED), device).tensors
-    given_columns = [packed[name] for name in linear.IN_WORDS]
+    given_columns = [packed[name] for name in codebook_ops.IN_WORDS]
     counts = columns.columns(len(MIXED))
     x = fresh(3, len(MIXED), torch.float32, device).requires_grad_()
-    torch.library.opcheck(ops.codebook_words_linear, (x, given_columns, OUTS, list(counts), list(counts.values())))
+    torch.library.opcheck(
+        codebook_ops.codebook_linear, (x, given_columns, [], OUTS, list(counts), list(counts.values()), 9, "words")
+    )
 
 
 @on_devices
@@ -178,11 +186,11 @@ def test_other_shapes_of_inputs(device: str) -> None:
     stored = random_matrix(scheme, OUTS, 64)
     ready = in_words(scheme, stored, 64, device)
     x = torch.randn(64, 2, 3, device=device).permute(2, 1, 0)
-    assert_near(kernels.multiply(scheme, ready, x, OUTS).cpu(), exact(scheme, stored, x.cpu()), torch.float32)
-    assert kernels.multiply(scheme, ready, x[:0], OUTS).shape == (0, 2, OUTS)
-    assert kernels.multiply(scheme, ready, x[0, 0], OUTS).shape == (OUTS,)
+    assert_near(multiply(scheme, ready, x, OUTS).cpu(), exact(scheme, stored, x.cpu()), torch.float32)
+    assert multiply(scheme, ready, x[:0], OUTS).shape == (0, 2, OUTS)
+    assert multiply(scheme, ready, x[0, 0], OUTS).shape == (OUTS,)
     wide = x.double().requires_grad_()
-    product = kernels.multiply(scheme, ready, wide, OUTS)
+    product = multiply(scheme, ready, wide, OUTS)
     assert (product.cpu() - exact(scheme, stored, wide.cpu())).norm() < 1e-12 * product.norm()
 
 
@@ -236,21 +244,21 @@ def test_other_broken_kernels_do_not_pass_either(broken: str) -> None:
     ready.tensors[name].view(-1)[3] += 0.25
     x = fresh(2, columns, torch.float32, "cpu")
     with pytest.raises(AssertionError):
-        assert_near(kernels.multiply(scheme, ready, x, OUTS), exact(scheme, stored, x), torch.float32, slack=4)
+        assert_near(multiply(scheme, ready, x, OUTS), exact(scheme, stored, x), torch.float32, slack=4)
 
 
 @on_devices
 @pytest.mark.parametrize("scheme", [SCHEMES[2][0], DualBinaryScheme(), BinaryMosScheme()], ids=lambda s: s.label)
 def test_a_layer(scheme: AnyScheme, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the layout, gives its stored tensors back, and compiles to one graph."""
-    monkeypatch.setattr(dispatch, "layout", lambda *_: "triton")
+    monkeypatch.setattr(dispatch, "best", lambda *_: named("triton"))
     stored = random_matrix(scheme, OUTS, 128)
     layer = QuantLinear(scheme, 128, OUTS, bias=True)
     layer.assign(stored)
     layer.to(device)
     x = fresh(3, 128, torch.float32, device)
     eager = layer(x)
-    assert layer._ready().layout == "words"
+    assert layer._ready().layout.name == "triton"
     assert_near(eager.cpu(), exact(scheme, stored, x.cpu()), torch.float32, slack=4)
     assert layer.state_dict().keys() - {"bias"} == stored.keys()
     assert all(torch.equal(layer.tensors()[name].cpu(), tensor) for name, tensor in stored.items())
@@ -261,17 +269,19 @@ def test_a_layer(scheme: AnyScheme, device: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_triton_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_launch.failure.cache_clear()
+    triton_launch.unavailable_reason.cache_clear()
     monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda _: None)
     case = kernels.Case(AffineScheme(bits=2), 64, 128, "cuda", torch.float16, 1)
     choice = kernels.choose(case)
     monkeypatch.undo()
-    triton_launch.failure.cache_clear()
-    assert choice.backend.name == "dense"
+    triton_launch.unavailable_reason.cache_clear()
+    assert choice.layout.name == "dense"
     assert choice.passed_over["triton"] == "the package triton is not installed"
 
 
-@pytest.mark.skipif(bool(triton_launch.failure()), reason=triton_launch.failure() or "installed")
+@pytest.mark.skipif(
+    triton_launch.unavailable_reason() is not None, reason=triton_launch.unavailable_reason() or "installed"
+)
 @pytest.mark.parametrize(
     ("scheme", "dtype", "reason"),
     [
@@ -285,7 +295,7 @@ def test_without_triton_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_row_of_the_table(scheme: AnyScheme, dtype: torch.dtype, reason: str) -> None:
     choice = kernels.choose(kernels.Case(scheme, 64, 128, "cuda", dtype, 1))
     assert choice.passed_over.get("triton", "") == reason
-    assert choice.backend.name == ("dense" if reason else "triton")
+    assert choice.layout.name == ("dense" if reason else "triton")
 
 
 def test_words_of_padded_columns_hold_nothing_else() -> None:

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.formats.columns import random_columns
-from tests.kernels.matrices import random_matrix
-from ulbq import formats, kernels
+from tests.kernels.matrices import in_layout, matrix, random_matrix, unpacked
+from ulbq import formats
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, codebook
-from ulbq.kernels import linear, words
+from ulbq.kernels import words
 
 SCHEMES: list[AnyScheme] = [
     *(AffineScheme(bits=bits, group_size=size) for bits in (1, 2, 3, 4) for size in (32, -1)),
@@ -25,12 +25,12 @@ def test_the_stored_tensors_come_back(scheme: AnyScheme, outs: int, columns: int
     if scheme.group_size != -1:
         columns = -(-columns // scheme.group_size) * scheme.group_size
     stored = random_matrix(scheme, outs, columns, seed)
-    ready = kernels.Ready("words", linear._in_words(scheme, stored, outs, columns))
-    back = kernels.stored(scheme, ready, outs, columns)
+    ready = in_layout("triton", scheme, stored, outs, columns)
+    back = unpacked(scheme, ready, outs, columns)
     assert back.keys() == stored.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in stored.items())
     if not isinstance(scheme, BinaryMosScheme):
-        dense = kernels.matrix(scheme, ready, outs, columns, torch.float16)
+        dense = matrix(scheme, ready, outs, columns, torch.float16)
         assert torch.equal(dense, formats.dequantize(scheme, stored, columns, torch.float16))
 
 
@@ -40,8 +40,8 @@ def test_column_codebooks_come_back(outs: int, outliers: int) -> None:
     widths = [2] * 31 + [4] * 5 + [3] * 70 + [2] * 20
     scheme, made = random_columns(outs, widths, outliers)
     stored = codebook.pack(scheme, made)
-    ready = kernels.Ready("words", linear._in_words(scheme, stored, outs, len(widths)))
-    back = kernels.stored(scheme, ready, outs, len(widths))
+    ready = in_layout("triton", scheme, stored, outs, len(widths))
+    back = unpacked(scheme, ready, outs, len(widths))
     assert back.keys() == stored.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in stored.items())
     weight = words.column_weight(ready.tensors, scheme.columns(len(widths)), outs, len(widths), torch.float64)

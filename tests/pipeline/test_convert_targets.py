@@ -17,8 +17,9 @@ from ulbq.artifacts import ConvertedManifest, QuantizedManifest, read_manifest, 
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.export import packed as packed_module
-from ulbq.export.engines import ENGINES, judge
+from ulbq.export.engines import judge, targets_of
 from ulbq.export.fit import Candidate
+from ulbq.export.targets import ENGINES, TARGETS, compressed_tensors, gptq, target
 from ulbq.formats import AffineScheme, BinaryMosScheme, DualBinaryScheme
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
@@ -103,13 +104,13 @@ def test_layers_of_several_widths_are_named(parent: Path, tmp_path: Path) -> Non
     layers = {name: layer.scheme for name, layer in candidate.layers.items()}
     odd = "model.layers.1.mlp.down_proj"
     layers[odd] = AffineScheme(bits=4, group_size=32)
-    gptq = packed_module.gptq.configuration(layers, ("model.layers.0.x",))
-    assert gptq["bits"] == 3
-    assert gptq["dynamic"] == {
+    described = gptq.configuration(layers, ("model.layers.0.x",))
+    assert described["bits"] == 3
+    assert described["dynamic"] == {
         r"-:^model\.layers\.0\.x$": {},
         r"+:^model\.layers\.1\.mlp\.down_proj$": {"bits": 4, "group_size": 32, "sym": False},
     }
-    groups = packed_module.compressed_tensors.configuration(layers, ["lm_head"])["config_groups"]
+    groups = compressed_tensors.configuration(layers, ["lm_head"])["config_groups"]
     assert groups["group_1"]["targets"] == [odd]
     assert odd not in groups["group_0"]["targets"]
 
@@ -344,9 +345,9 @@ class TestEngines:
                 judge(engine, candidate)
             assert caught.value.hint
         else:
-            verdict = judge(engine, candidate)
-            assert verdict.target == outcome
-            assert verdict.sentence
+            chosen, sentence = judge(engine, candidate)
+            assert chosen.name == outcome
+            assert sentence
 
     def test_the_choice_is_said_and_taken(self, parent: Path, tmp_path: Path) -> None:
         notes = Notes()
@@ -373,10 +374,11 @@ class TestEngines:
         assert torch.equal(stored.read("lm_head.weight"), stored.read("model.embed_tokens.weight"))
         assert json.loads((path / "config.json").read_text())["tie_word_embeddings"] is False
 
-    def test_every_engine_has_rules(self) -> None:
-        from ulbq.export.engines import RULES
-
-        assert tuple(RULES) == ENGINES
+    def test_every_engine_reads_a_target_and_no_target_names_another(self) -> None:
+        assert all(targets_of(engine) for engine in ENGINES)
+        assert {engine for name in TARGETS for engine in target(name).readers} == ENGINES.keys()
+        assert list(targets_of("vllm")) == ["compressed-tensors", "gptq", "dense"]
+        assert list(targets_of("transformers")) == ["gptq", "compressed-tensors", "dense"]
 
 
 def test_the_card_says_what_it_is(parent: Path, tmp_path: Path) -> None:

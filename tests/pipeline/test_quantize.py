@@ -108,7 +108,7 @@ class _Notes(Silent):
 def test_without_a_compiler_the_cost_is_told_once(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ulbq.kernels.solvers.solver_failure", lambda: "no C++ compiler")
+    monkeypatch.setattr("ulbq.kernels.solvers.solvers_unavailable_reason", lambda: "no C++ compiler")
     told = _Notes()
     slow, manifest = quantize(request(tiny_llama, tmp_path / "slow", method="rtn", bits=2, group_size=32), told)
     assert len({layer.name.split(".")[2] for layer in manifest.layers}) > 1

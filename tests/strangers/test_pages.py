@@ -23,6 +23,7 @@ from ulbq.evaluation.svg import element
 from ulbq.export.card import converted_card, quantized_card
 from ulbq.export.fit import Candidate
 from ulbq.export.markdown import code, plain
+from ulbq.export.targets import target
 from ulbq.models.source import resolve
 from ulbq.pipeline import finetune_page, saliency_page
 
@@ -132,7 +133,7 @@ def test_model_cards(packed: Path) -> None:
 
     def converted(one: QuantizedManifest) -> str:
         spoiled = type(source)(one.name, EVIL, packed, "artifact", source.config, source.tensors, source.stored, one)
-        return rendered(converted_card(spoiled, Candidate.of(source), "dense", stored=plain(EVIL)))
+        return rendered(converted_card(spoiled, Candidate.of(source), target("dense"), stored=plain(EVIL)))
 
     every(source.manifest, converted, 2)
     hostile = quantized_card(source, Candidate.of(source), method=EVIL, recipe=EVIL, bits_per_weight=2, counted=[EVIL])

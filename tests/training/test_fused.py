@@ -17,7 +17,7 @@ from ulbq.training.fused import FusedParts
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.precision import Precision
 
-pytestmark = pytest.mark.skipif(bool(build.failure()), reason=build.failure())
+pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 
 CPU = torch.device("cpu")
 FLOATS = [torch.float32, torch.bfloat16]
@@ -168,7 +168,7 @@ def test_gates_of_another_kind_stay(activation: str) -> None:
 
 
 def test_nothing_is_taken_over_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "failure", lambda: "no compiler")
+    monkeypatch.setattr(build, "unavailable_reason", lambda: "no compiler")
     block, kwargs = llama()
     wanted = run(block, kwargs, Precision(CPU, torch.float32))
     with FusedParts(block, Precision(CPU, torch.float32)).active():

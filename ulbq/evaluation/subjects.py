@@ -5,18 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from ulbq.artifacts import ConvertedManifest, Parent, QuantizedManifest
 from ulbq.data.prompts import Template
 from ulbq.errors import UlbqError
 from ulbq.evaluation.results import WITHOUT_ADAPTER, Subject
-from ulbq.formats import AnyScheme, Scheme
+from ulbq.formats import read_scheme
 from ulbq.models.adapter_files import adapter_folder, read_config
 from ulbq.models.source import ModelSource, resolve, resolve_parent
 from ulbq.progress import Progress, Silent
 
-_SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
 _TEMPLATE: TypeAdapter[Template] = TypeAdapter(Template)
 
 
@@ -162,6 +161,6 @@ def _recorded_parent(source: ModelSource, offline: bool, progress: Progress) -> 
 
 def _label(manifest: QuantizedManifest) -> str:
     try:
-        return _SCHEME.validate_python(manifest.scheme).label
-    except ValidationError:
+        return read_scheme(manifest.scheme).label
+    except ValueError:
         return str(manifest.scheme.get("format", "?"))

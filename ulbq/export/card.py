@@ -16,9 +16,12 @@ from ulbq.artifacts.small_files import read_small
 from ulbq.artifacts.yaml_files import parse_yaml
 from ulbq.errors import InputError
 from ulbq.evaluation.results import Results
-from ulbq.export.engines import RULES, Engine, loaders
-from ulbq.export.fit import Candidate, Target, describe, unfit
+from ulbq.export.engines import loaders
+from ulbq.export.fit import Candidate, describe
 from ulbq.export.markdown import code, plain
+from ulbq.export.targets import ENGINES
+from ulbq.export.targets import target as target_of
+from ulbq.export.targets.base import Target
 from ulbq.models.gguf import open_gguf
 from ulbq.models.source import FULL_PRECISION, ModelSource
 
@@ -134,10 +137,10 @@ def quantized_card(
         "transformers": "after `import ulbq`, `AutoModelForCausalLM.from_pretrained(DIR)` loads it packed.",
     }
     for engine, target in loaders(candidate):
-        loads[RULES[engine].name + (", without ulbq" if engine == "transformers" else "")] = (
+        loads[ENGINES[engine] + (", without ulbq" if engine == "transformers" else "")] = (
             f"`ulbq convert DIR --for {engine}` writes it as {target}."
         )
-    if unfit(candidate, "dense") is None:
+    if target_of("dense").unsupported_reason(candidate) is None:
         loads["Everything else"] = "`ulbq convert DIR --to dense` writes a plain half-precision model."
     made = [
         f"Quantized with {code(f'ulbq quantize --method {method}')}" + (f", recipe {code(recipe)}" if recipe else ""),
@@ -179,8 +182,8 @@ def converted_card(
         scores_in: folders that may hold evaluations of the source.
     """
     manifest = source.manifest
-    made = [f"Stored as {target}: {stored}"]
-    tags: list[str] = [target]
+    made = [f"Stored as {target.name}: {stored}"]
+    tags = [target.name]
     if isinstance(manifest, QuantizedManifest):
         told = manifest.request.get("recipe")
         recipe = told.get("name") if isinstance(told, dict) else None
@@ -197,23 +200,26 @@ def converted_card(
     if candidate.adapter:
         place = "is a part of the weights" if merged else "lies beside the weights, in `adapter/`, for peft"
         made.append(f"Its {candidate.adapter} adapter {place}")
-    loads = {RULES[engine].name: text for engine, text in _commands(candidate, target, merged=merged).items()}
+    loads = {
+        ENGINES[engine]: f"{reader.load_command} {reader.start(candidate)}".rstrip()
+        for engine, reader in target.readers.items()
+        if reader.obstacle(candidate) is None
+    }
     if candidate.adapter and not merged:
         loads["The adapter"] = (
             '`PeftModel.from_pretrained(model, "DIR/adapter")` on the model that transformers loaded; vLLM takes '
             "`--enable-lora --lora-modules tuned=DIR/adapter`, with `--max-lora-rank` for ranks above 16. Without it "
             "the weights are those of the quantized model alone."
         )
-    library = {"gguf": "gguf", "half": "ulbq"}.get(target, "transformers")
     card = Card(
-        name=f"{base_of(source)}, {target}",
+        name=f"{base_of(source)}, {target.name}",
         base=base_of(source),
         front=front_of(source),
         made=made,
         loads=loads,
         scores=scores(source, scores_in),
         tags=tags,
-        library=library,
+        library=target.library,
     )
     return card.markdown()
 
@@ -266,43 +272,6 @@ def _scores(manifest: EvaluationManifest, name: str) -> dict[str, Score]:
 
 def _result(data: str, metric: str, value: float) -> EvalResult:
     return EvalResult("text-generation", dataset_type=data, dataset_name=data, metric_type=metric, metric_value=value)
-
-
-def _commands(candidate: Candidate, target: Target, *, merged: bool) -> dict[Engine, str]:
-    """How each engine that reads the target loads it."""
-    plain = "`AutoModelForCausalLM.from_pretrained(DIR)`"
-    known: dict[Target, dict[Engine, str]] = {
-        "dense": {"transformers": plain + ".", "vllm": "`vllm serve DIR`.", "sglang": _sglang("")},
-        "gptq": {
-            "gptqmodel": "`GPTQModel.load(DIR)`.",
-            "transformers": f"{plain}, with optimum and gptqmodel installed.",
-            "vllm": "`vllm serve DIR`.",
-            "sglang": _sglang(""),
-            "auto-gptq": "`AutoGPTQForCausalLM.from_quantized(DIR, use_safetensors=True)`.",
-            "exllamav2": "`ExLlamaV2Config(DIR)`.",
-        },
-        "compressed-tensors": {
-            "vllm": "`vllm serve DIR`.",
-            "transformers": f"{plain}, with compressed-tensors installed.",
-            "sglang": _sglang(""),
-        },
-        "gguf": {"llama.cpp": "`llama-cli -m DIR/model.gguf`, `llama-server -m DIR/model.gguf`."},
-        "half": {"transformers": f"after `import ulbq`, {plain}."},
-    }
-    found: dict[Engine, str] = {}
-    for engine, command in known[target].items():
-        rules = RULES[engine]
-        if target in ("dense", "half", "gguf"):
-            found[engine] = command
-        elif rules.obstacle(candidate, target) is None:
-            found[engine] = (
-                f"{command} {rules.start(candidate, target)}".rstrip() if engine != "transformers" else command
-            )
-    return found
-
-
-def _sglang(more: str) -> str:
-    return f"`python -m sglang.launch_server --model-path DIR{more}`."
 
 
 def _head(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""A plain half- or full-precision model folder that transformers loads without ulbq."""
+"""Dense tensors of any model, and what lies beside weights in a folder that transformers loads."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ from transformers import PreTrainedModel
 from ulbq import formats
 from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.artifacts.manifest import PARTIAL_SUFFIX
-from ulbq.artifacts.shards import INDEX_NAME, write_index, write_shard
 from ulbq.errors import InputError, NumericsError
 from ulbq.formats import AnyScheme
 from ulbq.formats.rounding import vanishes
 from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, adapter_folder, copy_adapter, load_adapters
-from ulbq.models.blocks import block_list, skeleton
+from ulbq.models.blocks import block_list
 from ulbq.models.names import read_state, state_names
-from ulbq.models.source import ModelSource
+from ulbq.models.source import ModelSource, open_written
 from ulbq.nn.adapter import Adapter
 from ulbq.nn.quant_linear import linear_layer
 
@@ -37,60 +36,17 @@ def shard_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return {f"model-{i:05d}-of-{count:05d}.safetensors": tuple(names) for i, names in enumerate(parts.values(), 1)}
 
 
-def unfit(scheme: AnyScheme) -> str | None:
+def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     """Why no dense weight can stand for a layer; None where one can."""
-    return None if formats.is_one_matrix(scheme) else "its scales are mixed anew for every token, and a weight is one"
+    return None if scheme.is_one_matrix else "its scales are mixed anew for every token, and a weight is one"
 
 
-def check_convertible(source: ModelSource) -> None:
-    """Raises InputError where a packed layer has another weight for every token."""
-    for name, scheme in source.packed.items():
-        if unfit(scheme) is not None:
-            raise InputError(
-                f"'{source.given}' cannot be converted to dense: '{name}' ({scheme.format} {scheme.label}) mixes its "
-                "scales anew for every token, and no dense weight does that.",
-                hint="Use it packed (`ulbq eval` takes it as it is), or quantize with one expert.",
-            )
-
-
-def write_dense(
-    source: ModelSource,
-    folder: Path,
-    dtype: torch.dtype,
-    on_shard: Callable[[str], None] = lambda name: None,
-    *,
-    merge_adapter: bool = False,
-) -> list[str]:
-    """Write a model densely; one shard's tensors are in memory at a time. Returns the names of all files.
-
-    Args:
-        source: any model; packed layers are dequantized in float32 and rounded once.
-        folder: exists; side files, tokenizer and configuration land there too.
-        dtype: of all floating tensors.
-        on_shard: called with each shard's name once it is written.
-        merge_adapter: make an artifact's adapter a part of the weights; else its folder is copied as it is.
-
-    Raises:
-        InputError: no dense weight can stand for a layer (then nothing is written), or a tensor is missing;
-            there is no adapter to merge, or it is damaged.
-        NumericsError: a weight does not fit the dtype's range.
-    """
-    check_convertible(source)
-    model = skeleton(source)
-    adapters = adapters_to_merge(source, model) if merge_adapter else {}
-    aliases = state_names(model)
-    shards = shard_names(model)
-    for shard, names in shards.items():
-        tensors = {
-            name: dense_tensor(source, model, name, aliases[name], dtype, adapters.get(name.removesuffix(".weight")))
-            for name in names
-        }
-        write_shard(folder / shard, tensors)
-        on_shard(shard)
-    shards |= {shard: tuple(names) for shard, names in source.write_carried(folder).items()}
-    write_index(folder, shards)
-    beside = write_beside(source, folder, {"dtype": str(dtype).removeprefix("torch.")}, adapter=not merge_adapter)
-    return [*shards, INDEX_NAME, *beside]
+def open_again(folder: Path) -> ModelSource:
+    """A folder of our own that was written just now, its tokenizer looked at where there is any. Raises InputError."""
+    source = open_written(folder)
+    if any(folder.glob("tokenizer*")):
+        source.tokenizer()
+    return source
 
 
 def write_beside(source: ModelSource, folder: Path, changes: Mapping[str, Any], *, adapter: bool) -> list[str]:

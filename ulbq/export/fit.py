@@ -3,23 +3,22 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from transformers import PreTrainedConfig
 
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.errors import InputError, UsageError
-from ulbq.export import compressed_tensors, dense, gguf_models, gptq
+from ulbq.export.targets import TARGETS, target
 from ulbq.formats import AffineScheme, AnyScheme
 from ulbq.models.adapter_files import adapter_folder, read_config
 from ulbq.models.source import ModelSource
 
-Target = Literal["dense", "gptq", "compressed-tensors", "gguf", "half"]
-TARGETS: tuple[Target, ...] = get_args(Target)
+if TYPE_CHECKING:
+    from ulbq.export.targets.base import Target
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """A packed linear layer; ``shape`` is ``(out, in)``."""
 
     scheme: AnyScheme
@@ -70,58 +69,39 @@ def inside_blocks(skipped: tuple[str, ...], layers: Mapping[str, Layer]) -> tupl
     return tuple(name for name in skipped if any(name.startswith(prefix) for prefix in prefixes))
 
 
-def unfit(candidate: Candidate, target: Target, *, merge_adapter: bool = False) -> str | None:
-    """Why a target cannot hold a model, as the end of a sentence; None where it can."""
-    if target in ("gptq", "compressed-tensors", "half") and not candidate.layers:
-        return "it is in full precision, and this target takes what is quantized already"
-    if target == "half":
-        return None
-    if target == "gguf":
-        if (why := gguf_models.unfit(candidate.config)) is not None:
-            return why
-        if candidate.adapter and not merge_adapter:
-            return "llama.cpp reads no adapter that lies beside the file"
-    if target in ("gptq", "compressed-tensors") and candidate.unpacked:
-        return f"'{candidate.unpacked[0]}' stays dense in it, which this layout has no name for"
-    for name, layer in candidate.layers.items():
-        why = dense.unfit(layer.scheme)
-        if target == "gptq":
-            why = gptq.unfit(layer.scheme, layer.shape)
-        elif target == "compressed-tensors":
-            why = compressed_tensors.unfit(layer.scheme, layer.shape)
-        if why is not None:
-            return f"'{name}' is {layer.scheme.format} {layer.scheme.label}, and {why}"
-    return None
-
-
-def holders(candidate: Candidate) -> list[Target]:
+def holders(candidate: Candidate) -> list[str]:
     """The targets that can hold a model, its adapter merged where that is what it takes."""
     merge = bool(candidate.adapter)
-    return [target for target in TARGETS if unfit(candidate, target, merge_adapter=merge) is None]
+    return [name for name in TARGETS if target(name).unsupported_reason(candidate, merge_adapter=merge) is None]
 
 
-def check(candidate: Candidate, target: Target, *, merge_adapter: bool = False) -> None:
+def check(candidate: Candidate, to: "Target", *, merge_adapter: bool = False) -> None:
     """Refuse what a target cannot hold.
 
     Raises:
         UsageError: an adapter shall be merged into codes.
         InputError: anything else; the hint lists the targets that can hold the model.
     """
-    if merge_adapter and target in ("gptq", "compressed-tensors", "half"):
+    if merge_adapter and not to.merges:
         raise UsageError(
-            f"An adapter cannot be merged into what --to {target} writes: codes have no room for it.",
+            f"An adapter cannot be merged into what --to {to.name} writes: codes have no room for it.",
             hint="Leave out --merge-adapter (the adapter is copied beside the weights), or use --to dense.",
         )
-    why = unfit(candidate, target, merge_adapter=merge_adapter)
+    why = to.unsupported_reason(candidate, merge_adapter=merge_adapter)
     if why is not None:
         able = holders(candidate)
         raise InputError(
-            f"'{candidate.given}' cannot be converted to {target}: {why}.",
+            f"'{candidate.given}' cannot be converted to {to.name}: {why}.",
             # Only the adapter can be why a target fails that is among them.
             hint="Add --merge-adapter."
-            if target in able
+            if to.name in able
             else f"Targets that can hold it: {', '.join(able) or 'none'}.",
         )
+
+
+def affine_schemes(candidate: Candidate) -> list[AffineScheme]:
+    """Those of the schemes that are affine."""
+    return [scheme for scheme in candidate.schemes if isinstance(scheme, AffineScheme)]
 
 
 def describe(candidate: Candidate) -> str:

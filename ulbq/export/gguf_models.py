@@ -42,7 +42,7 @@ FAMILIES: Mapping[str, Family] = {
 _WITHOUT_OUTPUT_BIAS = frozenset({"qwen3"})
 
 
-def unfit(config: PreTrainedConfig) -> str | None:
+def unsupported_reason(config: PreTrainedConfig) -> str | None:
     """Why a model has no GGUF file of ours; None where it has one."""
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -61,8 +61,8 @@ def unfit(config: PreTrainedConfig) -> str | None:
 
 
 def family(source: ModelSource) -> Family:
-    """The family of a model that :func:`unfit` lets through. Raises InputError for any other."""
-    why = unfit(source.config)
+    """The family of a model that :func:`unsupported_reason` lets through. Raises InputError for any other."""
+    why = unsupported_reason(source.config)
     if why is not None:
         raise InputError(f"'{source.given}' cannot be written as GGUF: {why}.")
     return FAMILIES[source.config.model_type]

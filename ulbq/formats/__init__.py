@@ -1,49 +1,52 @@
 """How a weight matrix is stored. A format knows nothing of training, models or files."""
 
-from collections.abc import Callable, Mapping
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from ulbq.formats import affine, binary_mos, codebook, dual_binary
 from ulbq.formats.affine import AffineScheme
 from ulbq.formats.binary_mos import BinaryMosScheme
+from ulbq.formats.bits import Format
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.formats.dual_binary import DualBinaryScheme
 
 AnyScheme = AffineScheme | DualBinaryScheme | BinaryMosScheme | CodebookScheme
 """Any scheme, as a type."""
 
-Scheme = Annotated[AnyScheme, Field(discriminator="format")]
-"""Any scheme, as a field; pydantic picks the class by its ``format``."""
-
 __all__ = [
+    "FORMATS",
     "AffineScheme",
     "AnyScheme",
     "BinaryMosScheme",
     "CodebookScheme",
     "DualBinaryScheme",
-    "Scheme",
+    "Format",
     "bits_per_weight",
     "dequantize",
-    "is_one_matrix",
     "matrix",
     "multiply",
-    "nominal",
+    "read_scheme",
     "sparsity",
 ]
 
-_DEQUANTIZE: dict[str, Callable[..., torch.Tensor]] = {
-    "affine": affine.dequantize,
-    "dual_binary": dual_binary.dequantize,
-    "binary_mos": binary_mos.dequantize,
-    "codebook": codebook.dequantize,
+FORMATS: dict[str, Format] = {
+    "affine": affine.FORMAT,
+    "dual_binary": dual_binary.FORMAT,
+    "binary_mos": binary_mos.FORMAT,
+    "codebook": codebook.FORMAT,
 }
-# What a layer multiplies by, where that is not the weight itself, and how.
-_MATRIX: dict[str, Callable[..., torch.Tensor]] = {"binary_mos": binary_mos.matrix}
-_MULTIPLY: dict[str, Callable[..., torch.Tensor]] = {"binary_mos": binary_mos.multiply}
-_SPARSITY: dict[str, Callable[..., tuple[float, float]]] = {"dual_binary": dual_binary.sparsity}
+"""Every format by the name that its schemes have."""
+
+
+def read_scheme(value: Any) -> AnyScheme:
+    """A scheme as JSON has it. Raises ValueError where this version does not know its format, or it is none."""
+    name = value.get("format") if isinstance(value, Mapping) else None
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ValueError(f"no format is called {name!r}")
+    found: AnyScheme = FORMATS[name].scheme.model_validate(value)  # type: ignore[assignment]
+    return found
 
 
 def dequantize(
@@ -51,27 +54,18 @@ def dequantize(
 ) -> torch.Tensor:
     """``[out, in]`` weights of a packed matrix, in ``dtype``.
 
-    Where :func:`is_one_matrix` says no, this is the weight at uniform gates: right for figures about the weight, not
-    for running the layer.
+    Where the scheme's ``is_one_matrix`` says no, this is the weight at uniform gates: right for figures about the
+    weight, not for running the layer.
     """
-    return _DEQUANTIZE[scheme.format](scheme, tensors, in_features, dtype)
-
-
-def nominal(scheme: AnyScheme) -> AnyScheme:
-    """The scheme that all layers of a model share, where each counts the columns of its own matrix."""
-    return scheme.nominal if isinstance(scheme, CodebookScheme) else scheme
-
-
-def is_one_matrix(scheme: AnyScheme) -> bool:
-    """Whether a dense weight can stand for the layer; a mixture of experts has another weight for every token."""
-    return not (isinstance(scheme, BinaryMosScheme) and scheme.experts > 1)
+    return FORMATS[scheme.format].dequantize(scheme, tensors, in_features, dtype)
 
 
 def matrix(
     scheme: AnyScheme, tensors: Mapping[str, torch.Tensor], in_features: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """``[out, in]`` what :func:`multiply` takes, and what is worth keeping between calls: mostly the weight itself."""
-    return _MATRIX.get(scheme.format, _DEQUANTIZE[scheme.format])(scheme, tensors, in_features, dtype)
+    form = FORMATS[scheme.format]
+    return (form.matrix or form.dequantize)(scheme, tensors, in_features, dtype)
 
 
 def multiply(
@@ -82,7 +76,7 @@ def multiply(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The layer's product ``[..., out]`` of inputs ``[..., in]`` and what :func:`matrix` gave, plus the bias."""
-    special = _MULTIPLY.get(scheme.format)
+    special = FORMATS[scheme.format].multiply
     if special is None:
         return torch.nn.functional.linear(x, factor, bias)
     product = special(scheme, tensors, x, factor)
@@ -91,7 +85,7 @@ def multiply(
 
 def sparsity(scheme: AnyScheme, tensors: Mapping[str, torch.Tensor], in_features: int) -> tuple[float, float] | None:
     """Share of zeros in each of two planes; None where the format has no planes that skip zeros."""
-    count = _SPARSITY.get(scheme.format)
+    count = FORMATS[scheme.format].sparsity
     return None if count is None else count(scheme, tensors, in_features)
 
 

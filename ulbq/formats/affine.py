@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
-from ulbq.formats.bits import TensorSpec, groups_of, pack_planes, packed_length, unpack_planes
+from ulbq.formats.bits import BaseScheme, Format, TensorSpec, groups_of, pack_planes, packed_length, unpack_planes
 
 
-class AffineScheme(BaseModel):
+class AffineScheme(BaseScheme):
     """Parameters of the affine format.
 
     Attributes:
@@ -27,8 +26,6 @@ class AffineScheme(BaseModel):
         group_size: columns that share a scale; -1 for the whole row.
         symmetric: fixed zero point, none stored.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["affine"] = "affine"
     bits: Literal[1, 2, 3, 4, 8] = 4
@@ -103,10 +100,43 @@ def unpack(
     return codes, scales, zeros.float()
 
 
+def weight(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, in_features: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """``s · (q − z)``, ``[out, in]`` in ``dtype``, rounded once from float32 (float64 where that is asked for).
+
+    It is differentiable in scales and zero points.
+
+    Args:
+        codes: uint8 planes ``[bits, out, ceil(in/8)]``.
+        scales: ``[out, G]``, any floating dtype.
+        zeros: floating ``[out, G]``, or planes as stored, uint8 ``[bits, ceil(out·G/8)]``; None for the grid's centre.
+        in_features: columns of the matrix.
+        dtype: of the weight.
+    """
+    exact = torch.promote_types(torch.float32, dtype)
+    grouped = unpack_planes(codes, in_features).to(exact).unflatten(1, (scales.shape[1], -1))
+    if zeros is None:
+        grouped.sub_(AffineScheme.model_construct(bits=len(codes)).centre)
+    else:
+        grouped.sub_(real_zeros(zeros, scales).to(exact).unsqueeze(-1))
+    weight: torch.Tensor = grouped.mul_(scales.to(exact).unsqueeze(-1)).flatten(1).to(dtype)
+    return weight
+
+
+def real_zeros(zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Zero points ``[out, G]`` as floats, of what may be planes."""
+    if zeros.is_floating_point():
+        return zeros
+    return unpack_planes(zeros, scales.numel()).view_as(scales).float()
+
+
 def dequantize(
     scheme: AffineScheme, tensors: Mapping[str, torch.Tensor], in_features: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """``[out, in]`` weights in ``dtype``; the arithmetic is float32, with one rounding at the end."""
-    codes, scales, zeros = unpack(scheme, tensors, in_features)
-    grouped = codes.view(*scales.shape, -1).float()
-    return (grouped.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1))).flatten(1).to(dtype)
+    """``[out, in]`` weights in ``dtype``; the arithmetic is that of :func:`weight`."""
+    zeros = None if scheme.symmetric else tensors["zeros"]
+    return weight(tensors["codes"], tensors["scales"], zeros, in_features, dtype)
+
+
+FORMAT = Format(AffineScheme, dequantize)

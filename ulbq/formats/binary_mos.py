@@ -16,22 +16,20 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from ulbq.formats.bits import TensorSpec, pack_planes, packed_length, unpack_planes
+from ulbq.formats.bits import BaseScheme, Format, TensorSpec, pack_planes, packed_length, unpack_planes
 
 Zeros = Literal["none", "output", "input"]
 
 
-class BinaryMosScheme(BaseModel):
+class BinaryMosScheme(BaseScheme):
     """Parameters of the format.
 
     Attributes:
         experts: pairs of scale vectors.
         zeros: a zero point for every output or input channel, or none.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["binary_mos"] = "binary_mos"
     experts: int = Field(default=4, ge=1)
@@ -46,6 +44,11 @@ class BinaryMosScheme(BaseModel):
     def group_size(self) -> int:
         """-1: whole rows and columns share their scales."""
         return -1
+
+    @property
+    def is_one_matrix(self) -> bool:
+        """Of one expert; a mixture has another weight for every token."""
+        return self.experts == 1
 
     @property
     def label(self) -> str:
@@ -150,6 +153,17 @@ def dequantize(
     return uniform_weight(factor, found.in_scales, found.out_scales).to(dtype)
 
 
+def mixed_scales(
+    x: torch.Tensor, in_scales: torch.Tensor, out_scales: torch.Tensor, router: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``s_in(x)`` and ``s_out(x)``, ``[..., in]`` and ``[..., out]``, or ``[in]`` and ``[out]`` of one expert."""
+    inner, outer = in_scales.to(x.dtype), out_scales.to(x.dtype)
+    if router is None:
+        return inner[0], outer[0]
+    gates = torch.nn.functional.linear(x, router.to(x.dtype)).float().softmax(-1).to(x.dtype)
+    return gates @ inner, gates @ outer
+
+
 def apply_mixture(
     x: torch.Tensor,
     factor: torch.Tensor,
@@ -168,12 +182,8 @@ def apply_mixture(
     Returns:
         ``[..., out]`` in the dtype of the product. The softmax of the gates is float32.
     """
-    linear = torch.nn.functional.linear
-    inner, outer = in_scales.to(x.dtype), out_scales.to(x.dtype)
-    if router is None:
-        return linear(x * inner[0], factor) * outer[0]
-    gates = linear(x, router.to(x.dtype)).float().softmax(-1).to(x.dtype)
-    return linear(x * (gates @ inner), factor) * (gates @ outer)
+    inner, outer = mixed_scales(x, in_scales, out_scales, router)
+    return torch.nn.functional.linear(x * inner, factor) * outer
 
 
 def multiply(
@@ -182,3 +192,6 @@ def multiply(
     """:func:`apply_mixture` with packed scales."""
     router = tensors["router"] if scheme.experts > 1 else None
     return apply_mixture(x, factor, tensors["in_scales"], tensors["out_scales"], router)
+
+
+FORMAT = Format(BinaryMosScheme, dequantize, matrix, multiply)

@@ -5,8 +5,9 @@ code, eight codes to a byte, code ``8k + j`` in bit ``j`` of byte ``k``. One lay
 (3 bits cost 3 bits), and the two planes of dual binarization are the same thing.
 """
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +35,47 @@ class TensorSpec(BaseModel):
         for size in self.shape:
             count *= size
         return count * (8 if self.dtype == "uint8" else 16)
+
+
+class BaseScheme(BaseModel):
+    """What the schemes of all formats have in common; each has ``bits``, ``group_size``, ``label`` and ``tensors`` too.
+
+    Attributes:
+        format: the name that artifacts store.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str
+
+    @property
+    def nominal(self) -> Any:
+        """The scheme without what counts the columns of one matrix: what matrices of one model have in common."""
+        return self
+
+    @property
+    def is_one_matrix(self) -> bool:
+        """Whether a dense weight can stand for the layer."""
+        return True
+
+
+@dataclass(frozen=True)
+class Format:
+    """How matrices of a kind are stored.
+
+    Attributes:
+        scheme: the class of its schemes.
+        dequantize: ``[out, in]`` weights of ``(scheme, tensors, in_features, dtype)``.
+        matrix: what a layer multiplies by, of the same arguments, where that is not the weight itself.
+        multiply: how, of ``(scheme, tensors, x, matrix)``.
+        sparsity: share of zeros in each of two planes, of ``(scheme, tensors, in_features)``.
+    """
+
+    scheme: type[BaseScheme]
+    dequantize: Callable[..., torch.Tensor]
+    matrix: Callable[..., torch.Tensor] | None = None
+    multiply: Callable[..., torch.Tensor] | None = None
+    sparsity: Callable[..., tuple[float, float]] | None = None
 
 
 def stored_bits(specs: Mapping[str, TensorSpec]) -> dict[Role, int]:

@@ -21,15 +21,15 @@ from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-from ulbq.formats.bits import TensorSpec, pack_planes, packed_length, unpack_planes
+from ulbq.formats.bits import BaseScheme, Format, TensorSpec, pack_planes, packed_length, unpack_planes
 from ulbq.formats.positions import pack_positions, position_shapes, unpack_positions
 
 Width = Annotated[int, Field(ge=2, le=4)]
 
 
-class CodebookScheme(BaseModel):
+class CodebookScheme(BaseScheme):
     """Parameters of the codebook format.
 
     Attributes:
@@ -38,8 +38,6 @@ class CodebookScheme(BaseModel):
             ``bits``. Each layer has counts of its own.
         outliers: number of weights of the matrix that are stored as values.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["codebook"] = "codebook"
     bits: Literal[2, 3, 4] = 2
@@ -155,7 +153,7 @@ def pack(scheme: CodebookScheme, columns: Columns) -> dict[str, torch.Tensor]:
             ascend.
     """
     codes, widths, codebooks, outliers = columns
-    in_features, out_features = codes.shape
+    in_features = len(codes)
     counts = scheme.columns(in_features)
     count = 0 if outliers is None else len(outliers.positions)
     if CodebookScheme.of(scheme.bits, widths).columns(in_features) != counts or count != scheme.outliers:
@@ -163,16 +161,9 @@ def pack(scheme: CodebookScheme, columns: Columns) -> dict[str, torch.Tensor]:
     if bool((codes.int() >> widths.int().unsqueeze(1)).any()):
         raise ValueError("a code is beyond its column's levels")
     order = widths.argsort(descending=True, stable=True)
-    ordered = codes.to(torch.uint8)[order]
-    rows = torch.cat([(ordered[:wide] >> plane) & 1 for plane, wide in enumerate(_wider(counts))])
-    whole = out_features - out_features % 8
     levels = codebooks[order][:, : 2 ** max(counts)]
-    tensors = {
-        "codes": pack_planes(rows[:, :whole], 1)[0],
-        "codebooks": levels[levels_of(counts, codes.device)].to(torch.float16),
-    }
-    if whole < out_features:
-        tensors["tail_codes"] = pack_planes(rows[:, whole:].T.contiguous(), 1)[0]
+    tensors = pack_codes(codes.to(torch.uint8)[order], counts)
+    tensors["codebooks"] = levels[levels_of(counts, codes.device)].to(torch.float16)
     if len(counts) > 1:
         ranks = torch.searchsorted(torch.tensor(sorted(counts), device=codes.device), widths.long())
         tensors["columns"] = pack_planes(ranks.to(torch.uint8), (len(counts) - 1).bit_length())
@@ -180,6 +171,16 @@ def pack(scheme: CodebookScheme, columns: Columns) -> dict[str, torch.Tensor]:
         tensors["outlier_values"] = outliers.values.to(torch.float16).contiguous()
         low, high = pack_positions(outliers.positions, codes.numel())
         tensors |= {"outlier_low": low, "outlier_high": high}
+    return tensors
+
+
+def pack_codes(codes: torch.Tensor, counts: Mapping[int, int]) -> dict[str, torch.Tensor]:
+    """``codes`` and ``tail_codes`` of uint8 codes ``[in, out]`` in sorted order, of so many columns of each width."""
+    rows = torch.cat([(codes[:wide] >> plane) & 1 for plane, wide in enumerate(_wider(counts))])
+    whole = rows.shape[1] - rows.shape[1] % 8
+    tensors = {"codes": pack_planes(rows[:, :whole].contiguous(), 1)[0]}
+    if whole < rows.shape[1]:
+        tensors["tail_codes"] = pack_planes(rows[:, whole:].T.contiguous(), 1)[0]
     return tensors
 
 
@@ -254,3 +255,6 @@ def _places(tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tens
 
 def _outlier_positions(scheme: CodebookScheme, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return unpack_positions(tensors["outlier_low"], tensors["outlier_high"], scheme.outliers)
+
+
+FORMAT = Format(CodebookScheme, dequantize)

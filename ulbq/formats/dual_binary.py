@@ -12,19 +12,16 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
-from ulbq.formats.bits import TensorSpec, groups_of, pack_planes, packed_length, unpack_planes
+from ulbq.formats.bits import BaseScheme, Format, TensorSpec, groups_of, pack_planes, packed_length, unpack_planes
 
 
-class DualBinaryScheme(BaseModel):
+class DualBinaryScheme(BaseScheme):
     """Parameters of the dual-binary format.
 
     Attributes:
         group_size: columns that share a pair of scales; -1 for the whole row.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["dual_binary"] = "dual_binary"
     group_size: int = 64
@@ -67,16 +64,24 @@ def unpack(
     return planes, tensors["scales"].float()
 
 
+def weight(codes: torch.Tensor, scales: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """``α₁b₁ + α₂b₂``, ``[out, in]`` in ``dtype``: planes ``[2, out, ceil(in/8)]``, scales ``[2, out, G]``.
+
+    The arithmetic is float32, or float64 where that is asked for, with one rounding; it is differentiable in scales.
+    """
+    exact = torch.promote_types(torch.float32, dtype)
+    first, second = (
+        unpack_planes(plane.unsqueeze(0), in_features).view(*own.shape, -1).to(exact).mul_(own.to(exact).unsqueeze(-1))
+        for plane, own in zip(codes, scales, strict=True)
+    )
+    return first.add_(second).flatten(1).to(dtype)
+
+
 def dequantize(
     scheme: DualBinaryScheme, tensors: Mapping[str, torch.Tensor], in_features: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """``[out, in]`` weights in ``dtype``; the arithmetic is float32, with one rounding at the end."""
-    planes, scales = unpack(scheme, tensors, in_features)
-    first, second = (
-        plane.view(*own.shape, -1).float().mul_(own.unsqueeze(-1)) for plane, own in zip(planes, scales, strict=True)
-    )
-    weight: torch.Tensor = first.add_(second).flatten(1)
-    return weight.to(dtype)
+    """``[out, in]`` weights in ``dtype``; the arithmetic is that of :func:`weight`."""
+    return weight(tensors["codes"], tensors["scales"], in_features, dtype)
 
 
 def sparsity(scheme: DualBinaryScheme, tensors: Mapping[str, torch.Tensor], in_features: int) -> tuple[float, float]:
@@ -84,3 +89,6 @@ def sparsity(scheme: DualBinaryScheme, tensors: Mapping[str, torch.Tensor], in_f
     planes, _ = unpack(scheme, tensors, in_features)
     first, second = (1.0 - planes.float().mean((1, 2))).tolist()
     return first, second
+
+
+FORMAT = Format(DualBinaryScheme, dequantize, sparsity=sparsity)

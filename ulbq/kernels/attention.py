@@ -14,7 +14,7 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     plain = all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in tensors)
     width = query.shape[-1]
     even = width % 16 == 0 and width == key.shape[-1] == value.shape[-1]
-    return plain and even and build.has_pairs() and not build.failure()
+    return plain and even and build.has_pairs() and build.unavailable_reason() is None
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ from ulbq.kernels.tiles import FLOATS
 
 def takes(x: torch.Tensor) -> bool:
     """Whether the compiled code serves such a tensor."""
-    return x.device.type == "cpu" and x.dtype in FLOATS and not build.failure()
+    return x.device.type == "cpu" and x.dtype in FLOATS and build.unavailable_reason() is None
 
 
 def rms_norm(

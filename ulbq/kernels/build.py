@@ -88,39 +88,39 @@ class UnavailableError(RuntimeError):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library, compiled first where no earlier process has left it. Raises UnavailableError."""
-    if failed := failure():
+    if failed := unavailable_reason():
         raise UnavailableError(failed)
     return _load()
 
 
 @functools.cache
-def failure() -> str:
-    """Why :func:`library` cannot give one; empty where it can."""
+def unavailable_reason() -> str | None:
+    """Why :func:`library` cannot give one; None where it can."""
     try:
         _load()
     except UnavailableError as error:
         _LOG.info("no compiled kernels: %s", error)
         return str(error)
-    return ""
+    return None
 
 
 @functools.cache
 def solvers() -> ctypes.CDLL:
     """The loaded library of the solvers, as :func:`library`. Raises UnavailableError."""
-    if failed := solver_failure():
+    if failed := solvers_unavailable_reason():
         raise UnavailableError(failed)
     return _load_solvers()
 
 
 @functools.cache
-def solver_failure() -> str:
-    """Why :func:`solvers` cannot give one; empty where it can."""
+def solvers_unavailable_reason() -> str | None:
+    """Why :func:`solvers` cannot give one; None where it can."""
     try:
         _load_solvers()
     except UnavailableError as error:
         _LOG.info("no compiled solvers: %s", error)
         return str(error)
-    return ""
+    return None
 
 
 @functools.cache

@@ -8,19 +8,12 @@ from collections.abc import Mapping
 
 import torch
 
-from ulbq.formats import AnyScheme, CodebookScheme, codebook
+from ulbq.formats import CodebookScheme, codebook
 from ulbq.kernels.build import library
 from ulbq.kernels.tiles import FLOATS, takes_pairs
 
 FEW_ROWS = 64
 """Up to so many rows at a time codes are looked up for each; more take one dense weight, unless they go in pairs."""
-
-
-def refusal(scheme: AnyScheme, outs: int) -> str:
-    """Why a matrix cannot be looked up; empty where it can."""
-    if not isinstance(scheme, CodebookScheme):
-        return "column codebooks only"
-    return f"{outs} outputs: a multiple of 8" if outs % 8 else ""
 
 
 def derive(
@@ -29,24 +22,32 @@ def derive(
     """What products need beside the stored tensors.
 
     Returns:
-        ``column_order`` int32 ``[in]``, and with outliers ``outlier_starts`` int32 ``[out + 1]``, ``outlier_columns``
-        int32 ``[n]`` and ``outlier_deltas`` float32 ``[n]``, by output.
+        ``column_order`` int32 ``[in]``, and with outliers those of :func:`outliers_by_output`.
     """
     found = codebook.unpack(scheme, stored, columns)
     order = found.widths.argsort(descending=True, stable=True)
-    derived = {"column_order": order.int()}
+    return {"column_order": order.int()} | outliers_by_output(found, outs, outs)
+
+
+def outliers_by_output(found: codebook.Columns, outs: int, padded: int) -> dict[str, torch.Tensor]:
+    """Outliers of a matrix that has some, sorted by output.
+
+    Returns:
+        ``outlier_starts`` int32 ``[padded + 1]``, ``outlier_columns`` int32 ``[n]``, and ``outlier_deltas`` float32
+        ``[n]``: by how much each differs from the level that its code names.
+    """
     if found.outliers is None:
-        return derived
+        return {}
     positions, values = found.outliers
     column, out = positions // outs, positions % outs
-    named = found.codebooks[column, found.codes[column, out].long()]
     by_output = out.argsort(stable=True)
-    starts = torch.zeros(outs + 1, dtype=torch.int32)
-    starts[1:] = out.bincount(minlength=outs).cumsum(0)
-    return derived | {
+    starts = torch.zeros(padded + 1, dtype=torch.int32, device=out.device)
+    starts[1:] = torch.bincount(out, minlength=padded).cumsum(0)
+    deltas = values - found.codebooks[column, found.codes[column, out].long()]
+    return {
         "outlier_starts": starts,
         "outlier_columns": column[by_output].int(),
-        "outlier_deltas": (values - named)[by_output].contiguous(),
+        "outlier_deltas": deltas[by_output].contiguous(),
     }
 
 

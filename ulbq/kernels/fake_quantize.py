@@ -19,7 +19,7 @@ _LANES = 16
 def takes(latents: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether the compiled code serves such latents and such weights or gradients."""
     kinds = latents.device.type == "cpu" and latents.dtype == torch.float32 and dtype in FLOATS
-    return kinds and not build.failure()
+    return kinds and build.unavailable_reason() is None
 
 
 def dual_binary(latents: torch.Tensor, scales: torch.Tensor, step: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -111,7 +111,12 @@ def takes_planes(planes: torch.Tensor, scales: torch.Tensor, columns: int, dtype
     """Whether the compiled code serves such codes that stay, and such weights or gradients."""
     kinds = scales.device.type == "cpu" and scales.dtype == torch.float32 and dtype in FLOATS
     groups = scales.shape[-1]
-    return kinds and planes.shape[-1] * 8 == columns and columns % (groups * _LANES) == 0 and not build.failure()
+    return (
+        kinds
+        and planes.shape[-1] * 8 == columns
+        and columns % (groups * _LANES) == 0
+        and build.unavailable_reason() is None
+    )
 
 
 def fixed(planes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

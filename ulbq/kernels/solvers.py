@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from ulbq.formats import AffineScheme
-from ulbq.kernels.build import solver_failure, solvers
+from ulbq.kernels.build import solvers, solvers_unavailable_reason
 
 
-def missing(device: torch.device) -> str:
-    """Why solvers on a device go the slow way, for people; empty where they do not."""
-    return solver_failure() if device.type == "cpu" else ""
+def slow_reason(device: torch.device) -> str | None:
+    """Why solvers on a device go the slow way, for people; None where they do not."""
+    return solvers_unavailable_reason() if device.type == "cpu" else None
 
 
 class Ranges(NamedTuple):
@@ -49,7 +49,9 @@ class Codes(NamedTuple):
 def take(*tensors: torch.Tensor | None) -> bool:
     """Whether tensors are what the compiled loops read, and there are such loops."""
     given = [tensor for tensor in tensors if tensor is not None]
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in given) and not solver_failure()
+    return (
+        all(t.device.type == "cpu" and t.dtype == torch.float32 for t in given) and solvers_unavailable_reason() is None
+    )
 
 
 def round_to_nearest(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme
 from ulbq.formats.bits import pack_planes, unpack_planes
 from ulbq.kernels import build
 from ulbq.kernels.build import library
@@ -65,23 +65,25 @@ def shape_of(scheme: AnyScheme, outs: int, columns: int) -> Shape:
     raise TypeError(f"no tiles for {scheme.format}")
 
 
-def refusal(scheme: AnyScheme, columns: int) -> str:
-    """Why a matrix has no tiles, whatever the machine; empty where it has."""
-    if not isinstance(scheme, AffineScheme | DualBinaryScheme | BinaryMosScheme):
+def unsupported_reason(scheme: AnyScheme, columns: int) -> str | None:
+    """Why a matrix has no tiles, whatever the machine; None where it has."""
+    if isinstance(scheme, CodebookScheme):
         return "codes of columns lie along the outputs"
+    if not isinstance(scheme, AffineScheme | DualBinaryScheme | BinaryMosScheme):
+        return f"no kernels for {scheme.format}"
     if scheme.bits > 4:
         return f"{scheme.bits} bits: at most 4"
     size = scheme.group_size
     if size not in (-1, 32, columns) and size % TILE:
         return f"groups of {size}: 32, or a multiple of {TILE}"
-    return ""
+    return None
 
 
 def pack(scheme: AnyScheme, stored: Mapping[str, torch.Tensor], outs: int, columns: int) -> dict[str, torch.Tensor]:
     """Tensors ``tiled_codes``, ``tiled_scales`` and, where zero points are stored, ``tiled_zeros``.
 
     Args:
-        scheme: one that :func:`refusal` has nothing against.
+        scheme: one that :func:`unsupported_reason` has nothing against.
         stored: its tensors, on the CPU.
         outs, columns: the matrix's dimensions.
     """

@@ -67,17 +67,17 @@ class Mixture(NamedTuple):
 
 
 @functools.cache
-def failure() -> str:
-    """Why the kernels cannot be had here; empty where they can."""
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be had here; None where they can."""
     if not importlib.util.find_spec("triton"):
         return "the package triton is not installed"
     if interpreted():
-        return ""
+        return None
     if not torch.cuda.is_available():
         return "needs a CUDA GPU"
     if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
         return "Triton needs a GPU of compute capability 8.0 or later"
-    return ""
+    return None
 
 
 def interpreted() -> bool:
@@ -93,8 +93,12 @@ def part(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_s
     return Part(codes, scales, zeros, None, None, bits, planes, centre, group, columns)
 
 
-def sections(codes: Tensor, levels: Tensor, order: Tensor, counts: Mapping[int, int], outs: int) -> list[Part]:
-    """The parts of a matrix of column codebooks, ``counts`` of its columns by their width, widest first."""
+def sections(packed: list[Tensor], counts: Mapping[int, int], outs: int) -> list[Part]:
+    """The parts of a matrix of column codebooks, ``counts`` of its columns by their width, widest first.
+
+    ``packed`` begins with words, levels and order.
+    """
+    codes, levels, order, *_ = packed
     found, code, level, place = [], 0, 0, 0
     for bits, columns in counts.items():
         count, wide = words.padded(columns), words.padded(outs)

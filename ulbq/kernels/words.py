@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, codebook
-from ulbq.formats.bits import pack_planes, packed_length, unpack_planes
+from ulbq.formats.bits import pack_planes, unpack_planes
+from ulbq.kernels.columns import outliers_by_output
 
 CHUNK = 32
 """Columns of a word."""
@@ -32,13 +33,15 @@ def padded(count: int) -> int:
     return -(-count // PAD) * PAD
 
 
-def refusal(scheme: AnyScheme) -> str:
-    """Why a matrix has no words, whatever the machine; empty where it has."""
+def unsupported_reason(scheme: AnyScheme) -> str | None:
+    """Why a matrix has no words, whatever the machine; None where it has."""
+    if not isinstance(scheme, AffineScheme | DualBinaryScheme | BinaryMosScheme | CodebookScheme):
+        return f"no kernels for {scheme.format}"
     if scheme.bits > 4:
         return f"{scheme.bits} bits: at most 4"
     if scheme.group_size != -1 and scheme.group_size % CHUNK:
         return f"groups of {scheme.group_size}: a multiple of {CHUNK}"
-    return ""
+    return None
 
 
 def to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -76,7 +79,7 @@ def pack(scheme: AnyScheme, stored: Mapping[str, torch.Tensor], outs: int, colum
     """The tensors of a matrix in words, in place of its codes, scales and zero points.
 
     Args:
-        scheme: one that :func:`refusal` has nothing against.
+        scheme: one that :func:`unsupported_reason` has nothing against.
         stored: its tensors; of the affine format zero points may also be floating ``[out, G]``.
         outs, columns: the matrix's dimensions.
 
@@ -123,11 +126,6 @@ def unpack(scheme: AnyScheme, packed: Mapping[str, torch.Tensor], outs: int, col
     return stored
 
 
-def sections(scheme: CodebookScheme, columns: int) -> list[tuple[int, int]]:
-    """Bits, and columns padded, of each run of columns of one width, widest first."""
-    return [(bits, padded(count)) for bits, count in scheme.columns(columns).items()]
-
-
 def _places(bits: int, device: torch.device) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mask of the low bits; for each of 32 columns their word and shift, and the shift of the high bit of three."""
     k = torch.arange(CHUNK, dtype=torch.int32, device=device)
@@ -157,19 +155,7 @@ def _pack_columns(
         places.append(torch.nn.functional.pad(some.int(), (0, missing), value=-1))
         begin += count
     packed = {"word_codes": torch.cat(words), "word_levels": torch.cat(levels), "word_order": torch.cat(places)}
-    if found.outliers is None:
-        return packed
-    positions, values = found.outliers
-    column, out = positions // outs, positions % outs
-    by_output = out.argsort(stable=True)
-    starts = torch.zeros(padded(outs) + 1, dtype=torch.int32, device=out.device)
-    starts[1:] = torch.bincount(out, minlength=padded(outs)).cumsum(0)
-    deltas = values - found.codebooks[column, found.codes[column, out].long()]
-    return packed | {
-        "outlier_starts": starts,
-        "outlier_columns": column[by_output].int(),
-        "outlier_deltas": deltas[by_output].contiguous(),
-    }
+    return packed | outliers_by_output(found, outs, padded(outs))
 
 
 def _unpack_columns(scheme: CodebookScheme, words: torch.Tensor, outs: int, columns: int) -> dict[str, torch.Tensor]:
@@ -179,16 +165,7 @@ def _unpack_columns(scheme: CodebookScheme, words: torch.Tensor, outs: int, colu
         one = words[begin : begin + size].view(-1, bits, padded(outs))
         parts.append(from_words(one, outs, count).T)
         begin += size
-    codes = torch.cat(parts)
-    wider = [sum(n for bits, n in counts.items() if bits > plane) for plane in range(max(counts))]
-    rows = torch.cat([(codes[:wide] >> plane) & 1 for plane, wide in enumerate(wider)])
-    whole = outs - outs % 8
-    stored = {"codes": pack_planes(rows[:, :whole].contiguous(), 1)[0]}
-    if whole < outs:
-        tail = pack_planes(rows[:, whole:].T.contiguous(), 1)[0]
-        assert tail.shape[1] == packed_length(len(rows))
-        stored["tail_codes"] = tail
-    return stored
+    return codebook.pack_codes(torch.cat(parts), counts)
 
 
 Slabs = Iterator[tuple[slice, torch.Tensor]]

@@ -218,10 +218,8 @@ class UlbqQuantizer(HfQuantizer):
 
     def _schemes(self, folder: Path) -> "tuple[dict[str, AnyScheme], AnyScheme | None]":
         """Schemes by full layer name, and that of all other layers; None where nothing says it. Raises InputError."""
-        from pydantic import TypeAdapter, ValidationError
-
         from ulbq.artifacts.manifest import MANIFEST_NAME, QuantizedManifest, read_manifest
-        from ulbq.formats import AnyScheme, Scheme
+        from ulbq.formats import read_scheme
 
         config = self.quantization_config
         layers, shared = config.layers, config.scheme
@@ -229,11 +227,10 @@ class UlbqQuantizer(HfQuantizer):
             manifest = read_manifest(folder)
             if isinstance(manifest, QuantizedManifest):
                 layers, shared = {layer.name: layer.scheme for layer in manifest.layers}, manifest.scheme
-        known: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
         try:
-            own = {name: known.validate_python(scheme) for name, scheme in (layers or {}).items()}
-            return own, known.validate_python(shared) if shared else None
-        except ValidationError as error:
+            own = {name: read_scheme(scheme) for name, scheme in (layers or {}).items()}
+            return own, read_scheme(shared) if shared else None
+        except ValueError as error:
             raise InputError(
                 f"'{folder}' stores weights in a format that this version of ulbq does not know.",
                 hint="Upgrade with 'pip install --upgrade ulbq'.",
@@ -256,16 +253,16 @@ def _check_stored(stored: "LazyTensors", linear: str, scheme: "AnyScheme", shape
     try:
         specs = scheme.tensors(*shape)
     except ValueError as error:
-        raise _unfit(linear, str(error)) from error
+        raise _mismatch(linear, str(error)) from error
     for short, spec in specs.items():
         name = f"{linear}.{short}"
         if name not in stored.names:
-            raise _unfit(linear, f"'{short}' is missing")
+            raise _mismatch(linear, f"'{short}' is missing")
         if stored.shape(name) != spec.shape or stored.dtype(name) != getattr(torch, spec.dtype):
-            raise _unfit(linear, f"'{short}' must be {spec.dtype} {list(spec.shape)}")
+            raise _mismatch(linear, f"'{short}' must be {spec.dtype} {list(spec.shape)}")
 
 
-def _unfit(linear: str, what: str) -> InputError:
+def _mismatch(linear: str, what: str) -> InputError:
     return InputError(
         f"'{linear}' is packed otherwise than the configuration says: {what}.",
         hint="Copy the whole artifact again, its manifest.json with it; 'ulbq inspect --verify' checks it.",

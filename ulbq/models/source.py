@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from transformers import (
     TOKENIZER_MAPPING,
     AutoTokenizer,
@@ -41,7 +40,7 @@ from ulbq.artifacts.records import Parent, RotationRecord
 from ulbq.artifacts.shards import LazyTensors, write_carried
 from ulbq.artifacts.whole import check_small_files
 from ulbq.errors import InputError, ResourceError
-from ulbq.formats import AnyScheme, Scheme
+from ulbq.formats import AnyScheme, read_scheme
 from ulbq.models import hub, placement
 from ulbq.models.checkpoint import Checkpoint, TensorReader
 from ulbq.models.config import check_gguf_counts, quantized_by, read_config, read_gguf_config, read_raw_config
@@ -58,7 +57,6 @@ DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
 """Kinds of parents, in a manifest, that are full-precision models."""
 
-_SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
 # What the tokenizer loaders raise, depending on the tokenizer's kind and on what is wrong with it.
 _TOKENIZER_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
@@ -126,8 +124,8 @@ class ModelSource:
         """
         layers = self.manifest.layers if isinstance(self.manifest, QuantizedManifest) else ()
         try:
-            return {layer.name: _SCHEME.validate_python(layer.scheme) for layer in layers}
-        except ValidationError as error:
+            return {layer.name: read_scheme(layer.scheme) for layer in layers}
+        except ValueError as error:
             raise InputError(
                 f"'{self.given}' stores weights in a format that this version of ulbq does not know.",
                 hint="Upgrade with 'pip install --upgrade ulbq'.",

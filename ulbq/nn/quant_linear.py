@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ulbq import formats, kernels
-from ulbq.formats import AnyScheme, BinaryMosScheme
+from ulbq.formats import AnyScheme
 
 
 def is_dense_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -85,7 +85,7 @@ class QuantLinear(nn.Linear):
         self.cache = cache
         self._kept: torch.Tensor | None = None
         # Layout and names of the buffers that products take; None while they are the stored ones, not yet looked at.
-        self._layout: tuple[str, tuple[str, ...]] | None = None
+        self._layout: tuple[kernels.Layout, tuple[str, ...]] | None = None
         specs = scheme.tensors(out_features, in_features)
         self._stored = tuple(specs)
         for name, spec in specs.items():
@@ -100,7 +100,8 @@ class QuantLinear(nn.Linear):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The packed tensors, by their stored names."""
-        return kernels.stored(self.scheme, self._ready(), self.out_features, self.in_features)
+        layout, tensors = self._ready()
+        return dict(layout.unpack(self.scheme, tensors, self.out_features, self.in_features))
 
     def assign(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over packed tensors, without a copy. Raises ``ValueError`` where a name, dtype or shape differs."""
@@ -126,7 +127,7 @@ class QuantLinear(nn.Linear):
 
     def weight_dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantized weight ``[out, in]``, where the packed tensors are; of a mixture, at uniform gates."""
-        if isinstance(self.scheme, BinaryMosScheme):
+        if formats.FORMATS[self.scheme.format].matrix is not None:
             return formats.dequantize(self.scheme, self.tensors(), self.in_features, dtype)
         return self._matrix(dtype)
 
@@ -136,11 +137,11 @@ class QuantLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self._layout is None and not torch.compiler.is_compiling():
             self.prepare()
-        ready = self._ready()
+        layout, tensors = self._ready()
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.cache and kernels.is_dense(self.scheme, ready.layout, x):
-            return formats.multiply(self.scheme, ready.tensors, x, self._matrix(x.dtype), bias)
-        product = kernels.multiply(self.scheme, ready, x, self.out_features)
+        if self.cache and layout.prefers_dense(x):
+            return formats.multiply(self.scheme, tensors, x, self._matrix(x.dtype), bias)
+        product = layout.multiply(self.scheme, tensors, x, self.out_features)
         return product if bias is None else product + bias
 
     def extra_repr(self) -> str:
@@ -148,18 +149,18 @@ class QuantLinear(nn.Linear):
 
     def _matrix(self, dtype: torch.dtype) -> torch.Tensor:
         """What the inputs are multiplied by; the one thing that is worth keeping, in every format."""
-        ready = self._ready()
         kept = self._kept
         if kept is not None and kept.dtype == dtype and kept.device == next(self.buffers()).device:
             return kept
-        matrix = kernels.matrix(self.scheme, ready, self.out_features, self.in_features, dtype)
+        layout, tensors = self._ready()
+        matrix = layout.matrix(self.scheme, tensors, self.out_features, self.in_features, dtype)
         if self.cache:
             self._kept = matrix
         return matrix
 
     def _ready(self) -> kernels.Ready:
         if self._layout is None:
-            return kernels.Ready("planes", {name: getattr(self, name) for name in self._stored})
+            return kernels.Ready(kernels.STORED, {name: getattr(self, name) for name in self._stored})
         layout, held = self._layout
         return kernels.Ready(layout, {name: getattr(self, name) for name in held})
 

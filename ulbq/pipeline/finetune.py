@@ -10,9 +10,7 @@ from ulbq.methods import METHODS
 from ulbq.models.adapter_files import adapter_folder, read_adapter
 from ulbq.models.source import ModelSource, resolve
 from ulbq.pipeline.request import QuantizeRequest, takes
-
-# Whose training goes on from a format, where the method that found the codes has none of its own.
-_TRAINING = {"affine": "apiq", "dual_binary": "db-llm", "codebook": "claq", "binary_mos": "binary-mos"}
+from ulbq.quantizers.trainable import TRAINABLE
 
 
 def end_to_end_request(source: str, options: Mapping[str, Any]) -> QuantizeRequest:
@@ -33,7 +31,7 @@ def end_to_end_request(source: str, options: Mapping[str, Any]) -> QuantizeReque
         )
     manifest = found.manifest
     own = manifest.method in METHODS and "end_to_end" in takes(manifest.method)
-    method = manifest.method if own else _TRAINING[manifest.scheme["format"]]
+    method = manifest.method if own else TRAINABLE[manifest.scheme["format"]].method
     known = takes(method)
     form = {name: value for name, value in manifest.scheme.items() if name in known}
     given = {name: value for name, value in options.items() if value is not None}

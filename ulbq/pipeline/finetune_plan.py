@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from torch.nn import Linear
 from transformers import PreTrainedModel
 
-from ulbq import distributed, formats, runtime
+from ulbq import distributed, runtime
 from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.shards import INDEX_NAME
@@ -17,7 +18,7 @@ from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.data.instructions import check_training_text
 from ulbq.data.lessons import Lessons, draw_lessons
 from ulbq.errors import InputError, UsageError
-from ulbq.formats import AnyScheme, BinaryMosScheme
+from ulbq.formats import AnyScheme
 from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, read_adapter
 from ulbq.models.blocks import block_list, skeleton
 from ulbq.models.side_files import is_side_file
@@ -220,7 +221,7 @@ def _check_trainable(source: ModelSource, adapter: AdapterConfig, linears: tuple
         raise InputError(f"'{source.given}' has no packed layer to put an adapter beside.", hint="Quantize it anew.")
     if not adapter.dora:
         return
-    mixed = next((name for name in linears if not formats.is_one_matrix(source.packed[name])), None)
+    mixed = next((name for name in linears if not source.packed[name].is_one_matrix), None)
     if mixed is not None:
         raise InputError(
             f"DoRA needs the norms of one weight, and '{mixed}' of '{source.given}' mixes its scales for every token.",
@@ -257,10 +258,9 @@ def _cost(
         + (layers[name].out_features if adapter.dora else 0)
         for name in linears
     )
-    sizes = {layer.name: layer.bits for layer in _manifest(source).layers}
-    scales = sum(_scales(scheme, sizes[name]) for name, scheme in source.packed.items())
+    scales = sum(_scales(scheme, layers[name]) for name, scheme in source.packed.items())
     scales = scales if request.train == "adapter-scales" else 0
-    packed = sum(sum(bits.values()) for bits in sizes.values()) // 8
+    packed = sum(sum(layer.bits.values()) for layer in _manifest(source).layers) // 8
     held = packed + 2 * sum(_manifest(source).bits.parts.get(part, 0) for part in ("embeddings", "other")) // 8
     if precision.dtype.itemsize == 2:
         held = packed + (held - packed) // 2
@@ -283,10 +283,11 @@ def _cost(
     return parameters + scales, cost
 
 
-def _scales(scheme: AnyScheme, bits: Mapping[str, int]) -> int:
+def _scales(scheme: AnyScheme, layer: Linear) -> int:
     """Half-precision values of a layer that train as its scales: a codebook's levels too, and a mixture's zeros."""
-    roles = ("scales", "codebooks", "zeros") if isinstance(scheme, BinaryMosScheme) else ("scales", "codebooks")
-    return sum(bits.get(role, 0) for role in roles) // 16
+    specs = scheme.tensors(layer.out_features, layer.in_features).values()
+    trained = [s for s in specs if s.dtype == "float16" and s.role in ("scales", "codebooks", "zeros")]
+    return sum(spec.bits for spec in trained) // 16
 
 
 def _manifest(source: ModelSource) -> QuantizedManifest:

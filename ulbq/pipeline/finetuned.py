@@ -15,9 +15,10 @@ from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import BitsReport, FinetuneRecord
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import ArtifactWriter
-from ulbq.export import fit
 from ulbq.export.card import Card, base_of, front_of
+from ulbq.export.fit import Candidate
 from ulbq.export.markdown import code, plain
+from ulbq.export.targets import target
 from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, write_adapter
 from ulbq.models.side_files import check_link
 from ulbq.nn.adapter import AdapterConfig
@@ -156,7 +157,7 @@ def _card(job: FinetuneJob, manifest: QuantizedManifest, record: FinetuneRecord)
         "transformers": "after `import ulbq`, `AutoModelForCausalLM.from_pretrained(DIR)` loads it packed, "
         "adapter attached.",
     }
-    if fit.unfit(fit.Candidate.of(job.source), "dense") is None:
+    if target("dense").unsupported_reason(Candidate.of(job.source)) is None:
         loads["Everything else"] = "`ulbq convert DIR --to dense --merge-adapter` writes a plain half-precision model."
     return Card(
         name=f"{manifest.name}, {bits:.2f} bits",

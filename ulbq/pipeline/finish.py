@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 
 from ulbq import formats, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
@@ -16,7 +15,7 @@ from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration
 from ulbq.export.card import quantized_card
 from ulbq.export.fit import Candidate, Layer, inside_blocks
-from ulbq.formats import AnyScheme, Scheme
+from ulbq.formats import AnyScheme, read_scheme
 from ulbq.formats.bits import stored_bits
 from ulbq.formats.rounding import relative_error
 from ulbq.methods.base import Packed
@@ -30,9 +29,6 @@ TUNED = "tuned "
 
 TEMPERATURE = "temperature"
 """Journal key of the temperature that was fitted."""
-
-
-_SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
 
 
 def layer_record(
@@ -63,7 +59,7 @@ def recorded_schemes(entry: Mapping[str, Any], prefix: str) -> dict[str, AnySche
         prefix: full name of the block, with the dot.
     """
     layers = [LayerRecord.model_validate(layer) for layer in entry["layers"]]
-    return {layer.name.removeprefix(prefix): _SCHEME.validate_python(layer.scheme) for layer in layers}
+    return {layer.name.removeprefix(prefix): read_scheme(layer.scheme) for layer in layers}
 
 
 def block_record(index: int, outcome: TrainOutcome, seconds: float) -> BlockRecord:
@@ -128,7 +124,7 @@ def finish(
 
 def _card(job: Job, bits: BitsReport, layers: Sequence[LayerRecord], warned: tuple[str, ...]) -> str:
     """The model card."""
-    packed = {layer.name: Layer(_SCHEME.validate_python(layer.scheme), layer.shape) for layer in layers}
+    packed = {layer.name: Layer(read_scheme(layer.scheme), layer.shape) for layer in layers}
     adapter = job.method.needs.adapter
     candidate = Candidate(
         given=job.source.given,

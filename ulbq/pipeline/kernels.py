@@ -3,27 +3,24 @@
 from collections import Counter
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from ulbq.artifacts import QuantizedManifest
 from ulbq.artifacts.records import Record
 from ulbq.errors import InputError
-from ulbq.formats import AnyScheme, Scheme
-from ulbq.kernels import BACKENDS, Case, choose
+from ulbq.formats import read_scheme
+from ulbq.kernels import LAYOUTS, Case, choose
 
 ROWS = (1, 16, 512)
 """A token at a time, a small batch, a prompt."""
 DTYPES = (torch.bfloat16, torch.float32)
 
-_SCHEME: TypeAdapter[AnyScheme] = TypeAdapter(Scheme)
-
 
 class Available(Record):
-    """One backend: what it is, and why it is not to be had here (empty where it is)."""
+    """One backend: what it is, and why it is not to be had here (None where it is)."""
 
     name: str
     summary: str
-    missing: str
+    missing: str | None
 
 
 class Plan(Record):
@@ -46,7 +43,7 @@ class Plan(Record):
 
 def available() -> list[Available]:
     """All backends, the one that is asked first at the top. The first call in a process may compile kernels."""
-    return [Available(name=each.name, summary=each.summary, missing=each.missing()) for each in BACKENDS]
+    return [Available(name=each.name, summary=each.summary, missing=each.unavailable_reason()) for each in LAYOUTS]
 
 
 def plans(manifest: QuantizedManifest, device: str) -> list[Plan]:
@@ -54,13 +51,13 @@ def plans(manifest: QuantizedManifest, device: str) -> list[Plan]:
     found: dict[tuple[str, str, tuple[str, ...], tuple[str, ...]], int] = Counter()
     for layer in manifest.layers:
         try:
-            scheme = _SCHEME.validate_python(layer.scheme)
-        except ValidationError as error:
+            scheme = read_scheme(layer.scheme)
+        except ValueError as error:
             raise InputError(f"This version does not know the format of '{layer.name}'.") from error
         for dtype in DTYPES:
             choices = [choose(Case(scheme, *layer.shape, device, dtype, rows)) for rows in ROWS]
             reasons = [f"{name}: {why}" for each in choices for name, why in each.passed_over.items()]
-            names = tuple(each.backend.name for each in choices)
+            names = tuple(each.layout.name for each in choices)
             short = str(dtype).removeprefix("torch.")
             found[scheme.label, short, names, tuple(dict.fromkeys(reasons))] += 1
     return [

@@ -7,7 +7,7 @@ from ulbq.artifacts.manifest import QuantizedManifest, SaliencyManifest, is_arti
 from ulbq.artifacts.names import local_path
 from ulbq.artifacts.records import RotationRecord
 from ulbq.errors import InputError
-from ulbq.formats import AnyScheme, nominal
+from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockStart, Needs
 from ulbq.models.adapter_files import AdapterTensors, adapter_folder, read_adapter, read_config
 from ulbq.models.source import FULL_PRECISION, ModelSource, resolve, resolve_parent
@@ -110,7 +110,7 @@ class Start:
                 f"'{source.given}' is quantized already, and this method does not go on from what is.",
                 hint=f"Give the full-precision model it was made from{f': {source.parent}' if source.parent else ''}.",
             )
-        others = {found for found in source.packed.values() if nominal(found) != scheme}
+        others = {found for found in source.packed.values() if found.nominal != scheme}
         if others:
             found = min(others, key=str)
             raise InputError(

@@ -15,6 +15,7 @@ from ulbq.methods.base import Method
 from ulbq.models.blocks import Linear, ModelStructure, block_list
 from ulbq.pipeline.request import QuantizeRequest, drawn_samples, text_samples
 from ulbq.pipeline.saliency_plan import SaliencyRequest, predict_scoring
+from ulbq.quantizers.trainable import TRAINABLE
 from ulbq.saliency import KINDS, SaliencyKind, SaliencySettings
 from ulbq.saliency.head import head_memory
 from ulbq.training.head import LOGITS_MEMORY
@@ -40,8 +41,6 @@ _STEP_ACTIVATIONS = 40
 _QUANTIZED_COPIES = 4
 # Bytes of a tokenizer's files for each token of the vocabulary, as measured on SmolLM2's.
 _TOKENIZER_BYTES = 72
-# Bytes a weight whose code is fixed takes in memory while the whole model trains; 0 for what its format stores.
-_FIXED_BYTES = {"affine": 0.0, "dual_binary": 0.0, "codebook": 1.0, "binary_mos": 0.0}
 
 
 class Cost(BaseModel):
@@ -251,8 +250,9 @@ class _Run:
         outer = self.precision.dtype.itemsize * (self.weights - sum(self.inside))
         inside = sum(self.inside) * 4
         if settings.train != "all":
-            held = _FIXED_BYTES[self.method.scheme.format] * sum(self.quantized)
-            inside = round(held or self.packed()) + 4 * (sum(self.inside) - sum(self.quantized))
+            a_weight = TRAINABLE[self.method.scheme.format].fixed_bytes
+            held = self.packed() if a_weight is None else round(a_weight * sum(self.quantized))
+            inside = held + 4 * (sum(self.inside) - sum(self.quantized))
         student = outer + inside + 4 * beside + 12 * trained
         memory = student + teacher + states + step + max(self.quantized) * 4 * _QUANTIZED_COPIES
         # Values and moments, of the best epoch and of the last one.

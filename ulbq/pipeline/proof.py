@@ -4,46 +4,44 @@ It is looked at before it stands at its place, on the CPU, by the first process 
 with, then, loads.
 """
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ulbq import runtime
 from ulbq.errors import InputError, NumericsError
-from ulbq.export.fit import Target
-from ulbq.export.gguf import FILE_NAME
+from ulbq.export.dense import open_again
+from ulbq.export.fit import Candidate
+from ulbq.export.targets.base import Target
 from ulbq.models.load import load_model
 from ulbq.models.skeleton import BUILD_ERRORS
-from ulbq.models.source import ModelSource, open_written, resolve
 from ulbq.progress import Progress
 
 _TOKENS = 8
 _DTYPE = torch.bfloat16  # as `generate` and `eval` compute
 _COPIES = 2  # of the weights that live together while they are loaded
-_READERS: dict[str, tuple[str, ...]] = {"gptq": ("optimum", "gptqmodel"), "compressed-tensors": ("compressed_tensors",)}
-"""Packages with which transformers loads layouts of other tools."""
 
 
-def proof(progress: Progress, target: Target | None = None, *, symmetric: bool = True) -> Callable[[Path], None]:
+def proof(
+    progress: Progress, target: Target | None = None, candidate: Candidate | None = None
+) -> Callable[[Path], None]:
     """What :meth:`~ulbq.artifacts.store.ArtifactWriter.finish` is to look with at a folder.
 
     Args:
         progress: told what was seen.
-        target: layout of a conversion; None for a quantized artifact.
-        symmetric: whether the packed layers have no zero points, which transformers reads in one layout alone.
+        target: of a conversion, and the model that was converted; None for a quantized artifact.
 
     Returns:
         A function that raises InputError where the folder cannot be opened or run, and NumericsError where its
         predictions are not finite.
     """
-    return partial(_look, progress, target, symmetric)
+    return partial(_look, progress, target, candidate)
 
 
-def _look(progress: Progress, target: Target | None, symmetric: bool, folder: Path) -> None:
+def _look(progress: Progress, target: Target | None, candidate: Candidate | None, folder: Path) -> None:
     needed = _COPIES * sum(
         path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".gguf")
     )
@@ -52,7 +50,7 @@ def _look(progress: Progress, target: Target | None, symmetric: bool, folder: Pa
         return
     with progress.phase("Opening what was written"):
         try:
-            said = _run(folder, target, symmetric)
+            said = _run(folder, target, candidate)
         except BUILD_ERRORS as error:
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(
@@ -62,39 +60,15 @@ def _look(progress: Progress, target: Target | None, symmetric: bool, folder: Pa
     progress.note(said)
 
 
-def _run(folder: Path, target: Target | None, symmetric: bool) -> str:
+def _run(folder: Path, target: Target | None, candidate: Candidate | None) -> str:
     """Open the folder and run it as far as can be; what was done, in words."""
-    if target == "gguf":
-        source = resolve(folder / FILE_NAME, verify=False)  # it was hashed just now
-        _generate(load_model(source, dtype=_DTYPE))
-        return f"Opened again by transformers' reader of GGUF files, and ran {_TOKENS} tokens."
-    if target in ("gptq", "compressed-tensors"):
-        return _run_for_others(folder, target, symmetric)
-    source = open_written(folder)
-    _check_tokenizer(source)
-    if target == "dense":
-        _generate(AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPE, local_files_only=True))
-    else:
-        _generate(load_model(source, dtype=_DTYPE))
-    return f"Opened again, and ran {_TOKENS} tokens."
-
-
-def _run_for_others(folder: Path, target: Target, symmetric: bool) -> str:
-    """Of other tools' layouts every layer was read back already; here they are run where their packages are."""
-    AutoConfig.from_pretrained(folder, local_files_only=True)
-    missing = [name for name in _READERS[target] if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"Every layer reads back to the bit; not run, for want of {' and '.join(missing)}."
-    if target == "compressed-tensors" and not symmetric:
-        return "Every layer reads back to the bit; not run, for transformers reads no zero points of this layout."
-    _generate(AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPE, local_files_only=True))
-    return f"Every layer reads back to the bit; opened again by transformers, and ran {_TOKENS} tokens."
-
-
-def _check_tokenizer(source: ModelSource) -> None:
-    """Load the tokenizer, where there is any. Raises InputError."""
-    if any(source.path.glob("tokenizer*")):
-        source.tokenizer()
+    if target is None or candidate is None:
+        _generate(load_model(open_again(folder), dtype=_DTYPE))
+        return f"Opened again, and ran {_TOKENS} tokens."
+    if (why := target.unopened_reason(candidate, folder)) is not None:
+        return why
+    _generate(target.load(folder, _DTYPE))
+    return f"{target.opened}, and ran {_TOKENS} tokens."
 
 
 @torch.inference_mode()

@@ -91,7 +91,7 @@ def quantize(
     out = request.out or free_output(DEFAULT_ROOT, name or telling, identity)
     if job.source.kind == "gguf":
         job.source.tokenizer()  # written out at the end: better missed now
-    if job.method.needs.searches and job.start is None and (reason := solvers.missing(job.precision.device)):
+    if job.method.needs.searches and job.start is None and (reason := solvers.slow_reason(job.precision.device)):
         progress.note(f"No compiled solvers ({reason}): the search for the best scales takes some 40 times as long.")
     with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
         if writer.resumed:

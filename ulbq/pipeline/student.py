@@ -18,29 +18,13 @@ from ulbq.models.blocks import block_list, load_outer, materialize
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
-from ulbq.quantizers.affine import AffineQuantizer
 from ulbq.quantizers.base import Quantizer
-from ulbq.quantizers.binary_mos import BinaryMosQuantizer
-from ulbq.quantizers.codebook import CodebookQuantizer
-from ulbq.quantizers.dual_binary import DualBinaryQuantizer
-from ulbq.quantizers.fixed import FixedAffine, FixedBinaryMos, FixedDualBinary
+from ulbq.quantizers.fixed import FixedAffine
+from ulbq.quantizers.trainable import TRAINABLE
 from ulbq.training.end_to_end import Trained
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.student import Student
 
-_QUANTIZERS: dict[str, type[Quantizer]] = {
-    "affine": AffineQuantizer,
-    "binary_mos": BinaryMosQuantizer,
-    "codebook": CodebookQuantizer,
-    "dual_binary": DualBinaryQuantizer,
-}
-# Where weights do not train. Codebooks fix their codes themselves.
-_FIXED: dict[str, type[Quantizer]] = _QUANTIZERS | {
-    "affine": FixedAffine,
-    "binary_mos": FixedBinaryMos,
-    "dual_binary": FixedDualBinary,
-}
-_BY_SHAPE = frozenset({"affine", "binary_mos", "dual_binary"})
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -124,7 +108,7 @@ def _quantizer(
 ) -> Quantizer:
     """Of a packed matrix, with what is to train."""
     if train == "all":
-        return _QUANTIZERS[scheme.format].from_packed(weight, packed, scheme, train_weights=True)
+        return TRAINABLE[scheme.format].free.from_packed(weight, packed, scheme, train_weights=True)
     fixed = fixed_quantizer(weight, packed, scheme)
     if train == "scales-zeros" and isinstance(fixed, FixedAffine):
         fixed.let_zeros_train()
@@ -133,7 +117,7 @@ def _quantizer(
 
 def fixed_quantizer(weight: torch.Tensor, packed: Mapping[str, torch.Tensor], scheme: AnyScheme) -> Quantizer:
     """Of a packed matrix whose codes are fixed; of ``weight [out, in]`` codebooks alone look at more than the shape."""
-    return _FIXED[scheme.format].from_packed(weight, packed, scheme, train_weights=False)
+    return TRAINABLE[scheme.format].fixed.from_packed(weight, packed, scheme, train_weights=False)
 
 
 def _block(job: Job, folders: Folders, index: int, train: Trained) -> nn.Module:
@@ -141,7 +125,8 @@ def _block(job: Job, folders: Folders, index: int, train: Trained) -> nn.Module:
     device = job.precision.device
     schemes = {linear: folders.schemes.get(prefix + linear, job.method.scheme) for linear in linears}
     # Quantizers of fixed codes ask for a weight's shape alone.
-    unread = [] if train == "all" else [f"{name}.weight" for name in linears if schemes[name].format in _BY_SHAPE]
+    by_shape = [name for name in linears if TRAINABLE[schemes[name].format].fixed_bytes is None]
+    unread = [] if train == "all" else [f"{name}.weight" for name in by_shape]
     block = copy.deepcopy(block_list(job.model)[1][index])
     materialize(block, job.source, torch.float32, prefix=prefix, without=tuple(unread), device=device)
     stored = LazyTensors([folders.block(index)])

@@ -8,7 +8,7 @@ Vectors are float32, as llama.cpp wants them.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +26,17 @@ from transformers import PreTrainedModel
 from ulbq import formats
 from ulbq.artifacts.disk import replace_synced, temporary, writing
 from ulbq.errors import InputError, NumericsError
-from ulbq.export import gguf_blocks, gguf_models
+from ulbq.export import dense, gguf_blocks, gguf_models
+from ulbq.export.card import front_of
 from ulbq.export.dense import adapters_to_merge, dense_tensor
-from ulbq.export.gguf_vocab import add_tokenizer
+from ulbq.export.fit import Candidate
+from ulbq.export.gguf_vocab import add_tokenizer, check_tokenizer
+from ulbq.export.targets.base import DTYPES, Conversion, Dtype, Reader, Target, Written, layer_reason
 from ulbq.models.blocks import skeleton
+from ulbq.models.load import load_model
 from ulbq.models.names import state_names
 from ulbq.models.rope_factors import ROPE_FACTORS
-from ulbq.models.source import ModelSource
+from ulbq.models.source import ModelSource, resolve
 from ulbq.nn.adapter import Adapter
 from ulbq.nn.quant_linear import linear_layer
 
@@ -64,57 +68,7 @@ class _Tensor(NamedTuple):
     packed: bool = False
 
 
-def write_gguf(
-    source: ModelSource,
-    folder: Path,
-    dtype: torch.dtype,
-    on_tensor: Callable[[str], None] = lambda name: None,
-    *,
-    licence: str | None = None,
-    merge_adapter: bool = False,
-) -> tuple[dict[str, int], list[str]]:
-    """Write a model as ``model.gguf``, and read every tensor back.
-
-    Args:
-        source: a model that :func:`ulbq.export.gguf_models.unfit` lets through.
-        folder: exists; side files land there too.
-        dtype: of the matrices that no block type holds exactly.
-        on_tensor: called with each tensor's name once it is written.
-        licence: the base model's, for the file's own description.
-        merge_adapter: make the artifact's adapter a part of the weights, which are dense then.
-
-    Returns:
-        How many packed layers each type holds (``{"Q4_0": 200, "F16": 10}``), and the names of all files.
-
-    Raises:
-        InputError: the architecture or the tokenizer is none that can be written, or a tensor is missing.
-        NumericsError: a tensor does not fit the dtype, or what was written decodes to something else.
-        ResourceError: the disk is full or refuses.
-    """
-    family, model = gguf_models.family(source), skeleton(source)
-    adapters = adapters_to_merge(source, model) if merge_adapter else {}
-    job = _Job(source, model, dtype, adapters)
-    path = folder / FILE_NAME
-    scratch = temporary(path)
-    with writing(folder):
-        writer = GGUFWriter(scratch, MODEL_ARCH_NAMES[family.arch])
-        try:
-            kinds = job.declare(writer, licence)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for tensor in job.tensors():
-                writer.write_tensor_data(tensor.data)
-                on_tensor(tensor.name)
-        finally:
-            writer.close()
-        job.check(scratch)
-        replace_synced(scratch, path)
-        beside = source.save_tokenizer_files(folder)
-    return kinds, [FILE_NAME, *beside]
-
-
-class _Job:
+class _File:
     """One model on its way into a file. Each tensor is made twice: for its size and type, and to be written."""
 
     def __init__(
@@ -185,12 +139,12 @@ class _Job:
             if blocks is not None:
                 data = self._ordered(name, torch.from_numpy(blocks.data)).numpy()
                 return _Tensor(self._stored_name(name), data, blocks.kind, packed)
-        dense = dense_tensor(source, self._model, name, self._names[name], self._dtype, adapter)
-        if dense.ndim < 2:  # in float32, from what is stored and not from the rounded
-            dense = dense_tensor(source, self._model, name, self._names[name], torch.float32, adapter)
-        dense = self._ordered(name, dense).contiguous()
-        kind = _KINDS[dense.dtype][0]
-        data = dense.view(torch.uint8).numpy() if dense.dtype == torch.bfloat16 else dense.numpy()
+        full = dense_tensor(source, self._model, name, self._names[name], self._dtype, adapter)
+        if full.ndim < 2:  # in float32, from what is stored and not from the rounded
+            full = dense_tensor(source, self._model, name, self._names[name], torch.float32, adapter)
+        full = self._ordered(name, full).contiguous()
+        kind = _KINDS[full.dtype][0]
+        data = full.view(torch.uint8).numpy() if full.dtype == torch.bfloat16 else full.numpy()
         return _Tensor(self._stored_name(name), data, kind, packed)
 
     def _ordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -205,3 +159,72 @@ class _Job:
                 "has no name."
             )
         return stored
+
+
+class Gguf(Target):
+    """One file for llama.cpp, and the side files."""
+
+    name = "gguf"
+    merges = True
+    library = "gguf"
+    opened = "Opened again by transformers' reader of GGUF files"
+    readers: ClassVar = {"llama.cpp": Reader("`llama-cli -m DIR/model.gguf`, `llama-server -m DIR/model.gguf`.")}
+
+    def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
+        if (why := gguf_models.unsupported_reason(candidate.config)) is not None:
+            return why
+        if candidate.adapter and not merge_adapter:
+            return "llama.cpp reads no adapter that lies beside the file"
+        return layer_reason(candidate, dense.unsupported_reason)
+
+    def check(self, source: ModelSource) -> str | None:
+        check_tokenizer(source)
+        if not source.carried:
+            return None
+        return f"A GGUF file has no place for the {len(source.carried)} tensors beside the model: they stay behind."
+
+    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+        return asked or "fp16"
+
+    def steps(self, source: ModelSource) -> int:
+        return len(state_names(skeleton(source)))
+
+    def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
+        source = conversion.source
+        family, model = gguf_models.family(source), skeleton(source)
+        adapters = adapters_to_merge(source, model) if conversion.merge_adapter else {}
+        job = _File(source, model, DTYPES[conversion.dtype], adapters)
+        path, licence = folder / FILE_NAME, front_of(source).get("license")
+        scratch = temporary(path)
+        with writing(folder):
+            writer = GGUFWriter(scratch, MODEL_ARCH_NAMES[family.arch])
+            try:
+                kinds = job.declare(writer, licence if isinstance(licence, str) else None)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+                for tensor in job.tensors():
+                    writer.write_tensor_data(tensor.data)
+                    on_step(tensor.name)
+            finally:
+                writer.close()
+            job.check(scratch)
+            replace_synced(scratch, path)
+            beside = source.save_tokenizer_files(folder)
+        return Written(_words(kinds, conversion.dtype), [FILE_NAME, *beside])
+
+    def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        return load_model(resolve(folder / FILE_NAME, verify=False), dtype=dtype)  # it was hashed just now
+
+
+def _words(kinds: Mapping[str, int], dtype: str) -> str:
+    """How the weights are stored, for people: ``kinds`` counts the packed layers of each type."""
+    rounded = {"F16", "BF16", "F32"}
+    parts = [
+        f"{count} layers as {kind}" + (", rounded (no block type holds them)" if kind in rounded else ", to the bit")
+        for kind, count in kinds.items()
+    ]
+    return "; ".join(parts) or f"all matrices in {dtype}"
+
+
+TARGET = Gguf()

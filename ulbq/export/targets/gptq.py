@@ -16,15 +16,23 @@ A symmetric grid of ours keeps its codes and scales as they are. Where it is mir
 layout stores and every reader multiplies by.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 from ulbq import __version__
+from ulbq.artifacts.disk import write_atomically, writing
+from ulbq.export import packed, rules
+from ulbq.export.fit import Candidate
+from ulbq.export.targets.base import Conversion, Obstacle, Reader, Target, Written
 from ulbq.export.words import pack_words, unpack_words
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.bits import groups_of
+from ulbq.models.blocks import block_list, skeleton
 
 BITS = (2, 3, 4, 8)
 """Widths that the layout has."""
@@ -33,7 +41,7 @@ _MULTIPLE = 32
 """Of both dimensions: words are filled along either."""
 
 
-def unfit(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
+def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     """Why a layer ``(out, in)`` cannot be stored so; None where it can."""
     if not isinstance(scheme, AffineScheme):
         return "GPTQ stores integer codes with one scale and zero point a group"
@@ -45,20 +53,20 @@ def unfit(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
 
 
 def encode(
-    scheme: AffineScheme, packed: Mapping[str, torch.Tensor], shape: tuple[int, int], *, v1: bool
+    scheme: AffineScheme, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], *, v1: bool
 ) -> dict[str, torch.Tensor]:
     """A layer's tensors in this layout.
 
     Args:
-        scheme: one that :func:`unfit` lets through.
-        packed: our tensors.
+        scheme: one that :func:`unsupported_reason` lets through.
+        tensors: as packed.
         shape: ``(out, in)``.
         v1: store ``zero − 1``.
 
     Raises:
         ValueError: a zero point of 0 in v1.
     """
-    codes, _, zeros = affine.unpack(scheme, packed, shape[1])
+    codes, _, zeros = affine.unpack(scheme, tensors, shape[1])
     stored = zeros.to(torch.int32) - int(v1)
     if stored.amin() < 0:
         raise ValueError("v1 has no word for a zero point of 0")
@@ -66,7 +74,7 @@ def encode(
     return {
         "qweight": pack_words(codes.T, scheme.bits),
         "qzeros": pack_words(stored, scheme.bits).T.contiguous(),
-        "scales": packed["scales"].T.contiguous(),
+        "scales": tensors["scales"].T.contiguous(),
         "g_idx": torch.arange(groups, dtype=torch.int32).repeat_interleave(shape[1] // groups),
     }
 
@@ -121,3 +129,84 @@ def most_frequent(layers: Mapping[str, AffineScheme]) -> AffineScheme:
 
 def _pattern(name: str) -> str:
     return name.replace(".", r"\.")
+
+
+_AUTO_GPTQ = ("llama", "mistral", "qwen2", "gemma", "gpt_neox", "falcon", "opt", "gpt2", "gptj", "bloom", "mixtral")
+
+
+def _gptqmodel(candidate: Candidate) -> Obstacle | None:
+    return rules.groups(candidate, (-1, 16, 32, 64, 128, 256, 512, 1024), "gptqmodel")
+
+
+def _uniform(candidate: Candidate, name: str) -> Obstacle | None:
+    return rules.first(rules.symmetric(candidate, name), rules.uniform(candidate, name))
+
+
+def _vllm(candidate: Candidate) -> Obstacle | None:
+    return rules.first(
+        rules.bits(candidate, (4, 8), "vLLM's GPTQ"), _uniform(candidate, "vLLM"), rules.served(candidate, "vLLM")
+    )
+
+
+def _sglang(candidate: Candidate) -> Obstacle | None:
+    return rules.first(_uniform(candidate, "SGLang"), rules.served(candidate, "SGLang"))
+
+
+def _auto_gptq(candidate: Candidate) -> Obstacle | None:
+    kind = candidate.config.model_type
+    if kind not in _AUTO_GPTQ:
+        return Obstacle(f"AutoGPTQ 0.7.1 has no '{kind}'", "Use gptqmodel, which succeeds it: --for gptqmodel.")
+    return _uniform(candidate, "AutoGPTQ")
+
+
+def _exllamav2(candidate: Candidate) -> Obstacle | None:
+    return rules.first(
+        rules.bits(candidate, (4,), "exllamav2"),
+        _uniform(candidate, "exllamav2"),
+        rules.groups(candidate, rules.CUDA_GROUPS, "exllamav2"),
+    )
+
+
+class Gptq(Target):
+    """The artifact's own codes in GPTQ's layout."""
+
+    name = "gptq"
+    opened = packed.OPENED
+    readers: ClassVar = {
+        "gptqmodel": Reader("`GPTQModel.load(DIR)`.", obstacle=_gptqmodel),
+        "transformers": Reader(
+            f"{rules.AUTO_MODEL}.",
+            obstacle=lambda candidate: rules.uniform(candidate, "transformers' GPTQ"),
+            start=lambda candidate: "It needs the packages optimum and gptqmodel.",
+        ),
+        "vllm": Reader(rules.VLLM, 1, _vllm, rules.start_vllm),
+        "sglang": Reader(rules.SGLANG, 1, _sglang, rules.start_sglang),
+        # AutoGPTQ computes with an empty head where that is tied.
+        "auto-gptq": Reader(
+            "`AutoGPTQForCausalLM.from_quantized(DIR, use_safetensors=True)`.", obstacle=_auto_gptq, untie=True
+        ),
+        "exllamav2": Reader("`ExLlamaV2Config(DIR)`.", obstacle=_exllamav2),
+    }
+
+    def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
+        return packed.unsupported_reason(candidate, unsupported_reason)
+
+    def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
+        source, layers = conversion.source, packed.affine_layers(conversion.candidate)
+        v1, inside = is_v1(layers), f"{block_list(skeleton(source))[0]}."
+        dense = tuple(name for name in packed.dense_linears(source) if name.startswith(inside))
+        layout = packed.Layout(
+            functools.partial(encode, v1=v1), functools.partial(decode, v1=v1), configuration(layers, dense)
+        )
+        written = packed.write_packed(conversion, folder, layout, on_step)
+        with writing(folder):
+            text = json.dumps(layout.configuration, indent=2) + "\n"
+            write_atomically(folder / "quantize_config.json", text.encode())
+        written.names.append("quantize_config.json")
+        return written
+
+    def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:
+        return packed.unopened_reason(folder, "optimum", "gptqmodel")
+
+
+TARGET = Gptq()

@@ -11,7 +11,6 @@ zero points are such a stream along the outputs ``[out · bits / 32, G]``, its s
 
 import functools
 import importlib
-from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -19,6 +18,8 @@ import torch
 
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.bits import pack_planes
+from ulbq.kernels.layouts.base import Case, Tensors, one_of
+from ulbq.kernels.layouts.words import Words
 from ulbq.kernels.triton_launch import VECTOR_ROWS
 
 KNOWN = "0.1."
@@ -30,8 +31,8 @@ _LOCKS = 2048
 
 
 @functools.cache
-def failure() -> str:
-    """Why it cannot be had here; empty where it can."""
+def unavailable_reason() -> str | None:
+    """Why it cannot be had here; None where it can."""
     try:
         version = metadata.version("humming-kernels")
     except metadata.PackageNotFoundError:
@@ -44,22 +45,7 @@ def failure() -> str:
         importlib.import_module("humming.forward")
     except (ImportError, OSError) as error:
         return f"humming-kernels does not load ({error})"
-    return ""
-
-
-def refusal(scheme: AnyScheme, outs: int, columns: int) -> str:
-    """Why it does not take a matrix; empty where it does."""
-    if not isinstance(scheme, AffineScheme):
-        return "affine codes only"
-    if scheme.bits > 4:
-        return f"{scheme.bits} bits: at most 4"
-    if scheme.bits == 1 and scheme.symmetric:
-        return "a zero point between two codes"
-    if scheme.group_size != -1 and scheme.group_size % 32:
-        return f"groups of {scheme.group_size}: a multiple of 32"
-    if outs % MULTIPLE or columns % MULTIPLE:
-        return f"{outs} × {columns}: multiples of {MULTIPLE}"
-    return ""
+    return None
 
 
 def takes(x: torch.Tensor) -> bool:
@@ -68,25 +54,25 @@ def takes(x: torch.Tensor) -> bool:
     return x.dtype == torch.bfloat16 and not few and not (torch.is_grad_enabled() and x.requires_grad)
 
 
-def pack(scheme: AffineScheme, stored: Mapping[str, torch.Tensor], columns: int) -> dict[str, torch.Tensor]:
+def to_humming(scheme: AffineScheme, stored: Tensors, in_features: int) -> dict[str, torch.Tensor]:
     """``humming_codes``, ``humming_scales``, ``humming_locks`` and with zero points ``humming_zeros``, transformed."""
-    given = tensors(scheme, stored, columns)
-    outs, device = len(given["weight"]), given["weight"].device
+    given = named(scheme, stored, in_features)
+    out_features, device = len(given["weight"]), given["weight"].device
     _, made = _package("transform").prepare_and_transform_humming_tensors(
-        given, outs, columns, weight_schema=_schema(scheme), torch_dtype=torch.bfloat16, device=device
+        given, out_features, in_features, weight_schema=_schema(scheme), torch_dtype=torch.bfloat16, device=device
     )
     locks = torch.zeros(_LOCKS, dtype=torch.int32, device=device)
     packed = {"humming_codes": made["weight"], "humming_scales": made["weight_scale"], "humming_locks": locks}
     return packed if scheme.symmetric else packed | {"humming_zeros": made["zero_point"]}
 
 
-def tensors(scheme: AffineScheme, stored: Mapping[str, torch.Tensor], columns: int) -> dict[str, torch.Tensor]:
+def named(scheme: AffineScheme, stored: Tensors, in_features: int) -> dict[str, torch.Tensor]:
     """Stored tensors as Humming's schema for weights names and packs them."""
-    codes, scales, zeros = affine.unpack(scheme, stored, columns)
-    named = {"weight": _stream(codes, scheme.bits), "weight_scale": scales.to(torch.bfloat16)}
+    codes, scales, zeros = affine.unpack(scheme, stored, in_features)
+    made = {"weight": _stream(codes, scheme.bits), "weight_scale": scales.to(torch.bfloat16)}
     if not scheme.symmetric:
-        named["zero_point"] = _stream(zeros.to(torch.uint8).T, scheme.bits).T.contiguous()
-    return named
+        made["zero_point"] = _stream(zeros.to(torch.uint8).T, scheme.bits).T.contiguous()
+    return made
 
 
 @torch.library.custom_op("ulbq::humming_linear", mutates_args=("locks",))
@@ -100,7 +86,7 @@ def humming_linear(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    """``x`` ``[..., in]`` bfloat16 times what :func:`pack` made, ``[..., out]`` bfloat16. It has no gradient."""
+    """``x`` ``[..., in]`` bfloat16 times what :func:`to_humming` made, ``[..., out]`` bfloat16. It has no gradient."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     config = _config(bits, group_size, zeros is not None, out_features, x.shape[-1], x.device)
     product: torch.Tensor = _package("forward").humming_forward(
@@ -115,10 +101,10 @@ def _(x, codes, scales, zeros, locks, out_features, bits, group_size):  # type: 
 
 
 @functools.cache
-def _config(bits: int, group_size: int, zeros: bool, outs: int, columns: int, device: torch.device) -> Any:
+def _config(bits: int, group_size: int, zeros: bool, out_features: int, in_features: int, device: torch.device) -> Any:
     scheme = AffineScheme.model_construct(bits=bits, group_size=group_size, symmetric=not zeros)
     return _package("transform").prepare_layer_config(
-        outs, columns, weight_schema=_schema(scheme), torch_dtype=torch.bfloat16, device=device
+        out_features, in_features, weight_schema=_schema(scheme), torch_dtype=torch.bfloat16, device=device
     )
 
 
@@ -139,3 +125,47 @@ def _stream(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _package(name: str) -> Any:
     return importlib.import_module(f"humming.{name}")
+
+
+class Humming(Words):
+    """Words, and Humming's own tensors beside them for batches."""
+
+    name = "humming"
+    summary = "Humming, an optional package: affine codes of 1 to 4 bits, bfloat16 activations, batches on CUDA GPUs"
+
+    def unavailable_reason(self) -> str | None:
+        return unavailable_reason()
+
+    def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
+        if not isinstance(scheme, AffineScheme):
+            return "affine codes only"
+        if scheme.bits > 4:
+            return f"{scheme.bits} bits: at most 4"
+        if scheme.bits == 1 and scheme.symmetric:
+            return "a zero point between two codes"
+        if scheme.group_size != -1 and scheme.group_size % 32:
+            return f"groups of {scheme.group_size}: a multiple of 32"
+        if out_features % MULTIPLE or in_features % MULTIPLE:
+            return f"{out_features} × {in_features}: multiples of {MULTIPLE}"
+        return None
+
+    def call_reason(self, case: Case) -> str | None:
+        if case.differentiable and case.dtype == torch.bfloat16:
+            return "has no gradient"
+        few = f"{case.rows} rows: up to {VECTOR_ROWS} our kernel for vectors takes them"
+        return one_of(case.dtype, torch.bfloat16) or (few if case.rows <= VECTOR_ROWS else None)
+
+    def pack(self, scheme: AnyScheme, stored: Tensors, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
+        """More beside the words. Raises TypeError for another format."""
+        if not isinstance(scheme, AffineScheme):
+            raise TypeError(f"{scheme.format} has no affine codes")
+        made = super().pack(scheme, stored, out_features, in_features)
+        return made | to_humming(scheme, stored, in_features)
+
+    def multiply(self, scheme: AnyScheme, tensors: Tensors, x: torch.Tensor, out_features: int) -> torch.Tensor:
+        if not takes(x):
+            return super().multiply(scheme, tensors, x, out_features)
+        names = ("humming_codes", "humming_scales", "humming_zeros", "humming_locks")
+        given = (tensors.get(name) for name in names)
+        product: torch.Tensor = torch.ops.ulbq.humming_linear(x, *given, out_features, scheme.bits, scheme.group_size)
+        return product

@@ -12,11 +12,15 @@ unsigned codes as they are. Values of 3 bits lie astride words, as the library p
 to a word); 2, 4 and 8 bits are the same in every version.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
+from ulbq.export import packed, rules
+from ulbq.export.fit import Candidate, affine_schemes
+from ulbq.export.targets.base import Conversion, Obstacle, Reader, Target, Written
 from ulbq.export.words import pack_words, unpack_words
 from ulbq.formats import AffineScheme, AnyScheme, affine
 
@@ -24,7 +28,7 @@ BITS = (2, 3, 4, 8)
 """Widths of ours that the layout has."""
 
 
-def unfit(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
+def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     """Why a layer ``(out, in)`` cannot be stored so; None where it can."""
     if not isinstance(scheme, AffineScheme):
         return "compressed-tensors' pack-quantized stores integer codes with one scale and zero point a group"
@@ -35,17 +39,19 @@ def unfit(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def encode(scheme: AffineScheme, packed: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """A layer's tensors in this layout; ``scheme`` is one that :func:`unfit` lets through, ``shape`` ``(out, in)``."""
-    codes, _, zeros = affine.unpack(scheme, packed, shape[1])
-    tensors = {
+def encode(
+    scheme: AffineScheme, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    """A layer ``(out, in)`` in this layout; ``scheme`` is one that :func:`unsupported_reason` lets through."""
+    codes, _, zeros = affine.unpack(scheme, tensors, shape[1])
+    stored = {
         "weight_packed": pack_words(codes.T, scheme.bits).T.contiguous(),
-        "weight_scale": packed["scales"].contiguous(),
+        "weight_scale": tensors["scales"].contiguous(),
         "weight_shape": torch.tensor(shape, dtype=torch.int64),
     }
     if not scheme.symmetric:
-        tensors["weight_zero_point"] = pack_words(zeros, scheme.bits)
-    return tensors
+        stored["weight_zero_point"] = pack_words(zeros, scheme.bits)
+    return stored
 
 
 def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
@@ -104,3 +110,51 @@ def _weights(scheme: AffineScheme) -> dict[str, Any]:
         "observer": "minmax",
         "observer_kwargs": {},
     }
+
+
+def _sglang(candidate: Candidate) -> Obstacle | None:
+    return rules.first(rules.bits(candidate, (4, 8), "SGLang's compressed-tensors"), rules.served(candidate, "SGLang"))
+
+
+def _transformers(candidate: Candidate) -> Obstacle | None:
+    if _is_symmetric(candidate):
+        return None
+    # 5.23 with compressed-tensors 0.20 makes room for unpacked zero points and refuses the packed ones.
+    return Obstacle(
+        "it has zero points, and transformers loads no packed ones", "Use --to gptq, or quantize with --symmetric."
+    )
+
+
+def _is_symmetric(candidate: Candidate) -> bool:
+    return all(scheme.symmetric for scheme in affine_schemes(candidate))
+
+
+class CompressedTensors(Target):
+    """The artifact's own codes as ``pack-quantized``."""
+
+    name = "compressed-tensors"
+    opened = packed.OPENED
+    readers: ClassVar = {
+        "vllm": Reader(rules.VLLM, 0, lambda candidate: rules.served(candidate, "vLLM"), rules.start_vllm),
+        "transformers": Reader(
+            f"{rules.AUTO_MODEL}.", 1, _transformers, lambda candidate: "It needs the package compressed-tensors."
+        ),
+        "sglang": Reader(rules.SGLANG, 0, _sglang, rules.start_sglang),
+    }
+
+    def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
+        return packed.unsupported_reason(candidate, unsupported_reason)
+
+    def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
+        layers, dense = packed.affine_layers(conversion.candidate), packed.dense_linears(conversion.source)
+        layout = packed.Layout(encode, decode, configuration(layers, dense))
+        return packed.write_packed(conversion, folder, layout, on_step)
+
+    def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:
+        missing = packed.unopened_reason(folder, "compressed_tensors")
+        if missing is None and not _is_symmetric(candidate):
+            return f"{packed.READ_BACK}; not run, for transformers reads no zero points of this layout."
+        return missing
+
+
+TARGET = CompressedTensors()

@@ -1,0 +1,149 @@
+"""What a target of ``convert`` is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ulbq.export.dense import shard_names
+from ulbq.export.fit import Candidate
+from ulbq.models.blocks import skeleton
+from ulbq.models.source import ModelSource
+
+Dtype = Literal["fp16", "bf16", "fp32"]
+DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+FULL_PRECISION = "it is in full precision, and this target takes what is quantized already"
+"""Why a target that takes packed layers alone does not take a model without any."""
+
+
+class Obstacle(NamedTuple):
+    """What stands in the way of a model, as the end of a sentence, and what to change."""
+
+    reason: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How an engine reads what a target writes.
+
+    Attributes:
+        load_command: Markdown; ``DIR`` stands for the folder.
+        rank: among the targets that the engine reads, the lowest is the best; None for one that is never chosen for it.
+        obstacle: what stands in the way of a model that the target can hold.
+        start: what else a user must do, as a whole sentence; empty where nothing.
+        untie: the engine wants a tied head stored by itself too.
+    """
+
+    load_command: str
+    rank: int | None = 0
+    obstacle: Callable[[Candidate], Obstacle | None] = lambda candidate: None
+    start: Callable[[Candidate], str] = lambda candidate: ""
+    untie: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a target is asked to write.
+
+    Attributes:
+        source: the model; ``candidate`` says what it is made of.
+        dtype: of the tensors that are not packed.
+        merge_adapter: make the adapter a part of the weights; else it is copied beside them.
+        untie: store a tied head by itself too.
+    """
+
+    source: ModelSource
+    candidate: Candidate
+    dtype: Dtype
+    merge_adapter: bool = False
+    untie: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a target wrote.
+
+    Attributes:
+        stored: how the weights are stored, for people.
+        names: of all files.
+        saved: bits less than in the artifact, by part of its accounting.
+    """
+
+    stored: str
+    names: list[str]
+    saved: Mapping[str, int] = field(default_factory=dict)
+
+
+class Target(ABC):
+    """A layout that models are converted to.
+
+    Attributes:
+        name: that ``--to`` takes.
+        readers: the engines that read it, by their names in :data:`ulbq.export.targets.ENGINES`.
+        merges: whether an adapter can become a part of what is written.
+        is_artifact: whether that is an artifact of ulbq's own again, with its manifest and its card.
+        library: for the Hub.
+        opened: what is said once transformers has opened what was written, the begin of a sentence.
+    """
+
+    name: ClassVar[str]
+    readers: ClassVar[Mapping[str, Reader]] = {}
+    merges: ClassVar[bool] = False
+    is_artifact: ClassVar[bool] = False
+    library: ClassVar[str] = "transformers"
+    opened: ClassVar[str] = "Opened again"
+
+    @abstractmethod
+    def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
+        """Why the target cannot hold a model, as the end of a sentence; None where it can."""
+
+    @abstractmethod
+    def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
+        """Write all but card and manifest.
+
+        Args:
+            conversion: of a model that :meth:`unsupported_reason` lets through.
+            folder: exists.
+            on_step: called with a name after each of :meth:`steps`.
+
+        Raises:
+            InputError: a tensor is missing.
+            NumericsError: a tensor does not fit the dtype, or what was written does not read back.
+            ResourceError: the disk is full or refuses.
+        """
+
+    def check(self, source: ModelSource) -> str | None:
+        """Look at what else a model must have, before anything is written. Raises InputError; returns a warning."""
+        return None
+
+    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+        """That of the tensors that are not packed: what was asked for, else the artifact's own. Raises UsageError."""
+        return asked or ("fp16" if source.config.dtype in (torch.float16, "float16") else "bf16")
+
+    def steps(self, source: ModelSource) -> int:
+        """How often :meth:`write` tells how far it is: for every shard."""
+        return len(shard_names(skeleton(source)))
+
+    def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:
+        """Why transformers cannot open here what was written, as a whole sentence; None where it can."""
+        return None
+
+    def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        """What was written, as transformers opens it."""
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return model
+
+
+def layer_reason(candidate: Candidate, reason: Callable[..., str | None]) -> str | None:
+    """The first layer of which ``reason(scheme, shape)`` has something to say, and what."""
+    for name, layer in candidate.layers.items():
+        why = reason(layer.scheme, layer.shape)
+        if why is not None:
+            return f"'{name}' is {layer.scheme.format} {layer.scheme.label}, and {why}"
+    return None

@@ -1,0 +1,44 @@
+"""A plain half- or full-precision model folder that transformers loads without ulbq."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from ulbq.export import dense
+from ulbq.export.dense import open_again
+from ulbq.export.fit import Candidate
+from ulbq.export.packed import write_folder
+from ulbq.export.rules import AUTO_MODEL, SGLANG, VLLM
+from ulbq.export.targets.base import Conversion, Dtype, Reader, Target, Written, layer_reason
+from ulbq.models.source import ModelSource
+
+
+class Dense(Target):
+    """Every tensor in one dtype; packed layers are computed in float32 and rounded once."""
+
+    name = "dense"
+    merges = True
+    readers: ClassVar = {
+        "transformers": Reader(f"{AUTO_MODEL}.", 2),
+        "vllm": Reader(VLLM, 2),
+        "sglang": Reader(SGLANG, 2),
+    }
+
+    def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
+        return layer_reason(candidate, dense.unsupported_reason)
+
+    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+        return asked or "bf16"
+
+    def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
+        return Written(f"all weights in {conversion.dtype}", write_folder(conversion, folder, on_step))
+
+    def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        open_again(folder)
+        return super().load(folder, dtype)
+
+
+TARGET = Dense()

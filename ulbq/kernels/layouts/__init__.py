@@ -1,0 +1,1 @@
+"""The orders in which packed matrices lie in memory, one class each."""

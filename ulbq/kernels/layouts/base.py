@@ -1,0 +1,98 @@
+"""What a layout is: an order of a packed matrix in memory, and the code that multiplies it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+
+from ulbq import formats
+from ulbq.formats import AnyScheme
+from ulbq.kernels import ops
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Case(NamedTuple):
+    """A product to be made.
+
+    Attributes:
+        scheme: the weight's.
+        out_features, in_features: the weight's dimensions.
+        device: ``cpu``, ``cuda``, ….
+        dtype: of the activations.
+        rows: of the activations.
+        differentiable: whether a gradient of the activations will be asked for.
+    """
+
+    scheme: AnyScheme
+    out_features: int
+    in_features: int
+    device: str
+    dtype: torch.dtype
+    rows: int
+    differentiable: bool = False
+
+
+class Layout(ABC):
+    """A layout, and the backend that reads it.
+
+    Attributes:
+        name: of the backend.
+        summary: what it does, for people.
+        device: the only one that it runs on; None for all.
+        form: that its tensors have for :func:`ulbq.kernels.ops.multiply`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    device: ClassVar[Literal["cpu", "cuda"] | None] = None
+    form: ClassVar[str] = "planes"
+
+    def unavailable_reason(self) -> str | None:
+        """Why this machine has it not; None where it has."""
+        return None
+
+    @abstractmethod
+    def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
+        """Why it does not take a matrix, whatever the machine; None where it does."""
+
+    def call_reason(self, case: Case) -> str | None:
+        """Why it does not take the activations for a matrix that it takes; None where it does."""
+        return None
+
+    @abstractmethod
+    def pack(self, scheme: AnyScheme, stored: Tensors, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
+        """The tensors that :meth:`multiply` takes, by name. It takes milliseconds."""
+
+    def unpack(self, scheme: AnyScheme, tensors: Tensors, out_features: int, in_features: int) -> Tensors:
+        """The stored tensors that :meth:`pack` was given, bit for bit."""
+        return {name: tensors[name] for name in scheme.tensors(out_features, in_features)}
+
+    def matrix(
+        self, scheme: AnyScheme, tensors: Tensors, out_features: int, in_features: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """What :func:`ulbq.formats.matrix` gives of the stored tensors."""
+        make = ops.MATRICES.get(scheme.format)
+        if self.form != "planes" and make is not None:
+            device = next(iter(tensors.values())).device
+            return make(scheme, self.form, tensors, out_features, in_features).dense(dtype, device)
+        stored = self.unpack(scheme, tensors, out_features, in_features)
+        return formats.matrix(scheme, stored, in_features, dtype)
+
+    @abstractmethod
+    def prefers_dense(self, x: torch.Tensor) -> bool:
+        """Whether one who kept the dense weight does better with it than :meth:`multiply` does."""
+
+    def multiply(self, scheme: AnyScheme, tensors: Tensors, x: torch.Tensor, out_features: int) -> torch.Tensor:
+        """The product ``[..., out]`` of inputs ``[..., in]``, in their dtype, without a bias."""
+        return ops.multiply(scheme, self.form, tensors, x, out_features)
+
+
+def one_of(dtype: torch.dtype, *known: torch.dtype) -> str | None:
+    """Why activations of a dtype are not taken; None for those that are."""
+    if dtype in known:
+        return None
+    names = [str(each).removeprefix("torch.") for each in (dtype, *known)]
+    allowed = f"{', '.join(names[1:-1])} or {names[-1]}" if len(known) > 1 else f"{names[-1]} only"
+    return f"{names[0]} activations: {allowed}"

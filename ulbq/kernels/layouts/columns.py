@@ -1,0 +1,38 @@
+"""Column codebooks as stored, and what lookups need beside them (:mod:`ulbq.kernels.columns`)."""
+
+import torch
+
+from ulbq.formats import AnyScheme, CodebookScheme
+from ulbq.kernels import build, columns
+from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
+from ulbq.kernels.tiles import FLOATS
+
+
+class Columns(Layout):
+    """The stored tensors, the order of the columns, and the outliers by output."""
+
+    name = "columns"
+    summary = "our compiled C++: lookups in tables of each column's levels"
+    device = "cpu"
+
+    def unavailable_reason(self) -> str | None:
+        return build.unavailable_reason()
+
+    def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
+        if not isinstance(scheme, CodebookScheme):
+            return "column codebooks only"
+        return f"{out_features} outputs: a multiple of 8" if out_features % 8 else None
+
+    def call_reason(self, case: Case) -> str | None:
+        if (why := one_of(case.dtype, *FLOATS)) is not None or columns.takes(case.dtype, case.rows):
+            return why
+        return f"{case.rows} rows: beyond {columns.FEW_ROWS} a dense weight is faster"
+
+    def pack(self, scheme: AnyScheme, stored: Tensors, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
+        """More beside the stored tensors. Raises TypeError for another format."""
+        if not isinstance(scheme, CodebookScheme):
+            raise TypeError(f"{scheme.format} has no columns")
+        return {**stored, **columns.derive(scheme, stored, out_features, in_features)}
+
+    def prefers_dense(self, x: torch.Tensor) -> bool:
+        return not (x.dtype in FLOATS and x.numel() <= columns.FEW_ROWS * x.shape[-1])

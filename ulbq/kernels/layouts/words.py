@@ -1,0 +1,38 @@
+"""Words (:mod:`ulbq.kernels.words`), which our Triton kernels read."""
+
+import torch
+
+from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme
+from ulbq.kernels import triton_launch, words
+from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
+
+
+class Words(Layout):
+    """Words in place of the stored codes, and of the scales and zero points where those are of groups."""
+
+    name = "triton"
+    summary = "our Triton kernels for CUDA GPUs: every format at 1 to 4 bits, vectors and batches"
+    device = "cuda"
+    form = "words"
+
+    def unavailable_reason(self) -> str | None:
+        return triton_launch.unavailable_reason()
+
+    def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
+        return words.unsupported_reason(scheme)
+
+    def call_reason(self, case: Case) -> str | None:
+        return one_of(case.dtype, torch.float32, torch.bfloat16, torch.float16)
+
+    def pack(self, scheme: AnyScheme, stored: Tensors, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
+        made = words.pack(scheme, stored, out_features, in_features)
+        if isinstance(scheme, AffineScheme | DualBinaryScheme):
+            return made
+        return {name: tensor for name, tensor in stored.items() if name not in ("codes", "tail_codes")} | made
+
+    def unpack(self, scheme: AnyScheme, tensors: Tensors, out_features: int, in_features: int) -> Tensors:
+        found = {**tensors, **words.unpack(scheme, tensors, out_features, in_features)}
+        return super().unpack(scheme, found, out_features, in_features)
+
+    def prefers_dense(self, x: torch.Tensor) -> bool:
+        return x.dtype not in triton_launch.FLOATS

@@ -1,0 +1,106 @@
+"""What the operators of affine codes and of bit planes share: a matrix in one of the forms, and products with it.
+
+A matrix comes in one of three forms: ``planes`` are the tensors as artifacts store them, on any device; ``tiles`` are
+those of :mod:`ulbq.kernels.tiles`, for the CPU; ``words`` those of :mod:`ulbq.kernels.words`, for GPUs. No operator
+keeps a dense weight, or makes more of it at a time than a slab: some outputs.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from ulbq.formats import AffineScheme, DualBinaryScheme
+from ulbq.kernels import tiles, triton_launch, words
+
+Slabs = Iterator[tuple[slice, torch.Tensor]]
+
+PREFIXES = {"planes": "", "tiles": "tiled_", "words": "word_"}
+"""Of the names of codes, scales and zero points in each form."""
+
+
+class Matrix(NamedTuple):
+    """A matrix ``[out, in]``.
+
+    Attributes:
+        slabs: gives slabs of the dense weight in a dtype.
+        tiled: its tiles, where it lies in tiles.
+        part: what the Triton kernels take, where it lies in words.
+    """
+
+    out_features: int
+    in_features: int
+    slabs: Callable[[torch.dtype], Slabs]
+    tiled: tuple[dict[str, torch.Tensor], tiles.Shape] | None = None
+    part: triton_launch.Part | None = None
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., out]`` of inputs ``[..., in]``, in their dtype."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.tiled is not None and len(rows) <= tiles.most_rows(x.dtype):
+            result = tiles.multiply(rows, *self.tiled)
+        elif self.part is not None and x.dtype in triton_launch.FLOATS:
+            result = triton_launch.multiply(rows, [self.part], self.out_features)
+        else:
+            result = rows.new_empty(len(rows), self.out_features)
+            for part, weight in self.slabs(x.dtype):
+                result[:, part] = torch.nn.functional.linear(rows, weight)
+        return result.view(*x.shape[:-1], self.out_features)
+
+    def input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """``[..., in]`` of the gradient ``[..., out]``: summed over slabs in float32, or what is wider."""
+        rows = grad.reshape(-1, grad.shape[-1])
+        if self.part is not None and grad.dtype in triton_launch.FLOATS:
+            total = triton_launch.input_gradient(rows, [self.part], self.in_features)
+        else:
+            total = rows.new_zeros(len(rows), self.in_features, dtype=torch.promote_types(torch.float32, grad.dtype))
+            for part, weight in self.slabs(grad.dtype):
+                total += rows[:, part] @ weight
+        return total.to(grad.dtype).view(*grad.shape[:-1], self.in_features)
+
+    def dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The whole weight."""
+        whole = torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)
+        for part, weight in self.slabs(dtype):
+            whole[part] = weight
+        return whole
+
+
+def matrix(
+    scheme: AffineScheme | DualBinaryScheme,
+    form: str,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    out_features: int,
+    in_features: int,
+    slab: Callable[[slice, torch.dtype], torch.Tensor],
+) -> Matrix:
+    """The matrix of codes, scales and zero points in a form; ``slab`` makes the rows of outputs from ``planes``."""
+    if form == "tiles":
+        packed, shape = tiles.named(*tensors), tiles.shape_of(scheme, out_features, in_features)
+        return Matrix(out_features, in_features, lambda dtype: _tiled(packed, shape, dtype), tiled=(packed, shape))
+    if form == "words":
+        bits = scheme.bits if isinstance(scheme, AffineScheme) else 1
+        part = triton_launch.part(*tensors, bits, scheme.group_size, in_features)
+        return Matrix(
+            out_features,
+            in_features,
+            lambda dtype: words.slabs(*tensors, out_features, in_features, part.centre, dtype),
+            part=part,
+        )
+    return Matrix(
+        out_features,
+        in_features,
+        lambda dtype: ((part, slab(part, dtype)) for part in parts(out_features, in_features, dtype.itemsize)),
+    )
+
+
+def parts(out_features: int, in_features: int, itemsize: int) -> Iterator[slice]:
+    """Which outputs make up each slab."""
+    step = max(1, tiles.SLAB // (in_features * itemsize))
+    return (slice(begin, min(begin + step, out_features)) for begin in range(0, out_features, step))
+
+
+def _tiled(packed: dict[str, torch.Tensor], shape: tiles.Shape, dtype: torch.dtype) -> Slabs:
+    if dtype in tiles.FLOATS:
+        return tiles.slabs(packed, shape, dtype)
+    return ((part, weight.to(dtype)) for part, weight in tiles.slabs(packed, shape, torch.float32))
