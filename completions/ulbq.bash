@@ -36,10 +36,11 @@ _ulbq() {
         ;;
     quantize)
         case $previous in
-        -m|--method) _ulbq_value '' 'db-llm rtn gptq claq efficientqat apiq ulb-sapr binary-mos' "$current"; return ;;
+        -m|--method) _ulbq_value '' 'db-llm efficientqat apiq ulb-sapr binary-mos claq gptq rtn' "$current"; return ;;
         --recipe) _ulbq_value 'files' 'apiq-w2 apiq-w2-small-cpu apiq-w3 apiq-w4 binary-mos binary-mos-e8 binary-mos-small-cpu claq-w2-small-cpu claq-w2.12 claq-w3 claq-w3.12 claq-w4 db-llm db-llm-small-cpu efficientqat-w2 efficientqat-w2-small-cpu efficientqat-w3 efficientqat-w4 ulb-sapr-mixed ulb-sapr-w2 ulb-sapr-w2-small-cpu' "$current"; return ;;
-        --bits) _ulbq_value '' '' "$current"; return ;;
+        --set) _ulbq_value '' '' "$current"; return ;;
         --group-size) _ulbq_value '' '' "$current"; return ;;
+        --bits) _ulbq_value '' '' "$current"; return ;;
         --start) _ulbq_value '' 'min-max search gptq' "$current"; return ;;
         --experts) _ulbq_value '' '' "$current"; return ;;
         --zeros) _ulbq_value '' 'none output input' "$current"; return ;;
@@ -52,13 +53,11 @@ _ulbq() {
         --calibration) _ulbq_value 'files' 'wikitext2 c4 ptb pile redpajama alpaca mix self' "$current"; return ;;
         --samples) _ulbq_value '' '' "$current"; return ;;
         --sequence-length) _ulbq_value '' '' "$current"; return ;;
+        --token-weighting) _ulbq_value '' 'energy uniform' "$current"; return ;;
         --epochs) _ulbq_value '' '' "$current"; return ;;
         --batch-size) _ulbq_value '' '' "$current"; return ;;
         --micro-batch) _ulbq_value '' '' "$current"; return ;;
-        --granularity) _ulbq_value '' 'block layer' "$current"; return ;;
-        --train) _ulbq_value '' 'clipping grid rounding weights all' "$current"; return ;;
         --optimizer) _ulbq_value '' 'adamw sign' "$current"; return ;;
-        --rate-unit) _ulbq_value '' 'step weight' "$current"; return ;;
         --weight-rate) _ulbq_value '' '' "$current"; return ;;
         --scale-rate) _ulbq_value '' '' "$current"; return ;;
         --norm-rate) _ulbq_value '' '' "$current"; return ;;
@@ -67,18 +66,20 @@ _ulbq() {
         --schedule) _ulbq_value '' 'cosine constant' "$current"; return ;;
         --warmup) _ulbq_value '' '' "$current"; return ;;
         --final-rate) _ulbq_value '' '' "$current"; return ;;
-        --token-weighting) _ulbq_value '' 'energy uniform' "$current"; return ;;
         --sliced-wasserstein) _ulbq_value '' '' "$current"; return ;;
         --clip) _ulbq_value '' '' "$current"; return ;;
         --patience) _ulbq_value '' '' "$current"; return ;;
         --retries) _ulbq_value '' '' "$current"; return ;;
+        --granularity) _ulbq_value '' 'block layer' "$current"; return ;;
+        --train) _ulbq_value '' 'clipping grid rounding weights all' "$current"; return ;;
+        --rate-unit) _ulbq_value '' 'step weight' "$current"; return ;;
+        --adapter-rate) _ulbq_value '' '' "$current"; return ;;
+        --adapter-decay) _ulbq_value '' '' "$current"; return ;;
+        --base-share) _ulbq_value '' '' "$current"; return ;;
         --rank) _ulbq_value '' '' "$current"; return ;;
         --alpha) _ulbq_value '' '' "$current"; return ;;
         --dropout) _ulbq_value '' '' "$current"; return ;;
         --targets) _ulbq_value 'list' 'q_proj k_proj v_proj o_proj gate_proj up_proj down_proj' "$current"; return ;;
-        --adapter-rate) _ulbq_value '' '' "$current"; return ;;
-        --adapter-decay) _ulbq_value '' '' "$current"; return ;;
-        --base-share) _ulbq_value '' '' "$current"; return ;;
         --stage) _ulbq_value '' 'wpt mixed opt' "$current"; return ;;
         --lambda) _ulbq_value '' '' "$current"; return ;;
         --block-multiplier) _ulbq_value '' '' "$current"; return ;;
@@ -106,7 +107,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '-m --method --recipe --list-recipes --bits --group-size --rotate --no-rotate --symmetric --asymmetric --search --no-search --start --experts --zeros --damping --act-order --no-act-order --true-sequential --one-pass --column-block --target-bits --allocation --outlier-bits --refit --no-refit --as-published --as-meant --preset --calibration --samples --sequence-length --epochs --batch-size --micro-batch --granularity --train-weights --freeze-weights --train --optimizer --rate-unit --weight-rate --scale-rate --norm-rate --router-rate --scale-decay --schedule --warmup --final-rate --token-weighting --augmented-loss --no-augmented-loss --sliced-wasserstein --clip --patience --retries --adapter --no-adapter --rank --alpha --dropout --dora --lora --targets --adapter-rate --adapter-decay --base-share --stage --lambda --block-multiplier --penalize --saliency --saliency-power --fit-temperature --no-fit-temperature --end-to-end --end-to-end-data --end-to-end-samples --template --end-to-end-epochs --end-to-end-rate --end-to-end-train --zero-rate --accumulation --checkpointing --no-checkpointing --teacher --teacher-top-k --dad-gamma --hidden-weight --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '-m --method --recipe --list-recipes --set --help-all --group-size --rotate --no-rotate --bits --symmetric --asymmetric --start --experts --zeros --search --no-search --damping --act-order --no-act-order --true-sequential --one-pass --column-block --target-bits --allocation --outlier-bits --refit --no-refit --as-published --as-meant --preset --calibration --samples --sequence-length --token-weighting --epochs --batch-size --micro-batch --optimizer --weight-rate --scale-rate --norm-rate --router-rate --scale-decay --schedule --warmup --final-rate --augmented-loss --no-augmented-loss --sliced-wasserstein --clip --patience --retries --granularity --train-weights --freeze-weights --train --rate-unit --adapter-rate --adapter-decay --base-share --rank --alpha --dropout --dora --lora --targets --adapter --no-adapter --stage --lambda --block-multiplier --penalize --saliency --saliency-power --fit-temperature --no-fit-temperature --end-to-end --end-to-end-data --end-to-end-samples --template --end-to-end-epochs --end-to-end-rate --end-to-end-train --zero-rate --checkpointing --no-checkpointing --accumulation --teacher --teacher-top-k --dad-gamma --hidden-weight --activation-memory --precision --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -116,9 +117,9 @@ _ulbq() {
         --perplexity) _ulbq_value 'list' 'wikitext2 c4 ptb' "$current"; return ;;
         --tasks) _ulbq_value 'list' 'piqa arc_easy arc_challenge openbookqa winogrande social_iqa arithmetic-cot commonsense gsm8k-cot svamp mawps aqua boolq-instruct piqa-instruct siqa-instruct hellaswag-instruct winogrande-instruct arc_easy-instruct arc_challenge-instruct openbookqa-instruct' "$current"; return ;;
         -p|--prompt) _ulbq_value '' '' "$current"; return ;;
+        --parent) _ulbq_value 'files' '' "$current"; return ;;
         --template) _ulbq_value '' 'chat alpaca gsm8k' "$current"; return ;;
         --max-new-tokens) _ulbq_value '' '' "$current"; return ;;
-        --parent) _ulbq_value 'files' '' "$current"; return ;;
         --context) _ulbq_value '' '' "$current"; return ;;
         --limit) _ulbq_value '' '' "$current"; return ;;
         --fewshot) _ulbq_value '' '' "$current"; return ;;
@@ -130,7 +131,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--compare --perplexity --tasks -p --prompt --template --max-new-tokens --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --context --limit --fewshot --batch-size --dtype --prefill-cache --seed --device --data-dir --offline --no-verify -o --output --force --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--compare --perplexity --tasks -p --prompt --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --template --max-new-tokens --context --limit --fewshot --batch-size --dtype --prefill-cache --seed --device --data-dir --offline --verify --no-verify -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -142,12 +143,12 @@ _ulbq() {
         --temperature) _ulbq_value '' '' "$current"; return ;;
         --top-p) _ulbq_value '' '' "$current"; return ;;
         --repetition-penalty) _ulbq_value '' '' "$current"; return ;;
-        --seed) _ulbq_value '' '' "$current"; return ;;
         --dtype) _ulbq_value '' 'bf16 fp16 fp32' "$current"; return ;;
+        --seed) _ulbq_value '' '' "$current"; return ;;
         --device) _ulbq_value '' 'auto cpu cuda' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '-p --prompt --chat -n --max-new-tokens --temperature --top-p --repetition-penalty --seed --adapter --no-adapter --prefill-cache --dtype --device --offline --no-verify --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '-p --prompt --chat -n --max-new-tokens --temperature --top-p --repetition-penalty --dtype --adapter --no-adapter --prefill-cache --seed --device --offline --verify --no-verify --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -167,31 +168,31 @@ _ulbq() {
         --eval-every) _ulbq_value '' '' "$current"; return ;;
         --save-every) _ulbq_value '' '' "$current"; return ;;
         --clip) _ulbq_value '' '' "$current"; return ;;
-        --precision) _ulbq_value '' 'auto fp32 bf16' "$current"; return ;;
         --adapter-rate) _ulbq_value '' '' "$current"; return ;;
         --adapter-decay) _ulbq_value '' '' "$current"; return ;;
         --scale-rate) _ulbq_value '' '' "$current"; return ;;
         --scale-decay) _ulbq_value '' '' "$current"; return ;;
         --schedule) _ulbq_value '' 'cosine linear constant' "$current"; return ;;
         --warmup) _ulbq_value '' '' "$current"; return ;;
+        --preset) _ulbq_value '' 'quick balanced best' "$current"; return ;;
+        --final-rate) _ulbq_value '' '' "$current"; return ;;
+        --weight-rate) _ulbq_value '' '' "$current"; return ;;
+        --norm-rate) _ulbq_value '' '' "$current"; return ;;
+        --router-rate) _ulbq_value '' '' "$current"; return ;;
         --rank) _ulbq_value '' '' "$current"; return ;;
         --alpha) _ulbq_value '' '' "$current"; return ;;
         --dropout) _ulbq_value '' '' "$current"; return ;;
         --targets) _ulbq_value 'list' 'q_proj k_proj v_proj o_proj gate_proj up_proj down_proj' "$current"; return ;;
-        --loss) _ulbq_value '' 'ce kl ce-kl kl-hidden dad' "$current"; return ;;
-        --preset) _ulbq_value '' 'quick balanced best' "$current"; return ;;
-        --accumulation) _ulbq_value '' '' "$current"; return ;;
-        --final-rate) _ulbq_value '' '' "$current"; return ;;
         --base-share) _ulbq_value '' '' "$current"; return ;;
-        --teacher) _ulbq_value '' 'streamed cached' "$current"; return ;;
-        --teacher-top-k) _ulbq_value '' '' "$current"; return ;;
-        --dad-gamma) _ulbq_value '' '' "$current"; return ;;
-        --hidden-weight) _ulbq_value '' '' "$current"; return ;;
         --rate) _ulbq_value '' '' "$current"; return ;;
         --zero-rate) _ulbq_value '' '' "$current"; return ;;
-        --weight-rate) _ulbq_value '' '' "$current"; return ;;
-        --norm-rate) _ulbq_value '' '' "$current"; return ;;
-        --router-rate) _ulbq_value '' '' "$current"; return ;;
+        --dad-gamma) _ulbq_value '' '' "$current"; return ;;
+        --hidden-weight) _ulbq_value '' '' "$current"; return ;;
+        --accumulation) _ulbq_value '' '' "$current"; return ;;
+        --teacher) _ulbq_value '' 'streamed cached' "$current"; return ;;
+        --teacher-top-k) _ulbq_value '' '' "$current"; return ;;
+        --loss) _ulbq_value '' 'ce kl ce-kl kl-hidden dad' "$current"; return ;;
+        --precision) _ulbq_value '' 'auto fp32 bf16' "$current"; return ;;
         --activation-memory) _ulbq_value '' '' "$current"; return ;;
         --seed) _ulbq_value '' '' "$current"; return ;;
         --device) _ulbq_value '' 'auto cpu cuda' "$current"; return ;;
@@ -199,7 +200,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--task --list-tasks --data --template --samples --heldout --sequence-length --train --epochs --batch-size --micro-batch --eval-every --save-every --checkpointing --no-checkpointing --clip --precision --adapter-rate --adapter-decay --scale-rate --scale-decay --schedule --warmup --fresh --rank --alpha --dora --lora --dropout --targets --loss --preset --accumulation --final-rate --base-share --teacher --teacher-top-k --dad-gamma --hidden-weight --rate --zero-rate --weight-rate --norm-rate --router-rate --activation-memory --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--task --list-tasks --help-all --data --template --samples --heldout --sequence-length --train --epochs --batch-size --micro-batch --eval-every --save-every --checkpointing --no-checkpointing --clip --adapter-rate --adapter-decay --scale-rate --scale-decay --schedule --warmup --preset --final-rate --weight-rate --norm-rate --router-rate --fresh --rank --alpha --dora --lora --dropout --targets --base-share --rate --zero-rate --dad-gamma --hidden-weight --accumulation --teacher --teacher-top-k --loss --precision --activation-memory --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -208,11 +209,11 @@ _ulbq() {
         case $previous in
         --to) _ulbq_value '' 'dense gptq compressed-tensors gguf half' "$current"; return ;;
         --for) _ulbq_value '' 'vllm sglang transformers gptqmodel auto-gptq llama.cpp exllamav2' "$current"; return ;;
-        --dtype) _ulbq_value '' 'fp16 bf16 fp32' "$current"; return ;;
+        --dtype) _ulbq_value '' 'bf16 fp16 fp32' "$current"; return ;;
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--to --for --dtype --merge-adapter --offline --no-verify -o --output --force --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--to --for --dtype --merge-adapter --offline --verify --no-verify -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

@@ -5,7 +5,7 @@ complete -c ulbq -n __fish_use_subcommand -l version -d 'Show the version'
 complete -c ulbq -n __fish_use_subcommand -s h -l help -d 'Show this message and exit'
 complete -c ulbq -n __fish_use_subcommand -a saliency -d 'Score every weight of a model by how much the model depends on it'
 complete -c ulbq -n __fish_use_subcommand -a quantize -d 'Quantize a model to 1 to 4 bits, one block at a time'
-complete -c ulbq -n __fish_use_subcommand -a eval -d 'Measure a model: size, perplexity, fidelity to its full-precision parent, benchmark tasks, words and speed'
+complete -c ulbq -n __fish_use_subcommand -a eval -d 'Measure a model: size, perplexity, fidelity to its full-precision parent, tasks, words and speed'
 complete -c ulbq -n __fish_use_subcommand -a generate -d 'Let a model go on from a prompt, and tell its speed and memory'
 complete -c ulbq -n __fish_use_subcommand -a finetune -d 'Teach a quantized artifact, packed as it is'
 complete -c ulbq -n __fish_use_subcommand -a convert -d 'Write a model in a layout that other tools load'
@@ -37,32 +37,35 @@ complete -c ulbq -n '__fish_seen_subcommand_from saliency' -s o -l output -r -d 
 complete -c ulbq -n '__fish_seen_subcommand_from saliency' -s o -l output -r -f -a '(__fish_complete_directories)'
 complete -c ulbq -n '__fish_seen_subcommand_from saliency' -l force -d 'Replace an artifact, or another run\'s partial one, at -o'
 complete -c ulbq -n '__fish_seen_subcommand_from saliency' -l dry-run -d 'Show the plan and what it will cost, then stop'
-complete -c ulbq -n '__fish_seen_subcommand_from saliency' -l json -d 'Write the manifest, not the path, to standard output'
+complete -c ulbq -n '__fish_seen_subcommand_from saliency' -l json -d 'Write the manifest instead of the path'
 complete -c ulbq -n '__fish_seen_subcommand_from saliency' -s q -l quiet -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from saliency' -l debug -d 'Tracebacks, and the libraries\' own logs'
 complete -c ulbq -n '__fish_seen_subcommand_from saliency' -s h -l help -d 'Show this message and exit'
 complete -c ulbq -n '__fish_seen_subcommand_from saliency' -F
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s m -l method -r -d 'The published recipe to follow'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s m -l method -r -f -a 'db-llm rtn gptq claq efficientqat apiq ulb-sapr binary-mos'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s m -l method -r -d 'db-llm, rtn, gptq, claq, efficientqat, apiq, ulb-sapr or binary-mos'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s m -l method -r -f -a 'db-llm efficientqat apiq ulb-sapr binary-mos claq gptq rtn'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l recipe -r -d 'Options from a file or a shipped recipe'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l recipe -r -F -a 'apiq-w2 apiq-w2-small-cpu apiq-w3 apiq-w4 binary-mos binary-mos-e8 binary-mos-small-cpu claq-w2-small-cpu claq-w2.12 claq-w3 claq-w3.12 claq-w4 db-llm db-llm-small-cpu efficientqat-w2 efficientqat-w2-small-cpu efficientqat-w3 efficientqat-w4 ulb-sapr-mixed ulb-sapr-w2 ulb-sapr-w2-small-cpu'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l list-recipes -d 'Show the shipped recipes, then stop'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l bits -r -d '1, 2, 3, 4 or 8'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l bits -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l set -r -d 'Any option by its name in recipes'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l set -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l help-all -d 'All options, by section'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l group-size -r -d 'Columns that share a scale'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l group-size -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l rotate -d 'Spread outliers first, by rotations that leave the model\'s function as it is'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-rotate -d 'Not: Spread outliers first, by rotations that leave the model\'s function as it is'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l bits -r -d '1, 2, 3, 4 or 8'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l bits -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l symmetric -d 'Fixed zero point, or one a group'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l asymmetric -d 'Not: Fixed zero point, or one a group'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l search -d 'Shrink each group\'s range where that lowers its error (rtn, gptq)'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-search -d 'Not: Shrink each group\'s range where that lowers its error (rtn, gptq)'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l start -r -d 'Where training starts (efficientqat): plain rounding as published, searched ranges, or gptq\'s codes'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l start -r -f -a 'min-max search gptq'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l experts -r -d 'Pairs of scales to mix (binary-mos)'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l experts -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l zeros -r -d 'A zero point for each output or input channel (binary-mos)'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l zeros -r -f -a 'none output input'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l search -d 'Shrink each group\'s range where that lowers its error (rtn, gptq)'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-search -d 'Not: Shrink each group\'s range where that lowers its error (rtn, gptq)'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l damping -r -d 'Share of the mean diagonal that is added to the Hessian\'s diagonal'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l damping -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l act-order -d 'Take columns with the largest inputs first'
@@ -81,7 +84,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l refit -d 'Fit all 
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-refit -d 'Not: Fit all codebooks together after the pass'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l as-published -d 'What the authors\' code does, its slips included'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l as-meant -d 'Not: What the authors\' code does, its slips included'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l preset -r -d 'Samples, length and epochs at once'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l preset -r -d 'quick, balanced or best: samples, length and epochs at once'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l preset -r -f -a 'quick balanced best'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l calibration -r -d 'wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a file: text, JSONL, Parquet or safetensors'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l calibration -r -F -a 'wikitext2 c4 ptb pile redpajama alpaca mix self'
@@ -89,22 +92,16 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l samples -r -d 'Tra
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l samples -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l sequence-length -r -d 'Tokens a sample'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l sequence-length -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l token-weighting -r -d 'Count each token by its relative error, or all by plain squared error'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l token-weighting -r -f -a 'energy uniform'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l epochs -r -d 'Passes over the samples, for every block'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l epochs -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l batch-size -r -d 'Samples a step'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l batch-size -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l micro-batch -r -d 'Samples that run at once'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l micro-batch -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l granularity -r -d 'Match each block\'s output, or each layer\'s'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l granularity -r -f -a 'block layer'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l train-weights -d 'Let the weights move, or train scales, norms and adapter only'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l freeze-weights -d 'Not: Let the weights move, or train scales, norms and adapter only'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l train -r -d 'Of efficientqat: clip ends'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l train -r -f -a 'clipping grid rounding weights all'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l optimizer -r -d 'AdamW, or descent by the gradients\' signs'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l optimizer -r -f -a 'adamw sign'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l rate-unit -r -d 'What rates of weights and scales count in: grid steps, or the weight\'s own unit as published (efficientqat)'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l rate-unit -r -f -a 'step weight'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l weight-rate -r -d 'Learning rate of the weights, in grid steps'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l weight-rate -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l scale-rate -r -d 'Learning rate of scales and clip ends, relative to the grid step'
@@ -121,8 +118,6 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l warmup -r -d 'Shar
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l warmup -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l final-rate -r -d 'Share of the rates that the cosine leaves'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l final-rate -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l token-weighting -r -d 'Count each token by its relative error, or all by plain squared error'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l token-weighting -r -f -a 'energy uniform'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l augmented-loss -d 'Also match the full-precision block on the quantized stream'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-augmented-loss -d 'Not: Also match the full-precision block on the quantized stream'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l sliced-wasserstein -r -d 'Weight of the sliced-Wasserstein distance of the outputs'
@@ -133,8 +128,20 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l patience -r -d 'Ep
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l patience -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l retries -r -d 'How often a block that got worse starts again at a quarter of the rates'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l retries -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l adapter -d 'Train a low-rank adapter beside the weights'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-adapter -d 'Not: Train a low-rank adapter beside the weights'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l granularity -r -d 'Match each block\'s output, or each layer\'s'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l granularity -r -f -a 'block layer'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l train-weights -d 'Let the weights move, or train scales, norms and adapter only'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l freeze-weights -d 'Not: Let the weights move, or train scales, norms and adapter only'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l train -r -d 'Of efficientqat: clip ends'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l train -r -f -a 'clipping grid rounding weights all'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l rate-unit -r -d 'What rates of weights and scales count in: grid steps, or the weight\'s own unit as published (efficientqat)'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l rate-unit -r -f -a 'step weight'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l adapter-rate -r -d 'Learning rate of the adapter'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l adapter-rate -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l adapter-decay -r -d 'Weight decay of the adapter'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l adapter-decay -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l base-share -r -d 'Share of the steps without the adapter, so that the base can stand alone'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l base-share -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l rank -r -d 'Of the adapter'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l rank -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l alpha -r -d 'The adapter is scaled by alpha / rank'
@@ -145,12 +152,8 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l dora -d 'Learn the
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l lora -d 'Not: Learn the rows\' magnitudes too, or not'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l targets -r -d 'Layers with an adapter, as in q_proj,v_proj'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l targets -r -f -a '(__fish_append , q_proj k_proj v_proj o_proj gate_proj up_proj down_proj)'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l adapter-rate -r -d 'Learning rate of the adapter'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l adapter-rate -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l adapter-decay -r -d 'Weight decay of the adapter'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l adapter-decay -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l base-share -r -d 'Share of the steps without the adapter, so that the base can stand alone'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l base-share -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l adapter -d 'Train a low-rank adapter beside the weights'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-adapter -d 'Not: Train a low-rank adapter beside the weights'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l stage -r -d 'A stage of the training, as in wpt:epochs=5,scale-rate=0.01'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l stage -r -f -a 'wpt mixed opt'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l lambda -r -d 'Weight of the penalty on moving salient weights, relative to the block\'s salient energy'
@@ -165,7 +168,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l saliency-power -r 
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l saliency-power -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l fit-temperature -d 'Fit how sure the model is to its full-precision self, on the held-out samples'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-fit-temperature -d 'Not: Fit how sure the model is to its full-precision self, on the held-out samples'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l end-to-end -r -d 'Train the whole model after its blocks: on the text, to the teacher\'s predictions, both, with hidden states too, or deviation-aware'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l end-to-end -r -d 'Train the whole model after its blocks: on the text (ce), to the teacher\'s predictions (kl), both (ce-kl), with hidden states too (kl-hidden), or deviation-aware (dad)'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l end-to-end -r -f -a 'none ce kl ce-kl kl-hidden dad'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l end-to-end-data -r -d 'What it trains on: text as --calibration takes it, or an instruction set, whose answers alone are learnt: alpaca, a Hub id, or a file of instruction and output, prompt and completion, or chats'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l end-to-end-data -r -F -a 'wikitext2 c4 ptb pile redpajama alpaca mix self llm-adapters/math'
@@ -181,10 +184,10 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l end-to-end-train -
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l end-to-end-train -r -f -a 'scales scales-zeros all'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l zero-rate -r -d 'Learning rate of zero points (scales-zeros), in grid steps'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l zero-rate -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l accumulation -r -d 'Samples a step'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l accumulation -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l checkpointing -d 'Run each block again for its gradients, or keep all that they need in memory'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l no-checkpointing -d 'Not: Run each block again for its gradients, or keep all that they need in memory'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l accumulation -r -d 'Samples a step'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l accumulation -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l teacher -r -d 'Run the teacher beside, or keep its best guesses on disk'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l teacher -r -f -a 'streamed cached'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l teacher-top-k -r -d 'Guesses a token in that cache'
@@ -208,7 +211,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s o -l output -r -d 
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s o -l output -r -f -a '(__fish_complete_directories)'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l force -d 'Replace an artifact, or another run\'s partial one, at -o'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l dry-run -d 'Show the plan and what it will cost, then stop'
-complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l json -d 'Write the manifest, not the path, to standard output'
+complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l json -d 'Write the manifest instead of the path'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s q -l quiet -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l debug -d 'Tracebacks, and the libraries\' own logs'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s h -l help -d 'Show this message and exit'
@@ -220,10 +223,6 @@ complete -c ulbq -n '__fish_seen_subcommand_from eval' -l tasks -r -d 'lm-eval t
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l tasks -r -f -a '(__fish_append , piqa arc_easy arc_challenge openbookqa winogrande social_iqa arithmetic-cot commonsense gsm8k-cot svamp mawps aqua boolq-instruct piqa-instruct siqa-instruct hellaswag-instruct winogrande-instruct arc_easy-instruct arc_challenge-instruct openbookqa-instruct)'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -s p -l prompt -r -d 'Let every model and its full-precision parent go on from this text, beside the scores, and time it'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -s p -l prompt -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from eval' -l template -r -d 'How questions that want a written answer, and prompts, are laid out'
-complete -c ulbq -n '__fish_seen_subcommand_from eval' -l template -r -f -a 'chat alpaca gsm8k'
-complete -c ulbq -n '__fish_seen_subcommand_from eval' -l max-new-tokens -r -d 'Longest written answer, or text after a prompt'
-complete -c ulbq -n '__fish_seen_subcommand_from eval' -l max-new-tokens -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l fidelity -d 'Compare predictions with the full-precision parent\'s'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l no-fidelity -d 'Not: Compare predictions with the full-precision parent\'s'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l adapter -d 'Score an artifact with the adapter that it has, or its base alone'
@@ -232,6 +231,10 @@ complete -c ulbq -n '__fish_seen_subcommand_from eval' -l parent -r -d 'The full
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l parent -r -F
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l parent-scores -d 'Score the parent too'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l no-parent-scores -d 'Not: Score the parent too'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l template -r -d 'How questions that want a written answer, and prompts, are laid out'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l template -r -f -a 'chat alpaca gsm8k'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l max-new-tokens -r -d 'Longest written answer, or text after a prompt'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l max-new-tokens -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l context -r -d 'Tokens a window of text'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l context -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l limit -r -d 'Windows a text and documents a task'
@@ -242,7 +245,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from eval' -l batch-size -r -d 'Sequ
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l batch-size -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l dtype -r -d 'What the models compute in'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l dtype -r -f -a 'bf16 fp16 fp32'
-complete -c ulbq -n '__fish_seen_subcommand_from eval' -l prefill-cache -d 'Keep dense copies of packed weights: faster, and as much memory as a dense model'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l prefill-cache -d 'Keep dense copies of packed weights: faster on long prompts, and as much memory as a dense model'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l seed -r -d 'Seed of everything random'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l seed -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l device -r -d 'auto, cpu, cuda or cuda:N'
@@ -250,11 +253,12 @@ complete -c ulbq -n '__fish_seen_subcommand_from eval' -l device -r -f -a 'auto 
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l data-dir -r -d 'Folder of data sets laid out like the Hub, looked at first'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l data-dir -r -f -a '(__fish_complete_directories)'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l offline -d 'Never touch the network'
-complete -c ulbq -n '__fish_seen_subcommand_from eval' -l no-verify -d 'Do not compare an artifact\'s files with their hashes as they are read'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l verify -d 'Compare an artifact\'s files with their hashes as they are read, or not'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l no-verify -d 'Not: Compare an artifact\'s files with their hashes as they are read, or not'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -s o -l output -r -d 'Folder for the new artifact'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -s o -l output -r -f -a '(__fish_complete_directories)'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l force -d 'Replace an artifact, or another run\'s partial one, at -o'
-complete -c ulbq -n '__fish_seen_subcommand_from eval' -l json -d 'Write the manifest, not the path, to standard output'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l json -d 'Write the manifest instead of the path'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -s q -l quiet -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l debug -d 'Tracebacks, and the libraries\' own logs'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -s h -l help -d 'Show this message and exit'
@@ -270,17 +274,18 @@ complete -c ulbq -n '__fish_seen_subcommand_from generate' -l top-p -r -d 'Draw 
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l top-p -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l repetition-penalty -r -d 'Above 1, what was said already is less likely to be said again'
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l repetition-penalty -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from generate' -l seed -r -d 'Seed of everything random'
-complete -c ulbq -n '__fish_seen_subcommand_from generate' -l seed -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from generate' -l dtype -r -d 'What the model computes in'
+complete -c ulbq -n '__fish_seen_subcommand_from generate' -l dtype -r -f -a 'bf16 fp16 fp32'
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l adapter -d 'With the adapter of the artifact, or its base alone'
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l no-adapter -d 'Not: With the adapter of the artifact, or its base alone'
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l prefill-cache -d 'Keep dense copies of packed weights: faster on long prompts, and as much memory as a dense model'
-complete -c ulbq -n '__fish_seen_subcommand_from generate' -l dtype -r -d 'What the model computes in'
-complete -c ulbq -n '__fish_seen_subcommand_from generate' -l dtype -r -f -a 'bf16 fp16 fp32'
+complete -c ulbq -n '__fish_seen_subcommand_from generate' -l seed -r -d 'Seed of everything random'
+complete -c ulbq -n '__fish_seen_subcommand_from generate' -l seed -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l device -r -d 'auto, cpu, cuda or cuda:N'
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l device -r -f -a 'auto cpu cuda'
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l offline -d 'Never touch the network'
-complete -c ulbq -n '__fish_seen_subcommand_from generate' -l no-verify -d 'Do not compare an artifact\'s files with their hashes as they are read'
+complete -c ulbq -n '__fish_seen_subcommand_from generate' -l verify -d 'Compare an artifact\'s files with their hashes as they are read, or not'
+complete -c ulbq -n '__fish_seen_subcommand_from generate' -l no-verify -d 'Not: Compare an artifact\'s files with their hashes as they are read, or not'
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l json -d 'Write text and figures as JSON once all is written, instead of the text as it comes'
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -s q -l quiet -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from generate' -l debug -d 'Tracebacks, and the libraries\' own logs'
@@ -289,6 +294,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from generate' -F
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l task -r -d 'What the adapter learns: gsm8k, arithmetic, commonsense, wikitext2'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l task -r -F -a 'end-to-end arithmetic commonsense gsm8k instructions wikitext2'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l list-tasks -d 'Show the tasks, then stop'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l help-all -d 'All options, by section'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l data -r -d 'An instruction set, whose answers alone are learnt: a file of instruction and output, prompt and completion, or chats'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l data -r -F -a 'wikitext2 c4 ptb pile redpajama alpaca mix self llm-adapters/math'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l template -r -d 'How instructions are laid out: by the tokenizer\'s chat template, as Alpaca\'s prompt, or as LoftQ\'s for GSM8K'
@@ -315,8 +321,6 @@ complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l checkpointing -d '
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l no-checkpointing -d 'Not: Run each block again for its gradients, or keep all that they need in memory'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l clip -r -d 'Largest gradient norm'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l clip -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l precision -r -d 'Dtype of the matrix products'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l precision -r -f -a 'auto fp32 bf16'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l adapter-rate -r -d 'Learning rate of the adapter'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l adapter-rate -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l adapter-decay -r -d 'Weight decay of the adapter'
@@ -329,6 +333,16 @@ complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l schedule -r -d 'Ho
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l schedule -r -f -a 'cosine linear constant'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l warmup -r -d 'Share of the steps with rising rates'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l warmup -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l preset -r -d 'quick, balanced or best: samples, length and epochs at once'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l preset -r -f -a 'quick balanced best'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l final-rate -r -d 'Share of the rates that the cosine leaves'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l final-rate -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l weight-rate -r -d 'Learning rate of the weights, in grid steps'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l weight-rate -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l norm-rate -r -d 'Learning rate of the norm weights'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l norm-rate -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l router-rate -r -d 'Learning rate of the router (binary-mos)'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l router-rate -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l fresh -d 'Begin with a new adapter, and lose the artifact\'s own'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l rank -r -d 'Of a new adapter'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l rank -r -f
@@ -340,34 +354,26 @@ complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l dropout -r -d 'Sha
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l dropout -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l targets -r -d 'Layers with a new adapter, as in q_proj,v_proj'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l targets -r -f -a '(__fish_append , q_proj k_proj v_proj o_proj gate_proj up_proj down_proj)'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l loss -r -d 'Cross-entropy of the text, the full-precision parent\'s predictions, both, with hidden states too, or deviation-aware'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l loss -r -f -a 'ce kl ce-kl kl-hidden dad'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l preset -r -d 'Samples, length and epochs at once'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l preset -r -f -a 'quick balanced best'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l accumulation -r -d 'Samples a step'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l accumulation -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l final-rate -r -d 'Share of the rates that the cosine leaves'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l final-rate -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l base-share -r -d 'Share of the steps without the adapter, so that the base can stand alone'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l base-share -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l teacher -r -d 'Run the teacher beside, or keep its best guesses on disk'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l teacher -r -f -a 'streamed cached'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l teacher-top-k -r -d 'Guesses a token in that cache'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l teacher-top-k -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l rate -r -d 'Rates, as a share of those of the blocks'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l rate -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l zero-rate -r -d 'Learning rate of zero points (scales-zeros), in grid steps'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l zero-rate -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l dad-gamma -r -d 'Exponent of the entropies that weigh tokens (dad)'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l dad-gamma -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l hidden-weight -r -d 'Weight of the hidden states\' error (kl-hidden)'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l hidden-weight -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l rate -r -d 'Factor of all rates'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l rate -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l zero-rate -r -d 'Learning rate of zero points (scales-zeros), in grid steps'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l zero-rate -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l weight-rate -r -d 'Learning rate of the weights, in grid steps'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l weight-rate -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l norm-rate -r -d 'Learning rate of the norm weights'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l norm-rate -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l router-rate -r -d 'Learning rate of the router (binary-mos)'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l router-rate -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l accumulation -r -d 'Samples a step'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l accumulation -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l teacher -r -d 'Run the teacher beside, or keep its best guesses on disk'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l teacher -r -f -a 'streamed cached'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l teacher-top-k -r -d 'Guesses a token in that cache'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l teacher-top-k -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l loss -r -d 'Cross-entropy of the text, the full-precision parent\'s predictions, both, with hidden states too, or deviation-aware'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l loss -r -f -a 'ce kl ce-kl kl-hidden dad'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l precision -r -d 'Dtype of the matrix products'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l precision -r -f -a 'auto fp32 bf16'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l activation-memory -r -d 'Activations beyond this lie on disk (512M, 4G, …)'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l activation-memory -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l seed -r -d 'Seed of everything random'
@@ -381,7 +387,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from finetune' -s o -l output -r -d 
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -s o -l output -r -f -a '(__fish_complete_directories)'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l force -d 'Replace an artifact, or another run\'s partial one, at -o'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l dry-run -d 'Show the plan and what it will cost, then stop'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l json -d 'Write the manifest, not the path, to standard output'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l json -d 'Write the manifest instead of the path'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -s q -l quiet -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l debug -d 'Tracebacks, and the libraries\' own logs'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -s h -l help -d 'Show this message and exit'
@@ -391,14 +397,15 @@ complete -c ulbq -n '__fish_seen_subcommand_from convert' -l to -r -f -a 'dense 
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l for -r -d 'Check first that this engine loads it, and choose what it reads'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l for -r -f -a 'vllm sglang transformers gptqmodel auto-gptq llama.cpp exllamav2'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l dtype -r -d 'Of the tensors that are not packed'
-complete -c ulbq -n '__fish_seen_subcommand_from convert' -l dtype -r -f -a 'fp16 bf16 fp32'
+complete -c ulbq -n '__fish_seen_subcommand_from convert' -l dtype -r -f -a 'bf16 fp16 fp32'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l merge-adapter -d 'Make the adapter part of the weights'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l offline -d 'Never touch the network'
-complete -c ulbq -n '__fish_seen_subcommand_from convert' -l no-verify -d 'Do not compare an artifact\'s files with their hashes as they are read'
+complete -c ulbq -n '__fish_seen_subcommand_from convert' -l verify -d 'Compare an artifact\'s files with their hashes as they are read, or not'
+complete -c ulbq -n '__fish_seen_subcommand_from convert' -l no-verify -d 'Not: Compare an artifact\'s files with their hashes as they are read, or not'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -s o -l output -r -d 'Folder for the new artifact'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -s o -l output -r -f -a '(__fish_complete_directories)'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l force -d 'Replace an artifact, or another run\'s partial one, at -o'
-complete -c ulbq -n '__fish_seen_subcommand_from convert' -l json -d 'Write the manifest, not the path, to standard output'
+complete -c ulbq -n '__fish_seen_subcommand_from convert' -l json -d 'Write the manifest instead of the path'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -s q -l quiet -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -l debug -d 'Tracebacks, and the libraries\' own logs'
 complete -c ulbq -n '__fish_seen_subcommand_from convert' -s h -l help -d 'Show this message and exit'
@@ -407,7 +414,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l verify -d 'Hash eve
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l layers -d 'Every layer with its bits and error, or its scores'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l reseal -d 'Take small files that you changed, a chat template for one, into the manifest'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l kernels -d 'Which kernels run its layers on this machine, and why not others'
-complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l json -d 'Write the manifest, not the path, to standard output'
+complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l json -d 'Write the manifest instead of the path'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -s q -l quiet -d 'No progress'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -l debug -d 'Tracebacks, and the libraries\' own logs'
 complete -c ulbq -n '__fish_seen_subcommand_from inspect' -s h -l help -d 'Show this message and exit'

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from lap import Done, Laps
 
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.methods.base import BlockTask
 from ulbq.models.blocks import load_block
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import prepare
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.streams import Streams
 from ulbq.progress import Silent
 from ulbq.runtime import seed_everything

@@ -10,7 +10,7 @@ import typer
 
 from ulbq.commands import completion
 from ulbq.commands.app import app
-from ulbq.commands.options import DataDir, Device, Out, Quiet, Seed, Source
+from ulbq.commands.options import Quiet, Source
 from ulbq.commands.sections import SectionedCommand
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def _sample() -> typer.Typer:
     @sample.command(cls=SectionedCommand)
     def quantize(
         source: Source = None,
-        out: Out = None,
+        out: Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder.")] = None,
         method: Annotated[Literal["rtn", "db-llm"], typer.Option("--method", help="Recipe.")] = "rtn",
         text: Annotated[
             str, typer.Option("--text", metavar="NAME|FILE", help="Text.", autocompletion=lambda: ["wikitext2", "self"])
@@ -48,9 +48,11 @@ def _sample() -> typer.Typer:
             str | None, typer.Option("--sets", metavar="NAME,…", autocompletion=lambda: ["wikitext2", "c4", "ptb"])
         ] = None,
         train: Annotated[bool, typer.Option("--train/--freeze", help="It's [trained]: yes.")] = True,
-        device: Device = "auto",
-        data_dir: DataDir = None,
-        seed: Seed = 0,
+        device: Annotated[
+            str, typer.Option("--device", metavar="NAME", autocompletion=lambda: ["auto", "cpu", "cuda"])
+        ] = "auto",
+        data_dir: Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="Folder of data sets.")] = None,
+        seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed.")] = 0,
         quiet: Quiet = False,
     ) -> None:
         """Make it small. And more words."""

@@ -7,11 +7,13 @@ import pytest
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import QuantizedManifest
 from ulbq.artifacts.records import FinetuneRecord
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
 from ulbq.evaluation import subjects
 from ulbq.evaluation.subjects import Candidate, open_candidates
-from ulbq.pipeline.convert import ConvertRequest, convert
-from ulbq.pipeline.quantize import QuantizeRequest, quantize
+from ulbq.pipeline.convert import convert
+from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent
 
 

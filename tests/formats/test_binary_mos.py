@@ -5,8 +5,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ulbq import formats
+from ulbq.config.methods import Zeros
 from ulbq.formats import BinaryMosScheme, Scheme, binary_mos
-from ulbq.formats.binary_mos import Mixture, Zeros
+from ulbq.formats.binary_mos import Mixture
 from ulbq.formats.bits import stored_bits
 
 CASES: list[tuple[int, Zeros, tuple[int, int]]] = [

@@ -20,13 +20,14 @@ from ulbq.artifacts import (
     QuantizedManifest,
 )
 from ulbq.artifacts.shards import write_index, write_shard
+from ulbq.config.adapter import AdapterConfig
 from ulbq.errors import InputError
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, affine, binary_mos, dual_binary
 from ulbq.models.adapter_files import ADAPTER_FOLDER, write_adapter
 from ulbq.models.blocks import load_block, skeleton, structure
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
-from ulbq.nn.adapter import Adapter, AdapterConfig
+from ulbq.nn.adapter import Adapter
 from ulbq.nn.quant_linear import QuantLinear
 
 _TOKENS = torch.arange(64).view(2, 32)

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from tests.models.test_load import write_quantized, write_random_adapter
 from tests.models.tiny import save_tiny
 from tests.strangers.conftest import reseal
+from ulbq.config.adapter import AdapterConfig
 from ulbq.errors import InputError
 from ulbq.formats import AffineScheme, DualBinaryScheme
 from ulbq.models.adapter_files import ADAPTER_FOLDER, load_adapters
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
-from ulbq.nn.adapter import AdaptedLinear, AdapterConfig
+from ulbq.nn.adapter import AdaptedLinear
 
 TOKENS = torch.arange(64).view(2, 32)
 AFFINE = AffineScheme(bits=3, group_size=32)

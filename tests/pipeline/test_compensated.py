@@ -17,8 +17,8 @@ from tests.pipeline.test_quantize import (  # noqa: F401 - a fixture
     simulated_logits,
 )
 from ulbq.artifacts.whole import verify
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.pipeline.quantize import plan, quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 
 def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:  # noqa: F811

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.models.tiny import save_tiny
-from tests.pipeline.columns import ByColumns
+from tests.pipeline.columns import ByColumns, ColumnsOptions
 from tests.pipeline.test_quantize import (
     TOKENS,
     _StopAt,
@@ -22,6 +22,8 @@ from tests.pipeline.test_quantize import (
     simulated_logits,
 )
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.methods import METHOD_OPTIONS
 from ulbq.formats import CodebookScheme
 from ulbq.methods import METHODS
 from ulbq.models.blocks import load_block, skeleton
@@ -29,7 +31,7 @@ from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline import layout
-from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.convert import convert
 from ulbq.pipeline.inspect import inspect
 from ulbq.pipeline.quantize import plan, quantize
 
@@ -40,6 +42,7 @@ OPTIONS: dict[str, Any] = {"method": "columns", "samples": 4, "sequence_length":
 def _method() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "columns", ByColumns)
+        patch.setitem(METHOD_OPTIONS, "columns", ColumnsOptions)
         yield
 
 

@@ -14,13 +14,13 @@ from tests.models.tiny import FAMILIES, save_tiny
 from ulbq import formats
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.whole import verify
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.models.blocks import load_block, skeleton
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantize import plan, quantize
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from ulbq.config.quantize import check_options, complete
+from ulbq.config.stages import Stage
 from ulbq.errors import InputError, UlbqError, UsageError
 from ulbq.pipeline import recipes
-from ulbq.pipeline.request import build_method, check_options, complete
-from ulbq.training.stages import Stage
+from ulbq.pipeline.quantization_plan import build_method
 
 
 def write(folder: Path, text: str) -> str:
@@ -86,7 +87,7 @@ def test_typed_stages_and_epochs_win_over_the_recipes(tmp_path: Path) -> None:
 
 def test_a_slip_in_a_recipe_is_refused_and_not_mended(tmp_path: Path) -> None:
     mine = recipes.load(write(tmp_path, "options: {method: apiq, adapter: false, rank: 8}"))
-    with pytest.raises(UsageError, match="--rank means nothing without --adapter"):
+    with pytest.raises(UsageError, match="`rank` means nothing without `adapter`"):
         check_options(recipes.request_of({"bits": 3}, mine))
 
 

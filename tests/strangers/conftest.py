@@ -15,11 +15,11 @@ from tests.artifacts.sample import digest
 from tests.models.test_load import write_quantized
 from tests.models.tiny import save_tiny
 from ulbq.commands.app import main
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.formats import AffineScheme
 from ulbq.models.source import resolve
-from ulbq.nn.adapter import AdapterConfig
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from ulbq.config.training import TrainSettings
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.models.stream import ActivationStore
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
@@ -17,7 +18,6 @@ from ulbq.training.linear import TrainedLinear
 from ulbq.training.objective import BlockData, HeldOut, Objective
 from ulbq.training.optimizer import clip_gradients
 from ulbq.training.precision import Precision
-from ulbq.training.settings import TrainSettings
 
 CPU = Precision(torch.device("cpu"), torch.float32)
 WIDTH = 32

@@ -13,10 +13,11 @@ from ulbq.artifacts.manifest import EvaluationManifest, QuantizedManifest, read_
 from ulbq.artifacts.names import leads_out
 from ulbq.artifacts.small_files import read_small
 from ulbq.artifacts.yaml_files import parse_yaml
+from ulbq.config.convert import Engine, Target
 from ulbq.errors import InputError
 from ulbq.evaluation.results import Results
-from ulbq.export.engines import RULES, Engine, loaders
-from ulbq.export.fit import Candidate, Target, describe, unfit
+from ulbq.export.engines import RULES, loaders
+from ulbq.export.fit import Candidate, describe, unfit
 from ulbq.export.markdown import code, plain
 from ulbq.models.gguf import open_gguf
 from ulbq.models.source import FULL_PRECISION, ModelSource

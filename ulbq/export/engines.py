@@ -7,14 +7,14 @@ versions that the rules were read from stand in docs/guides/converting.md.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from ulbq.config.convert import Engine, Target
 from ulbq.errors import InputError
 from ulbq.export import fit
-from ulbq.export.fit import Candidate, Target
+from ulbq.export.fit import Candidate
 from ulbq.formats import AffineScheme
 
-Engine = Literal["vllm", "sglang", "transformers", "gptqmodel", "auto-gptq", "llama.cpp", "exllamav2"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

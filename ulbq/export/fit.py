@@ -8,13 +8,13 @@ from typing import Literal, get_args
 from transformers import PreTrainedConfig
 
 from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.config.convert import Target
 from ulbq.errors import InputError, UsageError
 from ulbq.export import compressed_tensors, dense, gguf_models, gptq
 from ulbq.formats import AffineScheme, AnyScheme
 from ulbq.models.adapter_files import adapter_folder, read_config
 from ulbq.models.source import ModelSource
 
-Target = Literal["dense", "gptq", "compressed-tensors", "gguf", "half"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 

@@ -18,9 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from ulbq.config.methods import Zeros
 from ulbq.formats.bits import TensorSpec, pack_planes, packed_length, unpack_planes
-
-Zeros = Literal["none", "output", "input"]
 
 
 class BinaryMosScheme(BaseModel):

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from ulbq import distributed
+from ulbq.config.training import TokenWeighting
 from ulbq.methods.base import BlockTask
 from ulbq.models.stream import run_block
 from ulbq.models.watch import Enough, Input, distinct_inputs, watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.solvers.hessian import HessianSum
-from ulbq.training.losses import TokenWeighting
 
 Solve = Callable[[Sequence[str], HessianSum], Mapping[str, torch.Tensor]]
 """Quantizes the layers of some names, which read the same input; gives their weights ``[out, in]`` as stored."""

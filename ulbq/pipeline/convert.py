@@ -3,21 +3,20 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from ulbq import __version__, runtime
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import ConvertedManifest, Manifest, QuantizedManifest, read_manifest
 from ulbq.artifacts.records import BitsReport
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.config.convert import ConvertRequest, Target
+from ulbq.config.run import DtypeName
 from ulbq.errors import InputError, UsageError
 from ulbq.export import card, engines, fit
 from ulbq.export.dense import shard_names, write_dense
-from ulbq.export.engines import Engine
-from ulbq.export.fit import Candidate, Target
+from ulbq.export.fit import Candidate
 from ulbq.export.gguf import write_gguf
 from ulbq.export.gguf_vocab import check_tokenizer
 from ulbq.export.half import wide_tensors, write_half
@@ -30,33 +29,7 @@ from ulbq.models.source import ModelSource, resolve
 from ulbq.pipeline.proof import proof
 from ulbq.progress import Progress, Silent
 
-Dtype = Literal["fp16", "bf16", "fp32"]
-DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-class ConvertRequest(BaseModel):
-    """A conversion.
-
-    Attributes:
-        to: the layout; None for the one that ``engine`` reads best, or ``dense`` without one.
-        engine: whose constraints are checked before anything is written.
-        dtype: of the tensors that are not packed; None for bf16 where all is dense, fp16 in GGUF, and the artifact's
-            own elsewhere.
-        merge_adapter: make an artifact's adapter a part of the weights; else it is copied beside them.
-        verify: compare what is read of an artifact with its hashes.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str | None = None
-    to: Target | None = None
-    engine: Engine | None = None
-    dtype: Dtype | None = None
-    merge_adapter: bool = False
-    offline: bool = False
-    verify: bool = True
-    out: Path | None = None
-    force: bool = False
+DTYPES: dict[DtypeName, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -67,7 +40,7 @@ class _Job:
     source: ModelSource
     candidate: Candidate
     target: Target
-    dtype: Dtype
+    dtype: DtypeName
 
     @property
     def untie(self) -> bool:
@@ -146,7 +119,7 @@ def _plan(request: ConvertRequest, source: ModelSource, progress: Progress) -> _
     return _Job(request, source, candidate, target, _dtype(request, source, target))
 
 
-def _dtype(request: ConvertRequest, source: ModelSource, target: Target) -> Dtype:
+def _dtype(request: ConvertRequest, source: ModelSource, target: Target) -> DtypeName:
     if target == "half" and request.dtype == "fp32":
         raise UsageError("fp32 is no half precision.", hint="Use --dtype fp16 or bf16, or leave it out.")
     if request.dtype is not None:

@@ -11,6 +11,7 @@ import torch
 
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
+from ulbq.config.end_to_end import EndToEndSettings
 from ulbq.data.calibration import Calibration
 from ulbq.formats import AnyScheme
 from ulbq.models.load import load_model
@@ -18,7 +19,7 @@ from ulbq.pipeline.finish import TUNED, layer_record, recorded_schemes
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.student import Folders, build_student, write_tuned
 from ulbq.progress import Progress
-from ulbq.training.end_to_end import EndToEndSettings, EndToEndTrainer, Epoch
+from ulbq.training.end_to_end import EndToEndTrainer, Epoch
 from ulbq.training.samples import Samples
 from ulbq.training.student import Student
 from ulbq.training.teacher import CachedTeacher, StreamedTeacher, Teacher

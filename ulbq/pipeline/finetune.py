@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.config.quantize import QuantizeRequest, takes
 from ulbq.errors import InputError
 from ulbq.methods import METHODS
 from ulbq.models.adapter_files import adapter_folder, read_adapter
 from ulbq.models.source import ModelSource, resolve
-from ulbq.pipeline.request import QuantizeRequest, takes
 
 # Whose training goes on from a format, where the method that found the codes has none of its own.
 _TRAINING = {"affine": "apiq", "dual_binary": "db-llm", "codebook": "claq", "binary_mos": "binary-mos"}

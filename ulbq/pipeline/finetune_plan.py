@@ -12,6 +12,8 @@ from ulbq import distributed, formats, runtime
 from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.shards import INDEX_NAME
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.finetune import FinetuneRequest
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.data.instructions import check_training_text
 from ulbq.data.lessons import Lessons, draw_lessons
@@ -22,9 +24,8 @@ from ulbq.models.blocks import block_list, skeleton
 from ulbq.models.side_files import is_side_file
 from ulbq.models.source import ModelSource, resolve
 from ulbq.models.stream import check_length
-from ulbq.nn.adapter import AdapterConfig
 from ulbq.nn.quant_linear import linear_layer
-from ulbq.pipeline.finetune_request import FinetuneRequest, Task, request_of
+from ulbq.pipeline.tasks import Task, request_of, settings_of
 from ulbq.progress import Progress
 from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
@@ -165,7 +166,7 @@ def prepare(given: str, task: Task, options: Mapping[str, Any], progress: Progre
         offline=request.offline,
         progress=progress,
     )
-    settings = _shared(request.settings(len(lessons.train)))
+    settings = _shared(settings_of(request, len(lessons.train)))
     parameters, cost = _cost(request, source, model, adapter, linears, lessons, precision)
     plan = FinetunePlan(
         request=request,
@@ -210,7 +211,7 @@ def _adapter(
     lost = [one for one in config.targets if not any(AdapterConfig(targets=(one,)).matches(name) for name in linears)]
     if lost:
         names = sorted({name.rpartition(".")[2] for name in source.packed})
-        raise UsageError(f"--targets: no packed layer is called '{lost[0]}'.", hint=f"Layers: {', '.join(names)}.")
+        raise UsageError(f"`targets`: no packed layer is called '{lost[0]}'.", hint=f"Layers: {', '.join(names)}.")
     return config, linears
 
 
@@ -224,7 +225,7 @@ def _check_trainable(source: ModelSource, adapter: AdapterConfig, linears: tuple
     if mixed is not None:
         raise InputError(
             f"DoRA needs the norms of one weight, and '{mixed}' of '{source.given}' mixes its scales for every token.",
-            hint="Use --lora.",
+            hint="Use `dora=False`.",
         )
 
 
@@ -233,7 +234,7 @@ def _shared(settings: TunerSettings) -> TunerSettings:
     count = distributed.size()
     if settings.batch_size % count:
         raise UsageError(
-            f"--batch-size {settings.batch_size} cannot be split over {count} processes.",
+            f"`batch_size={settings.batch_size}` cannot be split over {count} processes.",
             hint=f"Take a multiple of {count}.",
         )
     share = settings.batch_size // count

@@ -9,13 +9,14 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedModel
 
 from ulbq import formats, runtime
+from ulbq.config.quantize import QuantizeRequest, drawn_samples, text_samples
+from ulbq.config.saliency import SaliencyKind, SaliencyRequest
 from ulbq.data.generate import writing_memory
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import Method
 from ulbq.models.blocks import Linear, ModelStructure, block_list
-from ulbq.pipeline.request import QuantizeRequest, drawn_samples, text_samples
-from ulbq.pipeline.saliency_plan import SaliencyRequest, predict_scoring
-from ulbq.saliency import KINDS, SaliencyKind, SaliencySettings
+from ulbq.pipeline.saliency_plan import predict_scoring
+from ulbq.saliency import KINDS, SaliencySettings
 from ulbq.saliency.head import head_memory
 from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
@@ -160,7 +161,7 @@ class _Run:
         """The walk over the blocks, beside the artifact."""
         outer = self.weights - sum(self.inside)
         largest = max(map(self._block, range(self.found.n_blocks)))
-        if not self.method.calibrated:
+        if not self.method.Options.calibrated:
             # What is no block is copied first, in half precision; out of a GGUF file it is float32 before.
             copied = self.gguf_size + 6 * outer if self.gguf_size else 2 * outer
             return _Need(max(4 * largest + self.gguf_size, copied), 0)

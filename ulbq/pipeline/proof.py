@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ulbq import runtime
+from ulbq.config.convert import Target
 from ulbq.errors import InputError, NumericsError
-from ulbq.export.fit import Target
 from ulbq.export.gguf import FILE_NAME
 from ulbq.models.load import load_model
 from ulbq.models.skeleton import BUILD_ERRORS

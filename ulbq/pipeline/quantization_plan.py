@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 from ulbq import distributed, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import RotationRecord
+from ulbq.config.quantize import PresetName, QuantizeRequest, check_options, complete, options_of, text_samples
 from ulbq.data.calibration import check_calibration
 from ulbq.data.instructions import check_training_text
 from ulbq.errors import InputError, UsageError
 from ulbq.formats import CodebookScheme
+from ulbq.methods import METHODS
 from ulbq.methods.base import Method, Needs
-from ulbq.methods.switches import typed
 from ulbq.models.blocks import Linear, ModelStructure, check_group, check_group_size, skeleton, structure
 from ulbq.models.names import check_complete
 from ulbq.models.rotation import rotated
@@ -22,7 +23,6 @@ from ulbq.models.source import ModelSource
 from ulbq.models.stream import check_length
 from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_saliency, rotation_seed
 from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
-from ulbq.pipeline.request import PresetName, QuantizeRequest, build_method, check_options, complete, text_samples
 from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress, Silent
 from ulbq.saliency import Saliency
@@ -90,7 +90,7 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether calibration samples are wanted: by all but an end-to-end phase with a text of its own."""
-        return self.method.calibrated and not _only_text(self.request, self.method.needs, self.start)
+        return self.method.Options.calibrated and not _only_text(self.request, self.method.needs, self.start)
 
     @property
     def text_samples(self) -> int:
@@ -113,6 +113,13 @@ def plan(request: QuantizeRequest, progress: Progress | None = None) -> Quantize
         ResourceError: no such device, or no such data here and the network is off.
     """
     return prepare(request, progress or Silent()).plan
+
+
+def build_method(request: QuantizeRequest) -> Method:
+    """The method of a completed request. Raises UsageError where its values do not go together."""
+    if request.group_size is None:
+        raise ValueError("complete the request first")
+    return METHODS[request.method].from_options(options_of(request), request.group_size)
 
 
 def prepare(request: QuantizeRequest, progress: Progress) -> Job:
@@ -143,7 +150,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     found = structure(model)
     check_group_size(found, -1 if request.group_size is None else request.group_size)
     check_complete(source, model)
-    if method.calibrated:
+    if method.Options.calibrated:
         check_length(model, request.sequence_length or 0)
     layers = [linear for block in found.linears for linear in block]
     _check_targets(method, layers)
@@ -195,14 +202,14 @@ def _check_without_model(request: QuantizeRequest, preset: PresetName) -> None:
 def _check_processes(request: QuantizeRequest, method: Method) -> None:
     """Refuse what several processes cannot do together. Raises UsageError."""
     count = distributed.size()
-    if method.calibrated and (request.samples or 0) < count:
+    if method.Options.calibrated and (request.samples or 0) < count:
         raise UsageError(
             f"{request.samples} samples cannot be split over {count} processes.",
-            hint="Raise --samples, or start fewer processes.",
+            hint="Raise `samples`, or start fewer processes.",
         )
     if request.sliced_wasserstein and count > 1:
         raise UsageError(
-            "--sliced-wasserstein compares all tokens of a batch, which several processes hold in parts.",
+            "`sliced_wasserstein` compares all tokens of a batch, which several processes hold in parts.",
             hint="Leave it out, or run one process.",
         )
 
@@ -226,11 +233,11 @@ def _with_calibration(
     if _only_text(request, method.needs, start):
         if request.calibration is not None:
             raise UsageError(
-                "--calibration means nothing where an artifact's blocks stay and --end-to-end-data is the text.",
+                "`calibration` means nothing where an artifact's blocks stay and `end_to_end_data` is the text.",
                 hint="Leave out one of them.",
             )
         return request
-    if not method.calibrated or request.calibration is not None:
+    if not method.Options.calibrated or request.calibration is not None:
         return request
     return request.model_copy(update={"calibration": default_calibration(request, progress)})
 
@@ -255,7 +262,7 @@ def _refuse_what_is_decided(request: QuantizeRequest) -> None:
     for name in _DECIDED:
         if getattr(request, name) is not None:
             raise UsageError(
-                f"{typed(name)} means nothing to an artifact, whose codes are found already.",
+                f"`{name}` means nothing to an artifact, whose codes are found already.",
                 hint="Leave it out, or start from the full-precision model.",
             )
 
@@ -269,15 +276,15 @@ def _check_target_bits(request: QuantizeRequest, method: Method, found: ModelStr
     if target - reserved < least:
         outliers = f" and {reserved:g} for outliers" if reserved else ""
         raise UsageError(
-            f"--target-bits {target:g} is less than the {least:.2f} bits that codes of {request.bits} bits take in "
+            f"`target_bits={target:g}` is less than the {least:.2f} bits that codes of {request.bits} bits take in "
             f"this model, codebooks included{outliers}.",
             hint=f"Give at least {least + reserved + 0.01:.2f}.",
         )
     most = scheme_bits(CodebookScheme(bits=4), whole)
     if target - reserved > most:
         raise UsageError(
-            f"--target-bits {target:g} is more than the {most:.2f} bits that codes of 4 bits take in this model.",
-            hint="Give fewer, or take --bits 4.",
+            f"`target_bits={target:g}` is more than the {most:.2f} bits that codes of 4 bits take in this model.",
+            hint="Give fewer, or take `bits=4`.",
         )
 
 
@@ -287,8 +294,8 @@ def _check_score(method: Method, saliency: Saliency | None) -> None:
     score = saliency.manifest.score if saliency is not None and saliency.manifest is not None else asked
     if score not in (None, "fisher"):
         raise UsageError(
-            f"--saliency {asked}: layers are compared by fisher scores, and these are {score}.",
-            hint="Give --saliency fisher, or an artifact of that kind.",
+            f"`saliency={asked}`: layers are compared by fisher scores, and these are {score}.",
+            hint="Give `saliency=fisher`, or an artifact of that kind.",
         )
 
 

@@ -18,6 +18,8 @@ from ulbq.artifacts.records import BlockRecord, TemperatureRecord, sinks_sentenc
 from ulbq.artifacts.saliency import BlockScores
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.config.quantize import NOT_IN_FINGERPRINT, QuantizeRequest, drawn_samples
+from ulbq.config.saliency import SaliencyKind
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE, Calibration, save_calibration
 from ulbq.errors import InputError
 from ulbq.kernels import solvers
@@ -32,14 +34,13 @@ from ulbq.pipeline.finish import TEMPERATURE, block_record, finish, layer_record
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
-from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest, drawn_samples
 from ulbq.pipeline.samples import draw, draw_text, written_samples
 from ulbq.pipeline.streams import Streams
 from ulbq.pipeline.survey import survey
 from ulbq.pipeline.temperature import check_temperature, fit_temperature
 from ulbq.pipeline.warned import Recording, gathered
 from ulbq.progress import Phase, Progress, Silent
-from ulbq.saliency import KINDS, Saliency, SaliencyKind, SaliencySettings, block_file, compute_saliency
+from ulbq.saliency import KINDS, Saliency, SaliencySettings, block_file, compute_saliency
 from ulbq.training.block import TrainOutcome
 
 __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]

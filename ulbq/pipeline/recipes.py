@@ -7,7 +7,7 @@
       method: apiq
       bits: 2
 
-``options`` are fields of :class:`~ulbq.pipeline.request.QuantizeRequest`. Shipped recipes lie in ``ulbq/recipes``.
+``options`` are fields of :class:`~ulbq.config.quantize.QuantizeRequest`. Shipped recipes lie in ``ulbq/recipes``.
 """
 
 import difflib
@@ -20,10 +20,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ulbq.artifacts.names import local_path
+from ulbq.config.quantize import Preset, QuantizeRequest, idle
+from ulbq.config.run import RecipeRecord
 from ulbq.errors import InputError, UsageError
-from ulbq.methods.switches import idle
 from ulbq.pipeline.recipe_files import read_recipe_file, read_yaml
-from ulbq.pipeline.request import Preset, QuantizeRequest, RecipeRecord
 
 # What belongs to one machine or one run is no recipe's to say.
 _NOT_IN_RECIPES = frozenset({"source", "recipe", "out", "force", "device", "data_dir", "offline", "seed"})
@@ -107,7 +107,8 @@ def request_of(given: Mapping[str, Any], recipe: Recipe | None) -> QuantizeReque
     replaced = {name for given, names in _REPLACES.items() if given in explicit for name in names}
     options = {name: value for name, value in recipe.options.items() if name not in replaced}
     # What the recipe itself leaves without a meaning is a slip in it, and refused later.
-    lost = idle({**options, **explicit}).keys() - idle(recipe.options).keys()
+    merged = QuantizeRequest.model_validate({**options, **explicit})
+    lost = idle(merged) - idle(QuantizeRequest.model_validate(recipe.options))
     options = {name: value for name, value in options.items() if name not in lost}
     record = RecipeRecord(name=recipe.name, sha256=recipe.sha256)
     return QuantizeRequest.model_validate({**options, **explicit, "recipe": record})

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from ulbq import distributed
 from ulbq.artifacts.store import ArtifactWriter
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.data.calibration import CALIBRATION_FILE, Calibration, calibration_samples, load_calibration, save_calibration
 from ulbq.data.generate import self_samples
 from ulbq.data.instructions import training_text
@@ -12,7 +13,6 @@ from ulbq.data.registry import available
 from ulbq.errors import InputError
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Progress
 from ulbq.training.precision import Precision
 
@@ -56,7 +56,7 @@ def draw(request: Sampled, source: ModelSource, samples: int) -> Calibration:
     if drawn.taught is not None:
         raise InputError(
             f"'{request.calibration}' holds examples of an instruction set, filled up behind their ends.",
-            hint="Calibrate on plain text; such samples are for --end-to-end-data.",
+            hint="Calibrate on plain text; such samples are for `end_to_end_data`.",
         )
     return drawn
 

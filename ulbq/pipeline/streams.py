@@ -170,7 +170,7 @@ def _of_all(names: set[str]) -> set[str]:
 def _never_called(index: int, linear: str) -> InputError:
     return InputError(
         f"Block {index} never calls its layer '{linear}' on the calibration samples.",
-        hint="Take more samples; where the model uses the layer's weight by itself, --method rtn needs none.",
+        hint="Take more samples; where the model uses the layer's weight by itself, `method=rtn` needs none.",
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.config.end_to_end import Trained
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, Packed, check_finite
 from ulbq.methods.training import half_vector, pack_layer
@@ -24,7 +25,6 @@ from ulbq.quantizers.binary_mos import BinaryMosQuantizer
 from ulbq.quantizers.codebook import CodebookQuantizer
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer
 from ulbq.quantizers.fixed import FixedAffine, FixedBinaryMos, FixedDualBinary
-from ulbq.training.end_to_end import Trained
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.student import Student
 

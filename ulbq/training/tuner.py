@@ -309,7 +309,7 @@ class _Reporter(TrainerCallback):
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise NumericsError(
                 f"The {what} is not finite in step {state.global_step} of the fine-tuning.",
-                hint="Try a lower --adapter-rate, a longer --warmup or --precision fp32, with another -o.",
+                hint="Try a lower `adapter_rate`, a longer `warmup` or `precision=fp32`, with another -o.",
             )
         self._watch.on_step(state.global_step, loss)
         every = self._settings.eval_every
