@@ -92,12 +92,7 @@ def _task(chosen: str, task: str, given: Mapping[str, Any], progress: Any, **how
     if given["train"] not in (None, "adapter", "adapter-scales"):
         raise UsageError(f"`train={given['train']}` is for `task=end-to-end`.", hint="Take adapter or adapter-scales.")
     options = {name: value for name, value in asked(given).items() if name not in OF_END_TO_END}
-    recipe = load_task(task)
-    if (given["train"] or recipe.options.get("train")) != "adapter-scales":
-        typed = next((name for name in ("scale_rate", "scale_decay") if given[name] is not None), None)
-        if typed is not None:
-            raise UsageError(f"`{typed}` means nothing where no scales train.", hint="Add `train=adapter-scales`.")
-    job = prepare(chosen, recipe, options, progress)
+    job = prepare(chosen, load_task(task), options, progress)
     if not how["quiet"] or how["dry_run"]:
         show_finetune_plan(job.plan)
     if how["dry_run"]:

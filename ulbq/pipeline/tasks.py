@@ -118,6 +118,9 @@ def request_of(source: str, task: Task, given: Mapping[str, Any], *, adapted: bo
         raise UsageError(f"'{where}' of task '{task.name}': {problem['msg']}.", hint="See --help.") from error
     if request.data is None:
         raise UsageError(f"Task '{task.name}' has no data of its own.", hint="Name it with `data=FILE` or a Hub id.")
+    idle = sorted({"scale_rate", "scale_decay"} & explicit.keys())
+    if request.train != "adapter-scales" and idle:
+        raise UsageError(f"`{idle[0]}` means nothing where no scales train.", hint="Add `train=adapter-scales`.")
     if request.batch_size % request.micro_batch:
         if "micro_batch" in explicit:
             raise UsageError(
