@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from ulbq.config.methods import method_options
-from ulbq.config.quantize import PRESETS, QuantizeRequest, check_options, complete, takes
+from ulbq.config.quantize import PRESETS, QuantizeRequest, check_options, options_of, resolve, takes
 from ulbq.config.stages import Stage
 from ulbq.errors import UsageError
 from ulbq.methods import METHODS
@@ -23,7 +23,7 @@ def asked(**options: Any) -> QuantizeRequest:
 def completed(**options: Any) -> QuantizeRequest:
     request = asked(**options)
     check_options(request)
-    return complete(request, "quick")
+    return resolve(request, "quick").record
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -39,7 +39,7 @@ def test_every_option_of_a_request_is_some_methods() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_completed_request_is_complete(method: str) -> None:
     full = completed(method=method)
-    assert complete(full, "best") == full
+    assert resolve(full, "best").record == full
     assert build_method(full).scheme.group_size == full.group_size
     again = QuantizeRequest.model_validate_json(full.model_dump_json())
     assert again == full
@@ -145,7 +145,7 @@ def test_options_that_others_leave_without_a_meaning_are_refused(options: dict[s
 )
 def test_options_that_do_something_are_taken(options: dict[str, Any]) -> None:
     full = completed(**options)
-    assert complete(full, "best") == full
+    assert resolve(full, "best").record == full
     build_method(full)
 
 
@@ -204,3 +204,22 @@ def test_the_options_reach_the_method() -> None:
     adapter = method.needs.adapter
     assert adapter is not None
     assert (adapter.rank, adapter.dora, adapter.targets) == (8, True, ("q_proj",))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_left_open_in_full(method: str) -> None:
+    full = resolve(asked(method=method, seed=3), "quick", rotate=True, calibration="wikitext2")
+    assert full.options == options_of(full.record)
+    assert (full.seed, full.rotate, full.record.rotate, full.calibration) == (3, True, True, "wikitext2")
+    for name in ("group_size", "precision"):
+        assert getattr(full, name) == getattr(full.record, name)
+    looks = METHODS[method].Options.calibrated
+    assert (full.samples > 0, full.sequence_length > 0, full.activation_memory > 0) == (looks, looks, looks)
+    assert (full.phase, full.text, full.text_samples) == (None, None, full.samples)
+
+
+def test_a_phase_of_its_own_text_draws_no_more_calibration_samples() -> None:
+    own = resolve(asked(method="db-llm", end_to_end="kl", end_to_end_data="c4", end_to_end_samples=500), "quick")
+    assert (own.text, own.text_samples, own.drawn_samples) == ("c4", 500, 96)
+    shared = resolve(asked(method="db-llm", end_to_end="kl", end_to_end_samples=500), "quick")
+    assert (shared.text, shared.text_samples, shared.drawn_samples) == (None, 500, 500)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from ulbq.config.methods import METHOD_OPTIONS, MethodOptions, method_options
+from ulbq.config.methods import METHOD_OPTIONS, EndToEndOptions, MethodOptions, TrainOptions, method_options
 from ulbq.config.options import CALIBRATION, END_TO_END, FORMAT, MOST, Count, Option, asked, options, words
 from ulbq.config.run import (
     TEXTS,
@@ -15,6 +15,7 @@ from ulbq.config.run import (
     Offline,
     Out,
     Precision,
+    PrecisionName,
     RecipeRecord,
     Seed,
 )
@@ -194,33 +195,92 @@ def check_options(request: QuantizeRequest) -> None:
     options_of(request)
 
 
-def complete(request: QuantizeRequest, preset: PresetName) -> QuantizeRequest:
-    """Fill in everything that was left open, so that the manifest says what was done.
+class Quantization(_OfAll):
+    """A quantization run in full, for one model on one machine: nothing in it is left open.
 
-    What has no meaning beside the other values (the rank of no adapter) stays None.
+    Attributes:
+        record: the same in the words of a request, for plan and manifest; None is what has no meaning beside the rest.
+        options: the method's.
+        calibration: what samples are drawn of; None where none are.
+        samples, sequence_length, activation_memory: 0 for a method that looks at no activations.
+    """
+
+    record: QuantizeRequest
+    options: MethodOptions
+    rotate: bool
+    group_size: int
+    precision: PrecisionName
+    calibration: str | None = None
+    samples: int = 0
+    sequence_length: int = 0
+    activation_memory: int = 0
+    fit_temperature: bool = False
+
+    @property
+    def phase(self) -> EndToEndOptions | None:
+        """How the whole model trains after its blocks; None where it does not."""
+        options = self.options
+        return options if isinstance(options, EndToEndOptions) and options.end_to_end != "none" else None
+
+    @property
+    def text(self) -> str | None:
+        """What the whole model trains on, if not on the calibration samples."""
+        return None if self.phase is None else self.phase.end_to_end_data
+
+    @property
+    def text_samples(self) -> int:
+        """Samples that train end to end, those held out not counted."""
+        return (self.phase is not None and self.phase.end_to_end_samples) or self.samples
+
+    @property
+    def drawn_samples(self) -> int:
+        """Calibration samples for whoever trains on most of them, those held out not counted."""
+        shared = self.phase is not None and self.text is None
+        return max(self.samples, self.text_samples if shared else 0)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a step of block-wise training."""
+        return self.options.batch_size if isinstance(self.options, TrainOptions) else 1
+
+
+def preset_values(request: QuantizeRequest, preset: PresetName) -> dict[str, Any]:
+    """Samples, length and epochs of the preset that a request names, or of ``preset``, where its method has them."""
+    method = method_options(request.method)
+    # Stages have a count of their own.
+    own = request.stages or not method.preset_epochs
+    wanted = takes(request.method) - ({"epochs"} if own else set())
+    return {field: value for field, value in PRESETS[request.preset or preset] if field in wanted}
+
+
+def resolve(
+    request: QuantizeRequest, preset: PresetName, *, rotate: bool = False, calibration: str | None = None
+) -> Quantization:
+    """Settle everything that was left open.
 
     Args:
         preset: the one to take where the request names none.
+        rotate: whether the model is rotated.
+        calibration: what samples are drawn of where the request does not say; None for nothing.
 
     Raises:
         UsageError: values that do not go together.
     """
     method = method_options(request.method)
-    values: dict[str, Any] = {"group_size": 64 if method.grouped else -1}
-    amount: dict[str, Any] = {}
+    amount = preset_values(request, preset)
+    options = options_of(request, amount)
+    values: dict[str, Any] = {"group_size": 64 if method.grouped else -1, "calibration": calibration, **amount}
+    if any(getattr(request, field) is None for field in amount):
+        values["preset"] = request.preset or preset
     if method.calibrated:
-        name = request.preset or preset
-        # Stages have a count of their own.
-        own = request.stages or not method.preset_epochs
-        wanted = takes(request.method) - ({"epochs"} if own else set())
-        amount = {field: value for field, value in PRESETS[name] if field in wanted}
-        if any(getattr(request, field) is None for field in amount):
-            values["preset"] = name
-        values |= {"precision": "auto", "activation_memory": 4 * 2**30, "fit_temperature": False, **amount}
+        values |= {"precision": "auto", "activation_memory": 4 * 2**30, "fit_temperature": False}
     else:
         values["precision"] = "fp32"  # multiplies nothing, looks at no activations
-    values |= options_of(request, amount).in_effect()
-    return request.model_copy(update={name: value for name, value in values.items() if getattr(request, name) is None})
+    values |= options.in_effect()
+    values = {name: value for name, value in values.items() if getattr(request, name) is None}
+    record = request.model_copy(update=values | {"rotate": rotate})
+    settled = {name: value for name, value in record if name in Quantization.model_fields and value is not None}
+    return Quantization.model_validate(settled | {"record": record, "options": options})
 
 
 def idle(request: QuantizeRequest) -> frozenset[str]:
@@ -247,17 +307,6 @@ def default_words(name: str, option: Option) -> str:
     usual = max(methods, key=lambda told: len(methods[told]), default=option.default)
     others = [f"{told} for {' and '.join(takers)}" for told, takers in methods.items() if told != usual]
     return "; ".join([usual, *others])
-
-
-def text_samples(request: QuantizeRequest) -> int:
-    """Samples of a completed request that train end to end, those held out not counted."""
-    return request.end_to_end_samples or request.samples or 0
-
-
-def drawn_samples(request: QuantizeRequest) -> int:
-    """Calibration samples of a completed request for whoever trains on most of them, those held out not counted."""
-    shared = request.end_to_end not in (None, "none") and request.end_to_end_data is None
-    return max(request.samples or 0, text_samples(request) if shared else 0)
 
 
 def options_of(request: QuantizeRequest, preset: dict[str, Any] | None = None) -> MethodOptions:

@@ -97,7 +97,7 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
     if phase.tuned:
         _exchange(phase)
     record = _record(phase)
-    return record if job.request.end_to_end_data is None else record.model_copy(update={"data": text.record()})
+    return record if job.request.text is None else record.model_copy(update={"data": text.record()})
 
 
 def _train(phase: _Phase) -> None:
@@ -138,7 +138,7 @@ def _teacher(phase: _Phase) -> Teacher:
             samples,
             top_k=settings.top_k,
             device=job.precision.device,
-            limit=job.request.activation_memory or 0,
+            limit=job.request.activation_memory,
             directory=phase.writer.scratch,
             on_sample=lambda: bar.advance(1),
         )

@@ -37,8 +37,8 @@ class Streams:
     def __init__(self, job: Job, tokens: torch.Tensor, scratch: Path) -> None:
         self._job = job
         self._scratch = scratch
-        self._training = job.request.samples or 0
-        self._batch = job.request.batch_size or 1
+        self._training = job.request.samples
+        self._batch = job.request.batch_size
         device = job.precision.device
         needs = job.method.needs
         self._positions = tokens.numel()
@@ -48,7 +48,7 @@ class Streams:
             distributed.own(tokens),
             dtype=torch.float32,
             device=device,
-            limit=(job.request.activation_memory or 0) // needs.stores,
+            limit=job.request.activation_memory // needs.stores,
             directory=scratch,
         )
         self._kwargs = stream.block_kwargs
