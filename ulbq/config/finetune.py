@@ -45,7 +45,72 @@ NOT_IN_FINGERPRINT = frozenset({"source", "out", "force", "offline", "data_dir",
 """Fields that do not decide what a run makes."""
 
 
-class FinetuneRequest(BaseModel):
+_TRAIN = Option(
+    "What trains: the adapter; the scales of the packed weights too. Of end-to-end: scales; the zero points of an "
+    "asymmetric affine format too; or weights too.",
+    HOW,
+    default="adapter; of end-to-end scales",
+    primary=True,
+)
+
+
+class _Tuned(BaseModel):
+    """How an adapter trains, and scales beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    epochs: Annotated[
+        Count,
+        Option("Passes over the samples.", HOW, "N", default="the task's; of end-to-end 1", primary=True),
+    ] = 3
+    batch_size: Annotated[Count, Option("Samples a step.", HOW, "N", default="the task's", primary=True)] = 16
+    micro_batch: Annotated[
+        Count, Option("Samples that run at once; a step adds up several.", HOW, "N", default="4")
+    ] = 4
+    checkpointing: Checkpointing = True
+    clip: Annotated[
+        Number, Option("Largest gradient norm; 0 for none.", HOW, "X", default="the task's; of end-to-end 1")
+    ] = 1
+    adapter_rate: Annotated[
+        Positive,
+        Option("Learning rate of the adapter.", RATES, "X", default="the task's; of end-to-end 0.005", primary=True),
+    ] = 3e-4
+    adapter_decay: Annotated[
+        Number, Option("Weight decay of the adapter.", RATES, "X", default="the task's; of end-to-end 0")
+    ] = 0
+    scale_rate: Annotated[
+        Positive,
+        Option(
+            "Learning rate of scales, in shares of themselves.",
+            RATES,
+            "X",
+            default="0.001; of end-to-end 0.005, of binary-mos 0.03",
+        ),
+    ] = 1e-3
+    scale_decay: Annotated[Number, Option("Weight decay of scales.", RATES, "X", default="0")] = 0
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"],
+        Option("How the rates fall.", RATES, default="the task's; of end-to-end cosine"),
+    ] = "cosine"
+    warmup: Annotated[
+        Part,
+        Option("Share of the steps with rising rates.", RATES, "X", default="the task's; of end-to-end 0.05"),
+    ] = 0.03
+
+
+class TunerSettings(_Tuned):
+    """Settings of a fine-tuning run. DoRA's magnitudes have no weight decay.
+
+    Attributes:
+        eval_every: steps between two looks at the held-out lessons; 0 for none on the way.
+        save_every: steps between two checkpoints.
+    """
+
+    eval_every: int = Field(ge=0)
+    save_every: int = Field(ge=1)
+
+
+class FinetuneRequest(_Tuned):
     """A fine-tuning run of a packed model on a task.
 
     Attributes:
@@ -53,8 +118,6 @@ class FinetuneRequest(BaseModel):
         task: the recipe's name, for people and the manifest.
         recipe: what filled in the options, with its hash.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     source: str
     task: str
@@ -92,22 +155,8 @@ class FinetuneRequest(BaseModel):
     ] = 512
     train: Annotated[
         Literal["adapter", "adapter-scales"],
-        Option(
-            "What trains: the adapter; the scales of the packed weights too. Of end-to-end: scales; the zero points of "
-            "an asymmetric affine format too; or weights too.",
-            HOW,
-            default="adapter; of end-to-end scales",
-            primary=True,
-        ),
+        _TRAIN,
     ] = "adapter"
-    epochs: Annotated[
-        Count,
-        Option("Passes over the samples.", HOW, "N", default="the task's; of end-to-end 1", primary=True),
-    ] = 3
-    batch_size: Annotated[Count, Option("Samples a step.", HOW, "N", default="the task's", primary=True)] = 16
-    micro_batch: Annotated[
-        Count, Option("Samples that run at once; a step adds up several.", HOW, "N", default="4")
-    ] = 4
     eval_every: Annotated[
         Annotated[int, Field(ge=0)] | None,
         Option(
@@ -123,36 +172,7 @@ class FinetuneRequest(BaseModel):
             "Steps between two checkpoints, from which a stopped run goes on.", HOW, "N", default="a tenth of the run"
         ),
     ] = None
-    checkpointing: Checkpointing = True
-    clip: Annotated[
-        Number, Option("Largest gradient norm; 0 for none.", HOW, "X", default="the task's; of end-to-end 1")
-    ] = 1
     precision: Precision = "auto"
-    adapter_rate: Annotated[
-        Positive,
-        Option("Learning rate of the adapter.", RATES, "X", default="the task's; of end-to-end 0.005", primary=True),
-    ] = 3e-4
-    adapter_decay: Annotated[
-        Number, Option("Weight decay of the adapter.", RATES, "X", default="the task's; of end-to-end 0")
-    ] = 0
-    scale_rate: Annotated[
-        Positive,
-        Option(
-            "Learning rate of scales, in shares of themselves.",
-            RATES,
-            "X",
-            default="0.001; of end-to-end 0.005, of binary-mos 0.03",
-        ),
-    ] = 1e-3
-    scale_decay: Annotated[Number, Option("Weight decay of scales.", RATES, "X", default="0")] = 0
-    schedule: Annotated[
-        Literal["cosine", "linear", "constant"],
-        Option("How the rates fall.", RATES, default="the task's; of end-to-end cosine"),
-    ] = "cosine"
-    warmup: Annotated[
-        Part,
-        Option("Share of the steps with rising rates.", RATES, "X", default="the task's; of end-to-end 0.05"),
-    ] = 0.03
     fresh: Annotated[
         bool,
         Option("Begin with a new adapter, and lose the artifact's own.", ADAPTER, flag="--fresh"),
@@ -212,13 +232,7 @@ class _EndToEnd(BaseModel):
     ] = None
     train: Annotated[
         Literal["adapter", "adapter-scales", "scales", "scales-zeros", "all"] | None,
-        Option(
-            "What trains: the adapter; the scales of the packed weights too. Of end-to-end: scales; the zero points of "
-            "an asymmetric affine format too; or weights too.",
-            HOW,
-            default="adapter; of end-to-end scales",
-            primary=True,
-        ),
+        _TRAIN,
     ] = None
 
 

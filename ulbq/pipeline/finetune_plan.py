@@ -13,7 +13,7 @@ from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.shards import INDEX_NAME
 from ulbq.config.adapter import AdapterConfig
-from ulbq.config.finetune import FinetuneRequest
+from ulbq.config.finetune import FinetuneRequest, TunerSettings
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.data.instructions import check_training_text
 from ulbq.data.lessons import Lessons, draw_lessons
@@ -25,11 +25,11 @@ from ulbq.models.side_files import is_side_file
 from ulbq.models.source import ModelSource, resolve
 from ulbq.models.stream import check_length
 from ulbq.nn.quant_linear import linear_layer
-from ulbq.pipeline.tasks import Task, request_of, settings_of
+from ulbq.pipeline.recipe_files import Recipe
+from ulbq.pipeline.tasks import request_of, settings_of
 from ulbq.progress import Progress
 from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
-from ulbq.training.tuner import TunerSettings
 
 _FLOAT = 4
 # Float32 copies of what trains: itself, gradient, two moments, and what passes by while it is loaded and stored.
@@ -120,7 +120,7 @@ class FinetuneJob:
         return self.request.train == "adapter-scales"
 
 
-def prepare(given: str, task: Task, options: Mapping[str, Any], progress: Progress) -> FinetuneJob:
+def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Progress) -> FinetuneJob:
     """Settle everything that can be settled before the first weight is read.
 
     Args:

@@ -1,43 +1,15 @@
 """What a fine-tuning run is asked for, and the recipes that fill in what is left open."""
 
-import hashlib
 from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from ulbq.artifacts.names import local_path
-from ulbq.config.finetune import FinetuneRequest
+from ulbq.config.finetune import FinetuneRequest, TunerSettings
 from ulbq.config.run import RecipeRecord
 from ulbq.errors import InputError, UsageError
-from ulbq.pipeline.recipe_files import read_recipe_file, read_yaml
-from ulbq.training.tuner import TunerSettings
-
-_SUFFIXES = (".yaml", ".yml")
-_KEYS = ("name", "description", "source", "options")
-
-
-class Task(BaseModel):
-    """A recipe of ``ulbq finetune``.
-
-    Attributes:
-        name: what it is asked for by; of a file, what is in it.
-        description: one line.
-        source: where its values come from.
-        options: fields of a request.
-        sha256: of the file's bytes.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    description: str
-    source: str
-    options: dict[str, Any]
-    sha256: str
-
+from ulbq.pipeline.recipe_files import Recipe, read_recipe, shipped_names
 
 _OF_ONE_RUN = frozenset({"source", "task", "recipe", "out", "force", "device", "data_dir", "offline", "seed"})
 # Of a new adapter: a recipe's are for artifacts that have none.
@@ -46,10 +18,10 @@ _FORM = ("rank", "alpha", "dora", "targets")
 
 def task_names() -> list[str]:
     """Names of the shipped tasks."""
-    return sorted(Path(entry.name).stem for entry in _folder().iterdir() if entry.name.endswith(_SUFFIXES))
+    return shipped_names(_folder())
 
 
-def load_task(given: str) -> Task:
+def load_task(given: str) -> Recipe:
     """Read a task's recipe.
 
     Args:
@@ -59,30 +31,21 @@ def load_task(given: str) -> Task:
         UsageError: neither, or options that no request has.
         InputError: a file that cannot be read or is no recipe.
     """
-    path = local_path(given)
-    if given in task_names():
-        raw = (_folder() / f"{given}.yaml").read_bytes()
-    elif path.suffix in _SUFFIXES and path.is_file():
-        raw = read_recipe_file("Task", path)
-    elif path.suffix in _SUFFIXES:
-        raise InputError(f"There is no task file '{given}'.", hint=f"Shipped tasks: {', '.join(task_names())}.")
-    else:
-        raise UsageError(
-            f"There is no task '{given}'.",
-            hint=f"Tasks: end-to-end, {', '.join(task_names())}; a .yaml file of options; "
-            "or `task=instructions` with `data=FILE`.",
-        )
-    content = read_yaml("Task", given, raw)
-    if not isinstance(content, dict) or set(content) != set(_KEYS) or not isinstance(content["options"], dict):
-        raise InputError(f"'{given}' is no task.", hint="It has the keys name, description, source and options.")
+    hint = (
+        f"Tasks: end-to-end, {', '.join(task_names())}; a .yaml file of options; "
+        "or `task=instructions` with `data=FILE`."
+    )
+    required = frozenset({"name", "description", "source", "options"})
+    content, sha256 = read_recipe("task", given, _folder(), required=required, hint=hint)
     unknown = sorted(map(str, content["options"].keys() - (FinetuneRequest.model_fields.keys() - _OF_ONE_RUN)))
     if unknown:
         raise UsageError(f"Task '{given}' has an unknown option '{unknown[0]}'.", hint="Mend the file.")
-    texts = {key: str(content[key] or "") for key in ("name", "description", "source")}
-    return Task(**texts, options=content["options"], sha256=hashlib.sha256(raw).hexdigest())
+    if content.keys() - required:
+        raise InputError(f"'{given}' is no task.", hint="It has the keys name, description, source and options.")
+    return Recipe.model_validate({**content, "sha256": sha256})
 
 
-def request_of(source: str, task: Task, given: Mapping[str, Any], *, adapted: bool) -> FinetuneRequest:
+def request_of(source: str, task: Recipe, given: Mapping[str, Any], *, adapted: bool) -> FinetuneRequest:
     """The request of a command line: what was given wins over the recipe.
 
     Args:
