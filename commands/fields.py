@@ -1,9 +1,9 @@
 """Parameters of a command from the fields of what it asks for, and errors that name fields as they are typed.
 
-    @from_fields(QuantizeRequest, without={"source", "recipe"})
+    @from_fields(QuantizeRequest)
     def quantize(source: Source = None, **given: Any) -> None: ...
 
-``given`` holds every other field, None where it was not typed and has no default.
+``given`` holds every field that has an ``Option``, None where it was not typed and has no default.
 """
 
 import inspect
@@ -35,7 +35,6 @@ Settings = Annotated[
 def from_fields(
     settings: type[BaseModel],
     *,
-    without: Collection[str] = (),
     default: Callable[[str, Option], str] = lambda name, option: option.default,
     taken: Callable[[str], Collection[str]] | None = None,
     names: Mapping[str, str] | None = None,
@@ -43,12 +42,11 @@ def from_fields(
     """Let a command's function take the fields of ``settings`` in place of its ``**given``.
 
     Args:
-        without: fields that the function names itself, or that cannot be typed.
         default: what an option is where nobody says, in words; empty where the field's default tells.
         taken: names of the fields that mean something to a method, for the help page of that method.
         names: parameters by fields that errors name and that are called otherwise here.
     """
-    fields = {name: (field, option) for name, field, option in options(settings) if name not in without}
+    fields = {name: (field, option) for name, field, option in options(settings)}
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function).parameters.values()
@@ -123,7 +121,11 @@ def read_settings(texts: Collection[str], known: Collection[str], given: Mapping
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip().rpartition(".")[2].replace("-", "_")
-        if not equals or name not in known:
+        if not equals:
+            raise UsageError(f"--set {text} has no value.", hint="As in --set rank=8.")
+        if name in given and name not in known:
+            raise UsageError(f"--set {text}: `{name}` belongs to one run.", hint=f"Type `{name}` itself.")
+        if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"Did you mean {close[0]}?" if close else "As in --set weight_rate=1e-5; see --help-all."
             raise UsageError(f"--set {text}: there is no option '{name}'.", hint=hint)

@@ -32,7 +32,7 @@ ListRecipes = Annotated[
 ]
 
 
-@from_fields(QuantizeRequest, without={"source", "recipe"}, default=default_words, taken=for_method)
+@from_fields(QuantizeRequest, default=default_words, taken=for_method)
 def quantize(
     source: Source = None,
     recipe: Recipe = None,

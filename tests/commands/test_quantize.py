@@ -117,6 +117,8 @@ def test_any_option_can_be_set_by_its_name(source, capsys):
     assert "Did you mean rank?" in refused(capsys, "--set", "rnk=8")
     assert "given twice" in refused(capsys, "--method", "apiq", "--rank", "4", "--set", "rank=8")
     assert "cannot be read" in refused(capsys, "--set", "rank=[")
+    assert "has no value" in refused(capsys, "--set", "rank")
+    assert "--seed belongs to one run" in refused(capsys, "--set", "seed=3")
 
 
 def test_what_is_typed_reaches_the_request(source, capsys):
