@@ -11,6 +11,7 @@ from ulbq.progress import Progress
 from . import console
 from .fields import asked, from_fields
 from .options import Debug, Json, Quiet, check_out, read_source
+from .sections import HelpAll
 
 _KINDS = ("quantized", "converted")
 
@@ -28,6 +29,7 @@ def eval(  # the command's name; nothing here evaluates expressions
     compare: Annotated[
         bool, typer.Option("--compare", help="Put several SOURCEs in one table; finished evaluations too.")
     ] = False,
+    help_all: HelpAll = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -131,7 +131,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--compare --perplexity --tasks -p --prompt --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --template --max-new-tokens --context --limit --fewshot --batch-size --dtype --prefill-cache --seed --device --data-dir --offline --verify --no-verify -o --output --force --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--compare --help-all --perplexity --tasks -p --prompt --fidelity --no-fidelity --adapter --no-adapter --parent --parent-scores --no-parent-scores --template --max-new-tokens --context --limit --fewshot --batch-size --dtype --prefill-cache --seed --device --data-dir --offline --verify --no-verify -o --output --force --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi
@@ -161,13 +161,13 @@ _ulbq() {
         --samples) _ulbq_value '' '' "$current"; return ;;
         --heldout) _ulbq_value '' '' "$current"; return ;;
         --sequence-length) _ulbq_value '' '' "$current"; return ;;
-        --train) _ulbq_value '' 'adapter adapter-scales scales scales-zeros all' "$current"; return ;;
         --epochs) _ulbq_value '' '' "$current"; return ;;
         --batch-size) _ulbq_value '' '' "$current"; return ;;
         --micro-batch) _ulbq_value '' '' "$current"; return ;;
+        --clip) _ulbq_value '' '' "$current"; return ;;
+        --train) _ulbq_value '' 'adapter adapter-scales scales scales-zeros all' "$current"; return ;;
         --eval-every) _ulbq_value '' '' "$current"; return ;;
         --save-every) _ulbq_value '' '' "$current"; return ;;
-        --clip) _ulbq_value '' '' "$current"; return ;;
         --adapter-rate) _ulbq_value '' '' "$current"; return ;;
         --adapter-decay) _ulbq_value '' '' "$current"; return ;;
         --scale-rate) _ulbq_value '' '' "$current"; return ;;
@@ -200,7 +200,7 @@ _ulbq() {
         -o|--output) _ulbq_value 'folders' '' "$current"; return ;;
         esac
         if [[ $current == -* ]]; then
-            _ulbq_value '' '--task --list-tasks --help-all --data --template --samples --heldout --sequence-length --train --epochs --batch-size --micro-batch --eval-every --save-every --checkpointing --no-checkpointing --clip --adapter-rate --adapter-decay --scale-rate --scale-decay --schedule --warmup --preset --final-rate --weight-rate --norm-rate --router-rate --fresh --rank --alpha --dora --lora --dropout --targets --base-share --rate --zero-rate --dad-gamma --hidden-weight --accumulation --teacher --teacher-top-k --loss --precision --activation-memory --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
+            _ulbq_value '' '--task --list-tasks --help-all --data --template --samples --heldout --sequence-length --epochs --batch-size --micro-batch --checkpointing --no-checkpointing --clip --train --eval-every --save-every --adapter-rate --adapter-decay --scale-rate --scale-decay --schedule --warmup --preset --final-rate --weight-rate --norm-rate --router-rate --fresh --rank --alpha --dora --lora --dropout --targets --base-share --rate --zero-rate --dad-gamma --hidden-weight --accumulation --teacher --teacher-top-k --loss --precision --activation-memory --seed --device --data-dir --offline -o --output --force --dry-run --json -q --quiet --debug -h --help' "$current"
         else
             _ulbq_value 'files' '' "$current"
         fi

@@ -217,6 +217,7 @@ complete -c ulbq -n '__fish_seen_subcommand_from quantize' -l debug -d 'Tracebac
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -s h -l help -d 'Show this message and exit'
 complete -c ulbq -n '__fish_seen_subcommand_from quantize' -F
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l compare -d 'Put several SOURCEs in one table'
+complete -c ulbq -n '__fish_seen_subcommand_from eval' -l help-all -d 'All options, by section'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l perplexity -r -d 'Text sets: wikitext2, c4, ptb'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l perplexity -r -f -a '(__fish_append , wikitext2 c4 ptb)'
 complete -c ulbq -n '__fish_seen_subcommand_from eval' -l tasks -r -d 'lm-eval tasks, as in piqa,arc_easy,\'mmlu_*\', and tasks with written answers: gsm8k-cot, svamp, mawps, aqua, commonsense'
@@ -305,22 +306,22 @@ complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l heldout -r -d 'Sam
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l heldout -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l sequence-length -r -d 'Tokens a sample'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l sequence-length -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l train -r -d 'What trains: the adapter'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l train -r -f -a 'adapter adapter-scales scales scales-zeros all'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l epochs -r -d 'Passes over the samples'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l epochs -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l batch-size -r -d 'Samples a step'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l batch-size -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l micro-batch -r -d 'Samples that run at once'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l micro-batch -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l eval-every -r -d 'Steps between two looks at the held-out samples'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l eval-every -r -f
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l save-every -r -d 'Steps between two checkpoints, from which a stopped run goes on'
-complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l save-every -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l checkpointing -d 'Run each block again for its gradients, or keep all that they need in memory'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l no-checkpointing -d 'Not: Run each block again for its gradients, or keep all that they need in memory'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l clip -r -d 'Largest gradient norm'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l clip -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l train -r -d 'What trains: the adapter'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l train -r -f -a 'adapter adapter-scales scales scales-zeros all'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l eval-every -r -d 'Steps between two looks at the held-out samples'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l eval-every -r -f
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l save-every -r -d 'Steps between two checkpoints, from which a stopped run goes on'
+complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l save-every -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l adapter-rate -r -d 'Learning rate of the adapter'
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l adapter-rate -r -f
 complete -c ulbq -n '__fish_seen_subcommand_from finetune' -l adapter-decay -r -d 'Weight decay of the adapter'

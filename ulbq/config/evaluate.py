@@ -60,6 +60,7 @@ class EvaluateRequest(BaseModel):
             MEASURE,
             "NAME,…",
             default="wikitext2 if nothing else is asked",
+            primary=True,
             offers=("wikitext2", "c4", "ptb"),
         ),
     ] = ()
@@ -70,6 +71,7 @@ class EvaluateRequest(BaseModel):
             "gsm8k-cot, svamp, mawps, aqua, commonsense.",
             MEASURE,
             "NAME,…",
+            primary=True,
             offers=_TASKS,
         ),
     ] = ()
@@ -81,6 +83,7 @@ class EvaluateRequest(BaseModel):
             MEASURE,
             "TEXT",
             flag="--prompt -p",
+            primary=True,
             repeated=True,
         ),
     ] = ()
@@ -98,13 +101,18 @@ class EvaluateRequest(BaseModel):
     ] = None
     fidelity: Annotated[
         bool | None,
-        Option("Compare predictions with the full-precision parent's.", MEASURE, default="if nothing else is asked"),
+        Option(
+            "Compare predictions with the full-precision parent's.",
+            MEASURE,
+            default="if nothing else is asked",
+            primary=True,
+        ),
     ] = None
-    adapter: Annotated[bool, Option("Score an artifact with the adapter that it has, or its base alone.", MEASURE)] = (
-        True
-    )
+    adapter: Annotated[
+        bool, Option("Score an artifact with the adapter that it has, or its base alone.", MEASURE, primary=True)
+    ] = True
     parent: Annotated[
-        str | None, Option("The full-precision parent.", MEASURE, "SOURCE", default="the one on record")
+        str | None, Option("The full-precision parent.", MEASURE, "SOURCE", default="the one on record", primary=True)
     ] = None
     parent_scores: Annotated[
         bool | None, Option("Score the parent too.", MEASURE, default="its perplexity, not its tasks")
@@ -120,6 +128,7 @@ class EvaluateRequest(BaseModel):
             HOW,
             "N",
             default="all; 32 on a CPU if nothing is asked",
+            primary=True,
         ),
     ] = None
     fewshot: Annotated[
