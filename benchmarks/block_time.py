@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.models.load import load_model
 from ulbq.models.source import default_model
 from ulbq.pipeline.predict import heldout_samples
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.samples import draw
 from ulbq.runtime import calm_threads, versions
 

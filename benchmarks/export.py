@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import UlbqError
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
-from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "tests" / "export" / "readers"
 TEXT = (

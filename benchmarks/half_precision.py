@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.data.calibration import CALIBRATION_FILE, load_calibration
 from ulbq.pipeline.quantization_plan import prepare
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.student import Folders, build_student
 from ulbq.progress import Silent
 from ulbq.runtime import calm_threads, versions

@@ -34,9 +34,9 @@ from safetensors.torch import save_file
 from speed import write_original
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.models.source import default_model
 from ulbq.pipeline.predict import heldout_samples
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.samples import draw
 from ulbq.runtime import calm_threads, describe_device, versions
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.data.registry import texts
 from ulbq.data.windows import token_stream
 from ulbq.evaluation.perplexity import perplexity
@@ -25,7 +26,6 @@ from ulbq.methods.base import BlockTask
 from ulbq.models.load import load_model
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job, prepare
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.samples import draw
 from ulbq.pipeline.streams import Streams
 from ulbq.progress import Silent

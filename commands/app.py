@@ -11,30 +11,22 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib import import_module
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
+from typer.core import TyperGroup
 
 from ulbq import __version__, distributed
 from ulbq.errors import DiskFullError, InputError, ResourceError, UlbqError, UsageError
 from ulbq.printable import printable
-from ulbq.runtime import calm_threads
 
 from . import completion, console
-from .convert import convert
-from .eval import eval as evaluate
-from .finetune import finetune
-from .generate import generate
-from .inspect import inspect
 from .options import State
-from .quantize import quantize
-from .saliency import saliency
-from .sections import SectionedCommand
 from .start import HINT, lacking
 from .streams import steadied, write
 
@@ -44,8 +36,55 @@ DEFECT = 1
 
 _UNDIVIDED = frozenset({"generate", "convert", "inspect"})
 
+_COMMANDS = {
+    "saliency": "Score every weight of a model by how much the model depends on it.",
+    "quantize": "Quantize a model to 1 to 4 bits, one block at a time.",
+    "eval": "Measure a model: size, perplexity, fidelity to its full-precision parent, tasks, words and speed.",
+    "generate": "Let a model go on from a prompt, and tell its speed and memory.",
+    "finetune": "Teach a quantized artifact, packed as it is.",
+    "convert": "Write a model in a layout that other tools load.",
+    "inspect": "Show an artifact: where its bits went, its errors by block and layer, its ancestry.",
+}
+
+
+class _Commands(Mapping[str, Any]):
+    """Every command by its name. Its module, with all that it takes, is loaded when it is asked for."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in _COMMANDS:
+            raise KeyError(name)
+        from ulbq.runtime import calm_threads
+
+        from .sections import SectionedCommand
+
+        calm_threads()
+        one = typer.Typer(add_completion=False, rich_markup_mode=None)
+        function = getattr(import_module(f".{name}", __package__), name)
+        one.command(name, cls=SectionedCommand, short_help=_COMMANDS[name])(function)
+        return typer.main.get_command(one)
+
+
+class _Group(TyperGroup):
+    """The commands, of which a list needs no more than a sentence each."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _Commands()  # type: ignore[assignment]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
 app = typer.Typer(
     name="ulbq",
+    cls=_Group,
     help="Turn a causal language model into a 1- to 4-bit one, and show how good it is.",
     epilog="Commands chain: ulbq quantize --method db-llm | ulbq eval",
     rich_markup_mode=None,
@@ -76,19 +115,6 @@ def ulbq(
         )
 
 
-for _name, _command in (
-    ("saliency", saliency),
-    ("quantize", quantize),
-    ("eval", evaluate),
-    ("generate", generate),
-    ("finetune", finetune),
-    ("convert", convert),
-    ("inspect", inspect),
-):
-    # The first sentence whole; Typer would cut it in the middle.
-    app.command(_name, cls=SectionedCommand, short_help=(_command.__doc__ or "").partition(".")[0] + ".")(_command)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -98,7 +124,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    calm_threads()
     if completion.ASKED in os.environ:
         completion.answer(app)
     with steadied():
@@ -124,7 +149,7 @@ def _run(words: list[str]) -> int:
     except Exception as error:
         if state.debug:
             console.terminal(quiet=False).out(printable(traceback.format_exc()), end="", highlight=False)
-        return _interrupted() if state.interrupted else _explain(error)
+        return _interrupted() if state.interrupted else _explain(error, state)
     except BaseException as error:
         # What Rust calls a panic, and its Python bindings no Exception; its own words are on standard error by now.
         if type(error).__name__ == "PanicException":
@@ -157,11 +182,13 @@ def _interrupted() -> int:
     return _fail(INTERRUPTED, "Interrupted.", "Finished steps are kept: run the same command again to go on.")
 
 
-def _explain(error: Exception) -> int:
-    """Say an error as one message and one hint; return its exit code."""
+def _explain(error: Exception, state: State) -> int:
+    """Say an error as one message and one hint, fields as they are typed; return its exit code."""
+    from .fields import as_typed
+
     known = _as_ulbq_error(error)
     if known is not None:
-        return _fail(known.exit_code, known.message, known.hint)
+        return _fail(known.exit_code, *(as_typed(text, state.parameters) for text in (known.message, known.hint)))
     hint = "This is a defect of ulbq. Run again with --debug and report what it shows."
     return _fail(DEFECT, f"{type(error).__name__}: {error}", hint)
 
@@ -173,6 +200,8 @@ def _fail(code: int, message: str, hint: str) -> int:
 
 def _as_ulbq_error(error: Exception) -> UlbqError | None:
     """The sentence for an error of Python's, Typer's, pydantic's or torch's own; None for one that nobody foresaw."""
+    from pydantic import ValidationError
+
     match error:
         case UlbqError():
             return error
@@ -209,7 +238,7 @@ def _help_hint(error: typer.TyperException) -> str:
 
 
 def _complaint(location: tuple[int | str, ...], message: str) -> str:
-    name = ".".join(str(part).replace("_", "-") for part in location)
+    name = "".join(f".{part}" if index else f"`{part}`" for index, part in enumerate(location))
     text = message.removeprefix("Value error, ")
     return f"{name}: {text}" if name else text
 

@@ -1,31 +1,24 @@
-"""Options that several commands share, and the rule by which a command finds its SOURCE.
+"""Options of the command line itself, and the rule by which a command finds its SOURCE.
 
-The types carry no defaults; a command's signature does:
-
-    def quantize(source: Source = None, out: Out = None, seed: Seed = 0, quiet: Quiet = False, ...) -> None:
-
-A metavar says what an option wants, and shell completion goes by it: ``FILE`` and ``SOURCE`` offer files and folders,
-``DIR`` offers folders; choices and ``autocompletion`` offer their values.
+What a command asks for is declared in ``ulbq/config``. The types carry no defaults; a command's signature does.
 """
 
 import io
 import os
-import re
 import stat
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ulbq import distributed, limits
-from ulbq.errors import InputError, UsageError
+from ulbq import distributed
+from ulbq.errors import InputError
 from ulbq.progress import Progress, Silent
 
 _LONGEST_PATH = 4096  # bytes; PATH_MAX of Linux
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass
@@ -34,6 +27,8 @@ class State:
 
     debug: bool = False
     interrupted: bool = False
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Of the command, by the fields that they stand for."""
 
 
 def _remember_debug(context: typer.Context, debug: bool) -> bool:
@@ -49,46 +44,13 @@ Source = Annotated[
         show_default=False,
     ),
 ]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        help="Folder for the new artifact.",
-        show_default="a telling name under ./artifacts",
-    ),
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan and what it will cost, then stop.", rich_help_panel="Run")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an artifact, or another run's partial one, at -o.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and what it will cost, then stop.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of everything random.")]
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="auto, cpu, cuda or cuda:N.",
-        autocompletion=lambda: ["auto", "cpu", "cuda"],
-    ),
-]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-dir",
-        metavar="DIR",
-        help="Folder of data sets laid out like the Hub, looked at first.",
-        show_default="ULBQ_DATA_DIR",
-    ),
-]
-Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
-NoVerify = Annotated[
-    bool, typer.Option("--no-verify", help="Do not compare an artifact's files with their hashes as they are read.")
-]
-
 _TERMINAL = "Terminal"
 Json = Annotated[
     bool,
-    typer.Option("--json", help="Write the manifest, not the path, to standard output.", rich_help_panel=_TERMINAL),
+    typer.Option("--json", help="Write the manifest instead of the path.", rich_help_panel=_TERMINAL),
 ]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors only.", rich_help_panel=_TERMINAL)
@@ -190,14 +152,3 @@ def _read_path() -> str:
             hint="Run this command once for each artifact.",
         )
     return lines[0].strip()
-
-
-def read_size(text: str) -> int:
-    """Bytes of ``512M``, ``4G``, ``4GiB``, ``1000``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), flags=re.IGNORECASE)
-    if match is None:
-        raise UsageError(f"'{text}' is no size.", hint="Write a number of bytes, or 512M, 4G and the like.")
-    size = float(match[1]) * _UNITS[match[2].upper()]
-    if size > limits.COUNT:
-        raise UsageError(f"'{match[0][:40]}' is more than any machine has.", hint="Write 512M, 4G and the like.")
-    return int(size)

@@ -1,14 +1,16 @@
 """The plan of a run as a table for people."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ulbq.config.options import CALIBRATION, COMPUTE, RUN, Option, options, typed, words
+from ulbq.config.quantize import QuantizeRequest, usual
 
 from . import console
 
 if TYPE_CHECKING:
     from ulbq.pipeline.finetune_plan import FinetunePlan
     from ulbq.pipeline.quantize import QuantizePlan
-    from ulbq.pipeline.request import QuantizeRequest
 
 
 def show_plan(plan: "QuantizePlan") -> None:
@@ -67,116 +69,29 @@ def show_rows(rows: Mapping[str, str]) -> None:
     console.terminal().print(table)
 
 
-def _what_is_done(request: "QuantizeRequest") -> dict[str, str]:
-    """Rows of a completed request; what has no value there has no meaning to its method."""
-    rows = {}
+def _what_is_done(request: QuantizeRequest) -> dict[str, str]:
+    """Rows of a completed request: what is in effect and tells the run, section by section."""
+    rows: dict[str, str] = {}
     if request.recipe is not None:
         rows["recipe"] = f"{request.recipe.name} (SHA-256 {request.recipe.sha256[:12]})"
     if request.calibration is not None and request.samples is not None:
-        size = f"{request.samples} × {request.sequence_length} tokens"
+        preset = f" (preset {request.preset})" if request.preset else ""
+        size = f"{request.samples} × {request.sequence_length} tokens{preset}"
         rows["calibration"] = f"{request.calibration}, {size}, seed {request.seed}"
-    if request.epochs is not None:
-        rows["training"] = _training(request)
-    if request.damping is not None:
-        rows["columns"] = _columns(request)
-    if request.refit is not None:
-        rows["codebooks"] = _codebooks(request)
-    if request.experts is not None:
-        zeros = "" if request.zeros == "none" else f", zero points by {request.zeros}"
-        rows["mixture"] = f"{request.experts} experts{zeros}"
-    if request.adapter:
-        rows["adapter"] = _adapter(request)
-    if request.penalize is not None or request.block_multiplier is not None:
-        rows["preserved"] = _preserved(request)
-    if request.fit_temperature:
-        rows["temperature"] = "fitted on the held-out samples"
-    if request.end_to_end not in (None, "none"):
-        rows["end to end"] = _end_to_end(request)
-    return rows
+    parts: dict[str, list[str]] = {}
+    for name, _, option in options(type(request)):
+        # Said by other rows already.
+        told = option.section in ("", CALIBRATION, COMPUTE, RUN) or name in ("bits", "group_size", "rotate")
+        value = getattr(request, name)
+        if not told and value is not None and (option.planned or value != usual(name)):
+            parts.setdefault(option.section.partition(" (")[0].lower(), []).append(_said(name, option, value))
+    return rows | {section: ", ".join(said) for section, said in parts.items()}
 
 
-_TRAINED: dict[str | None, str] = {
-    "clipping": "clip ends alone",
-    "grid": "scales and zero points alone",
-    "rounding": "weights within half a step",
-    "weights": "weights alone",
-}
-
-
-def _training(request: "QuantizeRequest") -> str:
-    if not request.epochs:
-        return "none"
-    if request.stages:
-        epochs = " + ".join(f"{stage.name} {stage.epochs}" for stage in request.stages) + " epochs"
-    else:
-        epochs = f"{request.epochs} epochs"
-    parts = [epochs, f"batches of {request.batch_size}"]
-    if request.train_weights is False:
-        parts.append("weights frozen")
-    if request.train in _TRAINED:
-        parts.append(_TRAINED[request.train])
-    if request.start not in (None, "search"):
-        parts.append(f"start {request.start}")
-    if request.optimizer == "sign":
-        parts.append("sign descent")
-    if request.granularity == "layer":
-        parts.append("layer by layer")
-    return ", ".join(parts) + (f" (preset {request.preset})" if request.preset else "")
-
-
-def _columns(request: "QuantizeRequest") -> str:
-    order = "largest inputs first" if request.act_order else "from left to right"
-    layers = "layer after layer" if request.true_sequential else "all layers from one pass"
-    preset = f" (preset {request.preset})" if request.preset else ""
-    tokens = ", plain squares" if request.token_weighting == "uniform" else ""
-    return f"{order}, damping {request.damping:g}, {layers}{tokens}{preset}"
-
-
-def _codebooks(request: "QuantizeRequest") -> str:
-    parts = [f"{request.bits} bits a column"]
-    if request.target_bits is not None:
-        nominal = "nominal" if request.as_published else "true"
-        parts = [f"{request.bits} bits a column and more, to {request.target_bits:g} {nominal} bits"]
-    if request.allocation is not None:
-        parts.append(f"{request.allocation} allocation")
-    if request.outlier_bits:
-        parts.append(f"{request.outlier_bits:g} bits for outliers")
-    if request.refit:
-        parts.append("fitted together")
-    if request.as_published:
-        parts.append("as published")
-    if not request.penalty and request.saliency not in (None, "none"):
-        parts.append(f"layers weighed by {request.saliency}")
-    return ", ".join(parts)
-
-
-def _adapter(request: "QuantizeRequest") -> str:
-    kind = "DoRA" if request.dora else "LoRA"
-    dropout = f", dropout {request.dropout:g}" if request.dropout else ""
-    return f"{kind}, rank {request.rank}, alpha {request.alpha:g}{dropout}, on {', '.join(request.targets or ['all'])}"
-
-
-def _preserved(request: "QuantizeRequest") -> str:
-    amounts = [] if request.penalty is None else [f"{request.penalty:g}"]
-    amounts += [f"{stage.penalty:g} in {stage.name}" for stage in request.stages or () if stage.penalty is not None]
-    growth = "" if request.block_multiplier == 1 else f" × {request.block_multiplier:g} a block"
-    where = f", {request.penalize}" if request.penalize else ""
-    return f"lambda {', '.join(amounts)}{growth}{where}, saliency {request.saliency}"
-
-
-def _end_to_end(request: "QuantizeRequest") -> str:
-    teacher = f", {request.teacher} teacher" if request.teacher else ""
-    top = f" (top {request.teacher_top_k})" if request.teacher_top_k else ""
-    loss = str(request.end_to_end)
-    if request.end_to_end_gamma is not None:
-        loss = f"{loss} with gamma {request.end_to_end_gamma:g}"
-    if request.end_to_end_hidden_weight is not None:
-        loss = f"{loss} × {request.end_to_end_hidden_weight:g}"
-    text = ""
-    if request.end_to_end_data is not None:
-        samples = request.end_to_end_samples or request.samples
-        text = f" on {request.end_to_end_data}, {samples} × {request.sequence_length} tokens"
-    return (
-        f"{loss}{text}, {request.end_to_end_epochs} epochs, {request.accumulation} samples a step, "
-        f"trains {request.end_to_end_train}{teacher}{top}"
-    )
+def _said(name: str, option: Option, value: Any) -> str:
+    """``rank 8``, ``no-refit``; names within a section without what the section says."""
+    if isinstance(value, bool):
+        return words(name, option, value)
+    flag = typed(name, option, switch=False)[0].removeprefix("--")
+    label = flag.removeprefix(option.section.lower().replace(" ", "-")).strip("-").replace("-", " ")
+    return f"{label} {words(name, option, value)}".strip()

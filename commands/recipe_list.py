@@ -42,7 +42,7 @@ def show_tasks(wanted: bool) -> None:
     """The same for the tasks of 'ulbq finetune'."""
     if not wanted:
         return
-    from ulbq.pipeline.finetune_request import load_task, task_names
+    from ulbq.pipeline.tasks import load_task, task_names
 
     tasks = [load_task(name) for name in task_names()]
     _print(

@@ -12,8 +12,6 @@ import typer
 
 from ulbq.commands import quantize as quantize_command
 from ulbq.commands.app import app
-from ulbq.commands.options import read_size
-from ulbq.commands.stages import read_stages
 from ulbq.errors import UlbqError
 from ulbq.pipeline.recipes import names as recipe_names
 
@@ -171,14 +169,10 @@ def _stands_in(word: str) -> bool:
 def _check_values(name: str, context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values that the parser leaves to the command. Raises what the command would raise."""
     given = context.params
-    if (size := given.get("activation_memory")) is not None:
-        read_size(size)
-    if given.get("stages"):
-        read_stages(given["stages"])
     if name != "quantize" or str(given.get("recipe")).endswith(".yaml"):  # a file of the reader's
         return
+    from ulbq.config.quantize import check_options
     from ulbq.pipeline import quantize as pipeline
-    from ulbq.pipeline.request import check_options
 
     class Checked(Exception):
         """The request holds together."""

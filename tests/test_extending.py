@@ -15,9 +15,10 @@ from tests.models.tiny import save_tiny
 from ulbq import formats
 from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
 from ulbq.commands import inspection, kernel_table
+from ulbq.config.convert import TARGETS
 from ulbq.errors import InputError
 from ulbq.export.fit import Candidate
-from ulbq.export.targets import TARGETS, base
+from ulbq.export.targets import base
 from ulbq.formats.bits import BaseScheme, Format, TensorSpec, pack_planes, packed_length, unpack_planes
 from ulbq.kernels import LAYOUTS, Case, choose
 from ulbq.methods import METHODS, Rtn

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each row imports only from itself and the rows above it.
 ROWS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "distributed", "limits", "printable", "runtime", "progress", "import_hook"}),
+    frozenset({"config"}),
     frozenset({"artifacts"}),
     frozenset({"formats"}),
     frozenset({"kernels"}),
@@ -168,7 +169,7 @@ def test_every_package_is_shipped(project):
 
 def test_foundations_and_artifacts_import_neither_torch_nor_transformers():
     foundations = tuple(
-        f"ulbq.{part}" for part in ("errors", "distributed", "limits", "progress", "runtime", "artifacts")
+        f"ulbq.{part}" for part in ("errors", "distributed", "limits", "progress", "runtime", "config", "artifacts")
     )
     light = [_module(path) for path in LIBRARY if _module(path).startswith(foundations) and path.name != "shards.py"]
     program = f"import sys, {', '.join(light)}; print(*(sys.modules.keys() & {{'torch', 'transformers', 'datasets'}}))"

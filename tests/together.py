@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ulbq import distributed
+from ulbq.config.quantize import QuantizeRequest
+from ulbq.config.saliency import SaliencyRequest
 from ulbq.errors import InputError
 from ulbq.evaluation.fidelity import fidelity
 from ulbq.evaluation.lm import LanguageModel
@@ -22,11 +24,10 @@ from ulbq.models.blocks import load_block
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import finetune_plan
-from ulbq.pipeline.finetune_request import load_task
 from ulbq.pipeline.finetune_run import finetune
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
-from ulbq.pipeline.saliency import SaliencyRequest, saliency
+from ulbq.pipeline.saliency import saliency
+from ulbq.pipeline.tasks import load_task
 from ulbq.progress import Silent
 
 MODEL, TOKENS, BASE, ROWS = "model", "tokens.safetensors", "base", "rows.jsonl"

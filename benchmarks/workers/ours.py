@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from lap import Done, Laps
 
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.methods.base import BlockTask
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import prepare
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.streams import Streams
 from ulbq.progress import Silent
 from ulbq.runtime import seed_everything

@@ -11,13 +11,15 @@ import torch
 from tests.artifacts.sample import edit, write_artifact
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import read_manifest, verify
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.generate import GenerateRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
-from ulbq.pipeline.convert import ConvertRequest, convert
-from ulbq.pipeline.generate import GenerateRequest, generate
+from ulbq.pipeline.convert import convert
+from ulbq.pipeline.generate import generate
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,7 @@ def _options() -> Iterator[Case]:
     for before, option, values in (
         (rtn, "--bits", ("0", "5", "-3", "1e3", "99999999999999999999", "2.5", "two", "")),
         (rtn, "--group-size", ("0", "-2", "7", "99999999999", "64.0", "")),
+        (rtn, "--set", ("", "=", "bits", "bits=[", "group_size=&a [*a]", "search={a: 1}", "bits=1e99", "no_such=1")),
         (rtn, "--seed", ("-1", "9223372036854775808", "1e5", "nan")),
         (rtn, "--device", ("cuda:99", "meta", "", "cpu:77", "mps:0", "💥", "xpu")),
         (trained, "--samples", ("0", "-1", "99999999999999")),

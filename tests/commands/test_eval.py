@@ -10,7 +10,8 @@ from tests.evaluation.sample import write_mirror
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import read_manifest
 from ulbq.commands.app import main
-from ulbq.pipeline.quantize import QuantizeRequest, quantize
+from ulbq.config.quantize import QuantizeRequest
+from ulbq.pipeline.quantize import quantize
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ import torch
 
 from tests.models.tiny import save_tiny
 from ulbq.commands.app import main
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import UlbqError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import generate as pipeline
-from ulbq.pipeline.quantize import QuantizeRequest, quantize
+from ulbq.pipeline.quantize import quantize
 
 
 @pytest.fixture

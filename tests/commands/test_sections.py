@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ulbq.commands.options import Out, Quiet, Source
+from ulbq.commands.options import Quiet, Source
 from ulbq.commands.sections import SectionedCommand
 
 
@@ -14,7 +14,9 @@ def _help(capsys) -> str:
     @app.command(cls=SectionedCommand)
     def quantize(
         source: Source = None,
-        out: Out = None,
+        out: Annotated[
+            str | None, typer.Option("--output", help="Folder.", show_default="a telling name under ./artifacts")
+        ] = None,
         samples: Annotated[
             int | None,
             typer.Option("--samples", min=1, help="Samples (of text).", show_default="preset", rich_help_panel="Data"),

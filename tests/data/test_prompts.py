@@ -6,16 +6,8 @@ import pytest
 
 from tests.data.byte_tokenizer import ByteTokenizer
 from tests.models.tiny import tiny_tokenizer
-from ulbq.data.prompts import (
-    FINAL_ANSWER,
-    Template,
-    Turn,
-    choose_template,
-    lay_out,
-    next_question,
-    prompt_tokens,
-    question_frame,
-)
+from ulbq.config.run import Template
+from ulbq.data.prompts import FINAL_ANSWER, Turn, choose_template, lay_out, next_question, prompt_tokens, question_frame
 from ulbq.errors import InputError, UsageError
 
 BYTES: Any = ByteTokenizer(bos=True)

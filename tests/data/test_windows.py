@@ -44,7 +44,7 @@ def test_too_little_text_says_what_fits(length: int) -> None:
     with pytest.raises(InputError) as caught:
         draw_windows(torch.arange(needed - 1), 4, length, seeded(), "notes.txt")
     assert caught.value.message == f"notes.txt holds {needed - 1} tokens; 4 samples of {length} need at least {needed}."
-    assert "at most --samples 3 fit" in caught.value.hint
+    assert "at most `samples=3` fit" in caught.value.hint
     assert draw_windows(torch.arange(needed - 1), 3, length, seeded()).shape == (3, length)
 
 

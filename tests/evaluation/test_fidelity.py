@@ -44,7 +44,7 @@ def test_another_vocabulary_is_refused(model):
     larger = tiny_model(tiny_config("llama", tied=False, vocab=300))
     with pytest.raises(InputError, match=r"256 logits, its parent 300.*") as caught:
         fidelity(model, larger, WINDOWS, text="random")
-    assert "--parent" in caught.value.hint
+    assert "`parent`" in caught.value.hint
 
 
 def test_logits_that_are_not_finite_are_an_error(model):

@@ -7,10 +7,12 @@ from tests.artifacts.sample import edit
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import QuantizedManifest
 from ulbq.artifacts.records import FinetuneRecord
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
 from ulbq.evaluation.subjects import open_candidates
-from ulbq.pipeline.convert import ConvertRequest, convert
-from ulbq.pipeline.quantize import QuantizeRequest, quantize
+from ulbq.pipeline.convert import convert
+from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent
 
 

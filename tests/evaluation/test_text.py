@@ -70,7 +70,7 @@ def test_a_tokenizer_without_that_token_gets_none(tokenizer):
 def test_too_short_a_text_is_refused_with_its_length(tokenizer):
     with pytest.raises(InputError, match=r"note\.txt holds 2 tokens") as caught:
         text_windows(["ab "], tokenizer, context=64, name="note.txt")
-    assert "--context" in caught.value.hint
+    assert "`context`" in caught.value.hint
 
 
 def test_batches_hold_every_window_once(model):

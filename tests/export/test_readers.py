@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from tests.models.tiny import save_tiny
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
-from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 pytestmark = pytest.mark.slow
 

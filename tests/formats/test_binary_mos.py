@@ -6,8 +6,9 @@ import torch
 from pydantic import ValidationError
 
 from ulbq import formats
+from ulbq.config.methods import Zeros
 from ulbq.formats import BinaryMosScheme, binary_mos, read_scheme
-from ulbq.formats.binary_mos import Mixture, Zeros
+from ulbq.formats.binary_mos import Mixture
 from ulbq.formats.bits import stored_bits
 
 CASES: list[tuple[int, Zeros, tuple[int, int]]] = [

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from ulbq.blockwise.activations import ActivationStore
+from ulbq.config.methods import ClaqOptions, GptqOptions
+from ulbq.config.training import TokenWeighting
 from ulbq.methods.base import BlockTask
-from ulbq.methods.claq import Claq, ClaqOptions
-from ulbq.methods.gptq import Gptq, GptqOptions
+from ulbq.methods.claq import Claq
+from ulbq.methods.gptq import Gptq
 from ulbq.methods.in_sequence import solve_in_sequence
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.solvers.hessian import HessianSum
-from ulbq.training.losses import TokenWeighting
 from ulbq.training.objective import BlockData
 from ulbq.training.precision import Precision
 

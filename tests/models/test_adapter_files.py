@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models.stored import random_adapters
+from ulbq.config.adapter import AdapterConfig
 from ulbq.errors import InputError, NumericsError
 from ulbq.models.adapter_files import read_adapter, write_adapter
-from ulbq.nn.adapter import Adapter, AdapterConfig
+from ulbq.nn.adapter import Adapter
 
 _BLOCK = {"self_attn.q_proj": (6, 4), "mlp.up_proj": (8, 4)}
 
@@ -118,7 +119,7 @@ def test_another_configuration_is_refused(folder: Path, change: dict[str, object
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=words.replace(".", r"\.")) as caught:
         read_adapter(folder)
-    assert "--no-adapter" in caught.value.hint
+    assert "`adapter=False`" in caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])

@@ -17,11 +17,11 @@ from tests.models.stored import write_manifest_over, write_quantized
 from tests.models.tiny import save_tiny
 from tests.pipeline.runs import request
 from ulbq.artifacts.manifest import MANIFEST_NAME, read_manifest
+from ulbq.config.adapter import AdapterConfig
 from ulbq.errors import InputError, UsageError
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
-from ulbq.nn.adapter import AdapterConfig
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.quantize import quantize
 

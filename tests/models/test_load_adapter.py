@@ -13,12 +13,12 @@ from tests.models.adapted import TOKENS, simulated
 from tests.models.stored import write_quantized, write_random_adapter
 from tests.models.tiny import save_tiny
 from tests.strangers.conftest import reseal
+from ulbq.config.adapter import AdapterConfig
 from ulbq.errors import InputError
 from ulbq.formats import AffineScheme, DualBinaryScheme
 from ulbq.models.adapter_files import ADAPTER_FOLDER
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
-from ulbq.nn.adapter import AdapterConfig
 
 AFFINE = AffineScheme(bits=3, group_size=32)
 ROWS = AffineScheme(bits=2, group_size=-1, symmetric=True)

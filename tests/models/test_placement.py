@@ -25,14 +25,15 @@ from transformers import (
 from tests.models.tiny import save_tiny, tiny_config, tiny_model, tiny_tokenizer
 from tests.models.tiny_gguf import write_tiny_gguf
 from ulbq.artifacts.shards import LazyTensors
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
 from ulbq.models.blocks import skeleton, structure
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import is_dense_linear
-from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 _SIZE: dict[str, Any] = {
     **{"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},

@@ -145,7 +145,7 @@ def test_a_family_that_does_not_fit_is_refused(family: str, tmp_path: Path) -> N
     with pytest.raises(InputError, match="are not known to let a rotation through exactly") as refused:
         rotated(source, 0)
     assert f"'{source.config.model_type}'" in refused.value.message
-    assert "Leave out --rotate" in refused.value.hint
+    assert "Leave out `rotate`" in refused.value.hint
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from ulbq.config.adapter import AdapterConfig
 from ulbq.formats import AffineScheme, affine
-from ulbq.nn.adapter import AdaptedLinear, Adapter, AdapterConfig
+from ulbq.nn.adapter import AdaptedLinear, Adapter
 from ulbq.nn.quant_linear import QuantLinear
 
 IN, OUT = 24, 10

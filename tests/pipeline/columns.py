@@ -3,12 +3,11 @@
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel
 
+from ulbq.config.methods import MethodOptions
 from ulbq.formats import CodebookScheme, codebook
 from ulbq.formats.codebook import Columns, Outliers
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
-from ulbq.methods.options import MethodOptions
 
 
 class ColumnsOptions(MethodOptions):
@@ -24,8 +23,7 @@ class ByColumns:
     """
 
     name: ClassVar[str] = "columns"
-    Options: ClassVar[type[BaseModel]] = ColumnsOptions
-    calibrated: ClassVar[bool] = True
+    Options: ClassVar[type[MethodOptions]] = ColumnsOptions
     needs = Needs()
     scheme = CodebookScheme(bits=2)
 

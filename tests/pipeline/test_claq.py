@@ -11,10 +11,10 @@ from tests.models.tiny import FAMILIES, save_tiny
 from tests.pipeline.runs import StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.whole import verify
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import UsageError
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.pipeline.quantize import plan, quantize
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
 from ulbq.saliency import Saliency
 
@@ -220,15 +220,15 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
         ({"outlier_bits": 0.3}, "by loss"),
         ({"target_bits": 2.05, "outlier_bits": 0.07, "as_published": True}, "leaves nothing"),
         ({"target_bits": 4.3, "allocation": "global", "saliency": "wanda"}, "compared by fisher"),
-        ({"scale_rate": 0.1}, "--epochs 1"),
-        ({"penalty": 1.0}, "--epochs 1"),
-        ({"adapter": True}, "--epochs 1"),
-        ({"allocation": "layer"}, "--target-bits"),
-        ({"saliency": "fisher"}, "--target-bits"),
-        ({"target_bits": 4.3, "allocation": "layer", "saliency": "fisher"}, "--allocation global"),
+        ({"scale_rate": 0.1}, "`epochs` 1"),
+        ({"penalty": 1.0}, "`epochs` 1"),
+        ({"adapter": True}, "`epochs` 1"),
+        ({"allocation": "layer"}, "`target_bits`"),
+        ({"saliency": "fisher"}, "`target_bits`"),
+        ({"target_bits": 4.3, "allocation": "layer", "saliency": "fisher"}, "`allocation=global`"),
         ({"as_published": True, "refit": True}, "not as published"),
         ({"as_published": True, "target_bits": 2.2, "allocation": "global"}, "not as published"),
-        ({"group_size": 32}, "--group-size"),
+        ({"group_size": 32}, "`group_size`"),
     ],
     ids=str,
 )

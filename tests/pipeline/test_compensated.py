@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tests.models.tiny import save_tiny
 from tests.pipeline.runs import StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts.whole import verify
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.pipeline.quantize import plan, quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 
 def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:

@@ -11,14 +11,15 @@ from tests.models.stored import write_quantized, write_random_adapter
 from tests.models.tiny import save_tiny
 from tests.strangers.conftest import reseal
 from ulbq.artifacts import read_manifest, verify
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError
 from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
-from ulbq.nn.adapter import AdapterConfig
-from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))

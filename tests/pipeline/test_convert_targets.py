@@ -15,18 +15,19 @@ from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import ConvertedManifest, QuantizedManifest, read_manifest, verify
 from ulbq.artifacts.shards import LazyTensors
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.convert import ENGINES, TARGETS, ConvertRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.export import packed as packed_module
 from ulbq.export.engines import judge, targets_of
 from ulbq.export.fit import Candidate
-from ulbq.export.targets import ENGINES, TARGETS, compressed_tensors, gptq, target
+from ulbq.export.targets import compressed_tensors, gptq, target
 from ulbq.formats import AffineScheme, BinaryMosScheme, DualBinaryScheme
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
-from ulbq.nn.adapter import AdapterConfig
-from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -382,8 +383,8 @@ class TestEngines:
 
 
 def test_the_card_says_what_it_is(parent: Path, tmp_path: Path) -> None:
+    from ulbq.config.quantize import QuantizeRequest
     from ulbq.pipeline.quantize import quantize
-    from ulbq.pipeline.request import QuantizeRequest
 
     source, _ = quantize(
         QuantizeRequest(

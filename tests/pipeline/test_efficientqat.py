@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tests.models.tiny import save_tiny
 from tests.pipeline.runs import StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts.whole import verify
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import UsageError
 from ulbq.formats import affine
 from ulbq.formats.affine import AffineScheme
 from ulbq.pipeline.quantize import plan, quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 SCHEME = AffineScheme(bits=2, group_size=32)
 LAYER = "model.layers.0.mlp.up_proj"
@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 def test_an_artifact_has_its_start_already(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     start, before = quantize(asked(tiny_llama, tmp_path / "start", samples))
-    with pytest.raises(UsageError, match="--start means nothing to an artifact"):
+    with pytest.raises(UsageError, match="`start` means nothing to an artifact"):
         plan(asked(start, tmp_path / "q", samples, start="gptq"))
     _, after = quantize(asked(start, tmp_path / "q", samples))
     assert after.blocks[0].start_error == pytest.approx(before.blocks[0].end_error, rel=1e-3)

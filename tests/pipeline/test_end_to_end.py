@@ -17,13 +17,13 @@ from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.artifacts.whole import verify
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import end_to_end
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.quantize import plan, quantize
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.streams import Streams
 from ulbq.progress import Silent
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer
@@ -470,7 +470,7 @@ def test_an_artifact_trains_without_a_walk_over_its_blocks(
     assert manifest.blocks == ()
     assert manifest.calibration["name"] == "tokens.safetensors"
     own = on_instructions(first, tmp_path / "third", samples, instructions)
-    with pytest.raises(UsageError, match="--calibration means nothing"):
+    with pytest.raises(UsageError, match="`calibration` means nothing"):
         plan(own)
     alone, manifest = quantize(own.model_copy(update={"calibration": None}))
     assert manifest.calibration == {}

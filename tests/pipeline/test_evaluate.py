@@ -10,14 +10,16 @@ import torch
 from tests.evaluation.sample import write_mirror
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import EvaluationManifest, read_manifest, verify
+from ulbq.config.evaluate import EvaluateRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
 from ulbq.evaluation import harness
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import measure
-from ulbq.pipeline.evaluate import EvaluateRequest, evaluate
-from ulbq.pipeline.quantize import QuantizeRequest, quantize
+from ulbq.pipeline.evaluate import evaluate
+from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent
 
 
@@ -267,7 +269,7 @@ def test_logits_that_are_not_finite_leave_no_artifact(made, tmp_path):
     ("changes", "error", "sentence"),
     [
         ({"perplexity": ("wikitext",)}, UsageError, "no text set 'wikitext'"),
-        ({"context": 512}, UsageError, "takes 256 tokens, fewer than --context 512"),
+        ({"context": 512}, UsageError, "takes 256 tokens, fewer than `context=512`"),
         ({"fidelity": True}, InputError, "no full-precision model to compare with"),
         ({"data_dir": None}, ResourceError, "Nothing can be measured"),
         ({"data_dir": Path("nowhere")}, InputError, "no data folder"),

@@ -9,6 +9,8 @@ from tests.evaluation.sample import write_mirror
 from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import BitsReport, EvaluationManifest
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.evaluate import EvaluateRequest
 from ulbq.data.registry import texts
 from ulbq.evaluation.perplexity import perplexity
 from ulbq.evaluation.results import ModelScores, Results
@@ -17,8 +19,7 @@ from ulbq.evaluation.text import text_windows
 from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
-from ulbq.nn.adapter import AdapterConfig
-from ulbq.pipeline.evaluate import EvaluateRequest, evaluate
+from ulbq.pipeline.evaluate import evaluate
 
 _BITS = BitsReport(parts={"codes": 300, "adapter": 200, "embeddings": 1000}, weights=100)
 

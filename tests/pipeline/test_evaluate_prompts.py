@@ -11,6 +11,9 @@ from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny, tiny_config, tiny_model
 from tests.models.tiny_gguf import write_tiny_gguf
 from ulbq.artifacts import EvaluationManifest
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.evaluate import EvaluateRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import UsageError
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.evaluation.sizes import weight_size
@@ -19,10 +22,9 @@ from ulbq.evaluation.table import footnotes, rows
 from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model, model_memory
 from ulbq.models.source import resolve
-from ulbq.nn.adapter import AdapterConfig
 from ulbq.pipeline import measure
-from ulbq.pipeline.evaluate import EvaluateRequest, evaluate
-from ulbq.pipeline.quantize import QuantizeRequest, quantize
+from ulbq.pipeline.evaluate import evaluate
+from ulbq.pipeline.quantize import quantize
 
 PROMPT = "once upon a time"
 
@@ -201,7 +203,7 @@ def test_a_gguf_file_says_what_it_is_made_of(tmp_path):
         ({"prompts": ("\udcff",)}, "not UTF-8"),
         ({"max_new_tokens": 300}, "more than the 256 that"),
         ({"prompts": ("ab " * 300,)}, "more than the 256 that"),
-        ({"prompts": (), "max_new_tokens": 3}, "means nothing without --tasks or --prompt"),
+        ({"prompts": (), "max_new_tokens": 3}, "means nothing without `tasks` or `prompts`"),
     ],
     ids=str,
 )

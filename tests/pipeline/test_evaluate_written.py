@@ -8,12 +8,14 @@ import pytest
 from tests.evaluation.sample import write_mirror
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import EvaluationManifest, verify
+from ulbq.config.evaluate import EvaluateRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation import harness
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.pipeline import measure
-from ulbq.pipeline.evaluate import SAMPLES, EvaluateRequest, evaluate
-from ulbq.pipeline.quantize import QuantizeRequest, quantize
+from ulbq.pipeline.evaluate import SAMPLES, evaluate
+from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent
 
 
@@ -155,9 +157,9 @@ def test_names_of_lm_eval_stay_lm_evals(made):
 @pytest.mark.parametrize(
     ("changes", "error", "sentence"),
     [
-        ({"tasks": ("piqa",), "template": "gsm8k", "max_new_tokens": None}, UsageError, "--template means nothing to"),
-        ({"tasks": ("piqa",)}, UsageError, "--max-new-tokens means nothing to tasks of lm-eval"),
-        ({}, UsageError, "--max-new-tokens means nothing without --tasks"),
+        ({"tasks": ("piqa",), "template": "gsm8k", "max_new_tokens": None}, UsageError, "`template` means nothing to"),
+        ({"tasks": ("piqa",)}, UsageError, "`max_new_tokens` means nothing to tasks of lm-eval"),
+        ({}, UsageError, "`max_new_tokens` means nothing without `tasks`"),
         ({"tasks": ("siqa-instruct",)}, ResourceError, r"no llm-adapters/siqa/test\.jsonl"),
         ({"tasks": ("commonsense", "piqa-instruct")}, UsageError, "both contain the task 'piqa-instruct'"),
     ],

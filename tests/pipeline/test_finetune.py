@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ulbq.artifacts.whole import verify
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
 from ulbq.pipeline.finetune import end_to_end_request, telling_name
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 MADE: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "bits": 3, "group_size": 32},

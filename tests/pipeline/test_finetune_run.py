@@ -18,18 +18,19 @@ from tests.models.tiny import save_tiny
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.whole import verify
 from ulbq.commands.app import main
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.data.lessons import draw_lessons
 from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline import finetune_run, finetuned
-from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.convert import convert
 from ulbq.pipeline.finetune_plan import FinetuneJob, prepare
-from ulbq.pipeline.finetune_request import load_task, task_names
 from ulbq.pipeline.finetune_run import finetune
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
+from ulbq.pipeline.tasks import load_task, task_names
 from ulbq.progress import Silent
 from ulbq.training import tuner
 from ulbq.training.precision import Precision
@@ -244,11 +245,11 @@ def test_a_trained_adapter_goes_on_or_is_left_behind(folder: Path, tmp_path: Pat
     assert manifest.finetune is not None
     assert manifest.finetune.start_loss == reloaded_loss(base, asked)
     assert manifest.finetune.end_loss == reloaded_loss(path, asked)
-    with pytest.raises(UsageError, match="--rank: the artifact has a trained adapter"):
+    with pytest.raises(UsageError, match="`rank`: the artifact has a trained adapter"):
         job(base, folder, tmp_path / "no", rank=4)
     fresh = job(base, folder, tmp_path / "no", fresh=True, rank=4)
     assert (fresh.plan.start, fresh.adapter.rank, fresh.plan.linears) == ("fresh", 4, 21)
-    with pytest.raises(UsageError, match="--fresh: the artifact has no adapter"):
+    with pytest.raises(UsageError, match="`fresh`: the artifact has no adapter"):
         job(made(folder, "rtn"), folder, tmp_path / "no", fresh=True)
     with pytest.raises(UsageError, match="no packed layer is called 'x_proj'"):
         job(made(folder, "rtn"), folder, tmp_path / "no", targets=("q_proj", "x_proj"))

@@ -9,12 +9,13 @@ from pydantic import ValidationError
 
 from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.generate import GenerateRequest
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model, model_memory
 from ulbq.models.source import ModelSource, resolve
-from ulbq.nn.adapter import AdapterConfig
-from ulbq.pipeline.generate import GenerateRequest, Generation, generate
+from ulbq.pipeline.generate import Generation, generate
 
 PROMPT = "once upon a time"
 AFFINE = AffineScheme(bits=4, group_size=32)

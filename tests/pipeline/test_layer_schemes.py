@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.models.tiny import save_tiny
-from tests.pipeline.columns import ByColumns
+from tests.pipeline.columns import ByColumns, ColumnsOptions
 from tests.pipeline.runs import TOKENS, StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.methods import METHOD_OPTIONS
 from ulbq.formats import CodebookScheme
 from ulbq.methods import METHODS
 from ulbq.models.blocks import skeleton
@@ -22,7 +24,7 @@ from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline import layout
-from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.convert import convert
 from ulbq.pipeline.inspect import inspect
 from ulbq.pipeline.quantize import plan, quantize
 
@@ -33,6 +35,7 @@ OPTIONS: dict[str, Any] = {"method": "columns", "samples": 4, "sequence_length":
 def _method() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "columns", ByColumns)
+        patch.setitem(METHOD_OPTIONS, "columns", ColumnsOptions)
         yield
 
 

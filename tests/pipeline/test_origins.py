@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from tests.pipeline.runs import request
+from ulbq.config.saliency import SaliencyKind
 from ulbq.errors import InputError
 from ulbq.pipeline.quantize import plan, quantize
-from ulbq.saliency import KINDS, SaliencyKind
+from ulbq.saliency import KINDS
 
 ADAPTED = {"method": "db-llm", "adapter": True, "rank": 2, "alpha": 4}
 
@@ -25,8 +26,8 @@ def test_a_method_without_an_adapter_does_not_lose_one_unasked(
     first, _ = quantize(request(tiny_llama, tmp_path / "first", **ADAPTED, **size))
     with pytest.raises(InputError, match=r"an adapter of rank 2, alpha 4, and this run would lose it") as refused:
         plan(request(first, tmp_path / "q", method="db-llm", **size))
-    assert "--adapter --rank 2 --alpha 4 to keep it" in refused.value.hint
-    assert "--no-adapter to leave it behind" in refused.value.hint
+    assert "`adapter` `rank=2` `alpha=4` to keep it" in refused.value.hint
+    assert "`adapter=False` to leave it behind" in refused.value.hint
     left, manifest = quantize(request(first, tmp_path / "left", method="db-llm", adapter=False, **size))
     assert "adapter" not in manifest.bits.parts
     assert not (left / "adapter").exists()
@@ -40,13 +41,13 @@ def test_an_adapter_beside_other_layers_is_refused(tiny_llama: Path, size: dict[
     for targets in ((), ("q_proj",), ("q_proj", "k_proj")):
         with pytest.raises(InputError, match="beside other layers") as refused:
             plan(request(some, tmp_path / "q", targets=targets, **ADAPTED, **size))
-        assert "--targets self_attn.q_proj,self_attn.v_proj" in refused.value.hint
+        assert "`targets=self_attn.q_proj,self_attn.v_proj`" in refused.value.hint
     # As the hint has it.
     plan(request(some, tmp_path / "q", targets=("self_attn.q_proj", "self_attn.v_proj"), **ADAPTED, **size))
     everywhere, _ = quantize(request(tiny_llama, tmp_path / "all", **ADAPTED, **size))
     with pytest.raises(InputError, match="beside other layers") as refused:
         plan(request(everywhere, tmp_path / "q", targets=("q_proj",), **ADAPTED, **size))
-    assert "Leave out --targets" in refused.value.hint
+    assert "Leave out `targets`" in refused.value.hint
 
 
 def test_an_adapter_of_one_block_is_gone_on_with(tiny_llama: Path, size: dict[str, Any], tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_an_adapter_of_one_block_is_gone_on_with(tiny_llama: Path, size: dict[st
     first, _ = quantize(request(tiny_llama, tmp_path / "first", targets=(one,), **ADAPTED, **size))
     with pytest.raises(InputError, match="beside other layers") as refused:
         plan(request(first, tmp_path / "q", targets=("q_proj",), **ADAPTED, **size))
-    assert f"--targets {one} to go on" in refused.value.hint
+    assert f"`targets={one}` to go on" in refused.value.hint
     plan(request(first, tmp_path / "q", targets=(one,), **ADAPTED, **size))
 
 

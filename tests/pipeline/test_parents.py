@@ -10,12 +10,12 @@ import torch
 from tests.artifacts.sample import edit
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import read_manifest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
 from ulbq.models import hub
 from ulbq.pipeline.inspect import inspect
 from ulbq.pipeline.origins import open_origins
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 from tests.models.tiny import save_tiny
 from ulbq import runtime
 from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError
 from ulbq.models.source import ModelSource
 from ulbq.pipeline import proof
-from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from ulbq.config.quantize import check_options, resolve
+from ulbq.config.stages import Stage
 from ulbq.errors import InputError, UlbqError, UsageError
 from ulbq.pipeline import recipes
-from ulbq.pipeline.request import build_method, check_options, complete
-from ulbq.training.stages import Stage
+from ulbq.pipeline.quantization_plan import build_method
 
 
 def write(folder: Path, text: str) -> str:
@@ -22,7 +23,7 @@ def test_a_shipped_recipe_is_a_request(name: str) -> None:
     recipe = recipes.load(name)
     request = recipes.request_of({}, recipe)
     check_options(request)
-    full = complete(request, "quick")
+    full = resolve(request, "quick").record
     build_method(full)
     # Every value it names is in effect: none is dropped, none is overwritten by a default.
     kept = full.model_dump(mode="json", include=set(recipe.options))
@@ -68,9 +69,9 @@ def test_what_is_typed_wins(tmp_path: Path) -> None:
 def test_typed_stages_and_epochs_win_over_the_recipes(tmp_path: Path) -> None:
     sapr = recipes.load("ulb-sapr-w2")
     stages = [{"name": "mixed", "epochs": 3}]
-    request = complete(recipes.request_of({"stages": stages}, recipes.load("apiq-w2")), "quick")
+    request = resolve(recipes.request_of({"stages": stages}, recipes.load("apiq-w2")), "quick").record
     assert (request.epochs, request.stages) == (3, (Stage(name="mixed", epochs=3),))
-    request = complete(recipes.request_of({"epochs": 2}, sapr), "quick")
+    request = resolve(recipes.request_of({"epochs": 2}, sapr), "quick").record
     assert (request.epochs, request.stages, request.penalty) == (2, (), 0.1)
     # What they leave without a meaning goes too.
     request = recipes.request_of({"stages": [{"name": "opt", "epochs": 3}]}, sapr)
@@ -86,7 +87,7 @@ def test_typed_stages_and_epochs_win_over_the_recipes(tmp_path: Path) -> None:
 
 def test_a_slip_in_a_recipe_is_refused_and_not_mended(tmp_path: Path) -> None:
     mine = recipes.load(write(tmp_path, "options: {method: apiq, adapter: false, rank: 8}"))
-    with pytest.raises(UsageError, match="--rank means nothing without --adapter"):
+    with pytest.raises(UsageError, match="`rank` means nothing without `adapter`"):
         check_options(recipes.request_of({"bits": 3}, mine))
 
 

@@ -4,14 +4,16 @@ from typing import Any
 
 import pytest
 
+from ulbq.config.methods import method_options
+from ulbq.config.quantize import PRESETS, QuantizeRequest, check_options, options_of, resolve, takes
+from ulbq.config.stages import Stage
 from ulbq.errors import UsageError
 from ulbq.methods import METHODS
-from ulbq.pipeline.request import PRESETS, QuantizeRequest, build_method, check_options, complete, method_options, takes
-from ulbq.training.stages import Stage
+from ulbq.pipeline.quantization_plan import build_method
 
 OPT = {"name": "opt", "epochs": 1}
 OWN = {"name": "mixed", "epochs": 1, "penalty": 0.5}
-CALIBRATED = sorted(name for name, method in METHODS.items() if method.calibrated)
+CALIBRATED = sorted(name for name, method in METHODS.items() if method.Options.calibrated)
 
 
 def asked(**options: Any) -> QuantizeRequest:
@@ -21,7 +23,7 @@ def asked(**options: Any) -> QuantizeRequest:
 def completed(**options: Any) -> QuantizeRequest:
     request = asked(**options)
     check_options(request)
-    return complete(request, "quick")
+    return resolve(request, "quick").record
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -37,7 +39,7 @@ def test_every_option_of_a_request_is_some_methods() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_completed_request_is_complete(method: str) -> None:
     full = completed(method=method)
-    assert complete(full, "best") == full
+    assert resolve(full, "best").record == full
     assert build_method(full).scheme.group_size == full.group_size
     again = QuantizeRequest.model_validate_json(full.model_dump_json())
     assert again == full
@@ -72,7 +74,7 @@ def test_stages_bring_their_own_epochs() -> None:
     assert full.epochs == 5
     assert full.stages == (Stage(name="wpt", epochs=3), Stage(name="opt", epochs=2))
     assert build_method(full).needs.epochs == 5
-    with pytest.raises(UsageError, match=r"--epochs 4 contradicts the stages: wpt 3"):
+    with pytest.raises(UsageError, match=r"`epochs=4` contradicts the stages: wpt 3"):
         completed(method="ulb-sapr", epochs=4, stages=[{"name": "wpt", "epochs": 3}])
 
 
@@ -87,39 +89,39 @@ def test_what_has_no_meaning_stays_open() -> None:
 @pytest.mark.parametrize(
     ("options", "needed"),
     [
-        ({"method": "apiq", "adapter": False, "rank": 4}, "--adapter"),
-        ({"method": "db-llm", "rank": 4}, "--adapter"),
-        ({"method": "ulb-sapr", "adapter": False, "penalize": "after-adapter"}, "--adapter"),
-        ({"method": "db-llm", "train_weights": False, "weight_rate": 0.1}, "--train-weights"),
-        ({"method": "apiq", "schedule": "constant", "final_rate": 0.1}, "--schedule cosine"),
-        ({"method": "apiq", "saliency": "fisher"}, "--lambda"),
-        ({"method": "ulb-sapr", "penalty": 0, "penalize": "after-adapter"}, "--lambda"),
-        ({"method": "ulb-sapr", "saliency": "fisher", "stages": [{"name": "opt", "epochs": 1}]}, "--lambda"),
-        ({"method": "db-llm", "accumulation": 2}, "--end-to-end"),
-        ({"method": "db-llm", "end_to_end": "ce", "teacher": "cached"}, "--end-to-end kl"),
-        ({"method": "db-llm", "end_to_end": "kl", "teacher_top_k": 8}, "--teacher cached"),
-        ({"method": "db-llm", "granularity": "layer", "norm_rate": 0.1}, "--granularity block"),
-        ({"method": "binary-mos", "experts": 1, "router_rate": 0.1}, "--experts 2 or more"),
+        ({"method": "apiq", "adapter": False, "rank": 4}, "`adapter`"),
+        ({"method": "db-llm", "rank": 4}, "`adapter`"),
+        ({"method": "ulb-sapr", "adapter": False, "penalize": "after-adapter"}, "`adapter`"),
+        ({"method": "db-llm", "train_weights": False, "weight_rate": 0.1}, "`train_weights`"),
+        ({"method": "apiq", "schedule": "constant", "final_rate": 0.1}, "`schedule=cosine`"),
+        ({"method": "apiq", "saliency": "fisher"}, "`penalty`"),
+        ({"method": "ulb-sapr", "penalty": 0, "penalize": "after-adapter"}, "`penalty`"),
+        ({"method": "ulb-sapr", "saliency": "fisher", "stages": [{"name": "opt", "epochs": 1}]}, "`penalty`"),
+        ({"method": "db-llm", "accumulation": 2}, "`end_to_end`"),
+        ({"method": "db-llm", "end_to_end": "ce", "teacher": "cached"}, "`end_to_end=kl`"),
+        ({"method": "db-llm", "end_to_end": "kl", "teacher_top_k": 8}, "`teacher=cached`"),
+        ({"method": "db-llm", "granularity": "layer", "norm_rate": 0.1}, "`granularity=block`"),
+        ({"method": "binary-mos", "experts": 1, "router_rate": 0.1}, "`experts` 2 or more"),
         ({"method": "ulb-sapr", "penalty": 0.1, "stages": [OPT]}, "a wpt or mixed stage without its own penalty"),
         ({"method": "ulb-sapr", "penalty": 0.1, "stages": [OWN]}, "a wpt or mixed stage without its own penalty"),
-        ({"method": "apiq", "saliency": "fisher", "stages": [OPT]}, "--lambda"),
+        ({"method": "apiq", "saliency": "fisher", "stages": [OPT]}, "`penalty`"),
         (
             {"method": "db-llm", "train_weights": False, "end_to_end": "kl", "end_to_end_train": "all"},
-            "--train-weights",
+            "`train_weights`",
         ),
-        ({"method": "efficientqat", "train": "grid", "weight_rate": 0.1}, "--train all"),
-        ({"method": "efficientqat", "train": "clipping", "end_to_end": "ce", "end_to_end_train": "all"}, "--train all"),
-        ({"method": "efficientqat", "train": "weights", "scale_rate": 0.1}, "--train all"),
-        ({"method": "db-llm", "end_to_end_gamma": 1}, "--end-to-end dad"),
-        ({"method": "db-llm", "end_to_end": "kl-hidden", "end_to_end_gamma": 1}, "--end-to-end dad"),
-        ({"method": "db-llm", "end_to_end": "dad", "end_to_end_hidden_weight": 1}, "--end-to-end kl-hidden"),
-        ({"method": "apiq", "train_weights": False, "stages": [{**OPT, "weight_rate": 1}]}, "--train-weights"),
-        ({"method": "apiq", "adapter": False, "stages": [{**OPT, "adapter_rate": 1}]}, "--adapter"),
-        ({"method": "db-llm", "stages": [{**OPT, "adapter_decay": 1}]}, "--adapter"),
-        ({"method": "binary-mos", "experts": 1, "stages": [{**OPT, "router_rate": 1}]}, "--experts 2 or more"),
+        ({"method": "efficientqat", "train": "grid", "weight_rate": 0.1}, "`train=all`"),
+        ({"method": "efficientqat", "train": "clipping", "end_to_end": "ce", "end_to_end_train": "all"}, "`train=all`"),
+        ({"method": "efficientqat", "train": "weights", "scale_rate": 0.1}, "`train=all`"),
+        ({"method": "db-llm", "end_to_end_gamma": 1}, "`end_to_end=dad`"),
+        ({"method": "db-llm", "end_to_end": "kl-hidden", "end_to_end_gamma": 1}, "`end_to_end=dad`"),
+        ({"method": "db-llm", "end_to_end": "dad", "end_to_end_hidden_weight": 1}, "`end_to_end=kl-hidden`"),
+        ({"method": "apiq", "train_weights": False, "stages": [{**OPT, "weight_rate": 1}]}, "`train_weights`"),
+        ({"method": "apiq", "adapter": False, "stages": [{**OPT, "adapter_rate": 1}]}, "`adapter`"),
+        ({"method": "db-llm", "stages": [{**OPT, "adapter_decay": 1}]}, "`adapter`"),
+        ({"method": "binary-mos", "experts": 1, "stages": [{**OPT, "router_rate": 1}]}, "`experts` 2 or more"),
         (
             {"method": "db-llm", "granularity": "layer", "end_to_end": "ce", "stages": [{**OPT, "norm_rate": 1}]},
-            "--granularity block",
+            "`granularity=block`",
         ),
     ],
 )
@@ -143,7 +145,7 @@ def test_options_that_others_leave_without_a_meaning_are_refused(options: dict[s
 )
 def test_options_that_do_something_are_taken(options: dict[str, Any]) -> None:
     full = completed(**options)
-    assert complete(full, "best") == full
+    assert resolve(full, "best").record == full
     build_method(full)
 
 
@@ -152,7 +154,7 @@ def test_a_stage_of_the_penalty_alone_wants_a_penalty(method: str) -> None:
     alone = {"name": "wpt", "epochs": 1}
     with pytest.raises(UsageError, match="its lambda is 0") as refused:
         check_options(asked(method=method, stages=[alone]))
-    assert "--lambda X, or penalty=X" in refused.value.hint
+    assert "`penalty=X`, or penalty=X" in refused.value.hint
     with pytest.raises(UsageError, match="its lambda is 0"):
         check_options(asked(method="ulb-sapr", stages=[{**alone, "penalty": 0}]))
     completed(method=method, stages=[{**alone, "penalty": 1}])
@@ -172,15 +174,15 @@ def test_the_settings_of_the_losses_reach_the_phase() -> None:
 @pytest.mark.parametrize(
     ("options", "said", "hint"),
     [
-        ({"method": "db-llm", "stages": [{**OPT, "router_rate": 1}]}, "opt:router-rate means nothing to", "Leave it"),
-        ({"method": "ulb-sapr", "stages": [{**OPT, "penalty": 1}]}, "opt:penalty means nothing", "mixed"),
-        ({"method": "rtn", "penalty": 0.1}, "--lambda means nothing to --method rtn", "ulb-sapr"),
-        ({"method": "rtn", "calibration": "c4"}, "--calibration means nothing to --method rtn", "db-llm"),
-        ({"method": "db-llm", "search": True}, "--search means nothing to --method db-llm", "rtn"),
+        ({"method": "db-llm", "stages": [{**OPT, "router_rate": 1}]}, "opt:router-rate` means nothing to", "Leave it"),
+        ({"method": "ulb-sapr", "stages": [{**OPT, "penalty": 1}]}, "opt:penalty` means nothing", "mixed"),
+        ({"method": "rtn", "penalty": 0.1}, "`penalty` means nothing to `method=rtn`", "ulb-sapr"),
+        ({"method": "rtn", "calibration": "c4"}, "`calibration` means nothing to `method=rtn`", "db-llm"),
+        ({"method": "db-llm", "search": True}, "`search` means nothing to `method=db-llm`", "rtn"),
         ({"method": "awq"}, "There is no method 'awq'", "rtn"),
-        ({"method": "db-llm", "bits": 3}, "cannot take --bits 3", "--bits"),
-        ({"method": "gptq", "epochs": 3}, "--epochs means nothing to --method gptq", "db-llm"),
-        ({"method": "rtn", "damping": 0.1}, "--damping means nothing to --method rtn", "gptq"),
+        ({"method": "db-llm", "bits": 3}, "cannot take `bits=3`", "`bits`"),
+        ({"method": "gptq", "epochs": 3}, "`epochs` means nothing to `method=gptq`", "db-llm"),
+        ({"method": "rtn", "damping": 0.1}, "`damping` means nothing to `method=rtn`", "gptq"),
     ],
 )
 def test_what_a_method_does_not_take_is_refused(options: dict[str, Any], said: str, hint: str) -> None:
@@ -202,3 +204,22 @@ def test_the_options_reach_the_method() -> None:
     adapter = method.needs.adapter
     assert adapter is not None
     assert (adapter.rank, adapter.dora, adapter.targets) == (8, True, ("q_proj",))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_left_open_in_full(method: str) -> None:
+    full = resolve(asked(method=method, seed=3), "quick", rotate=True, calibration="wikitext2")
+    assert full.options == options_of(full.record)
+    assert (full.seed, full.rotate, full.record.rotate, full.calibration) == (3, True, True, "wikitext2")
+    for name in ("group_size", "precision"):
+        assert getattr(full, name) == getattr(full.record, name)
+    looks = METHODS[method].Options.calibrated
+    assert (full.samples > 0, full.sequence_length > 0, full.activation_memory > 0) == (looks, looks, looks)
+    assert (full.phase, full.text, full.text_samples) == (None, None, full.samples)
+
+
+def test_a_phase_of_its_own_text_draws_no_more_calibration_samples() -> None:
+    own = resolve(asked(method="db-llm", end_to_end="kl", end_to_end_data="c4", end_to_end_samples=500), "quick")
+    assert (own.text, own.text_samples, own.drawn_samples) == ("c4", 500, 96)
+    shared = resolve(asked(method="db-llm", end_to_end="kl", end_to_end_samples=500), "quick")
+    assert (shared.text, shared.text_samples, shared.drawn_samples) == (None, 500, 500)

@@ -12,14 +12,15 @@ from tests.models.tiny import save_tiny
 from tests.pipeline.runs import TOKENS, StopAt, db_llm, logits, request, shards
 from ulbq import formats
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
+from ulbq.config.convert import ConvertRequest
+from ulbq.config.saliency import SaliencyRequest
 from ulbq.errors import InputError
 from ulbq.models.load import load_model
 from ulbq.models.rotation import rotated
 from ulbq.models.source import resolve
-from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.saliency import saliency
-from ulbq.pipeline.saliency_plan import SaliencyRequest
 
 
 def rotated_logits(dense: Path, packed: Path, seed: int) -> torch.Tensor:
@@ -137,7 +138,7 @@ def test_going_on_from_a_rotated_artifact_keeps_its_rotation(
 
 
 def test_an_artifacts_rotation_cannot_be_changed(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
-    for made, asked, said in ((True, False, "with --rotate"), (False, True, "without --rotate")):
+    for made, asked, said in ((True, False, "with `rotate`"), (False, True, "without `rotate`")):
         path, _ = quantize(db_llm(tiny_llama, tmp_path / str(made), samples, epochs=0, rotate=made))
         with pytest.raises(InputError, match=f"was made {said}, and its codes cannot be changed") as refused:
             plan(db_llm(path, tmp_path / "q", samples, rotate=asked))
@@ -156,7 +157,7 @@ def test_scores_of_the_unrotated_model_are_refused(
     for source, more in ((scores, {}), (tiny_llama, {"saliency": str(scores)})):
         with pytest.raises(InputError, match="are of weights that were not rotated") as refused:
             plan(db_llm(source, tmp_path / "q", samples, rotate=True, **options, **more))
-        assert "--saliency" in refused.value.hint
+        assert "`saliency`" in refused.value.hint
 
 
 def test_a_family_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import SaliencyManifest, read_manifest, verify
+from ulbq.config.saliency import SaliencyRequest
 from ulbq.errors import InputError, UsageError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
-from ulbq.pipeline.saliency import SaliencyRequest, plan, saliency
+from ulbq.pipeline.saliency import plan, saliency
 from ulbq.progress import Silent
 from ulbq.saliency import Saliency
 
@@ -127,7 +128,7 @@ def test_magnitude_needs_no_data_and_refuses_it(tiny_llama: Path, samples: Path,
     assert manifest.calibration == {}
     assert manifest.loss is None
     for option in ({"samples": 3}, {"calibration": "c4"}, {"batch_size": 1}, {"precision": "fp32"}):
-        with pytest.raises(UsageError, match="means nothing to --kind magnitude"):
+        with pytest.raises(UsageError, match="means nothing to `kind=magnitude`"):
             plan(request(tiny_llama, tmp_path / "t", kind="magnitude", **option))
 
 

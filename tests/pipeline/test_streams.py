@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.models.tiny import FAMILIES, save_tiny
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.kernels import attention, between, build
 from ulbq.pipeline.quantization_plan import prepare
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.pipeline.streams import Streams
 from ulbq.progress import Silent
 

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.tiny import save_tiny
 from ulbq.artifacts.records import TemperatureRecord
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import quantize as pipeline
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 NORM = "model.norm.weight"
 

@@ -15,6 +15,8 @@ from tests.pipeline.runs import TOKENS, logits, request, shards
 from ulbq.artifacts.manifest import read_manifest
 from ulbq.artifacts.whole import verify
 from ulbq.blockwise.activations import ActivationStore
+from ulbq.config.saliency import SaliencyRequest
+from ulbq.config.stages import Stage
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.formats import AnyScheme
 from ulbq.models.load import load_model
@@ -23,10 +25,8 @@ from ulbq.nn.adapter import Adapter
 from ulbq.pipeline import predict
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.saliency import saliency
-from ulbq.pipeline.saliency_plan import SaliencyRequest
 from ulbq.runtime import MAX_SEED
 from ulbq.training.layers import LayerwiseTrainer
-from ulbq.training.stages import Stage
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from ulbq import formats
+from ulbq.config.methods import Zeros
 from ulbq.formats import AffineScheme, BinaryMosScheme, binary_mos
-from ulbq.formats.binary_mos import Zeros
 from ulbq.quantizers.binary_mos import STE_BOUND, BinaryMosQuantizer, closed_form_start, rank_one
 
 ROWS, COLUMNS = 24, 40

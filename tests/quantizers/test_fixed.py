@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from ulbq import formats
+from ulbq.config.methods import Zeros
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, affine, dual_binary
-from ulbq.formats.binary_mos import Zeros
 from ulbq.kernels import build, fake_quantize
 from ulbq.methods.rtn import pack_codes
 from ulbq.quantizers.base import Quantizer

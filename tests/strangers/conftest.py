@@ -12,11 +12,11 @@ import pytest
 from tests.artifacts.sample import digest
 from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.formats import AffineScheme
 from ulbq.models.source import resolve
-from ulbq.nn.adapter import AdapterConfig
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 
 @pytest.fixture(autouse=True)

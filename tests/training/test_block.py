@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from tests.training.toy import CPU, WIDTH, ToyBlock, store
+from ulbq.config.training import TrainSettings
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
 from ulbq.training.block import BlockTrainer
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.objective import BlockData, HeldOut, Objective
 from ulbq.training.optimizer import clip_gradients
-from ulbq.training.settings import TrainSettings
 
 
 @pytest.fixture

@@ -11,17 +11,18 @@ from torch import nn
 
 from tests.models.tiny import tiny_config, tiny_model
 from ulbq import distributed
+from ulbq.config.end_to_end import EndToEndSettings
+from ulbq.config.training import TrainSettings
 from ulbq.errors import UsageError
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.models.blocks import block_list
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
 from ulbq.training.distill import hidden_error, mean_loss, predicted, token_terms
-from ulbq.training.end_to_end import EndToEndSettings, EndToEndTrainer, Epoch
+from ulbq.training.end_to_end import EndToEndTrainer, Epoch
 from ulbq.training.head import Head
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.precision import Precision
 from ulbq.training.samples import Samples
-from ulbq.training.settings import TrainSettings
 from ulbq.training.student import Student
 from ulbq.training.teacher import HiddenTap, StreamedTeacher
 

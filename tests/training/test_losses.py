@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ulbq.training.losses import TokenWeighting, bounded, output_loss, spurious_sinks, token_weights
+from ulbq.config.training import TokenWeighting
+from ulbq.training.losses import bounded, output_loss, spurious_sinks, token_weights
 
 
 def hidden(seed: int = 0) -> torch.Tensor:

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from tests.training.toy import CPU, ToyBlock, store
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.stages import Stage, StageName
+from ulbq.config.training import TrainSettings
 from ulbq.errors import InputError
 from ulbq.formats.affine import AffineScheme
-from ulbq.nn.adapter import Adapter, AdapterConfig
+from ulbq.nn.adapter import Adapter
 from ulbq.quantizers.affine import AffineQuantizer
 from ulbq.solvers.rtn import round_to_nearest
 from ulbq.training.block import BlockTrainer
@@ -20,8 +23,6 @@ from ulbq.training.linear import TrainedLinear
 from ulbq.training.losses import sliced_wasserstein
 from ulbq.training.objective import BlockData, Objective
 from ulbq.training.penalty import WeightPenalty
-from ulbq.training.settings import TrainSettings
-from ulbq.training.stages import Stage, StageName
 
 WIDTH = 32
 SCHEME = AffineScheme(bits=2, group_size=32)

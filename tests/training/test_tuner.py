@@ -8,11 +8,12 @@ import torch
 from transformers import TrainingArguments
 
 from tests.models.tiny import tiny_config, tiny_model
+from ulbq.config.finetune import TunerSettings
 from ulbq.data.lessons import Lesson
 from ulbq.errors import NumericsError
 from ulbq.training.batches import Listed, Order, batch
 from ulbq.training.precision import Precision
-from ulbq.training.tuner import Answers, Tuner, TunerSettings, Watch, answer_loss, stay_on
+from ulbq.training.tuner import Answers, Tuner, Watch, answer_loss, stay_on
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
 LESSONS = [

@@ -114,7 +114,7 @@ def calibration_samples(
     """
     if samples < 1 or length < 2:
         raise UsageError(
-            "Calibration needs at least one sample of two tokens.", hint="See --samples, --sequence-length."
+            "Calibration needs at least one sample of two tokens.", hint="See `samples`, `sequence_length`."
         )
     generator = torch.Generator().manual_seed(seed)
     path = Path(spec)
@@ -167,7 +167,7 @@ def _source(name: str, needed: int, data_dir: Path | None, offline: bool) -> tup
         try:
             return registry.texts(name, "train", data_dir=data_dir, offline=offline), limit
         except ResourceError as error:
-            hint = "Give a mirror with --data-dir or ULBQ_DATA_DIR, a text file, or --calibration self."
+            hint = "Give a mirror with --data-dir or ULBQ_DATA_DIR, a text file, or `calibration=self`."
             raise ResourceError(error.message, hint=hint) from error
     path = Path(name)
     if suffix_of(path) in TEXT_SUFFIXES:
@@ -199,13 +199,13 @@ def _stored_samples(
     if rows < samples or columns < length:
         raise InputError(
             f"{path} holds {rows} samples of {columns} tokens, not {samples} of {length}.",
-            hint=f"Pass --samples {min(samples, rows)} --sequence-length {min(length, columns)}.",
+            hint=f"Pass `samples={min(samples, rows)}` `sequence_length={min(length, columns)}`.",
         )
     cut = None if taught is None else taught[:samples, :length].contiguous()
     if cut is not None and not cut[:, 1:].any(1).all():
         raise InputError(
             f"{path} holds samples whose answers begin behind {length} tokens.",
-            hint=f"Pass --sequence-length {columns}.",
+            hint=f"Pass `sequence_length={columns}`.",
         )
     return Calibration(path.name, tokens[:samples, :length].contiguous(), seed, cut)
 

@@ -63,7 +63,7 @@ def self_samples(
     """
     if samples < 1 or length < 2:
         raise UsageError(
-            "Calibration needs at least one sample of two tokens.", hint="See --samples, --sequence-length."
+            "Calibration needs at least one sample of two tokens.", hint="See `samples`, `sequence_length`."
         )
     generator = torch.Generator().manual_seed(seed)
     leading = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
@@ -200,7 +200,7 @@ class _Writer:
             # The ends tell of all: one that is not a number is both.
             if not torch.stack(logits.aminmax()).isfinite().all():
                 raise NumericsError(
-                    "The model's logits are not finite.", hint="Try fp32: --precision of quantize, --dtype of eval."
+                    "The model's logits are not finite.", hint="Try fp32: `precision` of quantize, `dtype` of eval."
                 )
             for rows, banned in never:
                 logits[rows].index_fill_(1, banned, -torch.inf)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ulbq.artifacts.names import local_path
+from ulbq.config.run import Template
 from ulbq.data import registry
 from ulbq.data.calibration import Calibration, calibration_samples, check_calibration
 from ulbq.data.files import (
@@ -37,7 +38,7 @@ from ulbq.data.files import (
 )
 from ulbq.data.hub import HubSplit
 from ulbq.data.mirror import data_root, mirror_file
-from ulbq.data.prompts import Template, Turn, choose_template, lay_out
+from ulbq.data.prompts import Turn, choose_template, lay_out
 from ulbq.errors import InputError, UsageError
 from ulbq.progress import Progress
 
@@ -308,7 +309,7 @@ def _draw(
         raise InputError(
             f"'{spec}' holds {len(drawn)} examples, not {samples}{left_out}.",
             hint="Ask for fewer samples, or give more examples"
-            + (", or a greater --sequence-length." if without else "."),
+            + (", or a greater `sequence_length`." if without else "."),
         )
     if cut or without:
         progress.note(

@@ -15,11 +15,12 @@ import numpy
 import torch
 
 from ulbq.artifacts.names import local_path
+from ulbq.config.run import Template
 from ulbq.data import registry
 from ulbq.data.files import TEXT_SUFFIXES, read_text_file, suffix_of
 from ulbq.data.instructions import Example, encode, read_examples
 from ulbq.data.mirror import data_root, mirror_file
-from ulbq.data.prompts import Template, choose_template
+from ulbq.data.prompts import choose_template
 from ulbq.data.windows import leading_tokens, token_stream
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.progress import Progress
@@ -139,7 +140,7 @@ def _at_hand(specs: Sequence[str], data_dir: Path | None, progress: Progress) ->
     if not found:
         raise ResourceError(
             f"None of {', '.join(specs)} has a train split in the mirror ({root or 'none given'}).",
-            hint="Give a mirror with --data-dir or ULBQ_DATA_DIR, or a file with --data.",
+            hint="Give a mirror with --data-dir or ULBQ_DATA_DIR, or a file with `data`.",
         )
     if missing:
         progress.warn(f"Not at hand, and left out: {', '.join(missing)}. Training on {', '.join(found)}.")
@@ -176,8 +177,8 @@ def _draw(
         left_out = f"; {without} more have their answer behind {length} tokens" if without else ""
         raise InputError(
             f"'{spec}' holds {len(drawn)} examples, not {least}{left_out}.",
-            hint=f"Of those asked for, {heldout} are held out. Ask for fewer with --samples and --heldout"
-            + (", or for a greater --sequence-length." if without else "."),
+            hint=f"Of those asked for, {heldout} are held out. Ask for fewer with `samples` and `heldout`"
+            + (", or for a greater `sequence_length`." if without else "."),
         )
     if cut or without:
         progress.note(
@@ -223,7 +224,7 @@ def _blocks(
         raise InputError(
             f"'{spec}' holds {len(train)} blocks of {length} tokens to train on and {len(held)} to hold out, "
             f"not {least} and {heldout}.",
-            hint="Ask for fewer with --samples and --heldout, or for a smaller --sequence-length.",
+            hint="Ask for fewer with `samples` and `heldout`, or for a smaller `sequence_length`.",
         )
     return Lessons((spec,), None, tuple(train[:samples]), tuple(held), seed)
 

@@ -12,17 +12,16 @@ Prompt and answer are tokenised apart, because a prompt stands alone too when th
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
+from ulbq.config.run import Template
 from ulbq.errors import InputError, UsageError
 from ulbq.limits import bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Template = Literal["chat", "alpaca", "gsm8k"]
 
 FINAL_ANSWER = "The final answer is: "
 """What stands before the number that closes an answer in the layout ``gsm8k``."""

@@ -97,8 +97,8 @@ def _too_little(name: str, total: int, samples: int, length: int) -> InputError:
     half = (length + 1) // 2
     needed = length + (samples - 1) * half
     fitting = 1 + (total - length) // half if total >= length else 0
-    advice = f"at most --samples {fitting} fit" if fitting else "not even one sample fits"
+    advice = f"at most `samples={fitting}` fit" if fitting else "not even one sample fits"
     return InputError(
         f"{name} holds {total:,} tokens; {samples} samples of {length} need at least {needed:,}.",
-        hint=f"At this length {advice}; lower --samples or --sequence-length, or give more text.",
+        hint=f"At this length {advice}; lower `samples` or `sequence_length`, or give more text.",
     )

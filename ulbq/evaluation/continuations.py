@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ulbq import runtime
-from ulbq.data.prompts import Template, prompt_tokens
+from ulbq.config.run import Template
+from ulbq.data.prompts import prompt_tokens
 from ulbq.evaluation.results import Continuation
 from ulbq.models.decoding import TextStream, greedy, write_on
 from ulbq.progress import Progress, Silent

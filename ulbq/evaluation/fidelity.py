@@ -56,7 +56,7 @@ def fidelity(
             if ours.shape != theirs.shape:
                 raise InputError(
                     f"The model has {ours.shape[-1]:,} logits, its parent {theirs.shape[-1]:,}.",
-                    hint="Name the model that it was made from with --parent.",
+                    hint="Name the model that it was made from with `parent`.",
                 )
             divergences.append(kl_divergence(theirs, ours).cpu())
             agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
@@ -64,7 +64,7 @@ def fidelity(
     kl = torch.cat([one for share in distributed.gather(divergences) for one in share])
     (all_agreeing,) = distributed.total(agreeing)
     if not bool(kl.isfinite().all()):
-        raise NumericsError("The models' logits are not finite.", hint="Try --dtype fp32.")
+        raise NumericsError("The models' logits are not finite.", hint="Try `dtype=fp32`.")
     return Fidelity(
         text=text,
         tokens=kl.numel(),

@@ -45,7 +45,7 @@ def perplexity(
     """
     count, context = windows.shape
     if context < 2:
-        raise UsageError("A window of one token predicts nothing.", hint="Raise --context.")
+        raise UsageError("A window of one token predicts nothing.", hint="Raise `context`.")
     total, tokens = 0.0, 0
     own = distributed.own(windows)
     with (progress or Silent()).phase(label, len(own)) as phase:
@@ -71,5 +71,5 @@ def _perplexity(total: float, tokens: float) -> float:
     except OverflowError:
         value = math.inf
     if not math.isfinite(value):
-        raise NumericsError("The model's logits are not finite: it has no perplexity.", hint="Try --dtype fp32.")
+        raise NumericsError("The model's logits are not finite: it has no perplexity.", hint="Try `dtype=fp32`.")
     return value

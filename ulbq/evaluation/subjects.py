@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from ulbq.artifacts import ConvertedManifest, Parent, QuantizedManifest
-from ulbq.data.prompts import Template
+from ulbq.config.run import Template
 from ulbq.errors import UlbqError
 from ulbq.evaluation.results import WITHOUT_ADAPTER, Subject
 from ulbq.formats import read_scheme

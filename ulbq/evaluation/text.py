@@ -57,7 +57,7 @@ def text_windows(
     if not count:
         raise InputError(
             f"{name} holds {stream.numel():,} tokens, which do not fill one window of {context:,}.",
-            hint="Lower --context.",
+            hint="Lower `context`.",
         )
     windows = stream[: count * length].view(count, length)
     return torch.cat([leading.expand(count, -1), windows], dim=1) if bos else windows
@@ -102,6 +102,6 @@ def logits_of(model: "PreTrainedModel", tokens: torch.Tensor) -> torch.Tensor:
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"The device has no memory for {tokens.shape[0]} windows of {tokens.shape[1]} tokens.",
-            hint="Lower --batch-size or --context, or use --device cpu.",
+            hint="Lower `batch_size` or `context`, or use --device cpu.",
         ) from error
     return logits

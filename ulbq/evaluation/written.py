@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from ulbq.data.prompts import Template, next_question, prompt_tokens
+from ulbq.config.run import Template
+from ulbq.data.prompts import next_question, prompt_tokens
 from ulbq.evaluation.answers import is_right
 from ulbq.evaluation.lm import LanguageModel
 from ulbq.evaluation.results import Metric, TaskScore, Writing

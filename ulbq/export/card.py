@@ -14,12 +14,12 @@ from ulbq.artifacts.manifest import EvaluationManifest, QuantizedManifest, read_
 from ulbq.artifacts.names import leads_out
 from ulbq.artifacts.small_files import read_small
 from ulbq.artifacts.yaml_files import parse_yaml
+from ulbq.config.convert import ENGINES
 from ulbq.errors import InputError
 from ulbq.evaluation.results import Results
 from ulbq.export.engines import loaders
 from ulbq.export.fit import Candidate, describe
 from ulbq.export.markdown import code, plain
-from ulbq.export.targets import ENGINES
 from ulbq.export.targets import target as target_of
 from ulbq.export.targets.base import Target
 from ulbq.models.gguf import open_gguf

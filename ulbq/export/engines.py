@@ -1,9 +1,10 @@
 """The engines that load models, late in 2026, and which target suits each."""
 
+from ulbq.config.convert import ENGINES, TARGETS
 from ulbq.errors import InputError
 from ulbq.export import fit
 from ulbq.export.fit import Candidate
-from ulbq.export.targets import ENGINES, TARGETS, target
+from ulbq.export.targets import target
 from ulbq.export.targets.base import Obstacle, Reader, Target
 
 

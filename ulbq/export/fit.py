@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from transformers import PreTrainedConfig
 
 from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.config.convert import TARGETS
 from ulbq.errors import InputError, UsageError
-from ulbq.export.targets import TARGETS, target
+from ulbq.export.targets import target
 from ulbq.formats import AffineScheme, AnyScheme
 from ulbq.models.adapter_files import adapter_folder, read_config
 from ulbq.models.source import ModelSource

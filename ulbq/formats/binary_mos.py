@@ -18,9 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import Field
 
+from ulbq.config.methods import Zeros
 from ulbq.formats.bits import BaseScheme, Format, TensorSpec, pack_planes, packed_length, unpack_planes
-
-Zeros = Literal["none", "output", "input"]
 
 
 class BinaryMosScheme(BaseScheme):

@@ -11,22 +11,13 @@ from functools import partial
 from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel, Field
 
+from ulbq.config.methods import ApiQOptions, MethodOptions
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask
-from ulbq.methods.options import AffineOptions, TrainedOptions, WeightOptions
 from ulbq.methods.training import BlockTraining
 from ulbq.quantizers.affine import AffineQuantizer
 from ulbq.solvers.rtn import round_to_nearest
-
-
-class ApiQOptions(TrainedOptions, WeightOptions, AffineOptions):
-    """Options of ``apiq``; the defaults come from ``benchmarks/sweep.py``."""
-
-    adapter: bool = True
-    batch_size: int = Field(default=2, ge=1)
-    weight_rate: float = Field(default=0.02, ge=0)
 
 
 class ApiQ:
@@ -38,8 +29,7 @@ class ApiQ:
     """
 
     name: ClassVar[str] = "apiq"
-    Options: ClassVar[type[BaseModel]] = ApiQOptions
-    calibrated: ClassVar[bool] = True
+    Options: ClassVar[type[MethodOptions]] = ApiQOptions
 
     def __init__(self, scheme: AffineScheme, options: ApiQOptions) -> None:
         self.scheme = scheme

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
-from pydantic import BaseModel
 from torch import nn
 
 from ulbq import formats
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.end_to_end import EndToEndSettings
+from ulbq.config.methods import MethodOptions
 from ulbq.errors import NumericsError
 from ulbq.formats import AnyScheme
 from ulbq.formats.rounding import SMALLEST_MATRIX
-from ulbq.nn.adapter import AdapterConfig
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.training.block import TrainOutcome
-from ulbq.training.end_to_end import EndToEndSettings
 from ulbq.training.objective import BlockData
 from ulbq.training.precision import Precision
 
@@ -159,13 +159,11 @@ class Method(Protocol):
 
     Attributes:
         name: as typed after ``--method``.
-        Options: what it takes, with its defaults.
-        calibrated: whether it needs calibration samples.
+        Options: what it takes, with its defaults, and whether it needs calibration samples.
     """
 
     name: ClassVar[str]
-    Options: ClassVar[type[BaseModel]]
-    calibrated: ClassVar[bool]
+    Options: ClassVar[type[MethodOptions]]
 
     @classmethod
     def from_options(cls, options: Any, group_size: int) -> Self:
@@ -208,7 +206,7 @@ def check_finite(index: int, result: BlockResult) -> None:
     if not all(torch.isfinite(tensor).all() for tensor in result.tensors if tensor.is_floating_point()):
         raise NumericsError(
             f"Block {index} has scales, norms or adapters that are not finite.",
-            hint="Try --precision fp32, or lower rates.",
+            hint="Try `precision=fp32`, or lower rates.",
         )
 
 

@@ -6,31 +6,15 @@ follow (``--end-to-end kl-hidden`` is the paper's loss). Zero points and frozen 
 """
 
 from functools import partial
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel, Field
 
+from ulbq.config.methods import BinaryMosOptions, MethodOptions
 from ulbq.formats.binary_mos import BinaryMosScheme
 from ulbq.methods.base import BlockResult, BlockTask
-from ulbq.methods.options import ExpertOptions, TrainedOptions, WeightOptions
 from ulbq.methods.training import BlockTraining
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer, closed_form_start
-
-
-class BinaryMosOptions(ExpertOptions, TrainedOptions, WeightOptions):
-    """Options of ``binary-mos``; neither an adapter nor a penalty unless asked for.
-
-    A sign changes where a weight has moved by its whole size, so the rates are higher than those of a finer grid
-    (``benchmarks/sweep.py mos``).
-    """
-
-    bits: Literal[1] = 1
-    adapter: bool = False
-    penalty: float = 0.0
-    weight_rate: float = Field(default=0.09, ge=0)
-    scale_rate: float = Field(default=0.03, ge=0)
-    end_to_end_rate: float = Field(default=0.1, gt=0)
 
 
 class BinaryMos:
@@ -42,8 +26,7 @@ class BinaryMos:
     """
 
     name: ClassVar[str] = "binary-mos"
-    Options: ClassVar[type[BaseModel]] = BinaryMosOptions
-    calibrated: ClassVar[bool] = True
+    Options: ClassVar[type[MethodOptions]] = BinaryMosOptions
 
     def __init__(self, scheme: BinaryMosScheme, options: BinaryMosOptions) -> None:
         self.scheme = scheme

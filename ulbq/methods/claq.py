@@ -13,15 +13,14 @@ from functools import partial
 from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel, Field
 from torch import nn
 
 from ulbq import formats
+from ulbq.config.methods import ClaqOptions, MethodOptions
 from ulbq.formats import AnyScheme, codebook
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Packed
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
-from ulbq.methods.options import CodebookOptions, CompensationOptions, TrainedOptions, WeightOptions
 from ulbq.methods.training import BlockTraining
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.codebook import CodebookQuantizer
@@ -29,15 +28,6 @@ from ulbq.solvers import allocation
 from ulbq.solvers.allocation import Survey
 from ulbq.solvers.claq import ClaqSettings, ColumnPlan, claq
 from ulbq.solvers.hessian import HessianFactor, HessianSum, activation_order, factorize
-
-
-class ClaqOptions(TrainedOptions, WeightOptions, CodebookOptions, CompensationOptions):
-    """Options of ``claq``."""
-
-    preset_epochs: ClassVar[bool] = False
-
-    epochs: int = Field(default=0, ge=0)
-    train_weights: bool = False
 
 
 class Claq:
@@ -49,8 +39,7 @@ class Claq:
     """
 
     name: ClassVar[str] = "claq"
-    Options: ClassVar[type[BaseModel]] = ClaqOptions
-    calibrated: ClassVar[bool] = True
+    Options: ClassVar[type[MethodOptions]] = ClaqOptions
 
     def __init__(self, options: ClaqOptions, plans: Mapping[str, ColumnPlan] | None = None) -> None:
         self.options = options
@@ -68,7 +57,7 @@ class Claq:
             saliency=options.saliency if options.surveyed and options.saliency != "none" else trained.saliency,
             survey=options.surveyed,
             target_bits=None if options.as_published else options.target_bits,
-            extra_bits=options.extra_bits,
+            extra_bits=_extra_bits(options),
         )
 
     @classmethod
@@ -226,3 +215,13 @@ def _cost(weight: torch.Tensor, hessian: torch.Tensor, tokens: int, scores: torc
     if scores is not None:
         return (scores.sum() / (len(weight) * hessian.diagonal().sum()).clamp_min(1e-30)).item()
     return tokens / (weight @ hessian * weight).sum().clamp_min(1e-30).item()
+
+
+def _extra_bits(options: ClaqOptions) -> float:
+    """About how many bits a weight come on top of columns of ``bits``, where no true target tells."""
+    outlier_bits = options.outlier_bits or 0.0
+    if options.as_published:
+        wider = 0.0 if options.target_bits is None else options.target_bits - outlier_bits - options.bits
+        # Taken at both tails, twice as many as are counted.
+        return wider + 2 * outlier_bits / allocation.NOMINAL_OUTLIER_BITS * allocation.OUTLIER_BITS
+    return outlier_bits if options.target_bits is None else 0.0

@@ -8,22 +8,15 @@ deviation-aware distillation is a loss of the whole model (``--end-to-end dad``)
 
 import dataclasses
 from functools import partial
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel
 
+from ulbq.config.methods import DbLlmOptions, MethodOptions
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.methods.base import BlockResult, BlockTask
-from ulbq.methods.options import TrainedOptions, WeightOptions
 from ulbq.methods.training import BlockTraining
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
-
-
-class DbLlmOptions(TrainedOptions, WeightOptions):
-    """Options of ``db-llm``; ULB-SAPR's variant freezes the weights and trains α and an adapter."""
-
-    bits: Literal[2] = 2
 
 
 class DbLlm:
@@ -35,8 +28,7 @@ class DbLlm:
     """
 
     name: ClassVar[str] = "db-llm"
-    Options: ClassVar[type[BaseModel]] = DbLlmOptions
-    calibrated: ClassVar[bool] = True
+    Options: ClassVar[type[MethodOptions]] = DbLlmOptions
 
     def __init__(self, scheme: DualBinaryScheme, options: DbLlmOptions) -> None:
         self.scheme = scheme

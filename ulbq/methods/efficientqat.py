@@ -9,24 +9,24 @@ the paper does, and the recipes ``efficientqat-w2`` … ``-w4`` have the rest of
 
 import dataclasses
 from functools import partial
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel
 from torch import nn
 
+from ulbq.config.methods import (
+    BlockTrained,
+    EfficientQatOptions,
+    GptqOptions,
+    MethodOptions,
+)
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask
-from ulbq.methods.gptq import Gptq, GptqOptions
-from ulbq.methods.options import AffineOptions, TrainedOptions
+from ulbq.methods.gptq import Gptq
 from ulbq.methods.training import BlockTraining
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.affine import AffineForm, AffineQuantizer
 from ulbq.solvers.rtn import round_to_nearest
-
-BlockApStart = Literal["min-max", "search", "gptq"]
-BlockTrained = Literal["clipping", "grid", "rounding", "weights", "all"]
-RateUnit = Literal["step", "weight"]
 
 _FORMS: dict[BlockTrained, AffineForm] = {
     "clipping": AffineForm(grid="ends"),
@@ -35,29 +35,6 @@ _FORMS: dict[BlockTrained, AffineForm] = {
     "weights": AffineForm(grid="fixed"),
     "all": AffineForm(grid="ends"),
 }
-
-
-class EfficientQatOptions(TrainedOptions, AffineOptions):
-    """Options of ``efficientqat``.
-
-    Attributes:
-        start: of a fresh run: ``min-max`` rounding as published, ranges that are ``search``-ed by activation-weighted
-            error, or ``gptq``.
-        train: what learns, as in the paper's ablation: ``clipping`` (ends of the ranges, weights frozen), ``grid``
-            (scales and zero points, weights frozen), ``rounding`` (these, and each weight within half a step of where
-            it was), ``weights`` (alone) or ``all``. ``rounding`` with ``--optimizer sign`` is much
-            what AutoRound does.
-        rate_unit: of the rates of weights and scales: grid steps, or the weight's own unit as published.
-    """
-
-    start: BlockApStart = "search"
-    train: BlockTrained = "all"
-    rate_unit: RateUnit = "step"
-
-    @property
-    def train_weights(self) -> bool:
-        """Whether weights move."""
-        return self.train in {"rounding", "weights", "all"}
 
 
 class EfficientQat:
@@ -69,8 +46,7 @@ class EfficientQat:
     """
 
     name: ClassVar[str] = "efficientqat"
-    Options: ClassVar[type[BaseModel]] = EfficientQatOptions
-    calibrated: ClassVar[bool] = True
+    Options: ClassVar[type[MethodOptions]] = EfficientQatOptions
 
     def __init__(self, scheme: AffineScheme, options: EfficientQatOptions) -> None:
         self.scheme = scheme

@@ -11,21 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel
 
 from ulbq import formats
+from ulbq.config.methods import GptqOptions, MethodOptions
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
-from ulbq.methods.options import CompensationOptions, RoundingOptions
 from ulbq.methods.rtn import pack_codes
 from ulbq.solvers.gptq import GptqSettings, gptq
 from ulbq.solvers.hessian import HessianSum
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
-
-
-class GptqOptions(CompensationOptions, RoundingOptions):
-    """Options of ``gptq``."""
 
 
 class Gptq:
@@ -37,8 +32,7 @@ class Gptq:
     """
 
     name: ClassVar[str] = "gptq"
-    Options: ClassVar[type[BaseModel]] = GptqOptions
-    calibrated: ClassVar[bool] = True
+    Options: ClassVar[type[MethodOptions]] = GptqOptions
 
     def __init__(self, scheme: AffineScheme, options: GptqOptions) -> None:
         self.scheme = scheme

@@ -8,11 +8,11 @@ from torch import nn
 
 from ulbq import distributed
 from ulbq.blockwise.walk import run_block
+from ulbq.config.training import TokenWeighting
 from ulbq.methods.base import BlockTask
 from ulbq.models.watch import Enough, Input, distinct_inputs, watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.solvers.hessian import HessianSum
-from ulbq.training.losses import TokenWeighting
 from ulbq.training.objective import BlockData
 
 Solve = Callable[[Sequence[str], HessianSum], Mapping[str, torch.Tensor]]

@@ -3,12 +3,11 @@
 from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel
 
+from ulbq.config.methods import MethodOptions, RtnOptions
 from ulbq.formats import affine
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
-from ulbq.methods.options import RoundingOptions
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
 
 
@@ -21,8 +20,7 @@ class Rtn:
     """
 
     name: ClassVar[str] = "rtn"
-    Options: ClassVar[type[BaseModel]] = RoundingOptions
-    calibrated: ClassVar[bool] = False
+    Options: ClassVar[type[MethodOptions]] = RtnOptions
 
     def __init__(self, scheme: AffineScheme, *, search: bool = True) -> None:
         self.scheme = scheme
@@ -30,7 +28,7 @@ class Rtn:
         self.needs = Needs(searches=search)
 
     @classmethod
-    def from_options(cls, options: RoundingOptions, group_size: int) -> Self:
+    def from_options(cls, options: RtnOptions, group_size: int) -> Self:
         """The method that a request asks for."""
         scheme = AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric)
         return cls(scheme, search=options.search)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ulbq import distributed, runtime
+from ulbq.config.methods import TrainedOptions
+from ulbq.config.stages import Stage
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
-from ulbq.methods.options import TrainedOptions
 from ulbq.nn.adapter import Adapter
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.base import Quantizer
@@ -19,7 +20,6 @@ from ulbq.training.layers import LayerwiseTrainer
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.objective import Penalty
 from ulbq.training.penalty import WeightPenalty
-from ulbq.training.stages import Stage
 
 MakeQuantizer = Callable[[torch.Tensor, torch.Tensor], Quantizer]
 """A quantizer from a weight ``[out, in]`` and its importance (``[in]``, the mean squared input)."""

@@ -8,20 +8,12 @@ does not grow with the model.
 
 from typing import ClassVar
 
-from pydantic import BaseModel
-
-from ulbq.methods.apiq import ApiQ, ApiQOptions
-
-
-class UlbSaprOptions(ApiQOptions):
-    """Options of ``ulb-sapr``; without ``stages``, one ``mixed`` stage of ``epochs``."""
-
-    penalty: float = 0.03
-    saliency: str = "fisher"
+from ulbq.config.methods import MethodOptions, UlbSaprOptions
+from ulbq.methods.apiq import ApiQ
 
 
 class UlbSapr(ApiQ):
     """ApiQ with saliency-weighted weight preservation."""
 
     name: ClassVar[str] = "ulb-sapr"
-    Options: ClassVar[type[BaseModel]] = UlbSaprOptions
+    Options: ClassVar[type[MethodOptions]] = UlbSaprOptions

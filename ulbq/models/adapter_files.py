@@ -18,11 +18,12 @@ from ulbq import limits
 from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.small_files import read_json
+from ulbq.config.adapter import AdapterConfig
 from ulbq.errors import InputError, NumericsError
 from ulbq.limits import bounded
 from ulbq.models.side_files import check_link
 from ulbq.models.source import ModelSource
-from ulbq.nn.adapter import Adapter, AdapterConfig
+from ulbq.nn.adapter import Adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -47,7 +48,7 @@ ADAPTER_FILES = (f"{ADAPTER_FOLDER}/{_CONFIG}", f"{ADAPTER_FOLDER}/{_WEIGHTS}")
 
 _PREFIX = "base_model.model."
 _SHORT = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-_HINT = "Make the artifact again, or restore it from a copy; --no-adapter leaves the adapter out."
+_HINT = "Make the artifact again, or restore it from a copy; `adapter=False` leaves the adapter out."
 
 
 class _Stored(BaseModel):
@@ -265,7 +266,7 @@ def beyond_peft(model: PreTrainedModel, what: str) -> InputError:
     """The sentence for an adapter that peft misplaces; ``what`` names it."""
     return InputError(
         f"peft puts {what} onto other layers than it is for, in a '{model.config.model_type}'.",
-        hint="Adapt the attention alone (q_proj, k_proj, v_proj, o_proj), or use --no-adapter.",
+        hint="Adapt the attention alone (q_proj, k_proj, v_proj, o_proj), or use `adapter=False`.",
     )
 
 

@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
+from ulbq.config.adapter import AdapterConfig
 from ulbq.models.adapter_files import beyond_peft, check_fits, lora_config, read_adapter
-from ulbq.nn.adapter import TRACE, AdapterConfig
+from ulbq.nn.adapter import TRACE
 
 _NAME = "default"  # peft's, of the one adapter
 

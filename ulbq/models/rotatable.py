@@ -129,5 +129,5 @@ def block_parts(model: PreTrainedModel, found: ModelStructure) -> BlockParts:
 def _refused(config: Any, why: str) -> InputError:
     return InputError(
         f"The blocks of the model type '{config.model_type}' {why}, so it cannot be rotated.",
-        hint=f"Leave out --rotate. Types that can be: {', '.join(ROTATABLE)}.",
+        hint=f"Leave out `rotate`. Types that can be: {', '.join(ROTATABLE)}.",
     )

@@ -154,7 +154,7 @@ def rotated(source: ModelSource, seed: int) -> ModelSource:
     if source.carried:
         raise InputError(
             f"'{source.given}' holds what is no part of its text model ('{source.carried[0]}'), and cannot be rotated.",
-            hint="Leave out --rotate.",
+            hint="Leave out `rotate`.",
         )
     config = copy.deepcopy(source.config)
     config.tie_word_embeddings = False

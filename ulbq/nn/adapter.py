@@ -8,46 +8,13 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
+
+from ulbq.config.adapter import AdapterConfig
 
 # On a row of zeros DoRA would divide by its norm. A trace of the adapter keeps the row finite; its magnitude of zero
 # keeps the row silent.
 TRACE = 1e-3
-
-
-class AdapterConfig(BaseModel):
-    """Form of an adapter.
-
-    Attributes:
-        rank: columns of B and rows of A.
-        alpha: the product is scaled by ``alpha / rank``.
-        dropout: share of the adapter's inputs that is dropped while it trains.
-        dora: learn each output row's magnitude too.
-        targets: last part of a layer's name (``q_proj``) or more of it (``mlp.up_proj``), as peft's
-            ``target_modules``; empty for every linear layer of the blocks.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    rank: int = Field(default=64, ge=1)
-    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
-    dropout: float = Field(default=0, ge=0, lt=1)
-    dora: bool = False
-    targets: tuple[str, ...] = ()
-
-    @property
-    def scaling(self) -> float:
-        """``alpha / rank``."""
-        return self.alpha / self.rank
-
-    def matches(self, linear: str) -> bool:
-        """Whether a layer of that name, in full or inside its block, gets an adapter."""
-        return not self.targets or any(linear == target or linear.endswith(f".{target}") for target in self.targets)
-
-    def bits(self, out_features: int, in_features: int) -> int:
-        """Stored bits of one layer's adapter."""
-        return 16 * (self.rank * (out_features + in_features) + (out_features if self.dora else 0))
 
 
 class Adapter(nn.Module):

@@ -3,47 +3,21 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from ulbq import __version__, runtime
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import ConvertedManifest, Manifest, QuantizedManifest, read_manifest
 from ulbq.artifacts.records import BitsReport
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.config.convert import ConvertRequest
 from ulbq.errors import InputError
 from ulbq.export import card, engines, fit
 from ulbq.export.fit import Candidate
-from ulbq.export.targets import EngineName, TargetName, target
-from ulbq.export.targets.base import Conversion, Dtype, Target, Written
+from ulbq.export.targets import target
+from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.models.adapter_files import adapter_folder
 from ulbq.models.source import ModelSource, resolve
 from ulbq.pipeline.proof import proof
 from ulbq.progress import Progress, Silent
-
-
-class ConvertRequest(BaseModel):
-    """A conversion.
-
-    Attributes:
-        to: the layout; None for the one that ``engine`` reads best, or ``dense`` without one.
-        engine: whose constraints are checked before anything is written.
-        dtype: of the tensors that are not packed; None for bf16 where all is dense, fp16 in GGUF, and the artifact's
-            own elsewhere.
-        merge_adapter: make an artifact's adapter a part of the weights; else it is copied beside them.
-        verify: compare what is read of an artifact with its hashes.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str | None = None
-    to: TargetName | None = None
-    engine: EngineName | None = None
-    dtype: Dtype | None = None
-    merge_adapter: bool = False
-    offline: bool = False
-    verify: bool = True
-    out: Path | None = None
-    force: bool = False
 
 
 def convert(

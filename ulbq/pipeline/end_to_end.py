@@ -11,6 +11,7 @@ import torch
 
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
+from ulbq.config.end_to_end import EndToEndSettings
 from ulbq.data.calibration import Calibration
 from ulbq.formats import AnyScheme
 from ulbq.models.load import load_model
@@ -18,7 +19,7 @@ from ulbq.pipeline.finish import TUNED, layer_record, recorded_schemes
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.student import Folders, build_student, write_tuned
 from ulbq.progress import Progress
-from ulbq.training.end_to_end import EndToEndSettings, EndToEndTrainer, Epoch
+from ulbq.training.end_to_end import EndToEndTrainer, Epoch
 from ulbq.training.samples import Samples
 from ulbq.training.student import Student
 from ulbq.training.teacher import CachedTeacher, StreamedTeacher, Teacher
@@ -96,7 +97,7 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
     if phase.tuned:
         _exchange(phase)
     record = _record(phase)
-    return record if job.request.end_to_end_data is None else record.model_copy(update={"data": text.record()})
+    return record if job.request.text is None else record.model_copy(update={"data": text.record()})
 
 
 def _train(phase: _Phase) -> None:
@@ -137,7 +138,7 @@ def _teacher(phase: _Phase) -> Teacher:
             samples,
             top_k=settings.top_k,
             device=job.precision.device,
-            limit=job.request.activation_memory or 0,
+            limit=job.request.activation_memory,
             directory=phase.writer.scratch,
             on_sample=lambda: bar.advance(1),
         )

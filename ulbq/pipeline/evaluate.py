@@ -16,10 +16,11 @@ from ulbq.artifacts import (
     read_back,
 )
 from ulbq.artifacts.names import local_path
+from ulbq.config.evaluate import EvaluateRequest
 from ulbq.evaluation.report import report
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.written import Sample
-from ulbq.pipeline.evaluation_plan import EvaluateRequest, Job, prepare
+from ulbq.pipeline.evaluation_plan import Job, prepare
 from ulbq.pipeline.measure import Measurer
 from ulbq.pipeline.recorded import merge
 from ulbq.pipeline.warned import Recording

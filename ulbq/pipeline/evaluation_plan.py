@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from ulbq import runtime
+from ulbq.config.evaluate import EvaluateRequest
 from ulbq.data.mirror import data_root
-from ulbq.data.prompts import Template, choose_template
+from ulbq.data.prompts import choose_template
 from ulbq.data.registry import available, text_set
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.continuations import NEW_TOKENS, opening
@@ -28,66 +26,6 @@ DEFAULT_TEXT = "wikitext2"
 DEFAULT_CONTEXT = 1024
 CPU_WINDOWS = 32
 """Windows of text where nothing was asked for and there is no GPU: minutes instead of a quarter of an hour."""
-
-# Beyond any text there is: a slip of the finger, and better said than tried.
-_MOST = 2**31 - 1
-
-
-class EvaluateRequest(BaseModel):
-    """An evaluation of one or more models.
-
-    Attributes:
-        sources: models; also finished evaluations, whose scores are taken over where the protocol is the same.
-        perplexity: names of text sets.
-        tasks: names of lm-eval tasks, tags or groups, where ``*`` matches, and of :data:`WRITTEN_NAMES`.
-        prompts: texts that every model, and its parent, goes on from; beside the scores, not instead of them.
-        template: how questions that want a written answer, and prompts, are laid out. None: questions as each model was
-            taught, else as Alpaca's prompt; prompts as bare text.
-        max_new_tokens: longest written text. None: of an answer as each task says, after a prompt 32.
-        fidelity: compare with the full-precision parent. None: if nothing else was asked for, and it can be read.
-        parent: the parent, where the artifacts' own record of it does not help.
-        adapter: measure artifacts with the adapter that they have; else the base alone.
-        prefill_cache: keep dense copies of packed weights, as much memory as the dense model takes.
-        parent_scores: measure the parent too. None: its perplexity, not its tasks.
-        context: tokens a window. None: 1024, or the longest that every model takes.
-        limit: windows a text and documents a task; 0: all. None: all, but 32 windows if nothing was asked for on a CPU.
-        fewshot: examples in the prompt of a task. None: as the task says.
-        batch_size: sequences a batch. None: as many as memory takes.
-        seed: of text that a parent writes itself.
-        verify: compare what is read of artifacts with their hashes.
-        out: folder of the artifact; None for a telling name under ``./artifacts``.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sources: tuple[str, ...] = Field(min_length=1)
-    perplexity: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    prompts: tuple[str, ...] = ()
-    template: Template | None = None
-    max_new_tokens: int | None = Field(default=None, ge=1, le=_MOST)
-    fidelity: bool | None = None
-    parent: str | None = None
-    adapter: bool = True
-    prefill_cache: bool = False
-    parent_scores: bool | None = None
-    context: int | None = Field(default=None, ge=2, le=_MOST)
-    limit: int | None = Field(default=None, ge=0, le=_MOST)
-    fewshot: int | None = Field(default=None, ge=0, le=_MOST)
-    batch_size: int | None = Field(default=None, ge=1, le=_MOST)
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    device: str = "auto"
-    seed: int = Field(default=0, ge=0, le=runtime.MAX_SEED)
-    data_dir: Path | None = None
-    offline: bool = False
-    verify: bool = True
-    out: Path | None = None
-    force: bool = False
-
-    @property
-    def asks(self) -> bool:
-        """Whether it names any score to take. A prompt is none."""
-        return bool(self.perplexity or self.tasks or self.fidelity)
 
 
 @dataclass(frozen=True)
@@ -145,7 +83,7 @@ def prepare(request: EvaluateRequest, progress: Progress) -> Job:
     elif request.asks or request.prompts:
         raise UsageError(
             "Finished evaluations are put side by side as they are: nothing is measured.",
-            hint="Leave out --perplexity, --tasks, --fidelity and --prompt, or name the models.",
+            hint="Leave out `perplexity`, `tasks`, `fidelity` and `prompts`, or name the models.",
         )
     else:
         measures, protocol = None, recorded[0].results.protocol
@@ -196,7 +134,7 @@ def _texts(
     wanted = not request.asks if request.fidelity is None else request.fidelity
     if request.fidelity and not comparable:
         raise InputError(
-            "There is no full-precision model to compare with.", hint="Name the one it was made from with --parent."
+            "There is no full-precision model to compare with.", hint="Name the one it was made from with `parent`."
         )
     perplexity, fidelity = request.perplexity, None
     if not request.asks or (wanted and comparable):
@@ -211,20 +149,20 @@ def _texts(
     if not (perplexity or fidelity or request.tasks or request.prompts):
         raise ResourceError(
             "Nothing can be measured: WikiText-2 cannot be had, and there is no full-precision model to compare with.",
-            hint="Give a mirror of WikiText-2 with --data-dir, a --parent, --tasks or --prompt.",
+            hint="Give a mirror of WikiText-2 with --data-dir, a `parent`, `tasks` or `prompts`.",
         )
     return perplexity, fidelity
 
 
 def _check_written(request: EvaluateRequest) -> None:
-    given = {"--template": request.template, "--max-new-tokens": request.max_new_tokens}
+    given = {"`template`": request.template, "`max_new_tokens`": request.max_new_tokens}
     for option, value in given.items():
         if value is not None and not (request.prompts or set(request.tasks) & set(WRITTEN_NAMES)):
             raise UsageError(
                 f"{option} means nothing to tasks of lm-eval, which lay out their own prompts."
                 if request.tasks
-                else f"{option} means nothing without --tasks or --prompt.",
-                hint=f"It is for --prompt, and tasks {', '.join(WRITTEN_NAMES)}.",
+                else f"{option} means nothing without `tasks` or `prompts`.",
+                hint=f"It is for `prompts`, and tasks {', '.join(WRITTEN_NAMES)}.",
             )
 
 
@@ -280,8 +218,8 @@ def _context(request: EvaluateRequest, candidates: Sequence[Candidate]) -> int:
     if known and request.context > most:
         name = min(known, key=lambda name: known[name])
         raise UsageError(
-            f"'{name}' takes {most:,} tokens, fewer than --context {request.context}.",
-            hint=f"At most --context {most}.",
+            f"'{name}' takes {most:,} tokens, fewer than `context={request.context}`.",
+            hint=f"At most `context={most}`.",
         )
     return request.context
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.config.quantize import QuantizeRequest, takes
 from ulbq.errors import InputError
 from ulbq.methods import METHODS
 from ulbq.models.adapter_files import adapter_folder, read_adapter
 from ulbq.models.source import ModelSource, resolve
-from ulbq.pipeline.request import QuantizeRequest, takes
 from ulbq.quantizers.trainable import TRAINABLE
 
 

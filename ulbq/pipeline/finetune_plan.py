@@ -14,6 +14,8 @@ from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.shards import INDEX_NAME
 from ulbq.blockwise.walk import check_length
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.finetune import FinetuneRequest, TunerSettings
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.data.instructions import check_training_text
 from ulbq.data.lessons import Lessons, draw_lessons
@@ -23,13 +25,12 @@ from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, read_adapt
 from ulbq.models.blocks import block_list, skeleton
 from ulbq.models.side_files import is_side_file
 from ulbq.models.source import ModelSource, resolve
-from ulbq.nn.adapter import AdapterConfig
 from ulbq.nn.quant_linear import linear_layer
-from ulbq.pipeline.finetune_request import FinetuneRequest, Task, request_of
+from ulbq.pipeline.recipe_files import Recipe
+from ulbq.pipeline.tasks import request_of, settings_of
 from ulbq.progress import Progress
 from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
-from ulbq.training.tuner import TunerSettings
 
 _FLOAT = 4
 # Float32 copies of what trains: itself, gradient, two moments, and what passes by while it is loaded and stored.
@@ -120,7 +121,7 @@ class FinetuneJob:
         return self.request.train == "adapter-scales"
 
 
-def prepare(given: str, task: Task, options: Mapping[str, Any], progress: Progress) -> FinetuneJob:
+def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Progress) -> FinetuneJob:
     """Settle everything that can be settled before the first weight is read.
 
     Args:
@@ -166,7 +167,7 @@ def prepare(given: str, task: Task, options: Mapping[str, Any], progress: Progre
         offline=request.offline,
         progress=progress,
     )
-    settings = _shared(request.settings(len(lessons.train)))
+    settings = _shared(settings_of(request, len(lessons.train)))
     parameters, cost = _cost(request, source, model, adapter, linears, lessons, precision)
     plan = FinetunePlan(
         request=request,
@@ -211,7 +212,7 @@ def _adapter(
     lost = [one for one in config.targets if not any(AdapterConfig(targets=(one,)).matches(name) for name in linears)]
     if lost:
         names = sorted({name.rpartition(".")[2] for name in source.packed})
-        raise UsageError(f"--targets: no packed layer is called '{lost[0]}'.", hint=f"Layers: {', '.join(names)}.")
+        raise UsageError(f"`targets`: no packed layer is called '{lost[0]}'.", hint=f"Layers: {', '.join(names)}.")
     return config, linears
 
 
@@ -225,7 +226,7 @@ def _check_trainable(source: ModelSource, adapter: AdapterConfig, linears: tuple
     if mixed is not None:
         raise InputError(
             f"DoRA needs the norms of one weight, and '{mixed}' of '{source.given}' mixes its scales for every token.",
-            hint="Use --lora.",
+            hint="Use `dora=False`.",
         )
 
 
@@ -234,7 +235,7 @@ def _shared(settings: TunerSettings) -> TunerSettings:
     count = distributed.size()
     if settings.batch_size % count:
         raise UsageError(
-            f"--batch-size {settings.batch_size} cannot be split over {count} processes.",
+            f"`batch_size={settings.batch_size}` cannot be split over {count} processes.",
             hint=f"Take a multiple of {count}.",
         )
     share = settings.batch_size // count

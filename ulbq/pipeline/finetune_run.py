@@ -13,6 +13,7 @@ from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
 from ulbq.artifacts.records import FinetuneRecord
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.config.finetune import NOT_IN_FINGERPRINT
 from ulbq.data.instructions import filler
 from ulbq.errors import NumericsError
 from ulbq.models.adapter_training import (
@@ -25,7 +26,6 @@ from ulbq.models.adapter_training import (
 from ulbq.models.load import load_model
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.finetune_plan import FinetuneJob
-from ulbq.pipeline.finetune_request import NOT_IN_FINGERPRINT
 from ulbq.pipeline.finetuned import take_over, write_artifact
 from ulbq.pipeline.proof import proof
 from ulbq.pipeline.scales import pack_scales, restore_packed, train_scales

@@ -15,13 +15,13 @@ from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import BitsReport, FinetuneRecord
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import ArtifactWriter
+from ulbq.config.adapter import AdapterConfig
 from ulbq.export.card import Card, base_of, front_of
 from ulbq.export.fit import Candidate
 from ulbq.export.markdown import code, plain
 from ulbq.export.targets import target
 from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, write_adapter
 from ulbq.models.side_files import check_link
-from ulbq.nn.adapter import AdapterConfig
 from ulbq.pipeline.finetune_page import page
 from ulbq.pipeline.finetune_plan import FinetuneJob, side_files
 

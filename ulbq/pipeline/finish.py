@@ -103,7 +103,7 @@ def finish(
     writer.plan(*layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers, card, weights))
     return QuantizedManifest(
         name=writer.name,
-        request=job.request.model_dump(mode="json"),
+        request=job.request.record.model_dump(mode="json"),
         seed=job.request.seed,
         device=job.plan.device,
         parents=_parents(job),

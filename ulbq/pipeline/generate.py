@@ -1,13 +1,14 @@
 """``generate``: a model goes on from a prompt, and tells how fast it was and what it held in memory."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from ulbq import runtime
+from ulbq.config.generate import GenerateRequest
 from ulbq.data.prompts import render_chat
 from ulbq.errors import InputError, UsageError
 from ulbq.models.decoding import TextStream, check_prompt, check_room, greedy, write_on
@@ -18,44 +19,6 @@ from ulbq.progress import Progress, Silent
 _CHAT_PENALTY = 1.1  # of repetitions in an answer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class GenerateRequest(BaseModel):
-    """One prompt to go on from.
-
-    Attributes:
-        source: as :func:`ulbq.models.source.resolve` takes it.
-        prompt: the text.
-        chat: hand the prompt to the model as a user's message, in its own chat template.
-        max_new_tokens: the most that are written; the model may end before.
-        temperature: 0 takes the likeliest token every time. None: 1 where ``top_p`` is given, else 0.
-        top_p: draw from the likeliest tokens that hold this share of the probability. None: from all.
-        repetition_penalty: above 1, tokens of prompt and text are divided down by it before a choice (Keskar et al.,
-            2019, https://arxiv.org/abs/1909.05858). None: 1.1 in a chat, else 1, which is none. Small models of few
-            bits answer in circles without.
-        seed: of what is drawn.
-        dtype: what the model computes in.
-        adapter: use the adapter of an artifact that has one.
-        prefill_cache: keep dense copies of packed weights for products with many rows.
-        verify: compare what is read of an artifact with its hashes.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    source: str | None = None
-    prompt: str
-    chat: bool = False
-    max_new_tokens: int = Field(default=256, ge=1, le=2**31 - 1)
-    temperature: float | None = Field(default=None, ge=0)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
-    seed: int = Field(default=0, ge=0, le=runtime.MAX_SEED)
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    device: str = "auto"
-    adapter: bool = True
-    prefill_cache: bool = False
-    offline: bool = False
-    verify: bool = True
 
 
 class Generation(BaseModel):
@@ -148,7 +111,7 @@ def _settings(request: GenerateRequest) -> dict[str, Any]:
     temperature = request.temperature
     if temperature == 0 and request.top_p is not None:
         raise UsageError(
-            "--temperature 0 takes the likeliest token, and --top-p has nothing to draw from.",
+            "`temperature=0` takes the likeliest token, and `top_p` has nothing to draw from.",
             hint="Leave one of them out.",
         )
     penalty = request.repetition_penalty or (_CHAT_PENALTY if request.chat else 1.0)
@@ -169,9 +132,9 @@ def _encode(request: GenerateRequest, source: ModelSource, tokenizer: PreTrained
         return list(tokenizer.encode(request.prompt))
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
-            f"'{source.given}' has no chat template.", hint="Leave out --chat: the model goes on from the bare text."
+            f"'{source.given}' has no chat template.", hint="Leave out `chat`: the model goes on from the bare text."
         )
     messages = [{"role": "user", "content": request.prompt}]
-    hint = "Leave out --chat: the model goes on from the bare text."
+    hint = "Leave out `chat`: the model goes on from the bare text."
     text = render_chat(messages, tokenizer, ask=True, where=f"'{source.given}'", hint=hint)
     return list(tokenizer.encode(text, add_special_tokens=False))

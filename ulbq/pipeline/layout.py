@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.records import BitsReport, LayerRecord
 from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_shard
+from ulbq.config.adapter import AdapterConfig
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult
 from ulbq.methods.training import half_vector
@@ -18,7 +19,7 @@ from ulbq.models.adapter_files import build_adapters, by_layer
 from ulbq.models.blocks import assign, block_list, check_shape, check_values
 from ulbq.models.names import read_state, state_names
 from ulbq.models.source import ModelSource
-from ulbq.nn.adapter import AdaptedLinear, Adapter, AdapterConfig
+from ulbq.nn.adapter import AdaptedLinear, Adapter
 from ulbq.nn.quant_linear import QuantLinear, linear_layer
 
 OUTER_SHARD = "model-outer.safetensors"

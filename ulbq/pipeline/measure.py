@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from ulbq import distributed, runtime
 from ulbq.artifacts import ArtifactWriter
+from ulbq.config.run import Template
 from ulbq.data.generate import self_samples
-from ulbq.data.prompts import Template
 from ulbq.data.registry import TEXT_SETS, texts
 from ulbq.evaluation.continuations import NEW_TOKENS, continue_prompts
 from ulbq.evaluation.fidelity import fidelity

@@ -6,12 +6,12 @@ from pathlib import Path
 from ulbq.artifacts.manifest import QuantizedManifest, SaliencyManifest, is_artifact, read_manifest
 from ulbq.artifacts.names import local_path
 from ulbq.artifacts.records import RotationRecord
+from ulbq.config.adapter import AdapterConfig
 from ulbq.errors import InputError
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockStart, Needs
 from ulbq.models.adapter_files import AdapterTensors, adapter_folder, read_adapter, read_config
 from ulbq.models.source import FULL_PRECISION, ModelSource, resolve, resolve_parent
-from ulbq.nn.adapter import AdapterConfig
 from ulbq.saliency import KINDS, Saliency
 
 
@@ -78,7 +78,7 @@ def rotation_seed(asked: bool | None, seed: int, start: ModelSource | None) -> i
     recorded = _rotation(start)
     if asked is not None and asked != (recorded is not None):
         raise InputError(
-            f"'{start.given}' was made {'without' if asked else 'with'} --rotate, and its codes cannot be changed to "
+            f"'{start.given}' was made {'without' if asked else 'with'} `rotate`, and its codes cannot be changed to "
             "the other.",
             hint="Leave out the option, or start from the full-precision model.",
         )
@@ -126,26 +126,26 @@ class Start:
         """The stored adapter, which has to be the one that the run trains. Raises InputError."""
         given, stored = self.source.given, read_config(folder)
         form = f"rank {stored.rank}, alpha {stored.alpha:g}{', DoRA' if stored.dora else ''}"
-        options = f"--rank {stored.rank} --alpha {stored.alpha:g}{' --dora' if stored.dora else ''}"
+        options = f"`rank={stored.rank}` `alpha={stored.alpha:g}`{' `dora`' if stored.dora else ''}"
         if wanted is None:
             raise InputError(
                 f"'{given}' has an adapter of {form}, and this run would lose it.",
-                hint=f"Give --adapter {options} to keep it, or --no-adapter to leave it behind.",
+                hint=f"Give `adapter` {options} to keep it, or `adapter=False` to leave it behind.",
             )
         if (stored.rank, stored.alpha, stored.dora) != (wanted.rank, wanted.alpha, wanted.dora):
             raise InputError(
                 f"'{given}' has an adapter of {form}; this run asks for another.",
-                hint=f"Give {options} to go on with it, or --no-adapter to leave it behind.",
+                hint=f"Give {options} to go on with it, or `adapter=False` to leave it behind.",
             )
         spelled, adapters = read_adapter(folder)
         if adapters.keys() != self._adapted(wanted):
             # What is short for layers of some blocks means those of all.
             targets = spelled.targets if adapters.keys() == self._adapted(spelled) else sorted(adapters)
             everywhere = adapters.keys() == self.source.packed.keys()
-            remedy = "Leave out --targets" if everywhere else f"Give --targets {','.join(targets)}"
+            remedy = "Leave out `targets`" if everywhere else f"Give `targets={','.join(targets)}`"
             raise InputError(
                 f"'{given}' has its adapter beside other layers than this run asks for.",
-                hint=f"{remedy} to go on with it, or --no-adapter to leave it behind.",
+                hint=f"{remedy} to go on with it, or `adapter=False` to leave it behind.",
             )
         return adapters
 
@@ -190,7 +190,7 @@ def open_saliency(asked: str | None, model: ModelSource) -> Saliency | None:
     if model.rotation is not None:
         raise InputError(
             f"The scores in '{asked}' are of weights that were not rotated, and this run rotates them.",
-            hint=f"Give --saliency a kind to compute first ({', '.join(KINDS)}), or leave out --rotate.",
+            hint=f"Give `saliency` a kind to compute first ({', '.join(KINDS)}), or leave out `rotate`.",
         )
     found = Saliency.open(local_path(asked))
     made_from = {parent.sha256 for parent in found.manifest.parents} if found.manifest else set()

@@ -9,14 +9,15 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedModel
 
 from ulbq import formats, runtime
+from ulbq.config.quantize import Quantization
+from ulbq.config.saliency import SaliencyKind, SaliencyRequest
 from ulbq.data.generate import writing_memory
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import Method
 from ulbq.models.blocks import Linear, ModelStructure, block_list
-from ulbq.pipeline.request import QuantizeRequest, drawn_samples, text_samples
-from ulbq.pipeline.saliency_plan import SaliencyRequest, predict_scoring
+from ulbq.pipeline.saliency_plan import predict_scoring
 from ulbq.quantizers.trainable import TRAINABLE
-from ulbq.saliency import KINDS, SaliencyKind, SaliencySettings
+from ulbq.saliency import KINDS, SaliencySettings
 from ulbq.saliency.head import head_memory
 from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
@@ -67,7 +68,7 @@ class _Need(NamedTuple):
 
 
 def predict(
-    request: QuantizeRequest,
+    request: Quantization,
     method: Method,
     found: ModelStructure,
     model: PreTrainedModel,
@@ -79,7 +80,7 @@ def predict(
     """Predict memory and disk of a run.
 
     Args:
-        request: completed.
+        request: in full.
         model: the skeleton of which ``found`` tells.
         precision: of the run.
         gguf_size: bytes of the model's GGUF file, which is mapped and dequantized; 0 where it has none.
@@ -98,7 +99,7 @@ def predict(
     if method.needs.saliency in KINDS and not blocks_stay:
         peak, on_disk, scores = run.scoring()
         memory, disk = max(memory, peak), max(disk + scores, on_disk)
-    if "self" in (request.calibration, request.end_to_end_data):
+    if "self" in (request.calibration, request.text):
         memory = max(memory, started + run.writing())
     return Cost(peak_memory=memory, disk=disk, artifact=artifact)
 
@@ -107,7 +108,7 @@ def predict(
 class _Run:
     """The sizes of a run, and what its phases make of them."""
 
-    request: QuantizeRequest
+    request: Quantization
     method: Method
     found: ModelStructure
     model: PreTrainedModel
@@ -118,8 +119,8 @@ class _Run:
         config = self.model.config.get_text_config()
         self.hidden, self.vocabulary = int(config.hidden_size), int(config.vocab_size)
         self.needs = self.method.needs
-        self.samples, self.length = self.request.samples or 0, self.request.sequence_length or 0
-        self.limit = self.request.activation_memory or 0
+        self.samples, self.length = self.request.samples, self.request.sequence_length
+        self.limit = self.request.activation_memory
         self.weights = sum(p.numel() for p in self.model.parameters())
         # Of each block: all of its parameters, and those in the layers that are quantized.
         self.inside = [sum(p.numel() for p in block.parameters()) for block in block_list(self.model)[1]]
@@ -151,7 +152,8 @@ class _Run:
 
     def writing(self) -> int:
         """Bytes of the model that writes its own samples, loaded whole, and of the texts that it writes at once."""
-        drawn = drawn_samples(self.request) if self.request.calibration == "self" else text_samples(self.request)
+        request = self.request
+        drawn = request.drawn_samples if request.calibration == "self" else request.text_samples
         beside = writing_memory(self.model.config, self.precision.dtype, drawn + heldout_samples(drawn), self.length)
         return self.weights * self.precision.dtype.itemsize + beside
 
@@ -159,7 +161,7 @@ class _Run:
         """The walk over the blocks, beside the artifact."""
         outer = self.weights - sum(self.inside)
         largest = max(map(self._block, range(self.found.n_blocks)))
-        if not self.method.calibrated:
+        if not self.method.Options.calibrated:
             # What is no block is copied first, in half precision; out of a GGUF file it is float32 before.
             copied = self.gguf_size + 6 * outer if self.gguf_size else 2 * outer
             return _Need(max(4 * largest + self.gguf_size, copied), 0)
@@ -167,7 +169,7 @@ class _Run:
         # Each has its share of the memory, and lies on disk whole where that is not enough.
         stores = [4 * held * self.length * width for width in self._widths()]
         kept = sum(size for size in stores if size <= self.limit // self.needs.stores)
-        step = min(self.request.batch_size or 1, held) * self.length * self.hidden * _STEP_ACTIVATIONS
+        step = min(self.request.batch_size, held) * self.length * self.hidden * _STEP_ACTIVATIONS
         return _Need(4 * (largest + outer + step) + kept + self.gguf_size, sum(stores) - kept)
 
     def untouched(self) -> _Need:
@@ -241,7 +243,7 @@ class _Run:
         teacher, cached = self.weights * self.precision.dtype.itemsize if settings.taught else 0, 0
         if settings.teacher == "cached":
             # It is gone before the student comes.
-            drawn = text_samples(self.request)
+            drawn = self.request.text_samples
             guesses = (drawn + heldout_samples(drawn)) * self.length * (settings.top_k * 8 + 4)
             teacher = min(guesses, self.limit)
             cached = guesses - teacher

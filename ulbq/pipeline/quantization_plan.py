@@ -10,19 +10,27 @@ from ulbq import distributed, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import RotationRecord
 from ulbq.blockwise.walk import check_length
+from ulbq.config.quantize import (
+    PresetName,
+    Quantization,
+    QuantizeRequest,
+    check_options,
+    options_of,
+    preset_values,
+    resolve,
+)
 from ulbq.data.calibration import check_calibration
 from ulbq.data.instructions import check_training_text
 from ulbq.errors import InputError, UsageError
 from ulbq.formats import CodebookScheme
+from ulbq.methods import METHODS
 from ulbq.methods.base import Method, Needs
-from ulbq.methods.switches import typed
 from ulbq.models.blocks import Linear, ModelStructure, check_group, check_group_size, skeleton, structure
 from ulbq.models.names import check_complete
 from ulbq.models.rotation import rotated
 from ulbq.models.source import ModelSource
 from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_saliency, rotation_seed
 from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
-from ulbq.pipeline.request import PresetName, QuantizeRequest, build_method, check_options, complete, text_samples
 from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress, Silent
 from ulbq.saliency import Saliency
@@ -61,12 +69,13 @@ class Job:
     """Everything that is settled before the first tensor is read.
 
     Attributes:
+        request: in full.
         source: the full-precision model, rotated where that was asked for.
         start: the artifact to go on from; None for a fresh start.
         saliency: scores that are read; None where the method wants none, or they are computed first.
     """
 
-    request: QuantizeRequest
+    request: Quantization
     source: ModelSource
     model: PreTrainedModel
     found: ModelStructure
@@ -79,7 +88,7 @@ class Job:
     @property
     def blocks_stay(self) -> bool:
         """Whether there is only something to do behind the blocks: the artifact's are taken as they are."""
-        return _blocks_stay(self.request, self.method.needs, self.start)
+        return _blocks_stay(self.request.fit_temperature, self.method.needs, self.start)
 
     @property
     def made_by(self) -> str:
@@ -90,12 +99,13 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether calibration samples are wanted: by all but an end-to-end phase with a text of its own."""
-        return self.method.calibrated and not _only_text(self.request, self.method.needs, self.start)
+        fit = self.request.fit_temperature
+        return self.method.Options.calibrated and not _only_text(self.request.text, fit, self.method.needs, self.start)
 
     @property
     def text_samples(self) -> int:
         """Samples that train end to end, those held out not counted."""
-        return text_samples(self.request)
+        return self.request.text_samples
 
     def names(self, index: int) -> tuple[str, tuple[str, ...]]:
         """A block's full name with the dot, and its linear layers' names relative to it."""
@@ -115,75 +125,95 @@ def plan(request: QuantizeRequest, progress: Progress | None = None) -> Quantize
     return prepare(request, progress or Silent()).plan
 
 
+def build_method(request: QuantizeRequest, preset: PresetName = "quick") -> Method:
+    """The method of a request, with a preset where that names none. Raises UsageError as :func:`resolve`."""
+    options = options_of(request, preset_values(request, preset))
+    group_size = 64 if request.group_size is None else request.group_size
+    return METHODS[request.method].from_options(options, group_size)
+
+
 def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     """Settle everything that can be settled before the first tensor is read. Raises as :func:`plan`."""
     check_options(request)
-    without_adapter = request.adapter is False  # typed, not the method's default
     device = runtime.resolve_device(request.device)
-    _check_without_model(request, "balanced" if device.type == "cuda" else "quick")
+    preset: PresetName = "balanced" if device.type == "cuda" else "quick"
+    _check_without_model(request, preset)
     origins = open_origins(request.source, offline=request.offline)
     origins.model.tell(progress)
     turn = rotation_seed(request.rotate, request.seed, origins.start)
     source = origins.model if turn is None else rotated(origins.model, turn)
-    request = request.model_copy(update={"rotate": turn is not None})
     if origins.saliency is not None and request.saliency is None:
         request = request.model_copy(update={"saliency": origins.saliency})
         check_options(request)
     if origins.start is not None:
         _refuse_what_is_decided(request)
-    request = complete(request, "balanced" if device.type == "cuda" else "quick")
-    precision = Precision.choose(device, request.precision or "auto")
-    method = build_method(request)
-    _check_processes(request, method)
+    method = build_method(request, preset)
     start = None
     if origins.start is not None:
+        # Typed, not the method's default.
+        without_adapter = request.adapter is False
         start = Start(origins.start, method.scheme, method.needs, without_adapter=without_adapter)
-    request = _with_calibration(request, method, start, progress)
+    calibration = _calibration(request, method, start, progress)
+    run = resolve(request, preset, rotate=turn is not None, calibration=calibration)
+    precision = Precision.choose(device, run.precision)
+    _check_processes(run, method)
     model = skeleton(source)
     found = structure(model)
-    check_group_size(found, -1 if request.group_size is None else request.group_size)
-    check_complete(source, model)
-    if method.calibrated:
-        check_length(model, request.sequence_length or 0)
-    layers = [linear for block in found.linears for linear in block]
-    _check_targets(method, layers)
-    sizes = {linear.name: linear.out_features * linear.in_features for linear in layers}
-    if method.needs.target_bits is not None:
-        _check_target_bits(request, method, found)
-    described = QuantizePlan(
-        request=request,
-        model=source.name,
-        blocks=found.n_blocks,
-        layers=len(layers),
-        weights=sum(sizes.values()),
-        skipped=found.skipped,
-        scheme=f"{method.scheme.format} {method.scheme.label}",
-        bits_per_weight=_bits_per_weight(method, layers),
-        device=runtime.describe_device(device),
-        precision=str(precision.dtype).removeprefix("torch."),
-        rotation=source.rotation,
-        stored_as=origins.model.stored_as,
-        cost=predict(
-            request,
-            method,
-            found,
-            model,
-            precision,
-            gguf_size=source.gguf_size,
-            blocks_stay=_blocks_stay(request, method.needs, start),
-        ),
-    )
+    _check_model(run, method, source, model, found)
+    stay = _blocks_stay(run.fit_temperature, method.needs, start)
+    cost = predict(run, method, found, model, precision, gguf_size=source.gguf_size, blocks_stay=stay)
+    described = _described(run, method, source, found, precision, cost, origins.model.stored_as)
     saliency = open_saliency(method.needs.saliency, source)
     if method.needs.survey:
         _check_score(method, saliency)
-    return Job(request, source, model, found, method, precision, described, start, saliency)
+    return Job(run, source, model, found, method, precision, described, start, saliency)
+
+
+def _check_model(
+    run: Quantization, method: Method, source: ModelSource, model: PreTrainedModel, found: ModelStructure
+) -> None:
+    """Refuse what this model has no place for. Raises UsageError, InputError."""
+    check_group_size(found, run.group_size)
+    check_complete(source, model)
+    if method.Options.calibrated:
+        check_length(model, run.sequence_length)
+    _check_targets(method, [linear for block in found.linears for linear in block])
+    if method.needs.target_bits is not None:
+        _check_target_bits(run, method, found)
+
+
+def _described(
+    run: Quantization,
+    method: Method,
+    source: ModelSource,
+    found: ModelStructure,
+    precision: Precision,
+    cost: Cost,
+    stored_as: tuple[str, float] | None,
+) -> QuantizePlan:
+    layers = [linear for block in found.linears for linear in block]
+    return QuantizePlan(
+        request=run.record,
+        model=source.name,
+        blocks=found.n_blocks,
+        layers=len(layers),
+        weights=sum(linear.out_features * linear.in_features for linear in layers),
+        skipped=found.skipped,
+        scheme=f"{method.scheme.format} {method.scheme.label}",
+        bits_per_weight=_bits_per_weight(method, layers),
+        device=runtime.describe_device(precision.device),
+        precision=str(precision.dtype).removeprefix("torch."),
+        rotation=source.rotation,
+        stored_as=stored_as,
+        cost=cost,
+    )
 
 
 def _check_without_model(request: QuantizeRequest, preset: PresetName) -> None:
     """Refuse what no model could make right, before one is opened. Raises UsageError, InputError, ResourceError."""
     if request.group_size is not None:
         check_group(request.group_size)
-    build_method(complete(request, preset))
+    build_method(request, preset)
     if request.calibration is not None:
         check_calibration(request.calibration, data_dir=request.data_dir, offline=request.offline)
     if request.end_to_end_data is not None:
@@ -192,47 +222,45 @@ def _check_without_model(request: QuantizeRequest, preset: PresetName) -> None:
         check_saliency(request.saliency)
 
 
-def _check_processes(request: QuantizeRequest, method: Method) -> None:
+def _check_processes(run: Quantization, method: Method) -> None:
     """Refuse what several processes cannot do together. Raises UsageError."""
     count = distributed.size()
-    if method.calibrated and (request.samples or 0) < count:
+    if method.Options.calibrated and run.samples < count:
         raise UsageError(
-            f"{request.samples} samples cannot be split over {count} processes.",
-            hint="Raise --samples, or start fewer processes.",
+            f"{run.samples} samples cannot be split over {count} processes.",
+            hint="Raise `samples`, or start fewer processes.",
         )
-    if request.sliced_wasserstein and count > 1:
+    if run.record.sliced_wasserstein and count > 1:
         raise UsageError(
-            "--sliced-wasserstein compares all tokens of a batch, which several processes hold in parts.",
+            "`sliced_wasserstein` compares all tokens of a batch, which several processes hold in parts.",
             hint="Leave it out, or run one process.",
         )
 
 
-def _only_text(request: QuantizeRequest, needs: Needs, start: Start | None) -> bool:
+def _only_text(text: str | None, fit_temperature: bool, needs: Needs, start: Start | None) -> bool:
     """Whether an end-to-end phase on a text of its own is all there is to do."""
-    return _blocks_stay(request, needs, start) and request.end_to_end_data is not None and not request.fit_temperature
+    return _blocks_stay(fit_temperature, needs, start) and text is not None and not fit_temperature
 
 
-def _blocks_stay(request: QuantizeRequest, needs: Needs, start: Start | None) -> bool:
-    if start is None or needs.epochs or (needs.end_to_end is None and not request.fit_temperature):
+def _blocks_stay(fit_temperature: bool, needs: Needs, start: Start | None) -> bool:
+    if start is None or needs.epochs or (needs.end_to_end is None and not fit_temperature):
         return False
     # A fresh adapter starts from what its layer sees.
     return start.adapted == (needs.adapter is not None)
 
 
-def _with_calibration(
-    request: QuantizeRequest, method: Method, start: Start | None, progress: Progress
-) -> QuantizeRequest:
-    """The request with the calibration that it leaves open, if any is wanted. Raises UsageError for an idle one."""
-    if _only_text(request, method.needs, start):
+def _calibration(request: QuantizeRequest, method: Method, start: Start | None, progress: Progress) -> str | None:
+    """What samples are drawn of, if any are wanted. Raises UsageError for an idle calibration."""
+    if _only_text(request.end_to_end_data, bool(request.fit_temperature), method.needs, start):
         if request.calibration is not None:
             raise UsageError(
-                "--calibration means nothing where an artifact's blocks stay and --end-to-end-data is the text.",
+                "`calibration` means nothing where an artifact's blocks stay and `end_to_end_data` is the text.",
                 hint="Leave out one of them.",
             )
-        return request
-    if not method.calibrated or request.calibration is not None:
-        return request
-    return request.model_copy(update={"calibration": default_calibration(request, progress)})
+        return None
+    if not method.Options.calibrated:
+        return None
+    return request.calibration or default_calibration(request, progress)
 
 
 def _bits_per_weight(method: Method, layers: Sequence[Linear]) -> float:
@@ -255,29 +283,29 @@ def _refuse_what_is_decided(request: QuantizeRequest) -> None:
     for name in _DECIDED:
         if getattr(request, name) is not None:
             raise UsageError(
-                f"{typed(name)} means nothing to an artifact, whose codes are found already.",
+                f"`{name}` means nothing to an artifact, whose codes are found already.",
                 hint="Leave it out, or start from the full-precision model.",
             )
 
 
-def _check_target_bits(request: QuantizeRequest, method: Method, found: ModelStructure) -> None:
+def _check_target_bits(run: Quantization, method: Method, found: ModelStructure) -> None:
     """Refuse a budget that cannot be kept, or not be spent. Raises UsageError."""
-    target, reserved = method.needs.target_bits or 0.0, request.outlier_bits or 0.0
+    target, reserved = method.needs.target_bits or 0.0, run.record.outlier_bits or 0.0
     # Each block keeps the target by itself, unless the whole model does.
     whole = [linear for block in found.linears for linear in block]
     least = max(scheme_bits(method.scheme, block) for block in ([whole] if method.needs.survey else found.linears))
     if target - reserved < least:
         outliers = f" and {reserved:g} for outliers" if reserved else ""
         raise UsageError(
-            f"--target-bits {target:g} is less than the {least:.2f} bits that codes of {request.bits} bits take in "
+            f"`target_bits={target:g}` is less than the {least:.2f} bits that codes of {run.record.bits} bits take in "
             f"this model, codebooks included{outliers}.",
             hint=f"Give at least {least + reserved + 0.01:.2f}.",
         )
     most = scheme_bits(CodebookScheme(bits=4), whole)
     if target - reserved > most:
         raise UsageError(
-            f"--target-bits {target:g} is more than the {most:.2f} bits that codes of 4 bits take in this model.",
-            hint="Give fewer, or take --bits 4.",
+            f"`target_bits={target:g}` is more than the {most:.2f} bits that codes of 4 bits take in this model.",
+            hint="Give fewer, or take `bits=4`.",
         )
 
 
@@ -287,8 +315,8 @@ def _check_score(method: Method, saliency: Saliency | None) -> None:
     score = saliency.manifest.score if saliency is not None and saliency.manifest is not None else asked
     if score not in (None, "fisher"):
         raise UsageError(
-            f"--saliency {asked}: layers are compared by fisher scores, and these are {score}.",
-            hint="Give --saliency fisher, or an artifact of that kind.",
+            f"`saliency={asked}`: layers are compared by fisher scores, and these are {score}.",
+            hint="Give `saliency=fisher`, or an artifact of that kind.",
         )
 
 

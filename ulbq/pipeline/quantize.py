@@ -18,6 +18,8 @@ from ulbq.artifacts.records import BlockRecord, TemperatureRecord, sinks_sentenc
 from ulbq.artifacts.saliency import BlockScores
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.config.quantize import NOT_IN_FINGERPRINT, QuantizeRequest
+from ulbq.config.saliency import SaliencyKind
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE, Calibration, save_calibration
 from ulbq.errors import InputError
 from ulbq.kernels import solvers
@@ -32,14 +34,13 @@ from ulbq.pipeline.finish import TEMPERATURE, block_record, finish, layer_record
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
-from ulbq.pipeline.request import NOT_IN_FINGERPRINT, QuantizeRequest, drawn_samples
 from ulbq.pipeline.samples import draw, draw_text, written_samples
 from ulbq.pipeline.streams import Streams
 from ulbq.pipeline.survey import survey
 from ulbq.pipeline.temperature import check_temperature, fit_temperature
 from ulbq.pipeline.warned import Recording, gathered
 from ulbq.progress import Phase, Progress, Silent
-from ulbq.saliency import KINDS, Saliency, SaliencyKind, SaliencySettings, block_file, compute_saliency
+from ulbq.saliency import KINDS, Saliency, SaliencySettings, block_file, compute_saliency
 from ulbq.training.block import TrainOutcome
 
 __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]
@@ -83,7 +84,7 @@ def quantize(
     if job.calibrated and job.request.calibration != "self":
         with watch.phase("calibration"):
             drawn = _draw(job)
-    if job.request.end_to_end_data not in (None, "self"):
+    if job.request.text not in (None, "self"):
         with watch.phase("text"):
             text = _draw_text(job, progress)
     identity = _fingerprint(job, drawn, text)
@@ -100,14 +101,14 @@ def quantize(
         if job.calibrated and drawn is None:
             with watch.phase("calibration"):
                 drawn = _written_samples(job, writer, progress)
-        if job.request.end_to_end_data is not None and text is None:
+        if job.request.text is not None and text is None:
             with watch.phase("text"):
                 text = _written_text(job, writer, progress)
         for file, samples in ((CALIBRATION_FILE, drawn), (TEXT_FILE, text)):
             if samples is not None:
                 save_calibration(writer.path / file, samples)
                 writer.plan(file)
-        calibration = None if drawn is None else _share(drawn, job.request.samples or 0)
+        calibration = None if drawn is None else _share(drawn, job.request.samples)
         saliency = job.saliency
         if job.method.needs.saliency in KINDS and not job.blocks_stay:
             with watch.phase("saliency"):
@@ -140,7 +141,7 @@ def quantize(
 
 
 def _draw(job: Job) -> Calibration:
-    samples = drawn_samples(job.request)
+    samples = job.request.drawn_samples
     with _telling_of_others(samples):
         return draw(job.request, job.source, samples + heldout_samples(samples))
 
@@ -167,7 +168,7 @@ def _telling_of_others(samples: int) -> Iterator[None]:
 
 
 def _written_samples(job: Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
-    samples = drawn_samples(job.request)
+    samples = job.request.drawn_samples
     count = samples + heldout_samples(samples)
     return written_samples(job.request, job.source, count, precision=job.precision, writer=writer, progress=progress)
 
@@ -184,7 +185,7 @@ def _score(job: Job, writer: ArtifactWriter, calibration: Calibration | None, pr
     settings = SaliencySettings(
         kind=TypeAdapter(SaliencyKind).validate_python(job.method.needs.saliency),
         precision=job.precision,
-        activation_memory=job.request.activation_memory or 0,
+        activation_memory=job.request.activation_memory,
     )
     folder = writer.scratch / "saliency"
     folder.mkdir(exist_ok=True)
@@ -242,7 +243,7 @@ def _write_outer(job: Job, writer: ArtifactWriter, temperature: TemperatureRecor
 def _temperature(job: Job, writer: ArtifactWriter, calibration: Calibration, progress: Progress) -> TemperatureRecord:
     """What was fitted, now or by the run that this one resumes."""
     if TEMPERATURE not in writer.journal:
-        held = calibration.tokens[job.request.samples or 0 :]
+        held = calibration.tokens[job.request.samples :]
         record = fit_temperature(job, writer.path, writer.scratch, writer.journal, held, progress)
         writer.record(TEMPERATURE, record)
     return TemperatureRecord.model_validate(writer.journal[TEMPERATURE])
@@ -254,11 +255,11 @@ def _fingerprint(job: Job, drawn: Calibration | None, text: Calibration | None) 
             "ulbq": __version__,
             "schema": SCHEMA_VERSION,
             "source": job.source.content_hash,
-            "request": job.request.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
+            "request": job.request.record.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
             "device": job.precision.device.type,
             "precision": job.plan.precision,
             "calibration": drawn.sha256 if drawn else job.request.calibration,
-            "text": text.sha256 if text else job.request.end_to_end_data,
+            "text": text.sha256 if text else job.request.text,
             "start": job.start.source.content_hash if job.start else None,
             "saliency": job.saliency.digest if job.saliency else job.method.needs.saliency,
         }

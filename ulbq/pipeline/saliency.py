@@ -8,9 +8,10 @@ from ulbq.artifacts import BlockScores, SaliencyLayer, SaliencyManifest, read_ba
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import SCHEMA_VERSION
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.config.saliency import SaliencyRequest
 from ulbq.data.calibration import CALIBRATION_FILE, Calibration, save_calibration
 from ulbq.pipeline.saliency_page import page
-from ulbq.pipeline.saliency_plan import NOT_IN_FINGERPRINT, SaliencyJob, SaliencyPlan, SaliencyRequest, prepare
+from ulbq.pipeline.saliency_plan import NOT_IN_FINGERPRINT, SaliencyJob, SaliencyPlan, prepare
 from ulbq.pipeline.samples import draw, written_samples
 from ulbq.progress import Progress, Silent
 from ulbq.saliency import Saliency, Spectrum, block_file, compute_saliency

@@ -1,14 +1,14 @@
 """What ``saliency`` is asked to do, and everything about a run that is settled before the first tensor is read."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from ulbq import runtime
 from ulbq.blockwise.walk import check_length
+from ulbq.config.saliency import SaliencyRequest
 from ulbq.data.calibration import check_calibration
 from ulbq.data.generate import writing_memory
 from ulbq.errors import InputError, UsageError
@@ -17,13 +17,11 @@ from ulbq.models.names import check_complete
 from ulbq.models.source import ModelSource, resolve
 from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress
-from ulbq.saliency import SaliencyDtype, SaliencyKind, SaliencySettings
+from ulbq.saliency import SaliencySettings
 from ulbq.saliency.head import head_memory
 from ulbq.saliency.settings import BACKWARD
 from ulbq.training.precision import Precision
 
-# No machine holds more samples, or longer ones: a slip of the finger, and better said than tried.
-_MOST = 1_000_000
 _WITH_DATA = ("calibration", "samples", "sequence_length", "batch_size", "activation_memory", "precision")
 # Float32 copies of a block's weights at the peak: the block and the sums, or the block alone; and one layer's gradient
 # or scores beside them, with its bins.
@@ -31,40 +29,6 @@ _BACKWARD_COPIES = 2.5
 _FORWARD_COPIES = 1.5
 # Hidden-sized float32 activations of one sequence that autograd keeps.
 _STEP_ACTIVATIONS = 40
-
-
-class SaliencyRequest(BaseModel):
-    """A saliency run. None means: as the kind or the machine has it.
-
-    Attributes:
-        source: as given; None for the default model.
-        kind: see :class:`~ulbq.saliency.SaliencySettings`.
-        dtype: of the stored scores.
-        calibration: data set name, file, ``mix`` or ``self``.
-        samples, sequence_length: size of the calibration set.
-        batch_size: sequences at once on the way forward.
-        activation_memory: bytes of activations that may stay in memory.
-        precision: dtype of the matrix products.
-        out: folder of the artifact; None for a telling name under ``./artifacts``.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str | None = None
-    kind: SaliencyKind = "fisher"
-    dtype: SaliencyDtype = "bf16"
-    calibration: str | None = None
-    samples: int | None = Field(default=None, ge=1, le=_MOST)
-    sequence_length: int | None = Field(default=None, ge=2, le=_MOST)
-    seed: int = Field(default=0, ge=0, le=runtime.MAX_SEED)
-    batch_size: int | None = Field(default=None, ge=1, le=_MOST)
-    activation_memory: int | None = Field(default=None, ge=0)
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] | None = None
-    data_dir: Path | None = None
-    offline: bool = False
-    out: Path | None = None
-    force: bool = False
 
 
 # What does not change the scores and so is no part of a run's identity, or stands there as what it came to.
@@ -169,7 +133,7 @@ def _check_options(request: SaliencyRequest) -> None:
     for name in _WITH_DATA:
         if getattr(request, name) is not None:
             raise UsageError(
-                f"--{name.replace('_', '-')} means nothing to --kind magnitude, which looks at no data.",
+                f"`{name}` means nothing to `kind=magnitude`, which looks at no data.",
                 hint="It belongs to: fisher, gradient, hessian, wanda. Leave it out.",
             )
 

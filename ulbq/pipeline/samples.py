@@ -5,6 +5,7 @@ from typing import Protocol
 
 from ulbq import distributed
 from ulbq.artifacts.store import ArtifactWriter
+from ulbq.config.quantize import Quantization
 from ulbq.data.calibration import CALIBRATION_FILE, Calibration, calibration_samples, load_calibration, save_calibration
 from ulbq.data.generate import self_samples
 from ulbq.data.instructions import training_text
@@ -12,7 +13,6 @@ from ulbq.data.registry import available
 from ulbq.errors import InputError
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Progress
 from ulbq.training.precision import Precision
 
@@ -56,26 +56,26 @@ def draw(request: Sampled, source: ModelSource, samples: int) -> Calibration:
     if drawn.taught is not None:
         raise InputError(
             f"'{request.calibration}' holds examples of an instruction set, filled up behind their ends.",
-            hint="Calibrate on plain text; such samples are for --end-to-end-data.",
+            hint="Calibrate on plain text; such samples are for `end_to_end_data`.",
         )
     return drawn
 
 
-def draw_text(request: QuantizeRequest, source: ModelSource, samples: int, progress: Progress) -> Calibration:
+def draw_text(run: Quantization, source: ModelSource, samples: int, progress: Progress) -> Calibration:
     """Samples of the text or the instruction set that an end-to-end phase has of its own; not of ``self``.
 
     Raises:
         UsageError, InputError, ResourceError: as :func:`ulbq.data.instructions.training_text`.
     """
     return training_text(
-        str(request.end_to_end_data),
+        str(run.text),
         source.tokenizer(),
         samples=samples,
-        length=request.sequence_length or 0,
-        seed=request.seed,
-        template=request.end_to_end_template,
-        data_dir=request.data_dir,
-        offline=request.offline,
+        length=run.sequence_length,
+        seed=run.seed,
+        template=None if run.phase is None else run.phase.end_to_end_template,
+        data_dir=run.data_dir,
+        offline=run.offline,
         progress=progress,
     )
 

@@ -36,8 +36,8 @@ class Streams:
     def __init__(self, job: Job, tokens: torch.Tensor, scratch: Path) -> None:
         self._job = job
         self._scratch = scratch
-        self._training = job.request.samples or 0
-        self._batch = job.request.batch_size or 1
+        self._training = job.request.samples
+        self._batch = job.request.batch_size
         needs = job.method.needs
         self._positions = tokens.numel()
         self._walk = BlockWalk(
@@ -46,7 +46,7 @@ class Streams:
             distributed.own(tokens),
             dtype=torch.float32,
             device=job.precision.device,
-            limit=(job.request.activation_memory or 0) // needs.stores,
+            limit=job.request.activation_memory // needs.stores,
             directory=scratch,
         )
         self._full = self._walk.hidden
@@ -177,7 +177,7 @@ def _of_all(names: set[str]) -> set[str]:
 def _never_called(index: int, linear: str) -> InputError:
     return InputError(
         f"Block {index} never calls its layer '{linear}' on the calibration samples.",
-        hint="Take more samples; where the model uses the layer's weight by itself, --method rtn needs none.",
+        hint="Take more samples; where the model uses the layer's weight by itself, `method=rtn` needs none.",
     )
 
 

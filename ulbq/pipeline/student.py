@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.config.end_to_end import Trained
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, Packed, check_finite
 from ulbq.methods.training import half_vector, pack_layer
@@ -21,7 +22,6 @@ from ulbq.pipeline.quantization_plan import Job
 from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.fixed import FixedAffine
 from ulbq.quantizers.trainable import TRAINABLE
-from ulbq.training.end_to_end import Trained
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.student import Student
 

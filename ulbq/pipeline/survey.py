@@ -31,14 +31,14 @@ def survey(
         progress: told how it goes.
     """
     method = cast(SurveyingMethod, job.method)
-    training, device = job.request.samples or 0, job.precision.device
+    training, device = job.request.samples, job.precision.device
     walk = BlockWalk(
         job.model,
         job.source,
         distributed.own(tokens[:training]),
         dtype=torch.float32,
         device=device,
-        limit=job.request.activation_memory or 0,
+        limit=job.request.activation_memory,
         directory=scratch,
     )
     hidden = walk.hidden

@@ -76,7 +76,7 @@ def _head(job: Job, streams: Streams) -> tuple[LossHead, tuple[str, ...]]:
     if not names:
         raise InputError(
             f"Nothing but the head scales the logits of the model type '{job.model.config.model_type}'.",
-            hint="Leave out --fit-temperature.",
+            hint="Leave out `fit_temperature`.",
         )
     return head, names
 

@@ -150,7 +150,7 @@ class _Run:
         bad = next((linear.name for linear, values in scores.items() if not values.isfinite().all()), None)
         if bad is not None:
             raise NumericsError(
-                f"The scores of '{bad}' are not finite.", hint="Try --precision fp32; the model may be damaged."
+                f"The scores of '{bad}' are not finite.", hint="Try `precision=fp32`; the model may be damaged."
             )
         path = self.folder / block_file(index)
         layers = write_scores(path, index, self._prefix(index), scores, self.settings.dtype)
@@ -211,7 +211,7 @@ class _Activations:
             outputs.set(row, gradient)
         if not losses.isfinite().all():
             raise NumericsError(
-                "The model's loss on the samples is not finite.", hint="Try --precision fp32; the model may be damaged."
+                "The model's loss on the samples is not finite.", hint="Try `precision=fp32`; the model may be damaged."
             )
         return distributed.mean(losses).item()
 

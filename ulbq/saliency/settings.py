@@ -1,12 +1,9 @@
 """The kinds of scores, and how they are computed and stored."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ulbq.saliency.stored import SaliencyDtype
+from ulbq.config.saliency import SaliencyDtype, SaliencyKind
 from ulbq.training.precision import Precision
-
-SaliencyKind = Literal["fisher", "gradient", "hessian", "wanda", "magnitude"]
 
 KINDS: dict[SaliencyKind, str] = {
     "fisher": "sum over sequences of the squared gradient of a sequence's mean cross-entropy",

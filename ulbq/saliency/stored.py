@@ -2,17 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from ulbq.artifacts import SaliencyLayer, SaliencyManifest, read_manifest
 from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.config.saliency import SaliencyDtype
 from ulbq.errors import InputError
 from ulbq.models.blocks import Linear
 from ulbq.saliency.spectrum import Spectrum
-
-SaliencyDtype = Literal["bf16", "fp16"]
 
 # The largest stored value. bfloat16 has the exponents of float32 and is as fine at any size; float16 reaches furthest
 # down where it starts at its very top: its smallest number is then 1e-12 of the largest score.

@@ -119,7 +119,7 @@ def factorize(hessian: torch.Tensor, *, damping: float = 0.01, order: torch.Tens
     if not torch.isfinite(hessian).all():
         raise NumericsError(
             "The inputs of a layer have second moments that are not finite.",
-            hint="Try --precision fp32, or other samples.",
+            hint="Try `precision=fp32`, or other samples.",
         )
     order = torch.arange(len(hessian), device=hessian.device) if order is None else order
     dead = hessian.diagonal() <= 0
@@ -133,7 +133,7 @@ def factorize(hessian: torch.Tensor, *, damping: float = 0.01, order: torch.Tens
         if damping >= _MOST_DAMPING:
             raise NumericsError(
                 f"The second moments of a layer's inputs are singular even with a damping of {damping:g}.",
-                hint="Try --precision fp32, more samples, or other ones.",
+                hint="Try `precision=fp32`, more samples, or other ones.",
             )
         damping = min(max(10 * damping, _FIRST_DAMPING), _MOST_DAMPING)
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from ulbq import distributed
+from ulbq.config.stages import Stage
+from ulbq.config.training import OptimizerKind, Role, TrainSettings
 from ulbq.training.objective import BlockData, HeldOut, Objective, Penalty
 from ulbq.training.optimizer import (
     Group,
@@ -20,8 +22,6 @@ from ulbq.training.optimizer import (
     snapshot,
 )
 from ulbq.training.precision import Precision
-from ulbq.training.settings import OptimizerKind, Role, TrainSettings
-from ulbq.training.stages import Stage
 
 _RETRY_FACTOR = 0.25
 _OPTIMIZERS: dict[OptimizerKind, Callable[[Sequence[Group], float], torch.optim.Optimizer]] = {

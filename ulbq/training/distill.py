@@ -6,14 +6,13 @@ for all others; entropies and divergences of the lumped form are those of that c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-from ulbq.training.losses import TokenWeighting, output_loss, token_weights
-
-Loss = Literal["ce", "kl", "ce-kl", "kl-hidden", "dad"]
+from ulbq.config.end_to_end import Loss
+from ulbq.config.training import TokenWeighting
+from ulbq.training.losses import output_loss, token_weights
 
 
 @dataclass(frozen=True)

@@ -5,87 +5,23 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ulbq import distributed
 from ulbq.artifacts.shards import LazyTensors, write_shard
-from ulbq.errors import UsageError
-from ulbq.training.distill import Loss, hidden_error, mean_loss, term_shares, token_terms
+from ulbq.config.end_to_end import EndToEndSettings
+from ulbq.training.distill import hidden_error, mean_loss, term_shares, token_terms
 from ulbq.training.head import in_chunks, sum_in_chunks
 from ulbq.training.optimizer import Group, make_optimizer, rate_factor
 from ulbq.training.samples import Samples
-from ulbq.training.settings import Role, TrainSettings
 from ulbq.training.student import Student
 from ulbq.training.teacher import Lesson, Teacher
 
-Trained = Literal["scales", "scales-zeros", "all"]
-
 # Float32 copies of a chunk's logits that live together: themselves, log-probabilities, gradients; the teacher's too.
 _COPIES, _COPIES_TAUGHT = 4, 10
-# Tokens that run at once where samples are short: quantized weights are made once for all of them.
-_TOGETHER = 1024
-
-
-class EndToEndSettings(BaseModel):
-    """Settings of end-to-end training. Building one raises UsageError where values do not go together.
-
-    Attributes:
-        loss: ``ce`` on the text, ``kl`` to the teacher, ``ce-kl`` both, ``kl-hidden`` with the hidden states, ``dad``
-            deviation-aware.
-        epochs: passes over the samples.
-        rate: learning rates, as a share of the block-wise training's.
-        train: ``scales`` with norms, router and adapter; ``scales-zeros`` with zero points too; ``all`` with weights.
-        zero_rate: learning rate of zero points, in grid steps, before ``rate``.
-        accumulation: samples a step.
-        teacher: ``streamed`` runs for every batch, ``cached`` keeps its ``top_k`` best guesses of each token.
-        gamma: exponent of the entropies in ``dad``.
-        hidden_weight: weight of the hidden states in ``kl-hidden``.
-        checkpointing: see :class:`~ulbq.training.student.Student`.
-        block: the block-wise training's settings: rates, decays, schedule, warm-up, clip and the base's share of the
-            steps are taken from there.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    loss: Loss
-    epochs: int = Field(default=1, ge=1)
-    rate: float = Field(default=0.4, gt=0)
-    train: Trained = "scales"
-    zero_rate: float = Field(default=0.1, ge=0)
-    accumulation: int = Field(default=2, ge=1)
-    teacher: Literal["streamed", "cached"] = "streamed"
-    top_k: int = Field(default=64, ge=1)
-    gamma: float = Field(default=0.5, ge=0)
-    hidden_weight: float = Field(default=1.0, ge=0)
-    checkpointing: bool = True
-    block: TrainSettings = TrainSettings()
-
-    @model_validator(mode="after")
-    def _refuse_hidden_states_from_a_cache(self) -> Self:
-        if self.loss == "kl-hidden" and self.teacher == "cached":
-            raise UsageError(
-                "--teacher cached keeps predictions, and --end-to-end kl-hidden wants the hidden states too.",
-                hint="Use --teacher streamed, or --end-to-end kl.",
-            )
-        return self
-
-    @property
-    def taught(self) -> bool:
-        """Whether a teacher is needed."""
-        return self.loss != "ce"
-
-    def together(self, length: int) -> int:
-        """Samples of ``length`` tokens that run at once: as many as a step has, up to 1,024 tokens."""
-        return max(1, min(self.accumulation, _TOGETHER // length))
-
-    def rates(self) -> dict[Role, float]:
-        """Learning rates of the roles that train."""
-        rates = {**self.block.rates(), "zeros": self.zero_rate if self.train == "scales-zeros" else 0.0}
-        return {role: self.rate * r for role, r in rates.items() if r and (self.train == "all" or role != "weights")}
 
 
 class Epoch(BaseModel):

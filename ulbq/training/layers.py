@@ -15,14 +15,14 @@ from torch import nn
 from ulbq import distributed
 from ulbq.blockwise.activations import ActivationStore
 from ulbq.blockwise.walk import run_block
+from ulbq.config.stages import Stage
+from ulbq.config.training import TrainSettings
 from ulbq.errors import InputError
 from ulbq.models.watch import Enough, distinct_inputs, watching
 from ulbq.training.block import BlockTrainer, TrainOutcome
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.objective import BlockData, Objective, Penalty
 from ulbq.training.precision import Precision
-from ulbq.training.settings import TrainSettings
-from ulbq.training.stages import Stage
 
 
 class _LayerGroup(nn.Module):
@@ -157,7 +157,7 @@ def input_groups(
 def _partial(name: str) -> InputError:
     return InputError(
         f"The layer '{name}' does not see every token: layers cannot be trained one by one here.",
-        hint="Use --granularity block.",
+        hint="Use `granularity=block`.",
     )
 
 

@@ -1,23 +1,9 @@
 """What a block is trained on: the distance of its output to the full-precision block's output."""
 
-from enum import StrEnum
-
 import torch
 
 from ulbq import distributed
-
-
-class TokenWeighting(StrEnum):
-    """How much each token counts in the output loss.
-
-    ``energy`` divides a token's squared error by the token's own squared norm, so that every token counts by its
-    relative error, and bounds what one token can weigh (:func:`bounded`). ``uniform`` is the plain mean squared error
-    of the published methods, in which an attention sink with massive activations weighs by its energy.
-    """
-
-    ENERGY = "energy"
-    UNIFORM = "uniform"
-
+from ulbq.config.training import TokenWeighting
 
 SINK_RATIO = 4.0
 """How many times as long as its target an output is that counts as a spurious attention sink."""

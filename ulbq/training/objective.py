@@ -11,13 +11,13 @@ from torch import nn
 from ulbq import distributed
 from ulbq.blockwise.activations import ActivationStore
 from ulbq.blockwise.walk import run_block
+from ulbq.config.stages import Stage
+from ulbq.config.training import TrainSettings
 from ulbq.training.attention import chunked_attention
 from ulbq.training.fused import FusedParts
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.losses import output_loss, sliced_wasserstein, spurious_sinks, token_weights
 from ulbq.training.precision import Precision
-from ulbq.training.settings import TrainSettings
-from ulbq.training.stages import Stage
 
 Penalty = Callable[[Mapping[str, TrainedLinear]], torch.Tensor]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ulbq.config.training import TrainSettings
 from ulbq.training.linear import TrainedLinear
-from ulbq.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
 """ULB-SAPR's regularizer: salient weights shall stay where full precision had them."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
+from ulbq.config.methods import Penalized
 from ulbq.training.linear import TrainedLinear
-
-Penalized = Literal["before-adapter", "after-adapter"]
 
 
 class WeightPenalty:

@@ -2,11 +2,10 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-PrecisionName = Literal["auto", "fp32", "bf16"]
+from ulbq.config.run import PrecisionName
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ulbq import distributed, runtime
 from ulbq.artifacts.shards import LazyTensors, store_shard
+from ulbq.config.finetune import TunerSettings
 from ulbq.data.lessons import Lesson
 from ulbq.errors import NumericsError
 from ulbq.training.batches import IGNORED, Listed, Order, batch
@@ -24,44 +24,6 @@ from ulbq.training.precision import Precision
 
 _TRAINED = "trained.safetensors"
 _COPIES = 4  # of a chunk's logits that live together: as computed, float32, log-probabilities, gradients
-
-
-class TunerSettings(BaseModel):
-    """Settings of a fine-tuning run.
-
-    Attributes:
-        epochs: passes over the samples.
-        batch_size: samples an optimiser step, over all processes.
-        micro_batch: samples that run at once on one device.
-        adapter_rate, scale_rate: learning rates; scales count in shares of what they were.
-        adapter_decay, scale_decay: weight decays; DoRA's magnitudes have none.
-        schedule: how the rates fall.
-        warmup: share of the steps with rising rates.
-        clip: largest gradient norm; 0 for none.
-        checkpointing: run each block again for its gradients.
-        eval_every: steps between two looks at the held-out lessons; 0 for none on the way.
-        save_every: steps between two checkpoints.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    micro_batch: int = Field(ge=1)
-    adapter_rate: float = Field(gt=0)
-    scale_rate: float = Field(gt=0)
-    adapter_decay: float = Field(ge=0)
-    scale_decay: float = Field(ge=0)
-    schedule: Literal["cosine", "linear", "constant"]
-    warmup: float = Field(ge=0, lt=1)
-    clip: float = Field(ge=0)
-    checkpointing: bool
-    eval_every: int = Field(ge=0)
-    save_every: int = Field(ge=1)
-
-    def steps(self, samples: int) -> int:
-        """Optimiser steps of the whole run; the last step of an epoch may have fewer samples."""
-        return self.epochs * math.ceil(samples / self.batch_size)
 
 
 class Answers(nn.Module):
@@ -309,7 +271,7 @@ class _Reporter(TrainerCallback):
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise NumericsError(
                 f"The {what} is not finite in step {state.global_step} of the fine-tuning.",
-                hint="Try a lower --adapter-rate, a longer --warmup or --precision fp32, with another -o.",
+                hint="Try a lower `adapter_rate`, a longer `warmup` or `precision=fp32`, with another -o.",
             )
         self._watch.on_step(state.global_step, loss)
         every = self._settings.eval_every

@@ -1,24 +1,25 @@
-"""``--stage`` in words."""
+"""Stages in words."""
 
 import pytest
+from pydantic import TypeAdapter
 
-from ulbq.commands.stages import keys, names, read_stages
+from ulbq.config.stages import STAGE_KEYS, STAGE_NAMES, Stage, Stages
 from ulbq.errors import UsageError
-from ulbq.training.stages import Stage
+
+STAGES: TypeAdapter[tuple[Stage, ...]] = TypeAdapter(Stages)
 
 
 def test_stages_are_read_in_their_order() -> None:
-    read = read_stages(["wpt:epochs=15,penalty=0.1,scale-rate=1e-2", "opt:epochs=5"])
-    assert [Stage.model_validate(stage) for stage in read] == [
-        Stage(name="wpt", epochs=15, penalty=0.1, scale_rate=0.01),
-        Stage(name="opt", epochs=5),
-    ]
+    read = STAGES.validate_python(["wpt:epochs=15,penalty=0.1,scale-rate=1e-2", "opt:epochs=5"])
+    assert read == (Stage(name="wpt", epochs=15, penalty=0.1, scale_rate=0.01), Stage(name="opt", epochs=5))
 
 
-def test_every_field_of_a_stage_can_be_typed() -> None:
-    for name in names():
-        text = f"{name}:" + ",".join(f"{key}=1" for key in keys())
-        assert Stage.model_validate(read_stages([text])[0]).model_fields_set == Stage.model_fields.keys()
+def test_every_field_of_a_stage_can_be_typed_and_is_shown_so() -> None:
+    for name in STAGE_NAMES:
+        text = f"{name}:" + ",".join(f"{key}=1" for key in STAGE_KEYS)
+        [stage] = STAGES.validate_python([text])
+        assert stage.model_fields_set == Stage.model_fields.keys()
+        assert str(stage) == text
 
 
 @pytest.mark.parametrize(
@@ -37,5 +38,5 @@ def test_every_field_of_a_stage_can_be_typed() -> None:
 )
 def test_other_words_are_refused(text: str, said: str, hint: str) -> None:
     with pytest.raises(UsageError, match=said) as refused:
-        read_stages([text])
+        STAGES.validate_python([text])
     assert hint in refused.value.hint

@@ -1,0 +1,65 @@
+"""What ``convert`` is asked to do."""
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ulbq.config.options import Option
+from ulbq.config.run import DtypeName, Force, Offline, Out, Verify
+
+TARGETS: dict[str, str] = {
+    "dense": "plain weights",
+    "gptq": "packed for other libraries",
+    "compressed-tensors": "packed for other libraries",
+    "gguf": "for llama.cpp",
+    "half": "the artifact itself, norms in half precision",
+}
+"""What each target writes, by the name that ``--to`` takes; :mod:`ulbq.export.targets` has a module for each."""
+
+ENGINES: dict[str, str] = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "transformers": "transformers",
+    "gptqmodel": "gptqmodel",
+    "auto-gptq": "AutoGPTQ",
+    "llama.cpp": "llama.cpp",
+    "exllamav2": "exllamav2",
+}
+"""As their makers write them, by the name that ``--for`` takes."""
+
+if TYPE_CHECKING:
+    TargetName = str
+    EngineName = str
+else:
+    TargetName, EngineName = Literal[*TARGETS], Literal[*ENGINES]
+
+
+class ConvertRequest(BaseModel):
+    """A conversion; without a source, of the newest artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str | None = None
+    to: Annotated[
+        TargetName | None,
+        Option(
+            "; ".join(f"{', '.join(names)}: {summary}" for summary, names in groupby(TARGETS, TARGETS.get)) + ".",
+            default="what --for reads best, else dense",
+        ),
+    ] = None
+    engine: Annotated[
+        EngineName | None, Option("Check first that this engine loads it, and choose what it reads.", flag="--for")
+    ] = None
+    dtype: Annotated[
+        DtypeName | None,
+        Option("Of the tensors that are not packed.", default="bf16 for dense, fp16 for gguf, else as is"),
+    ] = None
+    merge_adapter: Annotated[
+        bool,
+        Option("Make the adapter part of the weights; else it is copied beside them.", flag="--merge-adapter"),
+    ] = False
+    offline: Offline = False
+    verify: Verify = True
+    out: Out = None
+    force: Force = False

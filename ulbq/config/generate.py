@@ -1,0 +1,57 @@
+"""What ``generate`` is asked to do."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ulbq.config.options import HOW, SAMPLING, SAY, Option
+from ulbq.config.run import Device, DtypeName, Offline, PrefillCache, Seed, Verify
+
+
+class GenerateRequest(BaseModel):
+    """One prompt to go on from.
+
+    Repetitions are divided down as by Keskar et al. (2019, https://arxiv.org/abs/1909.05858). Small models of few bits
+    answer in circles without.
+
+    Attributes:
+        source: as :func:`ulbq.models.source.resolve` takes it.
+        prompt: the text.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    source: str | None = None
+    prompt: str
+    chat: Annotated[
+        bool, Option("The prompt is a message: answer it, by the model's chat template.", SAY, flag="--chat")
+    ] = False
+    max_new_tokens: Annotated[
+        int,
+        Field(ge=1, le=2**31 - 1),
+        Option("Write at most so many tokens.", SAY, "N", flag="--max-new-tokens -n"),
+    ] = 256
+    temperature: Annotated[
+        Annotated[float, Field(ge=0)] | None,
+        Option("Draw tokens; 0 takes the likeliest every time.", SAMPLING, "X", default="0; 1 with --top-p"),
+    ] = None
+    top_p: Annotated[
+        Annotated[float, Field(gt=0, le=1)] | None,
+        Option("Draw from the likeliest tokens that hold this share of the probability.", SAMPLING, "X", default="1"),
+    ] = None
+    repetition_penalty: Annotated[
+        Annotated[float, Field(gt=0, le=10)] | None,
+        Option(
+            "Above 1, what was said already is less likely to be said again.",
+            SAMPLING,
+            "X",
+            default="1.1 with --chat, else 1",
+        ),
+    ] = None
+    seed: Seed = 0
+    dtype: Annotated[DtypeName, Option("What the model computes in.", HOW)] = "bf16"
+    device: Device = "auto"
+    adapter: Annotated[bool, Option("With the adapter of the artifact, or its base alone.", HOW)] = True
+    prefill_cache: PrefillCache = False
+    offline: Offline = False
+    verify: Verify = True
