@@ -22,12 +22,23 @@ def answer(app: typer.Typer) -> None:
     """Write what may stand at the cursor to standard output, and exit."""
     os.environ["COLUMNS"] = "1000"  # a description is one line
     group: Any = typer.main.get_command(app)
-    for command in (group, *group.commands.values()):
+    find = group.get_command
+
+    def found(context: Any, name: str) -> Any:
+        return _told(find(context, name))
+
+    group.get_command = found
+    _told(group).main(prog_name="ulbq")
+
+
+def _told(command: Any) -> Any:
+    """The command, or None as it came; what completes it knows of metavars from now on."""
+    if command is not None:
         command.shell_complete = partial(_names, command, command.shell_complete)
         for parameter in command.params:
             parameter.callback = None  # a Tab behind --version shows no version
             parameter.shell_complete = partial(_values, parameter.metavar or "", parameter.shell_complete)
-    group.main(prog_name="ulbq")
+    return command
 
 
 def _names(command: Any, complete: Any, context: Any, incomplete: str) -> list[Any]:

@@ -15,7 +15,8 @@ from tests.models.tiny import save_tiny
 from ulbq import formats
 from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
 from ulbq.commands import inspection, kernel_table
-from ulbq.config.convert import TARGETS
+from ulbq.config.convert import TARGETS, ConvertRequest
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
 from ulbq.export.fit import Candidate
 from ulbq.export.targets import base
@@ -26,10 +27,9 @@ from ulbq.methods.base import BlockResult, BlockTask, check_packed
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
-from ulbq.pipeline.convert import ConvertRequest, convert
+from ulbq.pipeline.convert import convert
 from ulbq.pipeline.inspect import inspect
 from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.request import QuantizeRequest
 
 TOKENS = torch.randint(3, 250, (1, 16), generator=torch.Generator().manual_seed(3))
 

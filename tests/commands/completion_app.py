@@ -3,12 +3,13 @@
 As a program, ``python -m tests.commands.completion_app``, it is what the shells ask in place of ``ulbq``.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from ulbq.commands import completion
-from ulbq.commands.options import DataDir, Device, Out, Quiet, Seed, Source
+from ulbq.commands.options import Quiet, Source
 from ulbq.commands.sections import SectionedCommand
 
 
@@ -29,7 +30,7 @@ def group(
 @app.command(cls=SectionedCommand)
 def quantize(
     source: Source = None,
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder.")] = None,
     method: Annotated[Literal["rtn", "db-llm"], typer.Option("--method", help="Recipe.")] = "rtn",
     text: Annotated[
         str, typer.Option("--text", metavar="NAME|FILE", help="Text.", autocompletion=lambda: ["wikitext2", "self"])
@@ -40,9 +41,11 @@ def quantize(
     train: Annotated[
         bool, typer.Option("--train/--freeze", help="It's [trained], " + "and " * 30 + "more: yes. And no.")
     ] = True,
-    device: Device = "auto",
-    data_dir: DataDir = None,
-    seed: Seed = 0,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="Where.", autocompletion=lambda: ["auto", "cpu", "cuda"])
+    ] = "auto",
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Data.")] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed.")] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Make it small. And more words."""
