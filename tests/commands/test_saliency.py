@@ -47,7 +47,8 @@ def test_json_gives_the_manifest(words, tmp_path, capsys):
     assert told["digest"] == read_manifest(tmp_path / "s").digest
 
 
-def test_a_dry_run_writes_nothing(words, tmp_path, capsys):
+def test_a_dry_run_writes_nothing(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # the file's path is long
     assert main([*words, "--dry-run", "--activation-memory", "1M"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -12,6 +12,7 @@ from tests.models.stored import common, write_quantized
 from ulbq.artifacts import ArtifactWriter, EvaluationManifest, Parent
 from ulbq.export.card import Card, Score, converted_card, front_of, scores
 from ulbq.export.fit import Candidate
+from ulbq.export.targets import target
 from ulbq.formats import AffineScheme
 from ulbq.models.source import resolve
 
@@ -52,7 +53,7 @@ def test_a_licence_of_any_shape(licence: Any, shown: str, tiny_llama: Path, tmp_
     out = write_quantized(resolve(tiny_llama), tmp_path / "q", AffineScheme(bits=4, group_size=32))
     (out / "README.md").write_text(f"---\nlicense: {json.dumps(licence)}\n---\n# x\n")
     source = resolve(out)
-    text = converted_card(source, Candidate.of(source), "dense", stored="bfloat16")
+    text = converted_card(source, Candidate.of(source), target("dense"), stored="bfloat16")
     assert f"- Licence: {shown}" in text
     assert read(text).data.license == front_of(source).get("license")
 
