@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from ulbq.models.source import ModelSource
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """Flushing guards against power failures, which no test causes; tiny models wait as long for it as they work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Llama (3 blocks, hidden 64, grouped queries, untied head) with its tokenizer."""
