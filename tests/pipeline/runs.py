@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from ulbq import formats
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
-from ulbq.pipeline.request import QuantizeRequest
 from ulbq.progress import Silent
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
