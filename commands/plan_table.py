@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ulbq.config.options import CALIBRATION, COMPUTE, RUN, Option, options, typed, words
+from ulbq.config.options import CALIBRATION, COMPUTE, RUN, SECTIONS, Option, options, typed, words
 from ulbq.config.quantize import QuantizeRequest, usual
 
 from . import console
@@ -79,7 +79,7 @@ def _what_is_done(request: QuantizeRequest) -> dict[str, str]:
         size = f"{request.samples} × {request.sequence_length} tokens{preset}"
         rows["calibration"] = f"{request.calibration}, {size}, seed {request.seed}"
     parts: dict[str, list[str]] = {}
-    for name, _, option in options(type(request)):
+    for name, _, option in sorted(options(type(request)), key=lambda one: SECTIONS.index(one[2].section)):
         # Said by other rows already.
         told = option.section in ("", CALIBRATION, COMPUTE, RUN) or name in ("bits", "group_size", "rotate")
         value = getattr(request, name)

@@ -291,8 +291,8 @@ def idle(request: QuantizeRequest) -> frozenset[str]:
 
 
 def usual(name: str) -> Any:
-    """What an option is with most methods: the default that it was declared with."""
-    return _DECLARED[name].default if name in _DECLARED else None
+    """What an option is with most methods: the default that it was declared with; False for a switch of all methods."""
+    return _DECLARED[name].default if name in _DECLARED else False
 
 
 def default_words(name: str, option: Option) -> str:
