@@ -1,5 +1,6 @@
 """What ``finetune`` is asked to do."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -108,6 +109,10 @@ class TunerSettings(_Tuned):
 
     eval_every: int = Field(ge=0)
     save_every: int = Field(ge=1)
+
+    def steps(self, samples: int) -> int:
+        """Optimiser steps of the whole run; the last step of an epoch may have fewer samples."""
+        return self.epochs * math.ceil(samples / self.batch_size)
 
 
 class FinetuneRequest(_Tuned):
