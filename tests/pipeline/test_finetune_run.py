@@ -171,8 +171,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 ) -> None:
     base = made(folder, "rtn")
     options: dict[str, Any] = {"rank": 2, "dropout": 0.2, "train": train, "targets": ("q_proj",)}
-    if train == "adapter-scales":
-        options["scale_rate"] = 0.01
+    options |= {"scale_rate": 0.01} if train == "adapter-scales" else {}
     whole, _ = finetune(job(base, folder, tmp_path / "whole", **options))
     step = finetune_run._Run._on_step
 
