@@ -5,7 +5,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ulbq.artifacts import AnyManifest, QuantizedManifest
-from ulbq.pipeline.kernels import ROWS, available, plans
+from ulbq.kernels import LAYOUTS
+from ulbq.pipeline.kernels import ROWS, plans
 from ulbq.runtime import resolve_device
 
 
@@ -20,9 +21,10 @@ def show_kernels(console: Console, manifest: AnyManifest) -> None:
 
 def _backends() -> Table:
     table = _table("backend", "here", "what it is")
-    for backend in available():
-        here = Text(backend.missing, style="yellow") if backend.missing else Text("yes", style="green")
-        table.add_row(Text(backend.name), here, Text(backend.summary))
+    for layout in LAYOUTS:
+        missing = layout.unavailable_reason()
+        here = Text("yes", style="green") if missing is None else Text(missing, style="yellow")
+        table.add_row(Text(layout.name), here, Text(layout.summary))
     return table
 
 

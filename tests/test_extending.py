@@ -19,6 +19,7 @@ from ulbq.config.convert import TARGETS, ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
 from ulbq.export.fit import Candidate
+from ulbq.export.rules import Reader
 from ulbq.export.targets import base
 from ulbq.formats.bits import BaseScheme, Format, TensorSpec, pack_planes, packed_length, unpack_planes
 from ulbq.kernels import LAYOUTS, Case, choose
@@ -140,7 +141,7 @@ class Norms(base.Target):
     """The norms and nothing else."""
 
     name = "norms"
-    readers: ClassVar = {"transformers": base.Reader("`load_norms(DIR)`.", rank=9)}
+    readers: ClassVar = {"transformers": Reader("`load_norms(DIR)`.", rank=9)}
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return None if candidate.config.model_type == "llama" else "its norms are none of Llama's"

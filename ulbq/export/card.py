@@ -201,9 +201,9 @@ def converted_card(
         place = "is a part of the weights" if merged else "lies beside the weights, in `adapter/`, for peft"
         made.append(f"Its {candidate.adapter} adapter {place}")
     loads = {
-        ENGINES[engine]: f"{reader.load_command} {reader.start(candidate)}".rstrip()
+        ENGINES[engine]: reader.command(candidate, reader.load_command)
         for engine, reader in target.readers.items()
-        if reader.obstacle(candidate) is None
+        if reader.obstacle(candidate, ENGINES[engine]) is None
     }
     if candidate.adapter and not merged:
         loads["The adapter"] = (

@@ -4,8 +4,9 @@ from ulbq.config.convert import ENGINES, TARGETS
 from ulbq.errors import InputError
 from ulbq.export import fit
 from ulbq.export.fit import Candidate
+from ulbq.export.rules import Obstacle, Reader
 from ulbq.export.targets import target
-from ulbq.export.targets.base import Obstacle, Reader, Target
+from ulbq.export.targets.base import Target
 
 
 def targets_of(engine: str) -> dict[str, Reader]:
@@ -67,7 +68,7 @@ def loaders(candidate: Candidate) -> list[tuple[str, str]]:
 def _obstacle(engine: str, candidate: Candidate, name: str, *, merge_adapter: bool) -> Obstacle | None:
     why = target(name).unsupported_reason(candidate, merge_adapter=merge_adapter)
     if why is None:
-        return target(name).readers[engine].obstacle(candidate)
+        return target(name).readers[engine].obstacle(candidate, ENGINES[engine])
     able = fit.holders(candidate)
     others = [other for other in able if other not in targets_of(engine)] or able
     return Obstacle(why, f"Targets that can hold it: {', '.join(others) or 'none'}.")
@@ -77,5 +78,5 @@ def _sentence(engine: str, candidate: Candidate, name: str, found: list[Obstacle
     if name == "dense":
         why = f", since {found[0].reason}" if found and candidate.layers else ""
         return f"{ENGINES[engine]} gets it dense{why}."
-    start = target(name).readers[engine].start(candidate)
-    return f"{ENGINES[engine]} loads this as {name} ({fit.describe(candidate)}). {start}".rstrip()
+    loads = f"{ENGINES[engine]} loads this as {name} ({fit.describe(candidate)})."
+    return target(name).readers[engine].command(candidate, loads)

@@ -1,79 +1,118 @@
-"""What stands in the way of models in the engines that read a target, and how engines load folders.
+"""How engines read what a target writes, and what stands in the way of models.
 
 An engine's rules are stricter than its file format's: GPTQ's layout holds 3 bits, and exllamav2 reads 4 of it. The
 versions that the rules were read from stand in docs/guides/converting.md.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
 from ulbq.export.fit import Candidate, affine_schemes
-from ulbq.export.targets.base import Obstacle
 
 AUTO_MODEL = "`AutoModelForCausalLM.from_pretrained(DIR)`"
 VLLM = "`vllm serve DIR`."
 SGLANG = "`python -m sglang.launch_server --model-path DIR`."
-
-CUDA_GROUPS = (-1, 32, 64, 128)
-"""Group sizes that the kernels of vLLM, SGLang and exllamav2 have."""
+HUMMING = "Its 2 and 3 bits run through the Humming kernels, on a GPU."
+"""What vLLM wants for narrow codes."""
+HUMMING_OPTION = "Start it with --quantization humming."
+"""What SGLang wants for them."""
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that engines make one of."""
 
 
-def first(*obstacles: Obstacle | None) -> Obstacle | None:
-    return next((obstacle for obstacle in obstacles if obstacle is not None), None)
+class Obstacle(NamedTuple):
+    """What stands in the way of a model, as the end of a sentence, and what to change."""
+
+    reason: str
+    change: str
 
 
-def bits(candidate: Candidate, allowed: tuple[int, ...], name: str) -> Obstacle | None:
-    odd = next((scheme for scheme in affine_schemes(candidate) if scheme.bits not in allowed), None)
-    if odd is None:
-        return None
+Rule = Callable[[Candidate, str], Obstacle | None]
+"""Of a model, and the engine as its makers write it."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How an engine reads what a target writes.
+
+    Attributes:
+        load_command: Markdown; ``DIR`` stands for the folder.
+        rank: among the targets that the engine reads, the lowest is the best; None for one that is never chosen for it.
+        rules: for models that the target can hold.
+        start: what else a user must do, as a whole sentence; ``narrow`` the same where a layer has 2 or 3 bits.
+        untie: the engine wants a tied head stored by itself too.
+    """
+
+    load_command: str
+    rank: int | None = 0
+    rules: tuple[Rule, ...] = ()
+    start: str = ""
+    narrow: str = ""
+    untie: bool = False
+
+    def obstacle(self, candidate: Candidate, name: str) -> Obstacle | None:
+        """The first thing in the way."""
+        return next((found for rule in self.rules if (found := rule(candidate, name)) is not None), None)
+
+    def command(self, candidate: Candidate, load: str) -> str:
+        """The text ``load``, and what else a user must do."""
+        narrow = any(scheme.bits in (2, 3) for scheme in affine_schemes(candidate))
+        return " ".join(text for text in (load, self.start, self.narrow if narrow else "") if text)
+
+
+def bits(*allowed: int) -> Rule:
+    """Only these widths."""
     widths = " or ".join(map(str, allowed))
-    return Obstacle(f"it has {odd.bits} bits, and {name} reads {widths}", f"Quantize with --bits {widths}.")
+
+    def rule(candidate: Candidate, name: str) -> Obstacle | None:
+        for odd in affine_schemes(candidate):
+            if odd.bits not in allowed:
+                reason = f"it has {odd.bits} bits, and {name} reads {widths} in this layout"
+                return Obstacle(reason, f"Quantize with --bits {widths}.")
+        return None
+
+    return rule
+
+
+def groups(*allowed: int) -> Rule:
+    """Only these group sizes; -1 stands for whole rows."""
+    sizes = ", ".join(str(size) for size in allowed if size > 0)
+
+    def rule(candidate: Candidate, name: str) -> Obstacle | None:
+        for odd in affine_schemes(candidate):
+            if odd.group_size not in allowed:
+                reason = f"its groups have {odd.group_size} weights, and {name} reads {sizes}"
+                return Obstacle(reason, f"Quantize with --group-size {sizes}.")
+        return None
+
+    return rule
 
 
 def symmetric(candidate: Candidate, name: str) -> Obstacle | None:
+    """No zero points."""
     if all(scheme.symmetric for scheme in affine_schemes(candidate)):
         return None
     return Obstacle(f"it has zero points, and {name} reads GPTQ symmetric only", "Quantize with --symmetric.")
 
 
 def uniform(candidate: Candidate, name: str) -> Obstacle | None:
+    """All layers of one scheme."""
     if len(candidate.schemes) < 2:
         return None
-    reason = f"its layers have several widths, and {name} reads one"
+    reason = f"its layers have several widths, and {name} reads one in this layout"
     return Obstacle(reason, "Quantize all layers with the same --bits.")
 
 
-def groups(candidate: Candidate, allowed: tuple[int, ...], name: str) -> Obstacle | None:
-    """Only these group sizes; -1 stands for whole rows."""
-    odd = next((scheme for scheme in affine_schemes(candidate) if scheme.group_size not in allowed), None)
-    if odd is None:
+def lora_only(candidate: Candidate, name: str) -> Obstacle | None:
+    """No DoRA."""
+    if candidate.adapter != "DoRA":
         return None
-    sizes = ", ".join(str(size) for size in allowed if size > 0)
-    reason = f"its groups have {odd.group_size} weights, and {name} reads {sizes}"
-    return Obstacle(reason, f"Quantize with --group-size {sizes}.")
+    return Obstacle(f"its adapter is a DoRA, and {name} applies LoRA only", "Use --to dense --merge-adapter.")
 
 
-def served(candidate: Candidate, name: str) -> Obstacle | None:
-    """What vLLM and SGLang want in every packed layout: LoRA only, fused layers stored alike, their kernels' groups."""
-    dora = None
-    if candidate.adapter == "DoRA":
-        dora = Obstacle(f"its adapter is a DoRA, and {name} applies LoRA only", "Use --to dense --merge-adapter.")
-    return first(dora, _fused(candidate, name), groups(candidate, CUDA_GROUPS, name))
-
-
-def is_narrow(candidate: Candidate) -> bool:
-    return any(scheme.bits in (2, 3) for scheme in affine_schemes(candidate))
-
-
-def start_vllm(candidate: Candidate) -> str:
-    return "Its 2 and 3 bits run through the Humming kernels, on a GPU." if is_narrow(candidate) else ""
-
-
-def start_sglang(candidate: Candidate) -> str:
-    return "Start it with --quantization humming." if is_narrow(candidate) else ""
-
-
-def _fused(candidate: Candidate, name: str) -> Obstacle | None:
+def fused(candidate: Candidate, name: str) -> Obstacle | None:
     """Layers that the engine fuses have to be stored alike."""
     for full, layer in candidate.layers.items():
         prefix, _, own = full.rpartition(".")
@@ -83,3 +122,8 @@ def _fused(candidate: Candidate, name: str) -> Obstacle | None:
                 reason = f"{name} fuses {', '.join(family)}, and '{full}' is stored otherwise than they"
                 return Obstacle(reason, "Quantize these layers with the same bits.")
     return None
+
+
+CUDA_GROUPS = groups(-1, 32, 64, 128)
+SERVED = (lora_only, fused, CUDA_GROUPS)
+"""What vLLM and SGLang want in every packed layout."""

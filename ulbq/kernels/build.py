@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -96,12 +97,7 @@ def library() -> ctypes.CDLL:
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why :func:`library` cannot give one; None where it can."""
-    try:
-        _load()
-    except UnavailableError as error:
-        _LOG.info("no compiled kernels: %s", error)
-        return str(error)
-    return None
+    return _reason(_load)
 
 
 @functools.cache
@@ -115,10 +111,14 @@ def solvers() -> ctypes.CDLL:
 @functools.cache
 def solvers_unavailable_reason() -> str | None:
     """Why :func:`solvers` cannot give one; None where it can."""
+    return _reason(_load_solvers)
+
+
+def _reason(load: Callable[[], ctypes.CDLL]) -> str | None:
     try:
-        _load_solvers()
+        load()
     except UnavailableError as error:
-        _LOG.info("no compiled solvers: %s", error)
+        _LOG.info("a compiled library cannot be had: %s", error)
         return str(error)
     return None
 

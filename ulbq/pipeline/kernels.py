@@ -8,19 +8,11 @@ from ulbq.artifacts import QuantizedManifest
 from ulbq.artifacts.records import Record
 from ulbq.errors import InputError
 from ulbq.formats import read_scheme
-from ulbq.kernels import LAYOUTS, Case, choose
+from ulbq.kernels import Case, choose
 
 ROWS = (1, 16, 512)
 """A token at a time, a small batch, a prompt."""
 DTYPES = (torch.bfloat16, torch.float32)
-
-
-class Available(Record):
-    """One backend: what it is, and why it is not to be had here (None where it is)."""
-
-    name: str
-    summary: str
-    missing: str | None
 
 
 class Plan(Record):
@@ -39,11 +31,6 @@ class Plan(Record):
     dtype: str
     backends: dict[int, str]
     passed_over: tuple[str, ...]
-
-
-def available() -> list[Available]:
-    """All backends, the one that is asked first at the top. The first call in a process may compile kernels."""
-    return [Available(name=each.name, summary=each.summary, missing=each.unavailable_reason()) for each in LAYOUTS]
 
 
 def plans(manifest: QuantizedManifest, device: str) -> list[Plan]:

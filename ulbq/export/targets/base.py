@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ulbq.export.dense import shard_names
 from ulbq.export.fit import Candidate
+from ulbq.export.rules import Reader
 from ulbq.models.blocks import skeleton
 from ulbq.models.source import ModelSource
 
@@ -19,32 +20,6 @@ DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat1
 
 FULL_PRECISION = "it is in full precision, and this target takes what is quantized already"
 """Why a target that takes packed layers alone does not take a model without any."""
-
-
-class Obstacle(NamedTuple):
-    """What stands in the way of a model, as the end of a sentence, and what to change."""
-
-    reason: str
-    change: str
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How an engine reads what a target writes.
-
-    Attributes:
-        load_command: Markdown; ``DIR`` stands for the folder.
-        rank: among the targets that the engine reads, the lowest is the best; None for one that is never chosen for it.
-        obstacle: what stands in the way of a model that the target can hold.
-        start: what else a user must do, as a whole sentence; empty where nothing.
-        untie: the engine wants a tied head stored by itself too.
-    """
-
-    load_command: str
-    rank: int | None = 0
-    obstacle: Callable[[Candidate], Obstacle | None] = lambda candidate: None
-    start: Callable[[Candidate], str] = lambda candidate: ""
-    untie: bool = False
 
 
 @dataclass(frozen=True)

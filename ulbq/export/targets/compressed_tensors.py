@@ -20,9 +20,10 @@ import torch
 
 from ulbq.export import packed, rules
 from ulbq.export.fit import Candidate, affine_schemes
-from ulbq.export.targets.base import Conversion, Obstacle, Reader, Target, Written
-from ulbq.export.words import pack_words, unpack_words
+from ulbq.export.rules import Obstacle, Reader
+from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.formats import AffineScheme, AnyScheme, affine
+from ulbq.formats.streams import pack_stream, unpack_stream
 
 BITS = (2, 3, 4, 8)
 """Widths of ours that the layout has."""
@@ -45,12 +46,12 @@ def encode(
     """A layer ``(out, in)`` in this layout; ``scheme`` is one that :func:`unsupported_reason` lets through."""
     codes, _, zeros = affine.unpack(scheme, tensors, shape[1])
     stored = {
-        "weight_packed": pack_words(codes.T, scheme.bits).T.contiguous(),
+        "weight_packed": pack_stream(codes.T, scheme.bits).T.contiguous(),
         "weight_scale": tensors["scales"].contiguous(),
         "weight_shape": torch.tensor(shape, dtype=torch.int64),
     }
     if not scheme.symmetric:
-        stored["weight_zero_point"] = pack_words(zeros, scheme.bits)
+        stored["weight_zero_point"] = pack_stream(zeros, scheme.bits)
     return stored
 
 
@@ -58,11 +59,11 @@ def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
     """``[out, in]`` float32 weights, by the layout's own rule and from nothing but what is stored."""
     outputs, inputs = tensors["weight_shape"].tolist()
     scales = tensors["weight_scale"].float().unsqueeze(-1)
-    codes = unpack_words(tensors["weight_packed"].T.contiguous(), bits, inputs).T.float()
+    codes = unpack_stream(tensors["weight_packed"].T.contiguous(), bits, inputs).T.float()
     stored = tensors.get("weight_zero_point")
     zeros: torch.Tensor | float = float(2 ** (bits - 1))
     if stored is not None:
-        zeros = unpack_words(stored, bits, outputs).float().unsqueeze(-1)
+        zeros = unpack_stream(stored, bits, outputs).float().unsqueeze(-1)
     return ((codes.reshape(*scales.shape[:2], -1) - zeros) * scales).flatten(1)
 
 
@@ -112,17 +113,12 @@ def _weights(scheme: AffineScheme) -> dict[str, Any]:
     }
 
 
-def _sglang(candidate: Candidate) -> Obstacle | None:
-    return rules.first(rules.bits(candidate, (4, 8), "SGLang's compressed-tensors"), rules.served(candidate, "SGLang"))
-
-
-def _transformers(candidate: Candidate) -> Obstacle | None:
+def _no_zero_points(candidate: Candidate, name: str) -> Obstacle | None:
     if _is_symmetric(candidate):
         return None
     # 5.23 with compressed-tensors 0.20 makes room for unpacked zero points and refuses the packed ones.
-    return Obstacle(
-        "it has zero points, and transformers loads no packed ones", "Use --to gptq, or quantize with --symmetric."
-    )
+    change = "Use --to gptq, or quantize with --symmetric."
+    return Obstacle(f"it has zero points, and {name} loads no packed ones", change)
 
 
 def _is_symmetric(candidate: Candidate) -> bool:
@@ -135,11 +131,11 @@ class CompressedTensors(Target):
     name = "compressed-tensors"
     opened = packed.OPENED
     readers: ClassVar = {
-        "vllm": Reader(rules.VLLM, 0, lambda candidate: rules.served(candidate, "vLLM"), rules.start_vllm),
+        "vllm": Reader(rules.VLLM, 0, rules.SERVED, narrow=rules.HUMMING),
         "transformers": Reader(
-            f"{rules.AUTO_MODEL}.", 1, _transformers, lambda candidate: "It needs the package compressed-tensors."
+            f"{rules.AUTO_MODEL}.", 1, (_no_zero_points,), "It needs the package compressed-tensors."
         ),
-        "sglang": Reader(rules.SGLANG, 0, _sglang, rules.start_sglang),
+        "sglang": Reader(rules.SGLANG, 0, (rules.bits(4, 8), *rules.SERVED), narrow=rules.HUMMING_OPTION),
     }
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:

@@ -11,8 +11,8 @@ from ulbq.export import dense
 from ulbq.export.dense import open_again
 from ulbq.export.fit import Candidate
 from ulbq.export.packed import write_folder
-from ulbq.export.rules import AUTO_MODEL, SGLANG, VLLM
-from ulbq.export.targets.base import Conversion, Dtype, Reader, Target, Written, layer_reason
+from ulbq.export.rules import AUTO_MODEL, SGLANG, VLLM, Reader
+from ulbq.export.targets.base import Conversion, Dtype, Target, Written, layer_reason
 from ulbq.models.source import ModelSource
 
 

@@ -31,7 +31,8 @@ from ulbq.export.card import front_of
 from ulbq.export.dense import adapters_to_merge, dense_tensor
 from ulbq.export.fit import Candidate
 from ulbq.export.gguf_vocab import add_tokenizer, check_tokenizer
-from ulbq.export.targets.base import DTYPES, Conversion, Dtype, Reader, Target, Written, layer_reason
+from ulbq.export.rules import Reader
+from ulbq.export.targets.base import DTYPES, Conversion, Dtype, Target, Written, layer_reason
 from ulbq.models.blocks import skeleton
 from ulbq.models.load import load_model
 from ulbq.models.names import state_names

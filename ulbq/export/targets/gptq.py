@@ -28,10 +28,11 @@ from ulbq import __version__
 from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.export import packed, rules
 from ulbq.export.fit import Candidate
-from ulbq.export.targets.base import Conversion, Obstacle, Reader, Target, Written
-from ulbq.export.words import pack_words, unpack_words
+from ulbq.export.rules import Obstacle, Reader
+from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.bits import groups_of
+from ulbq.formats.streams import pack_stream, unpack_stream
 from ulbq.models.blocks import block_list, skeleton
 
 BITS = (2, 3, 4, 8)
@@ -72,8 +73,8 @@ def encode(
         raise ValueError("v1 has no word for a zero point of 0")
     groups = groups_of(shape[1], scheme.group_size)
     return {
-        "qweight": pack_words(codes.T, scheme.bits),
-        "qzeros": pack_words(stored, scheme.bits).T.contiguous(),
+        "qweight": pack_stream(codes.T, scheme.bits),
+        "qzeros": pack_stream(stored, scheme.bits).T.contiguous(),
         "scales": tensors["scales"].T.contiguous(),
         "g_idx": torch.arange(groups, dtype=torch.int32).repeat_interleave(shape[1] // groups),
     }
@@ -83,8 +84,8 @@ def decode(tensors: Mapping[str, torch.Tensor], bits: int, *, v1: bool) -> torch
     """``[out, in]`` float32 weights, by the layout's own rule and from nothing but what is stored."""
     groups = tensors["g_idx"].long()
     inputs, outputs = len(groups), tensors["scales"].shape[1]
-    codes = unpack_words(tensors["qweight"], bits, inputs).float()
-    zeros = unpack_words(tensors["qzeros"].T.contiguous(), bits, outputs).T.float() + int(v1)
+    codes = unpack_stream(tensors["qweight"], bits, inputs).float()
+    zeros = unpack_stream(tensors["qzeros"].T.contiguous(), bits, outputs).T.float() + int(v1)
     return ((codes - zeros[groups]) * tensors["scales"].float()[groups]).T.contiguous()
 
 
@@ -134,37 +135,14 @@ def _pattern(name: str) -> str:
 _AUTO_GPTQ = ("llama", "mistral", "qwen2", "gemma", "gpt_neox", "falcon", "opt", "gpt2", "gptj", "bloom", "mixtral")
 
 
-def _gptqmodel(candidate: Candidate) -> Obstacle | None:
-    return rules.groups(candidate, (-1, 16, 32, 64, 128, 256, 512, 1024), "gptqmodel")
-
-
-def _uniform(candidate: Candidate, name: str) -> Obstacle | None:
-    return rules.first(rules.symmetric(candidate, name), rules.uniform(candidate, name))
-
-
-def _vllm(candidate: Candidate) -> Obstacle | None:
-    return rules.first(
-        rules.bits(candidate, (4, 8), "vLLM's GPTQ"), _uniform(candidate, "vLLM"), rules.served(candidate, "vLLM")
-    )
-
-
-def _sglang(candidate: Candidate) -> Obstacle | None:
-    return rules.first(_uniform(candidate, "SGLang"), rules.served(candidate, "SGLang"))
-
-
-def _auto_gptq(candidate: Candidate) -> Obstacle | None:
+def _known_to_auto_gptq(candidate: Candidate, name: str) -> Obstacle | None:
     kind = candidate.config.model_type
-    if kind not in _AUTO_GPTQ:
-        return Obstacle(f"AutoGPTQ 0.7.1 has no '{kind}'", "Use gptqmodel, which succeeds it: --for gptqmodel.")
-    return _uniform(candidate, "AutoGPTQ")
+    if kind in _AUTO_GPTQ:
+        return None
+    return Obstacle(f"{name} 0.7.1 has no '{kind}'", "Use gptqmodel, which succeeds it: --for gptqmodel.")
 
 
-def _exllamav2(candidate: Candidate) -> Obstacle | None:
-    return rules.first(
-        rules.bits(candidate, (4,), "exllamav2"),
-        _uniform(candidate, "exllamav2"),
-        rules.groups(candidate, rules.CUDA_GROUPS, "exllamav2"),
-    )
+_ALIKE = (rules.symmetric, rules.uniform)
 
 
 class Gptq(Target):
@@ -173,19 +151,19 @@ class Gptq(Target):
     name = "gptq"
     opened = packed.OPENED
     readers: ClassVar = {
-        "gptqmodel": Reader("`GPTQModel.load(DIR)`.", obstacle=_gptqmodel),
+        "gptqmodel": Reader("`GPTQModel.load(DIR)`.", rules=(rules.groups(-1, 16, 32, 64, 128, 256, 512, 1024),)),
         "transformers": Reader(
-            f"{rules.AUTO_MODEL}.",
-            obstacle=lambda candidate: rules.uniform(candidate, "transformers' GPTQ"),
-            start=lambda candidate: "It needs the packages optimum and gptqmodel.",
+            f"{rules.AUTO_MODEL}.", rules=(rules.uniform,), start="It needs the packages optimum and gptqmodel."
         ),
-        "vllm": Reader(rules.VLLM, 1, _vllm, rules.start_vllm),
-        "sglang": Reader(rules.SGLANG, 1, _sglang, rules.start_sglang),
+        "vllm": Reader(rules.VLLM, 1, (rules.bits(4, 8), *_ALIKE, *rules.SERVED), narrow=rules.HUMMING),
+        "sglang": Reader(rules.SGLANG, 1, (*_ALIKE, *rules.SERVED), narrow=rules.HUMMING_OPTION),
         # AutoGPTQ computes with an empty head where that is tied.
         "auto-gptq": Reader(
-            "`AutoGPTQForCausalLM.from_quantized(DIR, use_safetensors=True)`.", obstacle=_auto_gptq, untie=True
+            "`AutoGPTQForCausalLM.from_quantized(DIR, use_safetensors=True)`.",
+            rules=(_known_to_auto_gptq, *_ALIKE),
+            untie=True,
         ),
-        "exllamav2": Reader("`ExLlamaV2Config(DIR)`.", obstacle=_exllamav2),
+        "exllamav2": Reader("`ExLlamaV2Config(DIR)`.", rules=(rules.bits(4), *_ALIKE, rules.CUDA_GROUPS)),
     }
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:

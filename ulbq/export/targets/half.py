@@ -16,8 +16,8 @@ from ulbq.artifacts.shards import INDEX_NAME, write_index, write_shard
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.export.fit import Candidate
-from ulbq.export.rules import AUTO_MODEL
-from ulbq.export.targets.base import DTYPES, FULL_PRECISION, Conversion, Dtype, Reader, Target, Written
+from ulbq.export.rules import AUTO_MODEL, Reader
+from ulbq.export.targets.base import DTYPES, FULL_PRECISION, Conversion, Dtype, Target, Written
 from ulbq.formats.rounding import vanishes
 from ulbq.models.adapter_files import ADAPTER_FOLDER
 from ulbq.models.blocks import skeleton, structure

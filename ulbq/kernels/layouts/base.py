@@ -1,8 +1,7 @@
 """What a layout is: an order of a packed matrix in memory, and the code that multiplies it."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -34,8 +33,8 @@ class Case(NamedTuple):
     differentiable: bool = False
 
 
-class Layout(ABC):
-    """A layout, and the backend that reads it.
+class Layout:
+    """A layout, and the backend that reads it; what is not said otherwise is that of tensors as stored.
 
     Attributes:
         name: of the backend.
@@ -53,17 +52,17 @@ class Layout(ABC):
         """Why this machine has it not; None where it has."""
         return None
 
-    @abstractmethod
     def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
         """Why it does not take a matrix, whatever the machine; None where it does."""
+        return None
 
     def call_reason(self, case: Case) -> str | None:
         """Why it does not take the activations for a matrix that it takes; None where it does."""
         return None
 
-    @abstractmethod
-    def pack(self, scheme: AnyScheme, stored: Tensors, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
+    def pack(self, scheme: Any, stored: Tensors, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
         """The tensors that :meth:`multiply` takes, by name. It takes milliseconds."""
+        return dict(stored)
 
     def unpack(self, scheme: AnyScheme, tensors: Tensors, out_features: int, in_features: int) -> Tensors:
         """The stored tensors that :meth:`pack` was given, bit for bit."""
@@ -80,9 +79,9 @@ class Layout(ABC):
         stored = self.unpack(scheme, tensors, out_features, in_features)
         return formats.matrix(scheme, stored, in_features, dtype)
 
-    @abstractmethod
     def prefers_dense(self, x: torch.Tensor) -> bool:
         """Whether one who kept the dense weight does better with it than :meth:`multiply` does."""
+        return True
 
     def multiply(self, scheme: AnyScheme, tensors: Tensors, x: torch.Tensor, out_features: int) -> torch.Tensor:
         """The product ``[..., out]`` of inputs ``[..., in]``, in their dtype, without a bias."""

@@ -28,10 +28,9 @@ class Columns(Layout):
             return why
         return f"{case.rows} rows: beyond {columns.FEW_ROWS} a dense weight is faster"
 
-    def pack(self, scheme: AnyScheme, stored: Tensors, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
-        """More beside the stored tensors. Raises TypeError for another format."""
-        if not isinstance(scheme, CodebookScheme):
-            raise TypeError(f"{scheme.format} has no columns")
+    def pack(
+        self, scheme: CodebookScheme, stored: Tensors, out_features: int, in_features: int
+    ) -> dict[str, torch.Tensor]:
         return {**stored, **columns.derive(scheme, stored, out_features, in_features)}
 
     def prefers_dense(self, x: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ulbq.formats import AffineScheme, AnyScheme, affine
-from ulbq.formats.bits import pack_planes
+from ulbq.formats.streams import pack_stream
 from ulbq.kernels.layouts.base import Case, Tensors, one_of
 from ulbq.kernels.layouts.words import Words
 from ulbq.kernels.triton_launch import VECTOR_ROWS
@@ -69,9 +69,9 @@ def to_humming(scheme: AffineScheme, stored: Tensors, in_features: int) -> dict[
 def named(scheme: AffineScheme, stored: Tensors, in_features: int) -> dict[str, torch.Tensor]:
     """Stored tensors as Humming's schema for weights names and packs them."""
     codes, scales, zeros = affine.unpack(scheme, stored, in_features)
-    made = {"weight": _stream(codes, scheme.bits), "weight_scale": scales.to(torch.bfloat16)}
+    made = {"weight": pack_stream(codes.T, scheme.bits).T.contiguous(), "weight_scale": scales.to(torch.bfloat16)}
     if not scheme.symmetric:
-        made["zero_point"] = _stream(zeros.to(torch.uint8).T, scheme.bits).T.contiguous()
+        made["zero_point"] = pack_stream(zeros, scheme.bits)
     return made
 
 
@@ -116,13 +116,6 @@ def _schema(scheme: AffineScheme) -> Any:
     )
 
 
-def _stream(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes ``[n, count]`` uint8 in int32 ``[n, count · bits / 32]``, code ``i`` from bit ``i · bits`` on."""
-    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    single = ((codes.unsqueeze(-1) >> shifts) & 1).flatten(1)
-    return pack_planes(single, 1)[0].view(torch.int32)
-
-
 def _package(name: str) -> Any:
     return importlib.import_module(f"humming.{name}")
 
@@ -155,10 +148,9 @@ class Humming(Words):
         few = f"{case.rows} rows: up to {VECTOR_ROWS} our kernel for vectors takes them"
         return one_of(case.dtype, torch.bfloat16) or (few if case.rows <= VECTOR_ROWS else None)
 
-    def pack(self, scheme: AnyScheme, stored: Tensors, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
-        """More beside the words. Raises TypeError for another format."""
-        if not isinstance(scheme, AffineScheme):
-            raise TypeError(f"{scheme.format} has no affine codes")
+    def pack(
+        self, scheme: AffineScheme, stored: Tensors, out_features: int, in_features: int
+    ) -> dict[str, torch.Tensor]:
         made = super().pack(scheme, stored, out_features, in_features)
         return made | to_humming(scheme, stored, in_features)
 

@@ -60,10 +60,9 @@ class Int4(Layout):
         many = f"{case.rows} rows: beyond {FEW_ROWS} dense slabs are faster" if case.rows > FEW_ROWS else None
         return one_of(case.dtype, torch.bfloat16) or many
 
-    def pack(self, scheme: AnyScheme, stored: Tensors, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
-        """More beside the stored tensors. Raises TypeError for another format."""
-        if not isinstance(scheme, AffineScheme):
-            raise TypeError(f"{scheme.format} has no affine codes")
+    def pack(
+        self, scheme: AffineScheme, stored: Tensors, out_features: int, in_features: int
+    ) -> dict[str, torch.Tensor]:
         return {**stored, **to_int4(scheme, stored, in_features)}
 
     def prefers_dense(self, x: torch.Tensor) -> bool:

@@ -1,5 +1,7 @@
 """Words (:mod:`ulbq.kernels.words`), which our Triton kernels read."""
 
+from typing import Any
+
 import torch
 
 from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme
@@ -24,7 +26,7 @@ class Words(Layout):
     def call_reason(self, case: Case) -> str | None:
         return one_of(case.dtype, torch.float32, torch.bfloat16, torch.float16)
 
-    def pack(self, scheme: AnyScheme, stored: Tensors, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
+    def pack(self, scheme: Any, stored: Tensors, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
         made = words.pack(scheme, stored, out_features, in_features)
         if isinstance(scheme, AffineScheme | DualBinaryScheme):
             return made

@@ -1,4 +1,4 @@
-"""Integer codes as one unbroken stream of bits in 32-bit words, which is how GPTQ and compressed-tensors store them.
+"""Integer codes as one unbroken stream of bits in 32-bit words, as GPTQ, compressed-tensors and Humming store them.
 
 Value ``i`` of a column takes the bits ``i·b`` to ``i·b + b - 1`` of the column's stream, least significant first. So 32
 values take ``b`` words whatever the width: at 3 bits the values 10 and 21 lie astride two words.
@@ -9,7 +9,7 @@ import torch
 _WORD = 32
 
 
-def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_stream(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack along the first dimension.
 
     Args:
@@ -32,8 +32,8 @@ def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
     return words.view(groups * bits, columns)[: -(-count * bits // _WORD)].contiguous()
 
 
-def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Undo :func:`pack_words`: ``[count, m]`` uint8."""
+def unpack_stream(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Undo :func:`pack_stream`: ``[count, m]`` uint8."""
     groups, columns = -(-count // _WORD), words.shape[1]
     padded = torch.nn.functional.pad(words, (0, 0, 0, groups * bits - words.shape[0])).view(groups, bits, columns)
     values = torch.empty(groups, _WORD, columns, dtype=torch.uint8, device=words.device)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ulbq.export.words import pack_words, unpack_words
+from ulbq.formats.streams import pack_stream, unpack_stream
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from ulbq.export.words import pack_words, unpack_words
     ],
 )
 def test_golden_words(bits: int, values: list[int], words: list[int]) -> None:
-    packed = pack_words(torch.tensor(values).unsqueeze(1), bits)
+    packed = pack_stream(torch.tensor(values).unsqueeze(1), bits)
     assert [word & 0xFFFFFFFF for word in packed[:, 0].tolist()] == words
 
 
@@ -28,9 +28,9 @@ def test_golden_words(bits: int, values: list[int], words: list[int]) -> None:
 @given(bits=st.sampled_from([2, 3, 4, 8]), n=st.integers(1, 200), m=st.integers(1, 5), seed=st.integers(0, 99))
 def test_what_is_packed_comes_back(bits: int, n: int, m: int, seed: int) -> None:
     values = torch.randint(0, 2**bits, (n, m), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    words = pack_words(values, bits)
+    words = pack_stream(values, bits)
     assert words.shape == (-(-n * bits // 32), m)
-    assert torch.equal(unpack_words(words, bits, n), values)
+    assert torch.equal(unpack_stream(words, bits, n), values)
 
 
 def test_three_bits_lie_as_autogptq_lays_them() -> None:
@@ -50,7 +50,7 @@ def test_three_bits_lie_as_autogptq_lays_them() -> None:
         for place, value in enumerate(part[22:]):
             third |= int(value) << (3 * place + 2)
         words[group * 3 : group * 3 + 3] = first, second, third
-    packed = pack_words(torch.from_numpy(values.astype(np.int64)).unsqueeze(1), 3)[:, 0]
+    packed = pack_stream(torch.from_numpy(values.astype(np.int64)).unsqueeze(1), 3)[:, 0]
     assert [word & 0xFFFFFFFF for word in packed.tolist()] == words.tolist()
 
 
@@ -59,4 +59,4 @@ def test_compressed_tensors_packs_the_same_words(bits: int) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     codes = torch.randint(0, 2**bits, (5, 96), generator=torch.Generator().manual_seed(bits))
     theirs = helpers.pack_to_int32((codes - 2 ** (bits - 1)).to(torch.int8), bits)
-    assert torch.equal(pack_words(codes.T, bits).T, theirs)
+    assert torch.equal(pack_stream(codes.T, bits).T, theirs)
