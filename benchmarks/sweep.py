@@ -30,7 +30,7 @@ from ulbq.pipeline.samples import draw
 from ulbq.pipeline.streams import Streams
 from ulbq.progress import Silent
 from ulbq.runtime import calm_threads, seed_everything
-from ulbq.saliency import Saliency, SaliencySettings, compute_saliency
+from ulbq.sensitivity import Saliency, SaliencySettings, compute_saliency
 
 BLOCKS, WINDOWS, CONTEXT = 6, 10, 1024
 

@@ -1,14 +1,12 @@
 """``ulbq finetune``: a quantized artifact in, one that has learnt more out."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from ulbq.config.finetune import END_TO_END_NAMES, OF_END_TO_END, OF_TASKS, FinetuneOptions, FinetuneRequest
+from ulbq.config.finetune import END_TO_END_NAMES, OF_END_TO_END, FinetuneOptions, FinetuneRequest
 from ulbq.config.options import Option, words
-from ulbq.config.quantize import default_words
-from ulbq.errors import UsageError
+from ulbq.config.quantize import QuantizeRequest, default_words
 
 from . import console
 from .fields import asked, from_fields
@@ -17,9 +15,6 @@ from .plan_table import show_finetune_plan, show_plan
 from .recipe_list import complete_task, show_tasks
 from .sections import HelpAll
 from .streams import write
-
-_END_TO_END = "end-to-end"
-_INSTEAD = {"rate": "`adapter_rate`", "accumulation": "`batch_size`", "loss": "the answers' cross-entropy"}
 
 Task = Annotated[
     str,
@@ -64,62 +59,18 @@ def finetune(
 
     Without SOURCE, the newest quantized artifact under ./artifacts. Tasks train its adapter, or a new one, on answers.
     """
-    _refuse(task, given, OF_TASKS if task == _END_TO_END else frozenset(OF_END_TO_END))
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
     check_out(given["out"], force=bool(given["force"]))
     chosen = str(read_source(source, "newest", progress))
-    if task == _END_TO_END:
-        result = _end_to_end(chosen, given, progress, dry_run=dry_run, json=json, quiet=quiet)
-    else:
-        result = _task(chosen, task, given, progress, dry_run=dry_run, json=json, quiet=quiet)
-    if result is not None:
-        emit(*result)
 
+    from ulbq.pipeline.finetune import finetune, plan, prepare
 
-def _refuse(task: str, given: Mapping[str, Any], meaningless: frozenset[str]) -> None:
-    """Raises UsageError for an option that means nothing to a task."""
-    typed = next((name for name in given if name in meaningless and given[name] is not None), None)
-    if typed is not None:
-        hint = f"It takes {_INSTEAD[typed]}." if task != _END_TO_END and typed in _INSTEAD else "Leave it out."
-        raise UsageError(f"`{typed}` means nothing to `task={task}`.", hint=hint)
-
-
-def _task(chosen: str, task: str, given: Mapping[str, Any], progress: Any, **how: bool) -> Any:
-    """Train an adapter on a task; None after a dry run."""
-    from ulbq.pipeline.finetune_plan import prepare
-    from ulbq.pipeline.tasks import load_task
-
-    if given["train"] not in (None, "adapter", "adapter-scales"):
-        raise UsageError(f"`train={given['train']}` is for `task=end-to-end`.", hint="Take adapter or adapter-scales.")
-    options = {name: value for name, value in asked(given).items() if name not in OF_END_TO_END}
-    job = prepare(chosen, load_task(task), options, progress)
-    if not how["quiet"] or how["dry_run"]:
-        show_finetune_plan(job.plan)
-    if how["dry_run"]:
-        if how["json"]:
-            write(job.plan.model_dump_json(indent=2))
-        return None
-    from ulbq.pipeline.finetune_run import finetune as run
-
-    return run(job, progress)
-
-
-def _end_to_end(chosen: str, given: Mapping[str, Any], progress: Any, **how: bool) -> Any:
-    """Train the whole model further; None after a dry run."""
-    from ulbq.pipeline.finetune import end_to_end_request, telling_name
-    from ulbq.pipeline.quantize import plan, quantize
-
-    if given["train"] in ("adapter", "adapter-scales"):
-        raise UsageError(f"`train={given['train']}` is not for `task=end-to-end`.", hint="Take scales, say.")
-    if given["schedule"] == "linear":
-        raise UsageError("`schedule=linear` is not for `task=end-to-end`.", hint="Take cosine or constant.")
-    options = {END_TO_END_NAMES.get(name, name): value for name, value in given.items()}
-    request = end_to_end_request(chosen, {"end_to_end": "ce", **asked(options)})
-    if how["dry_run"]:
-        planned = plan(request, progress)
-        show_plan(planned)
-        if how["json"]:
+    job = prepare(chosen, task, asked(given), progress)
+    show: Any = show_plan if isinstance(job, QuantizeRequest) else show_finetune_plan
+    if dry_run:
+        planned = plan(job, progress)
+        show(planned)
+        if json:
             write(planned.model_dump_json(indent=2))
-        return None
-    on_plan: Any = (lambda planned: None) if how["quiet"] else show_plan
-    return quantize(request, progress, on_plan=on_plan, name=telling_name(chosen))
+        return
+    emit(*finetune(job, progress, on_plan=(lambda planned: None) if quiet else show))

@@ -19,7 +19,7 @@ from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
 from ulbq.artifacts.whole import verify
 from ulbq.errors import ResourceError, UsageError
 from ulbq.pipeline.quantize import plan
-from ulbq.saliency import Saliency
+from ulbq.sensitivity import Saliency
 
 ROOT = Path(__file__).parents[1]
 

@@ -29,11 +29,12 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"quantizers"}),
     frozenset({"solvers"}),
     frozenset({"training"}),
-    frozenset({"saliency"}),
+    frozenset({"sensitivity"}),
     frozenset({"methods"}),
     frozenset({"evaluation"}),
     frozenset({"export"}),
     frozenset({"pipeline"}),
+    frozenset({"api"}),
     frozenset({"commands"}),
     frozenset({"__main__"}),
 )

@@ -16,7 +16,7 @@ from ulbq.errors import UsageError
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.progress import Silent
-from ulbq.saliency import Saliency
+from ulbq.sensitivity import Saliency
 
 
 def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:

@@ -9,7 +9,7 @@ from tests.pipeline.runs import request
 from ulbq.config.saliency import SaliencyKind
 from ulbq.errors import InputError
 from ulbq.pipeline.quantize import plan, quantize
-from ulbq.saliency import KINDS
+from ulbq.sensitivity import KINDS
 
 ADAPTED = {"method": "db-llm", "adapter": True, "rank": 2, "alpha": 4}
 

@@ -18,7 +18,7 @@ from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline.saliency import plan, saliency
 from ulbq.progress import Silent
-from ulbq.saliency import Saliency
+from ulbq.sensitivity import Saliency
 
 
 @pytest.fixture

@@ -1,16 +1,84 @@
-"""``finetune``: a quantized artifact goes on learning as a whole; what it is stored as is read from its manifest."""
+"""``finetune``: a quantized artifact learns a task beside its packed weights, or goes on learning as a whole."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.config.finetune import END_TO_END_NAMES, OF_END_TO_END, OF_TASKS
 from ulbq.config.quantize import QuantizeRequest, takes
-from ulbq.errors import InputError
+from ulbq.errors import InputError, UsageError
 from ulbq.methods import METHODS
 from ulbq.models.adapter_files import adapter_folder, read_adapter
 from ulbq.models.source import ModelSource, resolve
+from ulbq.pipeline import finetune_plan, finetune_run, quantize
+from ulbq.pipeline.finetune_plan import FinetuneJob, FinetunePlan
+from ulbq.pipeline.quantization_plan import QuantizePlan
+from ulbq.pipeline.tasks import load_task
+from ulbq.progress import Progress
 from ulbq.quantizers.trainable import TRAINABLE
+
+END_TO_END = "end-to-end"
+_INSTEAD = {"rate": "`adapter_rate`", "accumulation": "`batch_size`", "loss": "the answers' cross-entropy"}
+
+
+def prepare(source: str, task: str, options: Mapping[str, Any], progress: Progress) -> FinetuneJob | QuantizeRequest:
+    """Settle a run: of a task, or of the whole model, which is a quantization run that leaves the codes as they are.
+
+    Args:
+        source: path of the artifact.
+        task: name of a shipped task, a file of one, or ``end-to-end``.
+        options: fields of :data:`~ulbq.config.finetune.FinetuneOptions` that were asked for.
+        progress: told what is left out of the data.
+
+    Raises:
+        UsageError, InputError, ResourceError: as :func:`~ulbq.pipeline.finetune_plan.prepare`.
+    """
+    whole = task == END_TO_END
+    idle = next((name for name in options if name in (OF_TASKS if whole else OF_END_TO_END)), None)
+    if idle is not None:
+        hint = f"It takes {_INSTEAD[idle]}." if not whole and idle in _INSTEAD else "Leave it out."
+        raise UsageError(f"`{idle}` means nothing to `task={task}`.", hint=hint)
+    adapter = options.get("train") in ("adapter", "adapter-scales")
+    if not whole:
+        if "train" in options and not adapter:
+            raise UsageError(
+                f"`train={options['train']}` is for `task={END_TO_END}`.", hint="Take adapter or adapter-scales."
+            )
+        return finetune_plan.prepare(source, load_task(task), options, progress)
+    if adapter:
+        raise UsageError(f"`train={options['train']}` is not for `task={END_TO_END}`.", hint="Take scales, say.")
+    if options.get("schedule") == "linear":
+        raise UsageError(f"`schedule=linear` is not for `task={END_TO_END}`.", hint="Take cosine or constant.")
+    named = {END_TO_END_NAMES.get(name, name): value for name, value in options.items()}
+    return end_to_end_request(source, {"end_to_end": "ce", **named})
+
+
+def plan(job: FinetuneJob | QuantizeRequest, progress: Progress) -> FinetunePlan | QuantizePlan:
+    """What the run will do and cost; nothing is written. Raises as :func:`prepare`."""
+    return quantize.plan(job, progress) if isinstance(job, QuantizeRequest) else job.plan
+
+
+def finetune(
+    job: FinetuneJob | QuantizeRequest, progress: Progress, on_plan: Callable[[Any], None] = lambda plan: None
+) -> tuple[Path, QuantizedManifest]:
+    """Train as :func:`prepare` settled it.
+
+    Args:
+        job: the run.
+        progress: told how it goes.
+        on_plan: called with the plan before anything is written.
+
+    Returns:
+        The artifact's folder and its manifest.
+
+    Raises:
+        InputError, NumericsError, ResourceError: as :func:`~ulbq.pipeline.finetune_run.finetune`.
+    """
+    if isinstance(job, QuantizeRequest):
+        return quantize.quantize(job, progress, on_plan=on_plan, name=telling_name(str(job.source)))
+    on_plan(job.plan)
+    return finetune_run.finetune(job, progress)
 
 
 def end_to_end_request(source: str, options: Mapping[str, Any]) -> QuantizeRequest:

@@ -12,7 +12,7 @@ from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockStart, Needs
 from ulbq.models.adapter_files import AdapterTensors, adapter_folder, read_adapter, read_config
 from ulbq.models.source import FULL_PRECISION, ModelSource, resolve, resolve_parent
-from ulbq.saliency import KINDS, Saliency
+from ulbq.sensitivity import KINDS, Saliency
 
 
 @dataclass(frozen=True)

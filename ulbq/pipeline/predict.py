@@ -17,8 +17,8 @@ from ulbq.methods.base import Method
 from ulbq.models.blocks import Linear, ModelStructure, block_list
 from ulbq.pipeline.saliency_plan import predict_scoring
 from ulbq.quantizers.trainable import TRAINABLE
-from ulbq.saliency import KINDS, SaliencySettings
-from ulbq.saliency.head import head_memory
+from ulbq.sensitivity import KINDS, SaliencySettings
+from ulbq.sensitivity.head import head_memory
 from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
 

@@ -33,7 +33,7 @@ from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_sali
 from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
 from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress, Silent
-from ulbq.saliency import Saliency
+from ulbq.sensitivity import Saliency
 from ulbq.training.precision import Precision
 
 

@@ -40,7 +40,7 @@ from ulbq.pipeline.survey import survey
 from ulbq.pipeline.temperature import check_temperature, fit_temperature
 from ulbq.pipeline.warned import Recording, gathered
 from ulbq.progress import Phase, Progress, Silent
-from ulbq.saliency import KINDS, Saliency, SaliencySettings, block_file, compute_saliency
+from ulbq.sensitivity import KINDS, Saliency, SaliencySettings, block_file, compute_saliency
 from ulbq.training.block import TrainOutcome
 
 __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]

@@ -14,7 +14,7 @@ from ulbq.pipeline.saliency_page import page
 from ulbq.pipeline.saliency_plan import NOT_IN_FINGERPRINT, SaliencyJob, SaliencyPlan, prepare
 from ulbq.pipeline.samples import draw, written_samples
 from ulbq.progress import Progress, Silent
-from ulbq.saliency import Saliency, Spectrum, block_file, compute_saliency
+from ulbq.sensitivity import Saliency, Spectrum, block_file, compute_saliency
 
 __all__ = ["SaliencyPlan", "SaliencyRequest", "plan", "saliency"]
 

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from ulbq.artifacts import SaliencyLayer, SaliencyManifest
 from ulbq.evaluation.page import render
 from ulbq.evaluation.svg import Drawing, Scale, number
-from ulbq.saliency import KINDS
+from ulbq.sensitivity import KINDS
 
 _WIDTH = 800.0
 _RIGHT = 24.0

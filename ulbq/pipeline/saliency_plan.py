@@ -17,9 +17,9 @@ from ulbq.models.names import check_complete
 from ulbq.models.source import ModelSource, resolve
 from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress
-from ulbq.saliency import SaliencySettings
-from ulbq.saliency.head import head_memory
-from ulbq.saliency.settings import BACKWARD
+from ulbq.sensitivity import SaliencySettings
+from ulbq.sensitivity.head import head_memory
+from ulbq.sensitivity.settings import BACKWARD
 from ulbq.training.precision import Precision
 
 _WITH_DATA = ("calibration", "samples", "sequence_length", "batch_size", "activation_memory", "precision")

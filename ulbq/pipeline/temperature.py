@@ -19,7 +19,7 @@ from ulbq.pipeline.finish import recorded_schemes
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.streams import Streams
 from ulbq.progress import Progress
-from ulbq.saliency.head import LossHead
+from ulbq.sensitivity.head import LossHead
 
 _LEAST, _MOST = 0.25, 4.0
 _STEPS, _CLOSE = 12, 1e-4

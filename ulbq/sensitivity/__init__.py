@@ -1,9 +1,9 @@
 """Saliency: a non-negative score per weight that says how much the model depends on it."""
 
-from ulbq.saliency.compute import compute_saliency
-from ulbq.saliency.settings import KINDS, SaliencySettings
-from ulbq.saliency.spectrum import TOP, Spectrum
-from ulbq.saliency.stored import Saliency, block_file
+from ulbq.sensitivity.compute import compute_saliency
+from ulbq.sensitivity.settings import KINDS, SaliencySettings
+from ulbq.sensitivity.spectrum import TOP, Spectrum
+from ulbq.sensitivity.stored import Saliency, block_file
 
 __all__ = [
     "KINDS",

@@ -10,7 +10,7 @@ from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.config.saliency import SaliencyDtype
 from ulbq.errors import InputError
 from ulbq.models.blocks import Linear
-from ulbq.saliency.spectrum import Spectrum
+from ulbq.sensitivity.spectrum import Spectrum
 
 # The largest stored value. bfloat16 has the exponents of float32 and is as fine at any size; float16 reaches furthest
 # down where it starts at its very top: its smallest number is then 1e-12 of the largest score.

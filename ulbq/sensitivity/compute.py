@@ -25,9 +25,9 @@ from ulbq.models.source import ModelSource
 from ulbq.models.watch import watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.progress import Phase, Progress, Silent
-from ulbq.saliency.head import LossHead
-from ulbq.saliency.settings import BACKWARD, SaliencySettings
-from ulbq.saliency.stored import block_file, write_scores
+from ulbq.sensitivity.head import LossHead
+from ulbq.sensitivity.settings import BACKWARD, SaliencySettings
+from ulbq.sensitivity.stored import block_file, write_scores
 
 _BACK = 3
 """Steps that a block's way back counts as, where its way forward counts as one: that again, and twice as much back."""

@@ -15,7 +15,7 @@ from ulbq.errors import InputError, NumericsError
 from ulbq.models.blocks import skeleton, structure
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
-from ulbq.saliency import Saliency, SaliencySettings, Spectrum, block_file, compute_saliency, head, stored
+from ulbq.sensitivity import Saliency, SaliencySettings, Spectrum, block_file, compute_saliency, head, stored
 from ulbq.training.precision import Precision
 
 TOKENS = torch.randint(3, 250, (3, 32), generator=torch.Generator().manual_seed(7))
