@@ -6,6 +6,7 @@ template for one: it is shown where a user's message begins, and writes the mess
 al., 2024, https://arxiv.org/abs/2406.08464).
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -86,12 +87,25 @@ def self_samples(
             written = writer.write(some, chat, len(asked), phase)
             texts.extend(written[: len(some)])
             chats.extend(written[len(some) :])
+    return Calibration("self", _rows(leading, texts, chats, begun, samples, length), seed)
+
+
+def _rows(
+    leading: torch.Tensor,
+    texts: Sequence[torch.Tensor],
+    chats: Sequence[torch.Tensor],
+    begun: range,
+    samples: int,
+    length: int,
+) -> torch.Tensor:
+    """Samples ``[samples, length]`` of texts in their order; those whose number is in ``begun`` begin with a chat."""
+    count = (len(texts) + len(chats)) // samples
     more, asked_for = iter(texts), iter(chats)
     rows = [
-        [next(asked_for if chat and index in begun and not place else more) for place in range(count)]
+        [next(asked_for if index in begun and not place else more) for place in range(count)]
         for index in range(samples)
     ]
-    return Calibration("self", torch.stack([torch.cat([leading, *row])[:length] for row in rows]), seed)
+    return torch.stack([torch.cat([leading, *row])[:length] for row in rows])
 
 
 class _Chat(NamedTuple):

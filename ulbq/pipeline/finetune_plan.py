@@ -135,14 +135,7 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
         InputError: no quantized artifact, a damaged one, one that cannot be trained; unreadable data.
         ResourceError: data or device are missing.
     """
-    # All of it is hashed below, once.
-    source = resolve(given, offline=bool(options.get("offline")), verify=False)
-    manifest = source.manifest
-    if not isinstance(manifest, QuantizedManifest):
-        raise InputError(
-            f"'{given}' is no quantized artifact, and there is nothing to fine-tune.",
-            hint="Quantize it first: 'ulbq quantize'.",
-        )
+    source, manifest = _open(given, offline=bool(options.get("offline")))
     folder = adapter_folder(source)
     request = request_of(given, task, options, adapted=folder is not None)
     model = skeleton(source)
@@ -186,6 +179,17 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
         cost=cost,
     )
     return FinetuneJob(request, source, manifest, lessons, settings, precision, adapter, trained, linears, plan)
+
+
+def _open(given: str, *, offline: bool) -> tuple[ModelSource, QuantizedManifest]:
+    """The artifact that learns; nothing of it is hashed yet. Raises InputError."""
+    source = resolve(given, offline=offline, verify=False)
+    if not isinstance(source.manifest, QuantizedManifest):
+        raise InputError(
+            f"'{given}' is no quantized artifact, and there is nothing to fine-tune.",
+            hint="Quantize it first: 'ulbq quantize'.",
+        )
+    return source, source.manifest
 
 
 def _check_whole(folder: Path, manifest: QuantizedManifest, *, adapter: bool) -> None:

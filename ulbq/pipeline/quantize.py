@@ -80,13 +80,7 @@ def quantize(
         on_plan(job.plan)
     watch = runtime.Stopwatch()
     runtime.seed_everything(job.request.seed)
-    drawn = text = None
-    if job.calibrated and job.request.calibration != "self":
-        with watch.phase("calibration"):
-            drawn = _draw(job)
-    if job.request.text not in (None, "self"):
-        with watch.phase("text"):
-            text = _draw_text(job, progress)
+    drawn, text = _drawn(job, watch, progress)
     identity = _fingerprint(job, drawn, text)
     telling = f"{job.source.name}-{job.method.name}-{job.method.scheme.label}"
     out = request.out or free_output(DEFAULT_ROOT, name or telling, identity)
@@ -108,36 +102,59 @@ def quantize(
             if samples is not None:
                 save_calibration(writer.path / file, samples)
                 writer.plan(file)
-        calibration = None if drawn is None else _share(drawn, job.request.samples)
-        saliency = job.saliency
-        if job.method.needs.saliency in KINDS and not job.blocks_stay:
-            with watch.phase("saliency"):
-                saliency = _score(job, writer, calibration, progress)
-        if job.method.needs.survey and job.start is None and calibration is not None:
-            with watch.phase("survey"):
-                method = _decided(job, writer, calibration, saliency, progress)
-            job = dataclasses.replace(job, method=method)
-        with watch.phase("blocks"):
-            # First: a source that is damaged here would show only after hours.
-            outer = _write_outer(job, writer, None)
-            if job.request.fit_temperature and calibration is not None:
-                check_temperature(job, writer.scratch, calibration.tokens)
-            run = _Run(job, writer, progress, saliency)
-            run.walk(calibration)
-            run.warn()
-        if job.request.fit_temperature and calibration is not None:
-            with watch.phase("temperature"):
-                _write_outer(job, writer, _temperature(job, writer, calibration, progress))
-        tuned = None
-        learnt = text or (None if drawn is None else _share(drawn, job.text_samples))
-        if job.method.needs.end_to_end is not None and learnt is not None:
-            with watch.phase("end to end"):
-                tuned = train_end_to_end(job, writer, learnt, progress)
-        with watch.phase("finish"):
-            warned = tuple(progress.warnings)
-            manifest = distributed.on_main(finish, job, writer, drawn, outer, watch, tuned, warned)
-        path = writer.finish(manifest, proof(progress))
+        path = writer.finish(_work(job, writer, watch, progress, drawn, text), proof(progress))
     return path, read_back(path, QuantizedManifest)
+
+
+def _drawn(job: Job, watch: runtime.Stopwatch, progress: Progress) -> tuple[Calibration | None, Calibration | None]:
+    """Samples for the blocks and for the whole, where no model has to write them; None where one does, or none are."""
+    drawn = text = None
+    if job.calibrated and job.request.calibration != "self":
+        with watch.phase("calibration"):
+            drawn = _draw(job)
+    if job.request.text not in (None, "self"):
+        with watch.phase("text"):
+            text = _draw_text(job, progress)
+    return drawn, text
+
+
+def _work(
+    job: Job,
+    writer: ArtifactWriter,
+    watch: runtime.Stopwatch,
+    progress: Recording,
+    drawn: Calibration | None,
+    text: Calibration | None,
+) -> QuantizedManifest:
+    """All phases that make weights, one after the other; gives the manifest of what they wrote."""
+    calibration = None if drawn is None else _share(drawn, job.request.samples)
+    saliency = job.saliency
+    if job.method.needs.saliency in KINDS and not job.blocks_stay:
+        with watch.phase("saliency"):
+            saliency = _score(job, writer, calibration, progress)
+    if job.method.needs.survey and job.start is None and calibration is not None:
+        with watch.phase("survey"):
+            method = _decided(job, writer, calibration, saliency, progress)
+        job = dataclasses.replace(job, method=method)
+    with watch.phase("blocks"):
+        # First: a source that is damaged here would show only after hours.
+        outer = _write_outer(job, writer, None)
+        if job.request.fit_temperature and calibration is not None:
+            check_temperature(job, writer.scratch, calibration.tokens)
+        run = _Run(job, writer, progress, saliency)
+        run.walk(calibration)
+        run.warn()
+    if job.request.fit_temperature and calibration is not None:
+        with watch.phase("temperature"):
+            _write_outer(job, writer, _temperature(job, writer, calibration, progress))
+    tuned = None
+    learnt = text or (None if drawn is None else _share(drawn, job.text_samples))
+    if job.method.needs.end_to_end is not None and learnt is not None:
+        with watch.phase("end to end"):
+            tuned = train_end_to_end(job, writer, learnt, progress)
+    with watch.phase("finish"):
+        warned = tuple(progress.warnings)
+        return distributed.on_main(finish, job, writer, drawn, outer, watch, tuned, warned)
 
 
 def _draw(job: Job) -> Calibration:
