@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -96,7 +97,18 @@ def bounded(what: str, *, hint: str = "", seconds: float | None = None, address_
         if _resident() - before > MEMORY:
             raise _TooMuchError("memory")
 
+    def ignore(unraisable: Any) -> None:
+        # What ends the work may come while some object is taken down, which no exception leaves: the next look ends it.
+        nonlocal left
+        was, left = left, True
+        try:
+            if not isinstance(unraisable.exc_value, _TooMuchError | RecursionError | MemoryError):
+                hook(unraisable)
+        finally:
+            left = was
+
     former = signal.signal(signal.SIGPROF, look)
+    hook, sys.unraisablehook = sys.unraisablehook, ignore
     signal.setitimer(signal.ITIMER_PROF, _CHECK, _CHECK)
     try:
         with _address_space() if address_space else contextlib.nullcontext(True) as ours:
@@ -112,6 +124,7 @@ def bounded(what: str, *, hint: str = "", seconds: float | None = None, address_
         left = True
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, former)
+        sys.unraisablehook = hook
 
 
 def apart(work: Callable[[], Any], what: str, *, hint: str = "", seconds: float | None = None) -> Any:

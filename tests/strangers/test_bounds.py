@@ -428,3 +428,24 @@ def test_every_place_of_a_manifest_with_hostile_values(tmp_path: Path, ulbq: Ulb
             if told.code not in (0, 3):
                 failed.append((path, value, told.err.splitlines()[0]))
     assert failed == []
+
+
+class _Endless:
+    def __del__(self) -> None:
+        _for_ever()
+
+
+def _for_ever() -> None:
+    while True:
+        pass
+
+
+def _taken_down_and_on() -> None:
+    _Endless()
+    _for_ever()
+
+
+def test_work_whose_end_comes_while_an_object_is_taken_down(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="It takes more than"), limits.bounded("It", seconds=0.2):
+        _taken_down_and_on()
+    assert not any(capsys.readouterr())
