@@ -9,14 +9,15 @@
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_args
 
 import typer
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, create_model
 from pydantic.fields import FieldInfo
 
-from ulbq.config.options import SECTIONS, Option, bare, options, typed
+from ulbq.config.options import SECTIONS, Option, bare, left_open, options, typed
 from ulbq.errors import UsageError
 
 _NAMED = re.compile(r"`(\w+)(?:=([^`]*))?`")
@@ -62,12 +63,20 @@ def from_fields(
         whole = [*named[:1], *sorted([*made, *named[1:]], key=_section)]
         function.__signature__ = inspect.Signature(whole)  # type: ignore[attr-defined]
         function.__annotations__ = {one.name: one.annotation for one in whole}
+        function.check = partial(_check, settings)  # type: ignore[attr-defined]
         function.options = {name: option for name, (_, option) in fields.items()}  # type: ignore[attr-defined]
         function.taken = taken  # type: ignore[attr-defined]
         function.names = names or {}  # type: ignore[attr-defined]
         return function
 
     return decorate
+
+
+def _check(settings: type[BaseModel], given: Mapping[str, Any]) -> None:
+    """Refuse a value that its field does not take. Raises pydantic's ValidationError, or UsageError."""
+    fields = {name: left_open(field) for name, field, _ in options(settings)}
+    typed_alone: type[BaseModel] = create_model("Typed", **fields)  # type: ignore[call-overload]
+    typed_alone.model_validate({name: value for name, value in asked(given).items() if name in fields})
 
 
 def _section(parameter: inspect.Parameter) -> int:

@@ -48,7 +48,6 @@ def quantize(
     """Quantize a model to 1 to 4 bits, one block at a time. A stopped run goes on where it was."""
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
     check_out(given["out"], force=given["force"])
-    given["source"] = read_source(source, "model", progress)
 
     from ulbq.pipeline.recipes import OPTIONS, load, request_of
 
@@ -56,6 +55,8 @@ def quantize(
     if recipe is None:
         given["method"] = given["method"] or _DEFAULT_METHOD
     request = request_of(given, None if recipe is None else load(recipe))
+    # Last: this may wait for a pipe.
+    request = request.model_copy(update={"source": read_source(source, "model", progress)})
 
     from ulbq.pipeline.quantize import plan, quantize
 

@@ -35,10 +35,13 @@ class SectionedCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it, its parameters kept for errors that name them."""
+        """Check what was typed and run it; its parameters are kept for errors that name them."""
         own = {one.name: one for one in self.params if one.name is not None}
         called = {field: own[name] for field, name in getattr(self.callback, "names", {}).items()}
         ctx.ensure_object(State).parameters = own | called
+        # Before a pipe is waited for, whose other end may take hours.
+        if (check := getattr(self.callback, "check", None)) is not None:
+            check(ctx.params)
         return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

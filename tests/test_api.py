@@ -73,6 +73,8 @@ def test_the_others_give_typed_results(
 def test_errors_name_what_was_given(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no option `bit`"):
         ulbq.quantize(dense, method="rtn", bit=4)
+    with pytest.raises(UsageError, match="no option `epoch`"):
+        ulbq.finetune(dense, task="gsm8k", epoch=1)
     with pytest.raises(UsageError, match="`bits=5`"):
         ulbq.quantize(dense, method="rtn", bits=5)
     with pytest.raises(UsageError, match="`act_order` means nothing to `method=rtn`"):

@@ -172,8 +172,8 @@ def finetune(
     given = _given("finetune", options, out=output)
     with _checked():
         read = FinetuneOptions.model_validate(given)
-        asked = {name: getattr(read, name) for name in given}
-        job = prepare(os.fspath(artifact), task, asked, progress or Silent())
+    asked = {name: getattr(read, name) for name in given}
+    job = prepare(os.fspath(artifact), task, asked, progress or Silent())
     return Artifact(*run(job, progress or Silent()))
 
 

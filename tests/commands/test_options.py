@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from ulbq.commands import options
+from ulbq.commands.app import main
 from ulbq.commands.options import read_source
 from ulbq.errors import InputError
 from ulbq.progress import Silent
@@ -148,3 +149,32 @@ def test_interrupt_while_waiting_is_left_to_the_command_before(monkeypatch):
     with pytest.raises(typer.Exit) as caught:
         read_source("-", "model")
     assert caught.value.exit_code == 130
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quantize", "--bits", "x"], "--bits takes a number, and 'x' is none."),
+        (["quantize", "--samples", "0"], "--samples: "),
+        (["quantize", "--set", "samples=0"], "--samples: "),
+        (["quantize", "--recipe", "nothing"], "'nothing'"),
+        (["saliency", "--samples", "0"], "--samples: "),
+        (["eval", "--limit", "-1"], "--limit: "),
+        (["generate", "-p", "x", "--max-new-tokens", "0"], "--max-new-tokens: "),
+        (["finetune", "--task", "gsm8k", "--epochs", "0"], "--epochs: "),
+        (["convert", "--to", "x"], "'--to'"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else " ".join(part),
+)
+def test_what_was_typed_is_checked_before_a_pipe_is_waited_for(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wait() -> str:
+        raise AssertionError("waited")
+
+    monkeypatch.setattr(options, "_input_is_piped", lambda: True)
+    monkeypatch.setattr(options, "_read_path", wait)
+    assert main(words) == 2
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("error: ")
+    assert said in first

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import SaliencyManifest, read_manifest, verify
@@ -19,15 +18,6 @@ from ulbq.models.source import resolve
 from ulbq.pipeline.saliency import plan, saliency
 from ulbq.progress import Silent
 from ulbq.sensitivity import Saliency
-
-
-@pytest.fixture
-def samples(tmp_path: Path) -> Path:
-    """Token samples in a file, so that no data set is needed."""
-    path = tmp_path / "tokens.safetensors"
-    tokens = torch.randint(3, 250, (6, 32), generator=torch.Generator().manual_seed(7))
-    save_file({"tokens": tokens.int()}, path)
-    return path
 
 
 def request(source: Path, out: Path, samples: Path | None = None, **changes: Any) -> SaliencyRequest:

@@ -21,7 +21,7 @@ from ulbq.config.options import (
     Part,
     Positive,
     Texts,
-    asked,
+    left_open,
     options,
 )
 from ulbq.config.quantize import QuantizeRequest
@@ -267,8 +267,8 @@ def _asked() -> dict[str, Any]:
     fields |= {name: field for name, field, _ in options(_EndToEnd)}
     whole = {name: field for name, field, _ in options(QuantizeRequest)}
     fields |= {name: whole[field] for name, field in OF_END_TO_END.items() if name != "loss"}
-    return {name: asked(field) for name, field in fields.items()}
+    return {name: left_open(field) for name, field in fields.items()}
 
 
-FinetuneOptions: Any = create_model("FinetuneOptions", **_asked())
+FinetuneOptions: Any = create_model("FinetuneOptions", __config__=ConfigDict(extra="forbid"), **_asked())
 """What can be typed, for a task or for end-to-end training; None for what was not."""

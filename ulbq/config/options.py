@@ -97,7 +97,7 @@ def bare(field: FieldInfo) -> tuple[Any, list[Any]]:
     return kind, metadata
 
 
-def asked(field: FieldInfo) -> tuple[Any, None]:
+def left_open(field: FieldInfo) -> tuple[Any, None]:
     """The definition of a field in what is typed: None where it was not asked for."""
     kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     return Optional[kind], None  # noqa: UP045 - a value

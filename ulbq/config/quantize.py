@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ulbq.config.methods import METHOD_OPTIONS, EndToEndOptions, MethodOptions, TrainOptions, method_options
-from ulbq.config.options import CALIBRATION, END_TO_END, FORMAT, MOST, Count, Option, asked, options, words
+from ulbq.config.options import CALIBRATION, END_TO_END, FORMAT, MOST, Count, Option, left_open, options, words
 from ulbq.config.run import (
     TEXTS,
     ActivationMemory,
@@ -144,7 +144,7 @@ if TYPE_CHECKING:
     class _Asked(_OfAll, _OfGroups, _OfCalibrated):
         def __getattr__(self, name: str) -> Any: ...
 else:
-    _FIELDS = {name: asked(field) for name, field in _DECLARED.items()}
+    _FIELDS = {name: left_open(field) for name, field in _DECLARED.items()}
     _Asked = create_model("_Asked", __base__=(_OfAll, _OfGroups, _OfCalibrated), **_FIELDS)
 
 
