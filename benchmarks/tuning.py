@@ -1,4 +1,4 @@
-"""Block sizes of the Triton kernels for the GPU at hand: ``python benchmarks/kernels.py --tune`` writes their table.
+"""Block sizes of the Triton kernels for the GPU at hand: ``python benchmarks/matmul.py --tune`` writes their table.
 
 Every kernel is timed at each number of bits with every candidate, on a matrix of 8192 × 8192 with groups of 64: by
 events around many products, after a warm-up, the weight another one each time so that none is found in a cache. The

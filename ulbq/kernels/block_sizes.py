@@ -1,7 +1,7 @@
 """Block sizes of the GPU kernels: a JSON file for each GPU that was tuned, and one for all others.
 
 A table is an object with the GPU's name under ``device`` and, for each kernel, block sizes by the bits of a code,
-``any`` for those not listed. ``python benchmarks/kernels.py --tune`` measures them on the GPU at hand and writes its
+``any`` for those not listed. ``python benchmarks/matmul.py --tune`` measures them on the GPU at hand and writes its
 table here.
 """
 

@@ -1,7 +1,7 @@
 """Products with packed weights against torch's dense ones, on the CPU, in one run.
 
-    python benchmarks/kernels.py [--threads 1] [--repeats 15] [--shapes 4096x4096,11008x4096] [--results FILE]
-    python benchmarks/kernels.py --tune
+    python benchmarks/matmul.py [--threads 1] [--repeats 15] [--shapes 4096x4096,11008x4096] [--results FILE]
+    python benchmarks/matmul.py --tune
 
 The second form measures block sizes of the Triton kernels on a GPU and writes them for ulbq to use (``tuning.py``).
 
