@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 
-from ulbq.formats import affine, binary_mos, codebook, dual_binary
+from ulbq.formats import affine, binary_mos, codebook, dual_binary, trellis
 from ulbq.formats.affine import AffineScheme
 from ulbq.formats.binary_mos import BinaryMosScheme
 from ulbq.formats.bits import Format
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.formats.dual_binary import DualBinaryScheme
+from ulbq.formats.trellis import TrellisScheme
 
-AnyScheme = AffineScheme | DualBinaryScheme | BinaryMosScheme | CodebookScheme
+AnyScheme = AffineScheme | DualBinaryScheme | BinaryMosScheme | CodebookScheme | TrellisScheme
 """Any scheme, as a type."""
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "CodebookScheme",
     "DualBinaryScheme",
     "Format",
+    "TrellisScheme",
     "bits_per_weight",
     "dequantize",
     "matrix",
@@ -36,6 +38,7 @@ FORMATS: dict[str, Format] = {
     "dual_binary": dual_binary.FORMAT,
     "binary_mos": binary_mos.FORMAT,
     "codebook": codebook.FORMAT,
+    "trellis": trellis.FORMAT,
 }
 """Every format by the name that its schemes have."""
 
