@@ -109,13 +109,12 @@ class AffineOptions(BitsOptions):
         return not self.symmetric
 
 
-class CompensationOptions(TokenSettings, MethodOptions):
-    """Of methods that make the error of each column good in the columns after it (GPTQ, CLAQ)."""
+class SequenceOptions(TokenSettings, MethodOptions):
+    """Of methods that solve the layers of a block one after the other, by the second moments of their inputs."""
 
     damping: Annotated[
         Share, Option("Share of the mean diagonal that is added to the Hessian's diagonal.", COLUMNS, "X", planned=True)
     ] = 0.01
-    act_order: Annotated[bool, Option("Take columns with the largest inputs first.", COLUMNS)] = True
     true_sequential: Annotated[
         bool,
         Option(
@@ -124,6 +123,12 @@ class CompensationOptions(TokenSettings, MethodOptions):
             flag="--true-sequential/--one-pass",
         ),
     ] = True
+
+
+class CompensationOptions(SequenceOptions):
+    """Of methods that make the error of each column good in the columns after it (GPTQ, CLAQ)."""
+
+    act_order: Annotated[bool, Option("Take columns with the largest inputs first.", COLUMNS)] = True
     column_block: Annotated[
         Count,
         Option("Columns after which errors are handed on to all others; changes speed alone.", COLUMNS, "N"),
@@ -664,6 +669,17 @@ class EfficientQatOptions(TrainedOptions, AffineOptions):
         return off
 
 
+class TrellisOptions(BitsOptions, SequenceOptions):
+    """Options of ``trellis``."""
+
+    grouped: ClassVar[bool] = False
+
+    bits: Literal[1, 2, 3, 4] = 2
+    state_bits: Annotated[
+        Literal[12, 16], Option("Of a trellis's state: 16 are better, and take 16 times as long.", FORMAT)
+    ] = 12
+
+
 _OF_TRAINING = (
     *("train_weights", "weight_rate", "scale_rate", "norm_rate", "adapter_rate", "scale_decay"),
     *("adapter_decay", "schedule", "warmup", "final_rate", "clip", "patience", "retries", "optimizer"),
@@ -697,6 +713,7 @@ METHOD_OPTIONS: dict[str, type[MethodOptions]] = {
     "ulb-sapr": UlbSaprOptions,
     "binary-mos": BinaryMosOptions,
     "claq": ClaqOptions,
+    "trellis": TrellisOptions,
     "gptq": GptqOptions,
     "rtn": RtnOptions,
 }

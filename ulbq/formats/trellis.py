@@ -1,4 +1,4 @@
-"""Trellis-coded weights (QTIP, https://arxiv.org/abs/2406.11235; EXL3): each weight depends on the bits before it, too.
+"""Trellis-coded weights (QTIP, https://arxiv.org/abs/2406.11235; EXL3): a weight depends on the bits before it, too.
 
 The matrix is stored between two Hadamard transforms, ``W = diag(sv) · H_out · T · H_in · diag(su)``, which make the
 elements of ``T`` look like Gaussian noise: ``H`` is block-diagonal, of normalized Hadamard matrices of the largest power
@@ -31,7 +31,7 @@ TILE = 16
 LENGTH = TILE * TILE
 """Elements of a sequence."""
 _WIDEST = 128
-MULTIPLIERS: dict[int, int] = {12: 0x83DCD12D, 16: 0x83DCD12D}
+MULTIPLIERS: dict[int, int] = {12: 0xD0DBC74D, 16: 0x83DCD12D}
 """Of each width of a state."""
 VALUE_SCALE, VALUE_SHIFT = 0.00676727294921875, -10.3828125
 """``k`` and ``b`` above."""
