@@ -1,8 +1,8 @@
 """Trellis-coded weights (QTIP, https://arxiv.org/abs/2406.11235; EXL3): a weight depends on the bits before it, too.
 
 The matrix is stored between two Hadamard transforms, ``W = diag(sv) · H_out · T · H_in · diag(su)``, which make the
-elements of ``T`` look like Gaussian noise: ``H`` is block-diagonal, of normalized Hadamard matrices of the largest power
-of two up to 128 that divides the width. ``T`` is cut into tiles of 16 × 16. The 256 elements of a tile are one sequence,
+elements of ``T`` look like Gaussian noise. ``H`` is block-diagonal, of normalized Hadamard matrices of the largest power
+of two up to 128 that divides the width; where 128 does not divide it, a Hartley matrix mixes the blocks, too. ``T`` is cut into tiles of 16 × 16. The 256 elements of a tile are one sequence,
 and ``K`` bits come with each of them; an element's *state* is its own bits and those before it, ``L`` in all (the bits
 wrap around: the first element follows the last), and its value is computed from the state:
 
@@ -19,6 +19,7 @@ with ``k`` and ``b`` the float16 numbers 0x1EEE and 0xC931, so that values have 
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -149,6 +150,13 @@ def block_width(width: int) -> int:
     return min(width & -width, _WIDEST)
 
 
+@functools.cache
+def hartley(count: int) -> torch.Tensor:
+    """The normalized Hartley matrix ``[n, n]``, ``(cos 2πij/n + sin 2πij/n)/√n``, float64: symmetric and orthogonal."""
+    angles = torch.outer(*[torch.arange(count, dtype=torch.float64)] * 2) % count * (2 * math.pi / count)
+    return (angles.cos() + angles.sin()) * count**-0.5
+
+
 def transform(x: torch.Tensor) -> torch.Tensor:
     """``x · H`` along the last dimension, of any floating dtype; its own inverse, and its own transpose."""
     width = block_width(x.shape[-1])
@@ -158,6 +166,8 @@ def transform(x: torch.Tensor) -> torch.Tensor:
         first, second = blocks.unflatten(-1, (-1, 2, half)).unbind(-2)
         blocks = torch.stack((first + second, first - second), -2).flatten(-3)
         half *= 2
+    if width < _WIDEST:
+        blocks = hartley(blocks.shape[-2]).to(x) @ blocks
     return (blocks * width**-0.5).flatten(-2)
 
 

@@ -13,7 +13,7 @@ import torch
 from ulbq.formats import trellis
 from ulbq.formats.trellis import TILE, Trellis, TrellisScheme
 from ulbq.kernels import solvers
-from ulbq.solvers.hessian import factorize
+from ulbq.solvers.hessian import HessianFactor, factorize
 
 _BEST_SCALE = {1: 1.1, 2: 0.96, 3: 0.91, 4: 0.88}
 """Standard deviation of what is coded, by the bits: the values of the states have 1, and a Gaussian's error is least
@@ -39,7 +39,11 @@ class Solution(NamedTuple):
 
 @torch.no_grad()
 def solve(
-    weight: torch.Tensor, hessian: torch.Tensor, scheme: TrellisScheme, generator: torch.Generator, damping: float = 0.01
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scheme: TrellisScheme,
+    generator: torch.Generator,
+    damping: float = 0.01,
 ) -> Solution:
     """Codes and scales of one matrix.
 
@@ -52,9 +56,8 @@ def solve(
     """
     su, sv = scales(weight, scheme.bits, generator)
     moved = trellis.transform(trellis.transform(hessian * su * su.unsqueeze(1)).T)
-    factor = factorize(moved, damping=damping)
-    inner = inverse_between(weight, su, sv)
-    codes, loss = _by_blocks(inner, factor.upper, scheme)
+    factor = factorize(moved, damping=damping, order=_order(moved))
+    codes, loss = _by_blocks(inverse_between(weight, su, sv), factor, scheme)
     sv = fitted(weight, hessian, trellis.inner_matrix(scheme, codes), su, sv)
     return Solution(Trellis(codes, su, sv), loss, factor.damping)
 
@@ -85,9 +88,16 @@ def inverse_between(weight: torch.Tensor, su: torch.Tensor, sv: torch.Tensor) ->
     return trellis.transform(trellis.transform(weight / su / sv.unsqueeze(1)).T).T
 
 
-def _by_blocks(inner: torch.Tensor, upper: torch.Tensor, scheme: TrellisScheme) -> tuple[torch.Tensor, float]:
+def _order(hessian: torch.Tensor) -> torch.Tensor:
+    """Columns ``[in]`` with those of the tiles first whose inputs are largest: what comes late makes good what was early."""
+    energy = hessian.diagonal().unflatten(0, (-1, TILE)).sum(1)
+    within = torch.arange(TILE, device=hessian.device)
+    return (TILE * energy.argsort(descending=True, stable=True).unsqueeze(1) + within).flatten()
+
+
+def _by_blocks(inner: torch.Tensor, factor: HessianFactor, scheme: TrellisScheme) -> tuple[torch.Tensor, float]:
     """Codes ``[in/16, out/16, 256]`` of ``T``, and the loss."""
-    columns = inner.T.contiguous()
+    columns = inner.T[factor.order].contiguous()
     found, loss = [], 0.0
     for first in range(0, len(columns), TILE):
         last = first + TILE
@@ -95,10 +105,11 @@ def _by_blocks(inner: torch.Tensor, upper: torch.Tensor, scheme: TrellisScheme) 
         codes = search(trellis.sequences(block.T)[0], scheme)
         found.append(codes)
         errors = block - trellis.inner_matrix(scheme, codes.unsqueeze(0)).T
-        shared = torch.linalg.solve_triangular(upper[first:last, first:last].T, errors, upper=False)
-        columns[last:].addmm_(upper[first:last, last:].T, shared, alpha=-1)
+        shared = torch.linalg.solve_triangular(factor.upper[first:last, first:last].T, errors, upper=False)
+        columns[last:].addmm_(factor.upper[first:last, last:].T, shared, alpha=-1)
         loss += shared.square().sum(dtype=torch.float64).item()
-    return torch.stack(found), loss
+    places = (factor.order[::TILE] // TILE).argsort()
+    return torch.stack(found)[places], loss
 
 
 def fitted(

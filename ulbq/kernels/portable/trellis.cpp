@@ -5,6 +5,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "lanes.h"
@@ -12,6 +13,7 @@
 namespace ulbq {
 
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
 
 // One sequence at a time: costs of all states, and where the best way to each came from.
 template <int kBits>
@@ -19,7 +21,7 @@ class Search {
   public:
     Search(int64_t state_bits, const float* values, int64_t length)
         : states_(int64_t{1} << state_bits), heads_(states_ >> kBits), length_(length), values_(values),
-          costs_(states_), next_(states_), from_(heads_ * length), best_(heads_) {}
+          costs_(states_), next_(states_), from_(heads_ * length) {}
 
     // The cheapest way that begins and ends in any state; the state after `middle` elements.
     int64_t middle_state(const float* sequence, int64_t first, int64_t middle) {
@@ -52,24 +54,25 @@ class Search {
 
     void run(const float* sequence, int64_t first) {
         for (int64_t at = 0; at < length_; ++at) {
-            arrive(from_.data() + at * heads_);
-            leave(sequence[(first + at) % length_]);
+            step(sequence[(first + at) % length_], from_.data() + at * heads_);
             costs_.swap(next_);
         }
     }
 
-    // Of each head, the bits that a state keeps: the cheapest of the states that lead to it. Which one stands in the
-    // lowest bits of its cost while they are compared.
-    void arrive(uint8_t* from) {
+    // Of each head, the bits that a state keeps: the cheapest of the states that lead to it, then the cost of all that
+    // begin with it. Which state was cheapest stands in the lowest bits of its cost while they are compared.
+    void step(float element, uint8_t* from) {
         for (int64_t head = 0; head < heads_; head += kWidth) {
             Ints least = tagged(head, 0);
             for (int lead = 1; lead < kCodes; ++lead) {
                 const Ints other = tagged(lead * heads_ + head, lead);
                 least = other < least ? other : least;
             }
-            const Ints lead = least & (kCodes - 1);
-            for (int lane = 0; lane < kWidth; ++lane) from[head + lane] = static_cast<uint8_t>(lead[lane]);
-            std::memcpy(best_.data() + head, &least, sizeof least);
+            const Bytes lead = __builtin_convertvector(least & (kCodes - 1), Bytes);
+            std::memcpy(from + head, &lead, sizeof lead);
+            Floats cost;
+            std::memcpy(&cost, &least, sizeof cost);
+            leave<0>(cost, head << kBits, element);
         }
     }
 
@@ -80,26 +83,30 @@ class Search {
         return (bits & ~(kCodes - 1)) | lead;
     }
 
-    void leave(float element) {
-        for (int64_t state = 0; state < states_; state += kWidth) {
+    // A register of heads makes kCodes registers of states.
+    template <int kPart>
+    void leave(const Floats& cost, int64_t first, float element) {
+        if constexpr (kPart < kCodes) {
+            const int64_t state = first + kPart * kWidth;
             const Floats error = load(values_ + state) - spread(element);
-            store(next_.data() + state, spread_out(state) + error * error);
+            store(next_.data() + state, heads_of<kPart>(cost, std::make_integer_sequence<int, kWidth>{}) + error * error);
+            leave<kPart + 1>(cost, first, element);
         }
     }
 
-    // Costs of the heads of a register of states.
-    Floats spread_out(int64_t state) const {
-        constexpr int kHeads = kWidth > kCodes ? kWidth / kCodes : 1;
-        float heads[kWidth];
-        for (int lane = 0; lane < kWidth; ++lane) heads[lane] = best_[(state >> kBits) + (lane >> kBits) % kHeads];
-        return load(heads);
+    template <int kPart, int... kLane>
+    static Floats heads_of(const Floats& cost, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+        return __builtin_shufflevector(cost, cost, (kPart * kWidth + kLane) >> kBits...);
+#else
+        return __builtin_shuffle(cost, Ints{(kPart * kWidth + kLane) >> kBits...});
+#endif
     }
 
     int64_t states_, heads_, length_;
     const float* values_;
     std::vector<float> costs_, next_;
     std::vector<uint8_t> from_;
-    std::vector<float> best_;
 };
 
 template <int kBits>
