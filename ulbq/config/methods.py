@@ -40,6 +40,7 @@ BlockApStart = Literal["min-max", "search", "gptq"]
 BlockTrained = Literal["clipping", "grid", "rounding", "weights", "all"]
 RateUnit = Literal["step", "weight"]
 
+MOST_TRELLIS_BITS = 4
 MOST_OUTLIER_BITS = 0.25
 """A weight: what all candidates for outliers take that a look at a matrix keeps."""
 
@@ -142,22 +143,27 @@ class RoundingOptions(AffineOptions):
     search: Annotated[bool, Option("Shrink each group's range where that lowers its error (rtn, gptq).", FORMAT)] = True
 
 
-class CodebookOptions(BitsOptions):
+class BudgetOptions(BitsOptions):
+    """Of methods that give out bits where they pay; ``bits`` are what everything has at least."""
+
+    target_bits: Annotated[
+        Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+        Option(
+            "True bits a weight to spend, all that is stored counted: columns (claq) or layers (trellis) that matter "
+            "get wider codes.",
+            CODEBOOKS,
+            "X",
+            default="none, all alike",
+        ),
+    ] = None
+
+
+class CodebookOptions(BudgetOptions):
     """Of column codebooks (CLAQ); ``bits`` are those of columns that are not widened."""
 
     grouped: ClassVar[bool] = False
 
     bits: Literal[2, 3, 4] = 2
-    target_bits: Annotated[
-        Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
-        Option(
-            "True bits a weight to spend, codebooks and outliers with their positions counted: columns that matter get "
-            "wider codes.",
-            CODEBOOKS,
-            "X",
-            default="none, all columns alike",
-        ),
-    ] = None
     allocation: Annotated[
         Allocation,
         Option(
@@ -302,7 +308,21 @@ class GranularityOptions(MethodOptions):
     ] = "block"
 
 
-class StageOptions(MethodOptions):
+class SaliencyOptions(MethodOptions):
+    """Of methods that weigh by scores of the weights."""
+
+    saliency: Annotated[
+        str,
+        Option(
+            "What weighs the penalty, or the layers that share a budget: an artifact, a kind to compute now, or none.",
+            STAGES,
+            "DIR|KIND|none",
+            offers=("fisher", "gradient", "hessian", "wanda", "magnitude", "none"),
+        ),
+    ] = "none"
+
+
+class StageOptions(SaliencyOptions):
     """Of training in stages that preserve salient weights (ULB-SAPR). With stages, epochs are their sum.
 
     λ is dimensionless, see :class:`~ulbq.training.penalty.WeightPenalty`. A thousandth of the weights holds most of the
@@ -335,16 +355,6 @@ class StageOptions(MethodOptions):
     penalize: Annotated[Penalized, Option("Hold the quantized weight alone, or with its adapter.", STAGES)] = (
         "before-adapter"
     )
-    saliency: Annotated[
-        str,
-        Option(
-            "What weighs the penalty, or the layers that share claq's budget: an artifact, a kind to compute now, or "
-            "none.",
-            STAGES,
-            "DIR|KIND|none",
-            offers=("fisher", "gradient", "hessian", "wanda", "magnitude", "none"),
-        ),
-    ] = "none"
     saliency_power: Annotated[Positive, Option("Exponent of the scores; 1 is as published.", STAGES, "X")] = 0.5
 
     @property
@@ -669,7 +679,7 @@ class EfficientQatOptions(TrainedOptions, AffineOptions):
         return off
 
 
-class TrellisOptions(BitsOptions, SequenceOptions):
+class TrellisOptions(BudgetOptions, SaliencyOptions, SequenceOptions):
     """Options of ``trellis``."""
 
     grouped: ClassVar[bool] = False
@@ -678,6 +688,21 @@ class TrellisOptions(BitsOptions, SequenceOptions):
     state_bits: Annotated[
         Literal[12, 16], Option("Of a trellis's state: 16 are better, and take 16 times as long.", FORMAT)
     ] = 12
+    saliency: str = "fisher"
+
+    def idle(self) -> dict[str, str]:
+        """Scores weigh the layers that share a budget."""
+        return super().idle() | ({"saliency": "`target_bits`"} if self.target_bits is None else {})
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        target = self.target_bits
+        if target is not None and not self.bits < target <= MOST_TRELLIS_BITS:
+            raise UsageError(
+                f"`target_bits={target:g}` is not between the {self.bits} of `bits` and {MOST_TRELLIS_BITS}.",
+                hint="Leave it out for layers of one width, or give another, or fewer `bits`.",
+            )
+        return self
 
 
 _OF_TRAINING = (

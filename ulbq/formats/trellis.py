@@ -1,15 +1,16 @@
 """Trellis-coded weights (QTIP, https://arxiv.org/abs/2406.11235; EXL3): a weight depends on the bits before it, too.
 
 The matrix is stored between two Hadamard transforms, ``W = diag(sv) · H_out · T · H_in · diag(su)``, which make the
-elements of ``T`` look like Gaussian noise. ``H`` is block-diagonal, of normalized Hadamard matrices of the largest power
-of two up to 128 that divides the width; where 128 does not divide it, a Hartley matrix mixes the blocks, too. ``T`` is cut into tiles of 16 × 16. The 256 elements of a tile are one sequence,
-and ``K`` bits come with each of them; an element's *state* is its own bits and those before it, ``L`` in all (the bits
-wrap around: the first element follows the last), and its value is computed from the state:
+elements of ``T`` look like Gaussian noise. ``H`` is block-diagonal, of normalized Hadamard matrices of the largest
+power of two up to 128 that divides the width; where 128 does not divide it, a Hartley matrix mixes the blocks, too.
+``T`` is cut into tiles of 16 × 16. The 256 elements of a tile are one sequence, and ``K`` bits come with each of them;
+an element's *state* is its own bits and those before it, ``L`` in all (the bits wrap around: the first element follows
+the last), and its value is computed from the state:
 
     ``value = (1024 + sum of the four bytes of (state · multiplier mod 2³²)) · k + b``
 
-with ``k`` and ``b`` the float16 numbers 0x1EEE and 0xC931, so that values have a mean of about 0 and a variance of about
-1. ``L = 16`` with multiplier 0x83DCD12D is what EXL3 calls ``mul1``. Stored tensors of an ``[out, in]`` matrix:
+with ``k`` and ``b`` the float16 numbers 0x1EEE and 0xC931, so that values have a mean of about 0 and a variance of
+about 1. ``L = 16`` with multiplier 0x83DCD12D is what EXL3 calls ``mul1``. Stored tensors of an ``[out, in]`` matrix:
 
 * ``codes`` uint8 ``[in/16, out/16, 32·K]``: for each tile the bits of its sequence, most significant first, as 32-bit
   words with their lowest byte first. With ``r`` the input and ``c`` the output within a tile, element ``8t + j`` of the
