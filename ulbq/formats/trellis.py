@@ -1,20 +1,20 @@
 """Trellis-coded weights (QTIP, https://arxiv.org/abs/2406.11235; EXL3): each weight depends on the bits before it, too.
 
 The matrix is stored between two Hadamard transforms, ``W = diag(sv) · H_out · T · H_in · diag(su)``, which make the
-elements of ``T`` look like Gaussian noise: ``H`` is block-diagonal, of normalized Hadamard matrices of the largest power
-of two up to 128 that divides the width. ``T`` is cut into tiles of 16 × 16. The 256 elements of a tile are one sequence,
-and ``K`` bits come with each of them; an element's *state* is its own bits and those before it, ``L`` in all (the bits
-wrap around: the first element follows the last), and its value is computed from the state:
+elements of ``T`` look like Gaussian noise: ``H`` is block-diagonal, of normalized Hadamard matrices of the largest
+power of two up to 128 that divides the width. ``T`` is cut into tiles of 16 × 16. The 256 elements of a tile are one
+sequence, and ``K`` bits come with each of them; an element's *state* is its own bits and those before it, ``L`` in all
+(the bits wrap around: the first element follows the last), and its value is computed from the state:
 
     ``value = (1024 + sum of the four bytes of (state · multiplier mod 2³²)) · k + b``
 
-with ``k`` and ``b`` the float16 numbers 0x1EEE and 0xC931, so that values have a mean of about 0 and a variance of about
-1. ``L = 16`` with multiplier 0x83DCD12D is what EXL3 calls ``mul1``. Stored tensors of an ``[out, in]`` matrix:
+with ``k`` and ``b`` the float16 numbers 0x1EEE and 0xC931, so that values have a mean of about 0 and a variance of
+about 1. ``L = 16`` with multiplier 0x83DCD12D is what EXL3 calls ``mul1``. Stored tensors of an ``[out, in]`` matrix:
 
 * ``codes`` uint8 ``[in/16, out/16, 32·K]``: for each tile the bits of its sequence, most significant first, as 32-bit
   words with their lowest byte first. With ``r`` the input and ``c`` the output within a tile, element ``8t + j`` of the
-  sequence has ``r = 2·(t mod 4) + (0, 1, 8, 9)[j mod 4]`` and ``c = t div 4 + 8·(j div 4)``: what one thread of a tensor
-  core holds lies together;
+  sequence has ``r = 2·(t mod 4) + (0, 1, 8, 9)[j mod 4]`` and ``c = t div 4 + 8·(j div 4)``: what one thread of a
+  tensor core holds lies together;
 * ``su`` float16 ``[in]`` and ``sv`` float16 ``[out]``: signs and scales of inputs and outputs.
 """
 
@@ -135,13 +135,15 @@ def _order() -> torch.Tensor:
 def sequences(inner: torch.Tensor) -> torch.Tensor:
     """``[in/16, out/16, 256]`` elements of a matrix ``[out, in]`` in the order of the sequences."""
     tiles = inner.T.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).transpose(1, 2).flatten(2)
-    return tiles[..., _order().to(inner.device)]
+    ordered: torch.Tensor = tiles[..., _order().to(inner.device)]
+    return ordered
 
 
 def from_sequences(elements: torch.Tensor) -> torch.Tensor:
     """``[out, in]``: undo :func:`sequences`."""
     tiles = elements[..., _order().argsort().to(elements.device)].unflatten(2, (TILE, TILE))
-    return tiles.transpose(1, 2).flatten(2).flatten(0, 1).T.contiguous()
+    inner: torch.Tensor = tiles.transpose(1, 2).flatten(2).flatten(0, 1).T.contiguous()
+    return inner
 
 
 def block_width(width: int) -> int:
@@ -158,7 +160,8 @@ def transform(x: torch.Tensor) -> torch.Tensor:
         first, second = blocks.unflatten(-1, (-1, 2, half)).unbind(-2)
         blocks = torch.stack((first + second, first - second), -2).flatten(-3)
         half *= 2
-    return (blocks * width**-0.5).flatten(-2)
+    turned: torch.Tensor = (blocks * width**-0.5).flatten(-2)
+    return turned
 
 
 def inner_matrix(scheme: TrellisScheme, codes: torch.Tensor) -> torch.Tensor:
