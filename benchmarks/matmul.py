@@ -1,6 +1,7 @@
 """Products with packed weights against torch's dense ones, on the CPU, in one run.
 
-    python benchmarks/matmul.py [--threads 1] [--repeats 15] [--shapes 4096x4096,11008x4096] [--results FILE]
+    python benchmarks/matmul.py [--threads 1] [--repeats 15] [--shapes 4096x4096,11008x4096] [--formats trellis]
+                                [--results FILE]
     python benchmarks/matmul.py --tune
 
 The second form measures block sizes of the Triton kernels on a GPU and writes them for ulbq to use (``tuning.py``).
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ulbq import formats, kernels
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, TrellisScheme
 from ulbq.kernels import build
 from ulbq.kernels.layouts import int4
 
@@ -41,6 +42,8 @@ SCHEMES: list[AnyScheme] = [
     DualBinaryScheme(group_size=64),
     BinaryMosScheme(experts=4),
     CodebookScheme(bits=2),
+    *(TrellisScheme(bits=bits) for bits in (1, 2, 3, 4)),
+    TrellisScheme(bits=2, state_bits=16),
 ]
 ROWS = (1, 4, 16, 64)
 # Bytes of copies that a contender takes in turn: more than the last cache holds.
@@ -159,7 +162,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        style = "bold" if row["kernel"] in ("tiles", "columns") else "dim"
+        style = "bold" if row["kernel"] in ("tiles", "columns", "trellis") else "dim"
         table.add_row(*("" if value is None else str(value) for value in row.values()), style=style)
     Console(width=140).print(table)
 
@@ -171,6 +174,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15, help="of each product; a third from 64 rows on")
     parser.add_argument("--shapes", default="4096x4096,11008x4096", help="outputs x inputs")
+    parser.add_argument("--formats", default=",".join(formats.FORMATS), help="those to measure")
     parser.add_argument("--results", type=Path, help="write the rows as JSON")
     parser.add_argument("--tune", action="store_true", help="only find block sizes for this GPU, and write their table")
     options = parser.parse_args()
@@ -183,7 +187,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for shape in options.shapes.split(","):
         outs, columns = map(int, shape.split("x"))
-        for scheme in SCHEMES:
+        for scheme in (scheme for scheme in SCHEMES if scheme.format in options.formats.split(",")):
             rows += case(outs, columns, scheme, options.repeats, int(options.threads > 1), copied)
     show(rows)
     print(f"copy: {copied / 1e9:.1f} GB/s; compiled kernels: {build.unavailable_reason() or 'yes'}")

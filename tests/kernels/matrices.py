@@ -6,7 +6,15 @@ from typing import Any
 import torch
 
 from ulbq import formats, kernels
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, codebook
+from ulbq.formats import (
+    AffineScheme,
+    AnyScheme,
+    BinaryMosScheme,
+    CodebookScheme,
+    DualBinaryScheme,
+    TrellisScheme,
+    codebook,
+)
 from ulbq.formats.bits import pack_planes
 
 # Relative norm of the error, and its largest element over the largest result: about three times what was measured.
@@ -34,6 +42,12 @@ def random_matrix(scheme: AnyScheme, outs: int, columns: int, seed: int = 0) -> 
         return {"codes": codes(2, outs, columns), "scales": scales}
     if isinstance(scheme, CodebookScheme):
         raise TypeError("see tests.formats.columns")
+    if isinstance(scheme, TrellisScheme):
+        words = scheme.tensors(outs, columns)["codes"].shape
+        tensors = {"codes": torch.randint(256, words, generator=generator, dtype=torch.uint8)}
+        for name, count in (("su", columns), ("sv", outs)):
+            tensors[name] = floats(count) * (1 - 2 * torch.randint(2, (count,), generator=generator)).half()
+        return tensors
     tensors = {"codes": codes(1, outs, columns)}
     for name, spec in scheme.tensors(outs, columns).items():
         if name != "codes":

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ulbq import kernels
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, TrellisScheme
 from ulbq.kernels import LAYOUTS, Case, build, choose, triton_launch
 
 W2 = AffineScheme(bits=2, group_size=64)
@@ -24,12 +24,18 @@ def case(**changes: object) -> Case:
         ({"scheme": AffineScheme(bits=2, group_size=16)}, "dense", {"tiles": "groups of 16", "int4": "groups of 16"}),
         ({"scheme": DualBinaryScheme(group_size=-1)}, "tiles", {}),
         ({"scheme": BinaryMosScheme(), "differentiable": True}, "tiles", {}),
+        ({"scheme": TrellisScheme(), "rows": 512}, "trellis", {"tiles": "tiles of their own"}),
+        (
+            {"scheme": TrellisScheme(), "dtype": torch.float64},
+            "dense",
+            {"tiles": "tiles of", "int4": "affine codes only"},
+        ),
     ],
 )
 def test_the_table(changes: dict[str, object], name: str, reasons: dict[str, str]) -> None:
     choice = choose(case(**changes))
     assert choice.layout.name == name
-    assert choice.passed_over.keys() - {"columns", "humming", "triton"} == reasons.keys()
+    assert choice.passed_over.keys() - {"columns", "humming", "trellis", "triton"} == reasons.keys()
     for backend, reason in reasons.items():
         assert reason in choice.passed_over[backend]
 
@@ -37,7 +43,7 @@ def test_the_table(changes: dict[str, object], name: str, reasons: dict[str, str
 def test_a_gpu_does_not_get_the_kernels_of_the_cpu() -> None:
     choice = choose(case(device="cuda"))
     assert choice.layout.name == ("dense" if triton_launch.unavailable_reason() else "triton")
-    for name in ("tiles", "columns", "int4"):
+    for name in ("tiles", "columns", "trellis", "int4"):
         assert choice.passed_over[name] == "runs on the CPU, not on cuda"  # type: ignore[index]
 
 

@@ -18,12 +18,14 @@ from ulbq.formats import (
     BinaryMosScheme,
     CodebookScheme,
     DualBinaryScheme,
+    TrellisScheme,
     codebook,
     dequantize,
 )
 from ulbq.kernels import dispatch, triton_launch, words
 from ulbq.kernels.ops import affine, binary_mos, dual_binary
 from ulbq.kernels.ops import codebook as codebook_ops
+from ulbq.kernels.ops import trellis as trellis_ops
 from ulbq.nn.quant_linear import QuantLinear
 
 NO_INTERPRETER = (
@@ -137,6 +139,43 @@ def test_the_gradient_through_column_codebooks(outliers: int, device: str) -> No
     check_gradient(scheme, stored, len(MIXED), device)
 
 
+# Blocks of 16, 64 and 128 columns; neither whole programs across nor whole shares down.
+TRELLISES = [(1, 16, 80, 192), (2, 12, 48, 576), (2, 16, 128, 48), (3, 12, 80, 80), (4, 16, 48, 128)]
+
+
+@on_devices
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("bits", "state_bits", "outs", "columns"), TRELLISES)
+def test_products_with_trellis_codes(
+    bits: int, state_bits: int, outs: int, columns: int, rows: int, device: str
+) -> None:
+    scheme = TrellisScheme(bits=bits, state_bits=state_bits)
+    stored = random_matrix(scheme, outs, columns, seed=rows)
+    moved = {name: tensor.to(device) for name, tensor in stored.items()}
+    ready = in_layout("triton", scheme, moved, outs, columns)
+    for dtype in dtypes(device):
+        x = fresh(rows, columns, dtype, device)
+        # Between the transforms inputs and weights are rounded to their dtype.
+        assert_near(multiply(scheme, ready, x, outs).cpu(), exact(scheme, stored, x.cpu()), dtype, slack=2)
+
+
+@on_devices
+@pytest.mark.parametrize(("bits", "state_bits", "outs", "columns"), TRELLISES)
+def test_the_gradient_through_trellis_codes(bits: int, state_bits: int, outs: int, columns: int, device: str) -> None:
+    scheme = TrellisScheme(bits=bits, state_bits=state_bits)
+    stored = random_matrix(scheme, outs, columns)
+    moved = {name: tensor.to(device) for name, tensor in stored.items()}
+    ready = in_layout("triton", scheme, moved, outs, columns)
+    for dtype in dtypes(device):
+        x = fresh(17, columns, dtype, device).requires_grad_()
+        y = multiply(scheme, ready, x, outs)
+        wide = x.detach().cpu().double().requires_grad_()
+        grad = torch.randn(y.shape).to(dtype)
+        (found,) = torch.autograd.grad(y, x, grad.to(device))
+        (should,) = torch.autograd.grad(exact(scheme, stored, wide), wide, grad.double())
+        assert_near(found.cpu(), should, dtype, slack=2)
+
+
 @on_devices
 def test_zero_points_between_the_codes(device: str) -> None:
     scheme = AffineScheme(bits=2, group_size=32)
@@ -170,6 +209,10 @@ def test_opcheck(device: str) -> None:
     packed = in_words(signs, random_matrix(signs, OUTS, 128), 128, device).tensors
     names = "word_codes", "word_scales", "in_scales", "out_scales", "router", "zeros"
     torch.library.opcheck(binary_mos.binary_mos_linear, (x.detach(), *(packed[name] for name in names), "input"))
+    trellis = TrellisScheme(bits=2)
+    words_of = in_layout("triton", trellis, random_matrix(trellis, 48, 128), 48, 128).tensors
+    names = "word_codes", "su", "sv"
+    torch.library.opcheck(trellis_ops.trellis_linear, (x, *(words_of[n].to(device) for n in names), 2, 12, "words"))
     columns, stored = codebooks(9)
     packed = in_words(columns, stored, len(MIXED), device).tensors
     given_columns = [packed[name] for name in codebook_ops.IN_WORDS]
@@ -225,6 +268,20 @@ def test_a_broken_kernel_does_not_pass(broken: str, rows: int, monkeypatch: pyte
         check(scheme, stored, columns, "cpu", rows)
     with pytest.raises(AssertionError):
         check_gradient(scheme, stored, columns, "cpu")
+
+
+@pytest.mark.skipif(not triton_launch.interpreted(), reason=NO_INTERPRETER)
+@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("name", ["word_codes", "su", "sv"])
+def test_one_wrong_word_or_scale_of_a_trellis_is_seen(name: str, rows: int) -> None:
+    scheme = TrellisScheme(bits=2)
+    stored = random_matrix(scheme, 48, 64)
+    ready = in_layout("triton", scheme, stored, 48, 64)
+    ready.tensors[name] = ready.tensors[name].clone()
+    ready.tensors[name].view(-1)[3] = 5
+    x = fresh(rows, 64, torch.float32, "cpu")
+    with pytest.raises(AssertionError):
+        assert_near(multiply(scheme, ready, x, 48), exact(scheme, stored, x), torch.float32, slack=2)
 
 
 @pytest.mark.skipif(not triton_launch.interpreted(), reason=NO_INTERPRETER)

@@ -1,14 +1,15 @@
 import pytest
 import torch
 
+from tests.kernels.matrices import random_matrix
 from ulbq import formats
 from ulbq.config.methods import Zeros
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, affine, dual_binary
-from ulbq.kernels import build, fake_quantize
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, TrellisScheme, affine, dual_binary
+from ulbq.kernels import build, fake_quantize, trellis
 from ulbq.methods.rtn import pack_codes
 from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer, closed_form_start
-from ulbq.quantizers.fixed import FixedAffine, FixedBinaryMos, FixedDualBinary
+from ulbq.quantizers.fixed import FixedAffine, FixedBinaryMos, FixedDualBinary, FixedTrellis
 from ulbq.solvers.rtn import round_to_nearest
 
 AFFINE = [
@@ -183,3 +184,65 @@ def test_signs_that_stay_are_held_packed_and_compute_the_same(zeros: Zeros, expe
     assert not any(buffer.is_floating_point() and buffer.shape == weight.shape for buffer in fixed.buffers())
     with pytest.raises(ValueError, match="fixed"):
         FixedBinaryMos.from_packed(weight, packed, scheme, train_weights=True)
+
+
+TRELLIS = TrellisScheme(bits=2)
+
+
+def trellis_of(stored: dict[str, torch.Tensor]) -> FixedTrellis:
+    return FixedTrellis.from_packed(torch.empty(48, 64, device="meta"), stored, TRELLIS, train_weights=False)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled kernels and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(trellis, "unavailable_reason", lambda: "not wanted")
+    elif reason := build.unavailable_reason():
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("either")
+def test_trellis_codes_stay_and_both_vectors_train() -> None:
+    before = random_matrix(TRELLIS, 48, 64)
+    quantizer = trellis_of(before)
+    assert {name: list(t.shape) for name, t in quantizer.finalize().items()} == {
+        n: list(t.shape) for n, t in before.items()
+    }
+    assert all(torch.equal(tensor, before[name]) for name, tensor in quantizer.finalize().items())
+    torch.testing.assert_close(quantizer.dense(quantizer()), formats.dequantize(TRELLIS, before, 64))
+    vectors = quantizer.trainable()["scales"]
+    assert quantizer.trainable()["weights"] == []
+    with torch.no_grad():
+        for vector in vectors:
+            vector.mul_(torch.linspace(0.5, 2, len(vector)))
+    after = quantizer.finalize()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"su", "sv"}
+    weight = formats.dequantize(TRELLIS, after, 64)
+    torch.testing.assert_close(quantizer.dense(quantizer()), weight, rtol=2e-3, atol=2e-3)  # float16
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(quantizer.multiply(x, quantizer()), x @ weight.T, rtol=2e-3, atol=2e-3)
+    # All that lies in memory is as large as what is stored.
+    assert sum(buffer.nbytes for buffer in quantizer.buffers()) == sum(tensor.nbytes for tensor in before.values())
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_through_the_transforms_are_those_of_the_dense_weight(dtype: torch.dtype) -> None:
+    quantizer = trellis_of(random_matrix(TRELLIS, 48, 64))
+    leaves = [torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()]
+    leaves += quantizer.trainable()["scales"]
+    grad = torch.randn(5, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = torch.autograd.grad(quantizer.multiply(leaves[0], quantizer(dtype)), leaves, grad)
+    wanted = torch.autograd.grad(leaves[0].float() @ quantizer.dense(quantizer()).T, leaves, grad.float())
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * other.norm()
+
+
+def test_a_vector_of_zeros_trains_from_a_floor_and_no_code_trains() -> None:
+    stored = random_matrix(TRELLIS, 48, 64)
+    quantizer = trellis_of(stored | {"su": torch.zeros_like(stored["su"])})
+    assert not quantizer.finalize()["su"].any()
+    assert quantizer.dense(quantizer()).abs().max() > 0
+    with pytest.raises(ValueError, match="fixed"):
+        FixedTrellis.from_packed(torch.empty(48, 64, device="meta"), stored, TRELLIS)

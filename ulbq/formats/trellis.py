@@ -2,10 +2,11 @@
 
 The matrix is stored between two Hadamard transforms, ``W = diag(sv) · H_out · T · H_in · diag(su)``, which make the
 elements of ``T`` look like Gaussian noise. ``H`` is block-diagonal, of normalized Hadamard matrices of the largest
-power of two up to 128 that divides the width; where 128 does not divide it, a Hartley matrix mixes the blocks, too.
-``T`` is cut into tiles of 16 × 16. The 256 elements of a tile are one sequence, and ``K`` bits come with each of them;
-an element's *state* is its own bits and those before it, ``L`` in all (the bits wrap around: the first element follows
-the last), and its value is computed from the state:
+power of two up to 128 that divides the width. Where these are ``m`` blocks of fewer than 128, they are mixed, too:
+block ``i`` of the result is ``Σ_j (cos 2πij/m + sin 2πij/m)/√m`` times block ``j`` (a Hartley matrix). ``T`` is cut
+into tiles of 16 × 16. The 256 elements of a tile are one sequence, and ``K`` bits come with each of them; an element's
+*state* is its own bits and those before it, ``L`` in all (the bits wrap around: the first element follows the last),
+and its value is computed from the state:
 
     ``value = (1024 + sum of the four bytes of (state · multiplier mod 2³²)) · k + b``
 
@@ -14,8 +15,8 @@ about 1. ``L = 16`` with multiplier 0x83DCD12D is what EXL3 calls ``mul1``. Stor
 
 * ``codes`` uint8 ``[in/16, out/16, 32·K]``: for each tile the bits of its sequence, most significant first, as 32-bit
   words with their lowest byte first. With ``r`` the input and ``c`` the output within a tile, element ``8t + j`` of the
-  sequence has ``r = 2·(t mod 4) + (0, 1, 8, 9)[j mod 4]`` and ``c = t div 4 + 8·(j div 4)``: what one thread of a tensor
-  core holds lies together;
+  sequence has ``r = 2·(t mod 4) + (0, 1, 8, 9)[j mod 4]`` and ``c = t div 4 + 8·(j div 4)``: what one thread of a
+  tensor core holds lies together;
 * ``su`` float16 ``[in]`` and ``sv`` float16 ``[out]``: signs and scales of inputs and outputs.
 """
 
@@ -137,25 +138,20 @@ def _order() -> torch.Tensor:
 def sequences(inner: torch.Tensor) -> torch.Tensor:
     """``[in/16, out/16, 256]`` elements of a matrix ``[out, in]`` in the order of the sequences."""
     tiles = inner.T.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).transpose(1, 2).flatten(2)
-    return tiles[..., _order().to(inner.device)]
+    ordered: torch.Tensor = tiles[..., _order().to(inner.device)]
+    return ordered
 
 
 def from_sequences(elements: torch.Tensor) -> torch.Tensor:
     """``[out, in]``: undo :func:`sequences`."""
     tiles = elements[..., _order().argsort().to(elements.device)].unflatten(2, (TILE, TILE))
-    return tiles.transpose(1, 2).flatten(2).flatten(0, 1).T.contiguous()
+    inner: torch.Tensor = tiles.transpose(1, 2).flatten(2).flatten(0, 1).T.contiguous()
+    return inner
 
 
 def block_width(width: int) -> int:
     """Width of the Hadamard blocks of a dimension that tiles divide: 16 to 128."""
     return min(width & -width, _WIDEST)
-
-
-@functools.cache
-def hartley(count: int) -> torch.Tensor:
-    """The normalized Hartley matrix ``[n, n]``, ``(cos 2πij/n + sin 2πij/n)/√n``, float64: symmetric and orthogonal."""
-    angles = torch.outer(*[torch.arange(count, dtype=torch.float64)] * 2) % count * (2 * math.pi / count)
-    return (angles.cos() + angles.sin()) * count**-0.5
 
 
 def transform(x: torch.Tensor) -> torch.Tensor:
@@ -167,9 +163,29 @@ def transform(x: torch.Tensor) -> torch.Tensor:
         first, second = blocks.unflatten(-1, (-1, 2, half)).unbind(-2)
         blocks = torch.stack((first + second, first - second), -2).flatten(-3)
         half *= 2
-    if width < _WIDEST:
-        blocks = hartley(blocks.shape[-2]).to(x) @ blocks
-    return (blocks * width**-0.5).flatten(-2)
+    return mix((blocks * width**-0.5).flatten(-2))
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """The second half of the transform: where Hadamard blocks are narrower than 128, the Hartley matrix mixes them."""
+    if not is_mixed(x.shape[-1]):
+        return x
+    blocks = x.unflatten(-1, (-1, block_width(x.shape[-1])))
+    mixed: torch.Tensor = (_hartley(blocks.shape[-2]).to(x) @ blocks).flatten(-2)
+    return mixed
+
+
+def is_mixed(width: int) -> bool:
+    """Whether a dimension that tiles divide has several Hadamard blocks that are narrower than 128."""
+    return block_width(width) < min(_WIDEST, width)
+
+
+@functools.cache
+def _hartley(count: int) -> torch.Tensor:
+    """``[n, n]`` ``(cos 2πij/n + sin 2πij/n)/√n``, float64: symmetric and orthogonal. Not to be written to."""
+    index = torch.arange(count, dtype=torch.float64)
+    angles = torch.outer(index, index) % count * (2 * math.pi / count)
+    return (angles.cos() + angles.sin()) * count**-0.5
 
 
 def inner_matrix(scheme: TrellisScheme, codes: torch.Tensor) -> torch.Tensor:

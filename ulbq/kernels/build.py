@@ -40,6 +40,7 @@ _WIDE = (("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("avx2", "fma"))
 _AT, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _MATRIX = (_AT, _INT, _INT, _LONG, _LONG, _AT, _AT, _FLOAT, _LONG)
 _PLACED = (_AT, _INT, _LONG, _LONG, _LONG)
+_TRELLIS = (_AT, _INT, _INT, ctypes.c_uint32, _FLOAT, _FLOAT, _LONG, _LONG)
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_multiply": (*_MATRIX, _AT, _INT, _LONG, _AT, _INT),
     "ulbq_widen": (*_MATRIX, _LONG, _LONG, _AT, _INT, _INT),
@@ -57,6 +58,9 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_norm": (_AT, _AT, _FLOAT, _LONG, _LONG, _AT, _AT, _AT, _INT),
     "ulbq_norm_back": (_AT, _AT, _AT, _LONG, _LONG, _AT, _AT, _AT, _AT, _INT),
     "ulbq_rotary": (*_PLACED, _AT, _AT, *(_LONG,) * 5, _INT, *_PLACED, _INT),
+    "ulbq_multiply_trellis": (*_TRELLIS, _AT, _LONG, _INT, _AT, _INT),
+    "ulbq_widen_trellis": (*_TRELLIS, _LONG, _LONG, _AT, _INT, _INT),
+    "ulbq_turn": (_AT, _INT, _LONG, _LONG, _LONG, _AT, _AT, _AT, _INT, _INT),
     "ulbq_gate": (_AT, _AT, _LONG, _AT, _INT, _INT),
     "ulbq_gate_back": (_AT, _AT, _AT, _LONG, _AT, _AT, _INT, _INT),
 }

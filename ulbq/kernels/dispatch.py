@@ -15,10 +15,11 @@ from ulbq.kernels.layouts.humming import Humming
 from ulbq.kernels.layouts.int4 import Int4
 from ulbq.kernels.layouts.stored import Stored
 from ulbq.kernels.layouts.tiles import Tiles
+from ulbq.kernels.layouts.trellis import Trellis
 from ulbq.kernels.layouts.words import Words
 
 STORED = Stored()
-LAYOUTS: tuple[Layout, ...] = (Tiles(), Columns(), Int4(), Humming(), Words(), STORED)
+LAYOUTS: tuple[Layout, ...] = (Tiles(), Columns(), Trellis(), Int4(), Humming(), Words(), STORED)
 
 
 class Choice(NamedTuple):

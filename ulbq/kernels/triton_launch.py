@@ -134,7 +134,7 @@ def multiply(
     result = x.new_empty(len(x), outs, dtype=dtype)
     if not result.numel():
         return result
-    with _on(x):
+    with on(x):
         kernel: Kernel = "vector" if len(x) <= VECTOR_ROWS else "small" if len(x) <= SPLIT_ROWS else "large"
         cuts = [_cut(part, kernel, len(x), outs, x.device) for part in matrix]
         splits = sum(-(-cut.spans // cut.each) for cut in cuts)
@@ -159,7 +159,7 @@ def input_gradient(grad: Tensor, matrix: list[Part], columns: int, dtype: torch.
     if not result.numel():
         return result
     outs = grad.shape[1]
-    with _on(grad):
+    with on(grad):
         for part in matrix:
             cut = _cut(part, "gradient", len(grad), outs, grad.device)
             _kernels().gradient_kernel[(-(-len(grad) // cut.block_m), cut.spans)](
@@ -188,7 +188,7 @@ def gate(x: Tensor, in_scales: Tensor, router: Tensor | None, zeros: Tensor | No
     sums = x.new_empty(len(x), 2, dtype=torch.float32)
     padded = 1 << (experts - 1).bit_length()
     if len(x):
-        with _on(x):
+        with on(x):
             _kernels().gate_kernel[(len(x),)](
                 x, router, in_scales, zeros, scaled, gates, sums, x.shape[1], EXPERTS=experts, PADDED=padded,
                 ZERO_INPUTS=zeros is not None, BLOCK_K=max(16, 2048 // padded), num_warps=8,
@@ -208,7 +208,7 @@ class _Cut(NamedTuple):
 
 
 def _cut(part: Part, kernel: Kernel, rows: int, outs: int, device: torch.device) -> _Cut:
-    name, processors = _device(device)
+    name, processors = device_facts(device)
     size: Blocks = blocks(name, kernel, part.bits)
     span = 32 if part.group % 64 else 64
     spans = -(-part.places // span)
@@ -277,7 +277,7 @@ def _kernels() -> Any:
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[str, int]:
+def device_facts(device: torch.device) -> tuple[str, int]:
     """Name and multiprocessors; in the interpreter one, so that small matrices are divided as well."""
     if device.type != "cuda":
         return "", 1
@@ -285,5 +285,6 @@ def _device(device: torch.device) -> tuple[str, int]:
     return properties.name, properties.multi_processor_count
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the GPU of a tensor the current one; nothing for one on the CPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

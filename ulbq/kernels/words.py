@@ -16,7 +16,15 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, codebook
+from ulbq.formats import (
+    AffineScheme,
+    AnyScheme,
+    BinaryMosScheme,
+    CodebookScheme,
+    DualBinaryScheme,
+    TrellisScheme,
+    codebook,
+)
 from ulbq.formats.bits import pack_planes, unpack_planes
 from ulbq.kernels.columns import outliers_by_output
 
@@ -35,7 +43,7 @@ def padded(count: int) -> int:
 
 def unsupported_reason(scheme: AnyScheme) -> str | None:
     """Why a matrix has no words, whatever the machine; None where it has."""
-    if not isinstance(scheme, AffineScheme | DualBinaryScheme | BinaryMosScheme | CodebookScheme):
+    if not isinstance(scheme, AffineScheme | DualBinaryScheme | BinaryMosScheme | CodebookScheme | TrellisScheme):
         return f"no kernels for {scheme.format}"
     if scheme.bits > 4:
         return f"{scheme.bits} bits: at most 4"
@@ -88,8 +96,11 @@ def pack(scheme: AnyScheme, stored: Mapping[str, torch.Tensor], outs: int, colum
         codebooks those of the widest columns first, flat. ``word_scales`` ``[G, padded out]``, of dual binary
         ``[2, G, padded out]``; ``word_zeros`` uint8 or floating ``[G, padded out]`` where there are zero points. Of
         codebooks ``word_levels`` float16 ``[Σ 2^bits]``, ``word_order`` int32 the column of each place, −1 for none,
-        and with outliers ``outlier_starts``, ``outlier_columns`` and ``outlier_deltas`` by output.
+        and with outliers ``outlier_starts``, ``outlier_columns`` and ``outlier_deltas`` by output. Trellis codes are
+        words as they are stored: ``word_codes`` int32 ``[in/16, out/16, 8·bits]``.
     """
+    if isinstance(scheme, TrellisScheme):
+        return {"word_codes": stored["codes"].view(torch.int32)}
     if isinstance(scheme, CodebookScheme):
         return _pack_columns(scheme, stored, outs, columns)
     if isinstance(scheme, DualBinaryScheme):
@@ -110,6 +121,8 @@ def pack(scheme: AnyScheme, stored: Mapping[str, torch.Tensor], outs: int, colum
 def unpack(scheme: AnyScheme, packed: Mapping[str, torch.Tensor], outs: int, columns: int) -> dict[str, torch.Tensor]:
     """Undo :func:`pack`: codes, scales and zero points as stored."""
     words = packed["word_codes"]
+    if isinstance(scheme, TrellisScheme):
+        return {"codes": words.view(torch.uint8)}
     if isinstance(scheme, CodebookScheme):
         return _unpack_columns(scheme, words, outs, columns)
     if isinstance(scheme, DualBinaryScheme):

@@ -14,9 +14,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, binary_mos
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, TrellisScheme, binary_mos
+from ulbq.formats import trellis as trellis_format
 from ulbq.formats.bits import pack_planes, unpack_planes
-from ulbq.kernels import fake_quantize
+from ulbq.kernels import fake_quantize, trellis
 from ulbq.quantizers.base import SCALE_FLOOR, Quantizer
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer
 
@@ -225,3 +226,74 @@ class FixedBinaryMos(BinaryMosQuantizer):
 
     def _weights(self) -> list[nn.Parameter]:
         return []
+
+
+class FixedTrellis(Quantizer):
+    """Trellis codes that stay; the vectors around the transforms train.
+
+    What :meth:`forward` gives is the matrix between the transforms, which no gradient goes to: a product multiplies by
+    it, and the gradients of both vectors come from inputs and outputs alone.
+
+    Args:
+        tensors: as packed.
+        scheme: of the format.
+
+    Attributes:
+        su, sv: ``[in]`` and ``[out]`` float32, relative to where they started.
+        start_su, start_sv: where they started, float16 as stored.
+    """
+
+    scheme: TrellisScheme
+    start_su: torch.Tensor
+    start_sv: torch.Tensor
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: TrellisScheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.register_buffer("packed_codes", tensors["codes"])
+        self.register_buffer("start_su", tensors["su"])
+        self.register_buffer("start_sv", tensors["sv"])
+        self.su = nn.Parameter(torch.ones_like(self.start_su, dtype=torch.float32))
+        self.sv = nn.Parameter(torch.ones_like(self.start_sv, dtype=torch.float32))
+
+    def forward(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """``T`` ``[out, in]`` in ``dtype``."""
+        return trellis.decode(self.scheme, self.get_buffer("packed_codes"), dtype)
+
+    def multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """``sv ⊙ H(T · H(su ⊙ x))``, in the dtype of the matrix; what is between the products is float32."""
+        su, sv = self._absolute()
+        inner = trellis.transform(x.to(su.dtype) * su)
+        product = nn.functional.linear(inner.to(matrix.dtype), matrix)
+        return (trellis.transform(product.to(sv.dtype)) * sv).to(matrix.dtype)
+
+    def dense(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The weight ``[out, in]``, differentiable in both vectors."""
+        su, sv = self._absolute()
+        return trellis_format.between(matrix.to(su.dtype), su, sv)
+
+    def trainable(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by role: ``scales``."""
+        return {"weights": [], "scales": [self.su, self.sv]}
+
+    @torch.no_grad()
+    def finalize(self) -> dict[str, torch.Tensor]:
+        """The packed tensors of the format; vectors are rounded to float16 only here."""
+        su, sv = (vector.to(torch.float16) for vector in self._absolute())
+        return {"codes": self.get_buffer("packed_codes"), "su": su, "sv": sv}
+
+    @classmethod
+    def from_packed(
+        cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, *, train_weights: bool = True
+    ) -> Self:
+        """Go on from packed tensors, as :meth:`Quantizer.from_packed` says; ``train_weights`` must be False."""
+        if train_weights:
+            raise ValueError("the codes are fixed")
+        if not isinstance(scheme, TrellisScheme):
+            raise TypeError(f"{scheme.format} is not trellis")
+        return cls(tensors, scheme)
+
+    def _absolute(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The vectors themselves; those that were stored as 0 start at a floor that float16 could not hold."""
+        su, sv = (start.to(self.su.dtype) for start in (self.start_su, self.start_sv))
+        return self.su * torch.where(su == 0, SCALE_FLOOR, su), self.sv * torch.where(sv == 0, SCALE_FLOOR, sv)

@@ -7,14 +7,14 @@ from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer
 from ulbq.quantizers.codebook import CodebookQuantizer
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer
-from ulbq.quantizers.fixed import FixedAffine, FixedBinaryMos, FixedDualBinary
+from ulbq.quantizers.fixed import FixedAffine, FixedBinaryMos, FixedDualBinary, FixedTrellis
 
 
 class Trainable(NamedTuple):
     """The trainable forms of a format.
 
     Attributes:
-        free: where weights train and choose codes anew.
+        free: where weights train and choose codes anew; the fixed form where no code can be chosen alone.
         fixed: where codes are fixed.
         method: whose training goes on where the method that found the codes has none of its own.
         fixed_bytes: memory of a weight whose code is fixed; None where it lies packed. Such a form asks for a weight's
@@ -32,5 +32,6 @@ TRAINABLE: dict[str, Trainable] = {
     "binary_mos": Trainable(BinaryMosQuantizer, FixedBinaryMos, "binary-mos"),
     "codebook": Trainable(CodebookQuantizer, CodebookQuantizer, "claq", fixed_bytes=1.0),
     "dual_binary": Trainable(DualBinaryQuantizer, FixedDualBinary, "db-llm"),
+    "trellis": Trainable(FixedTrellis, FixedTrellis, "trellis"),
 }
 """By format."""

@@ -6,7 +6,7 @@ import torch
 
 from ulbq import formats
 from ulbq.formats import AnyScheme
-from ulbq.kernels.ops import affine, binary_mos, codebook, dual_binary
+from ulbq.kernels.ops import affine, binary_mos, codebook, dual_binary, trellis
 from ulbq.kernels.ops.dense import Matrix
 
 PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {
@@ -14,6 +14,7 @@ PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {
     "binary_mos": binary_mos.multiply,
     "codebook": codebook.multiply,
     "dual_binary": dual_binary.multiply,
+    "trellis": trellis.multiply,
 }
 """By format; one that is not here is multiplied by its dense weight."""
 
@@ -28,7 +29,8 @@ def multiply(
 
     Args:
         scheme: of the matrix.
-        form: ``planes`` for tensors as stored, ``tiles`` or ``words`` for those of these layouts.
+        form: ``planes`` for tensors as stored, ``compiled`` for the same where compiled code reads
+            them, ``tiles`` or ``words`` for those of these layouts.
         tensors: the matrix.
         x: the inputs.
         out_features: rows of the matrix.

@@ -1,0 +1,136 @@
+"""Calls of the Triton kernels for trellis codes: what :mod:`ulbq.kernels.triton_launch` is for codes in words.
+
+Two transforms go around each product; the second one adds up the shares of the columns. Triton is imported by the first
+product.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ulbq.formats import TrellisScheme, trellis
+from ulbq.kernels.block_sizes import Kernel, blocks
+from ulbq.kernels.triton_launch import SPLIT_ROWS, VECTOR_ROWS, device_facts, on
+
+Tensor = torch.Tensor
+
+_DEEP = 4
+"""Rows of tiles that a program of a matrix product takes at a time: 64 columns."""
+# A thread of the vector kernel has an accumulator for every row and for two elements of each tile.
+_VECTOR_TILES = 8
+
+
+class _Cut(NamedTuple):
+    """How a product is divided: rows of a program, tiles across, rows of tiles of a share, shares, options."""
+
+    block_m: int
+    tiles: int
+    each: int
+    splits: int
+    start: dict[str, int]
+
+
+def multiply(x: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tensor, sv: Tensor) -> Tensor:
+    """Products ``[rows, out]`` of ``x`` ``[rows, in]``, in its dtype; ``codes`` are words, the rest as stored."""
+    if not len(x):
+        return x.new_empty(0, len(sv))
+    vector = len(x) <= VECTOR_ROWS
+    inner = turn(x, torch.float32 if vector else x.dtype, before=su)
+    rows, columns, outs = len(x), len(su), len(sv)
+    cut = _cut("vector" if vector else "small" if rows <= SPLIT_ROWS else "large", scheme, codes, rows)
+    partial = x.new_empty(cut.splits, rows, outs, dtype=torch.float32)
+    across = -(-codes.shape[1] // cut.tiles)
+    sizes = (rows, columns, outs, cut.each)
+    with on(x):
+        if vector:
+            _kernels().vector_kernel[(across, cut.splits)](
+                inner, codes, partial, *sizes, **_constants(scheme), ROWS=cut.block_m, TILES=cut.tiles, **cut.start
+            )
+        else:
+            _kernels().matrix_kernel[(-(-rows // cut.block_m), across, cut.splits)](
+                inner, codes, partial, *sizes, **_constants(scheme), DEEP=_DEEP, BLOCK_M=cut.block_m, TILES=cut.tiles,
+                **cut.start,
+            )  # fmt: skip
+    return turn(partial, x.dtype, after=sv)
+
+
+def input_gradient(grad: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tensor, sv: Tensor) -> Tensor:
+    """``[rows, in]`` of the gradient ``[rows, out]`` of what :func:`multiply` gives, in its dtype."""
+    if not len(grad):
+        return grad.new_empty(0, len(su))
+    inner = turn(grad, grad.dtype, before=sv)
+    cut = _cut("gradient", scheme, codes, len(grad))
+    result = grad.new_empty(len(grad), len(su), dtype=torch.float32)
+    with on(grad):
+        _kernels().gradient_kernel[(-(-len(grad) // cut.block_m), -(-codes.shape[0] // _DEEP))](
+            inner, codes, result, len(grad), len(su), len(sv), **_constants(scheme), DEEP=_DEEP, BLOCK_M=cut.block_m,
+            TILES=cut.tiles, **cut.start,
+        )  # fmt: skip
+    return turn(result, grad.dtype, after=su)
+
+
+def turn(x: Tensor, dtype: torch.dtype, *, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
+    """``(Σ x ⊙ before) · H ⊙ after``, ``[rows, n]`` in ``dtype``.
+
+    Args:
+        x: ``[rows, n]``, or ``[splits, rows, n]`` to be added up.
+        dtype: of the result.
+        before, after: ``[n]`` float16; ones where not given.
+    """
+    if trellis.is_mixed(x.shape[-1]):
+        return mix(_turn(x, torch.float32, before, None), dtype, after)
+    return _turn(x, dtype, before, after)
+
+
+def mix(x: Tensor, dtype: torch.dtype, after: Tensor | None) -> Tensor:
+    """``[rows, n]`` in ``dtype``, what a transform's first half gave: its blocks mixed, ``⊙ after``."""
+    mixed = trellis.mix(x)
+    return (mixed if after is None else mixed * after).to(dtype)
+
+
+def _turn(x: Tensor, dtype: torch.dtype, before: Tensor | None, after: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    rows, width = x.shape[-2:]
+    result = x.new_empty(rows, width, dtype=dtype)
+    block = trellis.block_width(width)
+    with on(x):
+        _kernels().turn_kernel[(-(-rows // 16), width // block)](
+            x, before, after, result, rows, width, x.numel() // result.numel(), block**-0.5, BLOCK_M=16, BLOCK_N=block,
+            num_warps=4,
+        )  # fmt: skip
+    return result
+
+
+def _cut(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: int) -> _Cut:
+    name, processors = device_facts(codes.device)
+    size = blocks(name, kernel, scheme.bits)
+    down, across = codes.shape[:2]
+    tiles = min(size.block_n // trellis.TILE, 1 << (across - 1).bit_length())
+    start = {"num_warps": size.warps, "num_stages": size.stages}
+    block_m = min(size.block_m, 1 << (rows - 1).bit_length())
+    if kernel == "vector":
+        tiles, deep = min(tiles, _VECTOR_TILES), 1
+    else:
+        block_m, deep = max(16, block_m), _DEEP
+    programs = -(-across // tiles) * -(-rows // block_m)
+    # As for other codes: large batches have programs enough.
+    shares = 1 if kernel in ("large", "gradient") else max(1, -(-processors * size.programs // programs))
+    spans = -(-down // deep)
+    each = -(-spans // min(shares, spans)) * deep
+    return _Cut(block_m, tiles, each, -(-down // each), start)
+
+
+def _constants(scheme: TrellisScheme) -> dict[str, Any]:
+    return {
+        "MULTIPLIER": trellis.MULTIPLIERS[scheme.state_bits],
+        "SCALE": trellis.VALUE_SCALE,
+        "SHIFT": trellis.VALUE_SHIFT,
+        "BITS": scheme.bits,
+        "STATE_BITS": scheme.state_bits,
+    }
+
+
+def _kernels() -> Any:
+    from ulbq.kernels import triton_trellis
+
+    return triton_trellis
