@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ulbq.config.adapter import AdapterConfig, AdapterForm
-from ulbq.config.end_to_end import EndToEndSettings, Loss, TeacherKind, Trained
+from ulbq.config.finetuning import PHASE_OPTIONS, FinetuneSettings, Loss, TeacherKind, Trained
 from ulbq.config.options import (
     ADAPTER,
     CODEBOOKS,
@@ -39,6 +39,9 @@ Penalized = Literal["before-adapter", "after-adapter"]
 BlockApStart = Literal["min-max", "search", "gptq"]
 BlockTrained = Literal["clipping", "grid", "rounding", "weights", "all"]
 RateUnit = Literal["step", "weight"]
+
+# Tokens that run at once where samples are short: quantized weights are made once for all of them.
+_TOGETHER = 1024
 
 MOST_TRELLIS_BITS = 4
 MOST_OUTLIER_BITS = 0.25
@@ -510,24 +513,13 @@ _OF_THE_PHASE = (
 class TrainedOptions(EndToEndOptions, StageOptions, GranularityOptions, AdapterOptions, TrainOptions):
     """What every trained method takes."""
 
-    def end_to_end_settings(self) -> EndToEndSettings | None:
+    def end_to_end_settings(self) -> FinetuneSettings | None:
         """Settings of the end-to-end phase; None for no such phase. Raises UsageError where they do not go together."""
         if self.end_to_end == "none":
             return None
-        return EndToEndSettings(
-            loss=self.end_to_end,
-            epochs=self.end_to_end_epochs,
-            rate=self.end_to_end_rate,
-            train=self.end_to_end_train,
-            zero_rate=self.end_to_end_zero_rate,
-            accumulation=self.accumulation,
-            checkpointing=self.checkpointing,
-            teacher=self.teacher,
-            top_k=self.teacher_top_k,
-            gamma=self.end_to_end_gamma,
-            hidden_weight=self.end_to_end_hidden_weight,
-            block=self.settings(),
-        )
+        names = {name: PHASE_OPTIONS.get(name, name) for name in FinetuneSettings.model_fields}
+        given = {name: getattr(self, own) for name, own in names.items() if own in type(self).model_fields}
+        return FinetuneSettings.model_validate({**given, "tokens_at_once": _TOGETHER, "keep_best": True})
 
     def idle(self) -> dict[str, str]:
         """Layers that learn their own outputs leave norms as they are, unless something behind them trains those."""

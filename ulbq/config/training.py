@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ulbq.config.options import ADAPTER, MOST, TRAINING, Count, Number, Option, Part, Share
 
-Role = Literal["weights", "scales", "zeros", "norms", "adapter", "router"]
-"""What parameters are for; each role has a rate of its own."""
+Role = Literal["weights", "scales", "zeros", "norms", "adapter", "magnitudes", "router"]
+"""What parameters are for; each role has a rate of its own. Magnitudes are DoRA's, where they have one."""
 
 OptimizerKind = Literal["adamw", "sign"]
 
