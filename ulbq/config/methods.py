@@ -30,7 +30,7 @@ from ulbq.config.options import (
 )
 from ulbq.config.run import DATA_SETS, Template
 from ulbq.config.stages import STAGE_KEYS, STAGE_NAMES, Stage, Stages
-from ulbq.config.training import TokenSettings, TrainSettings
+from ulbq.config.training import RateSettings, TokenSettings, TrainSettings
 from ulbq.errors import UsageError
 
 Allocation = Literal["global", "layer", "outlier", "hessian"]
@@ -475,6 +475,14 @@ class EndToEndOptions(MethodOptions):
         Number, Option("Weight of the hidden states' error (kl-hidden).", END_TO_END, "X", flag="--hidden-weight")
     ] = 1.0
 
+    def end_to_end_settings(self) -> FinetuneSettings | None:
+        """Settings of the end-to-end phase; None for no such phase. Raises UsageError where they do not go together."""
+        if self.end_to_end == "none":
+            return None
+        names = {name: PHASE_OPTIONS.get(name, name) for name in FinetuneSettings.model_fields}
+        given = {name: getattr(self, own) for name, own in names.items() if own in type(self).model_fields}
+        return FinetuneSettings.model_validate({**given, "tokens_at_once": _TOGETHER, "keep_best": True})
+
     def idle(self) -> dict[str, str]:
         """Settings of a phase, of its data and of its loss mean nothing without them."""
         off, loss = super().idle(), self.end_to_end
@@ -512,14 +520,6 @@ _OF_THE_PHASE = (
 
 class TrainedOptions(EndToEndOptions, StageOptions, GranularityOptions, AdapterOptions, TrainOptions):
     """What every trained method takes."""
-
-    def end_to_end_settings(self) -> FinetuneSettings | None:
-        """Settings of the end-to-end phase; None for no such phase. Raises UsageError where they do not go together."""
-        if self.end_to_end == "none":
-            return None
-        names = {name: PHASE_OPTIONS.get(name, name) for name in FinetuneSettings.model_fields}
-        given = {name: getattr(self, own) for name, own in names.items() if own in type(self).model_fields}
-        return FinetuneSettings.model_validate({**given, "tokens_at_once": _TOGETHER, "keep_best": True})
 
     def idle(self) -> dict[str, str]:
         """Layers that learn their own outputs leave norms as they are, unless something behind them trains those."""
@@ -671,8 +671,8 @@ class EfficientQatOptions(TrainedOptions, AffineOptions):
         return off
 
 
-class TrellisOptions(BudgetOptions, SaliencyOptions, SequenceOptions):
-    """Options of ``trellis``."""
+class TrellisOptions(EndToEndOptions, RateSettings, BudgetOptions, SaliencyOptions, SequenceOptions):
+    """Options of ``trellis``. Codes stay as they are found; what trains end to end are the vectors around them."""
 
     grouped: ClassVar[bool] = False
 
@@ -681,10 +681,16 @@ class TrellisOptions(BudgetOptions, SaliencyOptions, SequenceOptions):
         Literal[12, 16], Option("Of a trellis's state: 16 are better, and take 16 times as long.", FORMAT)
     ] = 12
     saliency: str = "fisher"
+    end_to_end_train: Literal["scales"] = "scales"
 
     def idle(self) -> dict[str, str]:
-        """Scores weigh the layers that share a budget."""
-        return super().idle() | ({"saliency": "`target_bits`"} if self.target_bits is None else {})
+        """Scores weigh the layers that share a budget, and rates are those of the end-to-end phase."""
+        off = super().idle() | ({"saliency": "`target_bits`"} if self.target_bits is None else {})
+        if self.end_to_end == "none":
+            off |= dict.fromkeys(RateSettings.model_fields, "`end_to_end`")
+        elif self.schedule == "constant":
+            off["final_rate"] = "`schedule=cosine`"
+        return off
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:

@@ -171,8 +171,8 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     if not is_mixed(x.shape[-1]):
         return x
     blocks = x.unflatten(-1, (-1, block_width(x.shape[-1])))
-    mixed: torch.Tensor = (_hartley(blocks.shape[-2]).to(x) @ blocks).flatten(-2)
-    return mixed
+    mixed: torch.Tensor = _hartley(blocks.shape[-2]).to(x) @ blocks
+    return mixed.flatten(-2)
 
 
 def is_mixed(width: int) -> bool:

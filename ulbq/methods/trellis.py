@@ -43,6 +43,8 @@ class TrellisMethod:
             saliency=options.saliency if budget and options.saliency != "none" else None,
             survey=budget,
             target_bits=options.target_bits,
+            end_to_end=options.end_to_end_settings(),
+            continues=options.end_to_end != "none",
         )
 
     @classmethod
