@@ -185,7 +185,7 @@ def _hartley(count: int) -> torch.Tensor:
     """``[n, n]`` ``(cos 2πij/n + sin 2πij/n)/√n``, float64: symmetric and orthogonal. Not to be written to."""
     index = torch.arange(count, dtype=torch.float64)
     angles = torch.outer(index, index) % count * (2 * math.pi / count)
-    return (angles.cos() + angles.sin()) * count**-0.5
+    return (angles.cos() + angles.sin()) / math.sqrt(count)
 
 
 def inner_matrix(scheme: TrellisScheme, codes: torch.Tensor) -> torch.Tensor:
