@@ -16,7 +16,7 @@ from ulbq.artifacts import (
     QuantizedManifest,
 )
 from ulbq.errors import InputError
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, TrellisScheme
 from ulbq.models.blocks import load_block, skeleton, structure
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
@@ -28,6 +28,7 @@ _SCHEMES = [
     AffineScheme(bits=2, group_size=-1, symmetric=True),
     DualBinaryScheme(group_size=16),
     BinaryMosScheme(experts=1, zeros="input"),
+    TrellisScheme(bits=2),
 ]
 
 

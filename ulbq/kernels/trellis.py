@@ -40,8 +40,8 @@ def turn(
     x = x.contiguous()
     result = torch.empty_like(x, dtype=dtype)
     threads = torch.get_num_threads() if x.numel() > _WORTH_A_THREAD_TURNING else 1
-    vectors = (None if vector is None else vector.data_ptr() for vector in (before, after))
     width = x.shape[1]
+    vectors = (None if one is None else one.data_ptr() for one in (trellis_launch.mixing(width), before, after))
     library().ulbq_turn(
         x.data_ptr(), FLOATS[x.dtype], len(x), width, trellis.block_width(width), *vectors, result.data_ptr(),
         FLOATS[dtype], threads,
