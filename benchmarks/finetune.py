@@ -19,13 +19,18 @@ from typing import Any
 import torch
 
 from ulbq import runtime
+from ulbq.config.finetuning import FinetuneSettings
 from ulbq.data.lessons import draw_lessons
+from ulbq.finetuning.student import Student
+from ulbq.finetuning.trainer import Trainer
+from ulbq.models.blocks import block_list
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
+from ulbq.pipeline.finetune_run import examples_of
 from ulbq.progress import Silent
+from ulbq.training.optimizer import task_rate_factor
 from ulbq.training.precision import Precision
-from ulbq.training.tuner import answer_loss
 
 TASKS = ("gsm8k", "arithmetic")
 
@@ -94,7 +99,11 @@ def reloaded(out: Path) -> dict[str, Any]:
     precision = Precision.choose(torch.device("cpu"), request["precision"])
     model = load_model(source, dtype=precision.dtype)
     packed = sum(isinstance(layer, QuantLinear) for layer in model.modules())
-    return {"reloaded_loss": answer_loss(model, lessons.heldout, precision), "packed_layers": packed}
+    student, examples = Student(model, block_list(model)[1], precision), examples_of(lessons, source)
+    settings = FinetuneSettings(micro_batch=request["micro_batch"])
+    trainer = Trainer(student, None, examples, settings, schedule=task_rate_factor, seeds=int, folder=out)
+    with Silent().phase("evaluation") as bar:
+        return {"reloaded_loss": trainer.evaluate(bar), "packed_layers": packed}
 
 
 def main() -> None:

@@ -17,12 +17,13 @@ import torch
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.data.calibration import CALIBRATION_FILE, load_calibration
+from ulbq.finetuning.examples import Examples
+from ulbq.finetuning.trainer import Trainer
 from ulbq.pipeline.quantization_plan import prepare
 from ulbq.pipeline.student import Folders, build_student
 from ulbq.progress import Silent
 from ulbq.runtime import calm_threads, versions
-from ulbq.training.end_to_end import EndToEndTrainer
-from ulbq.training.samples import Samples
+from ulbq.training.optimizer import rate_factor
 
 
 def main() -> None:
@@ -42,12 +43,13 @@ def main() -> None:
     settings = job.method.needs.end_to_end
     assert settings is not None
     text = load_calibration(options.artifact / CALIBRATION_FILE)
-    samples = Samples(text.tokens, job.text_samples, text.taught)
+    examples = Examples(text.tokens, job.text_samples, text.taught)
     with tempfile.TemporaryDirectory() as scratch:
         folders = Folders(options.artifact, Path(scratch))
         student = build_student(job, folders, train=settings.train, checkpointing=settings.checkpointing)
-        trainer = EndToEndTrainer(student, None, samples, settings, folder=Path(scratch), seed=job.request.seed)
-        stored = trainer.heldout()
+        named = {"schedule": rate_factor, "seeds": int, "folder": Path(scratch)}
+        with Silent().phase("evaluation") as bar:
+            stored = Trainer(student, None, examples, settings, **named).evaluate(bar)
     trained = manifest.end_to_end.end_error
     row = {"artifact": manifest.name, "float32": trained, "float16": stored, "times": stored / trained}
     print(json.dumps(row))

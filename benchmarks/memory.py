@@ -34,10 +34,10 @@ import ulbq.pipeline.end_to_end
 import ulbq.pipeline.quantize
 from ulbq.artifacts import QuantizedManifest, read_manifest
 from ulbq.commands.app import main as command
+from ulbq.finetuning.head import LOGITS_MEMORY
 from ulbq.models.load import load_model
 from ulbq.models.source import default_model
 from ulbq.runtime import versions
-from ulbq.training.head import LOGITS_MEMORY
 
 PAPER_70B = 34.0
 

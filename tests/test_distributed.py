@@ -261,26 +261,3 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ResourceError, match="more processes on this machine than its 1 GPUs"):
         distributed.check_device(torch.device("cuda"))
-
-
-class TestOtherPeoplesCode:
-    """While transformers' Trainer talks to the other processes, it is torch that notices that one is gone."""
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5321",
-            "Rank 1 failed to pass monitoredBarrier in 1800000 ms, NCCL error",
-        ],
-    )
-    def test_a_process_that_is_gone_is_said(self, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(distributed, "_world", distributed._World(0, 2, None))
-        with pytest.raises(ResourceError, match="Another process of this run ended early"), distributed.together():
-            raise RuntimeError(text)
-
-    def test_what_else_goes_wrong_is_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(RuntimeError, match="gloo"), distributed.together():
-            raise RuntimeError("a gloo of one")
-        monkeypatch.setattr(distributed, "_world", distributed._World(0, 2, None))
-        with pytest.raises(RuntimeError, match="shapes"), distributed.together():
-            raise RuntimeError("the shapes do not fit")

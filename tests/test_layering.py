@@ -29,6 +29,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"quantizers"}),
     frozenset({"solvers"}),
     frozenset({"training"}),
+    frozenset({"finetuning"}),
     frozenset({"sensitivity"}),
     frozenset({"methods"}),
     frozenset({"evaluation"}),

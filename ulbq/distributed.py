@@ -25,7 +25,6 @@ S = TypeVar("S", bound="Sequence[Any] | torch.Tensor")
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_OF_OTHERS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out waiting")
 _FAILED, _CODE = "ulbq/failed", "ulbq/code"
 # Others wait while the first process writes gigabytes; who dies is noticed without a clock.
 _PATIENCE = timedelta(days=1)
@@ -325,31 +324,10 @@ def _talking() -> Iterator[None]:
         raise _left_alone() from error
 
 
-@contextmanager
-def together() -> Iterator[None]:
-    """While other people's code talks to the other processes, and computes as well.
-
-    Raises:
-        ResourceError: one of them is gone.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if _world is None or not _is_about_others(error):
-            raise
-        raise _left_alone() from error
-
-
 def _left_alone() -> ResourceError:
     return ResourceError(
         "Another process of this run ended early.", hint="torchrun's summary names it and its exit code."
     )
-
-
-def _is_about_others(error: RuntimeError) -> bool:
-    """Whether torch's communication failed, which it tells by its errors' names or, from gloo, by their text alone."""
-    named = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
-    return named or any(word in str(error).lower() for word in _OF_OTHERS)
 
 
 def _environment() -> tuple[int, int, int]:

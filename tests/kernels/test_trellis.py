@@ -1,8 +1,5 @@
 """Trellis codes decoded while they are multiplied: values, gradients, opcheck, and the dense weight."""
 
-import math
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,7 +9,6 @@ from ulbq.formats import TrellisScheme
 from ulbq.formats import trellis as form_of
 from ulbq.kernels import build, trellis
 from ulbq.kernels.ops import trellis as ops
-from ulbq.kernels.trellis_launch import mixing
 from ulbq.nn.quant_linear import QuantLinear
 
 SCHEMES = [TrellisScheme(bits=bits, state_bits=state) for bits in (1, 2, 3, 4) for state in (12, 16)]
@@ -47,7 +43,7 @@ def test_dense_weights_are_those_of_the_reference_bit_for_bit(scheme: TrellisSch
         stored = random_matrix(scheme, outs, columns)
         ready = kernels.prepare(scheme, stored, outs, columns)
         inner = form_of.inner_matrix(scheme, form_of.unpack(scheme, stored).codes)
-        mixed = any(mixing(width) is not None for width in (outs, columns))  # whose sums have another order
+        mixed = form_of.is_mixed(outs) or form_of.is_mixed(columns)  # whose sums have another order
         for dtype in (*trellis.FLOATS, torch.float64):
             wanted = formats.dequantize(scheme, stored, columns, dtype)
             found = matrix(scheme, ready, outs, columns, dtype)
@@ -57,48 +53,6 @@ def test_dense_weights_are_those_of_the_reference_bit_for_bit(scheme: TrellisSch
                 assert torch.equal(found, wanted)
             if dtype in trellis.FLOATS:
                 assert torch.equal(trellis.inner_matrix(scheme, stored["codes"], dtype), inner.to(dtype))
-
-
-@pytest.fixture
-def hartley(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A format that mixes blocks of less than 128 columns."""
-
-    def transform(x: torch.Tensor) -> torch.Tensor:
-        block = form_of.block_width(x.shape[-1])
-        blocks = x.unflatten(-1, (-1, block))
-        index = torch.arange(blocks.shape[-2], dtype=torch.float64)
-        angles = torch.outer(index, index) * (2 * math.pi / len(index))
-        mix = (angles.cos() + angles.sin()) * len(index) ** -0.5
-        hadamard = torch.ones(1, 1, dtype=torch.float64)
-        while len(hadamard) < block:
-            hadamard = torch.kron(torch.tensor([[1, 1], [1, -1]]).double(), hadamard)
-        if block == 128:
-            mix = torch.eye(len(index), dtype=torch.float64)
-        return (mix.to(x) @ blocks @ hadamard.to(x) * block**-0.5).flatten(-2)
-
-    mixing.cache_clear()
-    monkeypatch.setattr(form_of, "transform", transform)
-    yield
-    mixing.cache_clear()
-
-
-@compiled
-@pytest.mark.usefixtures("hartley")
-@pytest.mark.parametrize("shape", [*SHAPES, (256, 128)], ids=str)
-def test_blocks_that_are_mixed(shape: tuple[int, int]) -> None:
-    outs, columns = shape
-    scheme, stored = SCHEMES[2], random_matrix(SCHEMES[2], outs, columns)
-    ready = kernels.prepare(scheme, stored, outs, columns)
-    assert (mixing(576) is None, mixing(256), mixing(16)) == (False, None, None)
-    for dtype in trellis.FLOATS:
-        x = inputs(3, columns, dtype).requires_grad_()
-        y = multiply(scheme, ready, x, outs)
-        wide = x.detach().double().requires_grad_()
-        wanted = exact(scheme, stored, wide)
-        assert_near(y, wanted, dtype)
-        (found,) = torch.autograd.grad(y.sum(), x)
-        assert_near(found, torch.autograd.grad(wanted.sum(), wide)[0], dtype, slack=2)
-        assert_near(matrix(scheme, ready, outs, columns, dtype), formats.dequantize(scheme, stored, columns), dtype)
 
 
 @compiled

@@ -19,6 +19,8 @@ from ulbq.artifacts.store import ArtifactWriter
 from ulbq.artifacts.whole import verify
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError, UsageError
+from ulbq.finetuning.examples import Examples
+from ulbq.finetuning.student import Student
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import end_to_end
@@ -27,8 +29,6 @@ from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.streams import Streams
 from ulbq.progress import Silent
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer
-from ulbq.training.samples import Samples
-from ulbq.training.student import Student
 
 _FIELDS = ("end_to_end", "end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "accumulation")
 _NONE: dict[str, Any] = {"end_to_end_epochs": None, "end_to_end_rate": None, "accumulation": None}
@@ -301,7 +301,7 @@ def test_what_cannot_be_stored_is_said_here_too(
     plain = end_to_end._write
 
     def harmed(phase: Any, student: Student) -> None:
-        sizes = student.input_sizes(phase.samples.tokens[-1:])
+        sizes = student.input_sizes(phase.examples.tokens[-1:])
         harm(student)
         monkeypatch.setattr(Student, "input_sizes", lambda self, tokens: sizes)
         plain(phase, student)
@@ -501,7 +501,7 @@ def test_blocks_and_the_whole_may_train_on_other_numbers_of_the_same_samples(
 ) -> None:
     seen = dict[str, list[list[int]]]()
 
-    class Noted(Samples):
+    class Noted(Examples):
         def __init__(self, tokens: torch.Tensor, training: int, taught: torch.Tensor | None = None) -> None:
             seen["train"], seen["held"] = tokens[:training].tolist(), tokens[training:].tolist()
             super().__init__(tokens, training, taught)
@@ -511,7 +511,7 @@ def test_blocks_and_the_whole_may_train_on_other_numbers_of_the_same_samples(
             seen["blocks"] = tokens.tolist()
             super().__init__(job, tokens, scratch)
 
-    monkeypatch.setattr("ulbq.pipeline.end_to_end.Samples", Noted)
+    monkeypatch.setattr("ulbq.pipeline.end_to_end.Examples", Noted)
     monkeypatch.setattr("ulbq.pipeline.quantize.Streams", Walked)
     asked = request(tiny_llama, tmp_path / "q", samples, end_to_end_samples=end_to_end)
     path, manifest = quantize(asked.model_copy(update={"samples": blocks}))

@@ -22,6 +22,10 @@ from ulbq.config.convert import ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.data.lessons import draw_lessons
 from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
+from ulbq.finetuning.checkpoint import Checkpoint
+from ulbq.finetuning.student import Student
+from ulbq.finetuning.trainer import Trainer
+from ulbq.models.blocks import block_list
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
@@ -32,9 +36,8 @@ from ulbq.pipeline.finetune_run import finetune
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.tasks import load_task, task_names
 from ulbq.progress import Silent
-from ulbq.training import tuner
+from ulbq.training.optimizer import task_rate_factor
 from ulbq.training.precision import Precision
-from ulbq.training.tuner import answer_loss
 
 MADE: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "bits": 3, "group_size": 32},
@@ -101,7 +104,11 @@ def reloaded_loss(out: Path, made_by: FinetuneJob) -> float:
     )
     model = load_model(source, dtype=torch.float32)
     assert sum(isinstance(layer, QuantLinear) for layer in model.modules()) == 21
-    return answer_loss(model, lessons.heldout, Precision(torch.device("cpu"), torch.float32))
+    examples = finetune_run.examples_of(lessons, source)
+    student = Student(model, block_list(model)[1], Precision(torch.device("cpu"), torch.float32))
+    named: dict[str, Any] = {"schedule": task_rate_factor, "seeds": int, "folder": out}
+    with Silent().phase("evaluation") as bar:
+        return Trainer(student, None, examples, made_by.settings, **named).evaluate(bar)
 
 
 def shards(path: Path) -> dict[str, bytes]:
@@ -173,22 +180,23 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     options: dict[str, Any] = {"rank": 2, "dropout": 0.2, "train": train, "targets": ("q_proj",)}
     options |= {"scale_rate": 0.01} if train == "adapter-scales" else {}
     whole, _ = finetune(job(base, folder, tmp_path / "whole", **options))
-    step = finetune_run._Run._on_step
+    step = Trainer._step
+    seen: list[int] = []
 
-    def stop(self: Any, number: int, loss: float) -> None:
-        step(self, number, loss)
-        if number == 5:
+    def stop(self: Trainer, *arguments: Any) -> Checkpoint:
+        made = step(self, *arguments)
+        seen.append(made.step)
+        if seen == [1, 2, 3, 4, 5]:
             raise Stopped
+        return made
 
-    monkeypatch.setattr(finetune_run._Run, "_on_step", stop)
+    monkeypatch.setattr(Trainer, "_step", stop)
     asked = job(base, folder, tmp_path / "stopped", **options)
     with pytest.raises(Stopped):
         finetune(asked)
     assert not (tmp_path / "stopped").exists()
-    seen: list[int] = []
-    monkeypatch.setattr(finetune_run._Run, "_on_step", lambda s, n, loss: (seen.append(n), step(s, n, loss)))
     path, manifest = finetune(job(base, folder, tmp_path / "stopped", **options))
-    assert seen == [5, 6, 7, 8]
+    assert seen == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert shards(path) == shards(whole)
     stored = "adapter/adapter_model.safetensors"
     assert (path / stored).read_bytes() == (whole / stored).read_bytes()
@@ -336,7 +344,7 @@ def test_a_full_disk_is_a_sentence(folder: Path, tmp_path: Path, monkeypatch: py
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tuner, "save_optimizer", full)
+    monkeypatch.setattr("ulbq.finetuning.trainer.write_shard", full)
     with pytest.raises(ResourceError, match="The disk is full") as caught:
         finetune(job(made(folder, "rtn"), folder, tmp_path / "ft", rank=1))
     assert caught.value.exit_code == 3

@@ -71,7 +71,7 @@ def penalty(block: nn.Module, saliency: dict[str, torch.Tensor] | None = None, *
 
 def test_the_penalty_is_the_weighted_relative_error_of_the_weights() -> None:
     block = quantized(dense_block())
-    scores = {name: torch.rand(layer.weight(with_adapter=False).shape) for name, layer in layers(block).items()}
+    scores = {name: torch.rand(layer.weight.shape) for name, layer in layers(block).items()}
     above = below = 0.0
     for name, layer in layers(block).items():
         original = dense_block().get_submodule(name).weight

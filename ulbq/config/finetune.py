@@ -1,22 +1,19 @@
 """What ``finetune`` is asked to do."""
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ulbq.config.adapter import LAYERS, AdapterConfig
-from ulbq.config.end_to_end import Loss
+from ulbq.config.finetuning import PHASE_OPTIONS, FinetuneForm, Loss, Trained, TrainedBeside
 from ulbq.config.options import (
     ADAPTER,
     HOW,
     LEARN,
     MOST,
     OF_END_TO_END_ALONE,
-    RATES,
     Count,
     Layers,
-    Number,
     Option,
     Part,
     Positive,
@@ -27,7 +24,6 @@ from ulbq.config.options import (
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.config.run import (
     DATA_SETS,
-    Checkpointing,
     DataDir,
     Device,
     Force,
@@ -55,67 +51,7 @@ _TRAIN = Option(
 )
 
 
-class _Tuned(BaseModel):
-    """How an adapter trains, and scales beside it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    epochs: Annotated[
-        Count,
-        Option("Passes over the samples.", HOW, "N", default="the task's; of end-to-end 1", primary=True),
-    ] = 3
-    batch_size: Annotated[Count, Option("Samples a step.", HOW, "N", default="the task's", primary=True)] = 16
-    micro_batch: Annotated[
-        Count, Option("Samples that run at once; a step adds up several.", HOW, "N", default="4")
-    ] = 4
-    checkpointing: Checkpointing = True
-    clip: Annotated[
-        Number, Option("Largest gradient norm; 0 for none.", HOW, "X", default="the task's; of end-to-end 1")
-    ] = 1
-    adapter_rate: Annotated[
-        Positive,
-        Option("Learning rate of the adapter.", RATES, "X", default="the task's; of end-to-end 0.005", primary=True),
-    ] = 3e-4
-    adapter_decay: Annotated[
-        Number, Option("Weight decay of the adapter.", RATES, "X", default="the task's; of end-to-end 0")
-    ] = 0
-    scale_rate: Annotated[
-        Positive,
-        Option(
-            "Learning rate of scales, in shares of themselves.",
-            RATES,
-            "X",
-            default="0.001; of end-to-end 0.005, of binary-mos 0.03",
-        ),
-    ] = 1e-3
-    scale_decay: Annotated[Number, Option("Weight decay of scales.", RATES, "X", default="0")] = 0
-    schedule: Annotated[
-        Literal["cosine", "linear", "constant"],
-        Option("How the rates fall.", RATES, default="the task's; of end-to-end cosine"),
-    ] = "cosine"
-    warmup: Annotated[
-        Part,
-        Option("Share of the steps with rising rates.", RATES, "X", default="the task's; of end-to-end 0.05"),
-    ] = 0.03
-
-
-class TunerSettings(_Tuned):
-    """Settings of a fine-tuning run. DoRA's magnitudes have no weight decay.
-
-    Attributes:
-        eval_every: steps between two looks at the held-out lessons; 0 for none on the way.
-        save_every: steps between two checkpoints.
-    """
-
-    eval_every: int = Field(ge=0)
-    save_every: int = Field(ge=1)
-
-    def steps(self, samples: int) -> int:
-        """Optimiser steps of the whole run; the last step of an epoch may have fewer samples."""
-        return self.epochs * math.ceil(samples / self.batch_size)
-
-
-class FinetuneRequest(_Tuned):
+class FinetuneRequest(FinetuneForm):
     """A fine-tuning run of a packed model on a task.
 
     Attributes:
@@ -158,10 +94,7 @@ class FinetuneRequest(_Tuned):
     sequence_length: Annotated[
         int, Field(ge=2, le=MOST), Option("Tokens a sample.", LEARN, "N", default="the task's", primary=True)
     ] = 512
-    train: Annotated[
-        Literal["adapter", "adapter-scales"],
-        _TRAIN,
-    ] = "adapter"
+    train: Annotated[TrainedBeside, _TRAIN] = "adapter"
     eval_every: Annotated[
         Annotated[int, Field(ge=0)] | None,
         Option(
@@ -235,15 +168,11 @@ class _EndToEnd(BaseModel):
             primary=True,
         ),
     ] = None
-    train: Annotated[
-        Literal["adapter", "adapter-scales", "scales", "scales-zeros", "all"] | None,
-        _TRAIN,
-    ] = None
+    train: Annotated[Literal[TrainedBeside, Trained] | None, _TRAIN] = None
 
 
 OF_END_TO_END = {
-    **{"loss": "end_to_end", "rate": "end_to_end_rate", "zero_rate": "end_to_end_zero_rate"},
-    **{"dad_gamma": "end_to_end_gamma", "hidden_weight": "end_to_end_hidden_weight"},
+    **{name: PHASE_OPTIONS[name] for name in ("loss", "rate", "zero_rate", "dad_gamma", "hidden_weight")},
     **{name: name for name in ("preset", "accumulation", "final_rate", "base_share", "teacher", "teacher_top_k")},
     **{name: name for name in ("weight_rate", "norm_rate", "router_rate", "activation_memory")},
 }
@@ -256,8 +185,8 @@ OF_TASKS = frozenset(
 )
 """What means nothing to end-to-end training."""
 END_TO_END_NAMES = {
-    **{"data": "end_to_end_data", "template": "end_to_end_template", "epochs": "end_to_end_epochs"},
-    **{"train": "end_to_end_train", **OF_END_TO_END},
+    **{"data": "end_to_end_data", "template": "end_to_end_template"},
+    **{"epochs": PHASE_OPTIONS["epochs"], "train": PHASE_OPTIONS["train"], **OF_END_TO_END},
 }
 """Fields of a quantization run that are called otherwise here."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ulbq.config.adapter import AdapterConfig, AdapterForm
-from ulbq.config.end_to_end import EndToEndSettings, Loss, TeacherKind, Trained
+from ulbq.config.finetuning import PHASE_OPTIONS, FinetuneSettings, Loss, TeacherKind, Trained
 from ulbq.config.options import (
     ADAPTER,
     CODEBOOKS,
@@ -30,7 +30,7 @@ from ulbq.config.options import (
 )
 from ulbq.config.run import DATA_SETS, Template
 from ulbq.config.stages import STAGE_KEYS, STAGE_NAMES, Stage, Stages
-from ulbq.config.training import TokenSettings, TrainSettings
+from ulbq.config.training import RateSettings, TokenSettings, TrainSettings
 from ulbq.errors import UsageError
 
 Allocation = Literal["global", "layer", "outlier", "hessian"]
@@ -40,6 +40,10 @@ BlockApStart = Literal["min-max", "search", "gptq"]
 BlockTrained = Literal["clipping", "grid", "rounding", "weights", "all"]
 RateUnit = Literal["step", "weight"]
 
+# Tokens that run at once where samples are short: quantized weights are made once for all of them.
+_TOGETHER = 1024
+
+MOST_TRELLIS_BITS = 4
 MOST_OUTLIER_BITS = 0.25
 """A weight: what all candidates for outliers take that a look at a matrix keeps."""
 
@@ -109,13 +113,12 @@ class AffineOptions(BitsOptions):
         return not self.symmetric
 
 
-class CompensationOptions(TokenSettings, MethodOptions):
-    """Of methods that make the error of each column good in the columns after it (GPTQ, CLAQ)."""
+class SequenceOptions(TokenSettings, MethodOptions):
+    """Of methods that solve the layers of a block one after the other, by the second moments of their inputs."""
 
     damping: Annotated[
         Share, Option("Share of the mean diagonal that is added to the Hessian's diagonal.", COLUMNS, "X", planned=True)
     ] = 0.01
-    act_order: Annotated[bool, Option("Take columns with the largest inputs first.", COLUMNS)] = True
     true_sequential: Annotated[
         bool,
         Option(
@@ -124,6 +127,12 @@ class CompensationOptions(TokenSettings, MethodOptions):
             flag="--true-sequential/--one-pass",
         ),
     ] = True
+
+
+class CompensationOptions(SequenceOptions):
+    """Of methods that make the error of each column good in the columns after it (GPTQ, CLAQ)."""
+
+    act_order: Annotated[bool, Option("Take columns with the largest inputs first.", COLUMNS)] = True
     column_block: Annotated[
         Count,
         Option("Columns after which errors are handed on to all others; changes speed alone.", COLUMNS, "N"),
@@ -137,22 +146,27 @@ class RoundingOptions(AffineOptions):
     search: Annotated[bool, Option("Shrink each group's range where that lowers its error (rtn, gptq).", FORMAT)] = True
 
 
-class CodebookOptions(BitsOptions):
+class BudgetOptions(BitsOptions):
+    """Of methods that give out bits where they pay; ``bits`` are what everything has at least."""
+
+    target_bits: Annotated[
+        Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+        Option(
+            "True bits a weight to spend, all that is stored counted: columns (claq) or layers (trellis) that matter "
+            "get wider codes.",
+            CODEBOOKS,
+            "X",
+            default="none, all alike",
+        ),
+    ] = None
+
+
+class CodebookOptions(BudgetOptions):
     """Of column codebooks (CLAQ); ``bits`` are those of columns that are not widened."""
 
     grouped: ClassVar[bool] = False
 
     bits: Literal[2, 3, 4] = 2
-    target_bits: Annotated[
-        Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
-        Option(
-            "True bits a weight to spend, codebooks and outliers with their positions counted: columns that matter get "
-            "wider codes.",
-            CODEBOOKS,
-            "X",
-            default="none, all columns alike",
-        ),
-    ] = None
     allocation: Annotated[
         Allocation,
         Option(
@@ -297,7 +311,21 @@ class GranularityOptions(MethodOptions):
     ] = "block"
 
 
-class StageOptions(MethodOptions):
+class SaliencyOptions(MethodOptions):
+    """Of methods that weigh by scores of the weights."""
+
+    saliency: Annotated[
+        str,
+        Option(
+            "What weighs the penalty, or the layers that share a budget: an artifact, a kind to compute now, or none.",
+            STAGES,
+            "DIR|KIND|none",
+            offers=("fisher", "gradient", "hessian", "wanda", "magnitude", "none"),
+        ),
+    ] = "none"
+
+
+class StageOptions(SaliencyOptions):
     """Of training in stages that preserve salient weights (ULB-SAPR). With stages, epochs are their sum.
 
     λ is dimensionless, see :class:`~ulbq.training.penalty.WeightPenalty`. A thousandth of the weights holds most of the
@@ -330,16 +358,6 @@ class StageOptions(MethodOptions):
     penalize: Annotated[Penalized, Option("Hold the quantized weight alone, or with its adapter.", STAGES)] = (
         "before-adapter"
     )
-    saliency: Annotated[
-        str,
-        Option(
-            "What weighs the penalty, or the layers that share claq's budget: an artifact, a kind to compute now, or "
-            "none.",
-            STAGES,
-            "DIR|KIND|none",
-            offers=("fisher", "gradient", "hessian", "wanda", "magnitude", "none"),
-        ),
-    ] = "none"
     saliency_power: Annotated[Positive, Option("Exponent of the scores; 1 is as published.", STAGES, "X")] = 0.5
 
     @property
@@ -457,6 +475,14 @@ class EndToEndOptions(MethodOptions):
         Number, Option("Weight of the hidden states' error (kl-hidden).", END_TO_END, "X", flag="--hidden-weight")
     ] = 1.0
 
+    def end_to_end_settings(self) -> FinetuneSettings | None:
+        """Settings of the end-to-end phase; None for no such phase. Raises UsageError where they do not go together."""
+        if self.end_to_end == "none":
+            return None
+        names = {name: PHASE_OPTIONS.get(name, name) for name in FinetuneSettings.model_fields}
+        given = {name: getattr(self, own) for name, own in names.items() if own in type(self).model_fields}
+        return FinetuneSettings.model_validate({**given, "tokens_at_once": _TOGETHER, "keep_best": True})
+
     def idle(self) -> dict[str, str]:
         """Settings of a phase, of its data and of its loss mean nothing without them."""
         off, loss = super().idle(), self.end_to_end
@@ -494,25 +520,6 @@ _OF_THE_PHASE = (
 
 class TrainedOptions(EndToEndOptions, StageOptions, GranularityOptions, AdapterOptions, TrainOptions):
     """What every trained method takes."""
-
-    def end_to_end_settings(self) -> EndToEndSettings | None:
-        """Settings of the end-to-end phase; None for no such phase. Raises UsageError where they do not go together."""
-        if self.end_to_end == "none":
-            return None
-        return EndToEndSettings(
-            loss=self.end_to_end,
-            epochs=self.end_to_end_epochs,
-            rate=self.end_to_end_rate,
-            train=self.end_to_end_train,
-            zero_rate=self.end_to_end_zero_rate,
-            accumulation=self.accumulation,
-            checkpointing=self.checkpointing,
-            teacher=self.teacher,
-            top_k=self.teacher_top_k,
-            gamma=self.end_to_end_gamma,
-            hidden_weight=self.end_to_end_hidden_weight,
-            block=self.settings(),
-        )
 
     def idle(self) -> dict[str, str]:
         """Layers that learn their own outputs leave norms as they are, unless something behind them trains those."""
@@ -664,6 +671,38 @@ class EfficientQatOptions(TrainedOptions, AffineOptions):
         return off
 
 
+class TrellisOptions(EndToEndOptions, RateSettings, BudgetOptions, SaliencyOptions, SequenceOptions):
+    """Options of ``trellis``. Codes stay as they are found; what trains end to end are the vectors around them."""
+
+    grouped: ClassVar[bool] = False
+
+    bits: Literal[1, 2, 3, 4] = 2
+    state_bits: Annotated[
+        Literal[12, 16], Option("Of a trellis's state: 16 are better, and take 16 times as long.", FORMAT)
+    ] = 12
+    saliency: str = "fisher"
+    end_to_end_train: Literal["scales"] = "scales"
+
+    def idle(self) -> dict[str, str]:
+        """Scores weigh the layers that share a budget, and rates are those of the end-to-end phase."""
+        off = super().idle() | ({"saliency": "`target_bits`"} if self.target_bits is None else {})
+        if self.end_to_end == "none":
+            off |= dict.fromkeys(RateSettings.model_fields, "`end_to_end`")
+        elif self.schedule == "constant":
+            off["final_rate"] = "`schedule=cosine`"
+        return off
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        target = self.target_bits
+        if target is not None and not self.bits < target <= MOST_TRELLIS_BITS:
+            raise UsageError(
+                f"`target_bits={target:g}` is not between the {self.bits} of `bits` and {MOST_TRELLIS_BITS}.",
+                hint="Leave it out for layers of one width, or give another, or fewer `bits`.",
+            )
+        return self
+
+
 _OF_TRAINING = (
     *("train_weights", "weight_rate", "scale_rate", "norm_rate", "adapter_rate", "scale_decay"),
     *("adapter_decay", "schedule", "warmup", "final_rate", "clip", "patience", "retries", "optimizer"),
@@ -697,6 +736,7 @@ METHOD_OPTIONS: dict[str, type[MethodOptions]] = {
     "ulb-sapr": UlbSaprOptions,
     "binary-mos": BinaryMosOptions,
     "claq": ClaqOptions,
+    "trellis": TrellisOptions,
     "gptq": GptqOptions,
     "rtn": RtnOptions,
 }

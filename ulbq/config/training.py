@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ulbq.config.options import ADAPTER, MOST, TRAINING, Count, Number, Option, Part, Share
 
-Role = Literal["weights", "scales", "zeros", "norms", "adapter", "router"]
-"""What parameters are for; each role has a rate of its own."""
+Role = Literal["weights", "scales", "zeros", "norms", "adapter", "magnitudes", "router"]
+"""What parameters are for; each role has a rate of its own. Magnitudes are DoRA's, where they have one."""
 
 OptimizerKind = Literal["adamw", "sign"]
 
@@ -36,7 +36,23 @@ class TokenSettings(BaseModel):
     ] = TokenWeighting.ENERGY
 
 
-class TrainSettings(TokenSettings):
+class RateSettings(BaseModel):
+    """Rates of what stands beside the weights, and how all rates go. Rates of 0 freeze their role."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scale_rate: Annotated[
+        Number, Option("Learning rate of scales and clip ends, relative to the grid step.", TRAINING, "X")
+    ] = 0.005
+    norm_rate: Annotated[Number, Option("Learning rate of the norm weights; 0 freezes them.", TRAINING, "X")] = 2e-3
+    scale_decay: Annotated[Number, Option("Weight decay of scales and clip ends.", TRAINING, "X")] = 0.0
+    schedule: Annotated[Literal["cosine", "constant"], Option("Whether the rates fall.", TRAINING)] = "cosine"
+    warmup: Annotated[Part, Option("Share of the steps with rising rates.", TRAINING, "X")] = 0.05
+    final_rate: Annotated[Share, Option("Share of the rates that the cosine leaves.", TRAINING, "X")] = 0.05
+    clip: Annotated[Number, Option("Largest gradient norm; 0 for none.", TRAINING, "X")] = 1.0
+
+
+class TrainSettings(RateSettings, TokenSettings):
     """Settings of block-wise training. Rates of 0 freeze their role."""
 
     epochs: Annotated[
@@ -55,24 +71,15 @@ class TrainSettings(TokenSettings):
     ] = None
     optimizer: Annotated[OptimizerKind, Option("AdamW, or descent by the gradients' signs.", TRAINING)] = "adamw"
     weight_rate: Annotated[Number, Option("Learning rate of the weights, in grid steps.", TRAINING, "X")] = 0.015
-    scale_rate: Annotated[
-        Number, Option("Learning rate of scales and clip ends, relative to the grid step.", TRAINING, "X")
-    ] = 0.005
-    norm_rate: Annotated[Number, Option("Learning rate of the norm weights; 0 freezes them.", TRAINING, "X")] = 2e-3
     adapter_rate: Annotated[Number, Option("Learning rate of the adapter.", ADAPTER, "X")] = 5e-3
     router_rate: Annotated[Number, Option("Learning rate of the router (binary-mos).", TRAINING, "X")] = 0.03
-    scale_decay: Annotated[Number, Option("Weight decay of scales and clip ends.", TRAINING, "X")] = 0.0
     adapter_decay: Annotated[Number, Option("Weight decay of the adapter.", ADAPTER, "X")] = 0.0
-    schedule: Annotated[Literal["cosine", "constant"], Option("Whether the rates fall.", TRAINING)] = "cosine"
-    warmup: Annotated[Part, Option("Share of the steps with rising rates.", TRAINING, "X")] = 0.05
-    final_rate: Annotated[Share, Option("Share of the rates that the cosine leaves.", TRAINING, "X")] = 0.05
     augmented_loss: Annotated[
         bool, Option("Also match the full-precision block on the quantized stream.", TRAINING)
     ] = False
     sliced_wasserstein: Annotated[
         Number, Option("Weight of the sliced-Wasserstein distance of the outputs.", TRAINING, "X")
     ] = 0.0
-    clip: Annotated[Number, Option("Largest gradient norm; 0 for none.", TRAINING, "X")] = 1.0
     base_share: Annotated[
         Part, Option("Share of the steps without the adapter, so that the base can stand alone.", ADAPTER, "X")
     ] = 0.0

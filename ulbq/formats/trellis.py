@@ -1,10 +1,12 @@
-"""Trellis-coded weights (QTIP, https://arxiv.org/abs/2406.11235; EXL3): each weight depends on the bits before it, too.
+"""Trellis-coded weights (QTIP, https://arxiv.org/abs/2406.11235; EXL3): a weight depends on the bits before it, too.
 
 The matrix is stored between two Hadamard transforms, ``W = diag(sv) · H_out · T · H_in · diag(su)``, which make the
-elements of ``T`` look like Gaussian noise: ``H`` is block-diagonal, of normalized Hadamard matrices of the largest
-power of two up to 128 that divides the width. ``T`` is cut into tiles of 16 × 16. The 256 elements of a tile are one
-sequence, and ``K`` bits come with each of them; an element's *state* is its own bits and those before it, ``L`` in all
-(the bits wrap around: the first element follows the last), and its value is computed from the state:
+elements of ``T`` look like Gaussian noise. ``H`` is block-diagonal, of normalized Hadamard matrices of the largest
+power of two up to 128 that divides the width. Where these are ``m`` blocks of fewer than 128, they are mixed, too:
+block ``i`` of the result is ``Σ_j (cos 2πij/m + sin 2πij/m)/√m`` times block ``j`` (a Hartley matrix). ``T`` is cut
+into tiles of 16 × 16. The 256 elements of a tile are one sequence, and ``K`` bits come with each of them; an element's
+*state* is its own bits and those before it, ``L`` in all (the bits wrap around: the first element follows the last),
+and its value is computed from the state:
 
     ``value = (1024 + sum of the four bytes of (state · multiplier mod 2³²)) · k + b``
 
@@ -19,6 +21,7 @@ about 1. ``L = 16`` with multiplier 0x83DCD12D is what EXL3 calls ``mul1``. Stor
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -31,7 +34,7 @@ TILE = 16
 LENGTH = TILE * TILE
 """Elements of a sequence."""
 _WIDEST = 128
-MULTIPLIERS: dict[int, int] = {12: 0x83DCD12D, 16: 0x83DCD12D}
+MULTIPLIERS: dict[int, int] = {12: 0xD0DBC74D, 16: 0x83DCD12D}
 """Of each width of a state."""
 VALUE_SCALE, VALUE_SHIFT = 0.00676727294921875, -10.3828125
 """``k`` and ``b`` above."""
@@ -160,8 +163,29 @@ def transform(x: torch.Tensor) -> torch.Tensor:
         first, second = blocks.unflatten(-1, (-1, 2, half)).unbind(-2)
         blocks = torch.stack((first + second, first - second), -2).flatten(-3)
         half *= 2
-    turned: torch.Tensor = (blocks * width**-0.5).flatten(-2)
-    return turned
+    return mix((blocks * width**-0.5).flatten(-2))
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """The second half of the transform: where Hadamard blocks are narrower than 128, the Hartley matrix mixes them."""
+    if not is_mixed(x.shape[-1]):
+        return x
+    blocks = x.unflatten(-1, (-1, block_width(x.shape[-1])))
+    mixed: torch.Tensor = hartley(blocks.shape[-2]).to(x) @ blocks
+    return mixed.flatten(-2)
+
+
+def is_mixed(width: int) -> bool:
+    """Whether a dimension that tiles divide has several Hadamard blocks that are narrower than 128."""
+    return block_width(width) < min(_WIDEST, width)
+
+
+@functools.cache
+def hartley(count: int) -> torch.Tensor:
+    """``[n, n]`` ``(cos 2πij/n + sin 2πij/n)/√n``, float64: symmetric and orthogonal. Not to be written to."""
+    index = torch.arange(count, dtype=torch.float64)
+    angles = torch.outer(index, index) % count * (2 * math.pi / count)
+    return (angles.cos() + angles.sin()) / math.sqrt(count)
 
 
 def inner_matrix(scheme: TrellisScheme, codes: torch.Tensor) -> torch.Tensor:

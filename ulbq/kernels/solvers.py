@@ -160,3 +160,19 @@ def compensate(
         *(codes.data_ptr(), errors.data_ptr(), losses.data_ptr(), ctypes.addressof(failed), torch.get_num_threads()),
     )
     return Block(codes, errors, losses.sum().item(), not failed.value)
+
+
+def trellis_codes(sequences: torch.Tensor, bits: int, state_bits: int, values: torch.Tensor) -> torch.Tensor:
+    """Codes ``[n, length]`` uint8 of sequences as :func:`ulbq.solvers.trellis.search` finds them.
+
+    Args:
+        sequences: ``[n, length]`` float32, contiguous.
+        bits, state_bits: of an element, and of a state.
+        values: ``[2^state_bits]`` float32, of the states.
+    """
+    codes = torch.empty(sequences.shape, dtype=torch.uint8)
+    solvers().ulbq_trellis(
+        *(sequences.data_ptr(), *sequences.shape, bits, state_bits, values.data_ptr()),
+        *(codes.data_ptr(), torch.get_num_threads()),
+    )
+    return codes

@@ -4,7 +4,6 @@ Two transforms go around each product; the second one adds up the shares of the 
 product.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,6 @@ _DEEP = 4
 """Rows of tiles that a program of a matrix product takes at a time: 64 columns."""
 # A thread of the vector kernel has an accumulator for every row and for two elements of each tile.
 _VECTOR_TILES = 8
-_WIDE = 128
-"""Blocks of this width are never mixed."""
 
 
 class _Cut(NamedTuple):
@@ -80,35 +77,28 @@ def turn(x: Tensor, dtype: torch.dtype, *, before: Tensor | None = None, after: 
         dtype: of the result.
         before, after: ``[n]`` float16; ones where not given.
     """
-    x, mix = x.contiguous(), mixing(x.shape[-1])
-    rows, width = x.shape[-2:]
-    block = trellis.block_width(width)
-    result = x.new_empty(rows, width, dtype=dtype if mix is None else torch.float32)
-    with on(x):
-        _kernels().turn_kernel[(-(-rows // 16), width // block)](
-            x, before, after if mix is None else None, result, rows, width, x.numel() // result.numel(), block**-0.5,
-            BLOCK_M=16, BLOCK_N=block, num_warps=4,
-        )  # fmt: skip
-    if mix is None:
-        return result
-    mixed = (mix.to(x.device) @ result.view(rows, -1, block)).flatten(1)
+    if trellis.is_mixed(x.shape[-1]):
+        return mix(_turn(x, torch.float32, before, None), dtype, after)
+    return _turn(x, dtype, before, after)
+
+
+def mix(x: Tensor, dtype: torch.dtype, after: Tensor | None) -> Tensor:
+    """``[rows, n]`` in ``dtype``, what a transform's first half gave: its blocks mixed, ``⊙ after``."""
+    mixed = trellis.mix(x)
     return (mixed if after is None else mixed * after).to(dtype)
 
 
-@functools.cache
-def mixing(width: int) -> Tensor | None:
-    """How the transform mixes its blocks, float32 ``[n, n]``, on the CPU; None where it leaves them apart.
-
-    Read off the transform itself: it is this matrix and Hadamard's of a block, one within the other.
-    """
+def _turn(x: Tensor, dtype: torch.dtype, before: Tensor | None, after: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    rows, width = x.shape[-2:]
+    result = x.new_empty(rows, width, dtype=dtype)
     block = trellis.block_width(width)
-    count = width // block
-    if block == _WIDE or count == 1:
-        return None
-    units = torch.zeros(count, width, dtype=torch.float64)
-    units[torch.arange(count), torch.arange(count) * block] = block**0.5
-    mix = trellis.transform(units)[:, ::block]
-    return None if torch.equal(mix, torch.eye(count, dtype=mix.dtype)) else mix.float().contiguous()
+    with on(x):
+        _kernels().turn_kernel[(-(-rows // 16), width // block)](
+            x, before, after, result, rows, width, x.numel() // result.numel(), block**-0.5, BLOCK_M=16, BLOCK_N=block,
+            num_warps=4,
+        )  # fmt: skip
+    return result
 
 
 def _cut(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: int) -> _Cut:

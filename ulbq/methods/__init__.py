@@ -8,11 +8,12 @@ from ulbq.methods.db_llm import DbLlm
 from ulbq.methods.efficientqat import EfficientQat
 from ulbq.methods.gptq import Gptq
 from ulbq.methods.rtn import Rtn
+from ulbq.methods.trellis import TrellisMethod
 from ulbq.methods.ulb_sapr import UlbSapr
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (DbLlm, EfficientQat, ApiQ, UlbSapr, BinaryMos, Claq, Gptq, Rtn)
+    method.name: method for method in (DbLlm, EfficientQat, ApiQ, UlbSapr, BinaryMos, Claq, TrellisMethod, Gptq, Rtn)
 }
 """Every method by the name that ``--method`` takes."""
 
-__all__ = ["METHODS", "ApiQ", "BinaryMos", "Claq", "DbLlm", "EfficientQat", "Gptq", "Rtn", "UlbSapr"]
+__all__ = ["METHODS", "ApiQ", "BinaryMos", "Claq", "DbLlm", "EfficientQat", "Gptq", "Rtn", "TrellisMethod", "UlbSapr"]

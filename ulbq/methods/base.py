@@ -10,7 +10,7 @@ from torch import nn
 
 from ulbq import formats
 from ulbq.config.adapter import AdapterConfig
-from ulbq.config.end_to_end import EndToEndSettings
+from ulbq.config.finetuning import FinetuneSettings
 from ulbq.config.methods import MethodOptions
 from ulbq.errors import NumericsError
 from ulbq.formats import AnyScheme
@@ -136,7 +136,7 @@ class Needs:
     full_precision: bool = True
     adapter: AdapterConfig | None = None
     saliency: str | None = None
-    end_to_end: EndToEndSettings | None = None
+    end_to_end: FinetuneSettings | None = None
     continues: bool = False
     hessians: Literal["none", "sequence", "block"] = "none"
     searches: bool = False

@@ -27,7 +27,7 @@ from ulbq.quantizers.codebook import CodebookQuantizer
 from ulbq.solvers import allocation
 from ulbq.solvers.allocation import Survey
 from ulbq.solvers.claq import ClaqSettings, ColumnPlan, claq
-from ulbq.solvers.hessian import HessianFactor, HessianSum, activation_order, factorize
+from ulbq.solvers.hessian import HessianFactor, HessianSum, activation_order, factorize, output_cost
 
 
 class Claq:
@@ -74,7 +74,7 @@ class Claq:
             for linear in linears:
                 weight = task.weight(linear)
                 scores = None if task.saliency is None else task.saliency[linear]
-                importance = factor.importance * _cost(weight, hessian, inputs.tokens, scores)
+                importance = factor.importance * output_cost(weight, hessian, inputs.tokens, scores)
                 found[task.prefix + linear] = allocation.survey(weight, importance, self.options.bits)
             return {}
 
@@ -201,20 +201,6 @@ class Claq:
 
 def _base_bits(base: allocation.Base, rows: int, columns: int) -> int:
     return allocation.bits_of(allocation.base_plan(columns, base), base, rows)
-
-
-def _cost(weight: torch.Tensor, hessian: torch.Tensor, tokens: int, scores: torch.Tensor | None) -> float:
-    """What a layer's squared output error costs, in a unit that all layers share.
-
-    With Fisher scores ``Σ (∂CE/∂W)²``, the mean squared gradient at the layer's outputs: a score is about that times a
-    squared input (the layer's Fisher matrix as a Kronecker product). Without, a token's error counts relative to the
-    mean output. What no token reaches costs nothing.
-    """
-    if not tokens:
-        return 0.0
-    if scores is not None:
-        return (scores.sum() / (len(weight) * hessian.diagonal().sum()).clamp_min(1e-30)).item()
-    return tokens / (weight @ hessian * weight).sum().clamp_min(1e-30).item()
 
 
 def _extra_bits(options: ClaqOptions) -> float:

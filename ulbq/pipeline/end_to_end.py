@@ -1,30 +1,33 @@
 """The end-to-end phase of a quantization run: the packed model goes on learning as a whole.
 
 The blocks' shards stay as they are until every block of the tuned model is written and noted; only then the new ones
-take their places. A run that was killed at any point goes on from its last finished epoch, to the same bytes.
+take their places. A run that was killed at any point goes on from its last checkpoint, to the same bytes.
 """
 
+import math
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
-from ulbq.config.end_to_end import EndToEndSettings
+from ulbq.config.finetuning import FinetuneSettings
 from ulbq.data.calibration import Calibration
+from ulbq.finetuning.checkpoint import Checkpoint, latest, note
+from ulbq.finetuning.examples import Examples
+from ulbq.finetuning.student import Student
+from ulbq.finetuning.teacher import CachedTeacher, StreamedTeacher, Teacher
+from ulbq.finetuning.trainer import Trainer
 from ulbq.formats import AnyScheme
 from ulbq.models.load import load_model
 from ulbq.pipeline.finish import TUNED, layer_record, recorded_schemes
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.student import Folders, build_student, write_tuned
 from ulbq.progress import Progress
-from ulbq.training.end_to_end import EndToEndTrainer, Epoch
-from ulbq.training.samples import Samples
-from ulbq.training.student import Student
-from ulbq.training.teacher import CachedTeacher, StreamedTeacher, Teacher
+from ulbq.training.optimizer import rate_factor
 
-_EPOCH, _EXCHANGED = "end to end ", "tuned shards in place"
+_EXCHANGED = "tuned shards in place"
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class _Phase:
     job: Job
     writer: ArtifactWriter
     progress: Progress
-    settings: EndToEndSettings
-    samples: Samples
+    settings: FinetuneSettings
+    examples: Examples
 
     @property
     def before(self) -> Folders:
@@ -55,17 +58,10 @@ class _Phase:
         return Folders(folder, folder)
 
     @property
-    def epochs(self) -> list[Epoch]:
-        """What the journal holds."""
-        journal = self.writer.journal
-        found = [Epoch.model_validate(value) for key, value in journal.items() if key.startswith(_EPOCH)]
-        return sorted(found, key=lambda epoch: epoch.number)
-
-    @property
     def over(self) -> bool:
-        """Whether no epoch is left."""
-        epochs = self.epochs
-        return bool(epochs) and (not epochs[-1].finite or epochs[-1].number >= self.settings.epochs)
+        """Whether nothing is left to train."""
+        last = latest(self.writer)
+        return last is not None and last.is_over(self.settings.steps(self.examples.training))
 
     @property
     def tuned(self) -> bool:
@@ -89,54 +85,52 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
     settings = job.method.needs.end_to_end
     if settings is None:
         raise ValueError("there is no end-to-end phase")
-    samples = Samples(text.tokens, job.text_samples, text.taught)
-    phase = _Phase(job, writer, progress, settings, samples)
+    phase = _Phase(job, writer, progress, settings, Examples(text.tokens, job.text_samples, text.taught))
     phase.after.blocks.mkdir(exist_ok=True)
-    if not phase.tuned and not (phase.over and not phase.epochs[-1].best):
-        _train(phase)
+    last = latest(writer)
+    if last is None or not phase.over or (last.best[0] and not phase.tuned):
+        last = _train(phase)
     if phase.tuned:
         _exchange(phase)
-    record = _record(phase)
+    record = _record(phase, last)
     return record if job.request.text is None else record.model_copy(update={"data": text.record()})
 
 
-def _train(phase: _Phase) -> None:
+def _train(phase: _Phase) -> Checkpoint:
     """Train what is left, and write the tuned blocks where any epoch was better than the start."""
     job, settings, writer = phase.job, phase.settings, phase.writer
     teacher = None if phase.over or not settings.taught else _teacher(phase)
     student = build_student(job, phase.before, train=settings.train, checkpointing=settings.checkpointing)
     folder = writer.scratch / "end-to-end"
     folder.mkdir(exist_ok=True)
-    trainer = EndToEndTrainer(student, teacher, phase.samples, settings, folder=folder, seed=job.request.seed)
-
-    done = phase.epochs
-    with phase.progress.phase("Training end to end", settings.epochs * trainer.steps_per_epoch) as bar:
-        if done and done[-1].steps:
-            bar.advance(done[-1].steps, f"epoch {done[-1].number} was done")
-
-        def on_epoch(epoch: Epoch, files: list[Path]) -> None:
-            # The trainer keeps the best epoch's state and the last one's.
-            passed = [f"{_EPOCH}{number}" for number in range(epoch.number) if number != epoch.best]
-            writer.record(f"{_EPOCH}{epoch.number}", epoch, files=files, forgets=passed)
-            bar.advance(0, f"epoch {epoch.number}, held-out loss {epoch.error:.4f}")
-
-        last = trainer.train(done, on_epoch, lambda loss: bar.advance(1, f"loss {loss:.4f}"))
-    if last.best:
+    trainer = Trainer(
+        student,
+        teacher,
+        phase.examples,
+        settings,
+        schedule=rate_factor,
+        seeds=lambda epoch: job.request.seed + 104729 * epoch,
+        folder=folder,
+    )
+    with phase.progress.phase("Training end to end", trainer.steps) as bar:
+        last = trainer.train(latest(writer), bar, partial(note, writer))
+    if last.best[0]:
         _write(phase, student)
+    return last
 
 
 def _teacher(phase: _Phase) -> Teacher:
     """The full-precision model in the dtype of the run's products, or what a pass through it left."""
-    job, settings, samples = phase.job, phase.settings, phase.samples
+    job, settings, examples = phase.job, phase.settings, phase.examples
     model = load_model(job.source, dtype=job.precision.dtype, device=job.precision.device)
-    streamed = StreamedTeacher(model, samples, job.precision, hidden=settings.loss == "kl-hidden")
+    streamed = StreamedTeacher(model, examples, job.precision, hidden=settings.loss == "kl-hidden")
     if settings.teacher == "streamed":
         return streamed
-    with phase.progress.phase("Asking the teacher", len(samples.tokens)) as bar:
+    with phase.progress.phase("Asking the teacher", len(examples)) as bar:
         return CachedTeacher(
             streamed,
-            samples,
-            top_k=settings.top_k,
+            examples,
+            top_k=settings.teacher_top_k,
             device=job.precision.device,
             limit=job.request.activation_memory,
             directory=phase.writer.scratch,
@@ -147,8 +141,8 @@ def _teacher(phase: _Phase) -> Teacher:
 def _write(phase: _Phase, student: Student) -> None:
     """Pack the blocks one by one, and note each with the records of its layers."""
     job = phase.job
-    last = torch.tensor([len(phase.samples.tokens) - 1])
-    sizes, schemes = student.input_sizes(phase.samples.batch(last).tokens), phase.schemes
+    last = torch.tensor([len(phase.examples) - 1])
+    sizes, schemes = student.input_sizes(phase.examples.batch(last).tokens), phase.schemes
     for index in range(job.found.n_blocks):
         if f"{TUNED}{index}" in phase.writer.journal:
             continue
@@ -178,19 +172,21 @@ def _exchange(phase: _Phase) -> None:
     phase.writer.move(_EXCHANGED, moves)
 
 
-def _record(phase: _Phase) -> EndToEndRecord:
+def _record(phase: _Phase, last: Checkpoint) -> EndToEndRecord:
     """What came of it, for the manifest; says aloud what a person must know."""
-    first, last = phase.epochs[0], phase.epochs[-1]
-    if not last.finite:
-        phase.progress.warn(f"The end-to-end training diverged in epoch {last.number}: try a lower --end-to-end-rate.")
-    if not last.best:
+    steps_an_epoch = phase.settings.steps(phase.examples.training) // phase.settings.epochs
+    best, error = last.best
+    if last.failed:
+        epoch = math.ceil(last.step / steps_an_epoch)
+        phase.progress.warn(f"The end-to-end training diverged in epoch {epoch}: try a lower --end-to-end-rate.")
+    if not best:
         phase.progress.warn("The end-to-end training did not improve the model: the blocks' result stays.")
     return EndToEndRecord(
         loss=phase.settings.loss,
-        start_error=first.error,
-        end_error=last.best_error,
-        epochs=last.best,
-        steps=last.steps,
-        finite=last.finite,
-        seconds=round(sum(epoch.seconds for epoch in phase.epochs), 3),
+        start_error=last.evaluations[0][1],
+        end_error=error,
+        epochs=best // steps_an_epoch,
+        steps=len(last.losses),
+        finite=not last.failed,
+        seconds=last.seconds,
     )

@@ -9,17 +9,19 @@ from pydantic import BaseModel, ConfigDict
 from torch.nn import Linear
 from transformers import PreTrainedModel
 
-from ulbq import distributed, runtime
+from ulbq import runtime
 from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.shards import INDEX_NAME
 from ulbq.blockwise.walk import check_length
 from ulbq.config.adapter import AdapterConfig
-from ulbq.config.finetune import FinetuneRequest, TunerSettings
+from ulbq.config.finetune import FinetuneRequest
+from ulbq.config.finetuning import FinetuneSettings
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.data.instructions import check_training_text
 from ulbq.data.lessons import Lessons, draw_lessons
 from ulbq.errors import InputError, UsageError
+from ulbq.finetuning.head import LOGITS_MEMORY
 from ulbq.formats import AnyScheme
 from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, read_adapter
 from ulbq.models.blocks import block_list, skeleton
@@ -29,7 +31,6 @@ from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline.recipe_files import Recipe
 from ulbq.pipeline.tasks import request_of, settings_of
 from ulbq.progress import Progress
-from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
 
 _FLOAT = 4
@@ -38,7 +39,6 @@ _TRAINED_COPIES = 5
 # Activations of one block that autograd keeps, in units of its hidden states and of its widest layer's outputs, the
 # adapter's among them; what the allocator holds beyond what is used. Fitted to runs of the default model.
 _HIDDEN_COPIES, _WIDE_COPIES, _ALLOCATED = 60, 16, 1.6
-_TRAINER = 80 << 20  # what transformers imports for its trainer
 
 
 class FinetuneCost(BaseModel):
@@ -108,7 +108,7 @@ class FinetuneJob:
     source: ModelSource
     manifest: QuantizedManifest
     lessons: Lessons
-    settings: TunerSettings
+    settings: FinetuneSettings
     precision: Precision
     adapter: AdapterConfig
     trained: Path | None
@@ -160,7 +160,7 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
         offline=request.offline,
         progress=progress,
     )
-    settings = _shared(settings_of(request, len(lessons.train)))
+    settings = settings_of(request, len(lessons.train))
     parameters, cost = _cost(request, source, model, adapter, linears, lessons, precision)
     plan = FinetunePlan(
         request=request,
@@ -234,19 +234,6 @@ def _check_trainable(source: ModelSource, adapter: AdapterConfig, linears: tuple
         )
 
 
-def _shared(settings: TunerSettings) -> TunerSettings:
-    """The settings of each of several processes, which share every step's samples alike. Raises UsageError."""
-    count = distributed.size()
-    if settings.batch_size % count:
-        raise UsageError(
-            f"`batch_size={settings.batch_size}` cannot be split over {count} processes.",
-            hint=f"Take a multiple of {count}.",
-        )
-    share = settings.batch_size // count
-    fitting = max(n for n in range(1, settings.micro_batch + 1) if share % n == 0)
-    return settings.model_copy(update={"micro_batch": fitting})
-
-
 def _cost(
     request: FinetuneRequest,
     source: ModelSource,
@@ -283,7 +270,7 @@ def _cost(
     logits = LOGITS_MEMORY
     training = (parameters + scales) * _FLOAT * _TRAINED_COPIES
     training, activations = int(training * _ALLOCATED), int((kept + logits) * _ALLOCATED)
-    peak = runtime.peak_memory() + runtime.LIBRARY_MEMORY + _TRAINER + held + training + activations
+    peak = runtime.peak_memory() + runtime.LIBRARY_MEMORY + held + training + activations
     cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=activations)
     return parameters + scales, cost
 

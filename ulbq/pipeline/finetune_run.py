@@ -1,10 +1,12 @@
 """``finetune`` on a task: an artifact in, one that has learnt the task out; its weights stay packed throughout."""
 
-import time
-from collections.abc import Mapping, Sequence
+import math
+import operator
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
@@ -15,7 +17,11 @@ from ulbq.artifacts.records import FinetuneRecord
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 from ulbq.config.finetune import NOT_IN_FINGERPRINT
 from ulbq.data.instructions import filler
+from ulbq.data.lessons import Lessons
 from ulbq.errors import NumericsError
+from ulbq.finetuning.checkpoint import Checkpoint, latest, note
+from ulbq.finetuning.examples import Examples
+from ulbq.finetuning.trainer import Trainer
 from ulbq.models.adapter_training import (
     adapter_form,
     adapter_parameters,
@@ -24,18 +30,17 @@ from ulbq.models.adapter_training import (
     trained_adapter,
 )
 from ulbq.models.load import load_model
+from ulbq.models.source import ModelSource
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.finetune_plan import FinetuneJob
 from ulbq.pipeline.finetuned import take_over, write_artifact
 from ulbq.pipeline.proof import proof
-from ulbq.pipeline.scales import pack_scales, restore_packed, train_scales
+from ulbq.pipeline.scales import adapter_student, pack_scales, restore_packed, train_scales
 from ulbq.pipeline.warned import Recording
-from ulbq.progress import Phase, Progress, Silent
-from ulbq.training.scaled import ScaledLinear
-from ulbq.training.tuner import Tuner, Watch, answer_loss
+from ulbq.progress import Progress, Silent
+from ulbq.training.linear import TrainedLinear
+from ulbq.training.optimizer import task_rate_factor
 
-_START, _LOOK, _STEPS, _CHECKPOINT = "held out at the start", "held out at step ", "losses", "checkpoint"
-_FOLDER = "checkpoint-"
 _CURVE = 1000  # points of a loss curve
 
 
@@ -64,30 +69,30 @@ def finetune(
     identity = _fingerprint(job)
     out = job.request.out or free_output(DEFAULT_ROOT, name or telling_name(job), identity)
     with ArtifactWriter(out, identity, force=job.request.force, spare=[job.source.path]) as writer:
-        if writer.resumed and _CHECKPOINT in writer.journal:
-            step = writer.journal[_CHECKPOINT]["step"]
-            progress.note(f"Resuming {out}: {step} of {job.plan.steps} steps are done.")
+        noted = latest(writer)
+        if writer.resumed and noted is not None:
+            progress.note(f"Resuming {out}: {noted.step} of {job.plan.steps} steps are done.")
         distributed.on_main(take_over, job, writer)
         with watch.phase("load"):
             model = _load(job)
-        run = _Run(job, writer, model, progress)
+            trainer = _trainer(job, model, writer.scratch)
         with watch.phase("training"):
-            run.train()
+            last = _train(job, trainer, writer, progress)
         with watch.phase("finish"):
-            packed = pack_scales(run.base) if job.scales else None
+            base = model.get_base_model()
+            packed = pack_scales(base) if job.scales else None
             if packed is not None:
-                restore_packed(run.base, packed)
+                restore_packed(base, packed)
             round_as_stored(model)
-            _check_packed(job, run.base)
-            end = run.look(job.plan.steps, "Looking at what is held out")
-            record = run.record(end)
+            _check_packed(job, base)
+            record = _record(job, last, _measure(trainer, progress))
             adapter = {key: parameter.detach() for key, parameter in adapter_parameters(model).items()}
         learnt = [*adapter.values(), *(tensor for tensors in (packed or {}).values() for tensor in tensors.values())]
         distributed.check_agreement(learnt, "what they learnt")
         form = adapter_form(model)
-        if end >= record.start_loss:
+        if record.end_loss >= record.start_loss:
             progress.warn(
-                f"Held-out answers did not gain: loss {record.start_loss:.4f} before, {end:.4f} after. "
+                f"Held-out answers did not gain: loss {record.start_loss:.4f} before, {record.end_loss:.4f} after. "
                 "Try a lower --adapter-rate, fewer --epochs or more samples."
             )
         manifest = distributed.on_main(write_artifact, job, writer, adapter, form, packed, record, watch)
@@ -117,7 +122,7 @@ def _fingerprint(job: FinetuneJob) -> str:
 
 
 def _load(job: FinetuneJob) -> PeftModel:
-    """The packed model with the adapter that trains, and what trains marked so."""
+    """The packed model with the adapter that trains; scales that train in layers that let them."""
     precision = job.precision
     model = load_model(job.source, dtype=precision.dtype, device=precision.device, adapter=False)
     if job.scales:
@@ -127,142 +132,93 @@ def _load(job: FinetuneJob) -> PeftModel:
         wrapped = fresh_adapter(model, job.adapter, job.linears, job.source.given)
     else:
         wrapped = trained_adapter(model, job.trained, dropout=job.request.dropout)
-    for layer in wrapped.modules():
-        if isinstance(layer, ScaledLinear):
-            for parameter in layer.quantizer.trainable()["scales"]:
-                parameter.requires_grad_(True)
     _check_packed(job, wrapped.get_base_model())
     return wrapped
 
 
 def _check_packed(job: FinetuneJob, model: nn.Module) -> None:
     """That no packed layer became a dense one on its way through other people's libraries."""
-    packed = [module for module in model.modules() if isinstance(module, QuantLinear | ScaledLinear)]
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear | TrainedLinear)]
     if len(packed) != len(job.source.packed):
         raise RuntimeError(f"{len(job.source.packed) - len(packed)} packed layers are dense")
     if any(layer.cached_bytes for layer in packed if isinstance(layer, QuantLinear)):
         raise RuntimeError("a packed layer keeps a dense copy")
 
 
-class _Run:
-    """The training, its journal and its curves."""
+def examples_of(lessons: Lessons, source: ModelSource) -> Examples:
+    """What a run learns from, as its trainer takes it."""
+    padding, rows = filler(source.tokenizer()), (*lessons.train, *lessons.heldout)
+    # Behind each end one token more, which is not learnt: what comes after an answer is nobody's business.
+    return Examples(
+        [torch.tensor([*row.tokens, padding]) for row in rows],
+        len(lessons.train),
+        [torch.tensor([*row.taught, False]) for row in rows],
+        padding=padding,
+    )
 
-    def __init__(self, job: FinetuneJob, writer: ArtifactWriter, model: PeftModel, progress: Progress) -> None:
-        self._job = job
-        self._writer = writer
-        self._model = model
-        self._progress = progress
-        self._losses: dict[int, float] = {}
-        self._started = time.monotonic()
-        self._bar: Phase | None = None
 
-    @property
-    def base(self) -> nn.Module:
-        """The model without peft's wrapper."""
-        return self._model.get_base_model()
+def _trainer(job: FinetuneJob, model: PeftModel, folder: Path) -> Trainer:
+    """The trainer of what the run trains."""
+    student = adapter_student(model, job.precision, checkpointing=job.settings.checkpointing)
+    examples = examples_of(job.lessons, job.source)
+    seeds = partial(operator.add, job.request.seed - 1)
+    trainer = Trainer(student, None, examples, job.settings, schedule=task_rate_factor, seeds=seeds, folder=folder)
+    trained = sum(parameter.numel() for parameter in trainer.trained)
+    if trained != job.plan.parameters:
+        raise RuntimeError(f"{trained:,} parameters train, not {job.plan.parameters:,}")
+    return trainer
 
-    def train(self) -> None:
-        """Train what is left, from the last checkpoint that is noted."""
-        job, writer = self._job, self._writer
-        if _START not in writer.journal:
-            writer.record(_START, self._measure("Looking at what is held out, first"))
-        noted = writer.journal.get(_CHECKPOINT)
-        folder = writer.scratch / "checkpoints"
-        tuner = Tuner(
-            self._model,
-            job.lessons.train,
-            job.settings,
-            job.precision,
-            scales=frozenset(name for name, p in self._model.named_parameters() if _is_scale(name) and p.requires_grad),
-            filler=filler(job.source.tokenizer()),
-            folder=folder,
-            seed=job.request.seed,
-            watch=Watch(self._on_step, self._on_look, self._on_save),
-        )
-        trained = sum(parameter.numel() for parameter in tuner.trained.values())
-        if trained != job.plan.parameters:
-            raise RuntimeError(f"{trained:,} parameters train, not {job.plan.parameters:,}")
-        with self._progress.phase(f"Learning {job.request.task}", job.plan.steps) as bar:
-            self._bar = bar
-            if noted is not None:
-                self._losses = {int(step): loss for step, loss in noted["losses"]}
-                self._started -= noted["seconds"]
-                bar.advance(noted["step"], f"{noted['step']} steps were done")
-            with writing(writer.out), distributed.together():
-                tuner.train(resume_from_checkpoint=None if noted is None else str(folder / _checkpoint(noted)))
-        self._seconds = time.monotonic() - self._started
 
-    def look(self, step: int, words: str) -> float:
-        """Loss of what is held out, noted."""
-        loss = self._measure(words)
-        self._writer.record(f"{_LOOK}{step}", loss)
-        return loss
+def _train(job: FinetuneJob, trainer: Trainer, writer: ArtifactWriter, progress: Progress) -> Checkpoint:
+    """Train what is left, from the last checkpoint that is noted. Raises NumericsError."""
 
-    def record(self, end: float) -> FinetuneRecord:
-        """How the training went, for the manifest."""
-        job, journal = self._job, self._writer.journal
-        looks = {int(key.removeprefix(_LOOK)): float(loss) for key, loss in journal.items() if key.startswith(_LOOK)}
-        start = float(journal[_START])
-        return FinetuneRecord(
-            task=job.request.task,
-            template=job.lessons.template,
-            data=job.lessons.record(),
-            train=job.request.train,
-            start=job.plan.start,
-            parameters=job.plan.parameters,
-            epochs=job.request.epochs,
-            steps=job.plan.steps,
-            start_loss=start,
-            end_loss=end,
-            losses=tuple(_thinned(sorted(self._losses.items()))),
-            evaluations=((0, start), *sorted({**looks, job.plan.steps: end}.items())),
-            seconds=round(self._seconds, 3),
-        )
-
-    def _measure(self, words: str) -> float:
-        lessons = distributed.own(self._job.lessons.heldout)
-        with self._progress.phase(words, len(lessons)) as bar:
-            loss = answer_loss(self._model, _counted(lessons, bar), self._job.precision)
-        if loss != loss or loss == float("inf"):
+    def on_checkpoint(checkpoint: Checkpoint, files: list[Path]) -> None:
+        if checkpoint.failed == "evaluation":
+            raise _not_finite()
+        if checkpoint.failed:
             raise NumericsError(
-                "The loss of the held-out answers is not finite.",
-                hint="Look at the artifact with 'ulbq eval'; or try a lower --adapter-rate.",
+                f"The {checkpoint.failed} is not finite in step {checkpoint.step} of the fine-tuning.",
+                hint="Try a lower `adapter_rate`, a longer `warmup` or `precision=fp32`, with another -o.",
             )
-        return loss
+        note(writer, checkpoint, files)
 
-    def _on_step(self, step: int, loss: float) -> None:
-        self._losses[step] = loss
-        if self._bar is not None:
-            self._bar.advance(1, f"loss {loss:.4f}")
-
-    def _on_look(self, step: int) -> None:
-        loss = self.look(step, f"Held out, step {step}")
-        if self._bar is not None:
-            self._bar.advance(0, f"held-out loss {loss:.4f}")
-
-    def _on_save(self, folder: Path) -> None:
-        step = int(folder.name.removeprefix(_FOLDER))
-        losses = [(at, loss) for at, loss in sorted(self._losses.items()) if at <= step]
-        noted: dict[str, Any] = {"step": step, "losses": losses}
-        noted["seconds"] = round(time.monotonic() - self._started, 3)
-        distributed.barrier()  # each process leaves the state of its own generators there
-        files = distributed.on_main(lambda: [path for path in folder.iterdir() if path.is_file()])
-        self._writer.record(_CHECKPOINT, noted, files=files)
+    with progress.phase(f"Learning {job.request.task}", job.plan.steps) as bar, writing(writer.out):
+        return trainer.train(latest(writer), bar, on_checkpoint)
 
 
-def _checkpoint(noted: Mapping[str, Any]) -> str:
-    """Name of the folder that a checkpoint lies in."""
-    return f"{_FOLDER}{int(noted['step'])}"
+def _measure(trainer: Trainer, progress: Progress) -> float:
+    """Loss of what is held out, by the model as it is now. Raises NumericsError."""
+    with progress.phase("Looking at what is held out") as bar:
+        loss = trainer.evaluate(bar)
+    if not math.isfinite(loss):
+        raise _not_finite()
+    return loss
 
 
-def _is_scale(name: str) -> bool:
-    return ".quantizer." in name
+def _not_finite() -> NumericsError:
+    return NumericsError(
+        "The loss of the held-out answers is not finite.",
+        hint="Look at the artifact with 'ulbq eval'; or try a lower --adapter-rate.",
+    )
 
 
-def _counted(lessons: Sequence[Any], bar: Phase) -> Any:
-    for lesson in lessons:
-        yield lesson
-        bar.advance(1)
+def _record(job: FinetuneJob, last: Checkpoint, end: float) -> FinetuneRecord:
+    """How the training went, for the manifest."""
+    return FinetuneRecord(
+        task=job.request.task,
+        template=job.lessons.template,
+        data=job.lessons.record(),
+        train=job.request.train,
+        start=job.plan.start,
+        parameters=job.plan.parameters,
+        epochs=job.request.epochs,
+        steps=job.plan.steps,
+        start_loss=last.evaluations[0][1],
+        end_loss=end,
+        losses=tuple(_thinned(last.losses)),
+        evaluations=(*last.evaluations, (job.plan.steps, end)),
+        seconds=last.seconds,
+    )
 
 
 def _thinned(losses: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

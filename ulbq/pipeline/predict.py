@@ -12,6 +12,7 @@ from ulbq import formats, runtime
 from ulbq.config.quantize import Quantization
 from ulbq.config.saliency import SaliencyKind, SaliencyRequest
 from ulbq.data.generate import writing_memory
+from ulbq.finetuning.head import LOGITS_MEMORY
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import Method
 from ulbq.models.blocks import Linear, ModelStructure, block_list
@@ -19,7 +20,6 @@ from ulbq.pipeline.saliency_plan import predict_scoring
 from ulbq.quantizers.trainable import TRAINABLE
 from ulbq.sensitivity import KINDS, SaliencySettings
 from ulbq.sensitivity.head import head_memory
-from ulbq.training.head import LOGITS_MEMORY
 from ulbq.training.precision import Precision
 
 # Float32 copies of a block's linear weights that live at the peak: the block itself, latents, gradient, two moments,
@@ -244,7 +244,7 @@ class _Run:
         if settings.teacher == "cached":
             # It is gone before the student comes.
             drawn = self.request.text_samples
-            guesses = (drawn + heldout_samples(drawn)) * self.length * (settings.top_k * 8 + 4)
+            guesses = (drawn + heldout_samples(drawn)) * self.length * (settings.teacher_top_k * 8 + 4)
             teacher = min(guesses, self.limit)
             cached = guesses - teacher
         states = tokens * self.hidden * 4 * self.found.n_blocks * (3 if settings.loss == "kl-hidden" else 1)

@@ -1,15 +1,41 @@
-"""Lets the scales of a packed model train, and packs what they became."""
+"""A packed model under training: its adapter, which is peft's, and its scales, which are packed again."""
 
 from collections.abc import Mapping
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
+from ulbq.finetuning.student import Student
 from ulbq.methods.training import pack_layer
+from ulbq.models.adapter_training import adapter_parameters
+from ulbq.models.blocks import block_list
 from ulbq.models.source import ModelSource
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.student import fixed_quantizer
-from ulbq.training.scaled import ScaledLinear
+from ulbq.training.linear import TrainedLinear
+from ulbq.training.precision import Precision
+
+
+def adapter_student(model: PeftModel, precision: Precision, *, checkpointing: bool) -> Student:
+    """A packed model with peft's adapter, ready to train on.
+
+    Args:
+        model: on its device.
+        precision: of the run.
+        checkpointing: see :class:`~ulbq.finetuning.student.Student`.
+    """
+    base = model.get_base_model().eval()
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError("no model of transformers")
+    blocks, adapters = block_list(base)[1], [one for one in base.modules() if isinstance(one, LoraLayer)]
+    student = Student(base, blocks, precision, checkpointing=checkpointing, adapters=adapters)
+    trained = adapter_parameters(model).values()
+    student.roles["adapter"] = [parameter for parameter in trained if parameter.dim() > 1]
+    student.roles["magnitudes"] = [parameter for parameter in trained if parameter.dim() == 1]
+    return student
 
 
 def train_scales(model: nn.Module, source: ModelSource) -> None:
@@ -22,7 +48,7 @@ def train_scales(model: nn.Module, source: ModelSource) -> None:
             packed = {short: tensor.clone() for short, tensor in layer.tensors().items()}
             quantizer = fixed_quantizer(layer.weight_dense(torch.float32), packed, scheme)
         quantizer.requires_grad_(False)
-        model.set_submodule(name, ScaledLinear(quantizer, layer.in_features, layer.out_features, layer.bias))
+        model.set_submodule(name, TrainedLinear(quantizer, layer.bias))
 
 
 def pack_scales(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
@@ -37,7 +63,7 @@ def pack_scales(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
 
 def restore_packed(model: nn.Module, packed: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """Put packed layers in the place of those whose scales trained; what is stored is what runs from here on."""
-    for module_name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, ScaledLinear)]:
+    for module_name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, TrainedLinear)]:
         scheme = layer.quantizer.scheme
         tensors = packed[_own_name(module_name)]
         device = tensors["codes"].device
@@ -48,9 +74,9 @@ def restore_packed(model: nn.Module, packed: Mapping[str, Mapping[str, torch.Ten
         model.set_submodule(module_name, whole.eval())
 
 
-def _scaled(model: nn.Module) -> dict[str, ScaledLinear]:
+def _scaled(model: nn.Module) -> dict[str, TrainedLinear]:
     named = model.named_modules()
-    return {_own_name(name): module for name, module in named if isinstance(module, ScaledLinear)}
+    return {_own_name(name): module for name, module in named if isinstance(module, TrainedLinear)}
 
 
 def _own_name(name: str) -> str:

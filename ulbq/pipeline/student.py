@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ulbq.artifacts.shards import LazyTensors, write_shard
-from ulbq.config.end_to_end import Trained
+from ulbq.config.finetuning import Trained, TrainedBeside
+from ulbq.finetuning.student import Student
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, Packed, check_finite
 from ulbq.methods.training import half_vector, pack_layer
@@ -23,7 +24,6 @@ from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.fixed import FixedAffine
 from ulbq.quantizers.trainable import TRAINABLE
 from ulbq.training.linear import TrainedLinear
-from ulbq.training.student import Student
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -49,7 +49,7 @@ class Folders:
         return self.adapters / layout.adapter_shard(index)
 
 
-def build_student(job: Job, folders: Folders, *, train: Trained, checkpointing: bool) -> Student:
+def build_student(job: Job, folders: Folders, *, train: Trained | TrainedBeside, checkpointing: bool) -> Student:
     """The whole model as its shards have it, ready to train on.
 
     One weight after the other is read in full precision and becomes the quantizer's latents; at no time is there a
@@ -104,7 +104,7 @@ def _as_float(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.
 
 
 def _quantizer(
-    weight: torch.Tensor, packed: Mapping[str, torch.Tensor], scheme: AnyScheme, train: Trained
+    weight: torch.Tensor, packed: Mapping[str, torch.Tensor], scheme: AnyScheme, train: Trained | TrainedBeside
 ) -> Quantizer:
     """Of a packed matrix, with what is to train."""
     if train == "all":
@@ -120,7 +120,7 @@ def fixed_quantizer(weight: torch.Tensor, packed: Mapping[str, torch.Tensor], sc
     return TRAINABLE[scheme.format].fixed.from_packed(weight, packed, scheme, train_weights=False)
 
 
-def _block(job: Job, folders: Folders, index: int, train: Trained) -> nn.Module:
+def _block(job: Job, folders: Folders, index: int, train: Trained | TrainedBeside) -> nn.Module:
     prefix, linears = job.names(index)
     device = job.precision.device
     schemes = {linear: folders.schemes.get(prefix + linear, job.method.scheme) for linear in linears}

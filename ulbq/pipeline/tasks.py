@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ulbq.config.finetune import FinetuneRequest, TunerSettings
+from ulbq.config.finetune import FinetuneRequest
+from ulbq.config.finetuning import FinetuneForm, FinetuneSettings
 from ulbq.config.run import RecipeRecord
 from ulbq.errors import InputError, UsageError
 from ulbq.pipeline.recipe_files import Recipe, read_recipe, shipped_names
@@ -95,15 +96,12 @@ def request_of(source: str, task: Recipe, given: Mapping[str, Any], *, adapted: 
     return request
 
 
-def settings_of(request: FinetuneRequest, samples: int) -> TunerSettings:
-    """How to train on so many samples."""
-    steps_an_epoch = -(-samples // request.batch_size)
-    names = TunerSettings.model_fields.keys() - {"eval_every", "save_every"}
-    return TunerSettings(
-        **{name: getattr(request, name) for name in names},
-        eval_every=steps_an_epoch if request.eval_every is None else request.eval_every,
-        save_every=request.save_every or max(1, request.epochs * steps_an_epoch // 10),
-    )
+def settings_of(request: FinetuneRequest, examples: int) -> FinetuneSettings:
+    """How to train on so many examples."""
+    names = FinetuneForm.model_fields.keys() | {"train", "eval_every", "save_every"}
+    settings = FinetuneSettings.model_validate({name: getattr(request, name) for name in names})
+    every = request.save_every or max(1, settings.steps(examples) // 10)
+    return settings.model_copy(update={"save_every": every})
 
 
 def _folder() -> Any:

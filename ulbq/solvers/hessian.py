@@ -179,3 +179,17 @@ def _invert_(lower: torch.Tensor) -> None:
     corner.copy_(torch.linalg.solve_triangular(below, right, upper=False)).neg_()
     _invert_(above)
     _invert_(below)
+
+
+def output_cost(weight: torch.Tensor, hessian: torch.Tensor, tokens: int, scores: torch.Tensor | None) -> float:
+    """What a layer's squared output error costs, in a unit that all layers share.
+
+    With Fisher scores ``Σ (∂CE/∂W)²``, the mean squared gradient at the layer's outputs: a score is about that times a
+    squared input (the layer's Fisher matrix as a Kronecker product). Without, a token's error counts relative to the
+    mean output. What no token reaches costs nothing.
+    """
+    if not tokens:
+        return 0.0
+    if scores is not None:
+        return (scores.sum() / (len(weight) * hessian.diagonal().sum()).clamp_min(1e-30)).item()
+    return tokens / (weight @ hessian * weight).sum().clamp_min(1e-30).item()

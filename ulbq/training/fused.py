@@ -17,7 +17,6 @@ from torch import nn
 from ulbq.kernels import between
 from ulbq.models.watch import watching
 from ulbq.quantizers.base import remember_cast
-from ulbq.training.linear import TrainedLinear
 from ulbq.training.precision import Precision
 
 _ROTATION = "apply_rotary_pos_emb"
@@ -122,8 +121,6 @@ def _is_gated(module: nn.Module) -> bool:
     if not (isinstance(gate, nn.Module) and isinstance(up, nn.Module) and isinstance(down, nn.Module)):
         return False
     columns = getattr(gate, "in_features", None)
-    if isinstance(gate, TrainedLinear):
-        columns = gate.weight(with_adapter=False).shape[1]
     if not isinstance(columns, int):
         return False
     x = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))

@@ -7,8 +7,11 @@ from ulbq.nn.adapter import Adapter
 from ulbq.quantizers.base import Quantizer
 
 
-class TrainedLinear(nn.Module):
+class TrainedLinear(nn.Linear):
     """A linear layer whose weight a quantizer makes anew at every call, with an adapter beside it where wanted.
+
+    It is an ``nn.Linear`` to others, so that peft puts adapters beside it as well; ``weight`` is no parameter but the
+    dequantized weight, to be read only.
 
     Args:
         quantizer: of the weight.
@@ -21,12 +24,29 @@ class TrainedLinear(nn.Module):
     """
 
     def __init__(self, quantizer: Quantizer, bias: nn.Parameter | None, adapter: Adapter | None = None) -> None:
-        super().__init__()
+        # Not nn.Linear's own, which would make the weight a parameter.
+        nn.Module.__init__(self)
         self.quantizer = quantizer
-        self.bias = bias
+        self.register_parameter("bias", bias)
         self.adapter = adapter
         self.adapted = True
         self.matrix: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """``[out, in]`` float32, the quantized weight as it is now, without a gradient."""
+        with torch.no_grad():
+            return self.quantizer.dense(self.quantizer())
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        """Columns of the weight."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """Rows of the weight."""
+        return self.weight.shape[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
@@ -38,7 +58,7 @@ class TrainedLinear(nn.Module):
             output = self.adapter(x, output, lambda: self.quantizer.dense(matrix))
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
-    def weight(self, *, with_adapter: bool) -> torch.Tensor:
+    def weight_now(self, *, with_adapter: bool) -> torch.Tensor:
         """The weight ``[out, in]`` that the layer stands for now, differentiable.
 
         Taken from the last call where there was one in this step, so that it costs no second quantization.

@@ -1,4 +1,4 @@
-"""What block-wise and end-to-end training share: parameters by role, the optimizer, the schedule, snapshots."""
+"""What the training of a block and of a whole model share: parameters by role, optimizer, schedules, snapshots."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ulbq.config.finetuning import FinetuneSettings
 from ulbq.config.training import TrainSettings
 from ulbq.training.linear import TrainedLinear
 
@@ -73,7 +74,7 @@ def _scaled(groups: Sequence[Group], rate: float) -> list[dict[str, Any]]:
     return [{"params": g.parameters, "lr": rate * g.rate, "weight_decay": g.decay} for g in groups]
 
 
-def rate_factor(settings: TrainSettings, steps: int) -> Callable[[int], float]:
+def rate_factor(settings: TrainSettings | FinetuneSettings, steps: int) -> Callable[[int], float]:
     """The schedule: from the number of steps that were made to the factor of the rates of the next one."""
     warmup = max(1, round(settings.warmup * steps))
 
@@ -83,6 +84,21 @@ def rate_factor(settings: TrainSettings, steps: int) -> Callable[[int], float]:
             return rising
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
         return rising * (settings.final_rate + (1 - settings.final_rate) * cosine)
+
+    return factor
+
+
+def task_rate_factor(settings: FinetuneSettings, steps: int) -> Callable[[int], float]:
+    """The schedule of tasks, which is transformers': rates rise from 0, and fall to 0 over what is left then."""
+    # Never all of a run: the first of these steps has a rate of 0, and a run of one would learn nothing.
+    warmup = min(math.ceil(settings.warmup * steps), steps - 1)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        share = (step - warmup) / (steps - warmup)
+        falling = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}
+        return falling[settings.schedule]
 
     return factor
 

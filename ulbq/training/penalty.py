@@ -41,6 +41,6 @@ class WeightPenalty:
         """The penalty of a block's layers, a scalar; ``layers`` by the same names."""
         terms = []
         for name, layer in layers.items():
-            distance = layer.weight(with_adapter=self._with_adapter) - self._originals[name]
+            distance = layer.weight_now(with_adapter=self._with_adapter) - self._originals[name]
             terms.append((self._scores[name] * distance.square()).sum())
         return torch.stack(terms).sum()

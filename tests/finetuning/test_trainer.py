@@ -11,49 +11,65 @@ from torch import nn
 
 from tests.models.tiny import tiny_config, tiny_model
 from ulbq import distributed
-from ulbq.config.end_to_end import EndToEndSettings
-from ulbq.config.training import TrainSettings
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.finetuning import FinetuneSettings
+from ulbq.config.methods import DbLlmOptions
 from ulbq.errors import UsageError
+from ulbq.finetuning.checkpoint import Checkpoint
+from ulbq.finetuning.examples import Examples
+from ulbq.finetuning.head import Head
+from ulbq.finetuning.losses import hidden_error, mean_loss, predicted, token_terms
+from ulbq.finetuning.student import Student
+from ulbq.finetuning.teacher import HiddenTap, StreamedTeacher
+from ulbq.finetuning.trainer import Trainer
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.models.blocks import block_list
+from ulbq.nn.adapter import Adapter
+from ulbq.progress import Silent
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
-from ulbq.training.distill import hidden_error, mean_loss, predicted, token_terms
-from ulbq.training.end_to_end import EndToEndTrainer, Epoch
-from ulbq.training.head import Head
 from ulbq.training.linear import TrainedLinear
+from ulbq.training.optimizer import rate_factor
 from ulbq.training.precision import Precision
-from ulbq.training.samples import Samples
-from ulbq.training.student import Student
-from ulbq.training.teacher import HiddenTap, StreamedTeacher
 
 PRECISION = Precision(torch.device("cpu"), torch.float32)
 TOKENS = torch.randint(3, 60, (6, 12), generator=torch.Generator().manual_seed(1))
 
 
-def make_student(*, checkpointing: bool = True) -> Student:
+def make_student(*, checkpointing: bool = True, dropout: float = 0.0) -> Student:
     model = tiny_model(tiny_config("llama", num_hidden_layers=2))
     blocks = block_list(model)[1]
     for name, linear in [(n, m) for n, m in blocks.named_modules() if isinstance(m, nn.Linear)]:
         weight = linear.weight.detach()
         scales = search_scales(weight, torch.ones(weight.shape[1]), 32)
         quantizer = DualBinaryQuantizer(weight, scales, DualBinaryScheme(group_size=32))
-        blocks.set_submodule(name, TrainedLinear(quantizer, None))
+        generator = torch.Generator().manual_seed(5)
+        form = AdapterConfig(rank=2, dropout=dropout)
+        adapter = Adapter(form, linear.in_features, linear.out_features, generator=generator) if dropout else None
+        blocks.set_submodule(name, TrainedLinear(quantizer, None, adapter))
     return Student(model, blocks, PRECISION, checkpointing=checkpointing)
 
 
-def make_trainer(folder: Path, student: Student, **changes: Any) -> EndToEndTrainer:
-    values = {"loss": "kl", "epochs": 2, "rate": 1.0, "accumulation": 2, "block": TrainSettings(warmup=0)}
-    samples = changes.pop("samples", Samples(TOKENS, 4))
-    teacher = StreamedTeacher(tiny_model(tiny_config("llama", num_hidden_layers=2)), samples, PRECISION, hidden=True)
-    settings = EndToEndSettings.model_validate(values | changes)
-    return EndToEndTrainer(student, teacher, samples, settings, folder=folder, seed=3)
+def make_trainer(folder: Path, student: Student, **changes: Any) -> Trainer:
+    values = {"loss": "kl", "epochs": 2, "batch_size": 2, "train": "scales", "warmup": 0, "keep_best": True}
+    values |= {"scale_rate": 0.005, "norm_rate": 0.002, "weight_rate": 0.015, "final_rate": 0.05, **changes}
+    examples = values.pop("examples", Examples(TOKENS, 4))
+    teacher = StreamedTeacher(tiny_model(tiny_config("llama", num_hidden_layers=2)), examples, PRECISION, hidden=True)
+    return Trainer(
+        student,
+        teacher,
+        examples,
+        FinetuneSettings.model_validate(values),
+        schedule=rate_factor,
+        seeds=lambda epoch: 3 + epoch,
+        folder=folder,
+    )
 
 
-def run(trainer: EndToEndTrainer, done: list[Epoch] | None = None) -> tuple[Epoch, list[Epoch], list[float]]:
-    epochs: list[Epoch] = []
-    losses: list[float] = []
-    last = trainer.train(done or [], lambda epoch, files: epochs.append(epoch), losses.append)
-    return last, epochs, losses
+def run(trainer: Trainer, done: Checkpoint | None = None) -> tuple[Checkpoint, list[Checkpoint]]:
+    told: list[Checkpoint] = []
+    with Silent().phase("training") as bar:
+        last = trainer.train(done, bar, lambda checkpoint, files: told.append(checkpoint))
+    return last, told
 
 
 def state(student: Student) -> dict[str, torch.Tensor]:
@@ -84,7 +100,7 @@ def test_chunks_that_go_back_at_once_give_the_loss_and_gradients_of_one_piece(
     # As the definition has it, with the hidden states' error where there is one.
     student = make_student()
     make_trainer(tmp_path, student)  # which says what trains
-    tokens, following = TOKENS[:2], Samples(TOKENS, 4).batch(torch.tensor([0, 1])).following.flatten()
+    tokens, following = TOKENS[:2], Examples(TOKENS, 4).batch(torch.tensor([0, 1])).following.flatten()
     states, hidden = student.run(tokens, hidden=True)
     teacher = tiny_model(tiny_config("llama", num_hidden_layers=2))
     with torch.no_grad():
@@ -108,7 +124,7 @@ def test_chunks_that_go_back_at_once_give_the_loss_and_gradients_of_one_piece(
 
 
 def test_short_samples_of_a_step_run_at_once() -> None:
-    settings = EndToEndSettings(loss="kl", accumulation=6)
+    settings = FinetuneSettings(micro_batch=6, tokens_at_once=1024)
     assert [settings.together(length) for length in (2048, 1024, 512, 256, 64)] == [1, 1, 2, 4, 6]
 
 
@@ -116,7 +132,7 @@ def test_short_samples_of_a_step_run_at_once() -> None:
 def test_every_process_has_some_of_a_step(
     processes: int, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(tmp_path, make_student(), accumulation=4)
+    trainer = make_trainer(tmp_path, make_student(), batch_size=4)
     monkeypatch.setattr(distributed, "size", lambda: processes)
     assert [len(part) for part, _ in trainer._parts(torch.arange(4))] == sizes
 
@@ -152,11 +168,12 @@ def test_the_backward_pass_keeps_nothing_of_a_block_behind_it(tmp_path: Path) ->
 def test_what_trains_is_what_was_asked_for(train: str, tmp_path: Path) -> None:
     student = make_student()
     before = state(student)
-    last, epochs, losses = run(make_trainer(tmp_path, student, train=train, rate=0.5))
+    last, told = run(make_trainer(tmp_path, student, train=train, rate=0.5))
     moved = {name.rpartition(".")[2] for name, p in state(student).items() if not torch.equal(p, before[name])}
-    assert last.best_error < epochs[0].error
-    assert [epoch.number for epoch in epochs] == [0, 1, 2]
-    assert len(losses) == last.steps == 4
+    assert last.best[1] < last.evaluations[0][1]
+    assert [checkpoint.step for checkpoint in told] == [0, 2, 4]
+    assert [step for step, _ in last.evaluations] == [0, 2, 4]
+    assert len(last.losses) == last.step == 4
     assert moved == {"scales", "weight"} | ({"latents"} if train == "all" else set())
     outside = {
         name for name, p in state(student).items() if not torch.equal(p, before[name]) and ".layers." not in name
@@ -167,9 +184,9 @@ def test_what_trains_is_what_was_asked_for(train: str, tmp_path: Path) -> None:
 def test_accumulated_samples_make_the_step_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for size in (1, 4):
-        monkeypatch.setattr(EndToEndSettings, "together", lambda self, length, size=size: size)
+        monkeypatch.setattr(FinetuneSettings, "together", lambda self, length, size=size: size)
         student = make_student()
-        run(make_trainer(tmp_path / str(size), _made(tmp_path / str(size), student), accumulation=4))
+        run(make_trainer(tmp_path / str(size), _made(tmp_path / str(size), student), batch_size=4))
         ends.append(state(student))
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, atol=2e-4, rtol=2e-4)
@@ -180,21 +197,30 @@ def _made(folder: Path, student: Student) -> Student:
     return student
 
 
-def test_training_goes_on_from_its_files_to_the_same_values(tmp_path: Path) -> None:
-    straight, resumed = make_student(), make_student()
-    run(make_trainer(_folder(tmp_path, "a"), straight, epochs=3, train="all"))
+@pytest.mark.parametrize(("save_every", "keep_best"), [(None, True), (3, False)])
+def test_training_goes_on_from_its_files_to_the_same_values(
+    save_every: int | None, keep_best: bool, tmp_path: Path
+) -> None:
+    straight, resumed = make_student(dropout=0.3), make_student(dropout=0.3)
+    changes = {"epochs": 3, "train": "all", "save_every": save_every, "keep_best": keep_best, "adapter_rate": 0.01}
+    changes |= {"base_share": 0.3}
+    run(make_trainer(_folder(tmp_path, "a"), straight, **changes))
 
-    epochs: list[Epoch] = []
+    told: list[Checkpoint] = []
 
-    def stop(epoch: Epoch, files: list[Path]) -> None:
-        epochs.append(epoch)
-        if epoch.number == 1:
+    def stop(checkpoint: Checkpoint, files: list[Path]) -> None:
+        told.append(checkpoint)
+        if checkpoint.step:
             raise KeyboardInterrupt
 
     folder = _folder(tmp_path, "b")
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(folder, make_student(), epochs=3, train="all").train([], stop, lambda loss: None)
-    run(make_trainer(folder, resumed, epochs=3, train="all"), epochs)
+    with pytest.raises(KeyboardInterrupt), Silent().phase("training") as bar:
+        make_trainer(folder, make_student(dropout=0.3), **changes).train(None, bar, stop)
+    assert told[-1].step == save_every or 2  # within an epoch, or behind one
+    again = Checkpoint.model_validate_json(told[-1].model_dump_json())
+    _, rest = run(make_trainer(folder, resumed, **changes), again)
+    assert [checkpoint.step for checkpoint in rest] == ([6] if save_every else [4, 6])
+    assert sorted(int(path.stem.partition("-")[2]) for path in folder.iterdir()) == sorted(set(rest[-1].kept) - {0})
     for name, value in state(straight).items():
         assert torch.equal(state(resumed)[name], value), name
 
@@ -215,26 +241,30 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path, monkeypatch
         return plain(indices, adapted) * (math.nan if calls > 3 else 1.0)
 
     monkeypatch.setattr(trainer, "_loss", spoiled)
-    last, epochs, _ = run(trainer)
-    assert [epoch.finite for epoch in epochs] == [True, True, False]
-    assert last.best == 1
-    assert Epoch.model_validate_json(last.model_dump_json()) == last
+    last, told = run(trainer)
+    assert [checkpoint.failed for checkpoint in told] == ["", "", "loss"]
+    assert (last.step, last.best[0], last.kept) == (4, 2, (2,))
     assert all(p.isfinite().all() for p in student.model.parameters())
     monkeypatch.undo()
-    assert trainer.heldout() == pytest.approx(last.best_error)
+    with Silent().phase("evaluation") as bar:
+        assert trainer.evaluate(bar) == pytest.approx(last.best[1])
 
 
 def test_a_rate_is_a_share_of_the_blocks_rate() -> None:
-    block = TrainSettings(scale_rate=0.4, weight_rate=0.2, norm_rate=0)
-    rates = EndToEndSettings(loss="kl", rate=0.5, block=block).rates()
-    assert rates["scales"] == 0.2
-    assert rates.keys() == {"scales", "adapter", "router"}
-    assert EndToEndSettings(loss="kl", rate=0.5, train="all", block=block).rates()["weights"] == 0.1
+    options = DbLlmOptions(end_to_end="kl", end_to_end_rate=0.5, scale_rate=0.4, weight_rate=0.2, norm_rate=0)
+    settings = options.end_to_end_settings()
+    assert settings is not None
+    assert settings.rates()["scales"] == 0.2
+    assert settings.rates().keys() == {"scales", "adapter", "router"}
+    assert (settings.batch_size, settings.micro_batch, settings.warmup, settings.keep_best) == (2, 2, 0.05, True)
+    trained = options.model_copy(update={"end_to_end_train": "all"}).end_to_end_settings()
+    assert trained is not None
+    assert trained.rates()["weights"] == 0.1
 
 
 def test_hidden_states_from_a_cache_are_refused() -> None:
     with pytest.raises(UsageError, match="hidden states"):
-        EndToEndSettings(loss="kl-hidden", teacher="cached")
+        FinetuneSettings(loss="kl-hidden", teacher="cached")
 
 
 TAUGHT = torch.zeros_like(TOKENS, dtype=torch.bool)
@@ -243,8 +273,8 @@ TAUGHT[1, 7:9] = False
 LOSSES = ["ce", "kl", "ce-kl", "kl-hidden", "dad"]
 
 
-def masked(tokens: torch.Tensor) -> Samples:
-    return Samples(tokens, 4, TAUGHT)
+def masked(tokens: torch.Tensor) -> Examples:
+    return Examples(tokens, 4, TAUGHT)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -255,8 +285,8 @@ def test_what_is_not_taught_does_not_count(loss: str, tmp_path: Path) -> None:
     before[0, 7] = 5
     pair, student = torch.tensor([0, 1]), make_student()
     values = [
-        make_trainer(tmp_path, student, loss=loss, samples=samples)._loss(pair, True).item()
-        for samples in (masked(TOKENS), masked(behind), masked(before), Samples(TOKENS, 4))
+        make_trainer(tmp_path, student, loss=loss, examples=examples)._loss(pair, True).item()
+        for examples in (masked(TOKENS), masked(behind), masked(before), Examples(TOKENS, 4))
     ]
     assert values[0] == values[1]
     assert abs(values[0] - values[2]) > 1e-4
@@ -272,7 +302,7 @@ def test_masked_losses_are_means_over_the_answers_alone(tmp_path: Path) -> None:
     text = -ours[:, :-1].gather(-1, TOKENS[pair, 1:, None]).squeeze(-1)[TAUGHT[pair, 1:]].mean()
     distances = (theirs.exp() * (theirs - ours)).sum(-1)[:, :-1][TAUGHT[pair, 1:]].mean()
     for loss, expected in {"ce": text, "kl": distances, "ce-kl": text + distances}.items():
-        trainer = make_trainer(tmp_path, student, loss=loss, samples=masked(TOKENS))
+        trainer = make_trainer(tmp_path, student, loss=loss, examples=masked(TOKENS))
         torch.testing.assert_close(trainer._loss(pair, True).detach(), expected)
 
 
@@ -280,7 +310,7 @@ def test_a_batch_is_cut_behind_its_longest_answer() -> None:
     batch = masked(TOKENS).batch(torch.tensor([1]))
     assert torch.equal(batch.tokens, TOKENS[1:2, :7])
     assert batch.counted[0].nonzero().squeeze(1).tolist() == [4, 5]
-    whole = Samples(TOKENS, 4).batch(torch.tensor([1]))
+    whole = Examples(TOKENS, 4).batch(torch.tensor([1]))
     assert whole.counted.all()
     assert whole.following[0].tolist() == [*TOKENS[1, 1:].tolist(), -100]
 
@@ -291,7 +321,7 @@ def test_chunks_of_the_head_change_no_gradient(loss: str, tmp_path: Path, monkey
     for chunk in (1000, 3):
         monkeypatch.setattr(Head, "chunk", lambda self, copies, chunk=chunk: chunk)
         student = make_student()
-        trainer = make_trainer(tmp_path, student, loss=loss, train="all", samples=masked(TOKENS))
+        trainer = make_trainer(tmp_path, student, loss=loss, train="all", examples=masked(TOKENS))
         trainer._loss(torch.tensor([0, 1, 2]), True).backward()
         gradients.append({n: p.grad for n, p in student.model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -313,10 +343,10 @@ def test_the_head_is_what_the_model_has_behind_its_trunk(family: str) -> None:
 def test_samples_of_different_length_count_by_their_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for size in (1, 4):
-        monkeypatch.setattr(EndToEndSettings, "together", lambda self, length, size=size: size)
+        monkeypatch.setattr(FinetuneSettings, "together", lambda self, length, size=size: size)
         student = make_student()
         folder = _folder(tmp_path, str(size))
-        run(make_trainer(folder, student, accumulation=4, samples=masked(TOKENS)))
+        run(make_trainer(folder, student, batch_size=4, examples=masked(TOKENS)))
         ends.append(state(student))
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, atol=2e-4, rtol=2e-4)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ulbq.config.end_to_end import Loss
+from ulbq.config.finetuning import Loss
 from ulbq.config.training import TokenWeighting
 from ulbq.training.losses import output_loss, token_weights
 

@@ -11,19 +11,19 @@ from transformers import PreTrainedModel
 
 from ulbq import distributed
 from ulbq.blockwise.activations import ActivationStore
+from ulbq.finetuning.examples import Examples
+from ulbq.finetuning.head import Head, in_chunks
+from ulbq.finetuning.losses import Predicted, best_guesses, predicted
 from ulbq.models.blocks import block_list
-from ulbq.training.distill import Predicted, best_guesses, predicted
-from ulbq.training.head import Head, in_chunks
 from ulbq.training.precision import Precision
-from ulbq.training.samples import Samples
 
 # Float32 copies of a chunk's logits while its best guesses are found: themselves, and the rest without them.
 _COPIES = 4
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a teacher says of some samples, as long as their batch is.
+class Targets:
+    """What a teacher predicts of some examples, as long as their batch is.
 
     Attributes:
         predict: its predictions of the successors of tokens, given as int64 ``[n]`` places in ``batch · length``.
@@ -35,10 +35,10 @@ class Lesson:
 
 
 class Teacher(Protocol):
-    """Who knows the right predictions for the samples of a run."""
+    """Who knows the right predictions for the examples of a run."""
 
-    def lesson(self, indices: torch.Tensor) -> Lesson:
-        """The samples' lesson, on the run's device."""
+    def targets(self, indices: torch.Tensor) -> Targets:
+        """The examples' targets, on the run's device."""
         ...
 
 
@@ -67,18 +67,20 @@ class HiddenTap:
 
 
 class StreamedTeacher:
-    """Runs the full-precision model for every lesson; its logits live for as long as a chunk's loss takes.
+    """Runs the full-precision model for every batch; its logits live for as long as a chunk's loss takes.
 
     Args:
         model: all of it, on the device, in the dtype of the run's matrix products.
-        samples: the text.
+        examples: the text.
         precision: of the run.
-        hidden: whether lessons have hidden states.
+        hidden: whether targets have hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, samples: Samples, precision: Precision, *, hidden: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, examples: Examples, precision: Precision, *, hidden: bool = False
+    ) -> None:
         self._model = model
-        self._samples = samples
+        self._examples = examples
         self._precision = precision
         self._hidden = hidden
         self._tap = HiddenTap(block_list(model)[1])
@@ -86,9 +88,9 @@ class StreamedTeacher:
         self._head = Head(model, Precision(precision.device, torch.float32))
 
     @torch.no_grad()
-    def lesson(self, indices: torch.Tensor) -> Lesson:
-        """The samples' lesson over the whole vocabulary."""
-        tokens = self._samples.batch(indices).tokens.to(self._precision.device)
+    def targets(self, indices: torch.Tensor) -> Targets:
+        """The examples' targets over the whole vocabulary."""
+        tokens = self._examples.batch(indices).tokens.to(self._precision.device)
         states, hidden = self._tap.run(self._model, tokens, hidden=self._hidden)
         states, head = states.flatten(0, 1), self._head
 
@@ -96,12 +98,12 @@ class StreamedTeacher:
         def predict(places: torch.Tensor) -> Predicted:
             return predicted(head.logits(states[places]))
 
-        return Lesson(predict, hidden)
+        return Targets(predict, hidden)
 
     @torch.no_grad()
     def guesses(self, index: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Best guesses of one sample: float32 ``[length, k + 1]``, the rest's last, and int64 ``[length, k]``."""
-        tokens = self._samples.batch(torch.tensor([index])).tokens.to(self._precision.device)
+        """Best guesses of one example: float32 ``[length, k + 1]``, the rest's last, and int64 ``[length, k]``."""
+        tokens = self._examples.batch(torch.tensor([index])).tokens.to(self._precision.device)
         states = self._tap.run(self._model, tokens, hidden=False)[0].squeeze(0)
 
         def guess(places: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -119,12 +121,12 @@ class CachedTeacher:
 
     Args:
         teacher: who is asked once; it may be dropped afterwards.
-        samples: the text.
+        examples: the text.
         top_k: guesses a token; the rest is one lump.
-        device: where lessons go.
+        device: where targets go.
         limit: bytes that may stay in memory.
         directory: for what is beyond.
-        on_sample: called after each sample.
+        on_sample: called after each example.
 
     Raises:
         ResourceError: the disk has no room for them.
@@ -133,7 +135,7 @@ class CachedTeacher:
     def __init__(
         self,
         teacher: StreamedTeacher,
-        samples: Samples,
+        examples: Examples,
         *,
         top_k: int,
         device: torch.device,
@@ -142,10 +144,10 @@ class CachedTeacher:
         on_sample: Callable[[], None] = lambda: None,
     ) -> None:
         self._device = device
-        self._samples = samples
+        self._examples = examples
         self._stores: tuple[ActivationStore, ActivationStore] | None = None
-        count, length = samples.tokens.shape
-        # Of several processes each asks for every n-th sample, and tells the others.
+        count, length = len(examples), examples.length
+        # Of several processes each asks for every n-th example, and tells the others.
         for first in range(0, count, distributed.size()):
             mine = first + distributed.rank()
             told = [guess.cpu() for guess in teacher.guesses(mine, top_k)] if mine < count else []
@@ -162,10 +164,10 @@ class CachedTeacher:
                     store.set(index, nn.functional.pad(found, (0, 0, 0, length - len(found))).unsqueeze(0))
                 on_sample()
 
-    def lesson(self, indices: torch.Tensor) -> Lesson:
-        """The samples' lesson over best guesses and lump."""
+    def targets(self, indices: torch.Tensor) -> Targets:
+        """The examples' targets over best guesses and lump."""
         if self._stores is None:
-            raise ValueError("there are no samples")
-        length = self._samples.batch(indices).tokens.shape[1]
+            raise ValueError("there are no examples")
+        length = self._examples.batch(indices).tokens.shape[1]
         values, ids = (store.get(indices)[:, :length].flatten(0, 1).to(self._device) for store in self._stores)
-        return Lesson(lambda places: Predicted(values[places], ids[places].long()))
+        return Targets(lambda places: Predicted(values[places], ids[places].long()))

@@ -1,7 +1,7 @@
-"""A whole model under training: quantized layers, everything beside the blocks frozen."""
+"""A whole model under training: quantized layers that train or stay packed, everything beside the blocks frozen."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,18 +11,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ulbq.finetuning.head import Head
+from ulbq.finetuning.teacher import HiddenTap
 from ulbq.models.watch import watching
 from ulbq.training.attention import chunked_attention
 from ulbq.training.fused import FusedParts
-from ulbq.training.head import Head
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.optimizer import parameters_by_role
 from ulbq.training.precision import Precision
-from ulbq.training.teacher import HiddenTap
 
 
 class Student:
-    """Runs a model whose blocks hold :class:`TrainedLinear` layers.
+    """Runs a model whose blocks hold :class:`TrainedLinear` layers, or packed ones with peft's adapters beside them.
 
     Args:
         model: all of it, on the device, in eval mode; float32, but for embeddings and head where these are wanted as
@@ -31,6 +31,7 @@ class Student:
         precision: device and dtype of the matrix products.
         checkpointing: keep only the blocks' inputs for the backward pass, and run each block a second time there.
             Without it everything that autograd keeps of every block, the quantized weights among it, lives at once.
+        adapters: layers of peft's; a :class:`TrainedLinear` knows its own adapter.
 
     Attributes:
         model: as given.
@@ -40,12 +41,20 @@ class Student:
     """
 
     def __init__(
-        self, model: PreTrainedModel, blocks: nn.ModuleList, precision: Precision, *, checkpointing: bool = True
+        self,
+        model: PreTrainedModel,
+        blocks: nn.ModuleList,
+        precision: Precision,
+        *,
+        checkpointing: bool = True,
+        adapters: Sequence[nn.Module] = (),
     ) -> None:
         self.model = model
         self._precision = precision
         named = model.named_modules()
         self.layers = {name: layer for name, layer in named if isinstance(layer, TrainedLinear)}
+        own = [layer.adapter for layer in self.layers.values() if layer.adapter is not None]
+        self._adapters = [*own, *adapters]
         model.requires_grad_(False)
         self.roles = parameters_by_role(blocks, self.layers.values())
         for layer in self.layers.values():
@@ -71,8 +80,8 @@ class Student:
         """
         for layer in self.layers.values():
             layer.adapted = adapted
-            if layer.adapter is not None:
-                layer.adapter.train(torch.is_grad_enabled())  # dropout is for training alone
+        for adapter in self._adapters:
+            adapter.train(torch.is_grad_enabled())  # dropout is for training alone
         with self._precision.autocast():
             return self._tap.run(self.model, tokens.to(self._precision.device), hidden=hidden)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ulbq.config.end_to_end import Loss
-from ulbq.training.distill import (
+from ulbq.config.finetuning import Loss
+from ulbq.finetuning.losses import (
     Predicted,
     best_guesses,
     cross_entropy,

@@ -1,0 +1,142 @@
+"""The search for trellis codes against exhaustive search and torch, and the solver around it."""
+
+import itertools
+
+import pytest
+import torch
+
+from ulbq import formats
+from ulbq.formats import trellis
+from ulbq.formats.trellis import TrellisScheme
+from ulbq.kernels import solvers
+from ulbq.solvers import trellis as solver
+
+from tests.solvers.moments import moments
+
+needs_compiler = pytest.mark.skipif(
+    solvers.slow_reason(torch.device("cpu")) is not None, reason="no compiled solvers here"
+)
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def states_of(codes: torch.Tensor, bits: int, state_bits: int) -> torch.Tensor:
+    found = torch.zeros(codes.shape, dtype=torch.int64)
+    for back in range(-(-state_bits // bits)):
+        found |= codes.long().roll(back, -1) << (back * bits)
+    return found & ((1 << state_bits) - 1)
+
+
+def torch_search(sequences: torch.Tensor, bits: int, state_bits: int, values: torch.Tensor) -> torch.Tensor:
+    return solver._search_with_torch(sequences, bits, state_bits, values)
+
+
+@pytest.mark.parametrize("search", [pytest.param(solvers.trellis_codes, marks=needs_compiler), torch_search])
+@pytest.mark.parametrize(("bits", "length"), [(1, 12), (2, 6), (2, 7), (3, 4)])
+def test_codes_are_the_best_of_all_that_end_in_their_state(search, bits: int, length: int):
+    state_bits = 6 + bits
+    values = gaussian(1 << state_bits, seed=1)
+    sequences = gaussian(24, length, seed=2)
+    every = torch.tensor(list(itertools.product(range(1 << bits), repeat=length)), dtype=torch.uint8)
+    states = states_of(every, bits, state_bits)
+    reached = values[states]
+
+    codes = search(sequences, bits, state_bits, values)
+
+    own = states_of(codes, bits, state_bits)
+    costs = (values[own] - sequences).square().sum(1)
+    for sequence, last, cost in zip(sequences, own[:, -1], costs, strict=True):
+        errors = (reached - sequence).square().sum(1)
+        torch.testing.assert_close(cost, errors[states[:, -1] == last].min(), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("bits", "state_bits"), [(1, 12), (2, 12), (3, 12), (4, 12), (2, 16)])
+def test_compiled_search_finds_what_torch_finds(bits: int, state_bits: int):
+    sequences = gaussian(2 if state_bits == 16 else 6, 256, seed=bits)
+    scheme = TrellisScheme(bits=bits, state_bits=state_bits)
+    found = solver.search(sequences, scheme)
+    wanted = solver._search_with_torch(sequences, bits, state_bits, trellis.values(state_bits))
+    errors = [
+        (trellis.values(state_bits)[trellis.states(scheme, codes)] - sequences).square().sum(1)
+        for codes in (found, wanted)
+    ]
+    torch.testing.assert_close(*errors, rtol=1e-5, atol=1e-4)
+    assert (found != wanted).float().mean() < 0.01
+
+
+@needs_compiler
+# Of a table of 4096 Gaussian quantiles in random order.
+@pytest.mark.parametrize(("bits", "error"), [(1, 0.277), (2, 0.073), (3, 0.0192)])
+def test_error_on_gaussians_is_that_of_random_tables(bits: int, error: float):
+    sequences = gaussian(192, 256, seed=7) * solver._BEST_SCALE[bits]
+    scheme = TrellisScheme(bits=bits)
+    values = trellis.values(12)[trellis.states(scheme, solver.search(sequences, scheme))]
+    found = ((values - sequences).square().sum() / sequences.square().sum()).item()
+    assert found < 1.02 * error
+    if bits > 1:
+        assert found == pytest.approx(solver._ERRORS[bits], rel=0.02)
+
+
+def test_later_tiles_make_good_what_earlier_ones_leave():
+    weight, hessian = gaussian(48, 64), moments(64)
+    scheme = TrellisScheme(bits=2)
+
+    def output_error(moments: torch.Tensor) -> float:
+        found = solver.solve(weight, moments, scheme, torch.Generator().manual_seed(0))
+        error = weight - formats.dequantize(scheme, trellis.pack(scheme, found.trellis), 64)
+        return (error @ hessian * error).sum().item()
+
+    assert output_error(hessian) < 0.8 * output_error(hessian.diagonal().diag())
+
+
+def test_loss_is_what_the_demand_foretells():
+    weight, hessian = gaussian(128, 128), moments(128, 2000)
+    hessian += 0.2 * hessian.diagonal().mean() * torch.eye(128)
+    demand = solver.demand(weight, hessian, 1.0)
+    for bits in (1, 2, 3, 4):
+        scheme = TrellisScheme(bits=bits)
+        found = solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(0))
+        error = weight - formats.dequantize(scheme, trellis.pack(scheme, found.trellis), 128)
+        assert (error @ hessian * error).sum().item() == pytest.approx(demand.loss * solver._ERRORS[bits], rel=0.15)
+
+
+def test_signs_come_from_the_generator_alone():
+    weight, hessian, scheme = gaussian(32, 32), moments(32), TrellisScheme()
+    first, again, other = (
+        solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(seed)).trellis for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert not torch.equal(first.su.sign(), other.su.sign())
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(32, 32), torch.eye(32), gaussian(32, 32) * 1e-4], ids=str)
+def test_strange_weights_have_finite_codes(weight: torch.Tensor):
+    scheme = TrellisScheme(bits=3)
+    found = solver.solve(weight, torch.eye(32), scheme, torch.Generator().manual_seed(0))
+    dense = formats.dequantize(scheme, trellis.pack(scheme, found.trellis), 32)
+    assert dense.isfinite().all()
+    assert (dense - weight).norm() <= 0.25 * weight.norm() + 1e-6
+
+
+def test_bits_go_where_they_pay_and_stay_in_the_budget():
+    scheme = TrellisScheme(bits=1)
+    demands = [solver.Demand((32, 32), 1.0), solver.Demand((32, 32), 30.0), solver.Demand((64, 64), 1.0)]
+    weights = 2 * 32 * 32 + 64 * 64
+    overhead = 16 * (4 * 32 + 2 * 64)
+
+    def losses(widths: tuple[int, ...]) -> float:
+        return sum(one.loss * solver._ERRORS[width] for one, width in zip(demands, widths, strict=True))
+
+    def bits(widths: tuple[int, ...]) -> int:
+        return overhead + sum(one.shape[0] * one.shape[1] * width for one, width in zip(demands, widths, strict=True))
+
+    for target in (1.4, 1.75, 2.0, 2.6, 4.0):
+        budget = target * weights + overhead
+        found = tuple(one.bits for one in solver.allocate(demands, scheme, budget))
+        assert bits(found) <= budget
+        possible = [w for w in itertools.product((1, 2, 3, 4), repeat=3) if bits(w) <= budget]
+        assert losses(found) <= 1.5 * min(map(losses, possible))
+    assert found == (4, 4, 4)

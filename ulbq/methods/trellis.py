@@ -1,0 +1,114 @@
+"""Trellis-coded weights (QTIP, https://arxiv.org/abs/2406.11235), solved layer by layer, no training.
+
+Each layer's weight is moved between two Hadamard transforms, where its elements look like Gaussian noise, and coded
+there in tiles, errors made good in later tiles by the second moments of the layer's inputs in the quantized model.
+Beyond the paper, every token counts by its relative error, and rows are scaled so that their common error is least.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
+
+import torch
+
+from ulbq import formats
+from ulbq.config.methods import MethodOptions, TrellisOptions
+from ulbq.formats import AnyScheme, trellis
+from ulbq.formats.trellis import TrellisScheme
+from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
+from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
+from ulbq.solvers.hessian import HessianSum, output_cost
+from ulbq.solvers.trellis import Demand, allocate, demand, solve
+
+
+class TrellisMethod:
+    """Trellis codes with errors made good in later tiles.
+
+    Args:
+        options: bits, states and the rest.
+    """
+
+    name: ClassVar[str] = "trellis"
+    Options: ClassVar[type[MethodOptions]] = TrellisOptions
+
+    def __init__(self, options: TrellisOptions, widths: Mapping[str, int] | None = None) -> None:
+        self.options = options
+        self.scheme = TrellisScheme(bits=options.bits, state_bits=options.state_bits)
+        budget = options.target_bits is not None
+        self._widths = widths
+        self.needs = Needs(
+            full_precision=False,
+            searches=True,
+            hessians="sequence" if options.true_sequential and not budget else "block",
+            saliency=options.saliency if budget and options.saliency != "none" else None,
+            survey=budget,
+            target_bits=options.target_bits,
+            end_to_end=options.end_to_end_settings(),
+            continues=options.end_to_end != "none",
+        )
+
+    @classmethod
+    def from_options(cls, options: TrellisOptions, group_size: int) -> Self:
+        """The method that a request asks for."""
+        return cls(options)
+
+    def survey_block(self, task: BlockTask) -> dict[str, Demand]:
+        """What bits would do for each layer of a block, by the layer's full name."""
+        found: dict[str, Demand] = {}
+
+        def look(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
+            hessian = self._hessian(inputs)
+            for linear in linears:
+                weight = task.weight(linear)
+                scores = None if task.saliency is None else task.saliency[linear]
+                cost = output_cost(weight, hessian, inputs.tokens, scores)
+                found[task.prefix + linear] = demand(weight, hessian, cost, self.options.damping)
+            return {}
+
+        solve_in_sequence(task, look, one_by_one=False, weighting=self.options.token_weighting)
+        return found
+
+    def decide(self, surveys: Mapping[str, Demand]) -> dict[str, torch.Tensor]:
+        """Bits of all layers, those of one budget given out among them."""
+        weights = sum(rows * columns for rows, columns in (one.shape for one in surveys.values()))
+        schemes = allocate(list(surveys.values()), self.scheme, (self.options.target_bits or 0.0) * weights)
+        return {f"{name}.bits": torch.tensor(scheme.bits) for name, scheme in zip(surveys, schemes, strict=True)}
+
+    def decided(self, decisions: Mapping[str, torch.Tensor]) -> Self:
+        """The method with these bits."""
+        widths = {name.removesuffix(".bits"): int(bits) for name, bits in decisions.items() if name.endswith(".bits")}
+        return type(self)(self.options, widths)
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        """Quantize one block from the inputs of its layers."""
+        packed: dict[str, Packed] = {}
+        schemes: dict[str, AnyScheme] = {}
+        notes: list[tuple[str, str]] = []
+
+        def solve_layers(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
+            hessian, made = self._hessian(inputs), {}
+            if inputs.tokens < FEWEST_TOKENS * len(hessian):
+                notes.append((", ".join(linears), f"{inputs.tokens} tokens are too few for {len(hessian)} columns."))
+            for linear in linears:
+                weight = task.weight(linear)
+                generator = torch.Generator().manual_seed(task.seed ^ zlib.crc32(linear.encode()))
+                scheme = schemes[linear] = self._scheme(task.prefix + linear)
+                found = solve(weight, hessian, scheme, generator, self.options.damping)
+                packed[linear] = trellis.pack(scheme, found.trellis)
+                made[linear] = formats.dequantize(scheme, packed[linear], weight.shape[1])
+            return made
+
+        solve_in_sequence(
+            task, solve_layers, one_by_one=self.options.true_sequential, weighting=self.options.token_weighting
+        )
+        ordered = {linear: packed[linear] for linear in task.linears}
+        return BlockResult(ordered, schemes=schemes if self._widths else {}, notes=tuple(notes))
+
+    def _scheme(self, layer: str) -> TrellisScheme:
+        """How a layer is stored, by its full name."""
+        return self.scheme if self._widths is None else self.scheme.model_copy(update={"bits": self._widths[layer]})
+
+    def _hessian(self, inputs: HessianSum) -> torch.Tensor:
+        """Second moments; where there are too few tokens, of columns that know nothing of each other."""
+        hessian = inputs.matrix
+        return hessian.diagonal().diag() if inputs.tokens < FEWEST_TOKENS * len(hessian) else hessian
