@@ -202,7 +202,7 @@ class TestRefusals:
             load(artifact, config=config)
 
     def test_a_format_of_the_future(self, artifact: Path) -> None:
-        configure(artifact, layers={}, format="trellis")
+        configure(artifact, layers={}, format="wavelet")
         with pytest.raises(InputError, match="does not know"):
             load(artifact)
 
