@@ -213,7 +213,7 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
     ("changes", "words"),
     [
         ({"target_bits": 2.0}, "leaves nothing"),
-        ({"target_bits": 2.1}, "codebooks included"),
+        ({"target_bits": 2.1}, "codebooks and scales included"),
         ({"target_bits": 3.4, "outlier_bits": 0.95, "allocation": "outlier"}, "for outliers"),
         ({"target_bits": 9.0}, "codes of 4 bits"),
         ({"target_bits": 4.5, "bits": 4}, "none is wider"),

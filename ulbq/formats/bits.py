@@ -58,6 +58,10 @@ class BaseScheme(BaseModel):
         """Whether a dense weight can stand for the layer."""
         return True
 
+    def unsupported_reason(self, out_features: int, in_features: int) -> str | None:
+        """Why a matrix of this shape cannot be stored, as the end of a sentence; None where it can."""
+        return None
+
 
 @dataclass(frozen=True)
 class Format:

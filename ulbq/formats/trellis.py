@@ -23,7 +23,7 @@ about 1. ``L = 16`` with multiplier 0x83DCD12D is what EXL3 calls ``mul1``. Stor
 import functools
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 
@@ -63,10 +63,21 @@ class TrellisScheme(BaseScheme):
         """Short name, as in ``t2s12``."""
         return f"t{self.bits}s{self.state_bits}"
 
+    @property
+    def nominal(self) -> Self:
+        """The scheme without the bits of one matrix: what matrices of one model have in common."""
+        return type(self)(state_bits=self.state_bits)
+
+    def unsupported_reason(self, out_features: int, in_features: int) -> str | None:
+        """Why a matrix of this shape cannot be stored, as the end of a sentence; None where it can."""
+        if out_features % TILE or in_features % TILE:
+            return f"{out_features} × {in_features} weights cannot be cut into tiles of {TILE} × {TILE}"
+        return None
+
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Names, dtypes and shapes of the stored tensors of one matrix. ValueError where tiles do not fit."""
-        if out_features % TILE or in_features % TILE:
-            raise ValueError(f"a matrix of {out_features} × {in_features} cannot be cut into tiles of {TILE} × {TILE}")
+        if failed := self.unsupported_reason(out_features, in_features):
+            raise ValueError(failed)
         tiles = (in_features // TILE, out_features // TILE, LENGTH * self.bits // 8)
         return {
             "codes": TensorSpec(dtype="uint8", shape=tiles, role="codes"),

@@ -110,7 +110,7 @@ class Start:
                 f"'{source.given}' is quantized already, and this method does not go on from what is.",
                 hint=f"Give the full-precision model it was made from{f': {source.parent}' if source.parent else ''}.",
             )
-        others = {found for found in source.packed.values() if found.nominal != scheme}
+        others = {found for found in source.packed.values() if found.nominal != scheme.nominal}
         if others:
             found = min(others, key=str)
             raise InputError(

@@ -22,7 +22,6 @@ from ulbq.config.quantize import (
 from ulbq.data.calibration import check_calibration
 from ulbq.data.instructions import check_training_text
 from ulbq.errors import InputError, UsageError
-from ulbq.formats import CodebookScheme
 from ulbq.methods import METHODS
 from ulbq.methods.base import Method, Needs
 from ulbq.models.blocks import Linear, ModelStructure, check_group, check_group_size, skeleton, structure
@@ -177,7 +176,11 @@ def _check_model(
     check_complete(source, model)
     if method.Options.calibrated:
         check_length(model, run.sequence_length)
-    _check_targets(method, [linear for block in found.linears for linear in block])
+    layers = [linear for block in found.linears for linear in block]
+    for layer in layers:
+        if reason := method.scheme.unsupported_reason(layer.out_features, layer.in_features):
+            raise InputError(f"'{layer.name}': {reason}.", hint="Take a method with another format, as gptq.")
+    _check_targets(method, layers)
     if method.needs.target_bits is not None:
         _check_target_bits(run, method, found)
 
@@ -298,10 +301,10 @@ def _check_target_bits(run: Quantization, method: Method, found: ModelStructure)
         outliers = f" and {reserved:g} for outliers" if reserved else ""
         raise UsageError(
             f"`target_bits={target:g}` is less than the {least:.2f} bits that codes of {run.record.bits} bits take in "
-            f"this model, codebooks included{outliers}.",
+            f"this model, codebooks and scales included{outliers}.",
             hint=f"Give at least {least + reserved + 0.01:.2f}.",
         )
-    most = scheme_bits(CodebookScheme(bits=4), whole)
+    most = scheme_bits(method.scheme.model_copy(update={"bits": 4}), whole)
     if target - reserved > most:
         raise UsageError(
             f"`target_bits={target:g}` is more than the {most:.2f} bits that codes of 4 bits take in this model.",

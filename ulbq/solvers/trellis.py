@@ -21,10 +21,10 @@ from ulbq.solvers.hessian import HessianFactor, factorize
 _BEST_SCALE = {1: 1.1, 2: 0.96, 3: 0.91, 4: 0.88}
 """Standard deviation of what is coded, by the bits: the values of the states have 1, and a Gaussian's error is least
 there (``benchmarks/trellis_codes.py``)."""
-_ERRORS = {1: 0.33, 2: 0.0724, 3: 0.0188, 4: 0.0050}
+_ERRORS = {1: 0.33, 2: 0.0724, 3: 0.0187, 4: 0.0052}
 """Mean squared error of a Gaussian of variance 1, by the bits, with states of 12 bits (the same script). A single bit's
-is 0.28; what it hands on to later tiles, which are coded too, adds a sixth. With states of 16 bits all are a few percent
-less, which changes no allocation."""
+is 0.28; what it hands on to later tiles, which are coded too, adds a sixth. With states of 16 bits all are a few
+percent less, which changes no allocation."""
 _TINY = 1e-12
 _SEQUENCES_AT_ONCE = 64
 """Of the search with torch, whose costs and back pointers are this many times as large."""
