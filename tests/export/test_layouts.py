@@ -8,7 +8,7 @@ from tests.models.stored import pack_some
 from ulbq import formats
 from ulbq.export import gguf_blocks
 from ulbq.export.targets import compressed_tensors, gptq
-from ulbq.formats import AffineScheme, DualBinaryScheme, affine
+from ulbq.formats import AffineScheme, DualBinaryScheme, TrellisScheme, affine
 
 WIDTHS = [2, 3, 4, 8]
 
@@ -122,8 +122,13 @@ def test_offsets_that_are_float16_go_into_q4_1() -> None:
 
 @pytest.mark.parametrize(
     "scheme",
-    [AffineScheme(bits=8, group_size=32), AffineScheme(bits=4, group_size=16), DualBinaryScheme(group_size=32)],
+    [
+        AffineScheme(bits=8, group_size=32),
+        AffineScheme(bits=4, group_size=16),
+        DualBinaryScheme(group_size=32),
+        TrellisScheme(),
+    ],
 )
-def test_no_gguf_type_holds_these(scheme: AffineScheme | DualBinaryScheme) -> None:
+def test_no_gguf_type_holds_these(scheme: AffineScheme | DualBinaryScheme | TrellisScheme) -> None:
     torch.manual_seed(0)
     assert gguf_blocks.encode(scheme, pack_some(scheme, 64, 128), 128) is None

@@ -15,7 +15,16 @@ from ulbq.artifacts import (
     QuantizedManifest,
 )
 from ulbq.artifacts.shards import write_index, write_shard
-from ulbq.formats import AnyScheme, BinaryMosScheme, DualBinaryScheme, affine, binary_mos, dual_binary
+from ulbq.formats import (
+    AnyScheme,
+    BinaryMosScheme,
+    DualBinaryScheme,
+    TrellisScheme,
+    affine,
+    binary_mos,
+    dual_binary,
+    trellis,
+)
 from ulbq.models.adapter_files import ADAPTER_FOLDER, write_adapter
 from ulbq.models.blocks import skeleton, structure
 from ulbq.models.source import ModelSource
@@ -35,6 +44,11 @@ def pack_some(scheme: AnyScheme, out_features: int, in_features: int) -> dict[st
         router = torch.randn(experts, in_features) if experts > 1 else None
         shift = {"none": None, "output": torch.randn(out_features) / 9, "input": torch.randn(in_features) / 9}
         return binary_mos.pack(scheme, signs, inner, outer, router, shift[scheme.zeros])
+    if isinstance(scheme, TrellisScheme):
+        sequences = torch.randint(0, 2**scheme.bits, (in_features // 16, out_features // 16, 256), dtype=torch.uint8)
+        return trellis.pack(
+            scheme, trellis.Trellis(sequences, torch.randn(in_features), 0.1 * torch.randn(out_features))
+        )
     codes = torch.randint(0, 2**scheme.bits, (out_features, in_features))
     zeros = None if scheme.symmetric else torch.randint(0, 2**scheme.bits, (out_features, groups))
     return affine.pack(scheme, codes, scales, zeros)

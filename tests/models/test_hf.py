@@ -19,7 +19,7 @@ from tests.pipeline.runs import request
 from ulbq.artifacts.manifest import MANIFEST_NAME, read_manifest
 from ulbq.config.adapter import AdapterConfig
 from ulbq.errors import InputError, UsageError
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, TrellisScheme
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
 from ulbq.nn.quant_linear import QuantLinear
@@ -34,6 +34,7 @@ SCHEMES: list[AnyScheme] = [
     DualBinaryScheme(group_size=32),
     BinaryMosScheme(experts=1, zeros="input"),
     BinaryMosScheme(experts=4),
+    TrellisScheme(bits=3),
 ]
 
 
@@ -201,7 +202,7 @@ class TestRefusals:
             load(artifact, config=config)
 
     def test_a_format_of_the_future(self, artifact: Path) -> None:
-        configure(artifact, layers={}, format="trellis")
+        configure(artifact, layers={}, format="wavelet")
         with pytest.raises(InputError, match="does not know"):
             load(artifact)
 

@@ -16,7 +16,7 @@ from ulbq.artifacts import (
     QuantizedManifest,
 )
 from ulbq.errors import InputError
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, TrellisScheme
 from ulbq.models.blocks import load_block, skeleton, structure
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
@@ -28,6 +28,7 @@ _SCHEMES = [
     AffineScheme(bits=2, group_size=-1, symmetric=True),
     DualBinaryScheme(group_size=16),
     BinaryMosScheme(experts=1, zeros="input"),
+    TrellisScheme(bits=2),
 ]
 
 
@@ -122,7 +123,7 @@ class TestPacked:
 
     def test_unknown_format_is_refused(self, parent: ModelSource, tmp_path: Path) -> None:
         names = [linear.name for linears in structure(skeleton(parent)).linears for linear in linears]
-        records = [LayerRecord(name=n, shape=(1, 1), scheme={"format": "trellis"}, bits={}, error=0.0) for n in names]
+        records = [LayerRecord(name=n, shape=(1, 1), scheme={"format": "wavelet"}, bits={}, error=0.0) for n in names]
         source = resolve(write_quantized(parent, tmp_path / "q", _SCHEMES[0], layers=tuple(records)))
         with pytest.raises(InputError, match="does not know"):
             load_model(source, dtype=torch.float32)

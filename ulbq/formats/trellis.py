@@ -182,7 +182,7 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     if not is_mixed(x.shape[-1]):
         return x
     blocks = x.unflatten(-1, (-1, block_width(x.shape[-1])))
-    mixed: torch.Tensor = _hartley(blocks.shape[-2]).to(x) @ blocks
+    mixed: torch.Tensor = hartley(blocks.shape[-2]).to(x) @ blocks
     return mixed.flatten(-2)
 
 
@@ -192,7 +192,7 @@ def is_mixed(width: int) -> bool:
 
 
 @functools.cache
-def _hartley(count: int) -> torch.Tensor:
+def hartley(count: int) -> torch.Tensor:
     """``[n, n]`` ``(cos 2πij/n + sin 2πij/n)/√n``, float64: symmetric and orthogonal. Not to be written to."""
     index = torch.arange(count, dtype=torch.float64)
     angles = torch.outer(index, index) % count * (2 * math.pi / count)

@@ -60,7 +60,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_rotary": (*_PLACED, _AT, _AT, *(_LONG,) * 5, _INT, *_PLACED, _INT),
     "ulbq_multiply_trellis": (*_TRELLIS, _AT, _LONG, _INT, _AT, _INT),
     "ulbq_widen_trellis": (*_TRELLIS, _LONG, _LONG, _AT, _INT, _INT),
-    "ulbq_turn": (_AT, _INT, _LONG, _LONG, _LONG, _AT, _AT, _AT, _INT, _INT),
+    "ulbq_turn": (_AT, _INT, _LONG, _LONG, _LONG, _AT, _AT, _AT, _AT, _INT, _INT),
     "ulbq_gate": (_AT, _AT, _LONG, _AT, _INT, _INT),
     "ulbq_gate_back": (_AT, _AT, _AT, _LONG, _AT, _AT, _INT, _INT),
 }

@@ -3,6 +3,7 @@
 The stored tensors are read as they are. Between the two transforms everything is float32.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,21 +39,21 @@ def turn(
         before, after: ``[n]`` float16; ones where not given.
     """
     x = x.contiguous()
-    if trellis.is_mixed(x.shape[1]):
-        return trellis_launch.mix(_turn(x, torch.float32, before, None), dtype, after)
-    return _turn(x, dtype, before, after)
-
-
-def _turn(x: torch.Tensor, dtype: torch.dtype, before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor:
     result = torch.empty_like(x, dtype=dtype)
     threads = torch.get_num_threads() if x.numel() > _WORTH_A_THREAD_TURNING else 1
-    vectors = (None if vector is None else vector.data_ptr() for vector in (before, after))
     width = x.shape[1]
+    vectors = (None if one is None else one.data_ptr() for one in (_mixing(width), before, after))
     library().ulbq_turn(
         x.data_ptr(), FLOATS[x.dtype], len(x), width, trellis.block_width(width), *vectors, result.data_ptr(),
         FLOATS[dtype], threads,
     )  # fmt: skip
     return result
+
+
+@functools.cache
+def _mixing(width: int) -> torch.Tensor | None:
+    """What mixes the Hadamard blocks of a dimension, float32 ``[n, n]``; None where they stay apart."""
+    return trellis.hartley(width // trellis.block_width(width)).float() if trellis.is_mixed(width) else None
 
 
 def multiply(
@@ -77,7 +78,10 @@ def input_gradient(
 def weight(
     scheme: TrellisScheme, codes: torch.Tensor, su: torch.Tensor, sv: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The dense weight ``[out, in]``, bit for bit that of :func:`ulbq.formats.dequantize`."""
+    """The dense weight ``[out, in]``.
+
+    Bit for bit that of :func:`ulbq.formats.dequantize`, save where transforms mix blocks: sums have another order there.
+    """
     halfway = turn(inner_matrix(scheme, codes, torch.float32)).T
     turned: torch.Tensor = turn(halfway).T
     return turned.mul_(su).mul_(sv.unsqueeze(1)).to(dtype)

@@ -515,6 +515,19 @@ inline void hadamard(float* block, int64_t width) {
     for (int64_t i = 0; i < count; ++i) _mm512_storeu_ps(block + 16 * i, lane[i]);
 }
 
+// Each of `count` blocks becomes a sum of all, weighted by a row of `mix`.
+inline void mix_blocks(const float* mix, const float* blocks, int64_t count, int64_t block, float* to) {
+    for (int64_t i = 0; i < count; ++i) {
+        for (int64_t at = 0; at < block; at += 16) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t j = 0; j < count; ++j) {
+                sum = _mm512_fmadd_ps(all(mix[i * count + j]), _mm512_load_ps(blocks + j * block + at), sum);
+            }
+            _mm512_store_ps(to + i * block + at, sum);
+        }
+    }
+}
+
 }  // namespace ulbq::trellis
 
 using namespace ulbq;
@@ -538,26 +551,32 @@ extern "C" void ulbq_widen_trellis(const uint8_t* codes, int bits, int state_bit
     });
 }
 
-// to [rows][width] = (x * before) · H * after, H the normalised Hadamard matrix of each `block` columns. Either vector of
-// float16 may be null.
-extern "C" void ulbq_turn(const void* x, int type, int64_t rows, int64_t width, int64_t block, const uint16_t* before,
-                          const uint16_t* after, void* to, int to_type, int threads) {
+// to [rows][width] = (x * before) · H * after, H the normalised Hadamard matrix of each `block` columns; with `mix`
+// [width / block][width / block], the blocks are mixed by it, too. Either vector of float16 may be null.
+extern "C" void ulbq_turn(const void* x, int type, int64_t rows, int64_t width, int64_t block, const float* mix,
+                          const uint16_t* before, const uint16_t* after, void* to, int to_type, int threads) {
     const __m512 norm = all(1.0f / std::sqrt(static_cast<float>(block)));
+    const int64_t span = mix ? width : block;
     by_type(type, [&](auto from) {
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-        for (int64_t row = 0; row < rows; ++row) {
-            for (int64_t begin = 0; begin < width; begin += block) {
-                float values[128];
-                for (int64_t at = 0; at < block; at += 16) {
-                    __m512 some = load_floats(x, decltype(from)::value, row * width + begin + at, 0xffff);
-                    if (before) some = _mm512_mul_ps(some, load_floats(before, kFloat16, begin + at, 0xffff));
-                    _mm512_storeu_ps(values + at, some);
-                }
-                hadamard(values, block);
-                for (int64_t at = 0; at < block; at += 16) {
-                    __m512 some = _mm512_mul_ps(_mm512_loadu_ps(values + at), norm);
-                    if (after) some = _mm512_mul_ps(some, load_floats(after, kFloat16, begin + at, 0xffff));
-                    store_floats(to, to_type, row * width + begin + at, 0xffff, some);
+#pragma omp parallel num_threads(threads)
+        {
+            const Buffer<float> turned = buffer<float>(span), mixed = buffer<float>(mix ? span : 0);
+            const float* result = mix ? mixed.get() : turned.get();
+#pragma omp for schedule(static) collapse(2)
+            for (int64_t row = 0; row < rows; ++row) {
+                for (int64_t begin = 0; begin < width; begin += span) {
+                    for (int64_t at = 0; at < span; at += 16) {
+                        __m512 some = load_floats(x, decltype(from)::value, row * width + begin + at, 0xffff);
+                        if (before) some = _mm512_mul_ps(some, load_floats(before, kFloat16, begin + at, 0xffff));
+                        _mm512_store_ps(turned.get() + at, some);
+                    }
+                    for (int64_t at = 0; at < span; at += block) hadamard(turned.get() + at, block);
+                    if (mix) mix_blocks(mix, turned.get(), width / block, block, mixed.get());
+                    for (int64_t at = 0; at < span; at += 16) {
+                        __m512 some = _mm512_mul_ps(_mm512_load_ps(result + at), norm);
+                        if (after) some = _mm512_mul_ps(some, load_floats(after, kFloat16, begin + at, 0xffff));
+                        store_floats(to, to_type, row * width + begin + at, 0xffff, some);
+                    }
                 }
             }
         }
