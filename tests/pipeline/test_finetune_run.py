@@ -20,7 +20,7 @@ from ulbq.artifacts.whole import verify
 from ulbq.commands.app import main
 from ulbq.config.convert import ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
-from ulbq.data.lessons import draw_lessons
+from ulbq.data.examples import draw_examples
 from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
 from ulbq.finetuning.checkpoint import Checkpoint
 from ulbq.finetuning.student import Student
@@ -87,10 +87,10 @@ def job(source: Path, folder: Path, out: Path, task: str = "instructions", **cha
 
 
 def reloaded_loss(out: Path, made_by: FinetuneJob) -> float:
-    """Of the held-out lessons, by the artifact read anew."""
+    """Of the held-out examples, by the artifact read anew."""
     request = made_by.request
     source = resolve(str(out), offline=True)
-    lessons = draw_lessons(
+    drawn = draw_examples(
         request.data or (),
         source.tokenizer(),
         template=request.template,
@@ -104,7 +104,7 @@ def reloaded_loss(out: Path, made_by: FinetuneJob) -> float:
     )
     model = load_model(source, dtype=torch.float32)
     assert sum(isinstance(layer, QuantLinear) for layer in model.modules()) == 21
-    examples = finetune_run.examples_of(lessons, source)
+    examples = finetune_run.examples_of(drawn, source)
     student = Student(model, block_list(model)[1], Precision(torch.device("cpu"), torch.float32))
     named: dict[str, Any] = {"schedule": task_rate_factor, "seeds": int, "folder": out}
     with Silent().phase("evaluation") as bar:

@@ -35,7 +35,9 @@ class FinetuneForm(BaseModel):
         Count,
         Option("Passes over the samples.", HOW, "N", default="the task's; of end-to-end 1", primary=True),
     ] = 3
-    batch_size: Annotated[Count, Option("Samples a step.", HOW, "N", default="the task's", primary=True)] = 16
+    batch_size: Annotated[
+        Count, Option("Samples a step.", HOW, "N", default="the task's; of end-to-end 2", primary=True)
+    ] = 16
     micro_batch: Annotated[
         Count, Option("Samples that run at once; a step adds up several.", HOW, "N", default="4")
     ] = 4
@@ -124,7 +126,7 @@ class FinetuneSettings(FinetuneForm):
         return self
 
     @property
-    def taught(self) -> bool:
+    def needs_teacher(self) -> bool:
         """Whether a teacher is needed."""
         return self.loss != "ce"
 

@@ -139,7 +139,7 @@ class Trainer:
         batch = self._examples.batch(indices)
         states, hidden = student.run(batch.tokens, hidden=settings.loss == "kl-hidden", adapted=adapted)
         batch = batch.to(states.device)
-        targets = self._targets(indices) if settings.taught else None
+        targets = self._targets(indices) if settings.needs_teacher else None
         states, following = states.flatten(0, 1), batch.following.flatten()
 
         def terms(states: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -85,7 +85,7 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
     settings = job.method.needs.end_to_end
     if settings is None:
         raise ValueError("there is no end-to-end phase")
-    phase = _Phase(job, writer, progress, settings, Examples(text.tokens, job.text_samples, text.taught))
+    phase = _Phase(job, writer, progress, settings, Examples(text.tokens, job.text_samples, text.mask))
     phase.after.blocks.mkdir(exist_ok=True)
     last = latest(writer)
     if last is None or not phase.over or (last.best[0] and not phase.tuned):
@@ -99,7 +99,7 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
 def _train(phase: _Phase) -> Checkpoint:
     """Train what is left, and write the tuned blocks where any epoch was better than the start."""
     job, settings, writer = phase.job, phase.settings, phase.writer
-    teacher = None if phase.over or not settings.taught else _teacher(phase)
+    teacher = None if phase.over or not settings.needs_teacher else _teacher(phase)
     student = build_student(job, phase.before, train=settings.train, checkpointing=settings.checkpointing)
     folder = writer.scratch / "end-to-end"
     folder.mkdir(exist_ok=True)
