@@ -29,7 +29,7 @@ from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.finetune_run import examples_of
 from ulbq.progress import Silent
-from ulbq.training.optimizer import task_rate_factor
+from ulbq.training.optimizer import task_lr_factor
 from ulbq.training.precision import Precision
 
 TASKS = ("gsm8k", "arithmetic")
@@ -101,7 +101,7 @@ def reloaded(out: Path) -> dict[str, Any]:
     packed = sum(isinstance(layer, QuantLinear) for layer in model.modules())
     student, examples = Student(model, block_list(model)[1], precision), examples_of(drawn, source)
     settings = FinetuneSettings(micro_batch=request["micro_batch"])
-    trainer = Trainer(student, None, examples, settings, schedule=task_rate_factor, seeds=int, folder=out)
+    trainer = Trainer(student, None, examples, settings, schedule=task_lr_factor, seeds=int, folder=out)
     with Silent().phase("evaluation") as bar:
         return {"reloaded_loss": trainer.evaluate(bar), "packed_layers": packed}
 

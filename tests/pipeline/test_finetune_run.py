@@ -36,7 +36,7 @@ from ulbq.pipeline.finetune_run import finetune
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.tasks import load_task, task_names
 from ulbq.progress import Silent
-from ulbq.training.optimizer import task_rate_factor
+from ulbq.training.optimizer import task_lr_factor
 from ulbq.training.precision import Precision
 
 MADE: dict[str, dict[str, Any]] = {
@@ -106,7 +106,7 @@ def reloaded_loss(out: Path, made_by: FinetuneJob) -> float:
     assert sum(isinstance(layer, QuantLinear) for layer in model.modules()) == 21
     examples = finetune_run.examples_of(drawn, source)
     student = Student(model, block_list(model)[1], Precision(torch.device("cpu"), torch.float32))
-    named: dict[str, Any] = {"schedule": task_rate_factor, "seeds": int, "folder": out}
+    named: dict[str, Any] = {"schedule": task_lr_factor, "seeds": int, "folder": out}
     with Silent().phase("evaluation") as bar:
         return Trainer(student, None, examples, made_by.settings, **named).evaluate(bar)
 

@@ -139,7 +139,7 @@ class FinetuneSettings(FinetuneForm):
         most = self.micro_batch
         return most if self.tokens_at_once is None else max(1, min(most, self.tokens_at_once // length))
 
-    def rates(self) -> dict[Role, float]:
+    def learning_rates(self) -> dict[Role, float]:
         """Learning rates of the roles that train."""
         rates: dict[Role, float] = {
             "weights": self.weight_rate,
@@ -152,7 +152,7 @@ class FinetuneSettings(FinetuneForm):
         }
         return {role: self.rate * rate for role, rate in rates.items() if rate and role in _ROLES[self.train]}
 
-    def decays(self) -> dict[Role, float]:
+    def weight_decays(self) -> dict[Role, float]:
         """Decoupled weight decays by role, towards 0; 0 where a role is not named."""
         return {"scales": self.scale_decay, "adapter": self.adapter_decay}
 

@@ -83,7 +83,7 @@ class TrainSettings(TokenSettings):
         Option("How often a block that got worse starts again at a quarter of the rates.", TRAINING, "N"),
     ] = 2
 
-    def rates(self) -> dict[Role, float]:
+    def learning_rates(self) -> dict[Role, float]:
         """Learning rates by role: AdamW moves a weight about as many grid steps in an update."""
         return {
             "weights": self.weight_rate,
@@ -93,6 +93,6 @@ class TrainSettings(TokenSettings):
             "router": self.router_rate,
         }
 
-    def decays(self) -> dict[Role, float]:
+    def weight_decays(self) -> dict[Role, float]:
         """Decoupled weight decays by role, towards 0; 0 where a role is not named."""
         return {"scales": self.scale_decay, "adapter": self.adapter_decay}

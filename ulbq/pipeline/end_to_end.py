@@ -25,7 +25,7 @@ from ulbq.pipeline.finish import TUNED, layer_record, recorded_schemes
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.student import Folders, build_student, write_tuned
 from ulbq.progress import Progress
-from ulbq.training.optimizer import rate_factor
+from ulbq.training.optimizer import lr_factor
 
 _EXCHANGED = "tuned shards in place"
 
@@ -108,7 +108,7 @@ def _train(phase: _Phase) -> Checkpoint:
         teacher,
         phase.examples,
         settings,
-        schedule=rate_factor,
+        schedule=lr_factor,
         seeds=lambda epoch: job.request.seed + 104729 * epoch,
         folder=folder,
     )

@@ -38,7 +38,7 @@ from ulbq.pipeline.scales import adapter_student, pack_scales, restore_packed, t
 from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
 from ulbq.training.linear import TrainedLinear
-from ulbq.training.optimizer import task_rate_factor
+from ulbq.training.optimizer import task_lr_factor
 
 _CURVE = 1000  # points of a loss curve
 
@@ -161,7 +161,7 @@ def _trainer(job: FinetuneJob, model: PeftModel, folder: Path) -> Trainer:
     student = adapter_student(model, job.precision, checkpointing=job.settings.checkpointing)
     examples = examples_of(job.examples, job.source)
     seeds = partial(operator.add, job.request.seed - 1)
-    trainer = Trainer(student, None, examples, job.settings, schedule=task_rate_factor, seeds=seeds, folder=folder)
+    trainer = Trainer(student, None, examples, job.settings, schedule=task_lr_factor, seeds=seeds, folder=folder)
     trained = sum(parameter.numel() for parameter in trainer.trained)
     if trained != job.plan.parameters:
         raise RuntimeError(f"{trained:,} parameters train, not {job.plan.parameters:,}")
