@@ -83,6 +83,7 @@ def _options() -> Iterator[Case]:
     rtn = (*quantize, "--method", "rtn")
     trained = (*quantize, "--method", "db-llm", "--epochs", "1", *_TEXT)
     claq = (*quantize, "--method", "claq", *_TEXT)
+    coded = (*quantize, "--method", "trellis", *_TEXT)
     tuned = ("finetune", "@affine", "--task", "instructions", "--data", "@rows.jsonl", *_SAID, "-o", "@out")
     score = ("eval", "@affine", "--perplexity", "wikitext2", "--data-dir", "@mirror", "--no-fidelity",
              "--no-parent-scores", "--limit", "1", *_SAID, "-o", "@out")  # fmt: skip
@@ -112,6 +113,8 @@ def _options() -> Iterator[Case]:
         (claq, "--outlier-bits", ("nan", "1e300", "-1", "5")),
         (claq, "--damping", ("nan", "2", "-1", "inf")),
         (claq, "--column-block", ("0", "-1", "99999999999999999999")),
+        (coded, "--target-bits", ("0", "2", "nan", "inf", "1e300", "-2", "16")),
+        (coded, "--state-bits", ("0", "13", "-12", "1e2", "99999999999999999999", "")),
         (tuned, "--rank", ("0", "-1", "99999999999", "1e2")),
         (tuned, "--targets", ("", ",", "nothing", "q_proj,,", "../x", "*", "(" * 50)),
         (tuned, "--dropout", ("1", "2", "nan", "-0.5")),

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("--end-to-end", "ce", "--end-to-end-data", "self", "--end-to-end-samples", "2"),
     ),
     "codebook": (*_QUANTIZE, "claq", "--target-bits", "3.2", "--outlier-bits", "0.05", *_TEXT),
+    "trellis": (*_QUANTIZE, "trellis", "--target-bits", "2.8", "--end-to-end", "ce", *_TEXT),
     "binary-mos": (*_QUANTIZE, "binary-mos", "--epochs", "1", *_TEXT, "--fit-temperature"),
     "adapted": (*_QUANTIZE, "apiq", "--group-size", "32", "--rank", "2", "--epochs", "1", *_TEXT),
     "finetuned": (
