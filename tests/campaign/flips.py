@@ -46,6 +46,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "affine": ("inspect", "generate", "convert", "eval", "finetune"),
     "dual_binary": ("inspect", "generate", "quantize on", "convert half"),
     "codebook": ("inspect", "generate", "convert"),
+    "trellis": ("inspect", "generate", "convert"),
     "binary_mos": ("inspect", "generate", "convert half"),
     "adapted": ("inspect", "generate", "convert"),
     "finetuned": ("inspect", "generate"),

@@ -64,6 +64,7 @@ COMMANDS = {
          "--end-to-end-samples", "2")
     ),
     "quantize claq": Command(("quantize", "@dense", *_SHOWN, "--method", "claq", "--target-bits", "3.2", *_TEXT)),
+    "quantize trellis": Command(("quantize", "@dense", *_SHOWN, "--method", "trellis", *_TEXT)),
     "quantize binary-mos": Command(
         ("quantize", "@dense", *_SHOWN, "--method", "binary-mos", "--epochs", "1", *_TEXT, "--fit-temperature")
     ),
@@ -100,6 +101,7 @@ ARTIFACTS = {
     "affine": "quantize rtn",
     "dual_binary": "quantize db-llm, end to end",
     "codebook": "quantize claq",
+    "trellis": "quantize trellis",
     "binary_mos": "quantize binary-mos",
     "adapted": "quantize apiq, self, end to end",
     "saliency": "saliency",
