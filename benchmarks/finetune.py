@@ -20,7 +20,7 @@ import torch
 
 from ulbq import runtime
 from ulbq.config.finetuning import FinetuneSettings
-from ulbq.data.lessons import draw_lessons
+from ulbq.data.examples import draw_examples
 from ulbq.finetuning.student import Student
 from ulbq.finetuning.trainer import Trainer
 from ulbq.models.blocks import block_list
@@ -29,7 +29,7 @@ from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.finetune_run import examples_of
 from ulbq.progress import Silent
-from ulbq.training.optimizer import task_rate_factor
+from ulbq.training.optimizer import task_lr_factor
 from ulbq.training.precision import Precision
 
 TASKS = ("gsm8k", "arithmetic")
@@ -82,7 +82,7 @@ def reloaded(out: Path) -> dict[str, Any]:
     source = resolve(str(out), offline=True)
     manifest = json.loads((out / "manifest.json").read_text())
     request, learnt = manifest["request"], manifest["finetune"]
-    lessons = draw_lessons(
+    drawn = draw_examples(
         learnt["data"]["sources"],
         source.tokenizer(),
         template=learnt["template"],
@@ -94,14 +94,14 @@ def reloaded(out: Path) -> dict[str, Any]:
         offline=True,
         progress=Silent(),
     )
-    if lessons.sha256 != learnt["data"]["sha256"]:
+    if drawn.sha256 != learnt["data"]["sha256"]:
         raise SystemExit("the data has changed")
     precision = Precision.choose(torch.device("cpu"), request["precision"])
     model = load_model(source, dtype=precision.dtype)
     packed = sum(isinstance(layer, QuantLinear) for layer in model.modules())
-    student, examples = Student(model, block_list(model)[1], precision), examples_of(lessons, source)
+    student, examples = Student(model, block_list(model)[1], precision), examples_of(drawn, source)
     settings = FinetuneSettings(micro_batch=request["micro_batch"])
-    trainer = Trainer(student, None, examples, settings, schedule=task_rate_factor, seeds=int, folder=out)
+    trainer = Trainer(student, None, examples, settings, schedule=task_lr_factor, seeds=int, folder=out)
     with Silent().phase("evaluation") as bar:
         return {"reloaded_loss": trainer.evaluate(bar), "packed_layers": packed}
 

@@ -23,7 +23,7 @@ from ulbq.pipeline.quantization_plan import prepare
 from ulbq.pipeline.student import Folders, build_student
 from ulbq.progress import Silent
 from ulbq.runtime import calm_threads, versions
-from ulbq.training.optimizer import rate_factor
+from ulbq.training.optimizer import lr_factor
 
 
 def main() -> None:
@@ -43,11 +43,11 @@ def main() -> None:
     settings = job.method.needs.end_to_end
     assert settings is not None
     text = load_calibration(options.artifact / CALIBRATION_FILE)
-    examples = Examples(text.tokens, job.text_samples, text.taught)
+    examples = Examples(text.tokens, job.text_samples, text.mask)
     with tempfile.TemporaryDirectory() as scratch:
         folders = Folders(options.artifact, Path(scratch))
         student = build_student(job, folders, train=settings.train, checkpointing=settings.checkpointing)
-        named = {"schedule": rate_factor, "seeds": int, "folder": Path(scratch)}
+        named = {"schedule": lr_factor, "seeds": int, "folder": Path(scratch)}
         with Silent().phase("evaluation") as bar:
             stored = Trainer(student, None, examples, settings, **named).evaluate(bar)
     trained = manifest.end_to_end.end_error

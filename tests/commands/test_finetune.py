@@ -138,6 +138,13 @@ def test_tasks_are_listed_and_read_from_files(
     assert "no task file" in refused(capsys, 3, str(artifact), "--task", str(tmp_path / "other.yaml"))
 
 
+def test_both_doors_call_the_samples_of_a_step_alike(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(artifact), "--task", "end-to-end", "--batch-size", "3", "--offline", "--dry-run"]
+    assert main(["finetune", *words, "--data", "self", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["request"]["accumulation"] == 3
+    assert "--accumulation and --batch-size are one setting" in refused(capsys, 2, *words, "--accumulation", "3")
+
+
 def test_errors_name_the_options_of_this_command(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (str(artifact), "--task", "end-to-end", "--offline", "--dry-run")
     said = " ".join(refused(capsys, 2, *words, "--loss", "kl-hidden", "--teacher", "cached").split())

@@ -11,7 +11,7 @@ from tests.data.byte_tokenizer import ByteTokenizer
 from tests.data.conftest import text_rows, write_jsonl
 from tests.models.tiny import tiny_tokenizer
 from ulbq.data.calibration import Calibration, calibration_samples, load_calibration, save_calibration
-from ulbq.data.instructions import training_text
+from ulbq.data.examples import training_text
 from ulbq.errors import InputError, UsageError
 from ulbq.progress import Silent
 
@@ -46,8 +46,8 @@ def read(path: Path | str, tokenizer: Any = BYTES, **changes: Any) -> Calibratio
 
 def parts(found: Calibration, row: int = 0) -> tuple[list[int], list[int]]:
     """Tokens before the end that are not learnt, and those that are."""
-    assert found.taught is not None
-    taught = found.taught[row]
+    assert found.mask is not None
+    taught = found.mask[row]
     end = int(taught.nonzero().max()) + 1
     return found.tokens[row, :end][~taught[:end]].tolist(), found.tokens[row][taught].tolist()
 
@@ -107,13 +107,13 @@ def test_a_template_that_writes_earlier_turns_anew_is_refused(tmp_path: Path) ->
 
 def test_what_is_behind_an_answer_is_filled_up_and_not_learnt(tmp_path: Path) -> None:
     found = read(write_jsonl(tmp_path / "a.jsonl", [PAIR, {**PAIR, "output": "3"}]), samples=2)
-    assert found.taught is not None
-    assert found.tokens.shape == found.taught.shape == (2, 400)
-    for tokens, taught in zip(found.tokens, found.taught, strict=True):
+    assert found.mask is not None
+    assert found.tokens.shape == found.mask.shape == (2, 400)
+    for tokens, taught in zip(found.tokens, found.mask, strict=True):
         end = int(taught.nonzero().max()) + 1
         assert (tokens[end:] == BYTES.eos_token_id).all()
         assert tokens[end - 1] == BYTES.eos_token_id
-    assert found.record()["taught_tokens"] == int(found.taught.sum()) == len("It is 3.") + len("3") + 2
+    assert found.record()["taught_tokens"] == int(found.mask.sum()) == len("It is 3.") + len("3") + 2
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_chat_of_many_turns_wants_a_template(tmp_path: Path) -> None:
 def test_a_file_of_texts_is_plain_text(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", text_rows("one two three", "four five six"))
     found = read(path, length=8)
-    assert found.taught is None
+    assert found.mask is None
     assert torch.equal(found.tokens, calibration_samples(str(path), BYTES, samples=1, length=8).tokens)
     with pytest.raises(UsageError, match="plain text"):
         read(path, template="alpaca")
@@ -163,8 +163,8 @@ def test_long_examples_are_cut_or_passed_over_and_that_is_said(tmp_path: Path) -
     heard = Heard()
     rows = write_jsonl(tmp_path / "a.jsonl", [long, {**PAIR, "output": "y" * 500}, long, PAIR])
     found = read(rows, samples=2, progress=heard)
-    assert found.taught is not None
-    assert found.taught.any(1).all()
+    assert found.mask is not None
+    assert found.mask.any(1).all()
     assert len(heard.notes) == 1
     assert "1 of 2 examples are cut at 400 tokens" in heard.notes[0]
     with pytest.raises(InputError, match="holds 2 examples, not 3; 2 more have their answer behind 400 tokens"):
@@ -200,17 +200,17 @@ def test_sets_are_found_by_name_and_by_folder(tmp_path: Path) -> None:
 
 def test_what_is_learnt_is_saved_and_hashed_with_the_tokens(tmp_path: Path) -> None:
     found = read(write_jsonl(tmp_path / "a.jsonl", [PAIR, PAIR]), samples=2)
-    assert found.taught is not None
+    assert found.mask is not None
     assert Calibration(found.name, found.tokens, 0).sha256 != found.sha256
     path = tmp_path / "samples.safetensors"
     save_calibration(path, found)
     again = load_calibration(path)
-    assert again.taught is not None
-    assert torch.equal(again.taught, found.taught)
+    assert again.mask is not None
+    assert torch.equal(again.mask, found.mask)
     assert again.sha256 == found.sha256
     taken = read(path, samples=1, length=390)
-    assert taken.taught is not None
-    assert torch.equal(taken.taught, found.taught[:1, :390])
+    assert taken.mask is not None
+    assert torch.equal(taken.mask, found.mask[:1, :390])
     with pytest.raises(InputError, match="answers begin behind 20 tokens"):
         read(path, length=20)
 

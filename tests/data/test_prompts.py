@@ -35,7 +35,7 @@ def test_a_prompt_that_stands_alone_is_the_one_of_training(template: Template, c
     for tokenizer in (chatty(), BYTES) if template != "chat" else (chatty(),):
         turns = [Turn("user", ASKED), Turn("assistant", GSM8K_ANSWER)]
         before, answer = lay_out(template, turns, tokenizer, context=context, where="here")
-        assert (before.taught, answer.taught) == (False, True)
+        assert (before.learnt, answer.learnt) == (False, True)
         assert prompt_tokens(template, ASKED, tokenizer, context=context, where="here") == before.tokens
 
 

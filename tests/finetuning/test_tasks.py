@@ -16,7 +16,7 @@ from ulbq.finetuning.student import Student
 from ulbq.finetuning.trainer import Trainer
 from ulbq.models.blocks import block_list
 from ulbq.progress import Silent
-from ulbq.training.optimizer import task_rate_factor
+from ulbq.training.optimizer import task_lr_factor
 from ulbq.training.precision import Precision
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
@@ -41,7 +41,7 @@ def make(folder: Path, rows: list[tuple[list[int], list[bool]]] | None = None, *
     values |= {"eval_every": 0, "save_every": 1, **changes}
     given = examples(rows or ROWS[:2] * 3, 4)
     settings = FinetuneSettings.model_validate(values)
-    named: dict[str, Any] = {"schedule": task_rate_factor, "seeds": lambda epoch: 2**40 + epoch, "folder": folder}
+    named: dict[str, Any] = {"schedule": task_lr_factor, "seeds": lambda epoch: 2**40 + epoch, "folder": folder}
     return Trainer(student, None, given, settings, **named)
 
 
@@ -90,7 +90,7 @@ def test_schedules_are_those_of_transformers(schedule: str, name: str, warmup: f
     settings = FinetuneSettings.model_validate({"schedule": schedule, "warmup": warmup})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = get_scheduler(name, optimizer, math.ceil(warmup * 17), 17)
-    factor = task_rate_factor(settings, 17)
+    factor = task_lr_factor(settings, 17)
     for step in range(17):
         assert factor(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()

@@ -28,7 +28,7 @@ from ulbq.nn.adapter import Adapter
 from ulbq.progress import Silent
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
 from ulbq.training.linear import TrainedLinear
-from ulbq.training.optimizer import rate_factor
+from ulbq.training.optimizer import lr_factor
 from ulbq.training.precision import Precision
 
 PRECISION = Precision(torch.device("cpu"), torch.float32)
@@ -59,7 +59,7 @@ def make_trainer(folder: Path, student: Student, **changes: Any) -> Trainer:
         teacher,
         examples,
         FinetuneSettings.model_validate(values),
-        schedule=rate_factor,
+        schedule=lr_factor,
         seeds=lambda epoch: 3 + epoch,
         folder=folder,
     )
@@ -254,12 +254,12 @@ def test_a_rate_is_a_share_of_the_blocks_rate() -> None:
     options = DbLlmOptions(end_to_end="kl", end_to_end_rate=0.5, scale_rate=0.4, weight_rate=0.2, norm_rate=0)
     settings = options.end_to_end_settings()
     assert settings is not None
-    assert settings.rates()["scales"] == 0.2
-    assert settings.rates().keys() == {"scales", "adapter", "router"}
+    assert settings.learning_rates()["scales"] == 0.2
+    assert settings.learning_rates().keys() == {"scales", "adapter", "router"}
     assert (settings.batch_size, settings.micro_batch, settings.warmup, settings.keep_best) == (2, 2, 0.05, True)
     trained = options.model_copy(update={"end_to_end_train": "all"}).end_to_end_settings()
     assert trained is not None
-    assert trained.rates()["weights"] == 0.1
+    assert trained.learning_rates()["weights"] == 0.1
 
 
 def test_hidden_states_from_a_cache_are_refused() -> None:

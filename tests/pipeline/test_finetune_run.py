@@ -20,7 +20,7 @@ from ulbq.artifacts.whole import verify
 from ulbq.commands.app import main
 from ulbq.config.convert import ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
-from ulbq.data.lessons import draw_lessons
+from ulbq.data.examples import draw_examples
 from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
 from ulbq.finetuning.checkpoint import Checkpoint
 from ulbq.finetuning.student import Student
@@ -36,7 +36,7 @@ from ulbq.pipeline.finetune_run import finetune
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.tasks import load_task, task_names
 from ulbq.progress import Silent
-from ulbq.training.optimizer import task_rate_factor
+from ulbq.training.optimizer import task_lr_factor
 from ulbq.training.precision import Precision
 
 MADE: dict[str, dict[str, Any]] = {
@@ -87,10 +87,10 @@ def job(source: Path, folder: Path, out: Path, task: str = "instructions", **cha
 
 
 def reloaded_loss(out: Path, made_by: FinetuneJob) -> float:
-    """Of the held-out lessons, by the artifact read anew."""
+    """Of the held-out examples, by the artifact read anew."""
     request = made_by.request
     source = resolve(str(out), offline=True)
-    lessons = draw_lessons(
+    drawn = draw_examples(
         request.data or (),
         source.tokenizer(),
         template=request.template,
@@ -104,9 +104,9 @@ def reloaded_loss(out: Path, made_by: FinetuneJob) -> float:
     )
     model = load_model(source, dtype=torch.float32)
     assert sum(isinstance(layer, QuantLinear) for layer in model.modules()) == 21
-    examples = finetune_run.examples_of(lessons, source)
+    examples = finetune_run.examples_of(drawn, source)
     student = Student(model, block_list(model)[1], Precision(torch.device("cpu"), torch.float32))
-    named: dict[str, Any] = {"schedule": task_rate_factor, "seeds": int, "folder": out}
+    named: dict[str, Any] = {"schedule": task_lr_factor, "seeds": int, "folder": out}
     with Silent().phase("evaluation") as bar:
         return Trainer(student, None, examples, made_by.settings, **named).evaluate(bar)
 

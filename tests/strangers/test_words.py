@@ -12,7 +12,7 @@ from tests.models.tiny import save_tiny, tiny_tokenizer
 from tests.strangers.conftest import edit_json, reseal
 from tests.told import Ulbq
 from ulbq.data.files import read_rows, read_text_file
-from ulbq.data.instructions import read_examples
+from ulbq.data.instructions import read_chats
 from ulbq.data.prompts import Turn, lay_out, prompt_tokens
 from ulbq.errors import InputError
 from ulbq.progress import Silent
@@ -25,7 +25,7 @@ THINKS = (
 
 def examples(path: Path, *rows: Any) -> Any:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_examples(str(path), data_dir=None, offline=True, progress=Silent())
+    return read_chats(str(path), data_dir=None, offline=True, progress=Silent())
 
 
 def test_a_template_that_opens_the_answer_itself(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_a_template_that_opens_the_answer_itself(tmp_path: Path) -> None:
     turns = [Turn("user", "hi"), Turn("assistant", "<hello>"), Turn("user", "bye"), Turn("assistant", "so long")]
     for count in (2, 4):
         pieces = lay_out("chat", turns[:count], tokenizer, where="x")
-        assert tokenizer.decode([t for p in pieces if p.taught for t in p.tokens]) == "".join(
+        assert tokenizer.decode([t for p in pieces if p.learnt for t in p.tokens]) == "".join(
             f"{turn.content}</s>\n" for turn in turns[1:count:2]
         )
     assert tokenizer.decode(pieces[0].tokens) == "<s>user\nhi</s>\n<s>assistant\n"
@@ -59,7 +59,7 @@ def test_empty_answers_of_chats_are_not_learnt(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = THINKS
     pieces = lay_out("chat", found[2].turns, tokenizer, where="x")
-    assert [piece.taught for piece in pieces] == [False, False, False, True]
+    assert [piece.learnt for piece in pieces] == [False, False, False, True]
     with pytest.raises(InputError, match="holds no answer"):
         examples(tmp_path / "b.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
 

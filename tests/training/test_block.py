@@ -15,7 +15,7 @@ from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
 from ulbq.training.block import BlockTrainer
 from ulbq.training.linear import TrainedLinear
-from ulbq.training.objective import BlockData, HeldOut, Objective
+from ulbq.training.objective import BlockData, Objective, Validation
 from ulbq.training.optimizer import clip_gradients
 
 
@@ -111,14 +111,14 @@ def test_a_loss_that_is_not_finite_is_rolled_back(problem: Any, tmp_path: Path) 
 
 def test_what_it_reports_is_what_evaluating_again_would(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One look at the start and one after each epoch are enough."""
-    looks: list[HeldOut] = []
-    real = Objective.heldout_output
+    looks: list[Validation] = []
+    real = Objective.validation_output
 
-    def counted(self: Objective) -> HeldOut:
+    def counted(self: Objective) -> Validation:
         looks.append(real(self))
         return looks[-1]
 
-    monkeypatch.setattr(Objective, "heldout_output", counted)
+    monkeypatch.setattr(Objective, "validation_output", counted)
     block, data = problem
     settings = {"weight_rate": 3.0, "scale_rate": 1.0, "norm_rate": 1.0, "patience": 6}
     start = Objective(block, data, TrainSettings(batch_size=4), CPU, None)

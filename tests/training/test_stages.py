@@ -140,7 +140,7 @@ def test_the_reported_error_is_that_of_the_block_behind_its_last_stage(
     stages = [Stage(name=name, epochs=2, penalty=1.0) for name in names]
     outcome = BlockTrainer(block, data, SETTINGS, CPU, stages=stages, penalty=penalty(block)).train(0)
     assert outcome.steps
-    assert outcome.end_error == Objective(block, data, SETTINGS, CPU, None).heldout_output().error
+    assert outcome.end_error == Objective(block, data, SETTINGS, CPU, None).validation_output().error
 
 
 def test_a_rate_of_zero_everywhere_changes_nothing(data: BlockData) -> None:

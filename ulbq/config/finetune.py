@@ -36,7 +36,7 @@ from ulbq.config.run import (
 )
 
 HELDOUT = 64
-"""Lessons that are held out where nobody says how many; fewer where few are asked for."""
+"""Examples that are held out where nobody says how many; fewer where few are asked for."""
 
 NOT_IN_FINGERPRINT = frozenset({"source", "out", "force", "offline", "data_dir", "device", "recipe", "save_every"})
 """Fields that do not decide what a run makes."""
@@ -144,7 +144,7 @@ class FinetuneRequest(FinetuneForm):
 
     @property
     def held_out(self) -> int:
-        """How many lessons are held out."""
+        """How many examples are held out."""
         if self.heldout is not None:
             return self.heldout
         return HELDOUT if self.samples is None else min(HELDOUT, max(2, self.samples // 8))
@@ -179,14 +179,15 @@ OF_END_TO_END = {
 """What means nothing to a task: fields of a quantization run, by what they are called here."""
 OF_TASKS = frozenset(
     {
-        *("heldout", "batch_size", "micro_batch", "eval_every", "save_every"),
+        *("heldout", "micro_batch", "eval_every", "save_every"),
         *("fresh", "rank", "alpha", "dora", "targets"),
     }
 )
 """What means nothing to end-to-end training."""
 END_TO_END_NAMES = {
     **{"data": "end_to_end_data", "template": "end_to_end_template"},
-    **{"epochs": PHASE_OPTIONS["epochs"], "train": PHASE_OPTIONS["train"], **OF_END_TO_END},
+    **{name: PHASE_OPTIONS[name] for name in ("epochs", "train", "batch_size")},
+    **OF_END_TO_END,
 }
 """Fields of a quantization run that are called otherwise here."""
 

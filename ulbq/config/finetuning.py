@@ -35,7 +35,9 @@ class FinetuneForm(BaseModel):
         Count,
         Option("Passes over the samples.", HOW, "N", default="the task's; of end-to-end 1", primary=True),
     ] = 3
-    batch_size: Annotated[Count, Option("Samples a step.", HOW, "N", default="the task's", primary=True)] = 16
+    batch_size: Annotated[
+        Count, Option("Samples a step.", HOW, "N", default="the task's; of end-to-end 2", primary=True)
+    ] = 16
     micro_batch: Annotated[
         Count, Option("Samples that run at once; a step adds up several.", HOW, "N", default="4")
     ] = 4
@@ -124,7 +126,7 @@ class FinetuneSettings(FinetuneForm):
         return self
 
     @property
-    def taught(self) -> bool:
+    def needs_teacher(self) -> bool:
         """Whether a teacher is needed."""
         return self.loss != "ce"
 
@@ -137,7 +139,7 @@ class FinetuneSettings(FinetuneForm):
         most = self.micro_batch
         return most if self.tokens_at_once is None else max(1, min(most, self.tokens_at_once // length))
 
-    def rates(self) -> dict[Role, float]:
+    def learning_rates(self) -> dict[Role, float]:
         """Learning rates of the roles that train."""
         rates: dict[Role, float] = {
             "weights": self.weight_rate,
@@ -150,7 +152,7 @@ class FinetuneSettings(FinetuneForm):
         }
         return {role: self.rate * rate for role, rate in rates.items() if rate and role in _ROLES[self.train]}
 
-    def decays(self) -> dict[Role, float]:
+    def weight_decays(self) -> dict[Role, float]:
         """Decoupled weight decays by role, towards 0; 0 where a role is not named."""
         return {"scales": self.scale_decay, "adapter": self.adapter_decay}
 

@@ -90,7 +90,7 @@ class TrainSettings(RateSettings, TokenSettings):
         Option("How often a block that got worse starts again at a quarter of the rates.", TRAINING, "N"),
     ] = 2
 
-    def rates(self) -> dict[Role, float]:
+    def learning_rates(self) -> dict[Role, float]:
         """Learning rates by role: AdamW moves a weight about as many grid steps in an update."""
         return {
             "weights": self.weight_rate,
@@ -100,6 +100,6 @@ class TrainSettings(RateSettings, TokenSettings):
             "router": self.router_rate,
         }
 
-    def decays(self) -> dict[Role, float]:
+    def weight_decays(self) -> dict[Role, float]:
         """Decoupled weight decays by role, towards 0; 0 where a role is not named."""
         return {"scales": self.scale_decay, "adapter": self.adapter_decay}

@@ -52,27 +52,27 @@ class Calibration:
         name: the data set, the file's name, ``mix`` or ``self``.
         tokens: int64 ``[samples, length]``, on the CPU.
         seed: what the windows, the examples or the model's own words were drawn with.
-        taught: bool ``[samples, length]``, the tokens that are to be learnt; None for all.
+        mask: bool ``[samples, length]``, the tokens that are to be learnt; None for all.
     """
 
     name: str
     tokens: torch.Tensor
     seed: int
-    taught: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the shape, of the tokens as little-endian int32, and of which are learnt as bytes."""
         digest = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
         digest.update(self.tokens.numpy().astype("<i4").tobytes())
-        if self.taught is not None:
-            digest.update(self.taught.numpy().tobytes())
+        if self.mask is not None:
+            digest.update(self.mask.numpy().tobytes())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
         """What a manifest notes: name, samples, sequence_length, seed, sha256; and how many tokens are learnt."""
         samples, length = self.tokens.shape
-        learnt = {} if self.taught is None else {"taught_tokens": int(self.taught.sum())}
+        learnt = {} if self.mask is None else {"taught_tokens": int(self.mask.sum())}
         return {
             "name": self.name,
             "samples": samples,
@@ -186,7 +186,7 @@ def _stored_samples(
     path: Path, vocabulary: int, samples: int, length: int, generator: torch.Generator, seed: int
 ) -> Calibration:
     loaded = load_calibration(path)
-    tokens, taught = loaded.tokens, loaded.taught
+    tokens, mask = loaded.tokens, loaded.mask
     outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
     if outside.numel():
         raise InputError(
@@ -194,14 +194,14 @@ def _stored_samples(
             hint="The file was written with another model's tokenizer.",
         )
     rows, columns = tokens.shape
-    if rows == 1 and samples > 1 and taught is None:
+    if rows == 1 and samples > 1 and mask is None:
         return Calibration(path.name, draw_windows(tokens[0], samples, length, generator, str(path)), seed)
     if rows < samples or columns < length:
         raise InputError(
             f"{path} holds {rows} samples of {columns} tokens, not {samples} of {length}.",
             hint=f"Pass `samples={min(samples, rows)}` `sequence_length={min(length, columns)}`.",
         )
-    cut = None if taught is None else taught[:samples, :length].contiguous()
+    cut = None if mask is None else mask[:samples, :length].contiguous()
     if cut is not None and not cut[:, 1:].any(1).all():
         raise InputError(
             f"{path} holds samples whose answers begin behind {length} tokens.",
@@ -222,8 +222,8 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
     # One metadata entry: safetensors writes several in an order that changes from file to file.
     origin = {"name": calibration.name, "seed": calibration.seed, "sha256": calibration.sha256}
     tensors = {"tokens": calibration.tokens.to(torch.int32)}
-    if calibration.taught is not None:
-        tensors["taught"] = calibration.taught
+    if calibration.mask is not None:
+        tensors["taught"] = calibration.mask
     data = safetensors.torch.save(tensors, {_ORIGIN: json.dumps(origin)})
     with writing(path):
         distributed.on_main(write_atomically, path, data)
@@ -242,7 +242,7 @@ def load_calibration(path: Path) -> Calibration:
             origin = json.loads((file.metadata() or {}).get(_ORIGIN, "{}"))
             names = set(file.keys())
             tokens = file.get_tensor("tokens") if "tokens" in names else torch.empty(0)
-            taught = file.get_tensor("taught") if "taught" in names else None
+            mask = file.get_tensor("taught") if "taught" in names else None
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.", hint="Check the path.") from error
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -252,9 +252,9 @@ def load_calibration(path: Path) -> Calibration:
     if not isinstance(origin, dict):
         origin = {}  # another tool's note
     tokens = tokens.to(torch.int64).reshape(-1, tokens.shape[-1])
-    if taught is not None and (taught.dtype != torch.bool or taught.shape != tokens.shape):
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape):
         raise InputError(f"'taught' in {path} does not fit its tokens.", hint="It needs booleans [samples, length].")
-    loaded = Calibration(origin.get("name", path.name), tokens, origin.get("seed", 0), taught)
+    loaded = Calibration(origin.get("name", path.name), tokens, origin.get("seed", 0), mask)
     if origin.get("sha256", loaded.sha256) != loaded.sha256:
         raise InputError(f"The tokens in {path} are not those that were saved.", hint="The file is damaged.")
     return loaded

@@ -17,12 +17,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ulbq.artifacts.names import local_path
 from ulbq.config.run import Template
 from ulbq.data import registry
-from ulbq.data.calibration import Calibration, calibration_samples, check_calibration
+from ulbq.data.calibration import check_calibration
 from ulbq.data.files import (
     ANSWER,
     CHAT,
@@ -38,8 +36,8 @@ from ulbq.data.files import (
 )
 from ulbq.data.hub import HubSplit
 from ulbq.data.mirror import data_root, mirror_file
-from ulbq.data.prompts import Turn, choose_template, lay_out
-from ulbq.errors import InputError, UsageError
+from ulbq.data.prompts import Turn, lay_out
+from ulbq.errors import InputError
 from ulbq.progress import Progress
 
 if TYPE_CHECKING:
@@ -52,7 +50,7 @@ _CONFIGS = {"openai/gsm8k": "main"}
 
 
 @dataclass(frozen=True)
-class Example:
+class Chat:
     """A chat that ends with an answer.
 
     Attributes:
@@ -66,75 +64,15 @@ class Example:
     context: str = ""
 
 
-def training_text(
-    spec: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    samples: int,
-    length: int,
-    seed: int,
-    template: Template | None,
-    data_dir: Path | None,
-    offline: bool,
-    progress: Progress,
-) -> Calibration:
-    """Draw samples of plain text or of an instruction set.
-
-    Args:
-        spec: what :func:`~ulbq.data.calibration.calibration_samples` takes; or a file of rows, a folder with a
-            ``train`` file of rows, ``alpaca``, or the Hub id of a set (``llm-adapters/math``), whose ``train`` split
-            is taken. A file of rows is plain text where its first row has none of an instruction set's layouts.
-        tokenizer: the model's.
-        samples: how many.
-        length: tokens a sample; longer answers are cut.
-        seed: of the draw.
-        template: how instructions are laid out; None for the tokenizer's chat template where there is one, else
-            Alpaca's prompt.
-        data_dir: mirror folder, see :func:`ulbq.data.mirror.data_root`.
-        offline: never touch the network.
-        progress: told what was left out.
-
-    Returns:
-        The samples; of an instruction set with ``taught``, filled up behind their ends.
-
-    Raises:
-        UsageError: no such set or file; a template for plain text, or one that the tokenizer does not have.
-        InputError: unreadable data, too little of it; a row in no layout, named by its line.
-        ResourceError: the set cannot be had here.
-    """
-    examples = read_examples(spec, data_dir=data_dir, offline=offline, progress=progress)
-    if examples is None:
-        if template is not None:
-            raise UsageError(
-                f"--template {template} means nothing to '{spec}', which is plain text.", hint="Leave it out."
-            )
-        file = _file(spec, data_dir)
-        return calibration_samples(
-            spec if file is None else str(file),
-            tokenizer,
-            samples=samples,
-            length=length,
-            seed=seed,
-            data_dir=data_dir,
-            offline=offline,
-        )
-    template = choose_template(template, tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    drawn = _draw(spec, (examples[index] for index in order), tokenizer, template, samples, length, progress)
-    tokens, taught = _padded(drawn, length, filler(tokenizer))
-    return Calibration(Path(spec).name, tokens, seed, taught)
-
-
 def check_training_text(spec: str, *, data_dir: Path | None, offline: bool) -> None:
-    """Refuse what :func:`training_text` could not draw from, without reading it; ``self`` passes.
+    """Refuse what :func:`~ulbq.data.examples.training_text` could not draw from, without reading it; ``self`` passes.
 
     Raises:
         UsageError: no such set or file.
         InputError: no such file or data folder, or one without a train split.
         ResourceError: the set cannot be had here, and the network is off.
     """
-    file = None if spec == "self" else _file(spec, data_dir)
+    file = None if spec == "self" else data_file(spec, data_dir)
     if file is not None:
         require_file(file)
     elif "/" in spec:
@@ -143,36 +81,36 @@ def check_training_text(spec: str, *, data_dir: Path | None, offline: bool) -> N
         check_calibration(spec, data_dir=data_dir, offline=offline)
 
 
-def read_examples(spec: str, *, data_dir: Path | None, offline: bool, progress: Progress) -> list[Example] | None:
-    """All examples of an instruction set, in its order; None for plain text.
+def read_chats(spec: str, *, data_dir: Path | None, offline: bool, progress: Progress) -> list[Chat] | None:
+    """All chats of an instruction set, in its order; None for plain text.
 
     Rows with an empty answer are left out, and ``progress`` is told how many. Arguments and errors are those of
-    :func:`training_text`.
+    :func:`~ulbq.data.examples.training_text`.
     """
     rows = _instruction_rows(spec, data_dir, offline)
     if rows is None:
         return None
-    read = [_example(where, row) for where, row in rows]
-    examples = [example for example in read if example is not None]
-    if len(examples) < len(read):
+    read = [_chat(where, row) for where, row in rows]
+    chats = [chat for chat in read if chat is not None]
+    if len(chats) < len(read):
         progress.note(
-            f"Of '{spec}', {len(read) - len(examples)} of {len(read):,} rows have an empty answer and are left out."
+            f"Of '{spec}', {len(read) - len(chats)} of {len(read):,} rows have an empty answer and are left out."
         )
-    return examples
+    return chats
 
 
-def encode(example: Example, tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[list[int], list[bool]]:
-    """Tokens of an example, and which of them are learnt: the answers. Raises InputError as the layout does."""
-    pieces = lay_out(template, example.turns, tokenizer, context=example.context, where=example.where)
+def encode(chat: Chat, tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[list[int], list[bool]]:
+    """Tokens of a chat, and which of them are learnt: the answers. Raises InputError as the layout does."""
+    pieces = lay_out(template, chat.turns, tokenizer, context=chat.context, where=chat.where)
     tokens = [token for piece in pieces for token in piece.tokens]
-    return tokens, [piece.taught for piece in pieces for _ in piece.tokens]
+    return tokens, [piece.learnt for piece in pieces for _ in piece.tokens]
 
 
 def _instruction_rows(spec: str, data_dir: Path | None, offline: bool) -> Iterable[tuple[str, Row]] | None:
     """All rows of an instruction set, each with the words that name it; None for plain text."""
     if spec == "mix" or spec in registry.TEXT_SETS.keys() - _NAMED_INSTRUCTIONS.keys():
         return None
-    file = _file(spec, data_dir)
+    file = data_file(spec, data_dir)
     if file is not None and suffix_of(file) not in ROW_SUFFIXES:
         return None
     if file is not None:
@@ -198,7 +136,7 @@ def _instruction_rows(spec: str, data_dir: Path | None, offline: bool) -> Iterab
 _LAYOUTS = "A row has instruction and output, prompt and completion, or messages; or a text, in all rows of a file."
 
 
-def _file(spec: str, data_dir: Path | None) -> Path | None:
+def data_file(spec: str, data_dir: Path | None) -> Path | None:
     """The file that a spec stands for; None for a named set and for what only the Hub may have."""
     path = local_path(spec)
     if spec in registry.TEXT_SETS:
@@ -228,12 +166,12 @@ def _is_instruction(row: Row) -> bool:
     return asked or any(isinstance(row.get(name), list) for name in CHAT)
 
 
-def _example(where: str, row: Row) -> Example | None:
-    """The example in a row; None where its answer is empty. Raises InputError where it is in no layout."""
+def _chat(where: str, row: Row) -> Chat | None:
+    """The chat in a row; None where its answer is empty. Raises InputError where it is in no layout."""
     for name in CHAT:
         if isinstance(row.get(name), list):
             turns = _turns(where, name, row[name])
-            return Example(where, turns) if turns else None
+            return Chat(where, turns) if turns else None
     question, answer = first(row, QUESTION), _answer(row)
     if question is None or answer is None:
         columns = ", ".join(map(repr, row)) or "(none)"
@@ -243,7 +181,7 @@ def _example(where: str, row: Row) -> Example | None:
     _check_text(where, question, answer)
     context = first(row, CONTEXT) or ""
     _check_text(where, context)
-    return Example(where, (Turn("user", question), Turn("assistant", answer)), context)
+    return Chat(where, (Turn("user", question), Turn("assistant", answer)), context)
 
 
 def _answer(row: Row) -> str | None:
@@ -281,57 +219,3 @@ def _check_text(where: str, *texts: str) -> None:
             text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{where}: half of a surrogate pair, which is no text.", hint="Take that row out.") from error
-
-
-def _draw(
-    spec: str,
-    examples: Iterable[Example],
-    tokenizer: "PreTrainedTokenizerBase",
-    template: Template,
-    samples: int,
-    length: int,
-    progress: Progress,
-) -> list[tuple[list[int], list[bool]]]:
-    """Tokens of the first ``samples`` examples with an answer that begins within ``length``, and which are learnt."""
-    drawn: list[tuple[list[int], list[bool]]] = []
-    cut = without = 0
-    for example in examples:
-        tokens, taught = encode(example, tokenizer, template)
-        if not any(taught[:length]):
-            without += 1
-            continue
-        cut += len(tokens) > length
-        drawn.append((tokens[:length], taught[:length]))
-        if len(drawn) == samples:
-            break
-    if len(drawn) < samples:
-        left_out = f"; {without} more have their answer behind {length} tokens" if without else ""
-        raise InputError(
-            f"'{spec}' holds {len(drawn)} examples, not {samples}{left_out}.",
-            hint="Ask for fewer samples, or give more examples"
-            + (", or a greater `sequence_length`." if without else "."),
-        )
-    if cut or without:
-        progress.note(
-            f"Of '{spec}', {cut} of {samples} examples are cut at {length} tokens"
-            + (f", and {without} were passed over because their answer begins later." if without else ".")
-        )
-    return drawn
-
-
-def filler(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """A token for behind a sample's end, where nobody looks."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((int(token) for token in known if token is not None), 0)
-
-
-def _padded(
-    drawn: Sequence[tuple[list[int], list[bool]]], length: int, filler: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens int64 and which are learnt bool, both ``[samples, length]``."""
-    tokens = torch.full((len(drawn), length), filler, dtype=torch.int64)
-    taught = torch.zeros((len(drawn), length), dtype=torch.bool)
-    for row, (own, learnt) in enumerate(drawn):
-        tokens[row, : len(own)] = torch.tensor(own)
-        taught[row, : len(own)] = torch.tensor(learnt)
-    return tokens, taught

@@ -65,7 +65,7 @@ class Piece(NamedTuple):
     """Tokens, and whether they are learnt."""
 
     tokens: list[int]
-    taught: bool
+    learnt: bool
 
 
 def choose_template(asked: Template | None, tokenizer: "PreTrainedTokenizerBase") -> Template:

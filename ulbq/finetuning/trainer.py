@@ -36,7 +36,7 @@ class Trainer:
         student: who learns.
         teacher: None for ``ce``.
         examples: those that train, and those that validate.
-        settings: loss, rates and the rest.
+        settings: loss, learning rates and the rest.
         schedule: from the settings and the number of all steps to the rates' factor at a step.
         seeds: of an epoch, counted from 1: of the order of its examples, of dropout and of the steps without adapter.
         folder: for the states.
@@ -59,10 +59,10 @@ class Trainer:
         self._settings = settings
         self._seeds = seeds
         self._folder = folder
-        decays = settings.decays()
+        decays = settings.weight_decays()
         self._groups = [
             Group(student.roles[role], rate, decays.get(role, 0.0))
-            for role, rate in settings.rates().items()
+            for role, rate in settings.learning_rates().items()
             if student.roles.get(role)
         ]
         self.trained = [p for group in self._groups for p in group.parameters]
@@ -139,7 +139,7 @@ class Trainer:
         batch = self._examples.batch(indices)
         states, hidden = student.run(batch.tokens, hidden=settings.loss == "kl-hidden", adapted=adapted)
         batch = batch.to(states.device)
-        targets = self._targets(indices) if settings.taught else None
+        targets = self._targets(indices) if settings.needs_teacher else None
         states, following = states.flatten(0, 1), batch.following.flatten()
 
         def terms(states: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -190,13 +190,13 @@ class Trainer:
             if number < before:
                 continue
             for group, parameters in zip(optimizer.param_groups, self._groups, strict=True):
-                group["lr"] = parameters.rate * self._factor(last.step)
+                group["lr"] = parameters.lr * self._factor(last.step)
             last = self._step(last, batch, optimizer, adapted)
             if not last.failed:
                 bar.advance(1, f"loss {last.losses[-1][1]:.4f}")
-                looks = self._is_due(last.step, self._settings.eval_every)
+                due = self._is_due(last.step, self._settings.eval_every)
                 # Where the last state is kept, whoever stores it measures it as it is stored.
-                if looks and (self._settings.keep_best or last.step < self.steps):
+                if due and (self._settings.keep_best or last.step < self.steps):
                     last = self._evaluated(last, bar)
             if last.failed or self._is_due(last.step, self._settings.save_every):
                 last = self._saved(last, optimizer, on_checkpoint)

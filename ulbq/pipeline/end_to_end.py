@@ -25,7 +25,7 @@ from ulbq.pipeline.finish import TUNED, layer_record, recorded_schemes
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.student import Folders, build_student, write_tuned
 from ulbq.progress import Progress
-from ulbq.training.optimizer import rate_factor
+from ulbq.training.optimizer import lr_factor
 
 _EXCHANGED = "tuned shards in place"
 
@@ -85,7 +85,7 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
     settings = job.method.needs.end_to_end
     if settings is None:
         raise ValueError("there is no end-to-end phase")
-    phase = _Phase(job, writer, progress, settings, Examples(text.tokens, job.text_samples, text.taught))
+    phase = _Phase(job, writer, progress, settings, Examples(text.tokens, job.text_samples, text.mask))
     phase.after.blocks.mkdir(exist_ok=True)
     last = latest(writer)
     if last is None or not phase.over or (last.best[0] and not phase.tuned):
@@ -99,7 +99,7 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
 def _train(phase: _Phase) -> Checkpoint:
     """Train what is left, and write the tuned blocks where any epoch was better than the start."""
     job, settings, writer = phase.job, phase.settings, phase.writer
-    teacher = None if phase.over or not settings.taught else _teacher(phase)
+    teacher = None if phase.over or not settings.needs_teacher else _teacher(phase)
     student = build_student(job, phase.before, train=settings.train, checkpointing=settings.checkpointing)
     folder = writer.scratch / "end-to-end"
     folder.mkdir(exist_ok=True)
@@ -108,7 +108,7 @@ def _train(phase: _Phase) -> Checkpoint:
         teacher,
         phase.examples,
         settings,
-        schedule=rate_factor,
+        schedule=lr_factor,
         seeds=lambda epoch: job.request.seed + 104729 * epoch,
         folder=folder,
     )

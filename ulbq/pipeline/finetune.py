@@ -50,6 +50,8 @@ def prepare(source: str, task: str, options: Mapping[str, Any], progress: Progre
         raise UsageError(f"`train={options['train']}` is not for `task={END_TO_END}`.", hint="Take scales, say.")
     if options.get("schedule") == "linear":
         raise UsageError(f"`schedule=linear` is not for `task={END_TO_END}`.", hint="Take cosine or constant.")
+    if {"accumulation", "batch_size"} <= options.keys():
+        raise UsageError(f"`accumulation` and `batch_size` are one setting of `task={END_TO_END}`.", hint="Give one.")
     named = {END_TO_END_NAMES.get(name, name): value for name, value in options.items()}
     return end_to_end_request(source, {"end_to_end": "ce", **named})
 

@@ -18,8 +18,8 @@ from ulbq.config.adapter import AdapterConfig
 from ulbq.config.finetune import FinetuneRequest
 from ulbq.config.finetuning import FinetuneSettings
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
+from ulbq.data.examples import ExampleSet, draw_examples
 from ulbq.data.instructions import check_training_text
-from ulbq.data.lessons import Lessons, draw_lessons
 from ulbq.errors import InputError, UsageError
 from ulbq.finetuning.head import LOGITS_MEMORY
 from ulbq.formats import AnyScheme
@@ -39,6 +39,7 @@ _TRAINED_COPIES = 5
 # Activations of one block that autograd keeps, in units of its hidden states and of its widest layer's outputs, the
 # adapter's among them; what the allocator holds beyond what is used. Fitted to runs of the default model.
 _HIDDEN_COPIES, _WIDE_COPIES, _ALLOCATED = 60, 16, 1.6
+_ADAPTERS = 80 << 20  # what the library of adapters imports
 
 
 class FinetuneCost(BaseModel):
@@ -68,7 +69,7 @@ class FinetunePlan(BaseModel):
         start: ``trained`` where it is the artifact's own, else ``fresh``.
         linears: layers with an adapter.
         parameters: how many train.
-        data: what :meth:`~ulbq.data.lessons.Lessons.record` says.
+        data: what :meth:`~ulbq.data.examples.ExampleSet.record` says.
         template: how questions are laid out; None for plain text.
         steps: optimiser steps.
     """
@@ -98,7 +99,7 @@ class FinetuneJob:
     Attributes:
         source: the packed model.
         manifest: its own.
-        lessons: what it learns from.
+        examples: what it learns from.
         adapter: form of the adapter that trains.
         trained: folder of the adapter that goes on; None for a new one.
         linears: full names of the layers with an adapter.
@@ -107,7 +108,7 @@ class FinetuneJob:
     request: FinetuneRequest
     source: ModelSource
     manifest: QuantizedManifest
-    lessons: Lessons
+    examples: ExampleSet
     settings: FinetuneSettings
     precision: Precision
     adapter: AdapterConfig
@@ -131,7 +132,7 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
         progress: told what is left out of the data.
 
     Raises:
-        UsageError: options that do not exist or do not go together, or lessons longer than the model takes.
+        UsageError: options that do not exist or do not go together, or examples longer than the model takes.
         InputError: no quantized artifact, a damaged one, one that cannot be trained; unreadable data.
         ResourceError: data or device are missing.
     """
@@ -148,7 +149,7 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
     if request.data is not None and len(request.data) == 1:  # of several, some may be missing
         check_training_text(request.data[0], data_dir=request.data_dir, offline=request.offline)
     _check_whole(source.path, manifest, adapter=trained is not None)
-    lessons = draw_lessons(
+    examples = draw_examples(
         request.data or (),
         source.tokenizer(),
         template=request.template,
@@ -160,8 +161,8 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
         offline=request.offline,
         progress=progress,
     )
-    settings = settings_of(request, len(lessons.train))
-    parameters, cost = _cost(request, source, model, adapter, linears, lessons, precision)
+    settings = settings_of(request, len(examples.train))
+    parameters, cost = _cost(request, source, model, adapter, linears, examples, precision)
     plan = FinetunePlan(
         request=request,
         model=manifest.name,
@@ -171,14 +172,14 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
         start="fresh" if trained is None else "trained",
         linears=len(linears),
         parameters=parameters,
-        data=lessons.record(),
-        template=lessons.template,
-        steps=settings.steps(len(lessons.train)),
+        data=examples.record(),
+        template=examples.template,
+        steps=settings.steps(len(examples.train)),
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
         cost=cost,
     )
-    return FinetuneJob(request, source, manifest, lessons, settings, precision, adapter, trained, linears, plan)
+    return FinetuneJob(request, source, manifest, examples, settings, precision, adapter, trained, linears, plan)
 
 
 def _open(given: str, *, offline: bool) -> tuple[ModelSource, QuantizedManifest]:
@@ -240,7 +241,7 @@ def _cost(
     model: PreTrainedModel,
     adapter: AdapterConfig,
     linears: tuple[str, ...],
-    lessons: Lessons,
+    examples: ExampleSet,
     precision: Precision,
 ) -> tuple[int, FinetuneCost]:
     """How many parameters train, and what the run needs."""
@@ -256,7 +257,7 @@ def _cost(
     held = packed + 2 * sum(_manifest(source).bits.parts.get(part, 0) for part in ("embeddings", "other")) // 8
     if precision.dtype.itemsize == 2:
         held = packed + (held - packed) // 2
-    width = max(len(lesson.tokens) for lesson in (*lessons.train, *lessons.heldout))
+    width = max(len(example.tokens) for example in (*examples.train, *examples.validation))
     tokens = width * request.micro_batch
     hidden = source.config.get_text_config().hidden_size
     blocks = len(block_list(model)[1])
@@ -270,7 +271,7 @@ def _cost(
     logits = LOGITS_MEMORY
     training = (parameters + scales) * _FLOAT * _TRAINED_COPIES
     training, activations = int(training * _ALLOCATED), int((kept + logits) * _ALLOCATED)
-    peak = runtime.peak_memory() + runtime.LIBRARY_MEMORY + held + training + activations
+    peak = runtime.peak_memory() + runtime.LIBRARY_MEMORY + _ADAPTERS + held + training + activations
     cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=activations)
     return parameters + scales, cost
 

@@ -16,8 +16,7 @@ from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
 from ulbq.artifacts.records import FinetuneRecord
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 from ulbq.config.finetune import NOT_IN_FINGERPRINT
-from ulbq.data.instructions import filler
-from ulbq.data.lessons import Lessons
+from ulbq.data.examples import ExampleSet, padding
 from ulbq.errors import NumericsError
 from ulbq.finetuning.checkpoint import Checkpoint, latest, note
 from ulbq.finetuning.examples import Examples
@@ -39,7 +38,7 @@ from ulbq.pipeline.scales import adapter_student, pack_scales, restore_packed, t
 from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
 from ulbq.training.linear import TrainedLinear
-from ulbq.training.optimizer import task_rate_factor
+from ulbq.training.optimizer import task_lr_factor
 
 _CURVE = 1000  # points of a loss curve
 
@@ -116,7 +115,7 @@ def _fingerprint(job: FinetuneJob) -> str:
             "request": job.request.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
             "device": job.precision.device.type,
             "precision": job.plan.precision,
-            "data": job.lessons.sha256,
+            "data": job.examples.sha256,
         }
     )
 
@@ -145,24 +144,24 @@ def _check_packed(job: FinetuneJob, model: nn.Module) -> None:
         raise RuntimeError("a packed layer keeps a dense copy")
 
 
-def examples_of(lessons: Lessons, source: ModelSource) -> Examples:
+def examples_of(given: ExampleSet, source: ModelSource) -> Examples:
     """What a run learns from, as its trainer takes it."""
-    padding, rows = filler(source.tokenizer()), (*lessons.train, *lessons.heldout)
+    behind, rows = padding(source.tokenizer()), (*given.train, *given.validation)
     # Behind each end one token more, which is not learnt: what comes after an answer is nobody's business.
     return Examples(
-        [torch.tensor([*row.tokens, padding]) for row in rows],
-        len(lessons.train),
-        [torch.tensor([*row.taught, False]) for row in rows],
-        padding=padding,
+        [torch.tensor([*row.tokens, behind]) for row in rows],
+        len(given.train),
+        [torch.tensor([*row.mask, False]) for row in rows],
+        padding=behind,
     )
 
 
 def _trainer(job: FinetuneJob, model: PeftModel, folder: Path) -> Trainer:
     """The trainer of what the run trains."""
     student = adapter_student(model, job.precision, checkpointing=job.settings.checkpointing)
-    examples = examples_of(job.lessons, job.source)
+    examples = examples_of(job.examples, job.source)
     seeds = partial(operator.add, job.request.seed - 1)
-    trainer = Trainer(student, None, examples, job.settings, schedule=task_rate_factor, seeds=seeds, folder=folder)
+    trainer = Trainer(student, None, examples, job.settings, schedule=task_lr_factor, seeds=seeds, folder=folder)
     trained = sum(parameter.numel() for parameter in trainer.trained)
     if trained != job.plan.parameters:
         raise RuntimeError(f"{trained:,} parameters train, not {job.plan.parameters:,}")
@@ -206,8 +205,8 @@ def _record(job: FinetuneJob, last: Checkpoint, end: float) -> FinetuneRecord:
     """How the training went, for the manifest."""
     return FinetuneRecord(
         task=job.request.task,
-        template=job.lessons.template,
-        data=job.lessons.record(),
+        template=job.examples.template,
+        data=job.examples.record(),
         train=job.request.train,
         start=job.plan.start,
         parameters=job.plan.parameters,

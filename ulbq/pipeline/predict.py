@@ -240,7 +240,7 @@ class _Run:
         beside = self._trained_beside_weights()
         trained = beside + (sum(self.quantized) if settings.train == "all" else 0)
         tokens = settings.together(self.length) * self.length
-        teacher, cached = self.weights * self.precision.dtype.itemsize if settings.taught else 0, 0
+        teacher, cached = self.weights * self.precision.dtype.itemsize if settings.needs_teacher else 0, 0
         if settings.teacher == "cached":
             # It is gone before the student comes.
             drawn = self.request.text_samples

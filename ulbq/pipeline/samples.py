@@ -7,8 +7,8 @@ from ulbq import distributed
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.config.quantize import Quantization
 from ulbq.data.calibration import CALIBRATION_FILE, Calibration, calibration_samples, load_calibration, save_calibration
+from ulbq.data.examples import training_text
 from ulbq.data.generate import self_samples
-from ulbq.data.instructions import training_text
 from ulbq.data.registry import available
 from ulbq.errors import InputError
 from ulbq.models.load import load_model
@@ -53,7 +53,7 @@ def draw(request: Sampled, source: ModelSource, samples: int) -> Calibration:
         data_dir=request.data_dir,
         offline=request.offline,
     )
-    if drawn.taught is not None:
+    if drawn.mask is not None:
         raise InputError(
             f"'{request.calibration}' holds examples of an instruction set, filled up behind their ends.",
             hint="Calibrate on plain text; such samples are for `end_to_end_data`.",
@@ -65,7 +65,7 @@ def draw_text(run: Quantization, source: ModelSource, samples: int, progress: Pr
     """Samples of the text or the instruction set that an end-to-end phase has of its own; not of ``self``.
 
     Raises:
-        UsageError, InputError, ResourceError: as :func:`ulbq.data.instructions.training_text`.
+        UsageError, InputError, ResourceError: as :func:`ulbq.data.examples.training_text`.
     """
     return training_text(
         str(run.text),

@@ -10,13 +10,13 @@ from torch import nn
 from ulbq import distributed
 from ulbq.config.stages import Stage
 from ulbq.config.training import OptimizerKind, Role, TrainSettings
-from ulbq.training.objective import BlockData, HeldOut, Objective, Penalty
+from ulbq.training.objective import BlockData, Objective, Penalty, Validation
 from ulbq.training.optimizer import (
     Group,
     clip_gradients,
+    lr_factor,
     make_optimizer,
     parameters_by_role,
-    rate_factor,
     restore,
     sign_descent,
     snapshot,
@@ -77,7 +77,7 @@ class BlockTrainer:
         self._objective = Objective(block, data, settings, precision, penalty)
         self._roles = parameters_by_role(block, self._objective.layers.values())
         self._device = precision.device
-        self._output: HeldOut | None = None  # of the parameters as they stand; None where unknown
+        self._output: Validation | None = None  # of the parameters as they stand; None where unknown
 
     def train(self, seed: int, on_epoch: Callable[[float], None] = lambda error: None) -> TrainOutcome:
         """Train, keep in every stage the parameters with the lowest held-out loss, and roll back what got worse.
@@ -86,10 +86,10 @@ class BlockTrainer:
             seed: of the order of the samples.
             on_epoch: called with the held-out loss after each epoch.
         """
-        start = self._output = self._objective.heldout_output()
+        start = self._output = self._objective.validation_output()
         ends = [self._stage(stage, seed + 7919 * i, on_epoch) for i, stage in enumerate(self._stages) if stage.epochs]
         steps, retries = sum(end.steps for end in ends), sum(end.retries for end in ends)
-        end = self._objective.heldout_output() if self._output is None else self._output
+        end = self._objective.validation_output() if self._output is None else self._output
         return TrainOutcome(
             start_error=start.error,
             end_error=end.error,
@@ -107,7 +107,7 @@ class BlockTrainer:
             return _StageEnd(0, 0, False)
         trained = [p for group in groups for p in group.parameters]
         start, start_output = snapshot(trained), self._output
-        start_error = self._objective.heldout(stage, start_output)
+        start_error = self._objective.validation_loss(stage, start_output)
         rate, retries, diverged = 1.0, 0, False
         while True:
             error, steps = self._attempt(stage, groups, rate, seed, on_epoch)
@@ -128,7 +128,7 @@ class BlockTrainer:
         settings = self._settings
         steps_per_epoch = math.ceil(self._samples / settings.batch_size)
         optimizer = _OPTIMIZERS[settings.optimizer](groups, rate)
-        factor = rate_factor(settings, stage.epochs * steps_per_epoch)
+        factor = lr_factor(settings, stage.epochs * steps_per_epoch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         trained = [p for group in groups for p in group.parameters]
         generator = torch.Generator().manual_seed(seed)
@@ -149,8 +149,8 @@ class BlockTrainer:
                 optimizer.zero_grad()
                 schedule.step()
                 steps += 1
-            output = self._objective.heldout_output() if stage.output else None
-            error = self._objective.heldout(stage, output)
+            output = self._objective.validation_output() if stage.output else None
+            error = self._objective.validation_loss(stage, output)
             distributed.sum_(total)
             on_epoch(error)
             if not (math.isfinite(error) and torch.isfinite(total)):
@@ -169,8 +169,8 @@ class BlockTrainer:
         """The optimizer's groups of a stage; whatever trains at a rate of 0 is frozen."""
         own = stage.model_dump(exclude_none=True)
         groups: list[Group] = []
-        decays = self._settings.decays()
-        for role, rate in self._settings.rates().items():
+        decays = self._settings.weight_decays()
+        for role, rate in self._settings.learning_rates().items():
             singular = _SINGULAR[role]
             rate = own.get(f"{singular}_rate", rate)
             decay = own.get(f"{singular}_decay", decays.get(role, 0.0))

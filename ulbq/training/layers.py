@@ -74,7 +74,7 @@ class LayerwiseTrainer:
     def train(self, seed: int, on_epoch: Callable[[float], None] = lambda error: None) -> TrainOutcome:
         """Train group after group; errors are of the whole block. ``on_epoch`` hears of the last group's epochs."""
         whole = Objective(self._block, self._data, self._settings, self._precision, None)
-        start = whole.heldout_output()
+        start = whole.validation_output()
         # The first sample is the first process's.
         groups = distributed.on_main(
             input_groups, self._reference, self._originals, self._data.kwargs, tuple(whole.layers), self._precision
@@ -83,7 +83,7 @@ class LayerwiseTrainer:
         for number, names in enumerate(groups):
             listener = on_epoch if number == len(groups) - 1 else lambda error: None
             ends.append(self._group(names, whole.layers).train(seed + number, listener))
-        end = whole.heldout_output()
+        end = whole.validation_output()
         return TrainOutcome(
             start_error=start.error,
             end_error=end.error,

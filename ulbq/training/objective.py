@@ -45,7 +45,7 @@ class BlockData:
     originals: ActivationStore | None = None
 
 
-class HeldOut(NamedTuple):
+class Validation(NamedTuple):
     """How a block does on the samples that are held out.
 
     Attributes:
@@ -108,21 +108,21 @@ class Objective:
         return loss
 
     @torch.no_grad()
-    def heldout(self, stage: Stage, output: HeldOut | None = None) -> float:
+    def validation_loss(self, stage: Stage, output: Validation | None = None) -> float:
         """The same loss on the held-out samples, the random parts left out; with and without the adapter by share.
 
         Args:
-            output: what :meth:`heldout_output` gives, where that is known.
+            output: what :meth:`validation_output` gives, where that is known.
         """
         value = 0.0
         if stage.output:
-            value = stage.output * (self.heldout_output() if output is None else output).error
+            value = stage.output * (self.validation_output() if output is None else output).error
         if stage.penalized and self._penalty is not None and stage.penalty:
             value += stage.penalty * self._penalty(self.layers).item()
         return value
 
     @torch.no_grad()
-    def heldout_output(self) -> HeldOut:
+    def validation_output(self) -> Validation:
         """Output loss on the held-out samples, and what sinks there are with the adapter."""
         share = self._settings.base_share if self._adapters else 0.0
         adapted = self._mean_output(adapted=True)
@@ -131,7 +131,7 @@ class Objective:
         alone = self._mean_output(adapted=False)
         return adapted._replace(error=(1 - share) * adapted.error + share * alone.error)
 
-    def _mean_output(self, *, adapted: bool) -> HeldOut:
+    def _mean_output(self, *, adapted: bool) -> Validation:
         indices = torch.arange(self._data.training, self._samples)
         loss, sinks = 0.0, 0
         for batch in indices.split(self._settings.batch_size):
@@ -143,7 +143,7 @@ class Objective:
                 loss += self._distance(outputs, targets, weights, own).item() * len(own)
                 sinks += spurious_sinks(outputs, targets)
         loss, everywhere = distributed.total(loss, sinks)
-        return HeldOut(loss / len(indices), int(everywhere))
+        return Validation(loss / len(indices), int(everywhere))
 
     def _output(self, batch: torch.Tensor, *, adapted: bool, generator: torch.Generator) -> torch.Tensor:
         device = self._precision.device

@@ -15,11 +15,11 @@ from ulbq.training.linear import TrainedLinear
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that train at one rate."""
+    """Parameters that train at one learning rate."""
 
     parameters: list[nn.Parameter]
-    rate: float
-    decay: float
+    lr: float
+    weight_decay: float
 
 
 def parameters_by_role(module: nn.Module, layers: Iterable[TrainedLinear]) -> dict[str, list[nn.Parameter]]:
@@ -60,21 +60,21 @@ class SignDescent(torch.optim.Optimizer):
                 parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
 
 
-def make_optimizer(groups: Sequence[Group], rate: float = 1.0) -> torch.optim.AdamW:
-    """AdamW over groups, their rates multiplied by ``rate``."""
-    return torch.optim.AdamW(_scaled(groups, rate), fused=True)
+def make_optimizer(groups: Sequence[Group], factor: float = 1.0) -> torch.optim.AdamW:
+    """AdamW over groups, their learning rates times ``factor``."""
+    return torch.optim.AdamW(_scaled(groups, factor), fused=True)
 
 
-def sign_descent(groups: Sequence[Group], rate: float = 1.0) -> SignDescent:
-    """Descent by signs over groups, their rates multiplied by ``rate``."""
-    return SignDescent(_scaled(groups, rate))
+def sign_descent(groups: Sequence[Group], factor: float = 1.0) -> SignDescent:
+    """Descent by signs over groups, their learning rates times ``factor``."""
+    return SignDescent(_scaled(groups, factor))
 
 
-def _scaled(groups: Sequence[Group], rate: float) -> list[dict[str, Any]]:
-    return [{"params": g.parameters, "lr": rate * g.rate, "weight_decay": g.decay} for g in groups]
+def _scaled(groups: Sequence[Group], factor: float) -> list[dict[str, Any]]:
+    return [{"params": g.parameters, "lr": factor * g.lr, "weight_decay": g.weight_decay} for g in groups]
 
 
-def rate_factor(settings: TrainSettings | FinetuneSettings, steps: int) -> Callable[[int], float]:
+def lr_factor(settings: TrainSettings | FinetuneSettings, steps: int) -> Callable[[int], float]:
     """The schedule: from the number of steps that were made to the factor of the rates of the next one."""
     warmup = max(1, round(settings.warmup * steps))
 
@@ -88,7 +88,7 @@ def rate_factor(settings: TrainSettings | FinetuneSettings, steps: int) -> Calla
     return factor
 
 
-def task_rate_factor(settings: FinetuneSettings, steps: int) -> Callable[[int], float]:
+def task_lr_factor(settings: FinetuneSettings, steps: int) -> Callable[[int], float]:
     """The schedule of tasks, which is transformers': rates rise from 0, and fall to 0 over what is left then."""
     # Never all of a run: the first of these steps has a rate of 0, and a run of one would learn nothing.
     warmup = min(math.ceil(settings.warmup * steps), steps - 1)

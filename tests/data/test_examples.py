@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.byte_tokenizer import ByteTokenizer
 from tests.data.conftest import text_rows, write_jsonl
-from ulbq.data.lessons import Lessons, draw_lessons
+from ulbq.data.examples import ExampleSet, draw_examples
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.progress import Silent
 
@@ -26,10 +26,10 @@ class Heard(Silent):
         self.said.append(text)
 
 
-def draw(*specs: Path | str, **changes: Any) -> Lessons:
+def draw(*specs: Path | str, **changes: Any) -> ExampleSet:
     values: dict[str, Any] = {"template": None, "samples": None, "heldout": 1, "length": 400, "seed": 0}
     values |= {"data_dir": None, "offline": True, "progress": Silent()}
-    return draw_lessons([str(spec) for spec in specs], BYTES, **{**values, **changes})
+    return draw_examples([str(spec) for spec in specs], BYTES, **{**values, **changes})
 
 
 def rows(count: int) -> list[dict[str, str]]:
@@ -38,10 +38,10 @@ def rows(count: int) -> list[dict[str, str]]:
 
 def test_the_answer_and_its_end_are_learnt_and_nothing_else(tmp_path: Path) -> None:
     found = draw(write_jsonl(tmp_path / "a.jsonl", rows(5)))
-    assert (len(found.train), len(found.heldout), found.template) == (4, 1, "alpaca")
-    for lesson in (*found.train, *found.heldout):
-        answer = [token for token, taught in zip(lesson.tokens, lesson.taught, strict=True) if taught]
-        prompt = [token for token, taught in zip(lesson.tokens, lesson.taught, strict=True) if not taught]
+    assert (len(found.train), len(found.validation), found.template) == (4, 1, "alpaca")
+    for example in (*found.train, *found.validation):
+        answer = [token for token, learnt in zip(example.tokens, example.mask, strict=True) if learnt]
+        prompt = [token for token, learnt in zip(example.tokens, example.mask, strict=True) if not learnt]
         assert answer[-1] == END
         assert BYTES.read(answer[:-1]).startswith("answer ")
         assert prompt[0] == BYTES.bos_token_id
@@ -49,12 +49,12 @@ def test_the_answer_and_its_end_are_learnt_and_nothing_else(tmp_path: Path) -> N
     assert found.record()["taught_tokens"] == 4 * len("answer 0" + "E")
 
 
-def test_the_same_lessons_are_held_out_however_many_train(tmp_path: Path) -> None:
+def test_the_same_examples_are_held_out_however_many_train(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", rows(40))
     few, many = draw(file, samples=3, heldout=4), draw(file, samples=30, heldout=4)
-    assert few.heldout == many.heldout
+    assert few.validation == many.validation
     assert few.train == many.train[:3]
-    assert not set(map(str, many.heldout)) & set(map(str, many.train))
+    assert not set(map(str, many.validation)) & set(map(str, many.train))
     assert few.sha256 != many.sha256 != draw(file, samples=30, heldout=4, seed=1).sha256
     assert many.sha256 == draw(file, samples=30, heldout=4).sha256
 
@@ -86,10 +86,10 @@ def test_text_is_cut_into_blocks_and_all_of_it_is_learnt(tmp_path: Path) -> None
     write_jsonl(tmp_path / "Salesforce/wikitext/wikitext-2-raw-v1/train.jsonl", text_rows("abcdef" * 10))
     write_jsonl(tmp_path / "Salesforce/wikitext/wikitext-2-raw-v1/validation.jsonl", text_rows("xyz" * 10))
     found = draw("wikitext2", length=11, heldout=2, data_dir=tmp_path)
-    assert [BYTES.read(lesson.tokens[1:]) for lesson in found.heldout] == ["xyzxyzxyzx", "yzxyzxyzxy"]
-    assert {BYTES.read(lesson.tokens[1:]) for lesson in found.train} == {"abcdefabcd", "efabcdefab", "cdefabcdef"}
+    assert [BYTES.read(example.tokens[1:]) for example in found.validation] == ["xyzxyzxyzx", "yzxyzxyzxy"]
+    assert {BYTES.read(example.tokens[1:]) for example in found.train} == {"abcdefabcd", "efabcdefab", "cdefabcdef"}
     assert len(found.train) == 6
-    assert all(all(lesson.taught) and len(lesson.tokens) == 11 for lesson in found.train)
+    assert all(all(example.mask) and len(example.tokens) == 11 for example in found.train)
     assert found.template is None
     with pytest.raises(UsageError, match="plain text"):
         draw("wikitext2", template="alpaca", length=11, data_dir=tmp_path)
