@@ -80,7 +80,7 @@ def weight(
 ) -> torch.Tensor:
     """The dense weight ``[out, in]``.
 
-    Bit for bit that of :func:`ulbq.formats.dequantize`, save where transforms mix blocks, whose sums differ in order.
+    Bit for bit that of :func:`ulbq.formats.dequantize`, save where transforms mix blocks: sums have another order.
     """
     halfway = turn(inner_matrix(scheme, codes, torch.float32)).T
     turned: torch.Tensor = turn(halfway).T
