@@ -152,5 +152,5 @@ def test_the_scheme() -> None:
     assert read_scheme(scheme.model_dump()) == scheme
     assert scheme.label == "t3s16"
     assert scheme.group_size == -1
-    with pytest.raises(ValueError, match="576 × 40 cannot be cut into tiles of 16 × 16"):
+    with pytest.raises(ValueError, match="576 × 40 weights cannot be cut into tiles of 16 × 16"):
         scheme.tensors(576, 40)

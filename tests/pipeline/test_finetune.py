@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ulbq.artifacts.whole import verify
 from ulbq.config.quantize import QuantizeRequest
-from ulbq.errors import InputError
+from ulbq.errors import InputError, UsageError
 from ulbq.pipeline.finetune import end_to_end_request, telling_name
 from ulbq.pipeline.quantize import quantize
 
@@ -21,6 +21,7 @@ MADE: dict[str, dict[str, Any]] = {
     "apiq-dora": {"method": "apiq", "bits": 2, "group_size": 32, "rank": 2, "alpha": 3.0, "dora": True, "epochs": 0},
     "db-llm": {"method": "db-llm", "group_size": 16, "epochs": 0},
     "claq": {"method": "claq", "target_bits": 4.6, "bits": 2},
+    "trellis": {"method": "trellis", "target_bits": 3.0},
     "binary-mos": {"method": "binary-mos", "experts": 2, "zeros": "output", "epochs": 0},
 }
 
@@ -82,6 +83,12 @@ def test_weights_train_where_they_are_asked_to(tiny_llama: Path, samples: Path, 
         path, _ = quantize(asked(first, samples, tmp_path / name, end_to_end_train="all"))
         before, after = (load_file(folder / "model-block-00001.safetensors") for folder in (first, path))
         assert any(not torch.equal(before[key], after[key]) for key in before if key.endswith("codes"))
+
+
+def test_codes_that_cannot_train_are_said_so(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    first = make("trellis", tiny_llama, samples, tmp_path / "first")
+    with pytest.raises(UsageError, match=r"end_to_end_train=all.*'scales'"):
+        quantize(asked(first, samples, tmp_path / "q", end_to_end_train="all"))
 
 
 def test_what_is_no_quantized_artifact_is_refused(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:

@@ -105,10 +105,10 @@ def end_to_end_request(source: str, options: Mapping[str, Any]) -> QuantizeReque
     known = takes(method)
     form = {name: value for name, value in manifest.scheme.items() if name in known}
     given = {name: value for name, value in options.items() if value is not None}
-    values = {"source": source, "method": method, "epochs": 0, **form, **_adapter(found), **given}
-    if "penalty" in known:
-        values["penalty"] = 0.0  # what holds salient weights in place has no part in this
-    if values.get("end_to_end_train") == "all":
+    # Blocks do not train, and what holds salient weights in place has no part in this.
+    off = {name: value for name, value in {"epochs": 0, "penalty": 0.0, "adapter": False}.items() if name in known}
+    values = {"source": source, "method": method, **off, **form, **_adapter(found), **given}
+    if values.get("end_to_end_train") == "all" and "train_weights" in known:
         values["train_weights"] = True
     return QuantizeRequest.model_validate(values)
 
@@ -119,10 +119,10 @@ def telling_name(source: str) -> str:
 
 
 def _adapter(source: ModelSource) -> dict[str, Any]:
-    """Options for the adapter that an artifact has, or for none."""
+    """Options for the adapter that an artifact has; nothing for none."""
     folder = adapter_folder(source)
     if folder is None:
-        return {"adapter": False}
+        return {}
     config, adapters = read_adapter(folder)
     targets = {} if adapters.keys() == source.packed.keys() else {"targets": config.targets}
     return {"adapter": True, "rank": config.rank, "alpha": config.alpha, "dora": config.dora, **targets}
