@@ -26,8 +26,8 @@ _ERRORS = {1: 0.33, 2: 0.0724, 3: 0.0187, 4: 0.0052}
 is 0.28; what it hands on to later tiles, which are coded too, adds a sixth. With states of 16 bits all are a few
 percent less, which changes no allocation."""
 _TINY = 1e-12
-_SEQUENCES_AT_ONCE = 64
-"""Of the search with torch, whose costs and back pointers are this many times as large."""
+_MOST_ORIGINS = 1 << 28
+"""Bytes of back pointers that the search with torch holds at once."""
 
 
 class Demand(NamedTuple):
@@ -200,7 +200,7 @@ def search(sequences: torch.Tensor, scheme: TrellisScheme) -> torch.Tensor:
     if solvers.take(sequences):
         return solvers.trellis_codes(sequences.contiguous(), scheme.bits, scheme.state_bits, values)
     values = values.to(sequences.device)
-    parts = sequences.split(_SEQUENCES_AT_ONCE)
+    parts = sequences.split(max(1, _MOST_ORIGINS // (sequences.shape[1] * len(values) >> scheme.bits)))
     return torch.cat([_search_with_torch(part, scheme.bits, scheme.state_bits, values) for part in parts])
 
 
