@@ -21,6 +21,7 @@ from ulbq.artifacts import (
     QuantizedManifest,
     SaliencyManifest,
 )
+from ulbq.evaluation.figures import weight_parts
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.table import size
 from ulbq.pipeline.inspect import Ancestor, Inspection, State
@@ -29,9 +30,6 @@ from . import scores
 from .progress import duration
 from .saliency_table import each, summary
 
-_STANDARD_PARTS = ("codes", "scales", "zeros", "router", "adapter")
-# What only the codebook format has, where it stands instead of scales.
-_COLUMN_PARTS = ("codes", "codebooks", "columns", "outliers", "adapter")
 _OUTSIDE_PARTS = ("embeddings", "other")
 _STATES: dict[State, tuple[str, str]] = {
     "same": ("as recorded", "green"),
@@ -183,8 +181,7 @@ def _bits(report: BitsReport, total_size: int) -> Table:
     def add(name: str, bits: int, style: str = "") -> None:
         _add(table, name, f"{bits / report.weights:.4f}", size(bits / 8), style=style)
 
-    standard = _COLUMN_PARTS if "codebooks" in report.parts else _STANDARD_PARTS
-    counted = dict.fromkeys(standard, 0) | {part: bits for part, bits in report.parts.items() if report.counts(part)}
+    counted = weight_parts(report)
     for part, bits in counted.items():
         add(part, bits)
     add(f"{report.weights:,} quantized weights", sum(counted.values()), "bold")
