@@ -117,7 +117,7 @@ def _settings() -> dict[str, Setting]:
     for loss in ("ce", "kl", "kl-hidden", "dad"):
         phase = ("--no-adapter", "--epochs", "0", "--end-to-end", loss, "--end-to-end-epochs", "2")
         found[f"apiq-r0-{loss}"] = Setting((*apiq, *phase, *_SAMPLES), start="apiq-r0")
-    found |= _efficientqat()
+    found |= _efficientqat() | _trellis()
     together = ("--epochs", "0", "--end-to-end", "kl-hidden", "--end-to-end-epochs", "2")
     found["mos-4-kl-hidden"] = Setting((*mos, "--experts", "4", *_QUICK, *together), start="mos-4")
     found["mos-start"] = Setting((*mos, "--experts", "1", *_QUICK, "--epochs", "0"))
@@ -146,6 +146,19 @@ def _efficientqat() -> dict[str, Setting]:
         found[f"eqat-{train}"] = Setting((*eqat, "--train", train, "--epochs", "4"))
     found["eqat-all"] = Setting((*eqat, "--epochs", "4", "--batch-size", "2"))
     found["eqat-sign"] = Setting((*eqat, *rounding, "--epochs", "4"))
+    return found
+
+
+def _trellis() -> dict[str, Setting]:
+    trellis, phase = ("--method", "trellis", *_SAMPLES), ("--end-to-end", "ce", "--end-to-end-epochs", "2")
+    budgets = {"w1": ("--bits", "1"), "w2": (), "2.3": ("--target-bits", "2.3"), "w3": ("--bits", "3")}
+    found = {}
+    for seed in ("0", "1", "2"):
+        for name, bits in budgets.items():
+            found[f"trellis-{name}-s{seed}"] = Setting((*trellis, *bits, "--seed", seed))
+            # An artifact's bits stay what they are.
+            trained = Setting((*trellis, *phase, "--seed", seed), start=f"trellis-{name}-s{seed}")
+            found[f"trellis-{name}-s{seed}-ce"] = trained
     return found
 
 
