@@ -13,6 +13,7 @@ TARGETS: dict[str, str] = {
     "gptq": "packed for other libraries",
     "compressed-tensors": "packed for other libraries",
     "gguf": "for llama.cpp",
+    "exl3": "for exllamav3",
     "half": "the artifact itself, norms in half precision",
 }
 """What each target writes, by the name that ``--to`` takes; :mod:`ulbq.export.targets` has a module for each."""
@@ -25,6 +26,7 @@ ENGINES: dict[str, str] = {
     "auto-gptq": "AutoGPTQ",
     "llama.cpp": "llama.cpp",
     "exllamav2": "exllamav2",
+    "exllamav3": "exllamav3",
 }
 """As their makers write them, by the name that ``--for`` takes."""
 
@@ -53,7 +55,7 @@ class ConvertRequest(BaseModel):
     ] = None
     dtype: Annotated[
         DtypeName | None,
-        Option("Of the tensors that are not packed.", default="bf16 for dense, fp16 for gguf, else as is"),
+        Option("Of the tensors that are not packed.", default="bf16 for dense, fp16 for gguf and exl3, else as is"),
     ] = None
     merge_adapter: Annotated[
         bool,

@@ -99,9 +99,9 @@ class Subject(_Value):
         kind: ``model``, ``quantized`` or ``converted``.
         method: the quantization method, such as ``db-llm``.
         scheme: the format's short name, such as ``w2g64``; of a GGUF file that is no full-precision model, the type of
-            most of its weights, such as ``Q4_1``.
+            most of its weights, such as ``Q4_1``; of EXL3's folders ``EXL3``.
         bits_per_weight: exact stored bits per quantized weight, those of the adapter too where it was scored; of a
-            GGUF file, per weight of all matrices.
+            GGUF file, per weight of all matrices; of EXL3's folders, of the packed ones.
         adapter: such as ``LoRA rank 16``; :data:`WITHOUT_ADAPTER` where the base was scored without the adapter that
             it has; None where it has none.
         parent: name of the full-precision parent, where it was measured too or compared with.

@@ -44,6 +44,7 @@ from ulbq.formats import AnyScheme, read_scheme
 from ulbq.models import hub, placement
 from ulbq.models.checkpoint import Checkpoint, TensorReader
 from ulbq.models.config import check_gguf_counts, quantized_by, read_config, read_gguf_config, read_raw_config
+from ulbq.models.exl3 import METHOD, Exl3Tensors
 from ulbq.models.gguf import GgufTensors, is_gguf, model_name, open_gguf
 from ulbq.models.rope_factors import ROPE_FACTORS
 from ulbq.models.side_files import check_folder, copy_side_files, copy_tree, side_files, write_tokenizer
@@ -112,8 +113,9 @@ class ModelSource:
 
     @property
     def stored_as(self) -> tuple[str, float] | None:
-        """A GGUF file's type and bits a value, as :attr:`GgufTensors.stored_as`; None in full precision."""
-        return self.tensors.stored_as if isinstance(self.tensors, GgufTensors) else None
+        """Type and bits a value of a GGUF file or an EXL3 folder, as :attr:`GgufTensors.stored_as`; None otherwise."""
+        told = self.stored if isinstance(self.stored, Exl3Tensors) else self.tensors
+        return told.stored_as if isinstance(told, GgufTensors | Exl3Tensors) else None
 
     @cached_property
     def packed(self) -> Mapping[str, AnyScheme]:
@@ -348,7 +350,7 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
     check_folder(path)
     raw = read_raw_config(path)
     method = quantized_by(path, raw)
-    if method is not None:
+    if method not in (None, METHOD):
         if method == "ulbq":
             raise InputError(
                 f"'{given}' is an artifact of ulbq without its {MANIFEST_NAME}.",
@@ -359,7 +361,8 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
             hint="Give the full-precision model it was made from.",
         )
     name = hub_id.rpartition("/")[2] if hub_id else path.resolve().name
-    return ModelSource(name, given, path, "hub" if hub_id else "folder", **_read_folder(path, given)._asdict())
+    read = _read_folder(path, given, exl3=method == METHOD)
+    return ModelSource(name, given, path, "hub" if hub_id else "folder", **read._asdict())
 
 
 def open_written(path: Path) -> ModelSource:
@@ -377,16 +380,17 @@ def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: 
             f"'{given}' holds saliency scores, not a model.",
             hint=f"Give the model that was scored{f': {manifest.parents[0].path}' if manifest.parents else ''}.",
         )
-    if isinstance(manifest, ConvertedManifest) and manifest.target != "dense":
+    target = manifest.target if isinstance(manifest, ConvertedManifest) else ""
+    if target not in ("", "dense", METHOD):
         raise InputError(
-            f"'{given}' is a model converted for other engines ({manifest.target}).",
+            f"'{given}' is a model converted for other engines ({target}).",
             hint="Give the quantized artifact it was converted from.",
         )
     packed = {layer.name for layer in manifest.layers} if isinstance(manifest, QuantizedManifest) else set()
     if verify:
         check_small_files(path, manifest)
     sums = {name: entry.sha256 for name, entry in manifest.files.items()} if verify else {}
-    read = _read_folder(path, given, packed, sums)
+    read = _read_folder(path, given, packed, sums, exl3=target == METHOD)
     name = manifest.name or path.resolve().name
     return ModelSource(name, given, path, "artifact", **read._asdict(), manifest=manifest)
 
@@ -401,10 +405,14 @@ class _Read(NamedTuple):
     notes: tuple[str, ...]
 
 
-def _read_folder(path: Path, given: str, packed: Collection[str] = (), sums: Mapping[str, str] = {}) -> _Read:
+def _read_folder(
+    path: Path, given: str, packed: Collection[str] = (), sums: Mapping[str, str] = {}, *, exl3: bool = False
+) -> _Read:
     """Read configuration and headers, and see that they fit each other. Raises InputError."""
     config = read_config(path)
     stored = LazyTensors.folder(path, sums)
+    if exl3:
+        stored = Exl3Tensors(stored, config.get_text_config().vocab_size)
     model = empty_model(config)
     notes = []
     if type(model.config) is not type(config):
