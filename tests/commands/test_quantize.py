@@ -35,7 +35,7 @@ def parameters() -> dict[str, Any]:
 
 
 def planned(capsys: pytest.CaptureFixture[str], source: Path, *words: str) -> dict[str, Any]:
-    group = [] if {"binary-mos", "claq"} & set(words) else ["--group-size", "32"]
+    group = [] if {"binary-mos", "claq", "trellis"} & set(words) else ["--group-size", "32"]
     common = ["--calibration", "a.txt"] if "rtn" not in words else []
     arguments = ["quantize", str(source), *group, *common, "--device", "cpu", "--offline", "--dry-run", "--json"]
     assert main([*arguments, *words]) == 0
@@ -163,27 +163,27 @@ def test_the_plan_tells_the_stages_own_lambda(source, capsys):
     words = ["quantize", str(source), "--group-size", "32", "--calibration", "a.txt", "--device", "cpu", "--offline"]
     words += ["--dry-run", "--method", "ulb-sapr"]
     assert main([*words, "--stage", "mixed:epochs=1,penalty=0.5"]) == 0
-    assert "stage mixed:epochs=1,penalty=0.5, saliency fisher" in capsys.readouterr().err
+    assert "saliency fisher, stage mixed:epochs=1,penalty=0.5" in capsys.readouterr().err
     assert main([*words, "--stage", "wpt:epochs=1", "--stage", "mixed:epochs=1,penalty=0.5"]) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "stage wpt:epochs=1, mixed:epochs=1,penalty=0.5, lambda 0.03, saliency fisher" in told
+    assert "saliency fisher, stage wpt:epochs=1, mixed:epochs=1,penalty=0.5, lambda 0.03" in told
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_plan_of_every_method_tells_what_it_does(method, source, capsys):
-    trains = method not in {"rtn", "gptq"}
+    trains = method not in {"rtn", "gptq", "trellis"}
     more = ["--rank", "8", "--lambda", "0.5", "--adapter"] if trains and method != "binary-mos" else []
     more += ["--epochs", "1"] if method == "claq" else []
     planned(capsys, source, "--method", method, *more)
     words = ["quantize", str(source), "--method", method, "--device", "cpu", "--offline", "--dry-run", *more]
     words += [] if method == "rtn" else ["--calibration", "a.txt"]
     words += ["--train-weights"] if trains and method != "efficientqat" else []
-    words += [] if method in {"binary-mos", "claq"} else ["--group-size", "32"]
+    words += [] if method in {"binary-mos", "claq", "trellis"} else ["--group-size", "32"]
     assert main(words) == 0
     told = capsys.readouterr().err
     assert f"{method}, " in told
     assert ("training" in told) == trains
-    assert ("damping" in told) == (method in {"gptq", "claq"})
+    assert ("damping" in told) == (method in {"gptq", "claq", "trellis"})
     assert ("rank 8" in told) == bool(more)
     assert ("lambda 0.5" in told) == bool(more)
     assert "None" not in told

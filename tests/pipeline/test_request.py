@@ -58,7 +58,7 @@ def test_the_defaults_are_the_methods(method: str) -> None:
 def test_a_preset_gives_way_to_what_is_explicit(method: str) -> None:
     full = completed(method=method, preset="best", samples=7)
     best = PRESETS["best"]
-    epochs = {"gptq": None, "claq": 0}.get(method, best.epochs)
+    epochs = {"gptq": None, "trellis": None, "claq": 0}.get(method, best.epochs)
     assert (full.samples, full.sequence_length, full.epochs) == (7, best.sequence_length, epochs)
     assert full.preset == "best"
 
@@ -166,7 +166,7 @@ def test_the_settings_of_the_losses_reach_the_phase() -> None:
     dad = build_method(completed(method="db-llm", end_to_end="dad", end_to_end_gamma=0.25)).needs.end_to_end
     hidden = build_method(completed(method="db-llm", end_to_end="kl-hidden", end_to_end_hidden_weight=10))
     assert dad is not None
-    assert dad.gamma == 0.25
+    assert dad.dad_gamma == 0.25
     assert hidden.needs.end_to_end is not None
     assert hidden.needs.end_to_end.hidden_weight == 10
 

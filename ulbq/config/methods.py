@@ -678,7 +678,7 @@ class TrellisOptions(EndToEndOptions, RateSettings, BudgetOptions, SaliencyOptio
 
     bits: Literal[1, 2, 3, 4] = 2
     state_bits: Annotated[
-        Literal[12, 16], Option("Of a trellis's state: 16 are better, and take 16 times as long.", FORMAT)
+        Literal[12, 16], Option("Of a trellis's state: 16 are better, and take 20 times as long.", FORMAT)
     ] = 12
     saliency: str = "fisher"
     end_to_end_train: Literal["scales"] = "scales"

@@ -18,7 +18,12 @@ from pydantic.fields import FieldInfo
 from ulbq import limits
 from ulbq.errors import UsageError
 
-FORMAT, COLUMNS, CODEBOOKS, CALIBRATION = "Format", "Columns (gptq, claq)", "Codebooks (claq)", "Calibration"
+FORMAT, COLUMNS, CODEBOOKS, CALIBRATION = (
+    "Format",
+    "Columns (gptq, claq, trellis)",
+    "Budget and codebooks (claq, trellis)",
+    "Calibration",
+)
 TRAINING, ADAPTER, STAGES, END_TO_END, COMPUTE = "Training", "Adapter", "Stages", "End to end", "Compute"
 LEARN, MEASURE, SAY, SAMPLING = "What to learn", "What to measure", "What to say", "Sampling"
 HOW, RATES, OF_END_TO_END_ALONE, RUN, TERMINAL = "How", "Rates", "Of end-to-end alone", "Run", "Terminal"
