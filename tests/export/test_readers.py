@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
 from ulbq.config.convert import ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
+from ulbq.formats import TrellisScheme
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline.convert import convert
@@ -33,11 +35,11 @@ def environment(name: str) -> Path:
     return python
 
 
-def read(name: str, script: str, folder: Path, last: str) -> np.ndarray:
-    """Logits that a reader computes."""
-    tokens, out = folder.parent / "tokens.npy", folder.parent / "read.npy"
-    np.save(tokens, TOKENS.numpy())
-    command = [environment(name), READERS / script, folder, tokens, out, last]
+def read(name: str, script: str, folder: Path, *last: str, given: torch.Tensor = TOKENS) -> np.ndarray:
+    """What a reader computes, logits mostly."""
+    inputs, out = folder.parent / "inputs.npy", folder.parent / "read.npy"
+    np.save(inputs, given.numpy())
+    command = [environment(name), READERS / script, folder, inputs, out, *last]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return np.load(out)
@@ -115,3 +117,18 @@ def test_llama_cpp_computes_each_family(family: str, tmp_path: Path) -> None:
     found = read("llama-cpp", "llama_cpp_logits.py", path, str(logits.shape[-1]))
     # Its cache holds keys and values in half precision.
     np.testing.assert_allclose(found, logits.log_softmax(-1).numpy(), atol=5e-3)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_exllamav3_on_a_cpu(bits: int, tmp_path: Path) -> None:
+    environment("exllamav3")
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
+    dense = resolve(save_tiny("llama", tmp_path / "dense", **wide))
+    source = write_quantized(dense, tmp_path / "q", TrellisScheme.model_validate({"bits": bits, "state_bits": 16}))
+    path, _ = convert(ConvertRequest(source=str(source), engine="exllamav3", out=tmp_path / "e"))
+    rows = torch.randn(5, 128, generator=torch.Generator().manual_seed(bits)).half().float()
+    with torch.no_grad():
+        ours = load_model(resolve(source), dtype=torch.float32).get_decoder().layers[0].mlp(rows).numpy()
+    found = read("exllamav3", "exllamav3_mlp.py", path, given=rows)
+    # Its code for CPUs takes 510 · k from a sum of bytes, where its GPU kernels round that to half precision.
+    assert np.linalg.norm(found - ours) < 3e-3 * np.linalg.norm(ours)

@@ -146,6 +146,9 @@ def test_it_is_evaluated_and_generated_from(ulbq: Ulbq, folder: Path, tmp_path: 
         {"trellis": torch.zeros(16, 8, 36, dtype=torch.int16)},
         {"trellis": torch.zeros(16, 8, 144, dtype=torch.int16)},
         {"trellis": torch.zeros(16, 8, dtype=torch.int16)},
+        {"trellis": torch.zeros(16, 0, 32, dtype=torch.int16), "svh": torch.ones(0).half()},
+        {"trellis": torch.zeros(16, 8, 8, dtype=torch.int16)},
+        {"mul1": torch.zeros(2, dtype=torch.int32)},
         {"trellis": torch.zeros(16, 7, 32, dtype=torch.int16), "svh": torch.ones(112).half()},
     ],
 )

@@ -136,7 +136,11 @@ def _shape(stored: LazyTensors, layer: str, parts: Mapping[str, str]) -> tuple[i
     shape = stored.shape(parts["trellis"])
     columns, rows, words = [*shape, 0, 0, 0][:3]
     known = len(shape) == 3 and stored.dtype(parts["trellis"]) == torch.int16 and words % 8 == 0
-    known = known and 0 < words <= _MOST_BITS * TILE and not (rows * TILE % WIDTH or columns * TILE % WIDTH)
+    known = known and TILE <= words <= _MOST_BITS * TILE
+    known = known and all(tiles and tiles * TILE % WIDTH == 0 for tiles in (rows, columns))
+    for code in _CODES.keys() & parts.keys():
+        marker = stored.dtype(parts[code]), stored.shape(parts[code])
+        known = known and marker in ((torch.int32, ()), (torch.int32, (1,)))
     for name, count in (("su", columns), ("sv", rows)):
         wide, narrow = (f"{name}h", torch.float16, (count * TILE,)), (name, torch.int16, (count,))
         known = known and any(

@@ -3,8 +3,9 @@
     python tests/export/readers/environments.py FOLDER [NAME ...]
 
 makes ``FOLDER/gptqmodel`` (with optimum and compressed-tensors), ``FOLDER/auto-gptq`` (0.7.1, with the transformers of
-its time) and ``FOLDER/llama-cpp``: virtual environments that borrow torch, and what else they do not pin, from the one
-that runs this. ``ULBQ_READERS=FOLDER pytest -m slow tests/export/test_readers.py`` then runs them.
+its time), ``FOLDER/llama-cpp`` and ``FOLDER/exllamav3`` (1.6.5, of which the code for CPUs alone is compiled, in three
+minutes): virtual environments that borrow torch, and what else they do not pin, from the one that runs this.
+``ULBQ_READERS=FOLDER pytest -m slow tests/export/test_readers.py`` then runs them.
 """
 
 import os
@@ -26,6 +27,7 @@ PACKAGES: dict[str, tuple[list[str], ...]] = {
         ["accelerate==0.27.2", "datasets==3.0.2", "fsspec==2024.9.0", "rouge", "gekko", "sentencepiece"],
     ),
     "llama-cpp": (["xllamacpp"],),
+    "exllamav3": (["exllamav3==1.6.5", "ninja"],),
 }
 
 
