@@ -12,7 +12,6 @@ import time
 
 import torch
 
-from ulbq.formats import trellis
 from ulbq.formats.trellis import LENGTH, TrellisScheme
 from ulbq.runtime import calm_threads
 from ulbq.solvers.trellis import search
@@ -29,12 +28,11 @@ def main() -> None:
     calm_threads()
     noise = torch.randn(options.sequences, LENGTH, generator=torch.Generator().manual_seed(0))
     for state_bits in options.state_bits:
-        values = trellis.values(state_bits)
         for bits in (1, 2, 3, 4):
             scheme = TrellisScheme.model_validate({"bits": bits, "state_bits": state_bits})
             started, errors = time.process_time(), {}
             for scale in SCALES:
-                found = values[trellis.states(scheme, search(noise * scale, scheme))]
+                _, found = search(noise * scale, scheme)
                 errors[scale] = ((found / scale - noise).square().sum() / noise.square().sum()).item()
             each = (time.process_time() - started) / len(SCALES) / noise.numel()
             best = min(errors, key=errors.__getitem__)

@@ -81,7 +81,7 @@ _SIGNATURES_OF_SOLVERS: dict[str, tuple[type, ...]] = {
         *(*_GROUPS, *_SEARCH),
         *(_AT, _AT, _AT, _AT, _INT),
     ),
-    "ulbq_trellis": (_AT, *(_LONG,) * 4, *(_AT,) * 2, _INT),
+    "ulbq_trellis": (_AT, *(_LONG,) * 4, *(_AT,) * 3, _INT),
 }
 SWITCH = "ULBQ_COMPILE"
 """Set to 0 in the environment, nothing is compiled and nothing compiled is used."""

@@ -162,17 +162,19 @@ def compensate(
     return Block(codes, errors, losses.sum().item(), not failed.value)
 
 
-def trellis_codes(sequences: torch.Tensor, bits: int, state_bits: int, values: torch.Tensor) -> torch.Tensor:
-    """Codes ``[n, length]`` uint8 of sequences as :func:`ulbq.solvers.trellis.search` finds them.
+def trellis_codes(
+    sequences: torch.Tensor, bits: int, state_bits: int, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 and what they stand for, ``[n, length]`` both, as :func:`ulbq.solvers.trellis.search` finds them.
 
     Args:
         sequences: ``[n, length]`` float32, contiguous.
         bits, state_bits: of an element, and of a state.
         values: ``[2^state_bits]`` float32, of the states.
     """
-    codes = torch.empty(sequences.shape, dtype=torch.uint8)
+    codes, found = torch.empty(sequences.shape, dtype=torch.uint8), torch.empty_like(sequences)
     solvers().ulbq_trellis(
         *(sequences.data_ptr(), *sequences.shape, bits, state_bits, values.data_ptr()),
-        *(codes.data_ptr(), torch.get_num_threads()),
+        *(codes.data_ptr(), found.data_ptr(), torch.get_num_threads()),
     )
-    return codes
+    return codes, found

@@ -76,8 +76,8 @@ def solve(
     su, sv = scales(weight, scheme.bits, generator)
     moved = trellis.transform(trellis.transform(hessian * su * su.unsqueeze(1)).T)
     factor = factorize(moved, damping=damping, order=_order(moved))
-    codes, loss = _by_blocks(inverse_between(weight, su, sv), factor, scheme)
-    sv = fitted(weight, hessian, trellis.inner_matrix(scheme, codes), su, sv)
+    codes, found, loss = _by_blocks(inverse_between(weight, su, sv), factor, scheme)
+    sv = fitted(weight, hessian, found, su, sv)
     return Solution(Trellis(codes, su, sv), loss, factor.damping)
 
 
@@ -163,21 +163,24 @@ def _order(hessian: torch.Tensor) -> torch.Tensor:
     return order.flatten()
 
 
-def _by_blocks(inner: torch.Tensor, factor: HessianFactor, scheme: TrellisScheme) -> tuple[torch.Tensor, float]:
-    """Codes ``[in/16, out/16, 256]`` of ``T``, and the loss."""
+def _by_blocks(
+    inner: torch.Tensor, factor: HessianFactor, scheme: TrellisScheme
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Codes ``[in/16, out/16, 256]`` of ``T``, what they stand for, and the loss."""
     columns = inner.T[factor.order].contiguous()
-    found, loss = [], 0.0
+    codes, found, loss = [], [], 0.0
     for first in range(0, len(columns), TILE):
         last = first + TILE
         block = columns[first:last]
-        codes = search(trellis.sequences(block.T)[0], scheme)
-        found.append(codes)
-        errors = block - trellis.inner_matrix(scheme, codes.unsqueeze(0)).T
+        own, values = search(trellis.sequences(block.T)[0], scheme)
+        codes.append(own)
+        found.append(values)
+        errors = block - trellis.from_sequences(values.unsqueeze(0)).T
         shared = torch.linalg.solve_triangular(factor.upper[first:last, first:last].T, errors, upper=False)
         columns[last:].addmm_(factor.upper[first:last, last:].T, shared, alpha=-1)
         loss += shared.square().sum(dtype=torch.float64).item()
     places = (factor.order[::TILE] // TILE).argsort()
-    return torch.stack(found)[places], loss
+    return torch.stack(codes)[places], trellis.from_sequences(torch.stack(found)[places]), loss
 
 
 def fitted(
@@ -190,18 +193,20 @@ def fitted(
     return torch.where(best.isfinite() & (best != 0), best, sv).half().float()
 
 
-def search(sequences: torch.Tensor, scheme: TrellisScheme) -> torch.Tensor:
-    """Codes ``[n, 256]`` uint8 of sequences ``[n, 256]`` float32: the nearest, of all whose bits wrap around.
+def search(sequences: torch.Tensor, scheme: TrellisScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``[n, 256]`` uint8 of sequences ``[n, 256]`` float32, and the values that they stand for.
 
-    Which bits the ends have in common is found first, by a search with free ends on the sequence turned by half; so
-    that another state would now and then be a little better (Viterbi; QTIP, section 3.2).
+    They are the nearest of all whose bits wrap around and whose ends have the same bits in common. Which bits these are
+    is found first, by a search with free ends on the sequence turned by half; so that others would now and then be a
+    little better (Viterbi; QTIP, section 3.2).
     """
     values = trellis.values(scheme.state_bits)
     if solvers.take(sequences):
         return solvers.trellis_codes(sequences.contiguous(), scheme.bits, scheme.state_bits, values)
     values = values.to(sequences.device)
     parts = sequences.split(max(1, _MOST_ORIGINS // (sequences.shape[1] * len(values) >> scheme.bits)))
-    return torch.cat([_search_with_torch(part, scheme.bits, scheme.state_bits, values) for part in parts])
+    codes = torch.cat([_search_with_torch(part, scheme.bits, scheme.state_bits, values) for part in parts])
+    return codes, values[trellis.states(scheme, codes)]
 
 
 def _search_with_torch(sequences: torch.Tensor, bits: int, state_bits: int, values: torch.Tensor) -> torch.Tensor:

@@ -32,13 +32,14 @@ class Search {
         return state;
     }
 
-    // Codes of the cheapest way from a state to itself.
-    void closed(const float* sequence, int64_t state, uint8_t* codes) {
+    // Codes of the cheapest way from a state to itself, and the values of its states.
+    void closed(const float* sequence, int64_t state, uint8_t* codes, float* found) {
         std::fill(costs_.begin(), costs_.end(), kFar);
         costs_[state] = 0;
         run(sequence, 0);
         for (int64_t at = length_ - 1; at >= 0; --at) {
             codes[at] = state & (kCodes - 1);
+            found[at] = values_[state];
             state = before(at, state);
         }
     }
@@ -111,7 +112,7 @@ class Search {
 
 template <int kBits>
 void search(const float* sequences, int64_t count, int64_t length, int64_t state_bits, const float* values,
-            uint8_t* codes, int threads) {
+            uint8_t* codes, float* found, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Search<kBits> search(state_bits, values, length);
@@ -119,7 +120,7 @@ void search(const float* sequences, int64_t count, int64_t length, int64_t state
         for (int64_t i = 0; i < count; ++i) {
             const float* sequence = sequences + i * length;
             const int64_t state = search.middle_state(sequence, length / 2, length - length / 2);
-            search.closed(sequence, state, codes + i * length);
+            search.closed(sequence, state, codes + i * length, found + i * length);
         }
     }
 }
@@ -128,12 +129,12 @@ void search(const float* sequences, int64_t count, int64_t length, int64_t state
 
 using namespace ulbq;
 
-// Codes [count][length] below 2^bits of sequences [count][length].
+// Codes [count][length] below 2^bits of sequences [count][length], and the values [count][length] that they stand for.
 //
 // values [2^state_bits]. The codes wrap around: the bits before the first element are those of the last. Which state the
 // ends have in common is found first, on the sequence turned by half with free ends.
 extern "C" void ulbq_trellis(const float* sequences, int64_t count, int64_t length, int64_t bits, int64_t state_bits,
-                             const float* values, uint8_t* codes, int threads) {
+                             const float* values, uint8_t* codes, float* found, int threads) {
     const auto run = bits == 1 ? search<1> : bits == 2 ? search<2> : bits == 3 ? search<3> : search<4>;
-    run(sequences, count, length, state_bits, values, codes, threads);
+    run(sequences, count, length, state_bits, values, codes, found, threads);
 }
