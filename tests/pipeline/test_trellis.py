@@ -14,6 +14,7 @@ from ulbq.artifacts.whole import verify
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, UsageError
 from ulbq.pipeline.quantize import quantize
+from ulbq.progress import Silent
 
 
 def asked(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:
@@ -122,6 +123,18 @@ def test_widths_that_tiles_do_not_divide_are_refused(samples: Path, tmp_path: Pa
     with pytest.raises(InputError, match=r"(up|gate)_proj.*72 × 64"):
         quantize(asked(dense, tmp_path / "q", samples))
     assert not (tmp_path / "q").exists()
+
+
+def test_few_tokens_are_told(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Listening(Silent):
+        def warn(self, message: str) -> None:
+            told.append(message)
+
+    short = {"samples": 1, "sequence_length": 8}
+    quantize(asked(tiny_llama, tmp_path / "q", samples).model_copy(update=short), Listening())
+    assert any("errors are not made good in other tiles" in message for message in told)
 
 
 def test_an_artifact_is_not_solved_again(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:

@@ -107,12 +107,14 @@ def test_loss_is_what_the_demand_foretells():
         assert (error @ hessian * error).sum().item() == pytest.approx(demand.loss * solver._ERRORS[bits], rel=0.15)
 
 
-def test_signs_come_from_the_generator_alone():
+def test_signs_come_from_the_generator_alone_and_the_weight_is_what_is_stored():
     weight, hessian, scheme = gaussian(32, 32), moments(32), TrellisScheme()
     first, again, other = (
         solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(seed)).trellis for seed in (1, 1, 2)
     )
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    found = solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(1))
+    assert torch.equal(found.weight, formats.dequantize(scheme, trellis.pack(scheme, found.trellis), 32))
     assert not torch.equal(first.su.sign(), other.su.sign())
 
 
@@ -144,3 +146,10 @@ def test_bits_go_where_they_pay_and_stay_in_the_budget():
         possible = [w for w in itertools.product((1, 2, 3, 4), repeat=3) if bits(w) <= budget]
         assert losses(found) <= 1.5 * min(map(losses, possible))
     assert found == (4, 4, 4)
+
+
+def test_damping_is_raised_where_inputs_are_singular_and_told():
+    inputs = torch.ones(32, 1)
+    found = solver.solve(gaussian(32, 32), inputs @ inputs.T, TrellisScheme(), torch.Generator().manual_seed(0), 0.0)
+    assert found.damping > 0
+    assert found.weight.isfinite().all()

@@ -11,11 +11,10 @@ from typing import ClassVar, Self
 
 import torch
 
-from ulbq import formats
 from ulbq.config.methods import MethodOptions, TrellisOptions
 from ulbq.formats import AnyScheme, trellis
 from ulbq.formats.trellis import TrellisScheme
-from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
+from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
 from ulbq.solvers.hessian import HessianSum, output_cost
 from ulbq.solvers.trellis import Demand, allocate, demand, solve
@@ -88,14 +87,18 @@ class TrellisMethod:
         def solve_layers(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
             hessian, made = self._hessian(inputs), {}
             if inputs.tokens < FEWEST_TOKENS * len(hessian):
-                notes.append((", ".join(linears), f"{inputs.tokens} tokens are too few for {len(hessian)} columns."))
+                few = f"{inputs.tokens} tokens are too few for {len(hessian)} columns"
+                notes.append((", ".join(linears), f"errors are not made good in other tiles, {few}."))
             for linear in linears:
                 weight = task.weight(linear)
                 generator = torch.Generator().manual_seed(task.seed ^ zlib.crc32(linear.encode()))
                 scheme = schemes[linear] = self._scheme(task.prefix + linear)
                 found = solve(weight, hessian, scheme, generator, self.options.damping)
+                if found.damping > self.options.damping:
+                    notes.append((linear, f"damping raised to {found.damping:g}, its inputs are singular."))
                 packed[linear] = trellis.pack(scheme, found.trellis)
-                made[linear] = formats.dequantize(scheme, packed[linear], weight.shape[1])
+                check_packed(linear, scheme, packed[linear], found.weight)
+                made[linear] = found.weight
             return made
 
         solve_in_sequence(

@@ -47,12 +47,12 @@ class Solution(NamedTuple):
 
     Attributes:
         trellis: codes, ``su`` and ``sv``.
-        loss: ``tr((W − Q) H (W − Q)ᵀ)`` before ``sv`` is fitted, H with its damping.
+        weight: ``[out, in]`` float32, what they stand for.
         damping: the one that was used, above the one asked for where that left the Hessian singular.
     """
 
     trellis: Trellis
-    loss: float
+    weight: torch.Tensor
     damping: float
 
 
@@ -74,11 +74,10 @@ def solve(
         damping: share of the mean diagonal that is added to the diagonal.
     """
     su, sv = scales(weight, scheme.bits, generator)
-    moved = trellis.transform(trellis.transform(hessian * su * su.unsqueeze(1)).T)
-    factor = factorize(moved, damping=damping, order=_order(moved))
-    codes, found, loss = _by_blocks(inverse_between(weight, su, sv), factor, scheme)
+    factor = _factored(hessian, su, damping)
+    codes, found = _by_blocks(inverse_between(weight, su, sv), factor, scheme)
     sv = fitted(weight, hessian, found, su, sv)
-    return Solution(Trellis(codes, su, sv), loss, factor.damping)
+    return Solution(Trellis(codes, su, sv), trellis.between(found, su, sv), factor.damping)
 
 
 def scales(weight: torch.Tensor, bits: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,9 +112,8 @@ def demand(weight: torch.Tensor, hessian: torch.Tensor, cost: float, damping: fl
         damping: as :func:`solve` takes it.
     """
     su, sv = scales(weight, 1, torch.Generator().manual_seed(0))
-    moved = trellis.transform(trellis.transform(hessian * su * su.unsqueeze(1)).T)
-    factor = factorize(moved, damping=damping, order=_order(moved))
-    blocks = [factor.upper[i : i + TILE, i : i + TILE] for i in range(0, len(moved), TILE)]
+    upper = _factored(hessian, su, damping).upper
+    blocks = [upper[i : i + TILE, i : i + TILE] for i in range(0, len(upper), TILE)]
     identity = torch.eye(TILE, device=weight.device).expand(len(blocks), -1, -1)
     shared = torch.linalg.solve_triangular(torch.stack(blocks), identity, upper=True).square().sum().item()
     variance = (inverse_between(weight, su, sv).square().mean() * sv.square().sum()).item()
@@ -155,6 +153,12 @@ def inverse_between(weight: torch.Tensor, su: torch.Tensor, sv: torch.Tensor) ->
     return trellis.transform(trellis.transform(weight / su / sv.unsqueeze(1)).T).T
 
 
+def _factored(hessian: torch.Tensor, su: torch.Tensor, damping: float) -> HessianFactor:
+    """The Hessian between the transforms, ``[in, in]``, factored in the order in which tiles are solved."""
+    moved = trellis.transform(trellis.transform(hessian * su * su.unsqueeze(1)).T)
+    return factorize(moved, damping=damping, order=_order(moved))
+
+
 def _order(hessian: torch.Tensor) -> torch.Tensor:
     """Columns ``[in]``, those of the tiles with the largest inputs first: later tiles make good what they leave."""
     energy = hessian.diagonal().unflatten(0, (-1, TILE)).sum(1)
@@ -163,12 +167,10 @@ def _order(hessian: torch.Tensor) -> torch.Tensor:
     return order.flatten()
 
 
-def _by_blocks(
-    inner: torch.Tensor, factor: HessianFactor, scheme: TrellisScheme
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Codes ``[in/16, out/16, 256]`` of ``T``, what they stand for, and the loss."""
+def _by_blocks(inner: torch.Tensor, factor: HessianFactor, scheme: TrellisScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``[in/16, out/16, 256]`` of ``T``, and what they stand for, ``[out, in]``."""
     columns = inner.T[factor.order].contiguous()
-    codes, found, loss = [], [], 0.0
+    codes, found = [], []
     for first in range(0, len(columns), TILE):
         last = first + TILE
         block = columns[first:last]
@@ -178,9 +180,8 @@ def _by_blocks(
         errors = block - trellis.from_sequences(values.unsqueeze(0)).T
         shared = torch.linalg.solve_triangular(factor.upper[first:last, first:last].T, errors, upper=False)
         columns[last:].addmm_(factor.upper[first:last, last:].T, shared, alpha=-1)
-        loss += shared.square().sum(dtype=torch.float64).item()
     places = (factor.order[::TILE] // TILE).argsort()
-    return torch.stack(codes)[places], trellis.from_sequences(torch.stack(found)[places]), loss
+    return torch.stack(codes)[places], trellis.from_sequences(torch.stack(found)[places])
 
 
 def fitted(
