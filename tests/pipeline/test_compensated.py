@@ -85,5 +85,6 @@ def test_the_plan_counts_the_second_moments(samples: Path, tmp_path: Path) -> No
 
     one, whole = peak(), peak(true_sequential=False)
     assert whole - one == pytest.approx(4 * 3 * 64**2, abs=2**21)
-    trained = plan(request(wide, tmp_path / "t", method="apiq", calibration=str(samples), adapter=False, group_size=32))
+    few = {"samples": 1, "sequence_length": 16, "group_size": 32}
+    trained = plan(request(wide, tmp_path / "t", method="apiq", calibration=str(samples), adapter=False, **few))
     assert one - trained.cost.peak_memory > 4 * 2048**2

@@ -128,6 +128,10 @@ class Needs:
         survey: a look at all blocks before the first is quantized, as :class:`SurveyingMethod` has it.
         target_bits: true bits a weight that the layers will have, where that is not what the scheme tells.
         extra_bits: how many more than the scheme tells they will have, about.
+        copies: float32 copies of a block's weights that live as it trains; 0 for methods that do not train.
+        layer_bytes: memory that the closed form of a layer takes at its peak, for each of its weights beside itself.
+        stacked: whether layers that read the same input are solved as one.
+        rounds_few: whether second moments of too few tokens are not factored.
     """
 
     epochs: int = 0
@@ -143,6 +147,10 @@ class Needs:
     survey: bool = False
     target_bits: float | None = None
     extra_bits: float = 0.0
+    copies: int = 0
+    layer_bytes: float = 0.0
+    stacked: bool = False
+    rounds_few: bool = False
 
     @property
     def stores(self) -> int:

@@ -29,6 +29,10 @@ from ulbq.solvers.allocation import Survey
 from ulbq.solvers.claq import ClaqSettings, ColumnPlan, claq
 from ulbq.solvers.hessian import HessianFactor, HessianSum, activation_order, factorize, output_cost
 
+_LAYER_BYTES, _REFIT_BYTES = 19.5, 33.0
+"""Of each weight: columns in processing order, what they became, in both orders, and codes; to refit, indices of 64
+bits, and matrices of errors, of what the codebooks make, and of their products with the second moments."""
+
 
 class Claq:
     """Column codebooks, adaptive precision and outliers.
@@ -58,6 +62,7 @@ class Claq:
             survey=options.surveyed,
             target_bits=None if options.as_published else options.target_bits,
             extra_bits=_extra_bits(options),
+            layer_bytes=_REFIT_BYTES if options.refit else _LAYER_BYTES,
         )
 
     @classmethod

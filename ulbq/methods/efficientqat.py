@@ -21,7 +21,7 @@ from ulbq.config.methods import (
     MethodOptions,
 )
 from ulbq.formats.affine import AffineScheme
-from ulbq.methods.base import BlockResult, BlockStart, BlockTask
+from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Needs
 from ulbq.methods.gptq import Gptq
 from ulbq.methods.training import BlockTraining
 from ulbq.nn.quant_linear import linear_layer
@@ -61,9 +61,16 @@ class EfficientQat:
         if options.start == "gptq":
             given = {"bits": options.bits, "symmetric": options.symmetric, "token_weighting": options.token_weighting}
             self._solver = Gptq(scheme, GptqOptions.model_validate(given))
-        hessians = "none" if self._solver is None else self._solver.needs.hessians
-        searches = options.start in {"search", "gptq"}
-        self.needs = dataclasses.replace(self._training.needs, hessians=hessians, searches=searches)
+        needs, solving = self._training.needs, Needs() if self._solver is None else self._solver.needs
+        self.needs = dataclasses.replace(
+            needs,
+            hessians=solving.hessians,
+            searches=options.start in {"search", "gptq"},
+            layer_bytes=solving.layer_bytes,
+            stacked=solving.stacked,
+            rounds_few=solving.rounds_few,
+            copies=needs.copies + 2 * (self._form.reach is not None),  # how far the latents may go
+        )
 
     @classmethod
     def from_options(cls, options: EfficientQatOptions, group_size: int) -> Self:

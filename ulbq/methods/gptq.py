@@ -22,6 +22,9 @@ from ulbq.solvers.gptq import GptqSettings, gptq
 from ulbq.solvers.hessian import HessianSum
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
 
+_LAYER_BYTES = 18.5
+"""Of each weight: columns in processing order, what they were at their turns in both passes, in both orders, codes."""
+
 
 class Gptq:
     """Affine codes with errors made good in later columns.
@@ -38,7 +41,14 @@ class Gptq:
         self.scheme = scheme
         self.options = options
         hessians: Literal["sequence", "block"] = "sequence" if options.true_sequential else "block"
-        self.needs = Needs(full_precision=False, searches=True, hessians=hessians)
+        self.needs = Needs(
+            full_precision=False,
+            searches=True,
+            hessians=hessians,
+            layer_bytes=_LAYER_BYTES,
+            stacked=True,
+            rounds_few=True,
+        )
         self._settings = GptqSettings(
             damping=options.damping,
             act_order=options.act_order,

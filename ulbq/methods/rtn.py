@@ -10,6 +10,9 @@ from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
 
+PACKING_BYTES = 10.5
+"""Of each weight, as a layer is packed: codes and what they were packed to, and as float32 before and after that."""
+
 
 class Rtn:
     """Rounds every weight to an affine grid whose range is searched by squared error.
@@ -25,7 +28,7 @@ class Rtn:
     def __init__(self, scheme: AffineScheme, *, search: bool = True) -> None:
         self.scheme = scheme
         self._search = search
-        self.needs = Needs(searches=search)
+        self.needs = Needs(searches=search, layer_bytes=PACKING_BYTES)
 
     @classmethod
     def from_options(cls, options: RtnOptions, group_size: int) -> Self:

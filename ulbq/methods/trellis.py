@@ -19,6 +19,9 @@ from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
 from ulbq.solvers.hessian import HessianSum, output_cost
 from ulbq.solvers.trellis import Demand, allocate, demand, solve
 
+_LAYER_BYTES = 31.0
+"""Of each weight: between the transforms, in processing order, as found by tiles and as rows, and to fit the scales."""
+
 
 class TrellisMethod:
     """Trellis codes with errors made good in later tiles.
@@ -44,6 +47,7 @@ class TrellisMethod:
             target_bits=options.target_bits,
             end_to_end=options.end_to_end_settings(),
             continues=options.end_to_end != "none",
+            layer_bytes=_LAYER_BYTES,
         )
 
     @classmethod
