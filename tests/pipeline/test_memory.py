@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from tests.models.tiny import save_tiny
 from ulbq.config.methods import ClaqOptions, GptqOptions
+from ulbq.finetuning.head import LOGITS_MEMORY, logits_memory
 from ulbq.methods import METHODS
 from ulbq.methods.base import Needs
 from ulbq.models.blocks import Linear, skeleton
@@ -73,6 +74,40 @@ def test_methods_tell_what_they_hold() -> None:
     assert (started.layer_bytes, started.stacked) == (solver.layer_bytes, solver.stacked)
     refitted, plain = (METHODS["claq"].from_options(ClaqOptions(refit=on), 64).needs for on in (True, False))
     assert refitted.layer_bytes > plain.layer_bytes
+
+
+def test_logits_are_counted_by_the_positions_of_a_chunk() -> None:
+    assert logits_memory(1000, 4, 20) == 4 * 4 * 1000 * 20
+    # As many as take the memory of a chunk, and sixteen at least.
+    assert logits_memory(1000, 4, 10**6) == pytest.approx(LOGITS_MEMORY, rel=1e-3)
+    assert logits_memory(10**6, 4, 10**6) == 4 * 4 * 10**6 * 16
+
+
+_FREED = """
+import ctypes
+from ulbq import runtime
+
+runtime.map_large_blocks()
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def held():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+# The second is freed while the third stands behind it: in a heap it would stay.
+blocks = [c.malloc(20 << 20) for _ in range(3)]
+for block in blocks:
+    ctypes.memset(block, 1, 20 << 20)
+before = held()
+c.free(blocks[1])
+print(before - held() >= 20 << 10)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_large_blocks_go_back_as_they_are_freed() -> None:
+    done = subprocess.run([sys.executable, "-c", _FREED], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 def test_recorded_predictions_are_right() -> None:

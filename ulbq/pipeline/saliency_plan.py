@@ -32,6 +32,10 @@ _SUMMED = 20
 _TWO_BLOCKS, _TWO_BLOCKS_BACKWARD = 8, 12
 
 
+# Beside the scores: a header and a scale for each layer, what manifest and page say of it, the page, and tokens.
+_HEADER_BYTES, _TOLD_BYTES, _PAGE_BYTES, _TOKEN_BYTES = 188, 2650, 20_000, 4
+
+
 # What does not change the scores and so is no part of a run's identity, or stands there as what it came to.
 NOT_IN_FINGERPRINT = frozenset(
     {
@@ -113,6 +117,8 @@ def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
     )
     layers = [linear for block in found.linears for linear in block]
     peak_memory, disk, artifact = predict_scoring(request, model, found, precision, gguf_size=source.gguf_size)
+    disk += _TOLD_BYTES * len(layers) + _PAGE_BYTES
+    disk += _TOKEN_BYTES * (request.samples or 0) * (request.sequence_length or 0)
     plan = SaliencyPlan(
         request=request,
         model=source.name,
@@ -165,6 +171,7 @@ def predict_scoring(
     layers = [linear for block in found.linears for linear in block]
     backward, samples = request.kind in BACKWARD, request.samples or 0
     artifact = sum(2 * x.in_features * (1 if request.kind == "hessian" else x.out_features) for x in layers)
+    artifact += _HEADER_BYTES * len(layers)
     started = runtime.peak_memory() + runtime.LIBRARY_MEMORY + gguf_size
     written = 0 if request.kind == "hessian" else _SUMMED * layer_size(layers)
     block = max(sizes.inside)
