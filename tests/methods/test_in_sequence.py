@@ -1,5 +1,6 @@
 """Layers in execution order: who reads what, and from which pass."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ulbq.methods.claq import Claq
 from ulbq.methods.gptq import Gptq
 from ulbq.methods.in_sequence import solve_in_sequence
 from ulbq.nn.quant_linear import linear_layer
+from ulbq.sensitivity.outputs import OutputCosts
 from ulbq.solvers.hessian import HessianSum
 from ulbq.training.objective import BlockData
 from ulbq.training.precision import Precision
@@ -126,6 +128,26 @@ def test_second_moments_are_of_what_the_layer_then_reads(
                 rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
             expected = 2 / max(1, len(rows)) * rows.t() @ rows
             torch.testing.assert_close(found.matrix, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_each_layer_has_its_own_moments_where_outputs_cost(tmp_path: Path) -> None:
+    plain = task(tmp_path)
+    layers = ("query", "value", "out")
+    generator = torch.Generator().manual_seed(0)
+    costs = {name: OutputCosts(torch.rand(SAMPLES, LENGTH, 2, generator=generator), None) for name in LINEARS}
+    asked = dataclasses.replace(plain, linears=layers, outputs=costs)
+    assert asked.data is not None
+    hidden = asked.data.inputs.get(slice(0, SAMPLES))
+    calls = solved(asked, one_by_one=True, weighting=TokenWeighting.UNIFORM)
+    assert [names for names, _ in calls] == [("value",), ("query",), ("out",)]
+    for (name,), found in calls:
+        rows = inputs_of(asked.block, name, hidden)
+        for group in range(2):
+            sizes = rows.square().mean(1, keepdim=True)
+            weights = (costs[name].tokens[:, :, group].reshape(-1, 1) + 1 / sizes) / 2
+            torch.testing.assert_close(
+                found.matrices[group], 2 / len(rows) * (rows * weights).t() @ rows, rtol=1e-4, atol=1e-6
+            )
 
 
 def test_experts_are_solved_from_the_tokens_that_reach_them(tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
         "one pass": {"true_sequential": False},
         "damping": {"damping": 0.1},
         "tokens": {"token_weighting": "uniform"},
+        "guided": {"hessian": "guided"},
         "outliers": {"outlier_bits": 0.1},
         "published": {"outlier_bits": 0.1, "as_published": True},
     }
@@ -220,6 +221,7 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
         ({"outlier_bits": 0.3}, "by loss"),
         ({"target_bits": 2.05, "outlier_bits": 0.07, "as_published": True}, "leaves nothing"),
         ({"target_bits": 4.3, "allocation": "global", "saliency": "wanda"}, "compared by fisher"),
+        ({"hessian": "guided", "as_published": True}, "not as published"),
         ({"scale_rate": 0.1}, "`epochs` 1"),
         ({"penalty": 1.0}, "`epochs` 1"),
         ({"adapter": True}, "`epochs` 1"),

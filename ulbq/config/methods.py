@@ -33,6 +33,7 @@ from ulbq.config.stages import STAGE_KEYS, STAGE_NAMES, Stage, Stages
 from ulbq.config.training import RateSettings, TokenSettings, TrainSettings
 from ulbq.errors import UsageError
 
+HessianKind = Literal["plain", "guided", "two-sided"]
 Allocation = Literal["global", "layer", "outlier", "hessian"]
 Zeros = Literal["none", "output", "input"]
 Penalized = Literal["before-adapter", "after-adapter"]
@@ -116,6 +117,15 @@ class AffineOptions(BitsOptions):
 class SequenceOptions(TokenSettings, MethodOptions):
     """Of methods that solve the layers of a block one after the other, by the second moments of their inputs."""
 
+    hessian: Annotated[
+        HessianKind,
+        Option(
+            "What an error at a layer's outputs costs: the same everywhere; for each token by the gradients of the "
+            "loss there (guided); or for each two outputs together, too (two-sided).",
+            COLUMNS,
+            planned=True,
+        ),
+    ] = "plain"
     damping: Annotated[
         Share, Option("Share of the mean diagonal that is added to the Hessian's diagonal.", COLUMNS, "X", planned=True)
     ] = 0.01
@@ -127,6 +137,10 @@ class SequenceOptions(TokenSettings, MethodOptions):
             flag="--true-sequential/--one-pass",
         ),
     ] = True
+
+    def idle(self) -> dict[str, str]:
+        """Gradients say how much a token counts."""
+        return super().idle() | ({} if self.hessian == "plain" else {"token_weighting": "`hessian=plain`"})
 
 
 class CompensationOptions(SequenceOptions):
@@ -216,6 +230,10 @@ class CodebookOptions(BudgetOptions):
             return data
         if data.get("refit"):
             raise UsageError("`refit` is not as published.", hint="Leave out `refit` or `as_published`.")
+        if data.get("hessian", "plain") != "plain":
+            raise UsageError(
+                f"`hessian={data['hessian']}` is not as published.", hint="Leave out `hessian` or `as_published`."
+            )
         if data.get("allocation") in {"global", "layer"}:
             raise UsageError(
                 f"`allocation={data['allocation']}` is not as published.", hint="Take `allocation=outlier` or hessian."
@@ -725,8 +743,20 @@ class ClaqOptions(WeightOptions, CodebookOptions, CompensationOptions):
             off["saliency"] = "`target_bits` and `allocation=global`"
             if self.surveyed:
                 del off["saliency"]
+        if self.epochs or self.stages:
+            off.pop("token_weighting", None)
         trains = self.epochs or self.stages or self.end_to_end != "none"
         return off if trains else dict.fromkeys(_OF_TRAINING, "`epochs` 1 or more") | off
+
+    @model_validator(mode="after")
+    def _refuse_feedback_between_rows(self) -> Self:
+        if self.hessian == "two-sided":
+            raise UsageError(
+                "`hessian=two-sided` makes errors good from row to row, and a codebook is found for all rows of a "
+                "column at once.",
+                hint="Take `hessian=guided`, or `method=gptq`.",
+            )
+        return self
 
 
 METHOD_OPTIONS: dict[str, type[MethodOptions]] = {

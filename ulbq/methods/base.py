@@ -16,6 +16,7 @@ from ulbq.errors import NumericsError
 from ulbq.formats import AnyScheme
 from ulbq.formats.rounding import SMALLEST_MATRIX
 from ulbq.nn.quant_linear import linear_layer
+from ulbq.sensitivity.outputs import OutputCosts
 from ulbq.training.block import TrainOutcome
 from ulbq.training.objective import BlockData
 from ulbq.training.precision import Precision
@@ -62,6 +63,7 @@ class BlockTask:
         saliency: ``[out, in]`` float32 score of each layer's weights; None where none was asked for.
         start: what to go on from; None for a fresh start.
         prefix: full name of the block, with the dot.
+        outputs: what an error at each layer's outputs costs; None where all tokens and outputs count alike.
     """
 
     index: int
@@ -75,10 +77,15 @@ class BlockTask:
     saliency: Mapping[str, torch.Tensor] | None = None
     start: BlockStart | None = None
     prefix: str = ""
+    outputs: Mapping[str, OutputCosts] | None = None
 
     def weight(self, linear: str) -> torch.Tensor:
         """Full-precision weight ``[out, in]`` of a layer."""
         return linear_layer(self.block, linear).weight.detach()
+
+    def between(self, linear: str) -> torch.Tensor | None:
+        """What errors of two outputs of a layer cost together, ``[out, out]``; None for nothing."""
+        return None if self.outputs is None else self.outputs[linear].between
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,9 @@ class Needs:
         hessians: which second moments of the layers' inputs live at once: those of one step in the ``sequence`` of a
             block's layers, or of the whole ``block``.
         searches: whether its closed forms are among those that are compiled for CPUs (:mod:`ulbq.kernels.solvers`).
+        output_groups: of each layer's rows that have a Hessian of their own, by what their errors cost; 0 where they
+            all have that of the inputs.
+        between_outputs: what errors of two outputs cost together.
         survey: a look at all blocks before the first is quantized, as :class:`SurveyingMethod` has it.
         target_bits: true bits a weight that the layers will have, where that is not what the scheme tells.
         extra_bits: how many more than the scheme tells they will have, about.
@@ -140,6 +150,8 @@ class Needs:
     continues: bool = False
     hessians: Literal["none", "sequence", "block"] = "none"
     searches: bool = False
+    output_groups: int = 0
+    between_outputs: bool = False
     survey: bool = False
     target_bits: float | None = None
     extra_bits: float = 0.0

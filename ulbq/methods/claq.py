@@ -58,6 +58,8 @@ class Claq:
             survey=options.surveyed,
             target_bits=None if options.as_published else options.target_bits,
             extra_bits=_extra_bits(options),
+            # A column's codebook serves all rows.
+            output_groups=int(options.hessian != "plain"),
         )
 
     @classmethod

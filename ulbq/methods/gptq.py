@@ -22,6 +22,9 @@ from ulbq.solvers.gptq import GptqSettings, gptq
 from ulbq.solvers.hessian import HessianSum
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
 
+GROUPS = 4
+"""Of a layer's rows with a Hessian of their own, as GuidedQuant has it for small models."""
+
 
 class Gptq:
     """Affine codes with errors made good in later columns.
@@ -38,7 +41,13 @@ class Gptq:
         self.scheme = scheme
         self.options = options
         hessians: Literal["sequence", "block"] = "sequence" if options.true_sequential else "block"
-        self.needs = Needs(full_precision=False, searches=True, hessians=hessians)
+        self.needs = Needs(
+            full_precision=False,
+            searches=True,
+            hessians=hessians,
+            output_groups={"plain": 0, "guided": GROUPS, "two-sided": 1}[options.hessian],
+            between_outputs=options.hessian == "two-sided",
+        )
         self._settings = GptqSettings(
             damping=options.damping,
             act_order=options.act_order,
@@ -59,7 +68,7 @@ class Gptq:
         def solve(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
             weights = [task.weight(linear) for linear in linears]
             # Rows know nothing of each other: layers that read the same input are one matrix.
-            codes, note = self._solve(torch.cat(weights), inputs)
+            codes, note = self._solve(torch.cat(weights), inputs, task.between(linears[0]))
             if note:
                 notes.append((", ".join(linears), f"{note}."))
             parts = [tensor.split([len(weight) for weight in weights]) for tensor in codes]
@@ -70,13 +79,16 @@ class Gptq:
         solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, weighting=self.options.token_weighting)
         return BlockResult({linear: packed[linear] for linear in task.linears}, notes=tuple(notes))
 
-    def _solve(self, weight: torch.Tensor, inputs: HessianSum) -> tuple[AffineCodes, str]:
+    def _solve(self, weight: torch.Tensor, inputs: HessianSum, outputs: torch.Tensor | None) -> tuple[AffineCodes, str]:
         """Codes of a matrix, and what has to be said of them."""
         if inputs.tokens < FEWEST_TOKENS * weight.shape[1]:
             importance = inputs.matrix.diagonal()
             known = importance if importance.any() else None
             codes = round_to_nearest(weight, self.scheme, importance=known, search=self.options.search)
             return codes, f"rounded to nearest, {inputs.tokens} tokens are too few for {weight.shape[1]} columns"
-        solution = gptq(weight, inputs.matrix, self.scheme, self._settings)
-        raised = solution.damping > self.options.damping
-        return solution.codes, f"damping raised to {solution.damping:g}, its inputs are singular" if raised else ""
+        groups = zip(weight.tensor_split(len(inputs.matrices)), inputs.matrices, strict=True)
+        found = [gptq(rows, hessian, self.scheme, self._settings, outputs) for rows, hessian in groups]
+        codes = AffineCodes(*map(torch.cat, zip(*(one.codes for one in found), strict=True)))
+        damping = max(one.damping for one in found)
+        raised = damping > self.options.damping
+        return codes, f"damping raised to {damping:g}, its inputs are singular" if raised else ""

@@ -16,7 +16,7 @@ from ulbq.solvers.hessian import HessianSum
 from ulbq.training.objective import BlockData
 
 Solve = Callable[[Sequence[str], HessianSum], Mapping[str, torch.Tensor]]
-"""Quantizes the layers of some names, which read the same input; gives their weights ``[out, in]`` as stored."""
+"""Quantizes the layers of some names, which share second moments; gives their weights ``[out, in]`` as stored."""
 
 
 FEWEST_TOKENS = 1 / 4
@@ -31,8 +31,9 @@ def solve_in_sequence(
     """Solve every layer of a block. Layers that are called with the very same tensor are solved together.
 
     Args:
-        task: with activations. The block is left with the weights that ``solve`` gave.
-        solve: called once for every distinct input.
+        task: with activations. The block is left with the weights that ``solve`` gave. Where it tells what errors at
+            the outputs of a layer cost, the tokens count by that too, and each layer is solved by itself.
+        solve: called once for every distinct input, or for every layer.
         one_by_one: what a layer reads comes from the quantized layers before it (GPTQ's true-sequential), in as many
             passes over the samples as there are inputs. Members of one list, a mixture's experts, are solved from the
             same pass: none of them reads what another made. Otherwise one pass serves all layers.
@@ -51,10 +52,11 @@ def solve_in_sequence(
     for together in stages.values():
         sums = _gather(task, together, weighting)
         for one in together:
-            # Taken out, so that each goes as soon as it has served.
-            for name, weight in solve(one.layers, sums.pop(one.layers[0])).items():
-                # A new parameter: the old one's values are still wanted to compare with.
-                linear_layer(task.block, name).weight = nn.Parameter(weight, requires_grad=False)
+            for layers in [one.layers] if task.outputs is None else [(name,) for name in one.layers]:
+                # Taken out, so that each goes as soon as it has served.
+                for name, weight in solve(layers, sums.pop(layers[0])).items():
+                    # A new parameter: the old one's values are still wanted to compare with.
+                    linear_layer(task.block, name).weight = nn.Parameter(weight, requires_grad=False)
 
 
 def _place(block: nn.Module, name: str) -> str:
@@ -65,28 +67,39 @@ def _place(block: nn.Module, name: str) -> str:
 
 
 def _gather(task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting) -> dict[str, HessianSum]:
-    """Second moments of some inputs over the samples that train, by the first layer that reads them."""
+    """Second moments over the samples that train, by the first layer that reads an input, or for every layer."""
     samples = _activations(task).training
-    device = task.precision.device
+    costs, device = task.outputs, task.precision.device
     relative = weighting is TokenWeighting.ENERGY
-    widths = {one.layers[0]: linear_layer(task.block, one.layers[0]).in_features for one in inputs}
-    sums = {name: HessianSum(width, device, relative=relative) for name, width in widths.items()}
+    # Each is added up for the layers that it serves.
+    served = {one.layers[0]: one.layers if costs is not None else one.layers[:1] for one in inputs}
+    sums = {
+        name: HessianSum(
+            linear_layer(task.block, name).in_features,
+            device,
+            relative=relative,
+            groups=1 if costs is None else costs[name].tokens.shape[2],
+        )
+        for names in served.values()
+        for name in names
+    }
     # Where a layer was missed, as experts are, another sample may well call it, and no call is known to be the last.
     expected = sum(one.calls for one in inputs) if all(one.calls for one in inputs) else 0
-    seen = 0
+    seen, sample = 0, 0
 
-    def add(name: str, tensor: torch.Tensor) -> None:
+    def add(first: str, tensor: torch.Tensor) -> None:
         nonlocal seen
-        sums[name].add(tensor)
+        for name in served[first]:
+            sums[name].add(tensor, None if costs is None else costs[name].tokens[sample])
         seen += 1
         if seen == expected:
             raise Enough
 
-    with watching(_layers(task.block, list(sums)), add):
-        for row in distributed.rows(torch.arange(samples)).tolist():
+    with watching(_layers(task.block, list(served)), add):
+        for sample in distributed.own(range(samples)):
             seen = 0
             with suppress(Enough):
-                _run(task, row)
+                _run(task, sample // distributed.size())
     for one in sums.values():
         one.reduce()
     return sums

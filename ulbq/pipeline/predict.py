@@ -97,8 +97,12 @@ def predict(
     beside = adapters + _TOKENIZER_BYTES * run.vocabulary
     disk = artifact + beside + max(blocks.disk, whole.disk and whole.disk + artifact)
     if method.needs.saliency in KINDS and not blocks_stay:
-        peak, on_disk, scores = run.scoring()
+        peak, on_disk, scores = run.scoring(TypeAdapter(SaliencyKind).validate_python(method.needs.saliency))
         memory, disk = max(memory, peak), max(disk + scores, on_disk)
+    if run.needs.output_groups and not blocks_stay:
+        costs = sum(run.output_costs(block) for block in found.linears)
+        peak, on_disk, _ = run.scoring("fisher")
+        memory, disk = max(memory, peak + max(map(run.output_costs, found.linears))), max(disk, on_disk) + costs
     if "self" in (request.calibration, request.text):
         memory = max(memory, started + run.writing())
     return Cost(peak_memory=memory, disk=disk, artifact=artifact)
@@ -139,16 +143,21 @@ class _Run:
             return 0
         return sum(adapter.bits(x.out_features, x.in_features) for x in linears if adapter.matches(x.name)) // 16
 
-    def scoring(self) -> tuple[int, int, int]:
+    def scoring(self, kind: SaliencyKind) -> tuple[int, int, int]:
         """Bytes of scoring the weights first: memory at its peak, that of the process included; disk; the scores."""
         asked = SaliencyRequest(
-            kind=TypeAdapter(SaliencyKind).validate_python(self.needs.saliency),
+            kind=kind,
             samples=self.samples,
             sequence_length=self.length,
             batch_size=SaliencySettings.batch_size,
             activation_memory=self.limit,
         )
         return predict_scoring(asked, self.model, self.found, self.precision, gguf_size=self.gguf_size)
+
+    def output_costs(self, linears: Sequence[Linear]) -> int:
+        """Bytes of what errors at the outputs of some layers cost."""
+        tokens = self.samples * self.length * self.needs.output_groups * len(linears)
+        return 4 * (tokens + self.needs.between_outputs * sum(x.out_features**2 for x in linears))
 
     def writing(self) -> int:
         """Bytes of the model that writes its own samples, loaded whole, and of the texts that it writes at once."""
@@ -194,14 +203,17 @@ class _Run:
         if self.needs.hessians == "none":
             return 0
         # Layers of one parent that are as wide read the same input, as far as names tell; experts come all at once.
-        inputs = {(linear.name.rpartition(".")[0], linear.in_features) for linear in self.found.linears[index]}
+        linears, groups = self.found.linears[index], self.needs.output_groups
+        inputs = [(linear.name.rpartition(".")[0], linear.in_features) for linear in linears]
         live: dict[tuple[str, int], int] = {}
-        for parent, columns in inputs:
+        for parent, columns in inputs if groups else set(inputs):
             _, _, inside = parent.partition(f"{self.found.blocks_prefix}.{index}")
             place = ".".join("*" if part.isdigit() else part for part in inside.split("."))
-            live[place, columns] = live.get((place, columns), 0) + columns**2
+            live[place, columns] = live.get((place, columns), 0) + max(groups, 1) * columns**2
         at_once = max(live.values()) if self.needs.hessians == "sequence" else sum(live.values())
-        return at_once + _FACTOR_COPIES * max(columns for _, columns in inputs) ** 2
+        rows = max(linear.out_features for linear in linears) if self.needs.between_outputs else 0
+        factored = _FACTOR_COPIES * max(*(columns for _, columns in inputs), rows) ** 2
+        return at_once + factored + (self.output_costs(linears) // 4 if groups else 0)
 
     def _widths(self) -> list[int]:
         """Values a token in each store of activations, as :attr:`Needs.stores` lists them."""

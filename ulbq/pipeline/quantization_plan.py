@@ -181,6 +181,7 @@ def _check_model(
         if reason := method.scheme.unsupported_reason(layer.out_features, layer.in_features):
             raise InputError(f"'{layer.name}': {reason}.", hint="Take a method with another format, as gptq.")
     _check_targets(method, layers)
+    _check_outputs(method, found)
     if method.needs.target_bits is not None:
         _check_target_bits(run, method, found)
 
@@ -277,7 +278,7 @@ def _bits_per_weight(method: Method, layers: Sequence[Linear]) -> float:
 
 _DECIDED = (
     *("target_bits", "allocation", "outlier_bits", "refit", "as_published"),
-    *("damping", "act_order", "true_sequential", "column_block", "start"),
+    *("hessian", "damping", "act_order", "true_sequential", "column_block", "start"),
 )
 
 
@@ -321,6 +322,20 @@ def _check_score(method: Method, saliency: Saliency | None) -> None:
             f"`saliency={asked}`: layers are compared by fisher scores, and these are {score}.",
             hint="Give `saliency=fisher`, or an artifact of that kind.",
         )
+
+
+def _check_outputs(method: Method, found: ModelStructure) -> None:
+    """Refuse to weigh tokens for layers that do not see all of them. Raises InputError."""
+    if not method.needs.output_groups:
+        return
+    for index, block in enumerate(found.linears):
+        for layer in block:
+            if any(part.isdigit() for part in layer.name.removeprefix(f"{found.blocks_prefix}.{index}.").split(".")):
+                raise InputError(
+                    f"'{layer.name}' is one of several experts. What reaches it changes once others are quantized, and "
+                    "gradients of before say nothing of that.",
+                    hint="Take `hessian=plain`.",
+                )
 
 
 def _check_targets(method: Method, layers: Sequence[Linear]) -> None:

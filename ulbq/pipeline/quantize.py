@@ -41,11 +41,13 @@ from ulbq.pipeline.temperature import check_temperature, fit_temperature
 from ulbq.pipeline.warned import Recording, gathered
 from ulbq.progress import Phase, Progress, Silent
 from ulbq.sensitivity import KINDS, Saliency, SaliencySettings, block_file, compute_saliency
+from ulbq.sensitivity.outputs import OutputCosts, OutputSettings, output_file, read_outputs, weigh_outputs
 from ulbq.training.block import TrainOutcome
 
 __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]
 
 _SCORES = "saliency of block "
+_OUTPUTS = "outputs of block "
 _DECISIONS = "decisions"
 # A relative error of one half per token: what comes out of the block is hardly the model's any more.
 _ALARM = 0.5
@@ -132,6 +134,9 @@ def _work(
     if job.method.needs.saliency in KINDS and not job.blocks_stay:
         with watch.phase("saliency"):
             saliency = _score(job, writer, calibration, progress)
+    if job.method.needs.output_groups and job.start is None and calibration is not None:
+        with watch.phase("outputs"):
+            _weigh_outputs(job, writer, calibration, progress)
     if job.method.needs.survey and job.start is None and calibration is not None:
         with watch.phase("survey"):
             method = _decided(job, writer, calibration, saliency, progress)
@@ -231,14 +236,46 @@ def _score(job: Job, writer: ArtifactWriter, calibration: Calibration | None, pr
     return Saliency(folder, [layer for block in blocks for layer in block.layers])
 
 
+def _weigh_outputs(job: Job, writer: ArtifactWriter, calibration: Calibration, progress: Progress) -> None:
+    """Write what errors at the outputs of all layers cost into the scratch folder, by the samples that train."""
+    needs, folder = job.method.needs, writer.scratch
+    settings = OutputSettings(
+        precision=job.precision,
+        activation_memory=job.request.activation_memory,
+        groups=needs.output_groups,
+        between=needs.between_outputs,
+        # A product of two sides is taken for the Hessian of the KL divergence, for which the model's own tokens count.
+        seed=job.request.seed if needs.between_outputs else None,
+    )
+    weigh_outputs(
+        job.model,
+        job.source,
+        job.found,
+        calibration.tokens[: job.request.samples],
+        settings,
+        folder,
+        scratch=folder,
+        progress=progress,
+        done={int(key.removeprefix(_OUTPUTS)) for key in writer.journal if key.startswith(_OUTPUTS)},
+        on_block=lambda index: writer.record(f"{_OUTPUTS}{index}", {}, files=[folder / output_file(index)]),
+    )
+
+
+def _outputs(job: Job, scratch: Path, index: int) -> dict[str, OutputCosts] | None:
+    """What errors at the outputs of a block's layers cost; None where that was not asked for."""
+    if not job.method.needs.output_groups or job.start is not None:
+        return None
+    return read_outputs(scratch, index, job.names(index)[1], job.precision.device)
+
+
 def _decided(
     job: Job, writer: ArtifactWriter, calibration: Calibration, saliency: Saliency | None, progress: Progress
 ) -> Method:
     """The method, once it has looked at all blocks; a resumed run goes by what the first one decided."""
     shard = writer.scratch / "decisions.safetensors"
     if _DECISIONS not in writer.journal:
-        scores = partial(_scores, saliency, job.precision.device)
-        write_shard(shard, survey(job, calibration.tokens, scores, writer.scratch, progress))
+        scores, outputs = partial(_scores, saliency, job.precision.device), partial(_outputs, job, writer.scratch)
+        write_shard(shard, survey(job, calibration.tokens, scores, outputs, writer.scratch, progress))
         writer.record(_DECISIONS, {}, files=[shard])
     stored = LazyTensors([shard])
     return cast(SurveyingMethod, job.method).decided({name: stored.read(name) for name in stored.names})
@@ -358,6 +395,7 @@ class _Run:
             saliency=_scores(self._saliency, job.precision.device, prefix, linears),
             start=self._start(block, prefix, linears),
             prefix=prefix,
+            outputs=_outputs(job, self._writer.scratch, index),
         )
         result = _as_it_is(task.start) if job.blocks_stay and task.start else self._by_method(task, streams)
         check_finite(index, result)
