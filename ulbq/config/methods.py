@@ -108,10 +108,24 @@ class AffineOptions(BitsOptions):
         False
     )
 
+    mid_rise: Annotated[
+        bool,
+        Option(
+            "Levels of a symmetric grid: as many on both sides and none at zero, or one at zero.",
+            FORMAT,
+            flag="--mid-rise/--mid-tread",
+        ),
+    ] = False
+
     @property
     def zero_points(self) -> bool:
         """Whether the format has zero points that are integers."""
         return not self.symmetric
+
+    def idle(self) -> dict[str, str]:
+        """Zero points that are stored move the levels, and two levels without a zero point have none at zero."""
+        needed = "`symmetric`" if not self.symmetric else "`bits` 2 or more" if self.bits == 1 else None
+        return super().idle() | ({} if needed is None else {"mid_rise": needed})
 
 
 class SequenceOptions(TokenSettings, MethodOptions):

@@ -116,4 +116,5 @@ def describe(candidate: Candidate) -> str:
     if len(schemes) > 1:
         return "several widths: " + ", ".join(scheme.label for scheme in schemes[:4])
     group = "whole rows" if first.group_size == -1 else f"groups of {first.group_size}"
-    return f"{first.bits} bits, {group}, {'symmetric' if first.symmetric else 'asymmetric'}"
+    grid = "symmetric without a zero" if first.mid_rise else "symmetric" if first.symmetric else "asymmetric"
+    return f"{first.bits} bits, {group}, {grid}"

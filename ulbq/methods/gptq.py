@@ -17,7 +17,7 @@ from ulbq.config.methods import GptqOptions, MethodOptions
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
-from ulbq.methods.rtn import pack_codes
+from ulbq.methods.rtn import affine_scheme, pack_codes
 from ulbq.solvers.gptq import GptqSettings, gptq
 from ulbq.solvers.hessian import HessianSum
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
@@ -58,7 +58,7 @@ class Gptq:
     @classmethod
     def from_options(cls, options: GptqOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        return cls(AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric), options)
+        return cls(affine_scheme(options, group_size), options)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block from the inputs of its layers."""
