@@ -38,7 +38,8 @@ class Gptq:
         self.scheme = scheme
         self.options = options
         hessians: Literal["sequence", "block"] = "sequence" if options.true_sequential else "block"
-        self.needs = Needs(full_precision=False, searches=True, hessians=hessians)
+        full = options.target_inputs == "full"
+        self.needs = Needs(full_precision=full, originals=full, searches=True, hessians=hessians)
         self._settings = GptqSettings(
             damping=options.damping,
             act_order=options.act_order,

@@ -201,12 +201,14 @@ class _Run:
             place = ".".join("*" if part.isdigit() else part for part in inside.split("."))
             live[place, columns] = live.get((place, columns), 0) + columns**2
         at_once = max(live.values()) if self.needs.hessians == "sequence" else sum(live.values())
+        # Beside them how far the inputs are from those of the full-precision model.
+        at_once *= 1 + self.needs.originals
         return at_once + _FACTOR_COPIES * max(columns for _, columns in inputs) ** 2
 
     def _widths(self) -> list[int]:
         """Values a token in each store of activations, as :attr:`Needs.stores` lists them."""
         widths = [self.hidden] * (2 + self.needs.augmented + self.needs.originals)
-        if not self.needs.originals:
+        if not self.needs.layerwise:
             return widths
         # Layers that read the same input, as far as names and shapes tell: the widest have the widest stores.
         groups: dict[tuple[str, int], int] = {}
