@@ -151,6 +151,14 @@ class SequenceOptions(TokenSettings, MethodOptions):
             flag="--true-sequential/--one-pass",
         ),
     ] = True
+    target_inputs: Annotated[
+        Literal["full", "quantized"],
+        Option(
+            "A layer shall give what it gives in the full-precision model (asymmetric calibration), or what its weight "
+            "would give on the inputs that the quantized blocks before it make.",
+            COLUMNS,
+        ),
+    ] = "full"
 
     def idle(self) -> dict[str, str]:
         """Gradients say how much a token counts."""
@@ -253,7 +261,9 @@ class CodebookOptions(BudgetOptions):
                 f"`allocation={data['allocation']}` is not as published.", hint="Take `allocation=outlier` or hessian."
             )
         more = data.get("target_bits") is not None or data.get("outlier_bits")
-        meant = {"token_weighting": "uniform"} | ({"allocation": "outlier"} if more else {})
+        meant = {"token_weighting": "uniform", "target_inputs": "quantized"} | (
+            {"allocation": "outlier"} if more else {}
+        )
         return {**meant, **data, "refit": False}
 
     @model_validator(mode="after")

@@ -124,6 +124,7 @@ class Needs:
         epochs: training epochs a block, for progress and prediction; 0 for methods that do not train.
         augmented: the full-precision block's output on the quantized stream.
         originals: the full-precision stream before the block.
+        layerwise: training of one layer after the other.
         full_precision: the full-precision stream at all: what training aims at, and the importance of columns.
         adapter: form of the adapter that it trains; None without.
         saliency: scores of the weights: an artifact's path, a kind, or None.
@@ -143,6 +144,7 @@ class Needs:
     epochs: int = 0
     augmented: bool = False
     originals: bool = False
+    layerwise: bool = False
     full_precision: bool = True
     adapter: AdapterConfig | None = None
     saliency: str | None = None
@@ -163,7 +165,7 @@ class Needs:
         Both streams and what is wanted beside them; layer by layer also the inputs in full precision, inputs, targets
         and augmented targets of the layers that train.
         """
-        return 2 + self.augmented + self.originals + (3 + self.augmented if self.originals else 0)
+        return 2 + self.augmented + self.originals + (3 + self.augmented if self.layerwise else 0)
 
 
 class Method(Protocol):

@@ -41,8 +41,10 @@ class Gptq:
         self.scheme = scheme
         self.options = options
         hessians: Literal["sequence", "block"] = "sequence" if options.true_sequential else "block"
+        full = options.target_inputs == "full"
         self.needs = Needs(
-            full_precision=False,
+            full_precision=full,
+            originals=full,
             searches=True,
             hessians=hessians,
             output_groups={"plain": 0, "guided": GROUPS, "two-sided": 1}[options.hessian],

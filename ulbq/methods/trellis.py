@@ -36,7 +36,8 @@ class TrellisMethod:
         budget = options.target_bits is not None
         self._widths = widths
         self.needs = Needs(
-            full_precision=False,
+            full_precision=options.target_inputs == "full",
+            originals=options.target_inputs == "full",
             searches=True,
             hessians="sequence" if options.true_sequential and not budget else "block",
             saliency=options.saliency if budget and options.saliency != "none" else None,

@@ -206,10 +206,12 @@ class _Run:
         linears, groups = self.found.linears[index], self.needs.output_groups
         inputs = [(linear.name.rpartition(".")[0], linear.in_features) for linear in linears]
         live: dict[tuple[str, int], int] = {}
-        for parent, columns in inputs if groups else set(inputs):
+        for parent, columns in set(inputs):
+            # Beside them how far the inputs are from those of the full-precision model, and what each layer has itself.
+            copies = 1 + self.needs.originals + groups * inputs.count((parent, columns))
             _, _, inside = parent.partition(f"{self.found.blocks_prefix}.{index}")
             place = ".".join("*" if part.isdigit() else part for part in inside.split("."))
-            live[place, columns] = live.get((place, columns), 0) + max(groups, 1) * columns**2
+            live[place, columns] = live.get((place, columns), 0) + copies * columns**2
         at_once = max(live.values()) if self.needs.hessians == "sequence" else sum(live.values())
         rows = max(linear.out_features for linear in linears) if self.needs.between_outputs else 0
         factored = _FACTOR_COPIES * max(*(columns for _, columns in inputs), rows) ** 2
@@ -218,7 +220,7 @@ class _Run:
     def _widths(self) -> list[int]:
         """Values a token in each store of activations, as :attr:`Needs.stores` lists them."""
         widths = [self.hidden] * (2 + self.needs.augmented + self.needs.originals)
-        if not self.needs.originals:
+        if not self.needs.layerwise:
             return widths
         # Layers that read the same input, as far as names and shapes tell: the widest have the widest stores.
         groups: dict[tuple[str, int], int] = {}
