@@ -126,8 +126,8 @@ def _gather(
         hessian.add(tensor)
         if drift is not None:
             drift.add(wanted[name].pop(0), tensor)
-        for layer, one in own.items():
-            one.add(tensor, None if costs is None else costs[layer].tokens[sample])
+        for layer, total in own.items():
+            total.add(tensor, None if costs is None else costs[layer].tokens[sample])
         seen += 1
         if seen == expected:
             raise Enough
@@ -141,8 +141,8 @@ def _gather(
             with suppress(Enough):
                 _run(task, row)
     for hessian, drift, own in sums.values():
-        for one in (hessian, *own.values()):
-            one.reduce()
+        for total in (hessian, *own.values()):
+            total.reduce()
         if drift is not None:
             drift.reduce()
     return sums
