@@ -195,6 +195,8 @@ class _Run:
             return 0
         # Layers of one parent that are as wide read the same input, as far as names tell; experts come all at once.
         inputs = {(linear.name.rpartition(".")[0], linear.in_features) for linear in self.found.linears[index]}
+        if not inputs:
+            return 0
         live: dict[tuple[str, int], int] = {}
         for parent, columns in inputs:
             _, _, inside = parent.partition(f"{self.found.blocks_prefix}.{index}")
