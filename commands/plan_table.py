@@ -28,8 +28,9 @@ def show_plan(plan: "QuantizePlan") -> None:
         "predicted": f"peak memory {cost.peak_memory / 2**30:.2f} GiB, disk {cost.disk / 2**20:,.0f} MiB, "
         f"artifact {cost.artifact / 2**20:,.0f} MiB",
     }
-    if plan.skipped:
-        rows["full precision"] = ", ".join(plan.skipped)
+    rows["weights"] = plan.coverage.words
+    if plan.coverage.kept:
+        rows["full precision"] = "\n".join(record.words for record in plan.coverage.kept)
     show_rows(rows)
 
 

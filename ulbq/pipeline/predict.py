@@ -205,6 +205,8 @@ class _Run:
         # Layers of one parent that are as wide read the same input, as far as names tell; experts come all at once.
         linears, groups = self.found.linears[index], self.needs.output_groups
         inputs = [(linear.name.rpartition(".")[0], linear.in_features) for linear in linears]
+        if not inputs:
+            return 0
         live: dict[tuple[str, int], int] = {}
         for parent, columns in set(inputs):
             # Beside them how far the inputs are from those of the full-precision model, and what each layer has itself.
