@@ -27,8 +27,9 @@ def show_plan(plan: "QuantizePlan") -> None:
         "compute": f"{plan.device}, {plan.precision}",
         "predicted": predicted(cost.peak_memory, cost.disk, cost.artifact),
     }
-    if plan.skipped:
-        rows["full precision"] = ", ".join(plan.skipped)
+    rows["weights"] = plan.coverage.words
+    if plan.coverage.kept:
+        rows["full precision"] = "\n".join(record.words for record in plan.coverage.kept)
     show_rows(rows)
 
 

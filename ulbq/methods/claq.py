@@ -53,16 +53,19 @@ class Claq:
             options, self.scheme, partial(CodebookQuantizer.from_packed, train_weights=options.train_weights)
         )
         self._settings = ClaqSettings(options.column_block, options.refit, options.as_published)
-        trained = self._training.needs
+        trained, full = self._training.needs, options.target_inputs == "full"
         self.needs = dataclasses.replace(
             trained,
-            full_precision=trained.epochs > 0 or trained.adapter is not None,
+            full_precision=full or trained.epochs > 0 or trained.adapter is not None,
+            originals=full or trained.originals,
             hessians="sequence" if options.true_sequential and not options.surveyed else "block",
             saliency=options.saliency if options.surveyed and options.saliency != "none" else trained.saliency,
             survey=options.surveyed,
             target_bits=None if options.as_published else options.target_bits,
             extra_bits=_extra_bits(options),
             layer_bytes=_REFIT_BYTES if options.refit else _LAYER_BYTES,
+            # A column's codebook serves all rows.
+            output_groups=int(options.hessian != "plain"),
         )
 
     @classmethod

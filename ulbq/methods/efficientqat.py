@@ -23,6 +23,7 @@ from ulbq.config.methods import (
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Needs
 from ulbq.methods.gptq import Gptq
+from ulbq.methods.rtn import affine_scheme
 from ulbq.methods.training import BlockTraining
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.affine import AffineForm, AffineQuantizer
@@ -75,7 +76,7 @@ class EfficientQat:
     @classmethod
     def from_options(cls, options: EfficientQatOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        return cls(AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric), options)
+        return cls(affine_scheme(options, group_size), options)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Find the start, train, pack."""

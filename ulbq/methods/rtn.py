@@ -4,7 +4,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from ulbq.config.methods import MethodOptions, RtnOptions
+from ulbq.config.methods import AffineOptions, MethodOptions, RtnOptions
 from ulbq.formats import affine
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
@@ -33,8 +33,7 @@ class Rtn:
     @classmethod
     def from_options(cls, options: RtnOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        scheme = AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric)
-        return cls(scheme, search=options.search)
+        return cls(affine_scheme(options, group_size), search=options.search)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block; only its weights are looked at."""
@@ -42,6 +41,13 @@ class Rtn:
 
     def _pack(self, linear: str, weight: torch.Tensor) -> Packed:
         return pack_codes(linear, self.scheme, round_to_nearest(weight, self.scheme, search=self._search))
+
+
+def affine_scheme(options: AffineOptions, group_size: int) -> AffineScheme:
+    """The affine format that a method's options ask for."""
+    return AffineScheme(
+        bits=options.bits, group_size=group_size, symmetric=options.symmetric, mid_rise=options.mid_rise
+    )
 
 
 def pack_codes(linear: str, scheme: AffineScheme, found: AffineCodes) -> Packed:

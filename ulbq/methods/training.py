@@ -52,6 +52,7 @@ class BlockTraining:
             epochs=sum(stage.epochs for stage in self._stages(0)),
             augmented=options.augmented_loss,
             originals=options.granularity == "layer",
+            layerwise=options.granularity == "layer",
             continues=True,
             adapter=self._adapter,
             saliency=options.saliency if weighted and options.saliency != "none" else None,

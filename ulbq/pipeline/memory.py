@@ -18,6 +18,8 @@ FLOAT = 4
 # Columns² of a Hessian while it is factored (`solvers/hessian.py`): float64 as reversed, as factored and as turned
 # back, and the float32 that comes of it.
 _FACTOR_BYTES = 3 * 8 + FLOAT
+# The same as a drift of inputs is made good (`solvers/drift.py`): both sums in float64, the factor and what is solved.
+_DRIFT_BYTES = 4 * 8 + FLOAT
 # A weight of a packed layer while it is made dense to be looked at: codes, float32, and the dtype that is asked for.
 DENSE_BYTES = 9
 # Values of a layer that are compared at a time with what is stored: both in float64, and their difference.
@@ -162,18 +164,26 @@ def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int) -> int:
         # Experts come all at once.
         place = ".".join("*" if part.isdigit() else part for part in key[0].split(".")[-2:])
         stages.setdefault(f"{place} {key[1]}" if needs.hessians == "sequence" else "", []).append(key)
+    # Where inputs shall do what those of the full-precision model do, its block runs beside the one that is solved.
+    drifts = needs.originals and not needs.layerwise
     solved = most = 0
     for keys in stages.values():
-        live = FLOAT * sum(columns**2 for _, columns in keys)
-        for parent, columns in keys:
-            layers = groups[parent, columns]
+        # Of an input, how far it has drifted, and of each layer that reads it its own.
+        sums = [(1 + drifts + needs.output_groups * len(groups[key])) * FLOAT * key[1] ** 2 for key in keys]
+        live = sum(sums)
+        for key, own in zip(keys, sums, strict=True):
+            layers, columns = groups[key], key[1]
             whole = sum(linear.out_features * linear.in_features for linear in layers)
             size = whole if needs.stacked else layer_size(layers)
             solving = FLOAT * columns**2 + round(needs.layer_bytes * size)
-            if not needs.rounds_few or tokens >= FEWEST_TOKENS * columns:
-                copied = FLOAT * size if needs.stacked else 0
-                solving = max(solving, _FACTOR_BYTES * columns**2 + copied)
-            most = max(most, solved + live + solving)
+            correcting = 0
+            enough = tokens >= FEWEST_TOKENS * columns
+            if enough or not needs.rounds_few:
+                factored = max(columns, wide(layers)) if needs.between_outputs else columns
+                solving = max(solving, _FACTOR_BYTES * factored**2 + (FLOAT * size if needs.stacked else 0))
+            if enough and drifts:
+                solving, correcting = solving + FLOAT * whole, _DRIFT_BYTES * columns**2
+            most = max(most, solved + live + max(solving, correcting))
             # What it was is still wanted to compare with; its second moments are not.
-            solved, live = solved + FLOAT * whole, live - FLOAT * columns**2
-    return most
+            solved, live = solved + FLOAT * whole, live - own
+    return most + drifts * FLOAT * sum(linear.out_features * linear.in_features for linear in linears)

@@ -107,8 +107,12 @@ def predict(
     tuned = whole.disk and whole.disk + run.packed() + adapters
     disk = artifact + beside + max(blocks.disk, tuned)
     if method.needs.saliency in KINDS and not blocks_stay:
-        peak, on_disk, scores = run.scoring()
+        peak, on_disk, scores = run.scoring(TypeAdapter(SaliencyKind).validate_python(method.needs.saliency))
         memory, disk = max(memory, peak), max(disk + scores, on_disk)
+    if run.needs.output_groups and not blocks_stay:
+        costs = sum(run.output_costs(block) for block in found.linears)
+        peak, on_disk, _ = run.scoring("fisher")
+        memory, disk = max(memory, peak + max(map(run.output_costs, found.linears))), max(disk, on_disk) + costs
     return Cost(peak_memory=memory, disk=disk, artifact=artifact)
 
 
@@ -144,16 +148,21 @@ class _Run:
             return 0
         return sum(adapter.bits(x.out_features, x.in_features) for x in linears if adapter.matches(x.name)) // 16
 
-    def scoring(self) -> tuple[int, int, int]:
+    def scoring(self, kind: SaliencyKind) -> tuple[int, int, int]:
         """Bytes of scoring the weights first: memory at its peak, that of the process included; disk; the scores."""
         asked = SaliencyRequest(
-            kind=TypeAdapter(SaliencyKind).validate_python(self.needs.saliency),
+            kind=kind,
             samples=self.samples,
             sequence_length=self.length,
             batch_size=SaliencySettings.batch_size,
             activation_memory=self.limit,
         )
         return predict_scoring(asked, self.model, self.found, self.precision, gguf_size=self.gguf_size)
+
+    def output_costs(self, linears: Sequence[Linear]) -> int:
+        """Bytes of what errors at the outputs of some layers cost."""
+        tokens = self.samples * self.length * self.needs.output_groups * len(linears)
+        return FLOAT * (tokens + self.needs.between_outputs * sum(x.out_features**2 for x in linears))
 
     def writing(self) -> int:
         """Bytes of the model that writes its own samples, loaded whole, and of the texts that it writes at once."""
@@ -195,6 +204,7 @@ class _Run:
         # What a block holds beside its linear layers (experts, for one) is there once.
         held = FLOAT * inside + scores + (self.packed() * quantized // sum(self.quantized))
         solving = solving_memory(linears, needs, self.samples * self.length)
+        solving += self.output_costs(linears) if needs.output_groups else 0
         passing = tokens * passed_activations(self.sizes.hidden, wide(linears)) if self.method.Options.calibrated else 0
         phases = [held + solving, held + passing, held + compared_layer(linears)]
         if needs.epochs or needs.adapter is not None:
@@ -206,10 +216,10 @@ class _Run:
         linears, quantized, copies = self.found.linears[index], self.quantized[index], self.needs.copies - 1
         fixed = _ADAPTER_COPIES * FLOAT * self.adapter_values(linears)
         trains = quantized
-        if self.needs.originals:
+        if self.needs.layerwise:
             # A reference, and one set of layers that read the same input after the other.
             groups = input_groups(linears).values()
-            trains = max(sum(x.out_features * x.in_features for x in layers) for layers in groups)
+            trains = max((sum(x.out_features * x.in_features for x in layers) for layers in groups), default=0)
             fixed += FLOAT * (self.sizes.inside[index] + quantized - trains)
         gradients = FLOAT * trains if copies > 1 else 0
         kept = tokens * trained_activations(self.sizes.hidden, wide(linears), self.itemsize)
@@ -219,7 +229,7 @@ class _Run:
     def _widths(self) -> list[int]:
         """Values a token in each store of activations, as :attr:`Needs.stores` lists them."""
         widths = [self.sizes.hidden] * (2 + self.needs.augmented + self.needs.originals)
-        if not self.needs.originals:
+        if not self.needs.layerwise:
             return widths
         # Layers that read the same input: the widest have the widest stores.
         groups: dict[tuple[str, int], int] = {
