@@ -11,7 +11,7 @@ from tests.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from ulbq.data.prompts import prompt_tokens
 from ulbq.errors import UsageError
 from ulbq.evaluation.lm import LanguageModel
-from ulbq.evaluation.results import Metric, TaskScore, Writing
+from ulbq.evaluation.results import Measured, TaskScore, Writing
 from ulbq.evaluation.written import KEPT, run_written, with_groups
 from ulbq.evaluation.written_tasks import LoadedGroup, LoadedTask, load_written
 from ulbq.progress import Silent
@@ -74,7 +74,7 @@ def test_the_standard_error_is_that_of_lm_eval(long_model, tokenizer, mirror, sa
 def test_one_document_has_no_standard_error(long_model, tokenizer, mirror, says):
     says("0")
     score = run_written(long_model, tokenizer, load("svamp", mirror, limit=1), template="alpaca").score
-    assert score.metrics["exact_match"] == Metric(value=1.0, stderr=None, higher_is_better=True)
+    assert score.metrics["exact_match"] == Measured(value=1.0, stderr=None, higher_is_better=True)
 
 
 def test_a_few_samples_are_kept(long_model, tokenizer, mirror, says):
@@ -179,7 +179,7 @@ def test_a_chat_template_lays_questions_out(long_model, mirror, says):
 
 def score(value: float, stderr: float | None, samples: int = 10, unanswered: int = 0) -> TaskScore:
     return TaskScore(
-        metrics={"exact_match": Metric(value=value, stderr=stderr, higher_is_better=True)},
+        metrics={"exact_match": Measured(value=value, stderr=stderr, higher_is_better=True)},
         samples=samples,
         fewshot=0,
         version="1",

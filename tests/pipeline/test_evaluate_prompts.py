@@ -15,6 +15,7 @@ from ulbq.config.adapter import AdapterConfig
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import UsageError
+from ulbq.evaluation import continuations, session
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.evaluation.sizes import weight_size
 from ulbq.evaluation.subjects import Candidate
@@ -22,7 +23,6 @@ from ulbq.evaluation.table import footnotes, rows
 from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model, model_memory
 from ulbq.models.source import resolve
-from ulbq.pipeline import measure
 from ulbq.pipeline.evaluate import evaluate
 from ulbq.pipeline.quantize import quantize
 
@@ -56,7 +56,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(source.name)
         return load_model(source, **options)
 
-    monkeypatch.setattr(measure, "load_model", load)
+    monkeypatch.setattr(session, "load_model", load)
     return names
 
 
@@ -117,11 +117,11 @@ def test_a_resumed_run_neither_writes_nor_weighs_again(made, loads, monkeypatch)
 
     asked = request(made, "q", fidelity=False, out=Path("e"))
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "weight_size", _after(1, interrupted))
+        patch.setattr(session, "weight_size", _after(1, interrupted))
         with pytest.raises(KeyboardInterrupt):
             evaluate(asked)
     loads.clear()
-    monkeypatch.setattr(measure, "continue_prompts", interrupted)
+    monkeypatch.setattr(continuations, "continue_prompts", interrupted)
     _, manifest = evaluate(asked)
     assert loads == ["q"]  # to be weighed, and for nothing else
     assert all(found.continuations and found.weights for found in scores_of(manifest).values())
@@ -129,7 +129,7 @@ def test_a_resumed_run_neither_writes_nor_weighs_again(made, loads, monkeypatch)
 
 def _after(times, otherwise):
     """``weight_size``, and from the second call on something else."""
-    plain, calls = measure.weight_size, []
+    plain, calls = session.weight_size, []
 
     def call(*arguments):
         calls.append(arguments)

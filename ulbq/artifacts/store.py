@@ -95,7 +95,9 @@ def check_output(out: Path, target: Path | None = None, *, force: bool) -> None:
     """
     target = target or out
     if target.name.endswith(PARTIAL_SUFFIX):
-        raise InputError(f"'{out}' has the name of an unfinished run.", hint=f"Give an -o without '{PARTIAL_SUFFIX}'.")
+        raise InputError(
+            f"'{out}' has the name of an unfinished run.", hint=f"Give an -o without '{PARTIAL_SUFFIX}'."
+        )
     clear_up(target)
     if not occupied(target):
         return
@@ -297,7 +299,8 @@ class ArtifactWriter:
         check_output(self.out, self._target, force=self._force)
         if occupied(self._target) and any(path.is_relative_to(self._target) for path in self._spare):
             raise InputError(
-                f"'{self.out}' is what this run works on, and not even --force replaces that.", hint="Give another -o."
+                f"'{self.out}' is what this run works on, and not even --force replaces that.",
+                hint="Give another -o.",
             )
 
     def _open_journal(self) -> tuple[Journal, bool]:
@@ -385,7 +388,8 @@ class ArtifactWriter:
             entries[name] = _entry(self.path / name)
             if recorded.get(name, entries[name]) != entries[name]:
                 raise InputError(
-                    f"'{self.path / name}' was changed during the run.", hint="Discard the unfinished run with --force."
+                    f"'{self.path / name}' was changed during the run.",
+                    hint="Discard the unfinished run with --force.",
                 )
         return entries
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.adapter import lm_eval_model
 from ulbq.evaluation.lm import LanguageModel
-from ulbq.evaluation.results import Metric, TaskScore
+from ulbq.evaluation.results import Measured, TaskScore
 from ulbq.evaluation.task_data import member_tasks, mirrored
 from ulbq.progress import Progress
 
@@ -215,7 +215,7 @@ def _samples(name: str, counts: Mapping[str, Mapping[str, int]], children: Mappi
     return sum(_samples(child, counts, children) for child in children.get(name, ()))
 
 
-def _metrics(row: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]) -> dict[str, Metric]:
+def _metrics(row: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]) -> dict[str, Measured]:
     """Metrics of one row of lm-eval's results, whose keys read ``acc,none`` and ``acc_stderr,none``."""
     metrics = {}
     for key, value in row.items():
@@ -223,7 +223,7 @@ def _metrics(row: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         stderr = row.get(f"{metric}_stderr,{made_by}")
-        metrics[metric if made_by == "none" else f"{metric},{made_by}"] = Metric(
+        metrics[metric if made_by == "none" else f"{metric},{made_by}"] = Measured(
             value=float(value),
             stderr=float(stderr) if isinstance(stderr, int | float) else None,
             higher_is_better=higher_is_better.get(metric) is not False,

@@ -19,9 +19,9 @@ from ulbq.artifacts.names import local_path
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.evaluation.report import report
 from ulbq.evaluation.results import Results
+from ulbq.evaluation.session import Session
 from ulbq.evaluation.written import Sample
 from ulbq.pipeline.evaluation_plan import Job, prepare
-from ulbq.pipeline.measure import Measurer
 from ulbq.pipeline.recorded import merge
 from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
@@ -60,8 +60,8 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
     with ArtifactWriter(out, identity, force=request.force, spare=used) as writer:
         if writer.resumed:
             progress.note(f"Resuming {out}: {len(writer.journal)} measurements are done.")
-        measurer = Measurer(job.measures, writer, watch, progress) if job.measures else None
-        results = _measure(job, measurer)
+        session = Session(request, job.measures, writer, watch, progress) if job.measures else None
+        results = _measure(job, session)
         manifest = EvaluationManifest(
             name=writer.name,
             request=request.model_dump(mode="json"),
@@ -73,9 +73,9 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
             warnings=tuple(progress.warnings),
         )
         distributed.on_main(_write, job, results, manifest, writer.path)
-        if measurer is not None and measurer.samples:
-            distributed.on_main(_write_samples, measurer.samples, writer.path)
-        writer.plan(RESULTS, REPORT, *([SAMPLES] if measurer is not None and measurer.samples else []))
+        if session is not None and session.samples:
+            distributed.on_main(_write_samples, session.samples, writer.path)
+        writer.plan(RESULTS, REPORT, *([SAMPLES] if session is not None and session.samples else []))
         path = writer.finish(manifest)
     return path, read_back(path, EvaluationManifest)
 
@@ -95,20 +95,14 @@ def _write_samples(samples: Sequence[tuple[str, Sample]], folder: Path) -> None:
     (folder / SAMPLES).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _measure(job: Job, measurer: Measurer | None) -> Results:
+def _measure(job: Job, session: Session | None) -> Results:
     """Measure parents first, then their compressed children; then add what was measured before."""
     scores = []
-    if measurer is not None:
-        extra = job.request.parent_scores
+    if session is not None:
         parents = job.parents
-        for parent in parents:
-            listed = parent in job.candidates
-            found = measurer.measure(
-                parent, with_perplexity=listed or extra is not False, with_tasks=listed or extra is True
-            )
-            if found.perplexity or found.tasks or found.continuations:
-                scores.append(found)
-        scores += [measurer.measure(candidate) for candidate in job.candidates if candidate not in parents]
+        measured = [session.measure(one, parent=one not in job.candidates) for one in parents]
+        scores = [found for found in measured if found.scored]
+        scores += [session.measure(candidate) for candidate in job.candidates if candidate not in parents]
     return Results(protocol=job.protocol, models=merge(scores, job.recorded))
 
 

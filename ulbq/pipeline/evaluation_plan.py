@@ -14,10 +14,10 @@ from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.continuations import NEW_TOKENS, opening
 from ulbq.evaluation.harness import Tasks, check_tasks, load_tasks
 from ulbq.evaluation.results import Protocol
+from ulbq.evaluation.session import Measures
 from ulbq.evaluation.subjects import Candidate, open_candidates
 from ulbq.evaluation.written_tasks import WRITTEN_NAMES, Written, load_written
 from ulbq.models.decoding import check_prompt, check_room
-from ulbq.pipeline.measure import Measures
 from ulbq.pipeline.recorded import Recorded, read_recorded
 from ulbq.progress import Progress
 
@@ -111,18 +111,11 @@ def _measures(
         tasks=_tasks(request, progress) if _of_lm_eval(request) else None,
         written=written,
         prompts=tuple(dict.fromkeys(request.prompts)),
-        template=request.template,
-        max_new_tokens=request.max_new_tokens,
         fidelity=fidelity,
         context=_context(request, candidates),
         limit=limit,
-        batch_size=request.batch_size,
         dtype=DTYPES[request.dtype],
-        prefill_cache=request.prefill_cache,
         device=device,
-        seed=request.seed,
-        data_dir=request.data_dir,
-        offline=request.offline,
     )
 
 
@@ -146,7 +139,7 @@ def _texts(
         if not at_hand:
             instead = "the parent writes its own text for the comparison" if fidelity else "no perplexity"
             progress.note(f"WikiText-2 cannot be had here: {instead}.")
-    if not (perplexity or fidelity or request.tasks or request.prompts):
+    if not (perplexity or fidelity or request.asks or request.prompts):
         raise ResourceError(
             "Nothing can be measured: WikiText-2 cannot be had, and there is no full-precision model to compare with.",
             hint="Give a mirror of WikiText-2 with --data-dir, a `parent`, `tasks` or `prompts`.",

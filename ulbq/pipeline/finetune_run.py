@@ -177,7 +177,7 @@ def _train(job: FinetuneJob, trainer: Trainer, writer: ArtifactWriter, progress:
         if checkpoint.failed:
             raise NumericsError(
                 f"The {checkpoint.failed} is not finite in step {checkpoint.step} of the fine-tuning.",
-                hint="Try a lower `adapter_rate`, a longer `warmup` or `precision=fp32`, with another -o.",
+                hint="Try a lower --adapter-rate, a longer `warmup` or `precision=fp32`, with another -o.",
             )
         note(writer, checkpoint, files)
 
