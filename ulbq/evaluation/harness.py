@@ -126,7 +126,7 @@ def run_tasks(
         except (ValueError, KeyError, IndexError) as error:
             raise InputError(
                 f"A task could not be run ({type(error).__name__}: {error}).",
-                hint="Its data may lack a split or a column; --debug shows where.",
+                hint="Its data may lack a split or a column; `debug` shows where.",
             ) from error
     return _scores(found)
 
@@ -145,7 +145,7 @@ def _manager() -> Any:
 def _or_go_online(offline: bool) -> str:
     """What else would help, depending on who keeps the run from the network."""
     if offline:
-        return ", or leave out --offline"
+        return ", or leave out `offline`"
     named = next((name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name)), None)
     return f", or unset {named}" if named else ", or check the network"
 
@@ -160,7 +160,7 @@ def _load(name: str, offline: bool) -> Mapping[str, Any]:
     except (OSError, DatasetsError) as error:
         raise ResourceError(
             f"The data of task '{name}' cannot be had here ({error}).",
-            hint=f"Give a mirror of it with --data-dir or ULBQ_DATA_DIR{_or_go_online(offline)}.",
+            hint=f"Give a mirror of it with `data_dir` or ULBQ_DATA_DIR{_or_go_online(offline)}.",
         ) from error
     except ImportError as error:
         raise ResourceError(f"Task '{name}' needs a package: {error}.", hint='pip install "lm-eval[all]"') from error

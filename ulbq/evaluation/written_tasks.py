@@ -179,7 +179,7 @@ def _not_there(name: str, members: Sequence[str], root: Path | None) -> Resource
     looked = f"The mirror {root} has" if root else "There is"
     return ResourceError(
         f"{looked} no {data}, which '{name}' is scored on.",
-        hint="Put LLM-Adapters' test set there, one row of instruction and answer a line; --data-dir or ULBQ_DATA_DIR "
+        hint="Put LLM-Adapters' test set there, one row of instruction and answer a line; `data_dir` or ULBQ_DATA_DIR "
         "names the mirror.",
     )
 

@@ -102,7 +102,7 @@ def _measures(
     limit = request.limit or None
     if request.limit is None and not request.asks and perplexity and device.type == "cpu":
         limit = CPU_WINDOWS
-        progress.note(f"On a CPU, nothing asked: the first {limit} windows of the text (--limit 0 reads all).")
+        progress.note(f"On a CPU, nothing asked: the first {limit} windows of the text (`limit=0` reads all).")
     # What is ours to read comes first: it is quick, and lm-eval need not be there for it.
     _check_prompts(request, candidates)
     written = _written(request, candidates, limit, progress)
@@ -142,7 +142,7 @@ def _texts(
     if not (perplexity or fidelity or request.asks or request.prompts):
         raise ResourceError(
             "Nothing can be measured: WikiText-2 cannot be had, and there is no full-precision model to compare with.",
-            hint="Give a mirror of WikiText-2 with --data-dir, a `parent`, `tasks` or `prompts`.",
+            hint="Give a mirror of WikiText-2 with `data_dir`, a `parent`, `tasks` or `prompts`.",
         )
     return perplexity, fidelity
 

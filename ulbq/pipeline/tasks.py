@@ -80,7 +80,7 @@ def request_of(source: str, task: Recipe, given: Mapping[str, Any], *, adapted: 
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise UsageError(
-            f"'{where}' of task '{task.name}': {problem['msg']}.", hint="See --help."
+            f"'{where}' of task '{task.name}': {problem['msg']}.", hint="See 'ulbq finetune --help-all'."
         ) from error
     if request.data is None:
         raise UsageError(f"Task '{task.name}' has no data of its own.", hint="Name it with `data=FILE` or a Hub id.")

@@ -117,7 +117,7 @@ def _no_zero_points(candidate: Candidate, name: str) -> Obstacle | None:
     if _is_symmetric(candidate):
         return None
     # 5.23 with compressed-tensors 0.20 makes room for unpacked zero points and refuses the packed ones.
-    change = "Use --to gptq, or quantize with --symmetric."
+    change = "Use `to=gptq`, or quantize with `symmetric`."
     return Obstacle(f"it has zero points, and {name} loads no packed ones", change)
 
 

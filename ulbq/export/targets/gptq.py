@@ -139,7 +139,7 @@ def _known_to_auto_gptq(candidate: Candidate, name: str) -> Obstacle | None:
     kind = candidate.config.model_type
     if kind in _AUTO_GPTQ:
         return None
-    return Obstacle(f"{name} 0.7.1 has no '{kind}'", "Use gptqmodel, which succeeds it: --for gptqmodel.")
+    return Obstacle(f"{name} 0.7.1 has no '{kind}'", "Use gptqmodel, which succeeds it: `engine=gptqmodel`.")
 
 
 _ALIKE = (rules.symmetric, rules.uniform)

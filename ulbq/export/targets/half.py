@@ -58,7 +58,7 @@ class Half(Target):
 
     def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
         if asked == "fp32":
-            raise UsageError("fp32 is no half precision.", hint="Use --dtype fp16 or bf16, or leave it out.")
+            raise UsageError("fp32 is no half precision.", hint="Use `dtype=fp16` or bf16, or leave it out.")
         return super().dtype(source, asked)
 
     def steps(self, source: ModelSource) -> int:
@@ -78,9 +78,9 @@ class Half(Target):
             for name in wide.keys() & tensors.keys():
                 rounded = tensors[name].to(dtype)
                 if not rounded.isfinite().all():
-                    raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use --dtype bf16.")
+                    raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use `dtype=bf16`.")
                 if vanishes(tensors[name], rounded):
-                    raise NumericsError(f"'{name}' is too small for {dtype}.", hint="Use --dtype bf16.")
+                    raise NumericsError(f"'{name}' is too small for {dtype}.", hint="Use `dtype=bf16`.")
                 saved["embeddings" if name in tables else "other"] += (tensors[name].nbytes - rounded.nbytes) * 8
                 tensors[name] = rounded
             write_shard(folder / path.name, tensors)
