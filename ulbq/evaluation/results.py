@@ -109,8 +109,8 @@ class Subject(_Value):
         path: where it was read from, as the user gave it.
         kind: ``model``, ``quantized`` or ``converted``.
         method: the quantization method, such as ``db-llm``.
-        scheme: the format's short name, such as ``w2g64``; of a GGUF file that is no full-precision model, the type of
-            most of its weights, such as ``Q4_1``; of EXL3's folders ``EXL3``.
+        scheme: the format's short name, such as ``w2g64``; else what a quantized source is, such as
+            ``GGUF Q4_1``.
         bits_per_weight: exact stored bits per quantized weight, those of the adapter too where it was scored; of a
             GGUF file, per weight of all matrices; of EXL3's folders, of the packed ones.
         adapter: such as ``LoRA rank 16``; :data:`WITHOUT_ADAPTER` where the base was scored without the adapter that

@@ -56,8 +56,7 @@ def describe(subject: Subject) -> str:
     if subject.kind == "quantized":
         words = " ".join(part for part in (subject.method, subject.scheme) if part)
     else:
-        dense = "full precision" if subject.scheme is None else f"GGUF {subject.scheme}"
-        words = "converted" if subject.kind == "converted" else "EXL3" if subject.scheme == "EXL3" else dense
+        words = "converted" if subject.kind == "converted" else subject.scheme or "full precision"
     return words if subject.adapter is None else f"{words}, {subject.adapter}"
 
 

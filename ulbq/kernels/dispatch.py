@@ -68,4 +68,6 @@ def unsupported_reason(
     """Why a layout does not take a matrix on a device; None where it does."""
     if layout.device not in (None, device):
         return f"runs on {'the CPU' if layout.device == 'cpu' else 'CUDA GPUs'}, not on {device}"
+    if layout.formats is not None and scheme.format not in layout.formats:
+        return f"{', '.join(layout.formats)} only"
     return layout.unsupported_reason(scheme, out_features, in_features)

@@ -14,13 +14,12 @@ class Columns(Layout):
     name = "columns"
     summary = "our compiled C++: lookups in tables of each column's levels"
     device = "cpu"
+    formats = ("codebook",)
 
     def unavailable_reason(self) -> str | None:
         return build.unavailable_reason()
 
     def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
-        if not isinstance(scheme, CodebookScheme):
-            return "column codebooks only"
         return f"{out_features} outputs: a multiple of 8" if out_features % 8 else None
 
     def call_reason(self, case: Case) -> str | None:

@@ -125,13 +125,12 @@ class Humming(Words):
 
     name = "humming"
     summary = "Humming, an optional package: affine codes of 1 to 4 bits, bfloat16 activations, batches on CUDA GPUs"
+    formats = ("affine",)
 
     def unavailable_reason(self) -> str | None:
         return unavailable_reason()
 
-    def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
-        if not isinstance(scheme, AffineScheme):
-            return "affine codes only"
+    def unsupported_reason(self, scheme: AffineScheme, out_features: int, in_features: int) -> str | None:
         if scheme.bits > 4:
             return f"{scheme.bits} bits: at most 4"
         if scheme.bits == 1 and scheme.symmetric:

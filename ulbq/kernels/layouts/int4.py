@@ -44,10 +44,9 @@ class Int4(Layout):
     name = "int4"
     summary = "torch's int4 product: affine codes of 1 to 4 bits, bfloat16 activations"
     device = "cpu"
+    formats = ("affine",)
 
     def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
-        if not isinstance(scheme, AffineScheme):
-            return "affine codes only"
         if scheme.bits > 4:
             return f"{scheme.bits} bits: at most 4"
         if scheme.group_size not in GROUPS:

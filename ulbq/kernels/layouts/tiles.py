@@ -16,6 +16,7 @@ class Tiles(Layout):
     name = "tiles"
     summary = "our compiled C++: integer dot products with codes in tiles; 1 to 4 bits, affine, dual binary, signs"
     device = "cpu"
+    formats = ("affine", "dual_binary", "binary_mos")
     form = "tiles"
 
     def unavailable_reason(self) -> str | None:

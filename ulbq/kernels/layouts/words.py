@@ -15,6 +15,7 @@ class Words(Layout):
     name = "triton"
     summary = "our Triton kernels for CUDA GPUs: every format at 1 to 4 bits, vectors and batches"
     device = "cuda"
+    formats = ("affine", "dual_binary", "binary_mos", "codebook", "trellis")
     form = "words"
 
     def unavailable_reason(self) -> str | None:
