@@ -170,6 +170,21 @@ def test_messages_name_fields_not_flags():
     assert not wrong
 
 
+def test_tests_mirror_the_library():
+    """``tests/nn/test_adapter_more.py`` tests ``ulbq/nn/adapter.py``; those of the pipeline, what a run does too."""
+    wrong = []
+    for path in (ROOT / "tests").glob("*/test_*.py"):
+        folder = ROOT / "commands" if path.parent.name == "commands" else ROOT / "ulbq" / path.parent.name
+        modules = {module.stem for module in folder.rglob("*.py")} | {one.name for one in folder.glob("*/")}
+        if (
+            modules
+            and folder.name != "pipeline"
+            and not any(f"{path.stem}_".startswith(f"test_{one}_") for one in modules)
+        ):
+            wrong.append(str(path.relative_to(ROOT)))
+    assert not wrong
+
+
 def test_what_is_imported_is_declared(project):
     """Every third-party import stands in pyproject.toml, and every requirement is imported somewhere."""
     required = {_distribution(requirement) for requirement in project["project"]["dependencies"]}

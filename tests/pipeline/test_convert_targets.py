@@ -1,4 +1,4 @@
-"""Artifacts in the layouts of other tools, whole folders; those tools read them in tests/export/test_readers.py."""
+"""Artifacts in the layouts of other tools, whole folders; those read them in tests/export/test_targets_readers.py."""
 
 import errno
 import json
