@@ -22,11 +22,11 @@ from ulbq.config.convert import TARGETS, ConvertRequest
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
+from ulbq.evaluation.evaluated import EvaluatedModel
+from ulbq.evaluation.measurer import Measurer
 from ulbq.evaluation.metrics import METRICS
 from ulbq.evaluation.metrics.base import Metric
 from ulbq.evaluation.results import Measured, ModelScores, Results
-from ulbq.evaluation.session import Session
-from ulbq.evaluation.subjects import Candidate as Measurable
 from ulbq.export.fit import Candidate
 from ulbq.export.rules import Reader
 from ulbq.export.targets import base
@@ -213,14 +213,16 @@ class Entropy(Metric):
     section = "Entropy"
 
     def measure(
-        self, session: Session, candidate: Measurable, model: Callable[[], PreTrainedModel]
+        self, measurer: Measurer, candidate: EvaluatedModel, model: Callable[[], PreTrainedModel]
     ) -> dict[str, Measured]:
         def work() -> dict[str, Measured]:
             with torch.no_grad():
                 log_p = model()(TOKENS).logits.float().log_softmax(-1)
             return {"mean, nats": Measured(value=float(-(log_p.exp() * log_p).sum(-1).mean()), higher_is_better=False)}
 
-        return session.step(f"{candidate.name}: entropy", dict[str, Measured], work) if session.request.entropy else {}  # type: ignore[attr-defined]
+        if not measurer.request.entropy:  # type: ignore[attr-defined]
+            return {}
+        return measurer.step(f"{candidate.name}: entropy", dict[str, Measured], work)
 
     def notes(self, results: Results) -> list[str]:
         return ["Entropy: of sixteen tokens."] if any("entropy" in dict(scores) for scores in results.models) else []

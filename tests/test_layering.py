@@ -170,6 +170,15 @@ def test_messages_name_fields_not_flags():
     assert not wrong
 
 
+def test_no_two_classes_share_a_name():
+    places: dict[str, list[str]] = {}
+    for path in [*LIBRARY, *COMMANDS]:
+        for node in _tree(path).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(_where(path, node.lineno))
+    assert [where for where in places.values() if len(where) > 1] == []
+
+
 def test_tests_mirror_the_library():
     """``tests/nn/test_adapter_more.py`` tests ``ulbq/nn/adapter.py``; those of the pipeline, what a run does too."""
     wrong = []

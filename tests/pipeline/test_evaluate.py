@@ -13,7 +13,7 @@ from ulbq.artifacts import EvaluationManifest, read_manifest, verify
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
-from ulbq.evaluation import fidelity, harness, session
+from ulbq.evaluation import fidelity, harness, measurer
 from ulbq.evaluation.metrics.fidelity import FIDELITY_WINDOWS
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.models.load import load_model
@@ -53,7 +53,7 @@ def loads(monkeypatch) -> list[str]:
         names.append(source.name)
         return load_model(source, **options)
 
-    monkeypatch.setattr(session, "load_model", load)
+    monkeypatch.setattr(measurer, "load_model", load)
     return names
 
 

@@ -15,10 +15,10 @@ from ulbq.config.adapter import AdapterConfig
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import UsageError
-from ulbq.evaluation import continuations, session
+from ulbq.evaluation import continuations, measurer
+from ulbq.evaluation.evaluated import Candidate
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.evaluation.sizes import weight_size
-from ulbq.evaluation.subjects import Candidate
 from ulbq.evaluation.table import footnotes, rows
 from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model, model_memory
@@ -56,7 +56,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(source.name)
         return load_model(source, **options)
 
-    monkeypatch.setattr(session, "load_model", load)
+    monkeypatch.setattr(measurer, "load_model", load)
     return names
 
 
@@ -117,7 +117,7 @@ def test_a_resumed_run_neither_writes_nor_weighs_again(made, loads, monkeypatch)
 
     asked = request(made, "q", fidelity=False, out=Path("e"))
     with monkeypatch.context() as patch:
-        patch.setattr(session, "weight_size", _after(1, interrupted))
+        patch.setattr(measurer, "weight_size", _after(1, interrupted))
         with pytest.raises(KeyboardInterrupt):
             evaluate(asked)
     loads.clear()
@@ -129,7 +129,7 @@ def test_a_resumed_run_neither_writes_nor_weighs_again(made, loads, monkeypatch)
 
 def _after(times, otherwise):
     """``weight_size``, and from the second call on something else."""
-    plain, calls = session.weight_size, []
+    plain, calls = measurer.weight_size, []
 
     def call(*arguments):
         calls.append(arguments)

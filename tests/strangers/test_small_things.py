@@ -101,7 +101,7 @@ def test_an_adapter_says_what_it_is_for_where_no_hub_is_asked(adapted: Path, ulb
 
 
 def test_a_gguf_file_says_what_it_is(tmp_path: Path) -> None:
-    from ulbq.evaluation.subjects import open_candidates
+    from ulbq.evaluation.evaluated import open_candidates
     from ulbq.evaluation.table import describe
 
     path = tmp_path / "tiny.gguf"

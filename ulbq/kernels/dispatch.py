@@ -10,16 +10,24 @@ import torch
 
 from ulbq.formats import AnyScheme
 from ulbq.kernels.layouts.base import Case, Layout
-from ulbq.kernels.layouts.columns import Columns
-from ulbq.kernels.layouts.humming import Humming
-from ulbq.kernels.layouts.int4 import Int4
-from ulbq.kernels.layouts.stored import Stored
-from ulbq.kernels.layouts.tiles import Tiles
-from ulbq.kernels.layouts.trellis import Trellis
-from ulbq.kernels.layouts.words import Words
+from ulbq.kernels.layouts.columns import ColumnsLayout
+from ulbq.kernels.layouts.humming import HummingLayout
+from ulbq.kernels.layouts.int4 import Int4Layout
+from ulbq.kernels.layouts.stored import StoredLayout
+from ulbq.kernels.layouts.tiles import TilesLayout
+from ulbq.kernels.layouts.trellis import TrellisLayout
+from ulbq.kernels.layouts.words import WordsLayout
 
-STORED = Stored()
-LAYOUTS: tuple[Layout, ...] = (Tiles(), Columns(), Trellis(), Int4(), Humming(), Words(), STORED)
+STORED = StoredLayout()
+LAYOUTS: tuple[Layout, ...] = (
+    TilesLayout(),
+    ColumnsLayout(),
+    TrellisLayout(),
+    Int4Layout(),
+    HummingLayout(),
+    WordsLayout(),
+    STORED,
+)
 
 
 class Choice(NamedTuple):

@@ -20,7 +20,7 @@ _DEEP = 4
 _VECTOR_TILES = 8
 
 
-class _Cut(NamedTuple):
+class _TrellisCut(NamedTuple):
     """How a product is divided: rows of a program, tiles across, rows of tiles of a share, shares, options."""
 
     block_m: int
@@ -101,7 +101,7 @@ def _turn(x: Tensor, dtype: torch.dtype, before: Tensor | None, after: Tensor | 
     return result
 
 
-def _cut(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: int) -> _Cut:
+def _cut(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: int) -> _TrellisCut:
     name, processors = device_facts(codes.device)
     size = blocks(name, kernel, scheme.bits)
     down, across = codes.shape[:2]
@@ -117,7 +117,7 @@ def _cut(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: int) -> _Cu
     shares = 1 if kernel in ("large", "gradient") else max(1, -(-processors * size.programs // programs))
     spans = -(-down // deep)
     each = -(-spans // min(shares, spans)) * deep
-    return _Cut(block_m, tiles, each, -(-down // each), start)
+    return _TrellisCut(block_m, tiles, each, -(-down // each), start)
 
 
 def _constants(scheme: TrellisScheme) -> dict[str, Any]:

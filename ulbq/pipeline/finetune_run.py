@@ -18,7 +18,7 @@ from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free
 from ulbq.config.finetune import NOT_IN_FINGERPRINT
 from ulbq.data.examples import ExampleSet, padding
 from ulbq.errors import NumericsError
-from ulbq.finetuning.checkpoint import Checkpoint, latest, note
+from ulbq.finetuning.checkpoint import TrainerCheckpoint, latest, note
 from ulbq.finetuning.examples import Examples
 from ulbq.finetuning.trainer import Trainer
 from ulbq.models.adapter_training import (
@@ -168,10 +168,10 @@ def _trainer(job: FinetuneJob, model: PeftModel, folder: Path) -> Trainer:
     return trainer
 
 
-def _train(job: FinetuneJob, trainer: Trainer, writer: ArtifactWriter, progress: Progress) -> Checkpoint:
+def _train(job: FinetuneJob, trainer: Trainer, writer: ArtifactWriter, progress: Progress) -> TrainerCheckpoint:
     """Train what is left, from the last checkpoint that is noted. Raises NumericsError."""
 
-    def on_checkpoint(checkpoint: Checkpoint, files: list[Path]) -> None:
+    def on_checkpoint(checkpoint: TrainerCheckpoint, files: list[Path]) -> None:
         if checkpoint.failed == "evaluation":
             raise _not_finite()
         if checkpoint.failed:
@@ -201,7 +201,7 @@ def _not_finite() -> NumericsError:
     )
 
 
-def _record(job: FinetuneJob, last: Checkpoint, end: float) -> FinetuneRecord:
+def _record(job: FinetuneJob, last: TrainerCheckpoint, end: float) -> FinetuneRecord:
     """How the training went, for the manifest."""
     return FinetuneRecord(
         task=job.request.task,

@@ -66,7 +66,7 @@ def compute_saliency(
         ResourceError: the disk is full.
         NumericsError: a loss or a score is not finite.
     """
-    run = _Run(model, source, found, settings, folder, dict(done or {}), on_block)
+    run = _Scoring(model, source, found, settings, folder, dict(done or {}), on_block)
     if len(run.done) < found.n_blocks:
         steps = found.n_blocks * (1 + (_BACK if settings.kind in BACKWARD else 0))
         with (progress or Silent()).phase(f"Scoring ({settings.kind})", steps) as phase:
@@ -80,7 +80,7 @@ def compute_saliency(
 
 
 @dataclass
-class _Run:
+class _Scoring:
     """One computation; ``done`` grows as it goes."""
 
     model: PreTrainedModel
@@ -171,7 +171,7 @@ class _Activations:
         walk: over the blocks.
     """
 
-    def __init__(self, run: _Run, tokens: torch.Tensor, scratch: Path) -> None:
+    def __init__(self, run: _Scoring, tokens: torch.Tensor, scratch: Path) -> None:
         self._run = run
         self.samples = len(tokens)
         tokens = self._tokens = distributed.own(tokens)

@@ -42,7 +42,7 @@ class Demand(NamedTuple):
     loss: float
 
 
-class Solution(NamedTuple):
+class TrellisSolution(NamedTuple):
     """What :func:`solve` found.
 
     Attributes:
@@ -63,7 +63,7 @@ def solve(
     scheme: TrellisScheme,
     generator: torch.Generator,
     damping: float = 0.01,
-) -> Solution:
+) -> TrellisSolution:
     """Codes and scales of one matrix.
 
     Args:
@@ -77,7 +77,7 @@ def solve(
     factor = _factored(hessian, su, damping)
     codes, found = _by_blocks(inverse_between(weight, su, sv), factor, scheme)
     sv = fitted(weight, hessian, found, su, sv)
-    return Solution(Trellis(codes, su, sv), trellis.between(found, su, sv), factor.damping)
+    return TrellisSolution(Trellis(codes, su, sv), trellis.between(found, su, sv), factor.damping)
 
 
 def scales(weight: torch.Tensor, bits: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

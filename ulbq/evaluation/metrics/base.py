@@ -12,8 +12,8 @@ from ulbq.evaluation.results import Measured, ModelScores, Results
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ulbq.evaluation.session import Session
-    from ulbq.evaluation.subjects import Candidate
+    from ulbq.evaluation.evaluated import EvaluatedModel
+    from ulbq.evaluation.measurer import Measurer
 
 
 class Published(NamedTuple):
@@ -70,11 +70,11 @@ class Metric(ABC):
     of_parents: ClassVar[Literal["always", "by default", "if asked"]] = "if asked"
 
     @abstractmethod
-    def measure(self, session: "Session", candidate: "Candidate", model: "Callable[[], PreTrainedModel]") -> Any:
-        """Take it, in steps that a resumed run need not repeat (:meth:`Session.step`).
+    def measure(self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]") -> Any:
+        """Take it, in steps that a resumed run need not repeat (:meth:`Measurer.step`).
 
         Args:
-            session: what is measured (``session.request`` is what was asked), and how.
+            measurer: what is measured (``measurer.request`` is what was asked), and how.
             candidate: the model on disk.
             model: loads it, once for all metrics.
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ulbq.evaluation.session import Session
-    from ulbq.evaluation.subjects import Candidate
+    from ulbq.evaluation.evaluated import EvaluatedModel
+    from ulbq.evaluation.measurer import Measurer
 
 FIDELITY_WINDOWS = 8  # eight thousand positions at the usual context: the mean KL is then known to a few per cent
 _OWN_WINDOWS, _OWN_LENGTH = 16, 128  # of text that the parent writes itself, a forward pass a token for all at once
@@ -24,28 +24,28 @@ class FidelityMetric(Metric):
     section = "Fidelity to full precision"
 
     def measure(
-        self, session: "Session", candidate: "Candidate", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
     ) -> Fidelity | None:
         from ulbq.evaluation.fidelity import fidelity
 
-        text, parent = session.measures.fidelity, candidate.parent
+        text, parent = measurer.measures.fidelity, candidate.parent
         if text is None or parent is None:
             return None
 
         def compare() -> Fidelity:
-            compressed, original = model(), session.load(parent)
+            compressed, original = model(), measurer.load(parent)
             read = "its parent's text" if text == "self" else text
             return fidelity(
                 compressed,
                 original,
-                _windows(session, parent, original, text),
+                _windows(measurer, parent, original, text),
                 text=text,
-                batch_size=session.request.batch_size,
-                progress=session.progress,
+                batch_size=measurer.request.batch_size,
+                progress=measurer.progress,
                 label=f"Fidelity of {candidate.name} on {read}",
             )
 
-        return session.step(f"{candidate.name}: fidelity on {text}", Fidelity, compare)
+        return measurer.step(f"{candidate.name}: fidelity on {text}", Fidelity, compare)
 
     def numbers(self, scores: ModelScores) -> Sequence[Shown]:
         if (found := scores.fidelity) is None:
@@ -68,25 +68,25 @@ class FidelityMetric(Metric):
         ]
 
 
-def _windows(session: "Session", parent: "Candidate", original: "PreTrainedModel", text: str) -> "torch.Tensor":
+def _windows(measurer: "Measurer", parent: "EvaluatedModel", original: "PreTrainedModel", text: str) -> "torch.Tensor":
     """What both read, int64 ``[n, t]``."""
     from ulbq import distributed
     from ulbq.data.generate import self_samples
 
     most = _OWN_WINDOWS if text == "self" else FIDELITY_WINDOWS
-    count = min(session.measures.limit or most, most)
+    count = min(measurer.measures.limit or most, most)
     if text != "self":
-        return session.windows(parent, text, count, bos=True)
+        return measurer.windows(parent, text, count, bos=True)
     # One process writes for all: each word hangs on those before it.
     written = distributed.on_main(
         self_samples,
         original,
         parent.source.tokenizer(),
         samples=count,
-        length=min(session.measures.context, _OWN_LENGTH),
-        seed=session.request.seed,
+        length=min(measurer.measures.context, _OWN_LENGTH),
+        seed=measurer.request.seed,
         # Long texts, as people read them, and the parent's own distribution.
         text_length=None,
-        progress=session.progress,
+        progress=measurer.progress,
     )
     return written.tokens

@@ -11,8 +11,8 @@ from ulbq.evaluation.results import ModelScores, Perplexity, Results
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ulbq.evaluation.session import Session
-    from ulbq.evaluation.subjects import Candidate
+    from ulbq.evaluation.evaluated import EvaluatedModel
+    from ulbq.evaluation.measurer import Measurer
 
 ENDLESS_WINDOWS = 256  # of a set too large to read whole, where no limit is given; GPTQ's number for C4
 
@@ -25,7 +25,7 @@ class PerplexityMetric(Metric):
     of_parents: ClassVar = "by default"
 
     def measure(
-        self, session: "Session", candidate: "Candidate", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
     ) -> dict[str, Perplexity]:
         from ulbq.data.registry import TEXT_SETS
         from ulbq.evaluation.perplexity import perplexity
@@ -34,15 +34,15 @@ class PerplexityMetric(Metric):
             endless = ENDLESS_WINDOWS if TEXT_SETS[text].endless else None
             return perplexity(
                 model(),
-                session.windows(candidate, text, session.measures.limit or endless),
-                batch_size=session.request.batch_size,
-                progress=session.progress,
+                measurer.windows(candidate, text, measurer.measures.limit or endless),
+                batch_size=measurer.request.batch_size,
+                progress=measurer.progress,
                 label=f"Perplexity of {candidate.name} on {text}",
             )
 
         return {
-            text: session.step(f"{candidate.name}: perplexity on {text}", Perplexity, partial(read, text))
-            for text in session.measures.perplexity
+            text: measurer.step(f"{candidate.name}: perplexity on {text}", Perplexity, partial(read, text))
+            for text in measurer.measures.perplexity
         }
 
     def numbers(self, scores: ModelScores) -> Sequence[Shown]:

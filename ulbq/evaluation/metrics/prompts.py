@@ -9,8 +9,8 @@ from ulbq.evaluation.results import Continuation, ModelScores, Results
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ulbq.evaluation.session import Session
-    from ulbq.evaluation.subjects import Candidate
+    from ulbq.evaluation.evaluated import EvaluatedModel
+    from ulbq.evaluation.measurer import Measurer
 
 
 class PromptsMetric(Metric):
@@ -21,12 +21,12 @@ class PromptsMetric(Metric):
     of_parents: ClassVar = "always"
 
     def measure(
-        self, session: "Session", candidate: "Candidate", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
     ) -> tuple[Continuation, ...]:
         from ulbq import distributed
         from ulbq.evaluation.continuations import NEW_TOKENS, continue_prompts
 
-        if not session.measures.prompts:
+        if not measurer.measures.prompts:
             return ()
 
         def write() -> tuple[Continuation, ...]:
@@ -35,14 +35,14 @@ class PromptsMetric(Metric):
                 continue_prompts,
                 model(),
                 candidate.source.tokenizer(),
-                session.measures.prompts,
-                template=session.request.template,
-                new_tokens=session.request.max_new_tokens or NEW_TOKENS,
-                progress=session.progress,
+                measurer.measures.prompts,
+                template=measurer.request.template,
+                new_tokens=measurer.request.max_new_tokens or NEW_TOKENS,
+                progress=measurer.progress,
                 label=candidate.name,
             )
 
-        return session.step(f"{candidate.name}: prompts", tuple[Continuation, ...], write)
+        return measurer.step(f"{candidate.name}: prompts", tuple[Continuation, ...], write)
 
     def numbers(self, scores: ModelScores) -> Sequence[Shown]:
         pace = scores.tokens_per_second

@@ -10,9 +10,9 @@ from ulbq.evaluation.results import Measured, ModelScores, Results, TaskScore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ulbq.evaluation.session import Session
-    from ulbq.evaluation.subjects import Candidate
-    from ulbq.evaluation.written_tasks import LoadedTask
+    from ulbq.evaluation.evaluated import EvaluatedModel
+    from ulbq.evaluation.generative_tasks import LoadedTask
+    from ulbq.evaluation.measurer import Measurer
 
 
 class TasksMetric(Metric):
@@ -22,12 +22,12 @@ class TasksMetric(Metric):
     section = "Tasks"
 
     def measure(
-        self, session: "Session", candidate: "Candidate", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
     ) -> dict[str, TaskScore]:
+        from ulbq.evaluation.generative import with_groups
         from ulbq.evaluation.harness import run_tasks
-        from ulbq.evaluation.written import with_groups
 
-        measures, scores = session.measures, dict[str, TaskScore]()
+        measures, scores = measurer.measures, dict[str, TaskScore]()
         if (tasks := measures.tasks) is not None:
 
             def run() -> dict[str, TaskScore]:
@@ -36,15 +36,15 @@ class TasksMetric(Metric):
                     candidate.source.tokenizer(),
                     tasks,
                     limit=measures.limit,
-                    batch_size=session.request.batch_size,
-                    progress=session.progress,
+                    batch_size=measurer.request.batch_size,
+                    progress=measurer.progress,
                     label=candidate.name,
                 )
 
-            scores = session.step(f"{candidate.name}: tasks", dict[str, TaskScore], run)
-        if measures.written is not None:
-            answered = {one.task.name: _answered(session, candidate, model, one) for one in measures.written.tasks}
-            scores |= with_groups(answered, measures.written.groups)
+            scores = measurer.step(f"{candidate.name}: tasks", dict[str, TaskScore], run)
+        if measures.generative is not None:
+            answered = {one.task.name: _answered(measurer, candidate, model, one) for one in measures.generative.tasks}
+            scores |= with_groups(answered, measures.generative.groups)
         return scores
 
     def numbers(self, scores: ModelScores) -> Sequence[Shown]:
@@ -67,24 +67,24 @@ class TasksMetric(Metric):
 
 
 def _answered(
-    session: "Session", candidate: "Candidate", model: "Callable[[], PreTrainedModel]", loaded: "LoadedTask"
+    measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]", loaded: "LoadedTask"
 ) -> TaskScore:
-    from ulbq.evaluation.written import Answered, run_written
+    from ulbq.evaluation.generative import Answered, run_generative
 
     def answer() -> Answered:
-        return run_written(
+        return run_generative(
             model(),
             candidate.source.tokenizer(),
             loaded,
-            template=session.request.template or candidate.template,
-            new_tokens=session.request.max_new_tokens,
-            batch_size=session.request.batch_size,
-            progress=session.progress,
+            template=measurer.request.template or candidate.template,
+            new_tokens=measurer.request.max_new_tokens,
+            batch_size=measurer.request.batch_size,
+            progress=measurer.progress,
             label=candidate.name,
         )
 
-    found = session.step(f"{candidate.name}: {loaded.task.name}", Answered, answer)
-    session.samples += [(candidate.name, sample) for sample in found.samples]
+    found = measurer.step(f"{candidate.name}: {loaded.task.name}", Answered, answer)
+    measurer.samples += [(candidate.name, sample) for sample in found.samples]
     return found.score
 
 

@@ -125,7 +125,7 @@ def _is_symmetric(candidate: Candidate) -> bool:
     return all(scheme.symmetric for scheme in affine_schemes(candidate))
 
 
-class CompressedTensors(Target):
+class CompressedTensorsTarget(Target):
     """The artifact's own codes as ``pack-quantized``."""
 
     name = "compressed-tensors"
@@ -143,7 +143,7 @@ class CompressedTensors(Target):
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
         layers, dense = packed.affine_layers(conversion.candidate), packed.dense_linears(conversion.source)
-        layout = packed.Layout(encode, decode, configuration(layers, dense))
+        layout = packed.PackedLayout(encode, decode, configuration(layers, dense))
         return packed.write_packed(conversion, folder, layout, on_step)
 
     def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:
@@ -153,4 +153,4 @@ class CompressedTensors(Target):
         return missing
 
 
-TARGET = CompressedTensors()
+TARGET = CompressedTensorsTarget()

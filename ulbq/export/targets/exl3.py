@@ -82,7 +82,7 @@ def _known(candidate: Candidate, name: str) -> Obstacle | None:
     return Obstacle(f"{name} {_LAYOUT_OF} has no '{kind}' with these layers", "Use `to=dense`.")
 
 
-class Exl3(Target):
+class Exl3Target(Target):
     """The artifact's own codes as EXL3."""
 
     name = exl3.METHOD
@@ -99,11 +99,11 @@ class Exl3(Target):
         return asked or "fp16"
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
-        layout = packed.Layout(encode, decode, configuration(conversion.source, conversion.candidate))
+        layout = packed.PackedLayout(encode, decode, configuration(conversion.source, conversion.candidate))
         return packed.write_packed(conversion, folder, layout, on_step)
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(open_again(folder), dtype=dtype)
 
 
-TARGET = Exl3()
+TARGET = Exl3Target()

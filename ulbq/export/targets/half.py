@@ -45,7 +45,7 @@ def _is_copied(name: str) -> bool:
     return name in _OWN | _SAMPLES or name.startswith(f"{ADAPTER_FOLDER}/") or is_side_file(name)
 
 
-class Half(Target):
+class HalfTarget(Target):
     """A copy of an artifact, its wide parameters rounded."""
 
     name = "half"
@@ -105,4 +105,4 @@ class Half(Target):
         return Written(f"{len(wide)} float32 tensors became {conversion.dtype}, {less:,} bytes less", names, saved)
 
 
-TARGET = Half()
+TARGET = HalfTarget()

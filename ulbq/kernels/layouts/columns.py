@@ -8,7 +8,7 @@ from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
 from ulbq.kernels.tiles import FLOATS
 
 
-class Columns(Layout):
+class ColumnsLayout(Layout):
     """The stored tensors, the order of the columns, and the outliers by output."""
 
     name = "columns"

@@ -19,7 +19,7 @@ import torch
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.streams import pack_stream
 from ulbq.kernels.layouts.base import Case, Tensors, one_of
-from ulbq.kernels.layouts.words import Words
+from ulbq.kernels.layouts.words import WordsLayout
 from ulbq.kernels.triton_launch import VECTOR_ROWS
 
 KNOWN = "0.1."
@@ -120,7 +120,7 @@ def _package(name: str) -> Any:
     return importlib.import_module(f"humming.{name}")
 
 
-class Humming(Words):
+class HummingLayout(WordsLayout):
     """Words, and Humming's own tensors beside them for batches."""
 
     name = "humming"

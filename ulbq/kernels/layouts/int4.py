@@ -38,7 +38,7 @@ def to_int4(scheme: AffineScheme, stored: Tensors, in_features: int) -> dict[str
     return {"int4_codes": packed, "int4_scales": both.to(torch.bfloat16).contiguous()}
 
 
-class Int4(Layout):
+class Int4Layout(Layout):
     """The stored tensors, and torch's own beside them."""
 
     name = "int4"

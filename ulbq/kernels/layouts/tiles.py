@@ -10,7 +10,7 @@ from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
 _BESIDE = ("in_scales", "out_scales", "router", "zeros")
 
 
-class Tiles(Layout):
+class TilesLayout(Layout):
     """Tiles in place of the stored codes, scales and zero points."""
 
     name = "tiles"

@@ -8,7 +8,7 @@ from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
 from ulbq.kernels.tiles import FLOATS
 
 
-class Trellis(Layout):
+class TrellisLayout(Layout):
     """The stored tensors."""
 
     name = "trellis"

@@ -9,7 +9,7 @@ from ulbq.kernels import triton_launch, words
 from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
 
 
-class Words(Layout):
+class WordsLayout(Layout):
     """Words in place of the stored codes, and of the scales and zero points where those are of groups."""
 
     name = "triton"

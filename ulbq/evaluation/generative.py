@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict
 from ulbq.config.run import Template
 from ulbq.data.prompts import next_question, prompt_tokens
 from ulbq.evaluation.answers import is_right
+from ulbq.evaluation.generative_tasks import LoadedGroup, LoadedTask
 from ulbq.evaluation.lm import LanguageModel
 from ulbq.evaluation.results import Measured, TaskScore, Writing
-from ulbq.evaluation.written_tasks import LoadedGroup, LoadedTask
 from ulbq.progress import Progress
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Answered(BaseModel):
     samples: tuple[Sample, ...]
 
 
-def run_written(
+def run_generative(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     loaded: LoadedTask,

@@ -14,14 +14,14 @@ from ulbq import runtime
 from ulbq.artifacts import ArtifactWriter
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.data.registry import texts
+from ulbq.evaluation.evaluated import EvaluatedModel
+from ulbq.evaluation.generative import Sample
+from ulbq.evaluation.generative_tasks import GenerativeTasks
 from ulbq.evaluation.harness import Tasks
 from ulbq.evaluation.metrics import METRICS
 from ulbq.evaluation.results import ModelScores, WeightSize
 from ulbq.evaluation.sizes import weight_size
-from ulbq.evaluation.subjects import Candidate
 from ulbq.evaluation.text import text_windows
-from ulbq.evaluation.written import Sample
-from ulbq.evaluation.written_tasks import Written
 from ulbq.models.load import load_model, model_memory
 from ulbq.progress import Progress
 
@@ -35,7 +35,7 @@ class Measures:
     Attributes:
         perplexity: names of text sets.
         tasks: loaded tasks of lm-eval's, None for none.
-        written: loaded tasks whose answers models write, None for none.
+        generative: loaded tasks whose answers models write, None for none.
         prompts: texts to go on from, each once.
         fidelity: text set to compare with the parent on, ``self`` for text that the parent writes, None not to compare.
         context: tokens a window.
@@ -46,7 +46,7 @@ class Measures:
 
     perplexity: tuple[str, ...]
     tasks: Tasks | None
-    written: Written | None
+    generative: GenerativeTasks | None
     prompts: tuple[str, ...]
     fidelity: str | None
     context: int
@@ -55,7 +55,7 @@ class Measures:
     device: torch.device
 
 
-class Session:
+class Measurer:
     """Measures models one after the other.
 
     Attributes:
@@ -80,7 +80,7 @@ class Session:
         self._writer = writer
         self._watch = watch
 
-    def measure(self, candidate: Candidate, *, parent: bool = False) -> ModelScores:
+    def measure(self, candidate: EvaluatedModel, *, parent: bool = False) -> ModelScores:
         """Take the metrics of one model. It is loaded only if a step is missing.
 
         Args:
@@ -120,13 +120,13 @@ class Session:
         self._writer.record(key, value)
         return value
 
-    def windows(self, candidate: Candidate, text: str, limit: int | None, *, bos: bool = False) -> torch.Tensor:
+    def windows(self, candidate: EvaluatedModel, text: str, limit: int | None, *, bos: bool = False) -> torch.Tensor:
         """A text set in a model's tokens, int64 ``[n, context]``; see :func:`ulbq.evaluation.text.text_windows`."""
         read = texts(text, "test", data_dir=self.request.data_dir, offline=self.request.offline)
         tokenizer = candidate.source.tokenizer()
         return text_windows(read, tokenizer, context=self.measures.context, limit=limit, bos=bos, name=text)
 
-    def load(self, candidate: Candidate) -> PreTrainedModel:
+    def load(self, candidate: EvaluatedModel) -> PreTrainedModel:
         """A model as it is measured."""
         return load_model(
             candidate.source,
@@ -136,7 +136,7 @@ class Session:
             prefill_cache=self.request.prefill_cache,
         )
 
-    def _weights(self, candidate: Candidate, model: Callable[[], PreTrainedModel]) -> WeightSize:
+    def _weights(self, candidate: EvaluatedModel, model: Callable[[], PreTrainedModel]) -> WeightSize:
         """Recorded like a step, so that a resumed run need not load the model; no work worth a line of its own."""
         key = f"{candidate.name}: weights"
         if key not in self._writer.journal:
