@@ -3,6 +3,8 @@
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,6 +208,12 @@ def test_readme_is_short_and_shows_commands() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= LONGEST_README
     assert sum(line.whole for line in command_lines("README.md", text)) >= 10
+
+
+def test_figures_are_those_of_the_benchmarks() -> None:
+    program = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), "run: python benchmarks/tables.py"
 
 
 def test_every_page_can_be_reached() -> None:
