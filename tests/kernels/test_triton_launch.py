@@ -21,8 +21,9 @@ from ulbq.formats import (
     TrellisScheme,
     codebook,
     dequantize,
+    trellis,
 )
-from ulbq.kernels import dispatch, triton_launch, words
+from ulbq.kernels import dispatch, solvers, trellis_launch, triton_launch, words
 from ulbq.kernels.ops import affine, binary_mos, dual_binary
 from ulbq.kernels.ops import codebook as codebook_ops
 from ulbq.kernels.ops import trellis as trellis_ops
@@ -174,6 +175,17 @@ def test_the_gradient_through_trellis_codes(bits: int, state_bits: int, outs: in
         (found,) = torch.autograd.grad(y, x, grad.to(device))
         (should,) = torch.autograd.grad(exact(scheme, stored, wide), wide, grad.double())
         assert_near(found.cpu(), should, dtype, slack=2)
+
+
+@on_devices
+@pytest.mark.skipif(solvers.slow_reason(torch.device("cpu")) is not None, reason="no compiled solvers here")
+@pytest.mark.parametrize(("bits", "state_bits"), [(1, 12), (2, 12), (3, 12), (4, 12), (2, 16)])
+def test_the_search_for_trellis_codes_finds_those_of_the_cpu(bits: int, state_bits: int, device: str) -> None:
+    sequences = torch.randn(2, 24 if device == "cpu" else 256, generator=torch.Generator().manual_seed(bits))
+    values = trellis.values(state_bits)
+    found = trellis_launch.search(sequences.to(device), bits, state_bits, values.to(device))
+    wanted = solvers.trellis_codes(sequences, bits, state_bits, values)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
 
 
 @on_devices

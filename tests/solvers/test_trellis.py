@@ -9,7 +9,7 @@ from tests.solvers.moments import moments
 from ulbq import formats
 from ulbq.formats import trellis
 from ulbq.formats.trellis import TrellisScheme
-from ulbq.kernels import solvers
+from ulbq.kernels import solvers, trellis_launch, triton_launch
 from ulbq.solvers import trellis as solver
 
 needs_compiler = pytest.mark.skipif(
@@ -28,11 +28,18 @@ def states_of(codes: torch.Tensor, bits: int, state_bits: int) -> torch.Tensor:
     return found & ((1 << state_bits) - 1)
 
 
-def torch_search(sequences: torch.Tensor, bits: int, state_bits: int, values: torch.Tensor) -> torch.Tensor:
-    return solver._search_with_torch(sequences, bits, state_bits, values)
-
-
-@pytest.mark.parametrize("search", [pytest.param(solvers.trellis_codes, marks=needs_compiler), torch_search])
+@pytest.mark.parametrize(
+    "search",
+    [
+        pytest.param(solvers.trellis_codes, marks=needs_compiler, id="compiled"),
+        pytest.param(
+            trellis_launch.search,
+            marks=pytest.mark.skipif(not triton_launch.interpreted(), reason="kernels are not interpreted here"),
+            id="triton",
+        ),
+        pytest.param(solver.search_with_torch, id="torch"),
+    ],
+)
 @pytest.mark.parametrize(("bits", "length"), [(1, 12), (2, 6), (2, 7), (3, 4)])
 def test_codes_are_the_best_of_all_that_end_in_their_state(search, bits: int, length: int):
     state_bits = 6 + bits
@@ -42,11 +49,9 @@ def test_codes_are_the_best_of_all_that_end_in_their_state(search, bits: int, le
     states = states_of(every, bits, state_bits)
     reached = values[states]
 
-    codes = search(sequences, bits, state_bits, values)
-    if isinstance(codes, tuple):
-        codes, found = codes
-        assert torch.equal(found, values[states_of(codes, bits, state_bits)])
+    codes, found = search(sequences, bits, state_bits, values)
 
+    assert torch.equal(found, values[states_of(codes, bits, state_bits)])
     own = states_of(codes, bits, state_bits)
     costs = (values[own] - sequences).square().sum(1)
     for sequence, last, cost in zip(sequences, own[:, -1], costs, strict=True):
@@ -60,7 +65,7 @@ def test_compiled_search_finds_what_torch_finds(bits: int, state_bits: int):
     sequences = gaussian(2 if state_bits == 16 else 6, 256, seed=bits)
     scheme = TrellisScheme(bits=bits, state_bits=state_bits)
     found, _ = solver.search(sequences, scheme)
-    wanted = solver._search_with_torch(sequences, bits, state_bits, trellis.values(state_bits))
+    wanted, _ = solver.search_with_torch(sequences, bits, state_bits, trellis.values(state_bits))
     errors = [
         (trellis.values(state_bits)[trellis.states(scheme, codes)] - sequences).square().sum(1)
         for codes in (found, wanted)

@@ -10,7 +10,7 @@ import torch
 
 from ulbq.formats import TrellisScheme, trellis
 from ulbq.kernels.block_sizes import Kernel, blocks
-from ulbq.kernels.triton_launch import SPLIT_ROWS, VECTOR_ROWS, device_facts, on
+from ulbq.kernels.triton_launch import SPLIT_ROWS, VECTOR_ROWS, device_facts, on, unavailable_reason
 
 Tensor = torch.Tensor
 
@@ -67,6 +67,33 @@ def input_gradient(grad: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tenso
             TILES=cut.tiles, **cut.start,
         )  # fmt: skip
     return turn(result, grad.dtype, after=su)
+
+
+def searches(sequences: Tensor) -> bool:
+    """Whether :func:`search` takes sequences: those that lie on a GPU, where there is Triton."""
+    return sequences.is_cuda and unavailable_reason() is None
+
+
+def search(sequences: Tensor, bits: int, state_bits: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 and what they stand for, ``[n, length]`` both: :func:`ulbq.solvers.trellis.search` says which.
+
+    Args:
+        sequences: ``[n, length]`` float32, contiguous.
+        bits, state_bits: of an element, and of a state.
+        values: ``[2^state_bits]`` float32, where the sequences are.
+    """
+    from ulbq.kernels import triton_viterbi
+
+    count, length = sequences.shape
+    codes, found = torch.empty_like(sequences, dtype=torch.uint8), torch.empty_like(sequences)
+    origins = torch.empty(count, length, len(values) >> bits, dtype=torch.uint8, device=sequences.device)
+    with on(sequences):
+        triton_viterbi.search_kernel[(count,)](
+            sequences, values, origins, codes, found, BITS=bits, STATE_BITS=state_bits, LENGTH=length,
+            # 16 costs and as many values a thread; of 16-bit states 64, which do not all fit into its registers.
+            num_warps=8 if state_bits <= 12 else 32, enable_fp_fusion=False,
+        )  # fmt: skip
+    return codes, found
 
 
 def turn(x: Tensor, dtype: torch.dtype, *, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from ulbq.formats import trellis
 from ulbq.formats.bits import stored_bits
 from ulbq.formats.trellis import TILE, Trellis, TrellisScheme
-from ulbq.kernels import solvers
+from ulbq.kernels import solvers, trellis_launch
 from ulbq.solvers.hessian import HessianFactor, factorize
 
 _BEST_SCALE = {1: 1.1, 2: 0.96, 3: 0.91, 4: 0.88}
@@ -205,19 +205,24 @@ def search(sequences: torch.Tensor, scheme: TrellisScheme) -> tuple[torch.Tensor
     if solvers.take(sequences):
         return solvers.trellis_codes(sequences.contiguous(), scheme.bits, scheme.state_bits, values)
     values = values.to(sequences.device)
-    parts = sequences.split(max(1, _MOST_ORIGINS // (sequences.shape[1] * len(values) >> scheme.bits)))
-    codes = torch.cat([_search_with_torch(part, scheme.bits, scheme.state_bits, values) for part in parts])
-    return codes, values[trellis.states(scheme, codes)]
+    find = trellis_launch.search if trellis_launch.searches(sequences) else search_with_torch
+    parts = sequences.contiguous().split(max(1, _MOST_ORIGINS // (sequences.shape[1] * len(values) >> scheme.bits)))
+    codes, found = zip(*(find(part, scheme.bits, scheme.state_bits, values) for part in parts), strict=True)
+    return torch.cat(codes), torch.cat(found)
 
 
-def _search_with_torch(sequences: torch.Tensor, bits: int, state_bits: int, values: torch.Tensor) -> torch.Tensor:
+def search_with_torch(
+    sequences: torch.Tensor, bits: int, state_bits: int, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference of the compiled searches: codes and what they stand for, ``[n, length]`` both."""
     length = sequences.shape[1]
     half = length // 2
     costs, origins = _forward(sequences.roll(-half, 1), bits, values, torch.zeros(len(sequences), len(values)))
     state = _backward(costs.argmin(1), origins[length - half :], bits, state_bits)[0]
     closed = torch.full_like(costs, torch.inf).scatter_(1, state.unsqueeze(1), 0.0)
     _, origins = _forward(sequences, bits, values, closed)
-    return (_backward(state, origins, bits, state_bits)[1] & ((1 << bits) - 1)).to(torch.uint8)
+    path = _backward(state, origins, bits, state_bits)[1]
+    return (path & ((1 << bits) - 1)).to(torch.uint8), values[path]
 
 
 def _forward(
