@@ -28,7 +28,9 @@ PEERS = "quality-peers-cpu.json"
 FULL, MOST, WIDEST = 24.19, 1200.0, 5.5
 """The model in full precision; what the drawing has room for, perplexity and bits."""
 
-_FIGURE = re.compile(r"<!-- ([\w. -]+?)( bits| base| mean)? -->(\d{1,3}(?:,\d{3})*(?:\.\d+)?(?: ± [\d.]+)?(?: million)?)")
+_FIGURE = re.compile(
+    r"<!-- ([\w. -]+?)( bits| base| mean)? -->(\d{1,3}(?:,\d{3})*(?:\.\d+)?(?: ± [\d.]+)?(?: million)?)"
+)
 _TABLE = re.compile(r"(<!-- every row -->\n).*(<!-- end -->)", re.DOTALL)
 _COLOURS = ("#2f6bd8", "#d9730d", "#12907d", "#b1458f", "#7b5bd6", "#a3851c", "#c2410c", "#4d7c0f", "#0e7490")
 _STYLE = """
