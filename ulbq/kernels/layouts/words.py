@@ -21,7 +21,7 @@ class WordsLayout(Layout):
     def unavailable_reason(self) -> str | None:
         return triton_launch.unavailable_reason()
 
-    def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
+    def unsupported_reason(self, scheme: Any, out_features: int, in_features: int) -> str | None:
         return words.unsupported_reason(scheme)
 
     def call_reason(self, case: Case) -> str | None:
