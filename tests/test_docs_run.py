@@ -40,7 +40,7 @@ _MADE = {
     "q2": ("--method", "db-llm", "--group-size", "64", "--epochs", "0"),
     "q4": ("--method", "rtn", "--bits", "4"),
     "q": ("--method", "efficientqat", "--bits", "2", "--epochs", "0"),
-    "trellis": ("--method", "trellis"),
+    "trellis": ("--method", "trellis", "--state-bits", "16"),
 }
 _CALLED = {"MODEL": "model", "ARTIFACT": "q", "artifact": "q"}
 
@@ -61,7 +61,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ulbq.commands.app import main
 
     root = tmp_path_factory.mktemp("world")
-    model = save_tiny("llama", root / "model", tied=False, hidden_size=128, intermediate_size=256)
+    model = save_tiny(
+        "llama", root / "model", tied=False, hidden_size=128, intermediate_size=256, num_key_value_heads=4
+    )
     write_mirror(root / "data")
     for name, rows in _FILES.items():
         (root / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")

@@ -16,7 +16,7 @@ from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import UsageError
 from ulbq.evaluation import continuations, measurer
-from ulbq.evaluation.evaluated import Candidate
+from ulbq.evaluation.evaluated import EvaluatedModel
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.evaluation.sizes import weight_size
 from ulbq.evaluation.table import footnotes, rows
@@ -189,7 +189,7 @@ def test_a_gguf_file_says_what_it_is_made_of(tmp_path):
     file = write_tiny_gguf(tiny_model(tiny_config("llama", tied=False)), tmp_path / "tiny-Q8_0.gguf")
     source = resolve(file)
     model = load_model(source, dtype=torch.float32)
-    found = weight_size(Candidate(source, "tiny"), model)
+    found = weight_size(EvaluatedModel(source, "tiny"), model)
     assert found.on_disk == file.stat().st_size
     # Float32 for embeddings and head, 2 · 256 · 64 weights in four bytes each; Q8_0 for three blocks of 36,864.
     assert found.gguf_types == ("F32", "Q8_0")
