@@ -1,6 +1,6 @@
 """Words (:mod:`ulbq.kernels.words`), which our Triton kernels read."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,7 +15,7 @@ class WordsLayout(Layout):
     name = "triton"
     summary = "our Triton kernels for CUDA GPUs: every format at 1 to 4 bits, vectors and batches"
     device = "cuda"
-    formats = ("affine", "dual_binary", "binary_mos", "codebook", "trellis")
+    formats: ClassVar = ("affine", "dual_binary", "binary_mos", "codebook", "trellis")
     form = "words"
 
     def unavailable_reason(self) -> str | None:
