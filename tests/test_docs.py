@@ -30,15 +30,15 @@ _ENVIRONMENT = re.compile(r"[A-Za-z_]\w*=")
 _ENDS = frozenset({"|", "||", "&&", ";", "&", ">", ">>", "<", "2>", "(", ")"})
 _LEFT_OUT = "…"
 _WORK = {
-    "saliency": ("saliency", "saliency", "plan"),
-    "quantize": ("quantize", "quantize", "plan"),
-    "eval": ("evaluate", "evaluate"),
-    "generate": ("generate", "generate"),
-    "finetune": ("finetune", "prepare"),
-    "convert": ("convert", "convert"),
-    "inspect": ("inspect", "inspect"),
+    "saliency": ("saliency.saliency", "saliency.plan"),
+    "quantize": ("quantize.quantize", "quantize.plan"),
+    "eval": ("evaluate.evaluate",),
+    "generate": ("generate.generate",),
+    "finetune": ("finetune.prepare",),
+    "convert": ("convert.convert",),
+    "inspect": ("inspect.inspect", "reseal.reseal"),
 }
-"""A module of ``ulbq.pipeline`` for each command, and what it calls there for its work."""
+"""What each command calls for its work, in ``ulbq.pipeline``."""
 
 
 class Line(NamedTuple):
@@ -198,9 +198,8 @@ def _check_values(name: str, context: Any, monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(command, "read_source", lambda source, *_, **__: source or "q2")
         patch.setattr(command, "check_out", lambda *_, **__: None, raising=False)
         patch.setattr(command, "_read_prompt", lambda: "Once", raising=False)
-        module = importlib.import_module(f"ulbq.pipeline.{_WORK[name][0]}")
-        for function in _WORK[name][1:]:
-            patch.setattr(module, function, check)
+        for module, _, function in (path.partition(".") for path in _WORK[name]):
+            patch.setattr(importlib.import_module(f"ulbq.pipeline.{module}"), function, check)
         with pytest.raises(Checked):
             context.command.callback(**given)
 
