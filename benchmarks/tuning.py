@@ -17,20 +17,20 @@ import torch
 
 from ulbq.formats import AffineScheme
 from ulbq.kernels import block_sizes, triton_launch, words
-from ulbq.kernels.block_sizes import Blocks, Kernel
+from ulbq.kernels.block_sizes import BlockSizes, Kernel
 
 SIZE, GROUP = 8192, 64
 ROWS: dict[Kernel, int] = {"vector": 1, "small": 16, "large": 512, "gradient": 512}
-CANDIDATES: dict[Kernel, list[Blocks]] = {
-    "vector": [Blocks(4, *rest) for rest in product((128, 256, 512, 1024), (2, 4, 8), (1, 2), (2, 4, 8))],
-    "small": [Blocks(16, *rest) for rest in product((32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 4))],
-    "large": [Blocks(*rest, 1) for rest in product((64, 128), (64, 128, 256), (4, 8), (2, 3, 4))],
-    "gradient": [Blocks(*rest, 1) for rest in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))],
+CANDIDATES: dict[Kernel, list[BlockSizes]] = {
+    "vector": [BlockSizes(4, *rest) for rest in product((128, 256, 512, 1024), (2, 4, 8), (1, 2), (2, 4, 8))],
+    "small": [BlockSizes(16, *rest) for rest in product((32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 4))],
+    "large": [BlockSizes(*rest, 1) for rest in product((64, 128), (64, 128, 256), (4, 8), (2, 3, 4))],
+    "gradient": [BlockSizes(*rest, 1) for rest in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))],
 }
 # More than any cache holds.
 ROTATION = 512 << 20
 
-Measure = Callable[[Kernel, int, Blocks], float]
+Measure = Callable[[Kernel, int, BlockSizes], float]
 
 
 def tune() -> Path:
@@ -57,7 +57,7 @@ def write(device: str, path: Path, measure: Measure) -> Path:
     return path
 
 
-def seconds(kernel: Kernel, bits: int, size: Blocks) -> float:
+def seconds(kernel: Kernel, bits: int, size: BlockSizes) -> float:
     """Median seconds of one product or gradient with these blocks."""
     from triton import CompilationError, OutOfResources
 
@@ -104,7 +104,7 @@ def _matrices(bits: int) -> list[triton_launch.Part]:
 
 
 @contextmanager
-def _forced(size: Blocks) -> Iterator[None]:
+def _forced(size: BlockSizes) -> Iterator[None]:
     before = triton_launch.blocks
     triton_launch.blocks = lambda *_: size
     try:

@@ -9,7 +9,7 @@
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_args
 
@@ -148,15 +148,38 @@ def read_settings(texts: Collection[str], known: Collection[str], given: Mapping
 
 
 def as_typed(text: str, parameters: Mapping[str, Any]) -> str:
-    """A sentence that names fields, as in ```rank` `` and ```dora=True` ``, with the flags of a command."""
+    """A sentence that names fields, as in ```rank` `` and ```dora=True` ``, with the flags of a command.
+
+    A field that the command does not have is shown as another command has it: one may tell how to make its source.
+    """
 
     def flag(found: re.Match[str]) -> str:
         name, value = found.groups()
-        parameter = parameters.get(name)
-        if parameter is None:
+        if (parameter := parameters.get(name)) is not None:
+            switch, other = parameter.opts, parameter.secondary_opts
+        elif name in _elsewhere():
+            switch, other = _elsewhere()[name]
+        else:
             return found[0].strip("`")
-        flags = parameter.secondary_opts if value == "False" else parameter.opts
-        spelled = max(flags, key=len)
+        spelled = max(other if value == "False" else switch, key=len)
         return spelled if value in (None, "True", "False") else f"{spelled} {value}"
 
     return _NAMED.sub(flag, text)
+
+
+@cache
+def _elsewhere() -> dict[str, tuple[list[str], list[str]]]:
+    """What is typed for every field of every command, and to switch it off."""
+    from ulbq.config.convert import ConvertRequest
+    from ulbq.config.evaluate import EvaluateRequest
+    from ulbq.config.finetuning import FinetuneForm
+    from ulbq.config.generate import GenerateRequest
+    from ulbq.config.quantize import QuantizeRequest
+    from ulbq.config.saliency import SaliencyRequest
+
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    for request in (FinetuneForm, SaliencyRequest, GenerateRequest, EvaluateRequest, ConvertRequest, QuantizeRequest):
+        for name, field, option in options(request):
+            pairs = [one.split("/") for one in typed(name, option, switch=bare(field)[0] is bool)]
+            found[name] = [pair[0] for pair in pairs], [pair[-1] for pair in pairs]
+    return found

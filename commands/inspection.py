@@ -27,6 +27,7 @@ from ulbq.evaluation.table import size
 from ulbq.pipeline.inspect import Ancestor, Inspection, State
 
 from . import scores
+from .fields import as_typed
 from .progress import duration
 from .saliency_table import each, summary
 
@@ -59,7 +60,7 @@ def show(console: Console, inspection: Inspection, *, layers: bool = False) -> N
         if layers:
             sections.append(("Layers", each(manifest.layers)))
     if manifest.warnings:
-        sections.append(("Warnings", Text("\n".join(manifest.warnings), style="yellow")))
+        sections.append(("Warnings", Text(as_typed("\n".join(manifest.warnings), {}), style="yellow")))
     if manifest.phases:
         sections.append(("Work", _phases(manifest)))
     if inspection.ancestry:

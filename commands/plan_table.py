@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 def show_plan(plan: "QuantizePlan") -> None:
     """Say on standard error what a quantization run does and costs."""
     cost = plan.cost
-    kind, bits = plan.stored_as or ("", 0.0)
-    stored = f", stored as {'' if kind == 'EXL3' else 'GGUF '}{kind} ({bits:.1f} bits a value)" if kind else ""
+    stored = ", stored as {} ({:.1f} bits a value)".format(*plan.stored_as) if plan.stored_as is not None else ""
     counts = f"{plan.blocks} blocks, {plan.layers} layers, {plan.weights / 1e6:,.1f} M weights"
     rows = {
         "model": f"{plan.model}: {counts}{stored}",

@@ -14,11 +14,13 @@ from rich.text import Text
 
 from ulbq.progress import Phase, Silent
 
+from .fields import as_typed
+
 
 def say(console: Console, text: str, *, label: str = "", style: str = "") -> None:
-    """Print one line for people, ``label`` in front of it in ``style``."""
+    """Print one line for people, ``label`` in front of it in ``style``; fields that it names are shown as flags."""
     # Text objects, not markup: a path such as model[1] is no tag. Lines are not folded, so that logs can be searched.
-    console.print(Text.assemble((label, style), text), soft_wrap=True)
+    console.print(Text.assemble((label, style), as_typed(text, {})), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

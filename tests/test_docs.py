@@ -1,8 +1,11 @@
 """README and docs/: every link leads somewhere, every command line is one that ulbq takes, and README stays short."""
 
+import importlib
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +13,6 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
-from ulbq.commands import quantize as quantize_command
 from ulbq.commands.app import app
 from ulbq.errors import UlbqError
 from ulbq.pipeline.recipes import names as recipe_names
@@ -27,6 +29,16 @@ _HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 _ENVIRONMENT = re.compile(r"[A-Za-z_]\w*=")
 _ENDS = frozenset({"|", "||", "&&", ";", "&", ">", ">>", "<", "2>", "(", ")"})
 _LEFT_OUT = "…"
+_WORK = {
+    "saliency": ("saliency.saliency", "saliency.plan"),
+    "quantize": ("quantize.quantize", "quantize.plan"),
+    "eval": ("evaluate.evaluate",),
+    "generate": ("generate.generate",),
+    "finetune": ("finetune.prepare",),
+    "convert": ("convert.convert",),
+    "inspect": ("inspect.inspect", "reseal.reseal"),
+}
+"""What each command calls for its work, in ``ulbq.pipeline``."""
 
 
 class Line(NamedTuple):
@@ -167,25 +179,27 @@ def _stands_in(word: str) -> bool:
 
 
 def _check_values(name: str, context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values that the parser leaves to the command. Raises what the command would raise."""
+    """Values that the parser leaves to the command: it runs up to its work. Raises what the command would raise."""
     given = context.params
-    if name != "quantize" or str(given.get("recipe")).endswith(".yaml"):  # a file of the reader's
+    if name == "quantize" and str(given.get("recipe")).endswith(".yaml"):  # a file of the reader's
         return
     from ulbq.config.quantize import check_options
-    from ulbq.pipeline import quantize as pipeline
 
     class Checked(Exception):
         """The request holds together."""
 
     def check(request: Any, *_: object, **__: object) -> None:
-        check_options(request)
+        if name == "quantize":
+            check_options(request)
         raise Checked
 
+    command = importlib.import_module(f"ulbq.commands.{name}")
     with monkeypatch.context() as patch:
-        patch.setattr(quantize_command, "read_source", lambda source, *_: source)
-        patch.setattr(quantize_command, "check_out", lambda *_, **__: None)
-        patch.setattr(pipeline, "plan", check)
-        patch.setattr(pipeline, "quantize", check)
+        patch.setattr(command, "read_source", lambda source, *_, **__: source or "q2")
+        patch.setattr(command, "check_out", lambda *_, **__: None, raising=False)
+        patch.setattr(command, "_read_prompt", lambda: "Once", raising=False)
+        for module, _, function in (path.partition(".") for path in _WORK[name]):
+            patch.setattr(importlib.import_module(f"ulbq.pipeline.{module}"), function, check)
         with pytest.raises(Checked):
             context.command.callback(**given)
 
@@ -206,6 +220,12 @@ def test_readme_is_short_and_shows_commands() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= LONGEST_README
     assert sum(line.whole for line in command_lines("README.md", text)) >= 10
+
+
+def test_figures_are_those_of_the_benchmarks() -> None:
+    program = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), "run: python benchmarks/tables.py"
 
 
 def test_every_page_can_be_reached() -> None:

@@ -1,6 +1,8 @@
-"""A format and a target of one's own, added as docs/development/extending.md says, go through the whole chain."""
+"""A format, a target and a metric of one's own, as docs/development/extending.md adds them, go the whole way."""
 
 import io
+import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,14 +12,21 @@ from typing import ClassVar, Literal, Self
 import pytest
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from tests.models.tiny import save_tiny
 from ulbq import formats
 from ulbq.artifacts.shards import LazyTensors, write_index, write_shard
 from ulbq.commands import inspection, kernel_table
 from ulbq.config.convert import TARGETS, ConvertRequest
+from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
+from ulbq.evaluation.evaluated import EvaluatedModel
+from ulbq.evaluation.measurer import Measurer
+from ulbq.evaluation.metrics import METRICS
+from ulbq.evaluation.metrics.base import Metric
+from ulbq.evaluation.results import Measured, ModelScores, Results
 from ulbq.export.fit import Candidate
 from ulbq.export.rules import Reader
 from ulbq.export.targets import base
@@ -29,6 +38,7 @@ from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.convert import convert
+from ulbq.pipeline.evaluate import evaluate
 from ulbq.pipeline.inspect import inspect
 from ulbq.pipeline.quantize import quantize
 
@@ -134,7 +144,7 @@ def test_no_kernel_takes_a_format_that_it_does_not_know(ternary: Path) -> None:
         assert choice.layout is LAYOUTS[-1]
     told = io.StringIO()
     kernel_table.show_kernels(Console(file=told, width=300), inspect(ternary).manifest)
-    assert "no kernels for ternary" in told.getvalue()
+    assert "affine, dual_binary, binary_mos only" in told.getvalue()
 
 
 class Norms(base.Target):
@@ -194,3 +204,58 @@ def test_a_target_of_ones_own(tmp_path: Path) -> None:
     assert caught.value.hint == "Targets that can hold it: dense, gguf."
     with pytest.raises(InputError, match="converted for other engines"):
         resolve(path)
+
+
+class Entropy(Metric):
+    """How sure a model is of the next token."""
+
+    name = "entropy"
+    section = "Entropy"
+
+    def measure(
+        self, measurer: Measurer, candidate: EvaluatedModel, model: Callable[[], PreTrainedModel]
+    ) -> dict[str, Measured]:
+        def work() -> dict[str, Measured]:
+            with torch.no_grad():
+                log_p = model()(TOKENS).logits.float().log_softmax(-1)
+            return {"mean, nats": Measured(value=float(-(log_p.exp() * log_p).sum(-1).mean()), higher_is_better=False)}
+
+        if not measurer.request.entropy:  # type: ignore[attr-defined]
+            return {}
+        return measurer.step(f"{candidate.name}: entropy", dict[str, Measured], work)
+
+    def notes(self, results: Results) -> list[str]:
+        return ["Entropy: of sixteen tokens."] if any("entropy" in dict(scores) for scores in results.models) else []
+
+
+class WithEntropy(EvaluateRequest):
+    entropy: bool = False
+
+    @property
+    def asks(self) -> bool:
+        return self.entropy or super().asks
+
+
+def test_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "entropy", Entropy())
+    tiny = save_tiny("llama", tmp_path / "tiny", tied=False)
+    asked = {"method": "rtn", "bits": 2, "group_size": 32, "device": "cpu"}
+    made, _ = quantize(QuantizeRequest(source=str(tiny), out=tmp_path / "q", **asked))
+
+    def measured(out: str, *sources: Path, **options: bool) -> tuple[Path, ModelScores]:
+        paths = tuple(map(str, sources))
+        path, manifest = evaluate(WithEntropy(sources=paths, out=tmp_path / out, dtype="fp32", device="cpu", **options))
+        return path, Results.model_validate(manifest.results).models[-1]
+
+    one, scores = measured("one", made, entropy=True)
+    value = json.loads((one / "results.json").read_text())["models"][0]["entropy"]["mean, nats"]["value"]
+    assert 0 < value < 6
+    assert scores.fidelity is None
+    page = (one / "report.html").read_text()
+    assert f'<div class="value">{value:.4f}</div><div class="label">mean, nats</div>' in page
+    assert "Entropy: of sixteen tokens." in page
+    for path in (one, measured("both", one, measured("two", tiny, entropy=True)[0])[0]):
+        assert re.search(rf"Entropy *\n +mean, nats ↓ .*{value:.4f}", shown(path))
+    # What another version measured is read, and left out.
+    monkeypatch.delitem(METRICS, "entropy")
+    assert f"{value:.4f}" not in shown(one)

@@ -4,6 +4,7 @@ Everything but the last test reads the source, so that imports inside functions 
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,6 +142,55 @@ def test_library_never_prints_exits_or_catches_everything():
                     wrong.append(_where(path, node.lineno))
                 case ast.ImportFrom() if any(alias.name == "*" for alias in node.names):
                     wrong.append(_where(path, node.lineno))
+    assert not wrong
+
+
+# Whole commands, such as 'ulbq inspect --verify', and options of other programs.
+_FOREIGN = re.compile(
+    r"['`]ulbq \w+ .*|ulbq (quantize --method|finetune --task|convert DIR --for)|pip install|llama-gguf-split|vLLM|"
+    r"sglang|--quantization humming|--nproc-per-node|^-o$"
+)
+
+
+def test_messages_name_fields_not_flags():
+    """Python's callers have no flags; the command line shows fields as it takes them."""
+    wrong = []
+    for path in LIBRARY:
+        tree = _tree(path)
+        docstrings = {
+            id(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                flag = re.search(r"(?<![\w-])(--[a-z][a-z-]+|-o\b)", node.value)
+                if flag and not _FOREIGN.search(node.value) and "config" not in path.parts:
+                    wrong.append(f"{_where(path, node.lineno)}: {flag[0]}")
+    assert not wrong
+
+
+def test_no_two_classes_share_a_name():
+    places: dict[str, list[str]] = {}
+    for path in [*LIBRARY, *COMMANDS]:
+        for node in _tree(path).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(_where(path, node.lineno))
+    assert [where for where in places.values() if len(where) > 1] == []
+
+
+def test_tests_mirror_the_library():
+    """``tests/nn/test_adapter_more.py`` tests ``ulbq/nn/adapter.py``; those of the pipeline, what a run does too."""
+    wrong = []
+    for path in (ROOT / "tests").glob("*/test_*.py"):
+        folder = ROOT / "commands" if path.parent.name == "commands" else ROOT / "ulbq" / path.parent.name
+        modules = {module.stem for module in folder.rglob("*.py")} | {one.name for one in folder.glob("*/")}
+        if (
+            modules
+            and folder.name != "pipeline"
+            and not any(f"{path.stem}_".startswith(f"test_{one}_") for one in modules)
+        ):
+            wrong.append(str(path.relative_to(ROOT)))
     assert not wrong
 
 

@@ -148,11 +148,11 @@ def check_device(device: "torch.device") -> None:
     if local >= found:
         raise ResourceError(
             f"There are more processes on this machine than its {found} GPUs.",
-            hint="Lower --nproc-per-node, or use --device cpu.",
+            hint="Lower --nproc-per-node, or use `device=cpu`.",
         )
     if device.index not in (None, local):
         raise UsageError(
-            f"--device {device} would be every process's.", hint="Use --device cuda: each process takes its own GPU."
+            f"`device={device}` would be every process's.", hint="Use `device=cuda`: each process takes its own GPU."
         )
 
 

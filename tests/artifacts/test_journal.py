@@ -95,7 +95,7 @@ def test_damage_before_the_last_line_is_said(path: Path, number: int) -> None:
     path.write_bytes(b"".join(lines))
     with pytest.raises(InputError, match=f"damaged in line {number}") as caught:
         Journal.load(path)
-    assert "--force" in caught.value.hint
+    assert "`force=True`" in caught.value.hint
 
 
 def test_no_journal(path: Path) -> None:

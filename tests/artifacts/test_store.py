@@ -162,7 +162,7 @@ class TestAnotherRun:
         before = tree(partial(out))
         with pytest.raises(InputError, match=r"q\.partial' holds another run") as caught:
             ArtifactWriter(out, MINE)
-        assert "--force" in caught.value.hint
+        assert "`force=True`" in caught.value.hint
         assert tree(partial(out)) == before
 
     def test_is_discarded_by_force(self, out: Path) -> None:
@@ -258,7 +258,7 @@ class TestOccupiedOutput:
         before = tree(out)
         with pytest.raises(InputError, match="q' exists") as caught:
             ArtifactWriter(out, MINE)
-        assert "--force" in caught.value.hint
+        assert "`force=True`" in caught.value.hint
         assert tree(out) == before
         assert os.listdir(out.parent) == ["q"]
 
@@ -415,7 +415,7 @@ class TestDisk:
         for out in (tmp_path / "file" / "q", tmp_path / "file" / "deep" / "q"):
             with pytest.raises(InputError, match="there is a file in the way") as caught:
                 ArtifactWriter(out, MINE)
-            assert caught.value.hint == "Give another -o."
+            assert caught.value.hint == "Give another `out`."
 
 
 class TestFingerprint:

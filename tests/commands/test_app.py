@@ -134,7 +134,7 @@ def test_request_that_does_not_hold_together_is_a_usage_error(fail_with, capsys)
     with pytest.raises(ValueError) as caught:  # noqa: PT011  pydantic's own error is what is handed on
         _Request(group_size=-1)
     assert fail_with(caught.value) == 2
-    assert capsys.readouterr().err == "error: group_size: Input should be greater than 0\n"
+    assert capsys.readouterr().err == "error: --group-size: Input should be greater than 0\n"
 
 
 @pytest.mark.parametrize("arguments", [["--no-such-option"], ["no-such-command"]])

@@ -147,7 +147,7 @@ def test_offline_asks_nobody_and_names_the_three_places(
             texts(name, "train", data_dir=tmp_path, offline=not environment)
         for place in (str(tmp_path), *hub.cache_folders(), "the Hub (the network is off)"):
             assert place in caught.value.message
-        assert "--data-dir" in caught.value.hint
+        assert "`data_dir`" in caught.value.hint
         assert not available(name, data_dir=tmp_path, offline=not environment)
     assert fake_hub.calls == []
 
@@ -246,7 +246,7 @@ def test_the_option_wins_over_the_variable(tmp_path: Path, monkeypatch: pytest.M
     assert local_dataset_path("baber/piqa") is None
     with pytest.raises(InputError, match="no data folder") as caught:
         data_root(tmp_path / "gone")
-    assert "--data-dir" in caught.value.hint
+    assert "`data_dir`" in caught.value.hint
     monkeypatch.setenv("ULBQ_DATA_DIR", str(tmp_path / "gone"))
     with pytest.raises(InputError) as caught:
         data_root()

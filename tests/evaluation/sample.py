@@ -8,7 +8,7 @@ from typing import Any
 from ulbq.evaluation.results import (
     Continuation,
     Fidelity,
-    Metric,
+    Measured,
     ModelScores,
     Perplexity,
     Protocol,
@@ -66,7 +66,7 @@ def continuation(prompt: str, text: str, pace: float | None = 40.0, device: str 
 
 
 def task_score(metrics: dict[str, float], member_of: str | None = None) -> TaskScore:
-    found = {name: Metric(value=value, stderr=0.01, higher_is_better=True) for name, value in metrics.items()}
+    found = {name: Measured(value=value, stderr=0.01, higher_is_better=True) for name, value in metrics.items()}
     return TaskScore(metrics=found, samples=100, fewshot=0, version="1.0", member_of=member_of)
 
 

@@ -104,7 +104,7 @@ def test_a_layout_stands_around_the_prompt(source):
 def test_a_chat_template_that_refuses_is_told_with_the_option(source):
     tokenizer = source.tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no users') }}"
-    with pytest.raises(InputError, match="--prompt: the chat template refuses it"):
+    with pytest.raises(InputError, match="`prompts`: the chat template refuses it"):
         opening("hello", tokenizer, "chat")
 
 

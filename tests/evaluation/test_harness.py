@@ -131,7 +131,7 @@ def test_tasks_that_overlap_are_refused(mirror):
 def test_data_that_are_nowhere_are_an_error_before_any_model_is_loaded(mirror):
     with pytest.raises(ResourceError, match="'hellaswag' cannot be had") as caught:
         load(["hellaswag"], mirror)
-    assert "--data-dir" in caught.value.hint
+    assert "`data_dir`" in caught.value.hint
 
 
 def test_a_mirror_without_a_split_to_score_on_is_refused(tmp_path):

@@ -1,6 +1,6 @@
 from tests.evaluation.sample import continuation, model_scores, results, task_score
 from ulbq.evaluation.results import ModelScores, WeightSize, Writing
-from ulbq.evaluation.table import Row, describe, footnotes, rows, shown_metrics
+from ulbq.evaluation.table import Row, describe, footnotes, rows
 
 PARENT = model_scores("full", perplexity=24.19, tasks={"piqa": {"acc": 0.9}})
 GOOD = model_scores("good", parent="full", method="db-llm", scheme="w2g64", bits_per_weight=2.5, perplexity=71, kl=0.5)
@@ -124,7 +124,7 @@ def test_how_answers_were_written_and_how_many_were_not_found_is_told():
     assert not any("lm-eval" in note for note in notes)
     notes = footnotes(results(written("one", "alpaca", 0), written("two", "gsm8k", 0)))
     assert "laid out as alpaca for one, gsm8k for two," in notes[0]
-    assert shown_metrics(written("one", "alpaca", 0)) == [
+    assert [pair[:2] for pair in written("one", "alpaca", 0).task_metrics] == [
         ("both", "exact_match"),
         ("a", "exact_match"),
         ("c", "exact_match"),

@@ -107,7 +107,7 @@ def test_an_adapter_lies_beside_and_is_not_merged(parent: Path, tmp_path: Path) 
     ("scheme", "why"),
     [
         (AffineScheme(bits=2, group_size=32), "is affine w2g32, and EXL3 stores trellis codes"),
-        (TrellisScheme(), "EXL3's states have 16 bits: quantize with --state-bits 16"),
+        (TrellisScheme(), "EXL3's states have 16 bits: quantize with `state_bits=16`"),
     ],
 )
 def test_what_exl3_does_not_hold_is_refused(scheme: object, why: str, parent: Path, tmp_path: Path) -> None:

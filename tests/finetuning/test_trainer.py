@@ -15,7 +15,7 @@ from ulbq.config.adapter import AdapterConfig
 from ulbq.config.finetuning import FinetuneSettings
 from ulbq.config.methods import DbLlmOptions
 from ulbq.errors import UsageError
-from ulbq.finetuning.checkpoint import Checkpoint
+from ulbq.finetuning.checkpoint import TrainerCheckpoint
 from ulbq.finetuning.examples import Examples
 from ulbq.finetuning.head import Head
 from ulbq.finetuning.losses import hidden_error, mean_loss, predicted, token_terms
@@ -65,8 +65,8 @@ def make_trainer(folder: Path, student: Student, **changes: Any) -> Trainer:
     )
 
 
-def run(trainer: Trainer, done: Checkpoint | None = None) -> tuple[Checkpoint, list[Checkpoint]]:
-    told: list[Checkpoint] = []
+def run(trainer: Trainer, done: TrainerCheckpoint | None = None) -> tuple[TrainerCheckpoint, list[TrainerCheckpoint]]:
+    told: list[TrainerCheckpoint] = []
     with Silent().phase("training") as bar:
         last = trainer.train(done, bar, lambda checkpoint, files: told.append(checkpoint))
     return last, told
@@ -206,9 +206,9 @@ def test_training_goes_on_from_its_files_to_the_same_values(
     changes |= {"base_share": 0.3}
     run(make_trainer(_folder(tmp_path, "a"), straight, **changes))
 
-    told: list[Checkpoint] = []
+    told: list[TrainerCheckpoint] = []
 
-    def stop(checkpoint: Checkpoint, files: list[Path]) -> None:
+    def stop(checkpoint: TrainerCheckpoint, files: list[Path]) -> None:
         told.append(checkpoint)
         if checkpoint.step:
             raise KeyboardInterrupt
@@ -217,7 +217,7 @@ def test_training_goes_on_from_its_files_to_the_same_values(
     with pytest.raises(KeyboardInterrupt), Silent().phase("training") as bar:
         make_trainer(folder, make_student(dropout=0.3), **changes).train(None, bar, stop)
     assert told[-1].step == save_every or 2  # within an epoch, or behind one
-    again = Checkpoint.model_validate_json(told[-1].model_dump_json())
+    again = TrainerCheckpoint.model_validate_json(told[-1].model_dump_json())
     _, rest = run(make_trainer(folder, resumed, **changes), again)
     assert [checkpoint.step for checkpoint in rest] == ([6] if save_every else [4, 6])
     assert sorted(int(path.stem.partition("-")[2]) for path in folder.iterdir()) == sorted(set(rest[-1].kept) - {0})

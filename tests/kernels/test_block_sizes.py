@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ulbq.kernels import block_sizes
-from ulbq.kernels.block_sizes import Blocks, blocks, slug
+from ulbq.kernels.block_sizes import BlockSizes, blocks, slug
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -45,7 +45,7 @@ def test_an_unknown_gpu_gets_the_defaults() -> None:
 def test_the_fastest_candidates_are_written(
     tuning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(kernel: str, bits: int, size: Blocks) -> float:
+    def measure(kernel: str, bits: int, size: BlockSizes) -> float:
         return float("inf") if size.warps != 4 else abs(size.block_n - 64 * bits) + size.stages
 
     tuning.write("Some GPU", tmp_path / "some-gpu.json", measure)

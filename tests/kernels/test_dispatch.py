@@ -24,11 +24,11 @@ def case(**changes: object) -> Case:
         ({"scheme": AffineScheme(bits=2, group_size=16)}, "dense", {"tiles": "groups of 16", "int4": "groups of 16"}),
         ({"scheme": DualBinaryScheme(group_size=-1)}, "tiles", {}),
         ({"scheme": BinaryMosScheme(), "differentiable": True}, "tiles", {}),
-        ({"scheme": TrellisScheme(), "rows": 512}, "trellis", {"tiles": "tiles of their own"}),
+        ({"scheme": TrellisScheme(), "rows": 512}, "trellis", {"tiles": "affine, dual_binary, binary_mos only"}),
         (
             {"scheme": TrellisScheme(), "dtype": torch.float64},
             "dense",
-            {"tiles": "tiles of", "int4": "affine codes only"},
+            {"tiles": "binary_mos only", "int4": "affine only"},
         ),
     ],
 )

@@ -136,7 +136,7 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize(
     ("scheme", "outs", "reason"),
     [
-        (DualBinaryScheme(), 64, "affine codes only"),
+        (DualBinaryScheme(), 64, "affine only"),
         (AffineScheme(bits=8), 64, "8 bits"),
         (AffineScheme(bits=1, symmetric=True), 64, "between two codes"),
         (AffineScheme(bits=2, symmetric=True, mid_rise=True), 64, "between two codes"),
@@ -146,7 +146,7 @@ def test_opcheck() -> None:
     ],
 )
 def test_what_it_does_not_take(scheme: AnyScheme, outs: int, reason: str) -> None:
-    refused = named("humming").unsupported_reason(scheme, outs, 128)
+    refused = dispatch.unsupported_reason(named("humming"), scheme, outs, 128, "cuda")
     assert reason in (refused or "")
     assert bool(reason) == (refused is not None)
 

@@ -238,7 +238,7 @@ class TestHub:
                 "neither a file or folder",
             ),
             (GatedRepoError("403", response=Mock(status_code=403)), False, InputError, "gated"),
-            (LocalEntryNotFoundError("not cached"), True, ResourceError, "--offline forbids"),
+            (LocalEntryNotFoundError("not cached"), True, ResourceError, "`offline` forbids"),
             (LocalEntryNotFoundError("no connection"), False, ResourceError, "cannot be reached"),
             (ConnectionResetError("gone"), False, ResourceError, "failed: gone"),
         ],
@@ -259,7 +259,7 @@ class TestHub:
 
     def test_really_offline(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-        with pytest.raises(ResourceError, match="--offline forbids"):
+        with pytest.raises(ResourceError, match="`offline` forbids"):
             resolve("someone/Tiny-1B", offline=True)
 
 

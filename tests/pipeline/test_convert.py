@@ -122,7 +122,7 @@ class TestAdapter:
                 notes.append(text)
 
         path, manifest = convert(ConvertRequest(source=str(adapted), dtype="fp32", out=tmp_path / "plain"), Notes())
-        assert any("--merge-adapter" in note for note in notes)
+        assert any("`merge_adapter`" in note for note in notes)
         assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= manifest.files.keys()
         with torch.no_grad():
             for adapter in (False, True):

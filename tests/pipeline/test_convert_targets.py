@@ -1,4 +1,4 @@
-"""Artifacts in the layouts of other tools, whole folders; those tools read them in tests/export/test_readers.py."""
+"""Artifacts in the layouts of other tools, whole folders; those read them in tests/export/test_targets_readers.py."""
 
 import errno
 import json
@@ -177,7 +177,7 @@ def test_an_adapter_is_merged_into_gguf_and_copied_beside_gptq(parent: Path, tmp
     assert "**The adapter**: `PeftModel.from_pretrained" in card
     with pytest.raises(InputError, match=r"llama\.cpp reads no adapter") as caught:
         convert(ask(source, tmp_path / "x", to="gguf"))
-    assert caught.value.hint == "Add --merge-adapter."
+    assert caught.value.hint == "Add `merge_adapter`."
     merged, _ = convert(ask(source, tmp_path / "m", to="gguf", dtype="fp32", merge_adapter=True))
     with torch.no_grad():
         ours = load_model(resolve(source), dtype=torch.float32)(TOKENS).logits

@@ -13,11 +13,11 @@ from ulbq.artifacts import EvaluationManifest, read_manifest, verify
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
-from ulbq.evaluation import harness
+from ulbq.evaluation import fidelity, harness, measurer
+from ulbq.evaluation.metrics.fidelity import FIDELITY_WINDOWS
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
-from ulbq.pipeline import measure
 from ulbq.pipeline.evaluate import evaluate
 from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent
@@ -53,7 +53,7 @@ def loads(monkeypatch) -> list[str]:
         names.append(source.name)
         return load_model(source, **options)
 
-    monkeypatch.setattr(measure, "load_model", load)
+    monkeypatch.setattr(measurer, "load_model", load)
     return names
 
 
@@ -80,7 +80,7 @@ def test_nothing_asked_measures_fidelity_and_perplexity_beside_the_parents(made)
     scores = scores_of(manifest)
     assert list(scores) == ["base", "q4"]
     assert scores["q4"].fidelity is not None
-    assert scores["q4"].fidelity.tokens == measure.FIDELITY_WINDOWS * 64
+    assert scores["q4"].fidelity.tokens == FIDELITY_WINDOWS * 64
     assert scores["q4"].perplexity["wikitext2"].windows == scores["base"].perplexity["wikitext2"].windows
     assert scores["base"].fidelity is None
     assert path == Path("artifacts/q4-eval")
@@ -226,7 +226,7 @@ def test_an_interrupted_run_goes_on_with_the_next_measurement(made, loads, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "fidelity", interrupted)
+        patch.setattr(fidelity, "fidelity", interrupted)
         with pytest.raises(KeyboardInterrupt):
             evaluate(request(made, "q4", limit=2))
     assert Path("artifacts/q4-eval.partial").is_dir()
@@ -245,7 +245,7 @@ def test_other_settings_do_not_continue_an_interrupted_run(made, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "fidelity", interrupted)
+        patch.setattr(fidelity, "fidelity", interrupted)
         with pytest.raises(KeyboardInterrupt):
             evaluate(request(made, "q4", limit=2, out=Path("e")))
     with pytest.raises(InputError, match="another run"):

@@ -15,14 +15,14 @@ from ulbq.config.adapter import AdapterConfig
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import UsageError
+from ulbq.evaluation import continuations, measurer
+from ulbq.evaluation.evaluated import EvaluatedModel
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.evaluation.sizes import weight_size
-from ulbq.evaluation.subjects import Candidate
 from ulbq.evaluation.table import footnotes, rows
 from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model, model_memory
 from ulbq.models.source import resolve
-from ulbq.pipeline import measure
 from ulbq.pipeline.evaluate import evaluate
 from ulbq.pipeline.quantize import quantize
 
@@ -56,7 +56,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(source.name)
         return load_model(source, **options)
 
-    monkeypatch.setattr(measure, "load_model", load)
+    monkeypatch.setattr(measurer, "load_model", load)
     return names
 
 
@@ -117,11 +117,11 @@ def test_a_resumed_run_neither_writes_nor_weighs_again(made, loads, monkeypatch)
 
     asked = request(made, "q", fidelity=False, out=Path("e"))
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "weight_size", _after(1, interrupted))
+        patch.setattr(measurer, "weight_size", _after(1, interrupted))
         with pytest.raises(KeyboardInterrupt):
             evaluate(asked)
     loads.clear()
-    monkeypatch.setattr(measure, "continue_prompts", interrupted)
+    monkeypatch.setattr(continuations, "continue_prompts", interrupted)
     _, manifest = evaluate(asked)
     assert loads == ["q"]  # to be weighed, and for nothing else
     assert all(found.continuations and found.weights for found in scores_of(manifest).values())
@@ -129,7 +129,7 @@ def test_a_resumed_run_neither_writes_nor_weighs_again(made, loads, monkeypatch)
 
 def _after(times, otherwise):
     """``weight_size``, and from the second call on something else."""
-    plain, calls = measure.weight_size, []
+    plain, calls = measurer.weight_size, []
 
     def call(*arguments):
         calls.append(arguments)
@@ -189,7 +189,7 @@ def test_a_gguf_file_says_what_it_is_made_of(tmp_path):
     file = write_tiny_gguf(tiny_model(tiny_config("llama", tied=False)), tmp_path / "tiny-Q8_0.gguf")
     source = resolve(file)
     model = load_model(source, dtype=torch.float32)
-    found = weight_size(Candidate(source, "tiny"), model)
+    found = weight_size(EvaluatedModel(source, "tiny"), model)
     assert found.on_disk == file.stat().st_size
     # Float32 for embeddings and head, 2 · 256 · 64 weights in four bytes each; Q8_0 for three blocks of 36,864.
     assert found.gguf_types == ("F32", "Q8_0")

@@ -22,7 +22,7 @@ from ulbq.config.convert import ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.data.examples import draw_examples
 from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
-from ulbq.finetuning.checkpoint import Checkpoint
+from ulbq.finetuning.checkpoint import TrainerCheckpoint
 from ulbq.finetuning.student import Student
 from ulbq.finetuning.trainer import Trainer
 from ulbq.models.blocks import block_list
@@ -183,7 +183,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     step = Trainer._step
     seen: list[int] = []
 
-    def stop(self: Trainer, *arguments: Any) -> Checkpoint:
+    def stop(self: Trainer, *arguments: Any) -> TrainerCheckpoint:
         made = step(self, *arguments)
         seen.append(made.step)
         if seen == [1, 2, 3, 4, 5]:

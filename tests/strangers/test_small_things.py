@@ -101,7 +101,7 @@ def test_an_adapter_says_what_it_is_for_where_no_hub_is_asked(adapted: Path, ulb
 
 
 def test_a_gguf_file_says_what_it_is(tmp_path: Path) -> None:
-    from ulbq.evaluation.subjects import open_candidates
+    from ulbq.evaluation.evaluated import open_candidates
     from ulbq.evaluation.table import describe
 
     path = tmp_path / "tiny.gguf"
@@ -115,9 +115,7 @@ def test_a_gguf_file_says_what_it_is(tmp_path: Path) -> None:
     # 32 weights in 20 bytes, one matrix of three in float16 of its size.
     packed = StoredTensor(GGMLQuantizationType.Q4_1, (8, 32), 0)
     tensors._header.tensors = {"a": packed, "b": packed, "c": StoredTensor(GGMLQuantizationType.F16, (8, 32), 0)}
-    assert tensors.stored_as == ("Q4_1", pytest.approx((5 + 5 + 16) / 3))
-    named = subject.model_copy(update={"scheme": "Q4_1", "bits_per_weight": 5.0})
-    assert describe(named) == "GGUF Q4_1"
+    assert tensors.stored_as == ("GGUF Q4_1", pytest.approx((5 + 5 + 16) / 3))
 
 
 def test_a_plan_says_that_a_gguf_file_was_quantized_before(tmp_path: Path, ulbq: Ulbq) -> None:

@@ -108,7 +108,7 @@ def disk_full(error: BaseException) -> DiskFullError | None:
     if isinstance(error, OSError) and (short or error.errno in _FULL):
         return DiskFullError(
             f"The disk is full: {error.strerror or os.strerror(errno.ENOSPC)}.",
-            hint="Free some space (or point -o at another disk) and run the same command again.",
+            hint="Free some space (or point `out` at another disk) and run the same command again.",
         )
     return None
 
@@ -123,6 +123,6 @@ def writing(path: Path) -> Iterator[None]:
             raise full from error
         if error.errno in _REFUSED:
             raise ResourceError(
-                f"'{path}' cannot be written: {error.strerror}.", hint="Give a folder that can be written, with -o."
+                f"'{path}' cannot be written: {error.strerror}.", hint="Give a folder that can be written, as `out`."
             ) from error
         raise

@@ -142,7 +142,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
                 break
             raise InputError(
                 f"'{path}' is damaged in line {number}: the unfinished run cannot be continued.",
-                hint="Discard it with --force.",
+                hint="Discard it with `force=True`.",
             )
         lines.append(line)
         size += len(text)

@@ -44,7 +44,7 @@ def check_ours(partial: Path) -> None:
     if not ours:
         raise InputError(
             f"'{partial}' is in the way: it has the name of an unfinished run but is none.",
-            hint="Move it away, or give another -o.",
+            hint="Move it away, or give another `out`.",
         )
 
 
@@ -59,7 +59,7 @@ def make_folders(folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(
-            f"'{folder}' cannot be a folder: there is a file in the way.", hint="Give another -o."
+            f"'{folder}' cannot be a folder: there is a file in the way.", hint="Give another `out`."
         ) from error
     return missing
 
@@ -81,7 +81,7 @@ def acquire(partial: Path, out: Path) -> int:
         except BlockingIOError as error:
             os.close(descriptor)
             raise InputError(
-                f"Another process is writing '{out}' at this moment.", hint="Wait for it, or give another -o."
+                f"Another process is writing '{out}' at this moment.", hint="Wait for it, or give another `out`."
             ) from error
         except BaseException:
             os.close(descriptor)

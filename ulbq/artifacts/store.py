@@ -69,7 +69,7 @@ def free_output(root: Path, stem: str, fingerprint: str) -> Path:
         InputError: ``stem`` is no name of a folder directly below ``root``.
     """
     if not is_component(stem):
-        raise InputError(f"{stem!r} cannot be the name of a folder.", hint="Give one with -o.")
+        raise InputError(f"{stem!r} cannot be the name of a folder.", hint="Give one as `out`.")
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
     free = (
         path
@@ -95,15 +95,17 @@ def check_output(out: Path, target: Path | None = None, *, force: bool) -> None:
     """
     target = target or out
     if target.name.endswith(PARTIAL_SUFFIX):
-        raise InputError(f"'{out}' has the name of an unfinished run.", hint=f"Give an -o without '{PARTIAL_SUFFIX}'.")
+        raise InputError(
+            f"'{out}' has the name of an unfinished run.", hint=f"Give an `out` without '{PARTIAL_SUFFIX}'."
+        )
     clear_up(target)
     if not occupied(target):
         return
     if not is_replaceable(target):
         what = "is a folder that is not an artifact" if target.is_dir() else "is a file"
-        raise InputError(f"'{out}' exists and {what}.", hint="Give another -o.")
+        raise InputError(f"'{out}' exists and {what}.", hint="Give another `out`.")
     if not force:
-        raise InputError(f"'{out}' exists.", hint="Give another -o, or replace it with --force.")
+        raise InputError(f"'{out}' exists.", hint="Give another `out`, or replace it with `force=True`.")
 
 
 class ArtifactWriter:
@@ -297,7 +299,8 @@ class ArtifactWriter:
         check_output(self.out, self._target, force=self._force)
         if occupied(self._target) and any(path.is_relative_to(self._target) for path in self._spare):
             raise InputError(
-                f"'{self.out}' is what this run works on, and not even --force replaces that.", hint="Give another -o."
+                f"'{self.out}' is what this run works on, and not even `force=True` replaces that.",
+                hint="Give another `out`.",
             )
 
     def _open_journal(self) -> tuple[Journal, bool]:
@@ -321,7 +324,7 @@ class ArtifactWriter:
             journal.close()
             raise InputError(
                 f"'{self.out}{PARTIAL_SUFFIX}' holds another run, with other settings or another source.",
-                hint="Give another -o, or discard that run with --force.",
+                hint="Give another `out`, or discard that run with `force=True`.",
             )
         if journal is not None:
             journal.close()
@@ -342,7 +345,7 @@ class ArtifactWriter:
                 if path.is_symlink():
                     raise InputError(
                         f"'{path}' is a link, and no run left one there.",
-                        hint="Remove it, or discard all with --force.",
+                        hint="Remove it, or discard all with `force=True`.",
                     )
             found += [Path(folder, name) for name in files]
         self._move()
@@ -351,7 +354,7 @@ class ArtifactWriter:
             if not path.is_file() or _entry(path) != entry:
                 raise InputError(
                     f"'{path}' is {'missing' if not path.exists() else 'not what the interrupted run wrote'}.",
-                    hint="Discard the unfinished run with --force.",
+                    hint="Discard the unfinished run with `force=True`.",
                 )
         for path in found:
             if self._name(path) not in (*self._journal.files, JOURNAL, LOCK):
@@ -385,7 +388,8 @@ class ArtifactWriter:
             entries[name] = _entry(self.path / name)
             if recorded.get(name, entries[name]) != entries[name]:
                 raise InputError(
-                    f"'{self.path / name}' was changed during the run.", hint="Discard the unfinished run with --force."
+                    f"'{self.path / name}' was changed during the run.",
+                    hint="Discard the unfinished run with `force=True`.",
                 )
         return entries
 

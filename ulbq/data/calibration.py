@@ -167,7 +167,7 @@ def _source(name: str, needed: int, data_dir: Path | None, offline: bool) -> tup
         try:
             return registry.texts(name, "train", data_dir=data_dir, offline=offline), limit
         except ResourceError as error:
-            hint = "Give a mirror with --data-dir or ULBQ_DATA_DIR, a text file, or `calibration=self`."
+            hint = "Give a mirror with `data_dir` or ULBQ_DATA_DIR, a text file, or `calibration=self`."
             raise ResourceError(error.message, hint=hint) from error
     path = Path(name)
     if suffix_of(path) in TEXT_SUFFIXES:

@@ -120,7 +120,7 @@ def training_text(
     if chats is None:
         if template is not None:
             raise UsageError(
-                f"--template {template} means nothing to '{spec}', which is plain text.", hint="Leave it out."
+                f"`template={template}` means nothing to '{spec}', which is plain text.", hint="Leave it out."
             )
         file = data_file(spec, data_dir)
         return calibration_samples(
@@ -188,7 +188,7 @@ def draw_examples(
     if not known and len(specs) == 1:
         if template is not None:
             raise UsageError(
-                f"--template {template} means nothing to '{specs[0]}', which is plain text.", hint="Leave it out."
+                f"`template={template}` means nothing to '{specs[0]}', which is plain text.", hint="Leave it out."
             )
         return _blocks(specs[0], tokenizer, samples, heldout, length, seed, data_dir, offline)
     if len(known) < len(read):
@@ -209,7 +209,7 @@ def _at_hand(specs: Sequence[str], data_dir: Path | None, progress: Progress) ->
     if not found:
         raise ResourceError(
             f"None of {', '.join(specs)} has a train split in the mirror ({root or 'none given'}).",
-            hint="Give a mirror with --data-dir or ULBQ_DATA_DIR, or a file with `data`.",
+            hint="Give a mirror with `data_dir` or ULBQ_DATA_DIR, or a file with `data`.",
         )
     if missing:
         progress.warn(f"Not at hand, and left out: {', '.join(missing)}. Training on {', '.join(found)}.")

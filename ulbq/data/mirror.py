@@ -21,7 +21,7 @@ def data_root(option: Path | None = None) -> Path | None:
     """
     named = option or (Path(value) if (value := os.environ.get(VARIABLE)) else None)
     if named is not None and not named.is_dir():
-        origin = "--data-dir" if option else VARIABLE
+        origin = "`data_dir`" if option else VARIABLE
         raise InputError(f"There is no data folder {named}.", hint=f"Check {origin}.")
     return named
 

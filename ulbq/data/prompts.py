@@ -76,7 +76,7 @@ def choose_template(asked: Template | None, tokenizer: "PreTrainedTokenizerBase"
     """
     has_one = bool(getattr(tokenizer, "chat_template", None))
     if asked == "chat" and not has_one:
-        raise UsageError("--template chat: the tokenizer has no chat template.", hint="Take --template alpaca.")
+        raise UsageError("`template=chat`: the tokenizer has no chat template.", hint="Take `template=alpaca`.")
     return asked or ("chat" if has_one else "alpaca")
 
 
@@ -125,7 +125,7 @@ def lay_out(
         return _chat(turns, tokenizer, context, where)
     if [turn.role for turn in turns] != ["user", "assistant"]:
         raise InputError(
-            f"{where}: a chat of more than a question and its answer, which --template {template} cannot hold.",
+            f"{where}: a chat of more than a question and its answer, which `template={template}` cannot hold.",
             hint="It takes a tokenizer with a chat template.",
         )
     question, answer = (turn.content for turn in turns)
@@ -169,8 +169,8 @@ def _with_final_answer(answer: str, where: str) -> str:
     found = answer.replace(_GSM8K_MARK, FINAL_ANSWER)
     if FINAL_ANSWER not in found:
         raise InputError(
-            f"{where}: the answer does not end as --template gsm8k teaches it.",
-            hint=f"It wants '{_GSM8K_MARK}' or '{FINAL_ANSWER}' before the number; --template alpaca takes any answer.",
+            f"{where}: the answer does not end as `template=gsm8k` teaches it.",
+            hint=f"It wants '{_GSM8K_MARK}' or '{FINAL_ANSWER}' before the number; `template=alpaca` takes any answer.",
         )
     return found
 
@@ -188,7 +188,7 @@ def _chat(turns: Sequence[Turn], tokenizer: "PreTrainedTokenizerBase", context: 
         if prompt is None or not (prompt.startswith(before) and whole.startswith(prompt)):
             raise InputError(
                 f"{where}: the chat template writes earlier turns anew, so the answers cannot be told.",
-                hint="Take --template alpaca, or chats of one question and one answer.",
+                hint="Take `template=alpaca`, or chats of one question and one answer.",
             )
         pieces.append(Piece(_tokens(prompt.removeprefix(before), tokenizer), False))
         pieces.append(Piece(_tokens(whole.removeprefix(prompt), tokenizer), bool(turn.content.strip())))
@@ -233,7 +233,7 @@ def render_chat(
     Raises:
         InputError: the template refuses the chat, is broken, or takes too long or too much memory.
     """
-    hint = hint or "Most want user and assistant in turns. --template alpaca does without it."
+    hint = hint or "Most want user and assistant in turns. `template=alpaca` does without it."
     try:
         with bounded(f"{where}: the chat template", hint=hint, address_space=True):
             return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))

@@ -188,7 +188,7 @@ def _nowhere(wanted: HubSplit, root: Path | None, reason: str) -> ResourceError:
     places = f"the mirror {root or '(none given)'}, the caches {' and '.join(hub.cache_folders())}, the Hub ({reason})"
     return ResourceError(
         f"{wanted} was found nowhere. Looked in {places}.",
-        hint="Give a mirror with --data-dir or ULBQ_DATA_DIR.",
+        hint="Give a mirror with `data_dir` or ULBQ_DATA_DIR.",
     )
 
 

@@ -26,7 +26,7 @@ def opening(prompt: str, tokenizer: "PreTrainedTokenizerBase", template: Templat
     """
     if template is None:
         return list(tokenizer.encode(prompt))
-    return prompt_tokens(template, prompt, tokenizer, where="--prompt")
+    return prompt_tokens(template, prompt, tokenizer, where="`prompts`")
 
 
 def continue_prompts(

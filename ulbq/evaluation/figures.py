@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup
 
 from ulbq.artifacts import BitsReport, BlockRecord, LayerRecord
-from ulbq.evaluation.results import Metric, Results
+from ulbq.evaluation.results import Measured, Results
 from ulbq.evaluation.svg import Drawing, Scale, number
-from ulbq.evaluation.table import metric_of, parents, shown_metrics
 
 _WIDTH = 800.0
 _RIGHT = 24.0
@@ -20,7 +19,7 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 
 def series_styles(results: Results) -> dict[str, str]:
     """CSS class of every model by name: grey for full-precision parents, a colour for each of the others."""
-    originals = parents(results)
+    originals = results.parents
     styles, used = {}, 0
     for scores in results.models:
         if scores.subject.name in originals:
@@ -59,14 +58,14 @@ def perplexity_figure(results: Results) -> Markup | None:
 def task_figure(results: Results) -> Markup | None:
     """One row a task: a dot a model with its standard error; None where no task was run."""
     styles = series_styles(results)
-    tasks = list(dict.fromkeys(pair for scores in results.models for pair in shown_metrics(scores)))
+    everything: dict[str, dict[str, Measured]] = {}
+    for scores in results.models:
+        for task, metric, _, value in scores.task_metrics:
+            everything.setdefault(f"{task} {metric}", {})[scores.subject.name] = value
     # Bounded metrics only: a task's perplexity would flatten everything else.
-    found: dict[str, dict[str, Metric]] = {}
-    for task, metric in tasks:
-        known = [(scores.subject.name, metric_of(scores, task, metric)) for scores in results.models]
-        row = {name: value for name, value in known if value is not None}
-        if all(0.0 <= value.value <= 1.0 for value in row.values()):
-            found[f"{task} {metric}"] = row
+    found = {
+        label: row for label, row in everything.items() if all(0.0 <= value.value <= 1.0 for value in row.values())
+    }
     if not found:
         return None
     ends = [end for row in found.values() for value in row.values() for end in _interval(value)]
@@ -192,7 +191,7 @@ def _short(label: str) -> str:
     return label if len(label) <= 44 else f"{label[:20]}…{label[-22:]}"
 
 
-def _interval(metric: Metric) -> tuple[float, float]:
+def _interval(metric: Measured) -> tuple[float, float]:
     error = metric.stderr or 0.0
     return metric.value - error, metric.value + error
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.adapter import lm_eval_model
 from ulbq.evaluation.lm import LanguageModel
-from ulbq.evaluation.results import Metric, TaskScore
+from ulbq.evaluation.results import Measured, TaskScore
 from ulbq.evaluation.task_data import member_tasks, mirrored
 from ulbq.progress import Progress
 
@@ -126,7 +126,7 @@ def run_tasks(
         except (ValueError, KeyError, IndexError) as error:
             raise InputError(
                 f"A task could not be run ({type(error).__name__}: {error}).",
-                hint="Its data may lack a split or a column; --debug shows where.",
+                hint="Its data may lack a split or a column; `debug` shows where.",
             ) from error
     return _scores(found)
 
@@ -145,7 +145,7 @@ def _manager() -> Any:
 def _or_go_online(offline: bool) -> str:
     """What else would help, depending on who keeps the run from the network."""
     if offline:
-        return ", or leave out --offline"
+        return ", or leave out `offline`"
     named = next((name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name)), None)
     return f", or unset {named}" if named else ", or check the network"
 
@@ -160,7 +160,7 @@ def _load(name: str, offline: bool) -> Mapping[str, Any]:
     except (OSError, DatasetsError) as error:
         raise ResourceError(
             f"The data of task '{name}' cannot be had here ({error}).",
-            hint=f"Give a mirror of it with --data-dir or ULBQ_DATA_DIR{_or_go_online(offline)}.",
+            hint=f"Give a mirror of it with `data_dir` or ULBQ_DATA_DIR{_or_go_online(offline)}.",
         ) from error
     except ImportError as error:
         raise ResourceError(f"Task '{name}' needs a package: {error}.", hint='pip install "lm-eval[all]"') from error
@@ -215,7 +215,7 @@ def _samples(name: str, counts: Mapping[str, Mapping[str, int]], children: Mappi
     return sum(_samples(child, counts, children) for child in children.get(name, ()))
 
 
-def _metrics(row: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]) -> dict[str, Metric]:
+def _metrics(row: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]) -> dict[str, Measured]:
     """Metrics of one row of lm-eval's results, whose keys read ``acc,none`` and ``acc_stderr,none``."""
     metrics = {}
     for key, value in row.items():
@@ -223,7 +223,7 @@ def _metrics(row: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         stderr = row.get(f"{metric}_stderr,{made_by}")
-        metrics[metric if made_by == "none" else f"{metric},{made_by}"] = Metric(
+        metrics[metric if made_by == "none" else f"{metric},{made_by}"] = Measured(
             value=float(value),
             stderr=float(stderr) if isinstance(stderr, int | float) else None,
             higher_is_better=higher_is_better.get(metric) is not False,

@@ -116,7 +116,7 @@ class LanguageModel:
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise ResourceError(
-                    f"The device has no memory for a prompt of {len(batch[0])} tokens.", hint="Try --device cpu."
+                    f"The device has no memory for a prompt of {len(batch[0])} tokens.", hint="Try `device=cpu`."
                 ) from error
         else:
             return [
@@ -201,7 +201,7 @@ class LanguageModel:
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 raise ResourceError(
-                    f"The device has no memory to answer a prompt of {length} tokens.", hint="Try --device cpu."
+                    f"The device has no memory to answer a prompt of {length} tokens.", hint="Try `device=cpu`."
                 ) from error
         else:
             return [str(text) for text in self.tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)]

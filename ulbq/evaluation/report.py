@@ -9,9 +9,10 @@ from markupsafe import Markup
 from ulbq.artifacts import BitsReport, BlockRecord, QuantizedManifest
 from ulbq.artifacts.records import sinks_sentence
 from ulbq.evaluation import figures
+from ulbq.evaluation.metrics import METRICS
 from ulbq.evaluation.page import render
 from ulbq.evaluation.results import ModelScores, Results
-from ulbq.evaluation.table import describe, footnotes, parents, rows, size
+from ulbq.evaluation.table import describe, footnotes, rows, size
 from ulbq.evaluation.words import by_prompt, silence
 
 _MB = 8e6  # bits
@@ -45,8 +46,7 @@ def report(title: str, results: Results, quantized: Mapping[str, QuantizedManife
         scores=[(section, list(members)) for section, members in groupby(rows(results), lambda row: row.section)],
         footnotes=footnotes(results),
         styles=styles,
-        perplexity=figures.perplexity_figure(results),
-        tasks=figures.task_figure(results),
+        figures=[figure for metric in METRICS.values() if (figure := metric.figure(results))],
         several=several,
         trained=[(name, styles[name]) for name in trained],
         blocks=figures.block_figure(trained, styles),
@@ -61,7 +61,7 @@ def report(title: str, results: Results, quantized: Mapping[str, QuantizedManife
 
 def _measured(results: Results) -> list[ModelScores]:
     """The models that are no other's parent."""
-    originals = parents(results)
+    originals = results.parents
     return [scores for scores in results.models if scores.subject.name not in originals]
 
 
@@ -79,30 +79,21 @@ def _values(scores: ModelScores, results: Results) -> list[tuple[str, str]]:
     if scores.subject.bits_per_weight is not None:
         values.append((f"{scores.subject.bits_per_weight:.3f}", "bits per weight, scales and all"))
     values += _weight_values(scores, original)
-    for name, found in scores.perplexity.items():
-        base = original.perplexity.get(name) if original else None
-        beside = f"; parent {base.value:,.2f}" if base else ""
-        values.append((f"{found.value:,.2f}", f"perplexity on {name}{beside}"))
-    if scores.fidelity:
-        values.append((f"{scores.fidelity.mean_kl:.3f}", "mean KL from its parent, nats a token"))
-        values.append((f"{scores.fidelity.top1_agreement:.1%}", "same top token as its parent"))
+    for metric in METRICS.values():
+        theirs = {one.label: f"; parent {one.text}" for one in metric.numbers(original)} if original else {}
+        values += [(one.text, one.tile + theirs.get(one.label, "")) for one in metric.numbers(scores) if one.tile]
     return values
 
 
 def _weight_values(scores: ModelScores, original: ModelScores | None) -> list[tuple[str, str]]:
-    """Size and speed, each beside the parent's."""
-    values = []
-    if (own := scores.weights) is not None:
-        theirs = original.weights if original else None
-        values.append((size(own.on_disk), "on disk" + (f"; parent {size(theirs.on_disk)}" if theirs else "")))
-        values.append(
-            (size(own.in_memory), "weights in memory" + (f"; parent {size(theirs.in_memory)}" if theirs else ""))
-        )
-    if (pace := scores.tokens_per_second) is not None:
-        theirs_pace = original.tokens_per_second if original else None
-        beside = f"; parent {theirs_pace:.1f}" if theirs_pace else ""
-        values.append((f"{pace:.1f}", f"tokens per second{beside}"))
-    return values
+    """Sizes, each beside the parent's."""
+    if (own := scores.weights) is None:
+        return []
+    theirs = original.weights if original else None
+    return [
+        (size(own.on_disk), "on disk" + (f"; parent {size(theirs.on_disk)}" if theirs else "")),
+        (size(own.in_memory), "weights in memory" + (f"; parent {size(theirs.in_memory)}" if theirs else "")),
+    ]
 
 
 def _blocks_told(trained: Mapping[str, Sequence[BlockRecord]]) -> str:

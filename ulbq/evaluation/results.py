@@ -1,8 +1,9 @@
 """What an evaluation found, as values: the one shape that the manifest, ``results.json`` and the report share."""
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ulbq.artifacts import EvaluationManifest
 from ulbq.errors import InputError
@@ -48,12 +49,22 @@ class Fidelity(_Value):
     top1_agreement: float
 
 
-class Metric(_Value):
-    """One metric of one task; ``stderr`` is its standard error, where it has one."""
+class Measured(_Value):
+    """One number, as a task's accuracy; ``stderr`` is its standard error, where it has one."""
 
     value: float
-    stderr: float | None
+    stderr: float | None = None
     higher_is_better: bool
+
+    @property
+    def text(self) -> str:
+        """As people read it: ``0.6120 ± 0.0114``."""
+        return f"{self.value:.4f}" + ("" if self.stderr is None else f" ± {self.stderr:.4f}")
+
+    @property
+    def better(self) -> int:
+        """1 where more is better, -1 where less is."""
+        return 1 if self.higher_is_better else -1
 
 
 class Writing(_Value):
@@ -82,7 +93,7 @@ class TaskScore(_Value):
         writing: how the answers came about; None for lm-eval's tasks.
     """
 
-    metrics: dict[str, Metric]
+    metrics: dict[str, Measured]
     samples: int
     fewshot: int
     version: str
@@ -98,8 +109,8 @@ class Subject(_Value):
         path: where it was read from, as the user gave it.
         kind: ``model``, ``quantized`` or ``converted``.
         method: the quantization method, such as ``db-llm``.
-        scheme: the format's short name, such as ``w2g64``; of a GGUF file that is no full-precision model, the type of
-            most of its weights, such as ``Q4_1``; of EXL3's folders ``EXL3``.
+        scheme: the format's short name, such as ``w2g64``; else what a quantized source is, such as
+            ``GGUF Q4_1``.
         bits_per_weight: exact stored bits per quantized weight, those of the adapter too where it was scored; of a
             GGUF file, per weight of all matrices; of EXL3's folders, of the packed ones.
         adapter: such as ``LoRA rank 16``; :data:`WITHOUT_ADAPTER` where the base was scored without the adapter that
@@ -154,11 +165,16 @@ class Continuation(_Value):
 
 
 class ModelScores(_Value):
-    """Everything measured of one model.
+    """Everything measured of one model: a field for each of :data:`ulbq.evaluation.metrics.METRICS` by its name.
+
+    Metrics that have no field here keep numbers by their labels.
 
     Attributes:
         weights: None in results of before they were measured.
     """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, dict[str, Measured]] = Field(init=False)
 
     subject: Subject
     weights: WeightSize | None = None
@@ -173,6 +189,22 @@ class ModelScores(_Value):
         timed = [one for one in self.continuations if one.tokens_per_second is not None]
         seconds = sum((one.timed_tokens - 1) / one.tokens_per_second for one in timed if one.tokens_per_second)
         return sum(one.timed_tokens - 1 for one in timed) / seconds if seconds else None
+
+    @property
+    def scored(self) -> bool:
+        """Whether any metric was taken."""
+        return any(value for name, value in self if name not in ("subject", "weights"))
+
+    @property
+    def task_metrics(self) -> Iterator[tuple[str, str, TaskScore, Measured]]:
+        """Task, metric and their scores, but for members of lm-eval's groups, which the group's own sums up.
+
+        The few members of a group with written answers are among them, as published tables show them.
+        """
+        for task, score in self.tasks.items():
+            if score.member_of is None or score.writing is not None:
+                for metric, found in score.metrics.items():
+                    yield task, metric, score, found
 
 
 class Protocol(_Value):
@@ -203,6 +235,11 @@ class Results(_Value):
 
     protocol: Protocol
     models: tuple[ModelScores, ...]
+
+    @property
+    def parents(self) -> set[str]:
+        """Names of the models that others were made from."""
+        return {scores.subject.parent for scores in self.models if scores.subject.parent is not None}
 
 
 def read_results(path: str, manifest: EvaluationManifest) -> Results:

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from ulbq.evaluation.evaluated import EvaluatedModel
 from ulbq.evaluation.results import WeightSize
-from ulbq.evaluation.subjects import Candidate
 from ulbq.models.adapter_files import adapter_folder
 from ulbq.models.gguf import GgufTensors
 from ulbq.models.load import model_memory
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def weight_size(candidate: Candidate, model: "PreTrainedModel") -> WeightSize:
+def weight_size(candidate: EvaluatedModel, model: "PreTrainedModel") -> WeightSize:
     """Size of a model's weights, those of its adapter too where it is measured with it.
 
     Args:

@@ -102,6 +102,6 @@ def logits_of(model: "PreTrainedModel", tokens: torch.Tensor) -> torch.Tensor:
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"The device has no memory for {tokens.shape[0]} windows of {tokens.shape[1]} tokens.",
-            hint="Lower `batch_size` or `context`, or use --device cpu.",
+            hint="Lower `batch_size` or `context`, or use `device=cpu`.",
         ) from error
     return logits

@@ -17,6 +17,7 @@ from ulbq.artifacts.small_files import read_small
 from ulbq.artifacts.yaml_files import parse_yaml
 from ulbq.config.convert import ENGINES
 from ulbq.errors import InputError
+from ulbq.evaluation.metrics import METRICS
 from ulbq.evaluation.results import Results
 from ulbq.export.engines import loaders
 from ulbq.export.fit import Candidate, describe
@@ -263,21 +264,18 @@ def _scores(manifest: EvaluationManifest, name: str) -> dict[str, Score]:
     for model in results.models:
         if model.subject.name != name:
             continue
-        for text, value in model.perplexity.items():
-            windows = f"{value.windows:,} window{'s' * (value.windows != 1)} of {value.context:,} tokens"
-            shown = f"{value.value:.2f} ({windows})"
-            found[f"perplexity, {text}"] = Score(shown, _result(text, "perplexity", value.value))
-        for task, score in model.tasks.items():
-            counted = f"{score.samples:,} document{'s' * (score.samples != 1)}"
-            for metric, measured in score.metrics.items():
-                error = "" if measured.stderr is None else f" ± {measured.stderr:.4f}"
-                shown = f"{measured.value:.4f}{error} ({counted})"
-                found[f"{task}, {metric}"] = Score(shown, _result(task, metric, measured.value))
+        for metric in METRICS.values():
+            for one in metric.numbers(model):
+                if (told := one.published) is not None:
+                    result = EvalResult(
+                        "text-generation",
+                        dataset_type=told.data,
+                        dataset_name=told.data,
+                        metric_type=told.metric,
+                        metric_value=one.value,
+                    )
+                    found[told.name] = Score(f"{one.text} ({told.extent})", result)
     return found
-
-
-def _result(data: str, metric: str, value: float) -> EvalResult:
-    return EvalResult("text-generation", dataset_type=data, dataset_name=data, metric_type=metric, metric_value=value)
 
 
 def _head(path: Path) -> dict[str, Any]:

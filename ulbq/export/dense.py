@@ -88,7 +88,7 @@ def adapters_to_merge(source: ModelSource, model: PreTrainedModel) -> Mapping[st
     """An artifact's adapter by full name of the linear layer. Raises InputError where there is none."""
     folder = adapter_folder(source)
     if folder is None:
-        raise InputError(f"'{source.given}' has no adapter to merge.", hint="Leave out --merge-adapter.")
+        raise InputError(f"'{source.given}' has no adapter to merge.", hint="Leave out `merge_adapter`.")
     return load_adapters(model, folder)
 
 
@@ -125,9 +125,9 @@ def dense_tensor(
             tensor = adapter.merged(tensor)
     rounded = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if not torch.isfinite(rounded).all() and not _is_buffer(model, name):
-        raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use --dtype bf16 or fp32.")
+        raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use `dtype=bf16` or fp32.")
     if dtype == torch.float16 and rounded.is_floating_point() and vanishes(tensor, rounded):
-        raise NumericsError(f"'{name}' is too small for {dtype}.", hint="Use --dtype bf16 or fp32.")
+        raise NumericsError(f"'{name}' is too small for {dtype}.", hint="Use `dtype=bf16` or fp32.")
     return rounded
 
 

@@ -35,7 +35,7 @@ def judge(
     if to is not None and to not in readers:
         raise InputError(
             f"{name} does not read {to}.",
-            hint=f"It reads {' and '.join(readers)}: leave out --to, and the one that fits is chosen.",
+            hint=f"It reads {' and '.join(readers)}: leave out `to`, and the one that fits is chosen.",
         )
     found: list[Obstacle] = []
     for each in readers if to is None else (to,):
@@ -48,7 +48,7 @@ def judge(
     if not found:
         raise InputError(
             f"{name} reads packed weights alone, and an adapter cannot be merged into those.",
-            hint="Leave out --merge-adapter.",
+            hint="Leave out `merge_adapter`.",
         )
     raise InputError(f"'{candidate.given}' does not fit {name}: {found[0].reason}.", hint=found[0].change)
 

@@ -95,8 +95,8 @@ def check(candidate: Candidate, to: "Target", *, merge_adapter: bool = False) ->
     """
     if merge_adapter and not to.merges:
         raise UsageError(
-            f"An adapter cannot be merged into what --to {to.name} writes: codes have no room for it.",
-            hint="Leave out --merge-adapter (the adapter is copied beside the weights), or use --to dense.",
+            f"An adapter cannot be merged into what `to={to.name}` writes: codes have no room for it.",
+            hint="Leave out `merge_adapter` (the adapter is copied beside the weights), or use `to=dense`.",
         )
     why = to.unsupported_reason(candidate, merge_adapter=merge_adapter)
     if why is not None:
@@ -104,7 +104,7 @@ def check(candidate: Candidate, to: "Target", *, merge_adapter: bool = False) ->
         raise InputError(
             f"'{candidate.given}' cannot be converted to {to.name}: {why}.",
             # Only the adapter can be why a target fails that is among them.
-            hint="Add --merge-adapter."
+            hint="Add `merge_adapter`."
             if to.name in able
             else f"Targets that can hold it: {', '.join(able) or 'none'}.",
         )

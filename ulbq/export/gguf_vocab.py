@@ -147,5 +147,5 @@ def _prefixes(backend: dict[str, Any]) -> bool:
 def _unknown(source: ModelSource, why: str) -> InputError:
     return InputError(
         f"The tokenizer of '{source.given}' cannot be written for llama.cpp: {why}.",
-        hint="Convert with --to dense, and let llama.cpp's own convert_hf_to_gguf.py write the GGUF file.",
+        hint="Convert with `to=dense`, and let llama.cpp's own convert_hf_to_gguf.py write the GGUF file.",
     )

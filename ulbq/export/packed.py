@@ -24,7 +24,7 @@ READ_BACK = "Every layer reads back to the bit"
 OPENED = f"{READ_BACK}; opened again by transformers"
 
 
-class Layout(NamedTuple):
+class PackedLayout(NamedTuple):
     """How a library stores layers.
 
     Attributes:
@@ -69,7 +69,7 @@ def unopened_reason(folder: Path, *packages: str) -> str | None:
 
 
 def write_folder(
-    conversion: Conversion, folder: Path, on_shard: Callable[[str], None], layout: Layout | None = None
+    conversion: Conversion, folder: Path, on_shard: Callable[[str], None], layout: PackedLayout | None = None
 ) -> list[str]:
     """Write a model as shards, one of which is in memory at a time, and what lies beside them; gives the names.
 
@@ -113,13 +113,15 @@ def write_folder(
     return [*shards, INDEX_NAME, *write_beside(source, folder, changes, adapter=not merge)]
 
 
-def write_packed(conversion: Conversion, folder: Path, layout: Layout, on_shard: Callable[[str], None]) -> Written:
+def write_packed(
+    conversion: Conversion, folder: Path, layout: PackedLayout, on_shard: Callable[[str], None]
+) -> Written:
     """:func:`write_folder` with packed layers, and how they are stored."""
     names = write_folder(conversion, folder, on_shard, layout)
     return Written(f"the artifact's own codes, to the bit; what is not packed in {conversion.dtype}", names)
 
 
-def _read_back(source: ModelSource, shard: Path, layout: Layout, layers: Mapping[str, Layer]) -> None:
+def _read_back(source: ModelSource, shard: Path, layout: PackedLayout, layers: Mapping[str, Layer]) -> None:
     """Compare every layer of a written shard with the artifact, to the bit. Raises NumericsError."""
     stored = LazyTensors([shard])
     for name, (scheme, shape) in layers.items():

@@ -72,7 +72,7 @@ def bits(*allowed: int) -> Rule:
         for odd in affine_schemes(candidate):
             if odd.bits not in allowed:
                 reason = f"it has {odd.bits} bits, and {name} reads {widths} in this layout"
-                return Obstacle(reason, f"Quantize with --bits {widths}.")
+                return Obstacle(reason, f"Quantize with `bits` {widths}.")
         return None
 
     return rule
@@ -86,7 +86,7 @@ def groups(*allowed: int) -> Rule:
         for odd in affine_schemes(candidate):
             if odd.group_size not in allowed:
                 reason = f"its groups have {odd.group_size} weights, and {name} reads {sizes}"
-                return Obstacle(reason, f"Quantize with --group-size {sizes}.")
+                return Obstacle(reason, f"Quantize with `group_size` {sizes}.")
         return None
 
     return rule
@@ -96,7 +96,7 @@ def symmetric(candidate: Candidate, name: str) -> Obstacle | None:
     """No zero points."""
     if all(scheme.symmetric for scheme in affine_schemes(candidate)):
         return None
-    return Obstacle(f"it has zero points, and {name} reads GPTQ symmetric only", "Quantize with --symmetric.")
+    return Obstacle(f"it has zero points, and {name} reads GPTQ symmetric only", "Quantize with `symmetric`.")
 
 
 def uniform(candidate: Candidate, name: str) -> Obstacle | None:
@@ -104,14 +104,14 @@ def uniform(candidate: Candidate, name: str) -> Obstacle | None:
     if len(candidate.schemes) < 2:
         return None
     reason = f"its layers have several widths, and {name} reads one in this layout"
-    return Obstacle(reason, "Quantize all layers with the same --bits.")
+    return Obstacle(reason, "Quantize all layers with the same `bits`.")
 
 
 def lora_only(candidate: Candidate, name: str) -> Obstacle | None:
     """No DoRA."""
     if candidate.adapter != "DoRA":
         return None
-    return Obstacle(f"its adapter is a DoRA, and {name} applies LoRA only", "Use --to dense --merge-adapter.")
+    return Obstacle(f"its adapter is a DoRA, and {name} applies LoRA only", "Use `to=dense` `merge_adapter`.")
 
 
 def fused(candidate: Candidate, name: str) -> Obstacle | None:

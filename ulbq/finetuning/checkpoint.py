@@ -10,7 +10,7 @@ from ulbq.artifacts.store import ArtifactWriter
 _KEY = "checkpoint "
 
 
-class Checkpoint(BaseModel):
+class TrainerCheckpoint(BaseModel):
     """How a training stands; its state lies in a file.
 
     Attributes:
@@ -41,13 +41,13 @@ class Checkpoint(BaseModel):
         return bool(self.failed) or self.step >= steps
 
 
-def latest(writer: ArtifactWriter) -> Checkpoint | None:
+def latest(writer: ArtifactWriter) -> TrainerCheckpoint | None:
     """The checkpoint that a run noted last; None for none."""
     steps = _steps(writer)
-    return Checkpoint.model_validate(writer.journal[f"{_KEY}{max(steps)}"]) if steps else None
+    return TrainerCheckpoint.model_validate(writer.journal[f"{_KEY}{max(steps)}"]) if steps else None
 
 
-def note(writer: ArtifactWriter, checkpoint: Checkpoint, files: Iterable[Path]) -> None:
+def note(writer: ArtifactWriter, checkpoint: TrainerCheckpoint, files: Iterable[Path]) -> None:
     """Note a checkpoint with the file of its state."""
     passed = [f"{_KEY}{step}" for step in _steps(writer) if step not in checkpoint.kept]
     writer.record(f"{_KEY}{checkpoint.step}", checkpoint, files=files, forgets=passed)

@@ -12,7 +12,7 @@ from torch import nn
 from ulbq import distributed, runtime
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.config.finetuning import FinetuneSettings
-from ulbq.finetuning.checkpoint import Checkpoint
+from ulbq.finetuning.checkpoint import TrainerCheckpoint
 from ulbq.finetuning.examples import Examples
 from ulbq.finetuning.head import in_chunks, sum_in_chunks
 from ulbq.finetuning.losses import hidden_error, mean_loss, term_shares, token_terms
@@ -26,7 +26,7 @@ LOGIT_COPIES, LOGIT_COPIES_TAUGHT = 4, 10
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-OnCheckpoint = Callable[[Checkpoint, list[Path]], None]
+OnCheckpoint = Callable[[TrainerCheckpoint, list[Path]], None]
 
 
 class Trainer:
@@ -78,7 +78,7 @@ class Trainer:
         # Not all that the machine has: of several processes each has its own device.
         self._devices = sorted({p.device for p in self.trained if p.device.type == "cuda"}, key=str)
 
-    def train(self, last: Checkpoint | None, bar: Phase, on_checkpoint: OnCheckpoint) -> Checkpoint:
+    def train(self, last: TrainerCheckpoint | None, bar: Phase, on_checkpoint: OnCheckpoint) -> TrainerCheckpoint:
         """Train what is left, and leave the student in the last state, or in the best one where that is kept.
 
         Args:
@@ -92,7 +92,7 @@ class Trainer:
         """
         self._started = time.monotonic() - (0.0 if last is None else last.seconds)
         if last is None:
-            last = self._timed(self._evaluated(Checkpoint(), bar))
+            last = self._timed(self._evaluated(TrainerCheckpoint(), bar))
             on_checkpoint(last, [])
         elif last.step:
             bar.advance(last.step, f"{last.step} steps were done")
@@ -174,11 +174,11 @@ class Trainer:
 
     def _epoch(
         self,
-        last: Checkpoint,
+        last: TrainerCheckpoint,
         optimizer: torch.optim.AdamW,
         bar: Phase,
         on_checkpoint: OnCheckpoint,
-    ) -> Checkpoint:
+    ) -> TrainerCheckpoint:
         """What is left of a pass over the examples; it ends where something is not finite."""
         epoch, before = divmod(last.step, self._steps_per_epoch)
         # Everything random follows from the epoch's number, whatever happened before: a resumed run draws the same.
@@ -210,7 +210,9 @@ class Trainer:
         """Whether something is that is done every so many steps, every epoch for None, and after the last one."""
         return step == self.steps or (every != 0 and step % (every or self._steps_per_epoch) == 0)
 
-    def _step(self, last: Checkpoint, batch: torch.Tensor, optimizer: torch.optim.AdamW, adapted: bool) -> Checkpoint:
+    def _step(
+        self, last: TrainerCheckpoint, batch: torch.Tensor, optimizer: torch.optim.AdamW, adapted: bool
+    ) -> TrainerCheckpoint:
         """One optimizer step on a batch of examples, a few of which run at once."""
         total = 0.0
         with self._student.fast():
@@ -232,13 +234,15 @@ class Trainer:
         losses = last.losses if failed else (*last.losses, (step, total))
         return last.model_copy(update={"step": step, "losses": losses, "failed": failed})
 
-    def _evaluated(self, last: Checkpoint, bar: Phase) -> Checkpoint:
+    def _evaluated(self, last: TrainerCheckpoint, bar: Phase) -> TrainerCheckpoint:
         error = self.evaluate(bar)
         bar.advance(0, f"validation loss {error:.4f}")
         failed = "" if math.isfinite(error) else "evaluation"
         return last.model_copy(update={"evaluations": (*last.evaluations, (last.step, error)), "failed": failed})
 
-    def _saved(self, last: Checkpoint, optimizer: torch.optim.AdamW, on_checkpoint: OnCheckpoint) -> Checkpoint:
+    def _saved(
+        self, last: TrainerCheckpoint, optimizer: torch.optim.AdamW, on_checkpoint: OnCheckpoint
+    ) -> TrainerCheckpoint:
         """Write the state of a checkpoint that did not fail, tell of it, and remove what nothing goes back to."""
         distributed.check_agreement(self.trained, f"what step {last.step} of the training left")
         files = [] if last.failed else [self._file(last.step)]
@@ -249,11 +253,11 @@ class Trainer:
         distributed.on_main(self._tidy, last)
         return last
 
-    def _timed(self, last: Checkpoint) -> Checkpoint:
+    def _timed(self, last: TrainerCheckpoint) -> TrainerCheckpoint:
         seconds = round(time.monotonic() - self._started, 3)
         return last.model_copy(update={"kept": self._kept(last), "seconds": seconds})
 
-    def _kept(self, last: Checkpoint) -> tuple[int, ...]:
+    def _kept(self, last: TrainerCheckpoint) -> tuple[int, ...]:
         """Steps whose states are kept: the last one's where it goes on, and that which the student is left in."""
         going = () if last.failed else (last.step,)
         return (*going, last.best[0]) if self._settings.keep_best else going or (0,)
@@ -289,7 +293,7 @@ class Trainer:
             for number, device in enumerate(self._devices, 1):
                 torch.cuda.set_rng_state(stored.read(f"{prefix}{number}"), device)
 
-    def _tidy(self, last: Checkpoint) -> None:
+    def _tidy(self, last: TrainerCheckpoint) -> None:
         """Remove the states that nothing goes back to."""
         kept = {self._file(step) for step in last.kept}
         for path in self._folder.glob("step-*.safetensors"):

@@ -72,8 +72,8 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, dtype: t
         cosines, sines: ``[batch or 1, length, width]`` float32, contiguous.
         dtype: of the result.
     """
-    turned: torch.Tensor = _Rotate.apply(x, cosines, sines, dtype)  # type: ignore[no-untyped-call]
-    return turned
+    rotated: torch.Tensor = _Rotate.apply(x, cosines, sines, dtype)  # type: ignore[no-untyped-call]
+    return rotated
 
 
 class _Rotate(torch.autograd.Function):
@@ -83,22 +83,22 @@ class _Rotate(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(cosines, sines)
         ctx.dtype = x.dtype
-        turned = torch.empty(x.shape, dtype=dtype)
-        _turn(x, cosines, sines, turned, back=False)
-        return turned
+        rotated = torch.empty(x.shape, dtype=dtype)
+        _rotate(x, cosines, sines, rotated, back=False)
+        return rotated
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         gradient = gradients[0] if gradients[0].stride(-1) == 1 else gradients[0].contiguous()
         batch, heads, length, width = gradient.shape
         # As a product gave it: heads side by side.
-        turned = torch.empty(batch, length, heads, width, dtype=ctx.dtype).transpose(1, 2)
+        rotated = torch.empty(batch, length, heads, width, dtype=ctx.dtype).transpose(1, 2)
         cosines, sines = ctx.saved_tensors
-        _turn(gradient, cosines, sines, turned, back=True)
-        return turned, None, None, None
+        _rotate(gradient, cosines, sines, rotated, back=True)
+        return rotated, None, None, None
 
 
-def _turn(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, to: torch.Tensor, *, back: bool) -> None:
+def _rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, to: torch.Tensor, *, back: bool) -> None:
     batch, heads, length, width = x.shape
     stride = cosines.stride(0) if len(cosines) > 1 else 0
     build.library().ulbq_rotary(

@@ -16,7 +16,7 @@ Kernel = Literal["vector", "small", "large", "gradient"]
 FOLDER = Path(__file__).parent / "tables"
 
 
-class Blocks(NamedTuple):
+class BlockSizes(NamedTuple):
     """How one kernel is cut and started.
 
     Attributes:
@@ -34,11 +34,11 @@ class Blocks(NamedTuple):
     programs: int
 
 
-def blocks(device: str, kernel: Kernel, bits: int) -> Blocks:
+def blocks(device: str, kernel: Kernel, bits: int) -> BlockSizes:
     """Those of a GPU by the name that torch gives it; an unknown one gets the defaults."""
     table = _read(slug(device)) or _read("default")
     by_bits = table[kernel]
-    return Blocks(**(by_bits.get(str(bits)) or by_bits["any"]))
+    return BlockSizes(**(by_bits.get(str(bits)) or by_bits["any"]))
 
 
 def slug(device: str) -> str:

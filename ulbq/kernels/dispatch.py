@@ -10,16 +10,24 @@ import torch
 
 from ulbq.formats import AnyScheme
 from ulbq.kernels.layouts.base import Case, Layout
-from ulbq.kernels.layouts.columns import Columns
-from ulbq.kernels.layouts.humming import Humming
-from ulbq.kernels.layouts.int4 import Int4
-from ulbq.kernels.layouts.stored import Stored
-from ulbq.kernels.layouts.tiles import Tiles
-from ulbq.kernels.layouts.trellis import Trellis
-from ulbq.kernels.layouts.words import Words
+from ulbq.kernels.layouts.columns import ColumnsLayout
+from ulbq.kernels.layouts.humming import HummingLayout
+from ulbq.kernels.layouts.int4 import Int4Layout
+from ulbq.kernels.layouts.stored import StoredLayout
+from ulbq.kernels.layouts.tiles import TilesLayout
+from ulbq.kernels.layouts.trellis import TrellisLayout
+from ulbq.kernels.layouts.words import WordsLayout
 
-STORED = Stored()
-LAYOUTS: tuple[Layout, ...] = (Tiles(), Columns(), Trellis(), Int4(), Humming(), Words(), STORED)
+STORED = StoredLayout()
+LAYOUTS: tuple[Layout, ...] = (
+    TilesLayout(),
+    ColumnsLayout(),
+    TrellisLayout(),
+    Int4Layout(),
+    HummingLayout(),
+    WordsLayout(),
+    STORED,
+)
 
 
 class Choice(NamedTuple):
@@ -68,4 +76,6 @@ def unsupported_reason(
     """Why a layout does not take a matrix on a device; None where it does."""
     if layout.device not in (None, device):
         return f"runs on {'the CPU' if layout.device == 'cpu' else 'CUDA GPUs'}, not on {device}"
+    if layout.formats is not None and scheme.format not in layout.formats:
+        return f"{', '.join(layout.formats)} only"
     return layout.unsupported_reason(scheme, out_features, in_features)

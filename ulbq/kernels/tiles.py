@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, TrellisScheme
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme
 from ulbq.formats.bits import pack_planes, unpack_planes
 from ulbq.kernels import build
 from ulbq.kernels.build import library
@@ -67,12 +67,6 @@ def shape_of(scheme: AnyScheme, outs: int, columns: int) -> Shape:
 
 def unsupported_reason(scheme: AnyScheme, columns: int) -> str | None:
     """Why a matrix has no tiles, whatever the machine; None where it has."""
-    if isinstance(scheme, CodebookScheme):
-        return "codes of columns lie along the outputs"
-    if isinstance(scheme, TrellisScheme):
-        return "trellis codes have tiles of their own"
-    if not isinstance(scheme, AffineScheme | DualBinaryScheme | BinaryMosScheme):
-        return f"no kernels for {scheme.format}"
     if scheme.bits > 4:
         return f"{scheme.bits} bits: at most 4"
     size = scheme.group_size

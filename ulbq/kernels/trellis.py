@@ -17,14 +17,14 @@ from ulbq.kernels.tiles import FLOATS, SLAB
 MANY_ROWS = 128
 """From so many rows on a product with the dense weight is faster, where it need not be made."""
 
-# Below that many multiplications, or numbers to turn, a second thread costs more than it brings.
+# Below that many multiplications, or numbers to transform, a second thread costs more than it brings.
 _WORTH_A_THREAD = 1 << 20
 _WORTH_A_THREAD_TURNING = 1 << 15
 # Slabs begin where the decoder of one bit can: it takes two tiles at a time.
 _STEP = 2 * trellis.TILE
 
 
-def turn(
+def scaled_transform(
     x: torch.Tensor,
     dtype: torch.dtype = torch.float32,
     *,
@@ -60,19 +60,19 @@ def multiply(
     x: torch.Tensor, scheme: TrellisScheme, codes: torch.Tensor, su: torch.Tensor, sv: torch.Tensor
 ) -> torch.Tensor:
     """Products ``[rows, out]`` of ``x`` ``[rows, in]``, in its dtype, with the matrix of these tensors as stored."""
-    inner = inner_product(turn(x, before=su), scheme, codes, exact=x.dtype == torch.float32)
-    return turn(inner, x.dtype, after=sv)
+    inner = inner_product(scaled_transform(x, before=su), scheme, codes, exact=x.dtype == torch.float32)
+    return scaled_transform(inner, x.dtype, after=sv)
 
 
 def input_gradient(
     grad: torch.Tensor, scheme: TrellisScheme, codes: torch.Tensor, su: torch.Tensor, sv: torch.Tensor
 ) -> torch.Tensor:
     """``[rows, in]`` of the gradient ``[rows, out]``, in its dtype."""
-    inner = turn(grad, grad.dtype, before=sv)
+    inner = scaled_transform(grad, grad.dtype, before=sv)
     total = inner.new_zeros(len(grad), len(su), dtype=torch.float32)
     for part, some in slabs(scheme, codes, grad.dtype):
         total += inner[:, part] @ some
-    return turn(total, grad.dtype, after=su)
+    return scaled_transform(total, grad.dtype, after=su)
 
 
 def weight(
@@ -82,16 +82,16 @@ def weight(
 
     Bit for bit that of :func:`ulbq.formats.dequantize`, save where transforms mix blocks: sums have another order.
     """
-    halfway = turn(inner_matrix(scheme, codes, torch.float32)).T
-    turned: torch.Tensor = turn(halfway).T
-    return turned.mul_(su).mul_(sv.unsqueeze(1)).to(dtype)
+    halfway = scaled_transform(inner_matrix(scheme, codes, torch.float32)).T
+    transformed: torch.Tensor = scaled_transform(halfway).T
+    return transformed.mul_(su).mul_(sv.unsqueeze(1)).to(dtype)
 
 
 def transform(x: torch.Tensor) -> torch.Tensor:
     """``x · H``, ``[..., n]``, differentiable: by kernels, or by :func:`ulbq.formats.trellis.transform`."""
     if x.dtype == torch.float32 and (_compiled(x) or (x.is_cuda and triton_launch.unavailable_reason() is None)):
-        turned: torch.Tensor = _Turn.apply(x)  # type: ignore[no-untyped-call]
-        return turned
+        transformed: torch.Tensor = _Transform.apply(x)  # type: ignore[no-untyped-call]
+        return transformed
     return trellis.transform(x)
 
 
@@ -103,13 +103,13 @@ def decode(scheme: TrellisScheme, codes: torch.Tensor, dtype: torch.dtype) -> to
     return trellis.inner_matrix(scheme, trellis.unpack(scheme, stored).codes).to(dtype)
 
 
-class _Turn(torch.autograd.Function):
+class _Transform(torch.autograd.Function):
     """The transform is its own transpose."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        return (trellis_launch.turn(rows, x.dtype) if x.is_cuda else turn(rows)).view(x.shape)
+        return (trellis_launch.scaled_transform(rows, x.dtype) if x.is_cuda else scaled_transform(rows)).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:

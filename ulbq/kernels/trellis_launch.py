@@ -20,7 +20,7 @@ _DEEP = 4
 _VECTOR_TILES = 8
 
 
-class _Cut(NamedTuple):
+class _TrellisCut(NamedTuple):
     """How a product is divided: rows of a program, tiles across, rows of tiles of a share, shares, options."""
 
     block_m: int
@@ -35,7 +35,7 @@ def multiply(x: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tensor, sv: Te
     if not len(x):
         return x.new_empty(0, len(sv))
     vector = len(x) <= VECTOR_ROWS
-    inner = turn(x, torch.float32 if vector else x.dtype, before=su)
+    inner = scaled_transform(x, torch.float32 if vector else x.dtype, before=su)
     rows, columns, outs = len(x), len(su), len(sv)
     cut = _cut("vector" if vector else "small" if rows <= SPLIT_ROWS else "large", scheme, codes, rows)
     partial = x.new_empty(cut.splits, rows, outs, dtype=torch.float32)
@@ -51,14 +51,14 @@ def multiply(x: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tensor, sv: Te
                 inner, codes, partial, *sizes, **_constants(scheme), DEEP=_DEEP, BLOCK_M=cut.block_m, TILES=cut.tiles,
                 **cut.start,
             )  # fmt: skip
-    return turn(partial, x.dtype, after=sv)
+    return scaled_transform(partial, x.dtype, after=sv)
 
 
 def input_gradient(grad: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tensor, sv: Tensor) -> Tensor:
     """``[rows, in]`` of the gradient ``[rows, out]`` of what :func:`multiply` gives, in its dtype."""
     if not len(grad):
         return grad.new_empty(0, len(su))
-    inner = turn(grad, grad.dtype, before=sv)
+    inner = scaled_transform(grad, grad.dtype, before=sv)
     cut = _cut("gradient", scheme, codes, len(grad))
     result = grad.new_empty(len(grad), len(su), dtype=torch.float32)
     with on(grad):
@@ -66,7 +66,7 @@ def input_gradient(grad: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tenso
             inner, codes, result, len(grad), len(su), len(sv), **_constants(scheme), DEEP=_DEEP, BLOCK_M=cut.block_m,
             TILES=cut.tiles, **cut.start,
         )  # fmt: skip
-    return turn(result, grad.dtype, after=su)
+    return scaled_transform(result, grad.dtype, after=su)
 
 
 def searches(sequences: Tensor) -> bool:
@@ -96,7 +96,9 @@ def search(sequences: Tensor, bits: int, state_bits: int, values: Tensor) -> tup
     return codes, found
 
 
-def turn(x: Tensor, dtype: torch.dtype, *, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
+def scaled_transform(
+    x: Tensor, dtype: torch.dtype, *, before: Tensor | None = None, after: Tensor | None = None
+) -> Tensor:
     """``(Σ x ⊙ before) · H ⊙ after``, ``[rows, n]`` in ``dtype``.
 
     Args:
@@ -105,8 +107,8 @@ def turn(x: Tensor, dtype: torch.dtype, *, before: Tensor | None = None, after: 
         before, after: ``[n]`` float16; ones where not given.
     """
     if trellis.is_mixed(x.shape[-1]):
-        return mix(_turn(x, torch.float32, before, None), dtype, after)
-    return _turn(x, dtype, before, after)
+        return mix(_scaled_transform(x, torch.float32, before, None), dtype, after)
+    return _scaled_transform(x, dtype, before, after)
 
 
 def mix(x: Tensor, dtype: torch.dtype, after: Tensor | None) -> Tensor:
@@ -115,20 +117,20 @@ def mix(x: Tensor, dtype: torch.dtype, after: Tensor | None) -> Tensor:
     return (mixed if after is None else mixed * after).to(dtype)
 
 
-def _turn(x: Tensor, dtype: torch.dtype, before: Tensor | None, after: Tensor | None) -> Tensor:
+def _scaled_transform(x: Tensor, dtype: torch.dtype, before: Tensor | None, after: Tensor | None) -> Tensor:
     x = x.contiguous()
     rows, width = x.shape[-2:]
     result = x.new_empty(rows, width, dtype=dtype)
     block = trellis.block_width(width)
     with on(x):
-        _kernels().turn_kernel[(-(-rows // 16), width // block)](
+        _kernels().transform_kernel[(-(-rows // 16), width // block)](
             x, before, after, result, rows, width, x.numel() // result.numel(), block**-0.5, BLOCK_M=16, BLOCK_N=block,
             num_warps=4,
         )  # fmt: skip
     return result
 
 
-def _cut(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: int) -> _Cut:
+def _cut(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: int) -> _TrellisCut:
     name, processors = device_facts(codes.device)
     size = blocks(name, kernel, scheme.bits)
     down, across = codes.shape[:2]
@@ -144,7 +146,7 @@ def _cut(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: int) -> _Cu
     shares = 1 if kernel in ("large", "gradient") else max(1, -(-processors * size.programs // programs))
     spans = -(-down // deep)
     each = -(-spans // min(shares, spans)) * deep
-    return _Cut(block_m, tiles, each, -(-down // each), start)
+    return _TrellisCut(block_m, tiles, each, -(-down // each), start)
 
 
 def _constants(scheme: TrellisScheme) -> dict[str, Any]:

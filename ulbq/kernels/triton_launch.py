@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ulbq.kernels import words
-from ulbq.kernels.block_sizes import Blocks, Kernel, blocks
+from ulbq.kernels.block_sizes import BlockSizes, Kernel, blocks
 
 VECTOR_ROWS = 4
 SPLIT_ROWS = 64
@@ -50,7 +50,7 @@ class Part(NamedTuple):
     places: int
 
 
-class Mixture(NamedTuple):
+class GatedMixture(NamedTuple):
     """What goes on behind a product with signs.
 
     Attributes:
@@ -116,7 +116,7 @@ def multiply(
     outs: int,
     *,
     outliers: list[Tensor] | None = None,
-    mixture: Mixture | None = None,
+    mixture: GatedMixture | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Products ``[rows, out]`` of ``x`` ``[rows, in]``.
@@ -209,7 +209,7 @@ class _Cut(NamedTuple):
 
 def _cut(part: Part, kernel: Kernel, rows: int, outs: int, device: torch.device) -> _Cut:
     name, processors = device_facts(device)
-    size: Blocks = blocks(name, kernel, part.bits)
+    size: BlockSizes = blocks(name, kernel, part.bits)
     span = 32 if part.group % 64 else 64
     spans = -(-part.places // span)
     block_n = min(size.block_n, 1 << (words.padded(outs) - 1).bit_length())
@@ -239,7 +239,9 @@ def _matrix(x: Tensor, part: Part, cut: _Cut, result: Tensor, outs: int, width: 
     )  # fmt: skip
 
 
-def _reduce(partial: Tensor, result: Tensor, x: Tensor, outliers: list[Tensor] | None, mixture: Mixture | None) -> None:
+def _reduce(
+    partial: Tensor, result: Tensor, x: Tensor, outliers: list[Tensor] | None, mixture: GatedMixture | None
+) -> None:
     splits, rows, outs = partial.shape
     gates, sums, out_scales, zeros = mixture or (None, None, None, None)
     _kernels().reduce_kernel[(rows, -(-result.shape[1] // 256))](

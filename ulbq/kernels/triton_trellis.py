@@ -196,7 +196,7 @@ def gradient_kernel(
 
 
 @triton.jit
-def turn_kernel(
+def transform_kernel(
     x,
     before,
     after,
@@ -223,7 +223,7 @@ def turn_kernel(
     shared = shared ^ (shared >> 2)
     shared = shared ^ (shared >> 1)
     sign = (1 - 2 * (shared & 1)).to(tl.float32)
-    turned = tl.dot(total, sign, input_precision="ieee") * norm
+    transformed = tl.dot(total, sign, input_precision="ieee") * norm
     if after is not None:
-        turned *= tl.load(after + n).to(tl.float32)
-    tl.store(result + m * width + n, turned.to(result.dtype.element_ty), mask=m < rows)
+        transformed *= tl.load(after + n).to(tl.float32)
+    tl.store(result + m * width + n, transformed.to(result.dtype.element_ty), mask=m < rows)

@@ -43,8 +43,6 @@ def padded(count: int) -> int:
 
 def unsupported_reason(scheme: AnyScheme) -> str | None:
     """Why a matrix has no words, whatever the machine; None where it has."""
-    if not isinstance(scheme, AffineScheme | DualBinaryScheme | BinaryMosScheme | CodebookScheme | TrellisScheme):
-        return f"no kernels for {scheme.format}"
     if scheme.bits > 4:
         return f"{scheme.bits} bits: at most 4"
     if scheme.group_size != -1 and scheme.group_size % CHUNK:

@@ -51,7 +51,7 @@ _SHORT = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 _HINT = "Make the artifact again, or restore it from a copy; `adapter=False` leaves the adapter out."
 
 
-class _Stored(BaseModel):
+class _StoredAdapter(BaseModel):
     """What counts of peft's configuration; the forms of LoRA that ulbq does not write are refused."""
 
     model_config = ConfigDict(strict=True)
@@ -73,7 +73,7 @@ def _not_ours(values: Mapping[str, Any]) -> str | None:
 
     usual: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
     for name, value in values.items():
-        if name in _Stored.model_fields or name in _ASIDE:
+        if name in _StoredAdapter.model_fields or name in _ASIDE:
             continue
         # A key that this version of peft does not know is a feature that is off if its value is.
         if value != usual[name] if name in usual else value:
@@ -156,7 +156,7 @@ def read_config(folder: Path) -> AdapterConfig:
     path = folder / _CONFIG
     try:
         values = read_json(path, limits.SETTINGS_SIZE)
-        stored = _Stored.model_validate(values)
+        stored = _StoredAdapter.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "JSON"

@@ -81,7 +81,7 @@ def check_prompt(prompt: str) -> None:
     except UnicodeEncodeError as error:
         raise UsageError("The prompt is not UTF-8.") from error
     if not prompt.strip():
-        raise UsageError("The prompt is empty.", hint="As in: --prompt 'Once upon a time'")
+        raise UsageError("The prompt is empty.", hint="Give a beginning, such as 'Once upon a time'.")
 
 
 def check_room(source: ModelSource, prompt: int, new_tokens: int) -> None:
@@ -89,7 +89,7 @@ def check_room(source: ModelSource, prompt: int, new_tokens: int) -> None:
     most = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if most is None or prompt + new_tokens <= most:
         return
-    left = f"At most --max-new-tokens {most - prompt}." if prompt < most else "Shorten the prompt."
+    left = f"At most `max_new_tokens={most - prompt}`." if prompt < most else "Shorten the prompt."
     raise UsageError(
         f"A prompt of {prompt:,} tokens and {new_tokens:,} new ones are more than the {most:,} that "
         f"'{source.given}' holds.",
@@ -247,6 +247,6 @@ class _Finite(LogitsProcessor):
         if not bool(scores.amax().isfinite()):
             raise NumericsError(
                 "The model's predictions are not finite.",
-                hint="Try --dtype fp32; 'ulbq eval' tells whether it is sound.",
+                hint="Try `dtype=fp32`; 'ulbq eval' tells whether it is sound.",
             )
         return scores

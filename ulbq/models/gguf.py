@@ -105,7 +105,7 @@ class GgufTensors:
 
     @property
     def stored_as(self) -> tuple[str, float] | None:
-        """The type that most of the matrices' values have, and bits a value of all of them; None in full precision."""
+        """``GGUF`` and the type of most of the matrices' values, bits a value of all; None in full precision."""
         values: Counter[str] = Counter()
         size = 0
         for tensor in self._header.tensors.values():
@@ -113,7 +113,7 @@ class GgufTensors:
                 values[tensor.kind.name] += prod(tensor.shape)
                 size += prod(tensor.byte_shape)
         most = values.most_common(1)
-        return None if not most or most[0][0] in _FULL else (most[0][0], size * 8 / values.total())
+        return None if not most or most[0][0] in _FULL else (f"GGUF {most[0][0]}", size * 8 / values.total())
 
     @property
     def types(self) -> tuple[str, ...]:

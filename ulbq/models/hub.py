@@ -56,12 +56,12 @@ def download(repo_id: str, *, offline: bool) -> Path:
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         if offline:
-            hint = "Run without --offline once, or give a local folder or GGUF file."
+            hint = "Run without `offline` once, or give a local folder or GGUF file."
         else:
             hint = "Check the network (and HF_HUB_OFFLINE), or give a local folder or GGUF file."
         raise ResourceError(
             f"'{repo_id}' is no file or folder here, the local Hub cache does not hold it, "
-            + ("and --offline forbids to fetch it." if offline else "and the Hub cannot be reached."),
+            + ("and `offline` forbids to fetch it." if offline else "and the Hub cannot be reached."),
             hint=hint,
         ) from error
     except (NetworkError, XetDownloadError, OSError) as error:

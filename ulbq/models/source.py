@@ -119,7 +119,7 @@ class ModelSource:
 
     @property
     def stored_as(self) -> tuple[str, float] | None:
-        """Type and bits a value of a GGUF file or an EXL3 folder, as :attr:`GgufTensors.stored_as`; None otherwise."""
+        """What a GGUF file or an EXL3 folder is, in words, and bits a value; None in full precision."""
         told = self.stored if isinstance(self.stored, Exl3Tensors) else self.tensors
         return told.stored_as if isinstance(told, GgufTensors | Exl3Tensors) else None
 

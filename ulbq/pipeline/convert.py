@@ -70,7 +70,7 @@ def _plan(request: ConvertRequest, source: ModelSource, progress: Progress) -> t
     candidate, engine = Candidate.of(source), request.engine
     into = target(request.to or "dense")
     if request.merge_adapter and adapter_folder(source) is None:
-        raise InputError(f"'{source.given}' has no adapter to merge.", hint="Leave out --merge-adapter.")
+        raise InputError(f"'{source.given}' has no adapter to merge.", hint="Leave out `merge_adapter`.")
     if engine is not None:
         into, sentence = engines.judge(engine, candidate, request.to, merge_adapter=request.merge_adapter)
         progress.note(sentence)
@@ -84,7 +84,7 @@ def _plan(request: ConvertRequest, source: ModelSource, progress: Progress) -> t
 def _write_beside(into: Target, job: Conversion, written: Written, writer: ArtifactWriter, progress: Progress) -> None:
     """The card of what other tools load, and a word on its adapter."""
     if adapter_folder(job.source) and not job.merge_adapter:
-        more = "" if into.name != "dense" else "; --merge-adapter makes it part of them"
+        more = "" if into.name != "dense" else "; `merge_adapter` makes it part of them"
         progress.note(f"The adapter lies beside the weights, for peft to load{more}.")
     near = {DEFAULT_ROOT, writer.out.parent, job.source.path.parent}
     text = card.converted_card(

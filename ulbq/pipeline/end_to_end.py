@@ -14,7 +14,7 @@ from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.config.finetuning import FinetuneSettings
 from ulbq.data.calibration import Calibration
-from ulbq.finetuning.checkpoint import Checkpoint, latest, note
+from ulbq.finetuning.checkpoint import TrainerCheckpoint, latest, note
 from ulbq.finetuning.examples import Examples
 from ulbq.finetuning.student import Student
 from ulbq.finetuning.teacher import CachedTeacher, StreamedTeacher, Teacher
@@ -96,7 +96,7 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
     return record if job.request.text is None else record.model_copy(update={"data": text.record()})
 
 
-def _train(phase: _Phase) -> Checkpoint:
+def _train(phase: _Phase) -> TrainerCheckpoint:
     """Train what is left, and write the tuned blocks where any epoch was better than the start."""
     job, settings, writer = phase.job, phase.settings, phase.writer
     teacher = None if phase.over or not settings.needs_teacher else _teacher(phase)
@@ -172,13 +172,13 @@ def _exchange(phase: _Phase) -> None:
     phase.writer.move(_EXCHANGED, moves)
 
 
-def _record(phase: _Phase, last: Checkpoint) -> EndToEndRecord:
+def _record(phase: _Phase, last: TrainerCheckpoint) -> EndToEndRecord:
     """What came of it, for the manifest; says aloud what a person must know."""
     steps_an_epoch = phase.settings.steps(phase.examples.training) // phase.settings.epochs
     best, error = last.best
     if last.failed:
         epoch = math.ceil(last.step / steps_an_epoch)
-        phase.progress.warn(f"The end-to-end training diverged in epoch {epoch}: try a lower --end-to-end-rate.")
+        phase.progress.warn(f"The end-to-end training diverged in epoch {epoch}: try a lower `end_to_end_rate`.")
     if not best:
         phase.progress.warn("The end-to-end training did not improve the model: the blocks' result stays.")
     return EndToEndRecord(

@@ -17,11 +17,11 @@ from ulbq.artifacts import (
 )
 from ulbq.artifacts.names import local_path
 from ulbq.config.evaluate import EvaluateRequest
+from ulbq.evaluation.generative import Sample
+from ulbq.evaluation.measurer import Measurer
 from ulbq.evaluation.report import report
 from ulbq.evaluation.results import Results
-from ulbq.evaluation.written import Sample
-from ulbq.pipeline.evaluation_plan import Job, prepare
-from ulbq.pipeline.measure import Measurer
+from ulbq.pipeline.evaluation_plan import EvaluationJob, prepare
 from ulbq.pipeline.recorded import merge
 from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
@@ -60,7 +60,7 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
     with ArtifactWriter(out, identity, force=request.force, spare=used) as writer:
         if writer.resumed:
             progress.note(f"Resuming {out}: {len(writer.journal)} measurements are done.")
-        measurer = Measurer(job.measures, writer, watch, progress) if job.measures else None
+        measurer = Measurer(request, job.measures, writer, watch, progress) if job.measures else None
         results = _measure(job, measurer)
         manifest = EvaluationManifest(
             name=writer.name,
@@ -80,7 +80,7 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
     return path, read_back(path, EvaluationManifest)
 
 
-def _write(job: Job, results: Results, manifest: EvaluationManifest, folder: Path) -> None:
+def _write(job: EvaluationJob, results: Results, manifest: EvaluationManifest, folder: Path) -> None:
     text = json.dumps(manifest.results, indent=2, ensure_ascii=False) + "\n"
     (folder / RESULTS).write_text(text, encoding="utf-8")
     title = job.candidates[0].name if len(job.candidates) == 1 and not job.recorded else "Comparison"
@@ -95,24 +95,18 @@ def _write_samples(samples: Sequence[tuple[str, Sample]], folder: Path) -> None:
     (folder / SAMPLES).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _measure(job: Job, measurer: Measurer | None) -> Results:
+def _measure(job: EvaluationJob, measurer: Measurer | None) -> Results:
     """Measure parents first, then their compressed children; then add what was measured before."""
     scores = []
     if measurer is not None:
-        extra = job.request.parent_scores
         parents = job.parents
-        for parent in parents:
-            listed = parent in job.candidates
-            found = measurer.measure(
-                parent, with_perplexity=listed or extra is not False, with_tasks=listed or extra is True
-            )
-            if found.perplexity or found.tasks or found.continuations:
-                scores.append(found)
+        measured = [measurer.measure(one, parent=one not in job.candidates) for one in parents]
+        scores = [found for found in measured if found.scored]
         scores += [measurer.measure(candidate) for candidate in job.candidates if candidate not in parents]
     return Results(protocol=job.protocol, models=merge(scores, job.recorded))
 
 
-def _fingerprint(job: Job) -> str:
+def _fingerprint(job: EvaluationJob) -> str:
     request = job.request.model_dump(
         mode="json", exclude={"out", "force", "sources", "parent", "data_dir", "offline", "verify"}
     )
@@ -130,14 +124,14 @@ def _fingerprint(job: Job) -> str:
     )
 
 
-def _ancestors(job: Job) -> tuple[Parent, ...]:
+def _ancestors(job: EvaluationJob) -> tuple[Parent, ...]:
     """What the evaluation was made from; the recorded parents of these are theirs to name."""
     named = job.parents if job.request.parent is not None else []
     models = [*job.candidates, *(parent for parent in named if parent not in job.candidates)]
     return (*(one.record() for one in models), *(one.record() for one in job.recorded))
 
 
-def _quantized(job: Job) -> dict[str, QuantizedManifest]:
+def _quantized(job: EvaluationJob) -> dict[str, QuantizedManifest]:
     """Manifests of the quantized models in the results, by name."""
     found = {name: manifest for one in job.recorded for name, manifest in one.quantized().items()}
     for candidate in job.candidates:
@@ -146,6 +140,6 @@ def _quantized(job: Job) -> dict[str, QuantizedManifest]:
     return found
 
 
-def _stem(job: Job) -> str:
+def _stem(job: EvaluationJob) -> str:
     """Name of the artifact: the model's own where there is one model."""
     return f"{job.candidates[0].source.name}-eval" if len(job.request.sources) == 1 and job.candidates else "comparison"

@@ -12,12 +12,12 @@ from ulbq.data.prompts import choose_template
 from ulbq.data.registry import available, text_set
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.continuations import NEW_TOKENS, opening
+from ulbq.evaluation.evaluated import EvaluatedModel, open_candidates
+from ulbq.evaluation.generative_tasks import GENERATIVE_NAMES, GenerativeTasks, load_generative
 from ulbq.evaluation.harness import Tasks, check_tasks, load_tasks
+from ulbq.evaluation.measurer import Measures
 from ulbq.evaluation.results import Protocol
-from ulbq.evaluation.subjects import Candidate, open_candidates
-from ulbq.evaluation.written_tasks import WRITTEN_NAMES, Written, load_written
 from ulbq.models.decoding import check_prompt, check_room
-from ulbq.pipeline.measure import Measures
 from ulbq.pipeline.recorded import Recorded, read_recorded
 from ulbq.progress import Progress
 
@@ -29,7 +29,7 @@ CPU_WINDOWS = 32
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """Everything that is settled before the first model is loaded.
 
     Attributes:
@@ -38,21 +38,21 @@ class Job:
     """
 
     request: EvaluateRequest
-    candidates: list[Candidate]
+    candidates: list[EvaluatedModel]
     recorded: list[Recorded]
     measures: Measures | None
     protocol: Protocol
     device: torch.device
 
     @property
-    def parents(self) -> list[Candidate]:
+    def parents(self) -> list[EvaluatedModel]:
         """The full-precision parents, each once."""
         return list(
             {candidate.parent.name: candidate.parent for candidate in self.candidates if candidate.parent}.values()
         )
 
 
-def prepare(request: EvaluateRequest, progress: Progress) -> Job:
+def prepare(request: EvaluateRequest, progress: Progress) -> EvaluationJob:
     """Check a request, open its models and load its tasks' data.
 
     Raises:
@@ -65,7 +65,7 @@ def prepare(request: EvaluateRequest, progress: Progress) -> Job:
     data_root(request.data_dir)
     for prompt in request.prompts:
         check_prompt(prompt)
-    _check_written(request)
+    _check_generative(request)
     device = runtime.resolve_device(request.device)
     # A finished evaluation alone is no model to evaluate, and resolving it will say so.
     recorded, sources = read_recorded(request.sources) if len(request.sources) > 1 else ([], list(request.sources))
@@ -89,12 +89,12 @@ def prepare(request: EvaluateRequest, progress: Progress) -> Job:
         measures, protocol = None, recorded[0].results.protocol
     for one in recorded:
         one.check(protocol)
-    return Job(request, candidates, recorded, measures, protocol, device)
+    return EvaluationJob(request, candidates, recorded, measures, protocol, device)
 
 
 def _measures(
     request: EvaluateRequest,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[EvaluatedModel],
     device: torch.device,
     progress: Progress,
 ) -> Measures:
@@ -102,32 +102,25 @@ def _measures(
     limit = request.limit or None
     if request.limit is None and not request.asks and perplexity and device.type == "cpu":
         limit = CPU_WINDOWS
-        progress.note(f"On a CPU, nothing asked: the first {limit} windows of the text (--limit 0 reads all).")
+        progress.note(f"On a CPU, nothing asked: the first {limit} windows of the text (`limit=0` reads all).")
     # What is ours to read comes first: it is quick, and lm-eval need not be there for it.
     _check_prompts(request, candidates)
-    written = _written(request, candidates, limit, progress)
+    generative = _generative(request, candidates, limit, progress)
     return Measures(
         perplexity=perplexity,
         tasks=_tasks(request, progress) if _of_lm_eval(request) else None,
-        written=written,
+        generative=generative,
         prompts=tuple(dict.fromkeys(request.prompts)),
-        template=request.template,
-        max_new_tokens=request.max_new_tokens,
         fidelity=fidelity,
         context=_context(request, candidates),
         limit=limit,
-        batch_size=request.batch_size,
         dtype=DTYPES[request.dtype],
-        prefill_cache=request.prefill_cache,
         device=device,
-        seed=request.seed,
-        data_dir=request.data_dir,
-        offline=request.offline,
     )
 
 
 def _texts(
-    request: EvaluateRequest, candidates: Sequence[Candidate], progress: Progress
+    request: EvaluateRequest, candidates: Sequence[EvaluatedModel], progress: Progress
 ) -> tuple[tuple[str, ...], str | None]:
     """The text sets to take perplexity on, and the text to compare with the parent on (None: no comparison)."""
     comparable = any(candidate.parent for candidate in candidates)
@@ -146,27 +139,27 @@ def _texts(
         if not at_hand:
             instead = "the parent writes its own text for the comparison" if fidelity else "no perplexity"
             progress.note(f"WikiText-2 cannot be had here: {instead}.")
-    if not (perplexity or fidelity or request.tasks or request.prompts):
+    if not (perplexity or fidelity or request.asks or request.prompts):
         raise ResourceError(
             "Nothing can be measured: WikiText-2 cannot be had, and there is no full-precision model to compare with.",
-            hint="Give a mirror of WikiText-2 with --data-dir, a `parent`, `tasks` or `prompts`.",
+            hint="Give a mirror of WikiText-2 with `data_dir`, a `parent`, `tasks` or `prompts`.",
         )
     return perplexity, fidelity
 
 
-def _check_written(request: EvaluateRequest) -> None:
+def _check_generative(request: EvaluateRequest) -> None:
     given = {"`template`": request.template, "`max_new_tokens`": request.max_new_tokens}
     for option, value in given.items():
-        if value is not None and not (request.prompts or set(request.tasks) & set(WRITTEN_NAMES)):
+        if value is not None and not (request.prompts or set(request.tasks) & set(GENERATIVE_NAMES)):
             raise UsageError(
                 f"{option} means nothing to tasks of lm-eval, which lay out their own prompts."
                 if request.tasks
                 else f"{option} means nothing without `tasks` or `prompts`.",
-                hint=f"It is for `prompts`, and tasks {', '.join(WRITTEN_NAMES)}.",
+                hint=f"It is for `prompts`, and tasks {', '.join(GENERATIVE_NAMES)}.",
             )
 
 
-def _check_prompts(request: EvaluateRequest, candidates: Sequence[Candidate]) -> None:
+def _check_prompts(request: EvaluateRequest, candidates: Sequence[EvaluatedModel]) -> None:
     """See that every model holds every prompt and what is written on from it. Raises UsageError, InputError."""
     models = [one for candidate in candidates for one in (candidate.parent, candidate) if one is not None]
     for prompt in request.prompts:
@@ -176,19 +169,19 @@ def _check_prompts(request: EvaluateRequest, candidates: Sequence[Candidate]) ->
 
 
 def _of_lm_eval(request: EvaluateRequest) -> tuple[str, ...]:
-    return tuple(name for name in request.tasks if name not in WRITTEN_NAMES)
+    return tuple(name for name in request.tasks if name not in GENERATIVE_NAMES)
 
 
-def _written(
-    request: EvaluateRequest, candidates: Sequence[Candidate], limit: int | None, progress: Progress
-) -> Written | None:
-    names = [name for name in request.tasks if name in WRITTEN_NAMES]
+def _generative(
+    request: EvaluateRequest, candidates: Sequence[EvaluatedModel], limit: int | None, progress: Progress
+) -> GenerativeTasks | None:
+    names = [name for name in request.tasks if name in GENERATIVE_NAMES]
     if not names:
         return None
     if request.template == "chat":
         for candidate in candidates:
             choose_template("chat", candidate.source.tokenizer())
-    found = load_written(names, limit=limit, data_dir=request.data_dir)
+    found = load_generative(names, limit=limit, data_dir=request.data_dir)
     for group in found.groups:
         if group.missing:
             progress.note(
@@ -200,12 +193,12 @@ def _written(
 
 def _tasks(request: EvaluateRequest, progress: Progress) -> Tasks:
     with progress.phase("Reading lm-eval's list of tasks"):
-        names = check_tasks(_of_lm_eval(request), others=WRITTEN_NAMES)
+        names = check_tasks(_of_lm_eval(request), others=GENERATIVE_NAMES)
     with progress.phase("Loading the data of tasks"):
         return load_tasks(names, fewshot=request.fewshot, data_dir=request.data_dir, offline=request.offline)
 
 
-def _context(request: EvaluateRequest, candidates: Sequence[Candidate]) -> int:
+def _context(request: EvaluateRequest, candidates: Sequence[EvaluatedModel]) -> int:
     """Tokens a window: as asked, if every model takes it, else the usual or what every model takes."""
     longest = {
         candidate.name: getattr(candidate.source.config.get_text_config(), "max_position_embeddings", None)

@@ -18,7 +18,7 @@ from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free
 from ulbq.config.finetune import NOT_IN_FINGERPRINT
 from ulbq.data.examples import ExampleSet, padding
 from ulbq.errors import NumericsError
-from ulbq.finetuning.checkpoint import Checkpoint, latest, note
+from ulbq.finetuning.checkpoint import TrainerCheckpoint, latest, note
 from ulbq.finetuning.examples import Examples
 from ulbq.finetuning.trainer import Trainer
 from ulbq.models.adapter_training import (
@@ -92,7 +92,7 @@ def finetune(
         if record.end_loss >= record.start_loss:
             progress.warn(
                 f"Held-out answers did not gain: loss {record.start_loss:.4f} before, {record.end_loss:.4f} after. "
-                "Try a lower --adapter-rate, fewer --epochs or more samples."
+                "Try a lower `adapter_rate`, fewer `epochs` or more samples."
             )
         manifest = distributed.on_main(write_artifact, job, writer, adapter, form, packed, record, watch)
         warned = (*job.manifest.warnings, *progress.warnings)
@@ -168,16 +168,16 @@ def _trainer(job: FinetuneJob, model: PeftModel, folder: Path) -> Trainer:
     return trainer
 
 
-def _train(job: FinetuneJob, trainer: Trainer, writer: ArtifactWriter, progress: Progress) -> Checkpoint:
+def _train(job: FinetuneJob, trainer: Trainer, writer: ArtifactWriter, progress: Progress) -> TrainerCheckpoint:
     """Train what is left, from the last checkpoint that is noted. Raises NumericsError."""
 
-    def on_checkpoint(checkpoint: Checkpoint, files: list[Path]) -> None:
+    def on_checkpoint(checkpoint: TrainerCheckpoint, files: list[Path]) -> None:
         if checkpoint.failed == "evaluation":
             raise _not_finite()
         if checkpoint.failed:
             raise NumericsError(
                 f"The {checkpoint.failed} is not finite in step {checkpoint.step} of the fine-tuning.",
-                hint="Try a lower `adapter_rate`, a longer `warmup` or `precision=fp32`, with another -o.",
+                hint="Try a lower `adapter_rate`, a longer `warmup` or `precision=fp32`, with another `out`.",
             )
         note(writer, checkpoint, files)
 
@@ -197,11 +197,11 @@ def _measure(trainer: Trainer, progress: Progress) -> float:
 def _not_finite() -> NumericsError:
     return NumericsError(
         "The loss of the held-out answers is not finite.",
-        hint="Look at the artifact with 'ulbq eval'; or try a lower --adapter-rate.",
+        hint="Look at the artifact with 'ulbq eval'; or try a lower `adapter_rate`.",
     )
 
 
-def _record(job: FinetuneJob, last: Checkpoint, end: float) -> FinetuneRecord:
+def _record(job: FinetuneJob, last: TrainerCheckpoint, end: float) -> FinetuneRecord:
     """How the training went, for the manifest."""
     return FinetuneRecord(
         task=job.request.task,

@@ -90,7 +90,7 @@ def predict(
         gguf_size: bytes of the model's GGUF file, which is mapped and dequantized; 0 where it has none.
         blocks_stay: an artifact's blocks are taken as they are.
     """
-    run = _Run(request, method, found, model, precision, gguf_size)
+    run = _Sizes(request, method, found, model, precision, gguf_size)
     adapters = 2 * sum(run.adapter_values(block) for block in found.linears)
     artifact = run.packed() + 2 * (run.sizes.weights - sum(run.quantized)) + adapters
     started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
@@ -117,7 +117,7 @@ def predict(
 
 
 @dataclass
-class _Run:
+class _Sizes:
     """The sizes of a run, and what its phases make of them."""
 
     request: Quantization

@@ -42,7 +42,7 @@ class QuantizePlan(BaseModel):
     """What a run would do and cost.
 
     Attributes:
-        stored_as: type and bits a value of a model that was quantized before; None in full precision.
+        stored_as: what it is, and bits a value, of a model that was quantized before; None in full precision.
         request: completed: presets, defaults and the calibration source filled in.
         coverage: how much of the model is quantized, and why the rest is not.
         bits_per_weight: true bits of the linear weights, scales and zeros included.

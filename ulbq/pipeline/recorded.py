@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ulbq.artifacts import EvaluationManifest, Parent, QuantizedManifest, is_artifact, read_manifest
 from ulbq.artifacts.names import local_path
 from ulbq.errors import InputError
+from ulbq.evaluation.evaluated import base_alone
 from ulbq.evaluation.results import WITHOUT_ADAPTER, ModelScores, Protocol, Results, read_results
-from ulbq.evaluation.subjects import base_alone
 
 
 @dataclass(frozen=True)

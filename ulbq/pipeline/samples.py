@@ -38,7 +38,7 @@ def default_calibration(request: Sampled, progress: Progress) -> str:
     """WikiText-2, or the model's own writing where that cannot be had."""
     if available("wikitext2", data_dir=request.data_dir, offline=request.offline):
         return "wikitext2"
-    progress.note("WikiText-2 cannot be had here: the model writes its own calibration samples (--calibration self).")
+    progress.note("WikiText-2 cannot be had here: the model writes its own calibration samples (`calibration=self`).")
     return "self"
 
 

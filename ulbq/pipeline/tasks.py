@@ -79,7 +79,9 @@ def request_of(source: str, task: Recipe, given: Mapping[str, Any], *, adapted: 
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise UsageError(f"'{where}' of task '{task.name}': {problem['msg']}.", hint="See --help.") from error
+        raise UsageError(
+            f"'{where}' of task '{task.name}': {problem['msg']}.", hint="See 'ulbq finetune --help-all'."
+        ) from error
     if request.data is None:
         raise UsageError(f"Task '{task.name}' has no data of its own.", hint="Name it with `data=FILE` or a Hub id.")
     idle = sorted({"scale_rate", "scale_decay"} & explicit.keys())

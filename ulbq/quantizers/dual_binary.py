@@ -107,7 +107,7 @@ def _refit(grouped: torch.Tensor, cost: torch.Tensor, scales: torch.Tensor) -> t
     return torch.where(safe & ordered, fitted, scales)
 
 
-class _FakeQuantize(torch.autograd.Function):
+class _FakeQuantizePlanes(torch.autograd.Function):
     """Dequantized weight from the weight and scales in grid steps, with the straight-through estimator on H.
 
     Gradients: to the weight the incoming one inside the range that the levels cover (half a step beyond both ends
@@ -178,7 +178,7 @@ class DualBinaryQuantizer(Quantizer):
 
     def forward(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dequantized weight ``[out, in]`` in ``dtype``, differentiable in the latents and the scales."""
-        weight: torch.Tensor = _FakeQuantize.apply(self.latents, self.scales, self.step, dtype)  # type: ignore[no-untyped-call]
+        weight: torch.Tensor = _FakeQuantizePlanes.apply(self.latents, self.scales, self.step, dtype)  # type: ignore[no-untyped-call]
         return weight
 
     def trainable(self) -> dict[str, list[nn.Parameter]]:

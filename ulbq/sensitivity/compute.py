@@ -64,7 +64,7 @@ def compute_saliency(
         ResourceError: the disk is full.
         NumericsError: a loss or a score is not finite.
     """
-    run = _Run(model, source, found, settings, folder, dict(done or {}), on_block)
+    run = _Scoring(model, source, found, settings, folder, dict(done or {}), on_block)
     if len(run.done) < found.n_blocks:
         steps = found.n_blocks * (1 + (BACK if settings.kind in BACKWARD else 0))
         with (progress or Silent()).phase(f"Scoring ({settings.kind})", steps) as phase:
@@ -78,7 +78,7 @@ def compute_saliency(
 
 
 @dataclass
-class _Run:
+class _Scoring:
     """One computation; ``done`` grows as it goes."""
 
     model: PreTrainedModel

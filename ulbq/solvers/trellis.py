@@ -43,7 +43,7 @@ class Demand(NamedTuple):
     loss: float
 
 
-class Solution(NamedTuple):
+class TrellisSolution(NamedTuple):
     """What :func:`solve` found.
 
     Attributes:
@@ -65,7 +65,7 @@ def solve(
     generator: torch.Generator,
     damping: float = 0.01,
     outputs: torch.Tensor | None = None,
-) -> Solution:
+) -> TrellisSolution:
     """Codes and scales of one matrix.
 
     Args:
@@ -83,7 +83,7 @@ def solve(
     else:
         codes, found = _by_tiles(inner, factor, _factored(outputs, sv, damping), scheme)
     sv = fitted(weight, hessian, found, su, sv, outputs)
-    return Solution(Trellis(codes, su, sv), trellis.between(found, su, sv), factor.damping)
+    return TrellisSolution(Trellis(codes, su, sv), trellis.between(found, su, sv), factor.damping)
 
 
 def scales(weight: torch.Tensor, bits: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -176,5 +176,5 @@ def _rotate(
     # Products take no other type afterwards, where autocast is on.
     on = torch.is_autocast_enabled("cpu")
     given = (cosines.contiguous(), sines.contiguous())
-    turned = [between.rotate(x, *given, torch.get_autocast_dtype("cpu") if on else x.dtype) for x in (query, key)]
-    return turned[0], turned[1]
+    rotated = [between.rotate(x, *given, torch.get_autocast_dtype("cpu") if on else x.dtype) for x in (query, key)]
+    return rotated[0], rotated[1]

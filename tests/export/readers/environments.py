@@ -5,7 +5,7 @@
 makes ``FOLDER/gptqmodel`` (with optimum and compressed-tensors), ``FOLDER/auto-gptq`` (0.7.1, with the transformers of
 its time), ``FOLDER/llama-cpp`` and ``FOLDER/exllamav3`` (1.6.5, of which the code for CPUs alone is compiled, in three
 minutes): virtual environments that borrow torch, and what else they do not pin, from the one that runs this.
-``ULBQ_READERS=FOLDER pytest -m slow tests/export/test_readers.py`` then runs them.
+``ULBQ_READERS=FOLDER pytest -m slow tests/export/test_targets_readers.py`` then runs them.
 """
 
 import os

@@ -119,7 +119,7 @@ def _no_zero_points(candidate: Candidate, name: str) -> Obstacle | None:
     if _is_symmetric(candidate):
         return None
     # 5.23 with compressed-tensors 0.20 makes room for unpacked zero points and refuses the packed ones.
-    change = "Use --to gptq, or quantize with --symmetric."
+    change = "Use `to=gptq`, or quantize with `symmetric`."
     return Obstacle(f"it has zero points, and {name} loads no packed ones", change)
 
 
@@ -127,7 +127,7 @@ def _is_symmetric(candidate: Candidate) -> bool:
     return all(scheme.symmetric for scheme in affine_schemes(candidate))
 
 
-class CompressedTensors(Target):
+class CompressedTensorsTarget(Target):
     """The artifact's own codes as ``pack-quantized``."""
 
     name = "compressed-tensors"
@@ -145,7 +145,7 @@ class CompressedTensors(Target):
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
         layers, dense = packed.affine_layers(conversion.candidate), packed.dense_linears(conversion.source)
-        layout = packed.Layout(encode, decode, configuration(layers, dense))
+        layout = packed.PackedLayout(encode, decode, configuration(layers, dense))
         return packed.write_packed(conversion, folder, layout, on_step)
 
     def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:
@@ -155,4 +155,4 @@ class CompressedTensors(Target):
         return missing
 
 
-TARGET = CompressedTensors()
+TARGET = CompressedTensorsTarget()

@@ -16,7 +16,7 @@ from ulbq.export.targets.base import Conversion, Dtype, Target, Written, layer_r
 from ulbq.models.source import ModelSource
 
 
-class Dense(Target):
+class DenseTarget(Target):
     """Every tensor in one dtype; packed layers are computed in float32 and rounded once."""
 
     name = "dense"
@@ -41,4 +41,4 @@ class Dense(Target):
         return super().load(folder, dtype)
 
 
-TARGET = Dense()
+TARGET = DenseTarget()

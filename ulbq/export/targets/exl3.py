@@ -33,7 +33,7 @@ def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     if not isinstance(scheme, TrellisScheme):
         return "EXL3 stores trellis codes"
     if scheme.state_bits != _STATE_BITS:
-        return f"EXL3's states have {_STATE_BITS} bits: quantize with --state-bits {_STATE_BITS}"
+        return f"EXL3's states have {_STATE_BITS} bits: quantize with `state_bits={_STATE_BITS}`"
     if any(size % exl3.WIDTH for size in shape):
         return f"EXL3 has Hadamard blocks of {exl3.WIDTH}, which do not divide {shape[0]}×{shape[1]}"
     return None
@@ -79,10 +79,10 @@ def _known(candidate: Candidate, name: str) -> Obstacle | None:
     kind = candidate.config.model_type
     if kind in _MODELS:
         return None
-    return Obstacle(f"{name} {_LAYOUT_OF} has no '{kind}' with these layers", "Use --to dense.")
+    return Obstacle(f"{name} {_LAYOUT_OF} has no '{kind}' with these layers", "Use `to=dense`.")
 
 
-class Exl3(Target):
+class Exl3Target(Target):
     """The artifact's own codes as EXL3."""
 
     name = exl3.METHOD
@@ -99,11 +99,11 @@ class Exl3(Target):
         return asked or "fp16"
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
-        layout = packed.Layout(encode, decode, configuration(conversion.source, conversion.candidate))
+        layout = packed.PackedLayout(encode, decode, configuration(conversion.source, conversion.candidate))
         return packed.write_packed(conversion, folder, layout, on_step)
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(open_again(folder), dtype=dtype)
 
 
-TARGET = Exl3()
+TARGET = Exl3Target()

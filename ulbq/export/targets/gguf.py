@@ -162,7 +162,7 @@ class _File:
         return stored
 
 
-class Gguf(Target):
+class GgufTarget(Target):
     """One file for llama.cpp, and the side files."""
 
     name = "gguf"
@@ -228,4 +228,4 @@ def _words(kinds: Mapping[str, int], dtype: str) -> str:
     return "; ".join(parts) or f"all matrices in {dtype}"
 
 
-TARGET = Gguf()
+TARGET = GgufTarget()

@@ -141,13 +141,13 @@ def _known_to_auto_gptq(candidate: Candidate, name: str) -> Obstacle | None:
     kind = candidate.config.model_type
     if kind in _AUTO_GPTQ:
         return None
-    return Obstacle(f"{name} 0.7.1 has no '{kind}'", "Use gptqmodel, which succeeds it: --for gptqmodel.")
+    return Obstacle(f"{name} 0.7.1 has no '{kind}'", "Use gptqmodel, which succeeds it: `engine=gptqmodel`.")
 
 
 _ALIKE = (rules.symmetric, rules.uniform)
 
 
-class Gptq(Target):
+class GptqTarget(Target):
     """The artifact's own codes in GPTQ's layout."""
 
     name = "gptq"
@@ -175,7 +175,7 @@ class Gptq(Target):
         source, layers = conversion.source, packed.affine_layers(conversion.candidate)
         v1, inside = is_v1(layers), f"{block_list(skeleton(source))[0]}."
         dense = tuple(name for name in packed.dense_linears(source) if name.startswith(inside))
-        layout = packed.Layout(
+        layout = packed.PackedLayout(
             functools.partial(encode, v1=v1), functools.partial(decode, v1=v1), configuration(layers, dense)
         )
         written = packed.write_packed(conversion, folder, layout, on_step)
@@ -189,4 +189,4 @@ class Gptq(Target):
         return packed.unopened_reason(folder, "optimum", "gptqmodel")
 
 
-TARGET = Gptq()
+TARGET = GptqTarget()

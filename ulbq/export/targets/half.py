@@ -45,7 +45,7 @@ def _is_copied(name: str) -> bool:
     return name in _OWN | _SAMPLES or name.startswith(f"{ADAPTER_FOLDER}/") or is_side_file(name)
 
 
-class Half(Target):
+class HalfTarget(Target):
     """A copy of an artifact, its wide parameters rounded."""
 
     name = "half"
@@ -58,7 +58,7 @@ class Half(Target):
 
     def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
         if asked == "fp32":
-            raise UsageError("fp32 is no half precision.", hint="Use --dtype fp16 or bf16, or leave it out.")
+            raise UsageError("fp32 is no half precision.", hint="Use `dtype=fp16` or bf16, or leave it out.")
         return super().dtype(source, asked)
 
     def steps(self, source: ModelSource) -> int:
@@ -78,9 +78,9 @@ class Half(Target):
             for name in wide.keys() & tensors.keys():
                 rounded = tensors[name].to(dtype)
                 if not rounded.isfinite().all():
-                    raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use --dtype bf16.")
+                    raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use `dtype=bf16`.")
                 if vanishes(tensors[name], rounded):
-                    raise NumericsError(f"'{name}' is too small for {dtype}.", hint="Use --dtype bf16.")
+                    raise NumericsError(f"'{name}' is too small for {dtype}.", hint="Use `dtype=bf16`.")
                 saved["embeddings" if name in tables else "other"] += (tensors[name].nbytes - rounded.nbytes) * 8
                 tensors[name] = rounded
             write_shard(folder / path.name, tensors)
@@ -105,4 +105,4 @@ class Half(Target):
         return Written(f"{len(wide)} float32 tensors became {conversion.dtype}, {less:,} bytes less", names, saved)
 
 
-TARGET = Half()
+TARGET = HalfTarget()

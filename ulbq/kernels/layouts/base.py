@@ -40,20 +40,22 @@ class Layout:
         name: of the backend.
         summary: what it does, for people.
         device: the only one that it runs on; None for all.
+        formats: names of those that it takes; None for all.
         form: that its tensors have for :func:`ulbq.kernels.ops.multiply`.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     device: ClassVar[Literal["cpu", "cuda"] | None] = None
+    formats: ClassVar[tuple[str, ...] | None] = None
     form: ClassVar[str] = "planes"
 
     def unavailable_reason(self) -> str | None:
         """Why this machine has it not; None where it has."""
         return None
 
-    def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
-        """Why it does not take a matrix, whatever the machine; None where it does."""
+    def unsupported_reason(self, scheme: Any, out_features: int, in_features: int) -> str | None:
+        """Why it does not take a matrix in one of its formats, whatever the machine; None where it does."""
         return None
 
     def call_reason(self, case: Case) -> str | None:

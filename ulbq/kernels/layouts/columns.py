@@ -8,19 +8,18 @@ from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
 from ulbq.kernels.tiles import FLOATS
 
 
-class Columns(Layout):
+class ColumnsLayout(Layout):
     """The stored tensors, the order of the columns, and the outliers by output."""
 
     name = "columns"
     summary = "our compiled C++: lookups in tables of each column's levels"
     device = "cpu"
+    formats = ("codebook",)
 
     def unavailable_reason(self) -> str | None:
         return build.unavailable_reason()
 
     def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
-        if not isinstance(scheme, CodebookScheme):
-            return "column codebooks only"
         return f"{out_features} outputs: a multiple of 8" if out_features % 8 else None
 
     def call_reason(self, case: Case) -> str | None:

@@ -19,7 +19,7 @@ import torch
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.streams import pack_stream
 from ulbq.kernels.layouts.base import Case, Tensors, one_of
-from ulbq.kernels.layouts.words import Words
+from ulbq.kernels.layouts.words import WordsLayout
 from ulbq.kernels.triton_launch import VECTOR_ROWS
 
 KNOWN = "0.1."
@@ -120,18 +120,17 @@ def _package(name: str) -> Any:
     return importlib.import_module(f"humming.{name}")
 
 
-class Humming(Words):
+class HummingLayout(WordsLayout):
     """Words, and Humming's own tensors beside them for batches."""
 
     name = "humming"
     summary = "Humming, an optional package: affine codes of 1 to 4 bits, bfloat16 activations, batches on CUDA GPUs"
+    formats = ("affine",)
 
     def unavailable_reason(self) -> str | None:
         return unavailable_reason()
 
-    def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
-        if not isinstance(scheme, AffineScheme):
-            return "affine codes only"
+    def unsupported_reason(self, scheme: AffineScheme, out_features: int, in_features: int) -> str | None:
         if scheme.bits > 4:
             return f"{scheme.bits} bits: at most 4"
         if not scheme.has_zero:

@@ -38,16 +38,15 @@ def to_int4(scheme: AffineScheme, stored: Tensors, in_features: int) -> dict[str
     return {"int4_codes": packed, "int4_scales": both.to(torch.bfloat16).contiguous()}
 
 
-class Int4(Layout):
+class Int4Layout(Layout):
     """The stored tensors, and torch's own beside them."""
 
     name = "int4"
     summary = "torch's int4 product: affine codes of 1 to 4 bits, bfloat16 activations"
     device = "cpu"
+    formats = ("affine",)
 
     def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
-        if not isinstance(scheme, AffineScheme):
-            return "affine codes only"
         if scheme.bits > 4:
             return f"{scheme.bits} bits: at most 4"
         if scheme.group_size not in GROUPS:

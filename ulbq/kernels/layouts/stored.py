@@ -3,7 +3,7 @@
 from ulbq.kernels.layouts.base import Layout
 
 
-class Stored(Layout):
+class StoredLayout(Layout):
     """Products of dense weights that are made for each, some outputs at a time where the format can."""
 
     name = "dense"

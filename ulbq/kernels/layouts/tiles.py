@@ -10,12 +10,13 @@ from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
 _BESIDE = ("in_scales", "out_scales", "router", "zeros")
 
 
-class Tiles(Layout):
+class TilesLayout(Layout):
     """Tiles in place of the stored codes, scales and zero points."""
 
     name = "tiles"
     summary = "our compiled C++: integer dot products with codes in tiles; 1 to 4 bits, affine, dual binary, signs"
     device = "cpu"
+    formats = ("affine", "dual_binary", "binary_mos")
     form = "tiles"
 
     def unavailable_reason(self) -> str | None:

@@ -8,19 +8,17 @@ from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
 from ulbq.kernels.tiles import FLOATS
 
 
-class Trellis(Layout):
+class TrellisLayout(Layout):
     """The stored tensors."""
 
     name = "trellis"
     summary = "our compiled C++: trellis codes decoded while they are multiplied, without their dense weight"
     device = "cpu"
+    formats = ("trellis",)
     form = "compiled"
 
     def unavailable_reason(self) -> str | None:
         return build.unavailable_reason()
-
-    def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
-        return None if isinstance(scheme, TrellisScheme) else "trellis codes only"
 
     def call_reason(self, case: Case) -> str | None:
         return one_of(case.dtype, *FLOATS)

@@ -1,6 +1,6 @@
 """Words (:mod:`ulbq.kernels.words`), which our Triton kernels read."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -9,18 +9,19 @@ from ulbq.kernels import triton_launch, words
 from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
 
 
-class Words(Layout):
+class WordsLayout(Layout):
     """Words in place of the stored codes, and of the scales and zero points where those are of groups."""
 
     name = "triton"
     summary = "our Triton kernels for CUDA GPUs: every format at 1 to 4 bits, vectors and batches"
     device = "cuda"
+    formats: ClassVar[tuple[str, ...]] = ("affine", "dual_binary", "binary_mos", "codebook", "trellis")
     form = "words"
 
     def unavailable_reason(self) -> str | None:
         return triton_launch.unavailable_reason()
 
-    def unsupported_reason(self, scheme: AnyScheme, out_features: int, in_features: int) -> str | None:
+    def unsupported_reason(self, scheme: Any, out_features: int, in_features: int) -> str | None:
         return words.unsupported_reason(scheme)
 
     def call_reason(self, case: Case) -> str | None:

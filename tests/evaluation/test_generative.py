@@ -10,10 +10,10 @@ import torch
 from tests.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from ulbq.data.prompts import prompt_tokens
 from ulbq.errors import UsageError
+from ulbq.evaluation.generative import KEPT, run_generative, with_groups
+from ulbq.evaluation.generative_tasks import LoadedGroup, LoadedTask, load_generative
 from ulbq.evaluation.lm import LanguageModel
-from ulbq.evaluation.results import Metric, TaskScore, Writing
-from ulbq.evaluation.written import KEPT, run_written, with_groups
-from ulbq.evaluation.written_tasks import LoadedGroup, LoadedTask, load_written
+from ulbq.evaluation.results import Measured, TaskScore, Writing
 from ulbq.progress import Silent
 
 
@@ -24,7 +24,7 @@ def long_model():
 
 
 def load(name: str, mirror: Path, **options) -> LoadedTask:
-    return load_written([name], data_dir=mirror, **options).tasks[0]
+    return load_generative([name], data_dir=mirror, **options).tasks[0]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def says(monkeypatch):
 
 def test_answers_are_right_or_wrong_or_not_found(long_model, tokenizer, mirror, says):
     asked = says("Nothing.", "1 + 1 = 2", "3", "It is 6, I think.\n\n### Instruction:\nWhat is 4?", "7")
-    found = run_written(long_model, tokenizer, load("svamp", mirror), template="alpaca")
+    found = run_generative(long_model, tokenizer, load("svamp", mirror), template="alpaca")
     assert [sample.right for sample in found.samples] == [False, True, False, True, False]
     assert [sample.extracted for sample in found.samples] == [None, 2.0, 3.0, 6.0, 7.0]
     assert found.samples[3].text == "It is 6, I think.\n\n"
@@ -65,7 +65,7 @@ def test_answers_are_right_or_wrong_or_not_found(long_model, tokenizer, mirror, 
 def test_the_standard_error_is_that_of_lm_eval(long_model, tokenizer, mirror, says):
     metrics = pytest.importorskip("lm_eval.api.metrics")
     says("Nothing.", "true", "true")
-    found = run_written(long_model, tokenizer, load("boolq-instruct", mirror), template="alpaca")
+    found = run_generative(long_model, tokenizer, load("boolq-instruct", mirror), template="alpaca")
     right = [float(sample.right) for sample in found.samples]
     assert 0 < sum(right) < 7
     assert found.score.metrics["exact_match"].stderr == pytest.approx(metrics.mean_stderr(right))
@@ -73,14 +73,14 @@ def test_the_standard_error_is_that_of_lm_eval(long_model, tokenizer, mirror, sa
 
 def test_one_document_has_no_standard_error(long_model, tokenizer, mirror, says):
     says("0")
-    score = run_written(long_model, tokenizer, load("svamp", mirror, limit=1), template="alpaca").score
-    assert score.metrics["exact_match"] == Metric(value=1.0, stderr=None, higher_is_better=True)
+    score = run_generative(long_model, tokenizer, load("svamp", mirror, limit=1), template="alpaca").score
+    assert score.metrics["exact_match"] == Measured(value=1.0, stderr=None, higher_is_better=True)
 
 
 def test_a_few_samples_are_kept(long_model, tokenizer, mirror, says):
     says("0")
     loaded = load("svamp", mirror)
-    found = run_written(long_model, tokenizer, LoadedTask(loaded.task, loaded.documents * 10), template="alpaca")
+    found = run_generative(long_model, tokenizer, LoadedTask(loaded.task, loaded.documents * 10), template="alpaca")
     assert len(found.samples) == KEPT < found.score.samples == 50
 
 
@@ -89,16 +89,16 @@ def test_batches_write_what_single_prompts_do(long_model, tokenizer, mirror, tem
     """In float32; in bf16 the same holds but where two tokens are almost equally likely."""
     assert long_model.dtype == torch.float32
     options = {"template": template, "new_tokens": 12}
-    alone = run_written(long_model, tokenizer, load("piqa-instruct", mirror), batch_size=1, **options)
-    together = run_written(long_model, tokenizer, load("piqa-instruct", mirror), batch_size=8, **options)
+    alone = run_generative(long_model, tokenizer, load("piqa-instruct", mirror), batch_size=1, **options)
+    together = run_generative(long_model, tokenizer, load("piqa-instruct", mirror), batch_size=8, **options)
     assert alone == together
-    assert run_written(long_model, tokenizer, load("piqa-instruct", mirror), **options) == alone
+    assert run_generative(long_model, tokenizer, load("piqa-instruct", mirror), **options) == alone
     assert len({sample.text for sample in alone.samples}) > 1
 
 
 def test_answers_are_those_of_plain_greedy_decoding(long_model, tokenizer, mirror):
     """Token by token, without a cache, without padding."""
-    found = run_written(long_model, tokenizer, load("piqa-instruct", mirror), template="gsm8k", new_tokens=6)
+    found = run_generative(long_model, tokenizer, load("piqa-instruct", mirror), template="gsm8k", new_tokens=6)
     for sample in found.samples:
         tokens = tokenizer.encode(sample.prompt, add_special_tokens=False)
         before = len(tokens)
@@ -112,9 +112,9 @@ def test_answers_are_those_of_plain_greedy_decoding(long_model, tokenizer, mirro
 def test_a_models_settings_for_sampling_have_no_say(tokenizer, mirror):
     model = tiny_model(tiny_config("llama", tied=False, max_position_embeddings=2048))
     options = {"template": "gsm8k", "new_tokens": 12}
-    plain = run_written(model, tokenizer, load("piqa-instruct", mirror), **options)
+    plain = run_generative(model, tokenizer, load("piqa-instruct", mirror), **options)
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1)
-    assert run_written(model, tokenizer, load("piqa-instruct", mirror), **options) == plain
+    assert run_generative(model, tokenizer, load("piqa-instruct", mirror), **options) == plain
 
 
 def test_an_answer_ends_at_the_tokenizers_end_too(tokenizer, mirror):
@@ -139,7 +139,7 @@ def test_a_prompt_that_loses_its_beginning_is_told(model, tokenizer, mirror):
             self.notes.append(text)
 
     heard = Heard()
-    run_written(model, tokenizer, load("svamp", mirror), template="alpaca", new_tokens=200, progress=heard)
+    run_generative(model, tokenizer, load("svamp", mirror), template="alpaca", new_tokens=200, progress=heard)
     assert heard.notes == [
         "Of svamp, 5 of 5 prompts lose their beginning: the model holds 256 tokens, the answer's 200 among them."
     ]
@@ -147,7 +147,7 @@ def test_a_prompt_that_loses_its_beginning_is_told(model, tokenizer, mirror):
 
 def test_a_batch_that_does_not_fit_is_halved(long_model, tokenizer, mirror, monkeypatch):
     options = {"template": "gsm8k", "new_tokens": 6}
-    wanted = run_written(long_model, tokenizer, load("piqa-instruct", mirror), **options)
+    wanted = run_generative(long_model, tokenizer, load("piqa-instruct", mirror), **options)
     plain, tried, alive = type(long_model).generate, [], []
 
     def small(self, **given):
@@ -160,7 +160,7 @@ def test_a_batch_that_does_not_fit_is_halved(long_model, tokenizer, mirror, monk
         return plain(self, **given)
 
     monkeypatch.setattr(type(long_model), "generate", small)
-    assert run_written(long_model, tokenizer, load("piqa-instruct", mirror), **options) == wanted
+    assert run_generative(long_model, tokenizer, load("piqa-instruct", mirror), **options) == wanted
     assert tried[0] > 1
 
 
@@ -168,10 +168,10 @@ def test_a_chat_template_lays_questions_out(long_model, mirror, says):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(UsageError, match="no chat template"):
-        run_written(long_model, tokenizer, load("svamp", mirror), template="chat")
+        run_generative(long_model, tokenizer, load("svamp", mirror), template="chat")
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}bot:"
     says("0")
-    found = run_written(long_model, tokenizer, load("svamp", mirror), template="chat")
+    found = run_generative(long_model, tokenizer, load("svamp", mirror), template="chat")
     assert found.samples[1].prompt == "<s>What is 1 + 1?</s>bot:"
     assert found.score.writing is not None
     assert found.score.writing.template == "chat"
@@ -179,7 +179,7 @@ def test_a_chat_template_lays_questions_out(long_model, mirror, says):
 
 def score(value: float, stderr: float | None, samples: int = 10, unanswered: int = 0) -> TaskScore:
     return TaskScore(
-        metrics={"exact_match": Metric(value=value, stderr=stderr, higher_is_better=True)},
+        metrics={"exact_match": Measured(value=value, stderr=stderr, higher_is_better=True)},
         samples=samples,
         fewshot=0,
         version="1",

@@ -20,7 +20,7 @@ _TEMPLATE: TypeAdapter[Template] = TypeAdapter(Template)
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
+class EvaluatedModel:
     """A model to be measured.
 
     Attributes:
@@ -32,7 +32,7 @@ class Candidate:
 
     source: ModelSource
     name: str
-    parent: "Candidate | None" = None
+    parent: "EvaluatedModel | None" = None
     adapter: bool = True
 
     @property
@@ -106,7 +106,7 @@ def open_candidates(
     offline: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
-) -> list[Candidate]:
+) -> list[EvaluatedModel]:
     """Open models and the full-precision parents of those that have one.
 
     Args:
@@ -135,10 +135,10 @@ def open_candidates(
     if not adapter:
         names |= {key: f"{names[key]} {WITHOUT_ADAPTER}" for key, source in everyone.items() if adapter_folder(source)}
     hashes = [origin.content_hash if origin else None for origin in origins]
-    found = {key: Candidate(everyone[key], names[key], None, adapter) for key in hashes if key is not None}
+    found = {key: EvaluatedModel(everyone[key], names[key], None, adapter) for key in hashes if key is not None}
     for source, key in zip(opened, hashes, strict=True):
         own = source.content_hash
-        found.setdefault(own, Candidate(source, names[own], found[key] if key is not None else None, adapter))
+        found.setdefault(own, EvaluatedModel(source, names[own], found[key] if key is not None else None, adapter))
     return [found[key] for key in dict.fromkeys(source.content_hash for source in opened)]
 
 

@@ -48,7 +48,7 @@ def expected(tmp_path: Path) -> dict[str, bytes]:
 CHILD = """
 import sys, time
 from pathlib import Path
-from tests.artifacts.test_crash import run
+from tests.artifacts.test_store_crash import run
 
 def after_step(step):
     print(step, flush=True)

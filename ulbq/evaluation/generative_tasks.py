@@ -101,8 +101,8 @@ class LoadedGroup:
 
 
 @dataclass(frozen=True)
-class Written:
-    """Tasks and groups, ready to be run on any number of models; made by :func:`load_written`."""
+class GenerativeTasks:
+    """Tasks and groups, ready to be run on any number of models; made by :func:`load_generative`."""
 
     tasks: tuple[LoadedTask, ...]
     groups: tuple[LoadedGroup, ...]
@@ -134,15 +134,15 @@ _GROUPS = {
     "arithmetic-cot": ("gsm8k-cot", "svamp", "mawps", "aqua"),
     "commonsense": tuple(name for name in _TASKS if name.endswith("-instruct")),
 }
-WRITTEN_NAMES = (*_GROUPS, *_TASKS)
+GENERATIVE_NAMES = (*_GROUPS, *_TASKS)
 """Every name that ``--tasks`` takes beside lm-eval's, groups first."""
 
 
-def load_written(names: Sequence[str], *, limit: int | None = None, data_dir: Path | None = None) -> Written:
+def load_generative(names: Sequence[str], *, limit: int | None = None, data_dir: Path | None = None) -> GenerativeTasks:
     """Read the questions of tasks and groups from the mirror.
 
     Args:
-        names: from :data:`WRITTEN_NAMES`.
+        names: from :data:`GENERATIVE_NAMES`.
         limit: questions a task, the first ones; None: all.
         data_dir: mirror folder, see :func:`ulbq.data.mirror.data_root`.
 
@@ -171,7 +171,7 @@ def load_written(names: Sequence[str], *, limit: int | None = None, data_dir: Pa
         if name in _GROUPS:
             groups.append(LoadedGroup(name, at_hand, tuple(member for member in members if member not in at_hand)))
     tasks = (_load(_TASKS[name], file, limit) for name in wanted if (file := files[name]))
-    return Written(tuple(tasks), tuple(groups))
+    return GenerativeTasks(tuple(tasks), tuple(groups))
 
 
 def _not_there(name: str, members: Sequence[str], root: Path | None) -> ResourceError:
@@ -179,7 +179,7 @@ def _not_there(name: str, members: Sequence[str], root: Path | None) -> Resource
     looked = f"The mirror {root} has" if root else "There is"
     return ResourceError(
         f"{looked} no {data}, which '{name}' is scored on.",
-        hint="Put LLM-Adapters' test set there, one row of instruction and answer a line; --data-dir or ULBQ_DATA_DIR "
+        hint="Put LLM-Adapters' test set there, one row of instruction and answer a line; `data_dir` or ULBQ_DATA_DIR "
         "names the mirror.",
     )
 

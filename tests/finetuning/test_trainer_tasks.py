@@ -10,7 +10,7 @@ from transformers import get_scheduler
 
 from tests.models.tiny import tiny_config, tiny_model
 from ulbq.config.finetuning import FinetuneSettings
-from ulbq.finetuning.checkpoint import Checkpoint
+from ulbq.finetuning.checkpoint import TrainerCheckpoint
 from ulbq.finetuning.examples import Examples
 from ulbq.finetuning.student import Student
 from ulbq.finetuning.trainer import Trainer
@@ -45,7 +45,7 @@ def make(folder: Path, rows: list[tuple[list[int], list[bool]]] | None = None, *
     return Trainer(student, None, given, settings, **named)
 
 
-def run(trainer: Trainer) -> tuple[Checkpoint, list[tuple[int, list[str]]]]:
+def run(trainer: Trainer) -> tuple[TrainerCheckpoint, list[tuple[int, list[str]]]]:
     told: list[tuple[int, list[str]]] = []
     with Silent().phase("training") as bar:
         last = trainer.train(None, bar, lambda one, files: told.append((one.step, [path.name for path in files])))
@@ -127,5 +127,5 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     last, told = run(trainer)
     assert (last.failed, told) == ("evaluation", [(0, [])])
     with Silent().phase("training") as bar:
-        going = trainer.train(Checkpoint(evaluations=((0, 1.0),)), bar, lambda checkpoint, files: None)
+        going = trainer.train(TrainerCheckpoint(evaluations=((0, 1.0),)), bar, lambda checkpoint, files: None)
     assert (going.failed, going.step, going.losses) == ("loss", 1, ())

@@ -66,7 +66,7 @@ class TestTakenOver:
             file.write_bytes(data[:-1] if damage == "cut" else bytes([data[0] ^ 4, *data[1:]]))
         with pytest.raises(InputError, match=name) as caught:
             complete(out)
-        assert "--force" in caught.value.hint
+        assert "`force=True`" in caught.value.hint
         check_hashes(complete(out, force=True))
 
     def test_every_flipped_bit_of_the_journal_is_noticed(self, out: Path, partial: Path) -> None:

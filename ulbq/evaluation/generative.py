@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict
 from ulbq.config.run import Template
 from ulbq.data.prompts import next_question, prompt_tokens
 from ulbq.evaluation.answers import is_right
+from ulbq.evaluation.generative_tasks import LoadedGroup, LoadedTask
 from ulbq.evaluation.lm import LanguageModel
-from ulbq.evaluation.results import Metric, TaskScore, Writing
-from ulbq.evaluation.written_tasks import LoadedGroup, LoadedTask
+from ulbq.evaluation.results import Measured, TaskScore, Writing
 from ulbq.progress import Progress
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Answered(BaseModel):
     samples: tuple[Sample, ...]
 
 
-def run_written(
+def run_generative(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     loaded: LoadedTask,
@@ -152,7 +152,7 @@ def _score(samples: Sequence[Sample], template: Template, new_tokens: int) -> Ta
     # The standard error of the mean of count zeros and ones, as lm-eval takes it.
     error = sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
     return TaskScore(
-        metrics={METRIC: Metric(value=share, stderr=error, higher_is_better=True)},
+        metrics={METRIC: Measured(value=share, stderr=error, higher_is_better=True)},
         samples=count,
         fewshot=0,
         version=_VERSION,
@@ -171,7 +171,7 @@ def _mean(group: LoadedGroup, members: Sequence[TaskScore]) -> TaskScore:
     whole = len(group.members) + len(group.missing)
     return TaskScore(
         metrics={
-            METRIC: Metric(
+            METRIC: Measured(
                 value=sum(metric.value for metric in metrics) / len(metrics),
                 stderr=sqrt(sum(error**2 for error in known)) / len(known) if len(known) == len(errors) else None,
                 higher_is_better=True,

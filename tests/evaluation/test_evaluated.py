@@ -10,7 +10,7 @@ from ulbq.artifacts.records import FinetuneRecord
 from ulbq.config.convert import ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError
-from ulbq.evaluation.subjects import open_candidates
+from ulbq.evaluation.evaluated import open_candidates
 from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent

@@ -1,4 +1,4 @@
-"""Tasks with written answers, from sources to an evaluation artifact: tiny models, a tiny mirror, no lm-eval."""
+"""Generative tasks, from sources to an evaluation artifact: tiny models, a tiny mirror, no lm-eval."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,8 @@ from ulbq.artifacts import EvaluationManifest, verify
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, ResourceError, UsageError
-from ulbq.evaluation import harness
+from ulbq.evaluation import generative, harness, measurer
 from ulbq.evaluation.results import ModelScores, Results
-from ulbq.pipeline import measure
 from ulbq.pipeline.evaluate import SAMPLES, evaluate
 from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent
@@ -130,7 +129,7 @@ def test_the_parent_writes_too_on_request_and_evaluations_compare(made):
 
 def test_an_interrupted_run_goes_on_with_the_next_task(made, monkeypatch):
     asked = request(made, "q4", tasks=("svamp", "mawps"), limit=2, out=Path("e"))
-    plain, done = measure.run_written, []
+    plain, done = generative.run_generative, []
 
     def stop_at_mawps(model, tokenizer, loaded, **options):
         if loaded.task.name == "mawps" and len(done) == 1:
@@ -138,7 +137,7 @@ def test_an_interrupted_run_goes_on_with_the_next_task(made, monkeypatch):
         done.append(loaded.task.name)
         return plain(model, tokenizer, loaded, **options)
 
-    monkeypatch.setattr(measure, "run_written", stop_at_mawps)
+    monkeypatch.setattr(generative, "run_generative", stop_at_mawps)
     with pytest.raises(KeyboardInterrupt):
         evaluate(asked)
     done.append("interrupted")
@@ -165,7 +164,7 @@ def test_names_of_lm_eval_stay_lm_evals(made):
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(made, monkeypatch, changes, error, sentence):
-    monkeypatch.setattr(measure, "load_model", None)
+    monkeypatch.setattr(measurer, "load_model", None)
     with pytest.raises(error, match=sentence) as caught:
         evaluate(request(made, "q4", **changes))
     assert caught.value.hint
@@ -182,6 +181,6 @@ def test_a_chat_template_has_to_be_there(made, monkeypatch, tmp_path):
             file.write_text(json.dumps(settings), encoding="utf-8")
         else:
             file.unlink(missing_ok=True)
-    monkeypatch.setattr(measure, "load_model", None)
+    monkeypatch.setattr(measurer, "load_model", None)
     with pytest.raises(UsageError, match="no chat template"):
         evaluate(request(made, str(folder), tasks=("svamp",), template="chat"))

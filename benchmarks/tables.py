@@ -1,0 +1,159 @@
+"""Write the figures of `benchmarks/results/quality-*.json` into README and docs, and draw them.
+
+    python benchmarks/tables.py
+
+A page says where a figure comes from, in a comment before it: ``<!-- gptq-w2 -->109.0`` is a setting's perplexity,
+``<!-- gptq-w2 bits -->2.28`` its true bits, ``<!-- apiq-r16 base -->82.51`` the perplexity without the adapter, and
+``<!-- eqat-w2-s0 eqat-w2-s1 eqat-w2-s2 mean -->73.5 ± 3.8`` mean and standard deviation of several. The page
+``docs/perplexity.md`` has every row of ours and of other programs (``quality-peers-cpu.json``), and the drawing.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from markupsafe import Markup
+from quality import SETTINGS
+
+from ulbq.evaluation.svg import Drawing, Scale, element, number
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, DRAWING = ROOT / "docs" / "perplexity.md", ROOT / "docs" / "perplexity.svg"
+PEERS = "quality-peers-cpu.json"
+FULL, MOST, WIDEST = 24.19, 1200.0, 5.5
+"""The model in full precision; what the drawing has room for, perplexity and bits."""
+
+_FIGURE = re.compile(
+    r"<!-- ([\w. -]+?)( bits| base| mean)? -->(\d{1,3}(?:,\d{3})*(?:\.\d+)?(?: ± [\d.]+)?(?: million)?)"
+)
+_TABLE = re.compile(r"(<!-- every row -->\n).*(<!-- end -->)", re.DOTALL)
+_COLOURS = ("#2f6bd8", "#d9730d", "#12907d", "#b1458f", "#7b5bd6", "#a3851c", "#c2410c", "#4d7c0f", "#0e7490")
+_STYLE = """
+svg { background: #fff; font: 13px system-ui, sans-serif; }
+text { fill: #171b22; } .soft { fill: #5c6675; } .grid { stroke: #e4e7ec; }
+.full { stroke: #5c6675; stroke-dasharray: 5 4; }
+.curve { fill: none; stroke-width: 2; } .peer { fill: #fff; stroke: #5c6675; stroke-width: 1.5; }
+"""
+
+Row = dict[str, Any]
+
+
+def rows() -> dict[str, Row]:
+    """Every measured row by its setting; those of other programs name a ``program`` in place of ``options``."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("quality-*.json"))
+    found = {row["setting"]: row for file in files for row in json.loads(file.read_text(encoding="utf-8"))}
+    return {name: row | _made(row) for name, row in found.items()}
+
+
+def _made(row: Row) -> Row:
+    """The method and the options that a row does not tell in the same words for all."""
+    if "program" in row:
+        return {"method": row["program"]}
+    setting = SETTINGS[row["setting"]]
+    text = " ".join(setting.options)
+    short = re.sub(r"--calibration wikitext2 ?|--sequence-length 512 ?|--samples 32 ?", "", text)
+    begun = f", from `{setting.start}`" if setting.start else ""
+    return {"method": setting.options[1], "options": f"`{short.strip()}`{begun}"}
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page with figures, and the drawing, as they have to be."""
+    found = rows()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        if path == PAGE:
+            text = _TABLE.sub(lambda match: match[1] + "\n".join(table(found)) + "\n" + match[2], text)
+        yield path, _FIGURE.sub(lambda match: f"<!-- {match[1]}{match[2] or ''} -->{_figure(match, found)}", text)
+    yield DRAWING, drawing(list(found.values())) + "\n"
+
+
+def table(found: dict[str, Row]) -> Iterator[str]:
+    """Markdown: methods by name, then other programs, each by true bits."""
+    yield from ("", "| setting | options | true bits | perplexity |", "| --- | --- | --- | --- |")
+    for row in sorted(found.values(), key=lambda one: ("program" in one, one["method"], one["true_bits"])):
+        name = row.get("program", f"`{row['setting']}`")
+        yield f"| {name} | {row['options']} | {row['true_bits']:.2f} | {perplexity(row['perplexity'])} |"
+    yield ""
+
+
+def drawing(found: Sequence[Row]) -> str:
+    """Perplexity over true bits: a line through the best of each method, a ring for each row of another program."""
+    shown = [row for row in found if row["perplexity"] <= MOST and row["true_bits"] <= WIDEST]
+    methods = sorted({row["method"] for row in shown if "program" not in row})
+    width, bottom = 520.0, 420.0
+    picture = Drawing(width, bottom + 44 + 22 * -(-(len(methods) + 1) // 3), "Perplexity over true bits")
+    across, up = Scale(1, WIDEST, (52, width - 14)), Scale(22, MOST, (bottom, 14), log=True, ticks=8)
+    for tick in up.ticks:
+        picture.line((52, up(tick)), (width - 14, up(tick)), "grid")
+        picture.text(46, up(tick) + 4, number(tick), style="soft", anchor="end")
+    for tick in across.ticks:
+        picture.text(across(tick), bottom + 18, number(tick), style="soft", anchor="middle")
+    picture.text(width - 14, bottom + 34, "true bits a weight", style="soft", anchor="end")
+    picture.line((52, up(FULL)), (width - 14, up(FULL)), "full")
+    for row in shown:
+        if "program" in row:
+            hint = f"{row['program']}, {row['options']}: {perplexity(row['perplexity'])} at {row['true_bits']:.2f}"
+            picture.dot(across(row["true_bits"]), up(row["perplexity"]), "peer", hint=hint)
+    for place, name in enumerate([*methods, "other programs"]):
+        x, y = 56 + 160.0 * (place % 3), bottom + 58 + 22 * (place // 3)
+        picture.dot(x, y - 4, "peer" if name == "other programs" else f"m{place}")
+        picture.text(x + 12, y, name)
+    for place, name in enumerate(methods):
+        own = [row for row in shown if "program" not in row and row["method"] == name]
+        best = [row for row in own if not any(_beats(other, row) for other in own)]
+        points = sorted((across(row["true_bits"]), up(row["perplexity"])) for row in best)
+        picture.path(points, f"curve l{place}")
+        for row in own:
+            hint = f"{row['setting']}: {perplexity(row['perplexity'])} at {row['true_bits']:.2f} bits"
+            radius = 4 if row in best else 2
+            picture.dot(across(row["true_bits"]), up(row["perplexity"]), f"m{place}", hint=hint, radius=radius)
+    colours = "\n".join(f".m{n} {{ fill: {c}; }} .l{n} {{ stroke: {c}; }}" for n, c in enumerate(_COLOURS))
+    style = element("style", Markup(_STYLE + colours))
+    head, _, body = picture.markup().partition(">")
+    return f'{head} width="640" xmlns="http://www.w3.org/2000/svg">{style}{body}'
+
+
+def perplexity(value: float) -> str:
+    """As pages write it: four digits, or whole thousands apart."""
+    value += 1e-9  # of two figures as near the one above
+    if value >= 1e7:
+        return f"{value / 1e6:.0f} million"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def _figure(match: re.Match[str], found: dict[str, Row]) -> str:
+    several = [found[name] for name in match[1].split()]
+    if match[2] == " mean":
+        values = [row["perplexity"] for row in several]
+        return f"{mean(values):.1f} ± {stdev(values):.1f}"
+    [row] = several
+    if match[2] == " bits":
+        return f"{row['true_bits']:.2f}"
+    return perplexity(row["base_perplexity" if match[2] else "perplexity"])
+
+
+def _beats(other: Row, row: Row) -> bool:
+    """Whether another row has fewer bits or as many, and a lower perplexity."""
+    return other["true_bits"] <= row["true_bits"] + 0.005 and other["perplexity"] < row["perplexity"]
+
+
+def main() -> None:
+    """Write what has changed, and name it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail where something has to change")
+    check = parser.parse_args().check
+    changed = {path: text for path, text in pages() if not path.is_file() or path.read_text(encoding="utf-8") != text}
+    for path, text in changed.items():
+        print(path.relative_to(ROOT))
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    sys.exit(bool(changed) and check)
+
+
+if __name__ == "__main__":
+    main()

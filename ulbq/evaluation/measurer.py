@@ -1,0 +1,150 @@
+"""The measurements of an evaluation, each a step that an interrupted run need not repeat."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from pydantic import TypeAdapter
+from transformers import PreTrainedModel
+
+from ulbq import runtime
+from ulbq.artifacts import ArtifactWriter
+from ulbq.config.evaluate import EvaluateRequest
+from ulbq.data.registry import texts
+from ulbq.evaluation.evaluated import EvaluatedModel
+from ulbq.evaluation.generative import Sample
+from ulbq.evaluation.generative_tasks import GenerativeTasks
+from ulbq.evaluation.harness import Tasks
+from ulbq.evaluation.metrics import METRICS
+from ulbq.evaluation.results import ModelScores, WeightSize
+from ulbq.evaluation.sizes import weight_size
+from ulbq.evaluation.text import text_windows
+from ulbq.models.load import load_model, model_memory
+from ulbq.progress import Progress
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a request comes to, once its models and data are known.
+
+    Attributes:
+        perplexity: names of text sets.
+        tasks: loaded tasks of lm-eval's, None for none.
+        generative: loaded tasks whose answers models write, None for none.
+        prompts: texts to go on from, each once.
+        fidelity: text set to compare with the parent on, ``self`` for text that the parent writes, None not to compare.
+        context: tokens a window.
+        limit: windows a text and documents a task; None: all.
+        dtype: what the models compute in.
+        device: where.
+    """
+
+    perplexity: tuple[str, ...]
+    tasks: Tasks | None
+    generative: GenerativeTasks | None
+    prompts: tuple[str, ...]
+    fidelity: str | None
+    context: int
+    limit: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Measurer:
+    """Measures models one after the other.
+
+    Attributes:
+        request: what was asked.
+        measures: what that comes to.
+        progress: told how it goes.
+        samples: written answers so far, each with the name of its model.
+    """
+
+    def __init__(
+        self,
+        request: EvaluateRequest,
+        measures: Measures,
+        writer: ArtifactWriter,
+        watch: runtime.Stopwatch,
+        progress: Progress,
+    ) -> None:
+        self.request = request
+        self.measures = measures
+        self.progress = progress
+        self.samples: list[tuple[str, Sample]] = []
+        self._writer = writer
+        self._watch = watch
+
+    def measure(self, candidate: EvaluatedModel, *, parent: bool = False) -> ModelScores:
+        """Take the metrics of one model. It is loaded only if a step is missing.
+
+        Args:
+            candidate: the model.
+            parent: whether it is here only because another was made from it.
+        """
+
+        @cache
+        def model() -> PreTrainedModel:
+            with self.progress.phase(f"Loading {candidate.name}"):
+                return self.load(candidate)
+
+        wanted = ["always"]
+        if not parent or self.request.parent_scores is not False:
+            wanted.append("by default")
+        if not parent or self.request.parent_scores:
+            wanted.append("if asked")
+        values: dict[str, Any] = {
+            name: value
+            for name, metric in METRICS.items()
+            if metric.of_parents in wanted and (value := metric.measure(self, candidate, model))
+        }
+        weights = self._weights(candidate, model) if values else None
+        if self.request.prefill_cache and model.cache_info().currsize and (held := model_memory(model()).cache):
+            self.progress.note(f"The prefill cache of {candidate.name} takes {held / 1e6:,.0f} MB.")
+        model.cache_clear()
+        self._forget()
+        return ModelScores(subject=candidate.subject, weights=weights, **values)
+
+    def step(self, key: str, kind: type[T], work: Callable[[], T]) -> T:
+        """The recorded value of a finished step, else do it and record it."""
+        if key in self._writer.journal:
+            recorded: T = TypeAdapter(kind).validate_python(self._writer.journal[key])
+            return recorded
+        with self._watch.phase(key):
+            value = work()
+        self._writer.record(key, value)
+        return value
+
+    def windows(self, candidate: EvaluatedModel, text: str, limit: int | None, *, bos: bool = False) -> torch.Tensor:
+        """A text set in a model's tokens, int64 ``[n, context]``; see :func:`ulbq.evaluation.text.text_windows`."""
+        read = texts(text, "test", data_dir=self.request.data_dir, offline=self.request.offline)
+        tokenizer = candidate.source.tokenizer()
+        return text_windows(read, tokenizer, context=self.measures.context, limit=limit, bos=bos, name=text)
+
+    def load(self, candidate: EvaluatedModel) -> PreTrainedModel:
+        """A model as it is measured."""
+        return load_model(
+            candidate.source,
+            dtype=self.measures.dtype,
+            device=self.measures.device,
+            adapter=candidate.adapter,
+            prefill_cache=self.request.prefill_cache,
+        )
+
+    def _weights(self, candidate: EvaluatedModel, model: Callable[[], PreTrainedModel]) -> WeightSize:
+        """Recorded like a step, so that a resumed run need not load the model; no work worth a line of its own."""
+        key = f"{candidate.name}: weights"
+        if key not in self._writer.journal:
+            self._writer.record(key, weight_size(candidate, model()))
+        return WeightSize.model_validate(self._writer.journal[key])
+
+    def _forget(self) -> None:
+        """Give the memory of models that nobody holds any more back at once; their modules refer to each other."""
+        gc.collect()
+        if self.measures.device.type == "cuda":
+            torch.cuda.empty_cache()
