@@ -28,7 +28,7 @@ FEWEST_TOKENS = 1 / 4
 random inputs, the error is then no lower than that of rounding to nearest; at two a column it is a quarter of that."""
 
 
-class _Sums(NamedTuple):
+class _InputSums(NamedTuple):
     """What is known of one input: its second moments, and how far it is from that of the full-precision model.
 
     Where errors at outputs cost something, also the second moments of its own for each layer that reads it.
@@ -100,12 +100,12 @@ def _place(block: nn.Module, name: str) -> str:
 
 def _gather(
     task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting, reference: nn.Module | None
-) -> dict[str, _Sums]:
+) -> dict[str, _InputSums]:
     """Sums over the samples that train, of some inputs, by the first layer that reads them."""
     samples, originals = _activations(task).training, _activations(task).originals
     costs, device = task.outputs, task.precision.device
     relative = weighting is TokenWeighting.ENERGY
-    sums: dict[str, _Sums] = {}
+    sums: dict[str, _InputSums] = {}
     for one in inputs:
         name = one.layers[0]
         width = linear_layer(task.block, name).in_features
@@ -113,7 +113,7 @@ def _gather(
         drift = Drift(width, device, relative=relative) if drifts else None
         groups = {} if costs is None else {layer: costs[layer].tokens.shape[2] for layer in one.layers}
         own = {layer: HessianSum(width, device, groups=count) for layer, count in groups.items()}
-        sums[name] = _Sums(HessianSum(width, device, relative=relative), drift, own)
+        sums[name] = _InputSums(HessianSum(width, device, relative=relative), drift, own)
     # Where a layer was missed, as experts are, another sample may well call it, and no call is known to be the last.
     expected = sum(one.calls for one in inputs) if all(one.calls for one in inputs) else 0
     drifting = [name for name, one in sums.items() if one.drift is not None]
