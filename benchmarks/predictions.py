@@ -1,6 +1,6 @@
 """What the plans of runs predict, beside what the runs take: peak memory, disk, artifact and time left.
 
-    python benchmarks/predictions.py [--models tiny default block] [--cases rtn gptq …] [--results FILE]
+    python benchmarks/predictions.py [--models tiny default block] [--cases rtn gptq …] [--results FILE] [--again]
 
 Three models: a tiny one, whose memory is that of the libraries; the default model; and two blocks of Llama 2 7B's
 shape with random weights, between embeddings and a head. Every command that predicts something runs on each of them,
@@ -11,6 +11,8 @@ mapped, looked at five times a second; ``artifact`` are the weights of the finis
 progress line said was left, a quarter and half through the longest phase, beside what it then took; only runs of more
 than a minute are long enough to tell. Ratios are predicted over measured.
 
+``--again`` runs nothing that FILE has measured: what was measured stays, and stands beside what plans say today.
+
 Needs a mirror of WikiText-2 in ``ULBQ_DATA_DIR``.
 """
 
@@ -18,6 +20,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,10 +43,16 @@ _PREDICTED = re.compile(r"(peak memory|disk|artifact) ([\d.,]+) ([KMG]?i?B)")
 _PACE = re.compile(r"(?P<name>[^:]+): (?P<done>\d+)/(?P<total>\d+), .*passed, (?P<left>[\d.:]+)(?P<unit> s)? left")
 
 SMALL = ("--samples", "8", "--sequence-length", "128")
+MANY = ("--samples", "24", "--sequence-length", "128")
+"""Tokens enough for second moments of 11,008 columns."""
 QUICK = (*SMALL, "--epochs", "1")
 TEXT = ("--calibration", "wikitext2")
 TAUGHT = (*TEXT, *QUICK, "--end-to-end", "kl")
 """Enough for every part of a run to come about; how long it trains makes no difference to what it takes."""
+
+TUNED = ("--samples", "8", "--epochs", "1", "--sequence-length", "256")
+
+QUANTIZED = ("--target-inputs", "quantized")
 
 MADE = "@"
 """Stands for the artifact of the case that is named behind it, which runs first."""
@@ -51,13 +60,17 @@ MADE = "@"
 CASES: dict[str, tuple[str, ...]] = {
     "rtn": ("quantize", "--method", "rtn"),
     "rtn, rotated": ("quantize", "--method", "rtn", "--rotate"),
-    "gptq": ("quantize", "--method", "gptq", *TEXT, *SMALL),
-    "gptq, one pass": ("quantize", "--method", "gptq", "--one-pass", *TEXT, *SMALL),
-    "claq": ("quantize", "--method", "claq", *TEXT, *SMALL),
-    "claq, layers": ("quantize", "--method", "claq", "--target-bits", "3", *TEXT, *SMALL),
+    "gptq, full inputs": ("quantize", "--method", "gptq", *TEXT, *SMALL),
+    "claq, full inputs": ("quantize", "--method", "claq", *TEXT, *SMALL),
+    "trellis, full inputs": ("quantize", "--method", "trellis", *TEXT, *SMALL),
+    "gptq": ("quantize", "--method", "gptq", *QUANTIZED, *TEXT, *SMALL),
+    "gptq, many tokens": ("quantize", "--method", "gptq", *QUANTIZED, *TEXT, *MANY),
+    "gptq, one pass": ("quantize", "--method", "gptq", "--one-pass", *QUANTIZED, *TEXT, *SMALL),
+    "claq": ("quantize", "--method", "claq", *QUANTIZED, *TEXT, *SMALL),
+    "claq, layers": ("quantize", "--method", "claq", "--target-bits", "3", *QUANTIZED, *TEXT, *SMALL),
     "claq, global": (
         *("quantize", "--method", "claq", "--target-bits", "3", "--allocation", "global"),
-        *("--saliency", "fisher", *TEXT, *SMALL),
+        *("--saliency", "fisher", *QUANTIZED, *TEXT, *SMALL),
     ),
     "efficientqat": ("quantize", "--method", "efficientqat", *TEXT, *QUICK),
     "efficientqat, gptq": ("quantize", "--method", "efficientqat", "--start", "gptq", *TEXT, *QUICK),
@@ -76,21 +89,22 @@ CASES: dict[str, tuple[str, ...]] = {
     "db-llm, temperature": ("quantize", "--method", "db-llm", "--fit-temperature", *TEXT, *QUICK),
     "db-llm, own text": ("quantize", "--method", "db-llm", "--calibration", "self", *QUICK),
     "binary-mos": ("quantize", "--method", "binary-mos", *TEXT, *QUICK),
+    "trellis": ("quantize", "--method", "trellis", *QUANTIZED, *TEXT, *MANY),
+    "trellis, budget": ("quantize", "--method", "trellis", "--target-bits", "2.3", *QUANTIZED, *TEXT, *MANY),
+    "trellis, end to end": ("quantize", "--method", "trellis", "--end-to-end", "kl", *QUANTIZED, *TEXT, *SMALL),
+    "artifact, end to end": (
+        *("quantize", f"{MADE}efficientqat", "--method", "efficientqat", "--epochs", "0"),
+        *("--end-to-end", "ce", *TEXT, *SMALL),
+    ),
     "fisher": ("saliency", *TEXT, *SMALL),
     "hessian": ("saliency", "--kind", "hessian", *TEXT, *SMALL),
     "wanda": ("saliency", "--kind", "wanda", *TEXT, *SMALL),
     "magnitude": ("saliency", "--kind", "magnitude"),
-    "finetune": ("finetune", f"{MADE}rtn", "--task", "gsm8k", "--samples", "32"),
+    "finetune": ("finetune", f"{MADE}rtn", "--task", "gsm8k", *TUNED),
+    "finetune, scales": ("finetune", f"{MADE}rtn", "--task", "gsm8k", "--train", "adapter-scales", *TUNED),
+    "finetune, checkpointing": ("finetune", f"{MADE}rtn", "--task", "gsm8k", "--checkpointing", *TUNED),
     "finetune, end to end": (
-        "finetune",
-        f"{MADE}db-llm",
-        "--task",
-        "end-to-end",
-        "--loss",
-        "ce",
-        "--data",
-        "wikitext2",
-        *SMALL,
+        *("finetune", f"{MADE}db-llm", "--task", "end-to-end", "--loss", "ce", "--data", "wikitext2", *SMALL),
     ),
 }
 
@@ -235,24 +249,40 @@ def _weights(out: Path) -> int:
     )
 
 
+def _words(case: str, source: Path, folder: Path) -> list[str]:
+    """The command line of a case; what it starts from is made where it is not there."""
+    words = list(CASES[case])
+    if words[1].startswith(MADE):
+        made = folder / words.pop(1).removeprefix(MADE)
+        if not is_artifact(made):
+            run([*_words(made.name, source, folder), "-o", str(made)], made)
+        source = made
+    return [words[0], str(source), *words[1:], "--device", "cpu", "--offline", "--force"]
+
+
 def measure(case: str, source: Path, folder: Path) -> dict[str, Any]:
     """Run one case on a model."""
-    words = list(CASES[case])
-    given = [words.pop(1)] if words[1].startswith(MADE) else []
-    if given:
-        made = folder / given[0].removeprefix(MADE)
-        if not is_artifact(made):
-            run([*CASES[made.name][:1], str(source), *CASES[made.name][1:], "-o", str(made)], made)
-        source = made
     out = folder / case
-    seen = run([words[0], str(source), *words[1:], "--device", "cpu", "--offline", "--force", "-o", str(out)], out)
-    said = _predictions(seen.text)
+    shutil.rmtree(out, ignore_errors=True)  # what an earlier run left would count
+    seen = run([*_words(case, source, folder), "-o", str(out)], out)
     took = {"memory": seen.peak_memory, "disk": seen.disk, "artifact": _weights(out)}
     row: dict[str, Any] = {"case": case, "seconds": round(seen.seconds, 1)}
-    for what, size in said.items():
-        row |= {f"{what} said": size, f"{what} took": took[what], what: round(size / took[what], 3)}
+    row |= {f"{what} took": took[what] for what in _predictions(seen.text)}
     row["phases"] = {phase.name: round(phase.peak_memory / 2**20) for phase in read_manifest(out).phases}
-    return row | _times(seen)
+    return _compared(row | _times(seen), seen.text)
+
+
+def again(row: dict[str, Any], source: Path, folder: Path) -> dict[str, Any]:
+    """A row that was measured, beside what the plan of its run says now."""
+    seen = run([*_words(row["case"], source, folder), "--dry-run"], folder / "none")
+    return _compared(row, seen.text)
+
+
+def _compared(row: dict[str, Any], plan: str) -> dict[str, Any]:
+    """A row with what a plan said, and what that is of what was measured."""
+    said = _predictions(plan)
+    ratios = {what: round(size / row[f"{what} took"], 3) for what, size in said.items()}
+    return row | {f"{what} said": size for what, size in said.items()} | ratios
 
 
 def write_model(folder: Path, *, hidden: int, inside: int, heads: int, blocks: int) -> Path:
@@ -330,18 +360,23 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--folder", type=Path, help="for models and artifacts; a temporary one without")
     parser.add_argument("--results", type=Path, help="write the rows as JSON; those of other models and cases stay")
+    parser.add_argument("--again", action="store_true", help="predict anew what the results have measured")
     options = parser.parse_args()
+    known = json.loads(options.results.read_text())["rows"] if options.results and options.results.is_file() else []
+    measured = {(row["model"], row["case"]): row for row in known} if options.again else {}
     calm_threads()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         rows = []
         for model, source in models(folder / "models", options.models).items():
             for case in options.cases:
-                row = {"model": model, **measure(case, source, folder / model)}
+                if row := measured.get((model, case)):
+                    row = again(row, source, folder / model)
+                else:
+                    row = {"model": model, **measure(case, source, folder / model)}
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     if options.results:
-        known = json.loads(options.results.read_text())["rows"] if options.results.is_file() else []
         fresh = {(row["model"], row["case"]) for row in rows}
         rows = [row for row in known if (row["model"], row["case"]) not in fresh] + rows
         result = {"device": describe_device(torch.device("cpu")), "versions": versions(), "rows": rows}

@@ -117,11 +117,41 @@ def _settings() -> dict[str, Setting]:
     for loss in ("ce", "kl", "kl-hidden", "dad"):
         phase = ("--no-adapter", "--epochs", "0", "--end-to-end", loss, "--end-to-end-epochs", "2")
         found[f"apiq-r0-{loss}"] = Setting((*apiq, *phase, *_SAMPLES), start="apiq-r0")
-    found |= _efficientqat() | _trellis()
+    found |= _efficientqat() | _trellis() | _hessians() | _grids()
     together = ("--epochs", "0", "--end-to-end", "kl-hidden", "--end-to-end-epochs", "2")
     found["mos-4-kl-hidden"] = Setting((*mos, "--experts", "4", *_QUICK, *together), start="mos-4")
     found["mos-start"] = Setting((*mos, "--experts", "1", *_QUICK, "--epochs", "0"))
     return found
+
+
+def _hessians() -> dict[str, Setting]:
+    methods = {
+        "gptq-w2": ("--method", "gptq", "--bits", "2"),
+        "trellis-w2": ("--method", "trellis"),
+        "claq-2.3": ("--method", "claq", "--target-bits", "2.3"),
+    }
+    return {
+        f"{name}-{kind}-s{seed}": Setting((*options, "--hessian", kind, *_SAMPLES, "--seed", seed))
+        for name, options in methods.items()
+        for kind in ("plain", "guided", "two-sided")
+        if (name, kind) != ("claq-2.3", "two-sided")
+        for seed in ("0", "1", "2")
+    }
+
+
+def _grids() -> dict[str, Setting]:
+    methods = {
+        "rtn": ("--method", "rtn"),
+        "gptq": ("--method", "gptq", *_SAMPLES),
+        "eqat": ("--method", "efficientqat", *_SAMPLES, "--epochs", "4"),
+    }
+    grids = {"asymmetric": (), "symmetric": ("--symmetric",), "mid-rise": ("--symmetric", "--mid-rise")}
+    return {
+        f"grid-{name}-{grid}{'-rotated' if rotate else ''}": Setting((*options, "--bits", "2", *chosen, *rotate))
+        for name, options in methods.items()
+        for grid, chosen in grids.items()
+        for rotate in ((), ("--rotate",))
+    }
 
 
 def _efficientqat() -> dict[str, Setting]:

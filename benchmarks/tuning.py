@@ -98,7 +98,7 @@ def _matrices(bits: int) -> list[triton_launch.Part]:
     count = max(2, -(-ROTATION // packed["word_codes"].nbytes))
     copies = [{name: tensor.clone() for name, tensor in packed.items()} for _ in range(count)]
     return [
-        triton_launch.part(each["word_codes"], each["word_scales"], each["word_zeros"], bits, GROUP, SIZE)
+        triton_launch.part(each["word_codes"], each["word_scales"], each["word_zeros"], bits, 0.0, GROUP, SIZE)
         for each in copies
     ]
 

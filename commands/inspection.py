@@ -51,7 +51,8 @@ def show(console: Console, inspection: Inspection, *, layers: bool = False) -> N
             sections.append(("Blocks", _blocks(manifest.blocks)))
         sections.append(("Layers", _layers(manifest.layers) if layers else _layer_summary(manifest.layers)))
         if manifest.skipped:
-            sections.append(("In full precision", Text(", ".join(manifest.skipped))))
+            kept = None if manifest.coverage is None else "\n".join(one.words for one in manifest.coverage.kept)
+            sections.append(("In full precision", Text(kept or ", ".join(manifest.skipped))))
     elif isinstance(manifest, EvaluationManifest):
         sections.append(("Results", _results(manifest)))
     elif isinstance(manifest, SaliencyManifest):
@@ -153,6 +154,8 @@ def _particulars(manifest: AnyManifest) -> dict[str, str]:
         rows = {"scores": f"{manifest.score}, {manifest.dtype}, at most {manifest.rounding:.2%} lost in storage{loss}"}
     elif isinstance(manifest, QuantizedManifest):
         rows = {"method": manifest.method, "format": scheme(manifest.scheme)}
+        if manifest.coverage is not None:
+            rows["weights"] = manifest.coverage.words
         if manifest.rotation is not None:
             rows["rotation"] = manifest.rotation.label
         if (fitted := manifest.temperature) is not None:

@@ -24,11 +24,11 @@ def show_plan(plan: "QuantizePlan") -> None:
         **({"rotation": plan.rotation.label} if plan.rotation is not None else {}),
         **_what_is_done(plan.request),
         "compute": f"{plan.device}, {plan.precision}",
-        "predicted": f"peak memory {cost.peak_memory / 2**30:.2f} GiB, disk {cost.disk / 2**20:,.0f} MiB, "
-        f"artifact {cost.artifact / 2**20:,.0f} MiB",
+        "predicted": predicted(cost.peak_memory, cost.disk, cost.artifact),
     }
-    if plan.skipped:
-        rows["full precision"] = ", ".join(plan.skipped)
+    rows["weights"] = plan.coverage.words
+    if plan.coverage.kept:
+        rows["full precision"] = "\n".join(record.words for record in plan.coverage.kept)
     show_rows(rows)
 
 
@@ -51,10 +51,24 @@ def show_finetune_plan(plan: "FinetunePlan") -> None:
             "rates": f"adapter {request.adapter_rate:g}{scales}, {request.schedule}, warm-up {request.warmup:g}, "
             f"decay {request.adapter_decay:g}, clip {request.clip:g}",
             "compute": f"{plan.device}, {plan.precision}",
-            "predicted": f"peak memory {cost.peak_memory / 2**30:.2f} GiB (base {cost.base / 2**20:,.0f} MiB, what "
-            f"trains {cost.training / 2**20:,.0f} MiB, activations {cost.activations / 2**20:,.0f} MiB)",
+            "predicted": f"peak memory {_binary(cost.peak_memory)} (base {_binary(cost.base)}, what trains "
+            f"{_binary(cost.training)}, activations {_binary(cost.activations)}; Python and its libraries the rest)",
         }
     )
+
+
+def predicted(peak_memory: int, disk: int, artifact: int) -> str:
+    """What a run will take, in words; Python and its libraries are part of the memory."""
+    return f"peak memory {_binary(peak_memory)} in all, disk {_binary(disk)}, artifact {_binary(artifact)}"
+
+
+def _binary(count: float) -> str:
+    """Bytes in powers of two: ``512 B``, ``15.2 MiB``, ``1.25 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
 
 
 def show_rows(rows: Mapping[str, str]) -> None:

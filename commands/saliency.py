@@ -7,7 +7,7 @@ from ulbq.config.saliency import SaliencyRequest
 from . import console
 from .fields import asked, from_fields
 from .options import Debug, DryRun, Json, Quiet, Source, check_out, read_source
-from .plan_table import show_rows
+from .plan_table import predicted, show_rows
 from .streams import write
 
 if TYPE_CHECKING:
@@ -59,8 +59,5 @@ def _show(plan: "SaliencyPlan") -> None:
             f"{request.calibration}, {request.samples} × {request.sequence_length} tokens, seed {request.seed}"
         )
     rows["compute"] = f"{plan.device}, {plan.precision}"
-    rows["predicted"] = (
-        f"peak memory {plan.peak_memory / 2**30:.2f} GiB, disk {plan.disk / 2**20:,.0f} MiB, "
-        f"artifact {plan.artifact / 2**20:,.0f} MiB"
-    )
+    rows["predicted"] = predicted(plan.peak_memory, plan.disk, plan.artifact)
     show_rows(rows)

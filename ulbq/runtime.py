@@ -26,6 +26,8 @@ MAX_SEED = 2**63 - 1
 LIBRARY_MEMORY = 70 << 20
 """Bytes that libraries take after a run was planned: what is imported late, kernels, pools of threads."""
 
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+
 _PACKAGES = ("torch", "transformers", "safetensors", "datasets", "lm-eval", "gguf", "numpy")
 
 
@@ -109,6 +111,17 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def map_large_blocks() -> None:
+    """Have the C library map every block of 16 MiB and more by itself, so that it goes back whole as it is freed.
+
+    Left alone it keeps freed blocks of up to 32 MiB in its heap. Where their sizes change from step to step, as those
+    of logits of texts of many lengths do, none fits the next, and the heap grows to several times what lives in it.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if option is not None:
+        option(_MMAP_THRESHOLD, 16 << 20)
 
 
 def available_memory() -> int:

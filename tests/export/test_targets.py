@@ -67,6 +67,12 @@ def test_golden_words_of_symmetric_two_bits_in_v1() -> None:
     assert weight[31, :4].tolist() == [1.0, 0.5, 0.0, -0.5]  # the mirrored grid: |s|·{2, 1, 0, −1}
 
 
+def test_zero_points_between_two_codes_are_refused() -> None:
+    scheme = AffineScheme(bits=2, group_size=32, symmetric=True, mid_rise=True)
+    for layout in (gptq, compressed_tensors):
+        assert "lie between two codes" in (layout.unsupported_reason(scheme, (64, 64)) or "")
+
+
 @pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
 def test_v1_stores_the_middle_less_one(bits: int, word: int) -> None:
     scheme, packed, _ = matrix(bits, symmetric=True)
@@ -108,6 +114,17 @@ def test_the_smallest_gguf_type_that_holds_a_matrix(bits: int, symmetric: bool, 
     assert blocks is not None
     assert blocks.kind.name == kind
     assert torch.equal(torch.from_numpy(dequantize(blocks.data, blocks.kind)), weight)
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(2, "Q4_0"), (3, "Q4_0"), (4, "Q5_0")])
+def test_odd_multiples_of_half_a_step_are_whole_steps_of_gguf(bits: int, kind: str) -> None:
+    scheme = AffineScheme(bits=bits, group_size=64, symmetric=True, mid_rise=True)
+    packed = pack_some(scheme, 64, 128)
+    blocks = gguf_blocks.encode(scheme, packed, 128)
+    assert blocks is not None
+    assert blocks.kind.name == kind
+    found = torch.from_numpy(dequantize(blocks.data, blocks.kind))
+    assert torch.equal(found, formats.dequantize(scheme, packed, 128))
 
 
 def test_offsets_that_are_float16_go_into_q4_1() -> None:

@@ -127,6 +127,15 @@ def test_a_negative_scale_mirrors_the_symmetric_grid() -> None:
     assert levels == [[-4.0, -2.0, 0.0, 2.0], [4.0, 2.0, 0.0, -2.0]]
 
 
+def test_a_mid_rise_grid_has_as_many_levels_on_both_sides() -> None:
+    scheme = AffineScheme(bits=2, group_size=4, symmetric=True, mid_rise=True)
+    packed = affine.pack(scheme, torch.tensor([[0, 1, 2, 3]]), torch.tensor([[2.0]]))
+    assert affine.dequantize(scheme, packed, 4).tolist() == [[-3.0, -1.0, 1.0, 3.0]]
+    assert packed.keys() == scheme.tensors(1, 4).keys() == {"codes", "scales"}
+    with pytest.raises(ValueError, match="symmetric"):
+        AffineScheme(bits=2, mid_rise=True)
+
+
 @pytest.mark.parametrize(("bits", "centre"), [(1, 0.5), (2, 2.0), (3, 4.0), (4, 8.0), (8, 128.0)])
 def test_centre(bits: int, centre: float) -> None:
     assert AffineScheme(bits=bits).centre == centre
@@ -156,6 +165,7 @@ def test_a_symmetric_matrix_takes_no_zeros_that_it_would_not_store() -> None:
     [
         (AffineScheme(bits=2, group_size=64), "w2g64"),
         (AffineScheme(bits=4, group_size=-1, symmetric=True), "w4-sym"),
+        (AffineScheme(bits=2, group_size=64, symmetric=True, mid_rise=True), "w2g64-mid-rise"),
     ],
 )
 def test_label(scheme: AffineScheme, label: str) -> None:

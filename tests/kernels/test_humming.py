@@ -139,6 +139,7 @@ def test_opcheck() -> None:
         (DualBinaryScheme(), 64, "affine only"),
         (AffineScheme(bits=8), 64, "8 bits"),
         (AffineScheme(bits=1, symmetric=True), 64, "between two codes"),
+        (AffineScheme(bits=2, symmetric=True, mid_rise=True), 64, "between two codes"),
         (AffineScheme(bits=2, group_size=16), 64, "groups of 16"),
         (AffineScheme(bits=2), 70, "70 × 128"),
         (AffineScheme(bits=2), 64, ""),

@@ -15,7 +15,7 @@ from ulbq.nn.quant_linear import QuantLinear
 
 OUTS, COLUMNS = 70, 128
 AFFINE = [AffineScheme(bits=bits, group_size=size) for bits, size in ((1, 64), (2, 32), (3, 128), (4, -1), (8, 16))]
-AFFINE += [AffineScheme(bits=2, group_size=64, symmetric=True)]
+AFFINE += [AffineScheme(bits=2, group_size=64, symmetric=True, mid_rise=mid_rise) for mid_rise in (False, True)]
 TILES = pytest.param(
     "tiles", marks=pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 )
@@ -41,7 +41,7 @@ def test_opcheck_affine(scheme: AffineScheme, layout: str) -> None:
     if layout == "tiles" and (reason := tiles.unsupported_reason(scheme, COLUMNS)) is not None:
         pytest.skip(reason)
     _, packed = operands(scheme, layout)
-    constants = (OUTS, scheme.bits, scheme.group_size, layout)
+    constants = (OUTS, scheme.bits, scheme.group_size, layout, scheme.mid_rise)
     torch.library.opcheck(affine.affine_linear, (inputs(grad=True), *packed, *constants))
 
 

@@ -87,6 +87,10 @@ class TestRounding:
         scheme = AffineScheme(bits=bits, group_size=group_size, symmetric=symmetric)
         check_rounding(weights(), scheme, costs() if weighted else None, search)
 
+    def test_grids_without_a_zero_are_the_references(self) -> None:
+        scheme = AffineScheme(bits=2, group_size=32, symmetric=True, mid_rise=True)
+        check_rounding(weights(), scheme, costs(), True)
+
     def test_scales_are_rounded_to_float16_as_torch_rounds_them(self) -> None:
         check_all_scales()
 

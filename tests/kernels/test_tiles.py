@@ -16,6 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEMES: list[AnyScheme] = [
     *(AffineScheme(bits=bits, group_size=size) for bits in (1, 2, 3, 4) for size in (32, 64, 128, -1)),
     *(AffineScheme(bits=bits, group_size=64, symmetric=True) for bits in (1, 2, 3, 4)),
+    *(AffineScheme(bits=bits, group_size=64, symmetric=True, mid_rise=True) for bits in (2, 4)),
     *(DualBinaryScheme(group_size=size) for size in (32, 64, 128, -1)),
     *(BinaryMosScheme(experts=experts, zeros=zeros) for experts in (1, 4) for zeros in ("none", "output", "input")),
 ]

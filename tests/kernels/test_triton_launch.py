@@ -48,6 +48,7 @@ SCHEMES: list[tuple[AnyScheme, int]] = [
     (AffineScheme(bits=1, group_size=64, symmetric=True), 128),
     (AffineScheme(bits=2, group_size=64), 192),
     (AffineScheme(bits=2, group_size=-1), 75),
+    (AffineScheme(bits=2, group_size=32, symmetric=True, mid_rise=True), 96),
     (AffineScheme(bits=3, group_size=32), 96),
     (AffineScheme(bits=3, group_size=128), 256),
     (AffineScheme(bits=4, group_size=128, symmetric=True), 128),

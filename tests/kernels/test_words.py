@@ -14,6 +14,7 @@ from ulbq.kernels import words
 SCHEMES: list[AnyScheme] = [
     *(AffineScheme(bits=bits, group_size=size) for bits in (1, 2, 3, 4) for size in (32, -1)),
     AffineScheme(bits=3, group_size=64, symmetric=True),
+    AffineScheme(bits=2, group_size=32, symmetric=True, mid_rise=True),
     DualBinaryScheme(group_size=32),
     BinaryMosScheme(experts=2, zeros="input"),
 ]

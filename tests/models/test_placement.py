@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     FalconH1Config,
     Gemma3Config,
     Llama4TextConfig,
@@ -68,7 +69,8 @@ def to_eight_bits(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def request(source: Path, out: Path, **more: Any) -> QuantizeRequest:
-    return QuantizeRequest(source=str(source), method="rtn", bits=4, group_size=16, out=out, **more)
+    settings = {"method": "rtn", "bits": 4, "group_size": 16, "allow_partial": True}
+    return QuantizeRequest(source=str(source), out=out, **settings | more)
 
 
 class TestEightBits:
@@ -185,6 +187,19 @@ class TestCarried:
             assert resolve(folder).carried == source.carried
             assert all(torch.equal(stored.read(name), before[name]) for name in source.carried)
 
+    def test_layers_that_predict_further_tokens_go_along(self, tmp_path: Path) -> None:
+        more = {"model.layers.3.eh_proj.weight": torch.randn(64, 128), "model.layers.3.enorm.weight": torch.randn(64)}
+        dense = save_tiny("deepseek", tmp_path / "m")
+        edit(dense, lambda tensors: tensors.update(more), num_nextn_predict_layers=1)
+        out, manifest = quantize(request(dense, tmp_path / "q"))
+        assert resolve(out).carried == tuple(sorted(more))
+        assert manifest.coverage is not None
+        stored = LazyTensors.folder(dense)
+        assert manifest.coverage.total == sum(stored.read(name).numel() for name in stored.names)
+        edit(dense, dict, num_nextn_predict_layers=0)
+        with pytest.raises(InputError, match=r"no place for: 'model\.layers\.3\."):
+            resolve(dense)
+
     def test_rotation_is_refused(self, with_mtp: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"mtp\.fc\.weight"):
             quantize(request(with_mtp, tmp_path / "q", rotate=True))
@@ -206,7 +221,22 @@ class TestMultimodal:
         tiny_tokenizer().save_pretrained(tmp_path / "m")
         return tmp_path / "m"
 
+    def test_all_of_it_is_what_loads(self, qwen: Path, tmp_path: Path) -> None:
+        out, manifest = quantize(request(qwen, tmp_path / "q"))
+        config = json.loads((out / "config.json").read_text())
+        assert (config["architectures"], config["model_type"]) == (["Qwen3_5ForConditionalGeneration"], "qwen3_5")
+        assert resolve(qwen).notes == ()
+        assert resolve(qwen).carried == ()
+        assert manifest.coverage is not None
+        tower = next(kept for kept in manifest.coverage.kept if kept.name == "model.visual")
+        assert tower.why == "outside the blocks"
+        theirs = AutoModelForImageTextToText.from_pretrained(qwen, dtype=torch.float32)
+        ours = load_model(resolve(qwen), dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(_TOKENS).logits, theirs(_TOKENS).logits, rtol=1e-5, atol=1e-5)
+
     def test_artifact_of_a_text_model_says_so_and_keeps_the_tower(self, qwen: Path, tmp_path: Path) -> None:
+        edit(qwen, dict, architectures=["Qwen3_5ForCausalLM"])
         out, _ = quantize(request(qwen, tmp_path / "q"))
         config = json.loads((out / "config.json").read_text())
         assert (config["architectures"], config["model_type"]) == (["Qwen3_5ForCausalLM"], "qwen3_5_text")

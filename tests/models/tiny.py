@@ -56,6 +56,11 @@ _MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Mamba beside attention.
+_HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "jamba": ("jamba", {"use_mamba_kernels": False}),
+}
+
 # Whose weights can be rotated like Llama's, with what each has of its own; and one that only looks so.
 _LIKE_LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": ("ministral", {"head_dim": 32}),
@@ -76,7 +81,7 @@ FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 def tiny_config(family: str, *, tied: bool | None = None, vocab: int = 256, **changes: Any) -> PreTrainedConfig:
     """Configuration of a model with three blocks and hidden size 64; ``tied`` None: as the family does."""
-    model_type, special = (_FAMILIES | _MIXTURES | _LIKE_LLAMA)[family]
+    model_type, special = (_FAMILIES | _MIXTURES | _HYBRIDS | _LIKE_LLAMA)[family]
     values = {**_COMMON, "vocab_size": vocab, **special, **changes}
     if tied is not None:
         values["tie_word_embeddings"] = tied

@@ -9,8 +9,14 @@ from safetensors.torch import load_file
 
 from tests.models.tiny import save_tiny
 from tests.pipeline.runs import StopAt, logits, request, shards, simulated_logits
+from ulbq import formats
 from ulbq.artifacts.whole import verify
 from ulbq.config.quantize import QuantizeRequest
+from ulbq.errors import InputError, UsageError
+from ulbq.models.blocks import Linear, ModelStructure, skeleton, structure
+from ulbq.models.load import load_model
+from ulbq.models.source import resolve
+from ulbq.pipeline.quantization_plan import _check_outputs, build_method
 from ulbq.pipeline.quantize import plan, quantize
 
 
@@ -44,18 +50,18 @@ def test_it_comes_closer_than_rounding(bits: int, tiny_llama: Path, samples: Pat
     assert (logits(path, tokens) - exact).norm() < 0.9 * (logits(rounded, tokens) - exact).norm()
 
 
+# The second stops while outputs are weighed, the third when they have been.
+@pytest.mark.parametrize(("hessian", "steps"), [("plain", 1), ("guided", 1), ("two-sided", 3)])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
-    tiny_llama: Path,
-    samples: Path,
-    tmp_path: Path,
+    hessian: str, steps: int, tiny_llama: Path, samples: Path, tmp_path: Path
 ) -> None:
-    straight, _ = quantize(asked(tiny_llama, tmp_path / "straight", samples))
+    straight, _ = quantize(asked(tiny_llama, tmp_path / "straight", samples, hessian=hessian))
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        quantize(asked(tiny_llama, out, samples), StopAt(out, 1))
-    resumed, _ = quantize(asked(tiny_llama, out, samples))
+        quantize(asked(tiny_llama, out, samples, hessian=hessian), StopAt(out, steps))
+    resumed, _ = quantize(asked(tiny_llama, out, samples, hessian=hessian))
     assert shards(resumed) == shards(straight)
-    disk, _ = quantize(asked(tiny_llama, tmp_path / "disk", samples, activation_memory=0))
+    disk, _ = quantize(asked(tiny_llama, tmp_path / "disk", samples, hessian=hessian, activation_memory=0))
     assert shards(disk) == shards(straight)
 
 
@@ -69,6 +75,8 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
         "search": {"search": False},
         "damping": {"damping": 0.1},
         "tokens": {"token_weighting": "uniform"},
+        "guided": {"hessian": "guided"},
+        "two-sided": {"hessian": "two-sided"},
     }
     made = {}
     for name, changes in variants.items():
@@ -85,5 +93,55 @@ def test_the_plan_counts_the_second_moments(samples: Path, tmp_path: Path) -> No
 
     one, whole = peak(), peak(true_sequential=False)
     assert whole - one == pytest.approx(4 * 3 * 64**2, abs=2**21)
-    trained = plan(request(wide, tmp_path / "t", method="apiq", calibration=str(samples), adapter=False, group_size=32))
+    few = {"samples": 1, "sequence_length": 16, "group_size": 32}
+    trained = plan(request(wide, tmp_path / "t", method="apiq", calibration=str(samples), adapter=False, **few))
     assert one - trained.cost.peak_memory > 4 * 2048**2
+
+
+def test_guided_lowers_what_errors_cost_by_the_gradients(samples: Path, tmp_path: Path) -> None:
+    dense = save_tiny("llama", tmp_path / "dense", num_hidden_layers=1)
+    name, tokens = "model.layers.0.self_attn.q_proj", load_file(samples)["tokens"][:8].long()
+    model = load_model(resolve(dense), dtype=torch.float32).requires_grad_(True)
+    layer, costs = model.get_submodule(name), []
+
+    def watch(module: Any, arguments: Any, output: torch.Tensor) -> None:
+        # What reaches the first layer does not depend on how others are stored.
+        rows = arguments[0].detach()[0]
+        output.register_hook(lambda gradient: costs.append((rows, gradient[0].square())))
+
+    layer.register_forward_hook(watch)
+    for row in tokens:
+        model(row[None], labels=row[None]).loss.backward()
+
+    def cost(hessian: str) -> float:
+        source = resolve(quantize(asked(dense, tmp_path / hessian, samples, bits=2, hessian=hessian))[0])
+        stored = formats.dequantize(source.packed[name], source.read_packed(name), layer.in_features)
+        error = stored - layer.weight.detach()
+        return sum((squares * (rows @ error.T).square()).sum().item() for rows, squares in costs)
+
+    assert cost("guided") < 0.9 * cost("plain")
+
+
+def test_what_cannot_be_weighed_is_refused(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    prefix, expert = "model.layers", Linear("model.layers.0.mlp.experts.1.up_proj", 64, 64)
+    found = ModelStructure(prefix, 1, (), None, tied=False, linears=((expert,),), skipped=())
+    with pytest.raises(InputError, match="one of several experts"):
+        _check_outputs(build_method(asked(tiny_llama, tmp_path / "q", samples, hessian="guided")), found)
+    with pytest.raises(UsageError, match="token_weighting=energy"):
+        plan(asked(tiny_llama, tmp_path / "q", samples, hessian="guided", token_weighting="energy"))
+    with pytest.raises(UsageError, match="a codebook is found for all rows"):
+        plan(request(tiny_llama, tmp_path / "q", method="claq", calibration=str(samples), hessian="two-sided"))
+
+
+def test_the_plan_counts_what_outputs_cost(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    def cost(hessian: str) -> Any:
+        return plan(asked(tiny_llama, tmp_path / "q", samples, hessian=hessian))
+
+    guided, both = cost("guided"), cost("two-sided")
+    tokens = 4 * 8 * 32 * guided.layers
+    assert guided.cost.disk - cost("plain").cost.disk >= 4 * tokens
+    between = sum(
+        linear.out_features**2 for block in structure(skeleton(resolve(tiny_llama))).linears for linear in block
+    )
+    assert both.cost.disk - guided.cost.disk == 4 * between - 3 * tokens
+    assert both.request.hessian == "two-sided"

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.models.stored import write_quantized, write_random_adapter
 from tests.models.tiny import save_tiny
+from tests.pipeline.runs import request
 from tests.strangers.conftest import reseal
 from ulbq.artifacts import read_manifest, verify
 from ulbq.config.adapter import AdapterConfig
 from ulbq.config.convert import ConvertRequest
-from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError
 from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model
@@ -26,9 +26,7 @@ TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(
 
 
 def packed(dense: Path, out: Path) -> Path:
-    return quantize(
-        QuantizeRequest(source=str(dense), out=out, method="rtn", bits=3, group_size=32, device="cpu", offline=True)
-    )[0]
+    return quantize(request(dense, out, method="rtn", bits=3, group_size=32))[0]
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("qwen2", None), ("deepseek", None)])

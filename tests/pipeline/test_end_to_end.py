@@ -47,7 +47,13 @@ def samples(tmp_path: Path) -> Path:
 
 def request(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeRequest:
     values: dict[str, Any] = {"method": "db-llm", "epochs": 0, "samples": 4, "sequence_length": 24, "precision": "fp32"}
-    values |= {"end_to_end": "kl", "end_to_end_epochs": 1, "end_to_end_rate": 1.0, "accumulation": 1} | changes
+    values |= {
+        "allow_partial": True,
+        "end_to_end": "kl",
+        "end_to_end_epochs": 1,
+        "end_to_end_rate": 1.0,
+        "accumulation": 1,
+    } | changes
     if values["method"] != "binary-mos":
         values.setdefault("group_size", 32)
     return QuantizeRequest(

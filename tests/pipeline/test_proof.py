@@ -1,5 +1,6 @@
 """A run that makes a model ends by opening it: what does not load is not finished."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,30 @@ def test_what_does_not_load_is_not_finished(
     for name in ("config.json", "tokenizer.json", "model-outer.safetensors"):
         (tmp_path / "q.partial" / name).unlink(missing_ok=True)
     quantize(request(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rms_norm_eps", 0.5), ("num_key_value_heads", 1), ("hidden_act", "gelu"), ("rope_theta", 2.0)]
+)
+def test_a_configuration_that_makes_another_model_is_not_finished(
+    key: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = proof.open_again
+
+    def open_changed(folder: Path) -> ModelSource:
+        source = opened(folder)
+        values = source.config.to_dict()
+        if key == "rope_theta":
+            values["rope_parameters"][key] = value
+        else:
+            values[key] = value
+        return dataclasses.replace(source, config=type(source.config).from_dict(values))
+
+    monkeypatch.setattr(proof, "open_again", open_changed)
+    monkeypatch.setattr(runtime, "available_memory", lambda: 1000)  # blocks are compared all the same
+    with pytest.raises(InputError):
+        quantize(request(tmp_path))
+    assert not (tmp_path / "q").exists()
 
 
 def test_what_predicts_no_numbers_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

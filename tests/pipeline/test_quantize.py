@@ -86,15 +86,23 @@ def test_a_model_in_float16_stays_in_float16(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "options"), [("db-llm", {}), ("gptq", {"epochs": None}), ("claq", {"epochs": None, "group_size": None})]
 )
-def test_a_layer_that_no_sample_calls_is_named(
+def test_a_layer_that_no_sample_calls_stays_and_is_named(
     tiny_llama: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: Any
 ) -> None:
     def by_itself(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * nn.functional.linear(x, self.up_proj.weight))
 
     monkeypatch.setattr(LlamaMLP, "forward", by_itself)
-    with pytest.raises(InputError, match=r"never calls its layer 'mlp\.up_proj'"):
-        quantize(db_llm(tiny_llama, tmp_path / "q", samples, method=method, **options))
+    path, manifest = quantize(db_llm(tiny_llama, tmp_path / "q", samples, method=method, **options))
+    assert [layer.name for layer in manifest.layers if layer.name.endswith("up_proj")] == []
+    assert len(manifest.layers) == 3 * 6
+    assert any(said.startswith("Blocks 0 to 2, mlp.up_proj: never called") for said in manifest.warnings)
+    assert manifest.coverage is not None
+    assert [(kept.name, kept.modules) for kept in manifest.coverage.kept] == [
+        ("model.layers.*.mlp.up_proj", 3),
+        ("lm_head", 1),
+    ]
+    torch.testing.assert_close(logits(path), simulated_logits(tiny_llama, path), atol=1e-5, rtol=1e-5)
 
 
 class _Notes(Silent):

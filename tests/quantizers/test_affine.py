@@ -15,6 +15,7 @@ SCHEMES = [
     for bits in (1, 2, 3, 4, 8)
     for symmetric in (False, True)
 ]
+SCHEMES += [AffineScheme(bits=bits, group_size=16, symmetric=True, mid_rise=True) for bits in (2, 3)]
 
 
 def weights(seed: int = 0, rows: int = 6, columns: int = 48) -> torch.Tensor:

@@ -15,6 +15,7 @@ from ulbq.solvers.rtn import round_to_nearest
 AFFINE = [
     AffineScheme(bits=bits, group_size=16, symmetric=symmetric) for bits in (1, 2, 3, 4, 8) for symmetric in (0, 1)
 ]
+AFFINE += [AffineScheme(bits=2, group_size=16, symmetric=True, mid_rise=True)]
 
 
 def weight() -> torch.Tensor:

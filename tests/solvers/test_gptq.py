@@ -212,3 +212,24 @@ def test_the_symmetric_grid_turns_towards_the_longer_tail() -> None:
     found = gptq(weight, moments(COLUMNS, 600), AffineScheme(bits=2, group_size=32, symmetric=True), GptqSettings())
     assert (found.codes.scales < 0).any()
     assert (found.codes.zeros == 2).all()
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_rows_that_cost_nothing_together_are_quantized_as_ever(act_order: bool) -> None:
+    weight, hessian = matrix(40), moments(COLUMNS, 600)
+    scheme, settings = AffineScheme(bits=2, group_size=32), GptqSettings(act_order=act_order)
+    plain = gptq(weight, hessian, scheme, settings)
+    for ours, theirs in zip(gptq(weight, hessian, scheme, settings, torch.eye(40)).codes, plain.codes, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_later_rows_make_good_what_earlier_ones_leave() -> None:
+    weight, hessian, outputs = matrix(64), moments(COLUMNS, 600), moments(64, 600, seed=5)
+    scheme = AffineScheme(bits=2, group_size=32)
+
+    def error(found: AffineCodes) -> float:
+        left = (weight - decoded(found)).double()
+        return ((outputs.double() @ left @ hessian.double()) * left).sum().item()
+
+    plain = error(gptq(weight, hessian, scheme, GptqSettings()).codes)
+    assert error(gptq(weight, hessian, scheme, GptqSettings(), outputs).codes) < 0.8 * plain

@@ -96,3 +96,18 @@ def test_relative_tokens_count_alike() -> None:
     torch.testing.assert_close(scaled.matrix, unscaled.matrix)
     scaled.add(torch.zeros(50, 16))
     torch.testing.assert_close(scaled.matrix, unscaled.matrix / 2)
+
+
+def test_rows_of_a_group_count_by_their_weights() -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs, weights = torch.randn(35, 16, generator=generator), torch.rand(35, 2, generator=generator)
+    found, plain, alike = (HessianSum(16, groups=groups) for groups in (2, 1, 2))
+    for rows in (slice(0, 20), slice(20, 35)):
+        found.add(inputs[rows], weights[rows])
+        plain.add(inputs[rows].sign())
+        alike.add(inputs[rows].sign(), torch.ones(len(weights[rows]), 2))
+    for group in range(2):
+        own = (inputs.square().mean(1, keepdim=True).reciprocal() + weights[:, group : group + 1]) / 2
+        torch.testing.assert_close(found.matrices[group], 2 / 35 * (inputs * own).t() @ inputs)
+        assert torch.equal(alike.matrices[group], plain.matrix)
+    torch.testing.assert_close(found.matrix, found.matrices.mean(0))

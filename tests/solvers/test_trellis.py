@@ -158,3 +158,27 @@ def test_damping_is_raised_where_inputs_are_singular_and_told():
     found = solver.solve(gaussian(32, 32), inputs @ inputs.T, TrellisScheme(), torch.Generator().manual_seed(0), 0.0)
     assert found.damping > 0
     assert found.weight.isfinite().all()
+
+
+def test_rows_that_cost_nothing_together_are_coded_as_ever():
+    weight, hessian, scheme = gaussian(48, 64), moments(64), TrellisScheme(bits=2)
+    _, sv = solver.scales(weight, 2, torch.Generator().manual_seed(0))
+    # Between the transforms that is an identity.
+    alone = sv.square().reciprocal().diag()
+    plain, other = (
+        solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(0), outputs=outputs)
+        for outputs in (None, alone)
+    )
+    assert torch.equal(plain.trellis.codes, other.trellis.codes)
+    torch.testing.assert_close(plain.trellis.sv, other.trellis.sv, rtol=1e-3, atol=0)
+
+
+def test_later_rows_make_good_what_earlier_ones_leave():
+    weight, hessian, outputs, scheme = gaussian(64, 64), moments(64), moments(64, seed=5), TrellisScheme(bits=2)
+
+    def error(given: torch.Tensor | None) -> float:
+        found = solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(0), outputs=given)
+        left = (weight - found.weight).double()
+        return ((outputs.double() @ left @ hessian.double()) * left).sum().item()
+
+    assert error(outputs) < 0.8 * error(None)

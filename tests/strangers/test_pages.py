@@ -16,7 +16,7 @@ from tests.evaluation.sample import model_scores, results
 from tests.strangers.conftest import reseal
 from tests.told import Ulbq
 from ulbq.artifacts import QuantizedManifest, SaliencyLayer, SaliencyManifest
-from ulbq.artifacts.records import FinetuneRecord
+from ulbq.artifacts.records import Coverage, FinetuneRecord
 from ulbq.evaluation.report import report
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.svg import element
@@ -136,7 +136,10 @@ def test_model_cards(packed: Path) -> None:
         return rendered(converted_card(spoiled, Candidate.of(source), target("dense"), stored=plain(EVIL)))
 
     every(source.manifest, converted, 2)
-    hostile = quantized_card(source, Candidate.of(source), method=EVIL, recipe=EVIL, bits_per_weight=2, counted=[EVIL])
+    counts = Coverage(quantized=1, in_blocks=1, embeddings=0, total=1, bits=2)
+    hostile = quantized_card(
+        source, Candidate.of(source), method=EVIL, recipe=EVIL, bits_per_weight=2, counted=[EVIL], covered=counts
+    )
     assert Active(rendered(hostile)).found == []
     assert "onerror" in rendered(hostile)
 

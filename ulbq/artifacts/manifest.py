@@ -20,6 +20,7 @@ from ulbq.artifacts.names import component, is_inside
 from ulbq.artifacts.records import (
     BitsReport,
     BlockRecord,
+    Coverage,
     EndToEndRecord,
     FileEntry,
     FinetuneRecord,
@@ -89,6 +90,7 @@ class QuantizedManifest(Manifest):
         end_to_end: how the whole model trained after its blocks; None where it did not.
         finetune: how it learnt a task after that; None where it did not.
         skipped: modules that stay in full precision.
+        coverage: how much is quantized, and why the rest is not; None in artifacts that are older than it.
         rotation: of the weights that were quantized, against those of the model that it was made from; None for none.
         calibration: name, samples, sequence length and SHA-256 of the token samples; empty where none were needed.
     """
@@ -103,6 +105,7 @@ class QuantizedManifest(Manifest):
     end_to_end: EndToEndRecord | None = None
     finetune: FinetuneRecord | None = None
     skipped: tuple[str, ...] = ()
+    coverage: Coverage | None = None
     rotation: RotationRecord | None = None
     calibration: dict[str, Any] = Field(default_factory=dict)
 

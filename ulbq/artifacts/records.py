@@ -216,6 +216,64 @@ class LayerRecord(Record):
     sparsity: tuple[float, float] | None = None
 
 
+class KeptRecord(Record):
+    """Modules that stay in full precision, those that differ in numbers of their names alone together.
+
+    Attributes:
+        name: full name, with ``*`` for what counts blocks and experts; of what lies outside the blocks, the part that
+            it belongs to.
+        modules: how many.
+        weights: values of their matrices.
+        why: in a few words.
+    """
+
+    name: str
+    modules: Count
+    weights: Count
+    why: str
+
+    @property
+    def words(self) -> str:
+        """``24 × model.layers.*.mlp.gate (0.4 M weights): decides who is called``."""
+        times = f"{self.modules} × " if self.modules > 1 else ""
+        return f"{times}{self.name} ({self.weights / 1e6:,.1f} M weights): {self.why}"
+
+
+class Coverage(Record):
+    """How much of a model is quantized, in values. Every tied tensor counts once.
+
+    Attributes:
+        quantized: weights of the packed layers.
+        in_blocks: all values inside the blocks, norms and biases included.
+        embeddings: of embeddings and head.
+        total: all values that are stored in full precision or packed, what is only carried along included.
+        bits: stored bits of all of them, for each of ``total``; in a plan, as foreseen.
+        kept: what stays in full precision, the largest first; embeddings, norms and biases are not named.
+    """
+
+    quantized: Size
+    in_blocks: Size
+    embeddings: Count
+    total: Size
+    bits: Annotated[float, Field(ge=0)]
+    kept: tuple[KeptRecord, ...] = ()
+
+    @property
+    def share_in_blocks(self) -> float:
+        """Quantized share of the blocks."""
+        return self.quantized / self.in_blocks
+
+    @property
+    def words(self) -> str:
+        """``Quantized 106.2 of 134.5 M weights (78.9 %), 5.3 bits a parameter over all; …``."""
+        return (
+            f"Quantized {self.quantized / 1e6:,.1f} of {self.total / 1e6:,.1f} M weights "
+            f"({self.quantized / self.total:.1%}), {self.bits:.2f} bits a parameter over all; "
+            f"{self.share_in_blocks:.1%} of those in the blocks, embeddings and head are "
+            f"{self.embeddings / self.total:.1%} of all"
+        )
+
+
 class BitsReport(Record):
     """Where the stored bits of a model went.
 
@@ -236,3 +294,7 @@ class BitsReport(Record):
     def counts(part: str) -> bool:
         """Whether a part belongs to the quantized weights."""
         return part not in _NOT_WEIGHTS
+
+    def of_all(self, coverage: Coverage) -> Coverage:
+        """What is told of the whole model, with the bits that are stored."""
+        return coverage.model_copy(update={"bits": sum(self.parts.values()) / coverage.total})

@@ -33,6 +33,7 @@ from ulbq.config.stages import STAGE_KEYS, STAGE_NAMES, Stage, Stages
 from ulbq.config.training import RateSettings, TokenSettings, TrainSettings
 from ulbq.errors import UsageError
 
+HessianKind = Literal["plain", "guided", "two-sided"]
 Allocation = Literal["global", "layer", "outlier", "hessian"]
 Zeros = Literal["none", "output", "input"]
 Penalized = Literal["before-adapter", "after-adapter"]
@@ -107,15 +108,38 @@ class AffineOptions(BitsOptions):
         False
     )
 
+    mid_rise: Annotated[
+        bool,
+        Option(
+            "Levels of a symmetric grid: as many on both sides and none at zero, or one at zero.",
+            FORMAT,
+            flag="--mid-rise/--mid-tread",
+        ),
+    ] = False
+
     @property
     def zero_points(self) -> bool:
         """Whether the format has zero points that are integers."""
         return not self.symmetric
 
+    def idle(self) -> dict[str, str]:
+        """Zero points that are stored move the levels, and two levels without a zero point have none at zero."""
+        needed = "`symmetric`" if not self.symmetric else "`bits` 2 or more" if self.bits == 1 else None
+        return super().idle() | ({} if needed is None else {"mid_rise": needed})
+
 
 class SequenceOptions(TokenSettings, MethodOptions):
     """Of methods that solve the layers of a block one after the other, by the second moments of their inputs."""
 
+    hessian: Annotated[
+        HessianKind,
+        Option(
+            "What an error at a layer's outputs costs: the same everywhere; for each token by the gradients of the "
+            "loss there (guided); or for each two outputs together, too (two-sided).",
+            COLUMNS,
+            planned=True,
+        ),
+    ] = "plain"
     damping: Annotated[
         Share, Option("Share of the mean diagonal that is added to the Hessian's diagonal.", COLUMNS, "X", planned=True)
     ] = 0.01
@@ -127,6 +151,18 @@ class SequenceOptions(TokenSettings, MethodOptions):
             flag="--true-sequential/--one-pass",
         ),
     ] = True
+    target_inputs: Annotated[
+        Literal["full", "quantized"],
+        Option(
+            "A layer shall give what it gives in the full-precision model (asymmetric calibration), or what its weight "
+            "would give on the inputs that the quantized blocks before it make.",
+            COLUMNS,
+        ),
+    ] = "full"
+
+    def idle(self) -> dict[str, str]:
+        """Gradients say how much a token counts."""
+        return super().idle() | ({} if self.hessian == "plain" else {"token_weighting": "`hessian=plain`"})
 
 
 class CompensationOptions(SequenceOptions):
@@ -216,12 +252,18 @@ class CodebookOptions(BudgetOptions):
             return data
         if data.get("refit"):
             raise UsageError("`refit` is not as published.", hint="Leave out `refit` or `as_published`.")
+        if data.get("hessian", "plain") != "plain":
+            raise UsageError(
+                f"`hessian={data['hessian']}` is not as published.", hint="Leave out `hessian` or `as_published`."
+            )
         if data.get("allocation") in {"global", "layer"}:
             raise UsageError(
                 f"`allocation={data['allocation']}` is not as published.", hint="Take `allocation=outlier` or hessian."
             )
         more = data.get("target_bits") is not None or data.get("outlier_bits")
-        meant = {"token_weighting": "uniform"} | ({"allocation": "outlier"} if more else {})
+        meant = {"token_weighting": "uniform", "target_inputs": "quantized"} | (
+            {"allocation": "outlier"} if more else {}
+        )
         return {**meant, **data, "refit": False}
 
     @model_validator(mode="after")
@@ -725,8 +767,20 @@ class ClaqOptions(WeightOptions, CodebookOptions, CompensationOptions):
             off["saliency"] = "`target_bits` and `allocation=global`"
             if self.surveyed:
                 del off["saliency"]
+        if self.epochs or self.stages:
+            off.pop("token_weighting", None)
         trains = self.epochs or self.stages or self.end_to_end != "none"
         return off if trains else dict.fromkeys(_OF_TRAINING, "`epochs` 1 or more") | off
+
+    @model_validator(mode="after")
+    def _refuse_feedback_between_rows(self) -> Self:
+        if self.hessian == "two-sided":
+            raise UsageError(
+                "`hessian=two-sided` makes errors good from row to row, and a codebook is found for all rows of a "
+                "column at once.",
+                hint="Take `hessian=guided`, or `method=gptq`.",
+            )
+        return self
 
 
 METHOD_OPTIONS: dict[str, type[MethodOptions]] = {

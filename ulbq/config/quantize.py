@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ulbq.config.methods import METHOD_OPTIONS, EndToEndOptions, MethodOptions, TrainOptions, method_options
-from ulbq.config.options import CALIBRATION, END_TO_END, FORMAT, MOST, Count, Option, left_open, options, words
+from ulbq.config.options import CALIBRATION, END_TO_END, FORMAT, MOST, Count, Option, Texts, left_open, options, words
 from ulbq.config.run import (
     TEXTS,
     ActivationMemory,
@@ -88,6 +88,22 @@ class _OfAll(BaseModel):
             default="no-rotate",
         ),
     ] = None
+    skip: Annotated[
+        Texts,
+        Option(
+            "Leave out layers, by a part of their names: mlp.down_proj, layers.0, *_proj; repeat for more.",
+            FORMAT,
+            "PATTERN",
+            repeated=True,
+        ),
+    ] = ()
+    only: Annotated[
+        Texts,
+        Option("Quantize no other layers than those; repeat for more.", FORMAT, "PATTERN", repeated=True),
+    ] = ()
+    allow_partial: Annotated[
+        bool, Option("Go on though more than half of the blocks' weights stay in full precision.", FORMAT)
+    ] = False
     seed: Seed = 0
     device: Device = "auto"
     data_dir: DataDir = None
@@ -163,7 +179,7 @@ class QuantizeRequest(_Asked):
 # What does not change the weights and so is no part of a run's identity, or stands there as what it came to.
 NOT_IN_FINGERPRINT = frozenset(
     {
-        *("source", "out", "force", "data_dir", "offline", "activation_memory", "preset", "recipe"),
+        *("source", "out", "force", "allow_partial", "data_dir", "offline", "activation_memory", "preset", "recipe"),
         *("calibration", "end_to_end_data", "device", "precision", "saliency"),
     }
 )
@@ -291,8 +307,11 @@ def idle(request: QuantizeRequest) -> frozenset[str]:
 
 
 def usual(name: str) -> Any:
-    """What an option is with most methods: the default that it was declared with; False for a switch of all methods."""
-    return _DECLARED[name].default if name in _DECLARED else False
+    """What an option is with most methods: the default that it was declared with; False for what is left open."""
+    if name in _DECLARED:
+        return _DECLARED[name].default
+    default = QuantizeRequest.model_fields[name].default
+    return False if default is None else default
 
 
 def default_words(name: str, option: Option) -> str:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ulbq import limits
 from ulbq.artifacts.manifest import EvaluationManifest, QuantizedManifest, read_manifest
 from ulbq.artifacts.names import leads_out
+from ulbq.artifacts.records import Coverage
 from ulbq.artifacts.small_files import read_small
 from ulbq.artifacts.yaml_files import parse_yaml
 from ulbq.config.convert import ENGINES
@@ -24,6 +25,7 @@ from ulbq.export.markdown import code, plain
 from ulbq.export.targets import target as target_of
 from ulbq.export.targets.base import Target
 from ulbq.models.gguf import open_gguf
+from ulbq.models.skeleton import auto_class
 from ulbq.models.source import FULL_PRECISION, ModelSource
 
 NAME = "README.md"
@@ -121,6 +123,7 @@ def quantized_card(
     recipe: str | None,
     bits_per_weight: float,
     counted: Sequence[str],
+    covered: Coverage,
     warned: Sequence[str] = (),
 ) -> str:
     """The card of a packed artifact.
@@ -131,11 +134,13 @@ def quantized_card(
         method: that made it; ``recipe`` is the one that set its options, if one did.
         bits_per_weight: true bits of the linear weights.
         counted: what they count.
+        covered: how much of the model is quantized.
         warned: what the run warned of.
     """
+    opener = auto_class(source.config).__name__
     loads = {
         "ulbq": "`ulbq generate DIR` hears it, `ulbq eval DIR` scores it, `ulbq inspect DIR` looks into it.",
-        "transformers": "after `import ulbq`, `AutoModelForCausalLM.from_pretrained(DIR)` loads it packed.",
+        "transformers": f"after `import ulbq`, `{opener}.from_pretrained(DIR)` loads it packed.",
     }
     for engine, target in loaders(candidate):
         loads[ENGINES[engine] + (", without ulbq" if engine == "transformers" else "")] = (
@@ -148,6 +153,7 @@ def quantized_card(
         f"Weights: {describe(candidate)}; {bits_per_weight:.3f} true bits per linear weight "
         f"({plain(', '.join(counted))}; "
         "embeddings stay in half precision)",
+        plain(covered.words),
         *(f"Warning: {plain(text)}" for text in warned),
         "`manifest.json` records how it was made",
     ]

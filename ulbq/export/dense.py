@@ -124,8 +124,14 @@ def dense_tensor(
         with torch.no_grad():
             tensor = adapter.merged(tensor)
     rounded = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    if not torch.isfinite(rounded).all():
+    if not torch.isfinite(rounded).all() and not _is_buffer(model, name):
         raise NumericsError(f"'{name}' does not fit {dtype}.", hint="Use `dtype=bf16` or fp32.")
     if dtype == torch.float16 and rounded.is_floating_point() and vanishes(tensor, rounded):
         raise NumericsError(f"'{name}' is too small for {dtype}.", hint="Use `dtype=bf16` or fp32.")
     return rounded
+
+
+def _is_buffer(model: PreTrainedModel, name: str) -> bool:
+    """Whether a name is a buffer's, which may hold bounds that are infinite."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf in dict(model.get_submodule(owner).named_buffers(recurse=False))

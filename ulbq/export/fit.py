@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.config.convert import TARGETS
@@ -13,7 +14,9 @@ from ulbq.errors import InputError, UsageError
 from ulbq.export.targets import target
 from ulbq.formats import AffineScheme, AnyScheme
 from ulbq.models.adapter_files import adapter_folder, read_config
+from ulbq.models.blocks import skeleton
 from ulbq.models.source import ModelSource
+from ulbq.nn.quant_linear import is_dense_linear
 
 if TYPE_CHECKING:
     from ulbq.export.targets.base import Target
@@ -35,7 +38,7 @@ class Candidate:
         config: of the model.
         layers: the packed layers by full name; none in full precision.
         adapter: ``LoRA``, ``DoRA``, or empty without an adapter.
-        unpacked: modules with weight matrices inside the blocks that are no linear layers: experts, convolutions.
+        unpacked: modules with weight matrices inside the blocks that no layout has a name for: fused experts.
     """
 
     given: str
@@ -56,7 +59,8 @@ class Candidate:
             return cls(source.given, source.config, {}, kind)
         packed = source.packed
         layers = {record.name: Layer(packed[record.name], record.shape) for record in manifest.layers}
-        return cls(source.given, source.config, layers, kind, inside_blocks(manifest.skipped, layers))
+        inside = inside_blocks(manifest.skipped, layers)
+        return cls(source.given, source.config, layers, kind, nameless(inside, skeleton(source)) if inside else ())
 
     @property
     def schemes(self) -> tuple[AnyScheme, ...]:
@@ -68,6 +72,12 @@ def inside_blocks(skipped: tuple[str, ...], layers: Mapping[str, Layer]) -> tupl
     """Those of the modules that stay dense which lie in the blocks that the layers lie in."""
     prefixes = {match[1] for name in layers if (match := re.match(r"(.*?\.)\d+\.", name))}
     return tuple(name for name in skipped if any(name.startswith(prefix) for prefix in prefixes))
+
+
+def nameless(names: tuple[str, ...], model: PreTrainedModel) -> tuple[str, ...]:
+    """Those of a model's modules that are neither linear layers nor convolutions, which engines know to be dense."""
+    modules = {name: model.get_submodule(name) for name in names}
+    return tuple(name for name, one in modules.items() if not (is_dense_linear(one) or isinstance(one, nn.Conv1d)))
 
 
 def holders(candidate: Candidate) -> list[str]:
@@ -116,4 +126,5 @@ def describe(candidate: Candidate) -> str:
     if len(schemes) > 1:
         return "several widths: " + ", ".join(scheme.label for scheme in schemes[:4])
     group = "whole rows" if first.group_size == -1 else f"groups of {first.group_size}"
-    return f"{first.bits} bits, {group}, {'symmetric' if first.symmetric else 'asymmetric'}"
+    grid = "symmetric without a zero" if first.mid_rise else "symmetric" if first.symmetric else "asymmetric"
+    return f"{first.bits} bits, {group}, {grid}"

@@ -9,7 +9,8 @@ All of them cut rows into blocks of 32 weights with one float16 factor ``d``:
 
 Our weights are ``s · (q − z)``. So what counts is the range of the *steps* ``q − z`` and not the width of the codes:
 2 and 3 bits always fit into Q4_0, with zero points or without, 4 bits without zero points into Q4_0 and with them into
-Q5_0, 8 bits without into Q8_0. Q4_1 takes 4 bits with zero points only where every ``−s·z`` is a float16. Groups
+Q5_0, 8 bits without into Q8_0. A grid without a level at zero has odd multiples of half a step, twice as far: 1 to 3
+bits fit into Q4_0, 4 bits into Q5_0. Q4_1 takes 4 bits with zero points only where every ``−s·z`` is a float16. Groups
 that are longer than a block repeat their scale. Types with blocks of 256 (the K and IQ types) round their scales.
 """
 
@@ -44,8 +45,8 @@ def encode(scheme: AnyScheme, packed: Mapping[str, torch.Tensor], in_features: i
     if in_features % BLOCK or group % BLOCK:
         return None
     codes, scales, zeros = affine.unpack(scheme, packed, in_features)
-    if scheme.bits == 1 and scheme.symmetric:  # ±s/2, in whole steps
-        steps, scales = codes.float() * 2 - 1, scales * 0.5
+    if not scheme.has_zero:  # odd multiples of s/2, in whole steps
+        steps, scales = codes.float() * 2 - 2 * scheme.centre, scales * 0.5
     else:
         steps = (codes.view(*zeros.shape, -1).float() - zeros.unsqueeze(-1)).flatten(1)
     factors = scales.repeat_interleave(group // BLOCK, 1)

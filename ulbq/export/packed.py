@@ -108,7 +108,7 @@ def write_folder(
     write_index(folder, shards)
     changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
     if layout is not None:
-        tied = bool(source.config.tie_word_embeddings) and not conversion.untie
+        tied = bool(getattr(source.config, "tie_word_embeddings", False)) and not conversion.untie
         changes = {"tie_word_embeddings": tied, **changes, "quantization_config": layout.configuration}
     return [*shards, INDEX_NAME, *write_beside(source, folder, changes, adapter=not merge)]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ulbq.export.fit import Candidate, affine_schemes
+from ulbq.models.skeleton import auto_class
 
 AUTO_MODEL = "`AutoModelForCausalLM.from_pretrained(DIR)`"
 VLLM = "`vllm serve DIR`."
@@ -59,6 +60,7 @@ class Reader:
     def command(self, candidate: Candidate, load: str) -> str:
         """The text ``load``, and what else a user must do."""
         narrow = any(scheme.bits in (2, 3) for scheme in affine_schemes(candidate))
+        load = load.replace("AutoModelForCausalLM", auto_class(candidate.config).__name__)
         return " ".join(text for text in (load, self.start, self.narrow if narrow else "") if text)
 
 

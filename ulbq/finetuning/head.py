@@ -16,6 +16,15 @@ LOGITS_MEMORY = 128 << 20
 """Bytes that all copies of one chunk's logits may take."""
 
 
+def logits_memory(vocabulary: int, copies: int, positions: int) -> int:
+    """Bytes of one chunk's logits, of so many positions at most, where so many float32 copies live together."""
+    return 4 * copies * vocabulary * min(_chunk(vocabulary, copies), positions)
+
+
+def _chunk(vocabulary: int, copies: int) -> int:
+    return max(16, LOGITS_MEMORY // (4 * copies * vocabulary))
+
+
 class Head:
     """What comes behind a model's trunk, however an architecture writes it: scaled, soft-capped, tied or not.
 
@@ -40,7 +49,7 @@ class Head:
 
     def chunk(self, copies: int) -> int:
         """Positions that may go through at once where so many float32 copies of their logits live together."""
-        return max(16, LOGITS_MEMORY // (4 * copies * self._vocabulary))
+        return _chunk(self._vocabulary, copies)
 
 
 class _States(BaseModelOutputWithPast):

@@ -22,7 +22,7 @@ from ulbq.progress import Phase
 from ulbq.training.optimizer import Group, make_optimizer
 
 # Float32 copies of a chunk's logits that live together: themselves, log-probabilities, gradients; the teacher's too.
-_COPIES, _COPIES_TAUGHT = 4, 10
+LOGIT_COPIES, LOGIT_COPIES_TAUGHT = 4, 10
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -70,6 +70,8 @@ class Trainer:
             parameter.requires_grad_(True)
         adapted = any(layer.adapter is not None for layer in student.layers.values())
         self._share = settings.base_share if adapted else 0.0
+        if examples.ragged:
+            runtime.map_large_blocks()
         self._steps_per_epoch = math.ceil(examples.training / settings.batch_size)
         self.steps = settings.steps(examples.training)
         self._factor = schedule(settings, self.steps)
@@ -148,7 +150,7 @@ class Trainer:
             return token_terms(settings.loss, logits, following[places], prediction, settings.dad_gamma)
 
         places = batch.counted.flatten().nonzero().squeeze(1)
-        chunk = student.head.chunk(_COPIES if targets is None else _COPIES_TAUGHT)
+        chunk = student.head.chunk(LOGIT_COPIES if targets is None else LOGIT_COPIES_TAUGHT)
         if settings.loss == "dad":  # its weights are known when all tokens are
             found = in_chunks(partial(terms, states), places, chunk)
             loss = mean_loss(settings.loss, found, following[places])

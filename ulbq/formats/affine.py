@@ -7,13 +7,15 @@ Stored tensors of an ``[out, in]`` matrix with ``G`` groups a row:
 * ``zeros``  uint8 ``[bits, ceil(out·G/8)]``, bit planes over the flattened ``[out, G]`` (asymmetric only).
 
 The symmetric grid has ``z = 2^(bits−1)``: at 2 bits ``s·{−2, −1, 0, 1}``, or ``|s|·{−1, 0, 1, 2}`` where ``s < 0``.
-At 1 bit the symmetric grid is ``±s/2`` (``z = 1/2``), since ``{−s, 0}`` could not hold both signs.
+One that is *mid-rise* has ``z = (2^bits − 1)/2`` and no level at zero: at 2 bits ``s·{−3/2, −1/2, 1/2, 3/2}``. At 1 bit
+every symmetric grid is, ``±s/2``, since ``{−s, 0}`` could not hold both signs.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 
 from ulbq.formats.bits import BaseScheme, Format, TensorSpec, groups_of, pack_planes, packed_length, unpack_planes
 
@@ -25,23 +27,36 @@ class AffineScheme(BaseScheme):
         bits: bits per code.
         group_size: columns that share a scale; -1 for the whole row.
         symmetric: fixed zero point, none stored.
+        mid_rise: of a symmetric grid: as many levels below zero as above, and none at zero.
     """
 
     format: Literal["affine"] = "affine"
     bits: Literal[1, 2, 3, 4, 8] = 4
     group_size: int = 64
     symmetric: bool = False
+    mid_rise: bool = False
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> Self:
+        if self.mid_rise and not self.symmetric:
+            raise ValueError("a mid-rise grid is symmetric")
+        return self
 
     @property
     def label(self) -> str:
         """Short name, as in ``w2g64``."""
         group = "" if self.group_size == -1 else f"g{self.group_size}"
-        return f"w{self.bits}{group}" + ("-sym" if self.symmetric else "")
+        return f"w{self.bits}{group}" + ("-mid-rise" if self.mid_rise else "-sym" if self.symmetric else "")
 
     @property
     def centre(self) -> float:
         """Zero point of the symmetric grid."""
-        return 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
+        return (2**self.bits - 1) / 2 if self.bits == 1 or self.mid_rise else float(2 ** (self.bits - 1))
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether every grid has a level at zero: zero points are integers."""
+        return not self.symmetric or self.centre.is_integer()
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Names, dtypes and shapes of the stored tensors of one matrix."""
@@ -101,7 +116,7 @@ def unpack(
 
 
 def weight(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, in_features: int, dtype: torch.dtype
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | float, in_features: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """``s · (q − z)``, ``[out, in]`` in ``dtype``, rounded once from float32 (float64 where that is asked for).
 
@@ -110,14 +125,14 @@ def weight(
     Args:
         codes: uint8 planes ``[bits, out, ceil(in/8)]``.
         scales: ``[out, G]``, any floating dtype.
-        zeros: floating ``[out, G]``, or planes as stored, uint8 ``[bits, ceil(out·G/8)]``; None for the grid's centre.
+        zeros: floating ``[out, G]``, or planes as stored, uint8 ``[bits, ceil(out·G/8)]``, or one for all.
         in_features: columns of the matrix.
         dtype: of the weight.
     """
     exact = torch.promote_types(torch.float32, dtype)
     grouped = unpack_planes(codes, in_features).to(exact).unflatten(1, (scales.shape[1], -1))
-    if zeros is None:
-        grouped.sub_(AffineScheme.model_construct(bits=len(codes)).centre)
+    if isinstance(zeros, float):
+        grouped.sub_(zeros)
     else:
         grouped.sub_(real_zeros(zeros, scales).to(exact).unsqueeze(-1))
     weight: torch.Tensor = grouped.mul_(scales.to(exact).unsqueeze(-1)).flatten(1).to(dtype)
@@ -135,7 +150,7 @@ def dequantize(
     scheme: AffineScheme, tensors: Mapping[str, torch.Tensor], in_features: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """``[out, in]`` weights in ``dtype``; the arithmetic is that of :func:`weight`."""
-    zeros = None if scheme.symmetric else tensors["zeros"]
+    zeros = scheme.centre if scheme.symmetric else tensors["zeros"]
     return weight(tensors["codes"], tensors["scales"], zeros, in_features, dtype)
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ulbq.formats import AffineScheme
 from ulbq.kernels import words
 from ulbq.kernels.block_sizes import BlockSizes, Kernel, blocks
 
@@ -85,11 +84,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
-def part(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, columns: int) -> Part:
+def part(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, centre: float, group_size: int, columns: int
+) -> Part:
     """A matrix of affine codes, of signs (1 bit, no zero points), or of two planes, in words."""
     group = words.padded(columns) if group_size == -1 else group_size
     planes = 2 if codes.ndim == 4 else 1
-    centre = 0.0 if planes == 2 else AffineScheme.model_construct(bits=bits).centre
     return Part(codes, scales, zeros, None, None, bits, planes, centre, group, columns)
 
 

@@ -15,6 +15,7 @@ import torch
 from ulbq.config.methods import ApiQOptions, MethodOptions
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask
+from ulbq.methods.rtn import affine_scheme
 from ulbq.methods.training import BlockTraining
 from ulbq.quantizers.affine import AffineQuantizer
 from ulbq.solvers.rtn import round_to_nearest
@@ -42,7 +43,7 @@ class ApiQ:
     @classmethod
     def from_options(cls, options: ApiQOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        return cls(AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric), options)
+        return cls(affine_scheme(options, group_size), options)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Search the start, train, pack."""

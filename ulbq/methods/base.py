@@ -16,6 +16,7 @@ from ulbq.errors import NumericsError
 from ulbq.formats import AnyScheme
 from ulbq.formats.rounding import SMALLEST_MATRIX
 from ulbq.nn.quant_linear import linear_layer
+from ulbq.sensitivity.outputs import OutputCosts
 from ulbq.training.block import TrainOutcome
 from ulbq.training.objective import BlockData
 from ulbq.training.precision import Precision
@@ -62,6 +63,7 @@ class BlockTask:
         saliency: ``[out, in]`` float32 score of each layer's weights; None where none was asked for.
         start: what to go on from; None for a fresh start.
         prefix: full name of the block, with the dot.
+        outputs: what an error at each layer's outputs costs; None where all tokens and outputs count alike.
     """
 
     index: int
@@ -75,10 +77,15 @@ class BlockTask:
     saliency: Mapping[str, torch.Tensor] | None = None
     start: BlockStart | None = None
     prefix: str = ""
+    outputs: Mapping[str, OutputCosts] | None = None
 
     def weight(self, linear: str) -> torch.Tensor:
         """Full-precision weight ``[out, in]`` of a layer."""
         return linear_layer(self.block, linear).weight.detach()
+
+    def between(self, linear: str) -> torch.Tensor | None:
+        """What errors of two outputs of a layer cost together, ``[out, out]``; None for nothing."""
+        return None if self.outputs is None else self.outputs[linear].between
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,7 @@ class Needs:
         epochs: training epochs a block, for progress and prediction; 0 for methods that do not train.
         augmented: the full-precision block's output on the quantized stream.
         originals: the full-precision stream before the block.
+        layerwise: training of one layer after the other.
         full_precision: the full-precision stream at all: what training aims at, and the importance of columns.
         adapter: form of the adapter that it trains; None without.
         saliency: scores of the weights: an artifact's path, a kind, or None.
@@ -125,14 +133,22 @@ class Needs:
         hessians: which second moments of the layers' inputs live at once: those of one step in the ``sequence`` of a
             block's layers, or of the whole ``block``.
         searches: whether its closed forms are among those that are compiled for CPUs (:mod:`ulbq.kernels.solvers`).
+        output_groups: of each layer's rows that have a Hessian of their own, by what their errors cost; 0 where they
+            all have that of the inputs.
+        between_outputs: what errors of two outputs cost together.
         survey: a look at all blocks before the first is quantized, as :class:`SurveyingMethod` has it.
         target_bits: true bits a weight that the layers will have, where that is not what the scheme tells.
         extra_bits: how many more than the scheme tells they will have, about.
+        copies: float32 copies of a block's weights that live as it trains; 0 for methods that do not train.
+        layer_bytes: memory that the closed form of a layer takes at its peak, for each of its weights beside itself.
+        stacked: whether layers that read the same input are solved as one.
+        rounds_few: whether second moments of too few tokens are not factored.
     """
 
     epochs: int = 0
     augmented: bool = False
     originals: bool = False
+    layerwise: bool = False
     full_precision: bool = True
     adapter: AdapterConfig | None = None
     saliency: str | None = None
@@ -140,9 +156,15 @@ class Needs:
     continues: bool = False
     hessians: Literal["none", "sequence", "block"] = "none"
     searches: bool = False
+    output_groups: int = 0
+    between_outputs: bool = False
     survey: bool = False
     target_bits: float | None = None
     extra_bits: float = 0.0
+    copies: int = 0
+    layer_bytes: float = 0.0
+    stacked: bool = False
+    rounds_few: bool = False
 
     @property
     def stores(self) -> int:
@@ -151,7 +173,7 @@ class Needs:
         Both streams and what is wanted beside them; layer by layer also the inputs in full precision, inputs, targets
         and augmented targets of the layers that train.
         """
-        return 2 + self.augmented + self.originals + (3 + self.augmented if self.originals else 0)
+        return 2 + self.augmented + self.originals + (3 + self.augmented if self.layerwise else 0)
 
 
 class Method(Protocol):

@@ -29,6 +29,10 @@ from ulbq.solvers.allocation import Survey
 from ulbq.solvers.claq import ClaqSettings, ColumnPlan, claq
 from ulbq.solvers.hessian import HessianFactor, HessianSum, activation_order, factorize, output_cost
 
+_LAYER_BYTES, _REFIT_BYTES = 19.5, 33.0
+"""Of each weight: columns in processing order, what they became, in both orders, and codes; to refit, indices of 64
+bits, and matrices of errors, of what the codebooks make, and of their products with the second moments."""
+
 
 class Claq:
     """Column codebooks, adaptive precision and outliers.
@@ -49,15 +53,19 @@ class Claq:
             options, self.scheme, partial(CodebookQuantizer.from_packed, train_weights=options.train_weights)
         )
         self._settings = ClaqSettings(options.column_block, options.refit, options.as_published)
-        trained = self._training.needs
+        trained, full = self._training.needs, options.target_inputs == "full"
         self.needs = dataclasses.replace(
             trained,
-            full_precision=trained.epochs > 0 or trained.adapter is not None,
+            full_precision=full or trained.epochs > 0 or trained.adapter is not None,
+            originals=full or trained.originals,
             hessians="sequence" if options.true_sequential and not options.surveyed else "block",
             saliency=options.saliency if options.surveyed and options.saliency != "none" else trained.saliency,
             survey=options.surveyed,
             target_bits=None if options.as_published else options.target_bits,
             extra_bits=_extra_bits(options),
+            layer_bytes=_REFIT_BYTES if options.refit else _LAYER_BYTES,
+            # A column's codebook serves all rows.
+            output_groups=int(options.hessian != "plain"),
         )
 
     @classmethod

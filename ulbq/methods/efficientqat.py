@@ -21,8 +21,9 @@ from ulbq.config.methods import (
     MethodOptions,
 )
 from ulbq.formats.affine import AffineScheme
-from ulbq.methods.base import BlockResult, BlockStart, BlockTask
+from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Needs
 from ulbq.methods.gptq import Gptq
+from ulbq.methods.rtn import affine_scheme
 from ulbq.methods.training import BlockTraining
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.affine import AffineForm, AffineQuantizer
@@ -61,14 +62,21 @@ class EfficientQat:
         if options.start == "gptq":
             given = {"bits": options.bits, "symmetric": options.symmetric, "token_weighting": options.token_weighting}
             self._solver = Gptq(scheme, GptqOptions.model_validate(given))
-        hessians = "none" if self._solver is None else self._solver.needs.hessians
-        searches = options.start in {"search", "gptq"}
-        self.needs = dataclasses.replace(self._training.needs, hessians=hessians, searches=searches)
+        needs, solving = self._training.needs, Needs() if self._solver is None else self._solver.needs
+        self.needs = dataclasses.replace(
+            needs,
+            hessians=solving.hessians,
+            searches=options.start in {"search", "gptq"},
+            layer_bytes=solving.layer_bytes,
+            stacked=solving.stacked,
+            rounds_few=solving.rounds_few,
+            copies=needs.copies + 2 * (self._form.reach is not None),  # how far the latents may go
+        )
 
     @classmethod
     def from_options(cls, options: EfficientQatOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        return cls(AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric), options)
+        return cls(affine_scheme(options, group_size), options)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Find the start, train, pack."""

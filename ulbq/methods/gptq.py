@@ -17,10 +17,16 @@ from ulbq.config.methods import GptqOptions, MethodOptions
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
-from ulbq.methods.rtn import pack_codes
+from ulbq.methods.rtn import affine_scheme, pack_codes
 from ulbq.solvers.gptq import GptqSettings, gptq
 from ulbq.solvers.hessian import HessianSum
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
+
+_LAYER_BYTES = 18.5
+"""Of each weight: columns in processing order, what they were at their turns in both passes, in both orders, codes."""
+
+GROUPS = 4
+"""Of a layer's rows with a Hessian of their own, as GuidedQuant has it for small models."""
 
 
 class Gptq:
@@ -38,7 +44,18 @@ class Gptq:
         self.scheme = scheme
         self.options = options
         hessians: Literal["sequence", "block"] = "sequence" if options.true_sequential else "block"
-        self.needs = Needs(full_precision=False, searches=True, hessians=hessians)
+        full = options.target_inputs == "full"
+        self.needs = Needs(
+            full_precision=full,
+            originals=full,
+            searches=True,
+            hessians=hessians,
+            output_groups={"plain": 0, "guided": GROUPS, "two-sided": 1}[options.hessian],
+            between_outputs=options.hessian == "two-sided",
+            layer_bytes=_LAYER_BYTES,
+            stacked=options.hessian == "plain",
+            rounds_few=True,
+        )
         self._settings = GptqSettings(
             damping=options.damping,
             act_order=options.act_order,
@@ -49,7 +66,7 @@ class Gptq:
     @classmethod
     def from_options(cls, options: GptqOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        return cls(AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric), options)
+        return cls(affine_scheme(options, group_size), options)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block from the inputs of its layers."""
@@ -59,7 +76,7 @@ class Gptq:
         def solve(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
             weights = [task.weight(linear) for linear in linears]
             # Rows know nothing of each other: layers that read the same input are one matrix.
-            codes, note = self._solve(torch.cat(weights), inputs)
+            codes, note = self._solve(torch.cat(weights), inputs, task.between(linears[0]))
             if note:
                 notes.append((", ".join(linears), f"{note}."))
             parts = [tensor.split([len(weight) for weight in weights]) for tensor in codes]
@@ -70,13 +87,16 @@ class Gptq:
         solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, weighting=self.options.token_weighting)
         return BlockResult({linear: packed[linear] for linear in task.linears}, notes=tuple(notes))
 
-    def _solve(self, weight: torch.Tensor, inputs: HessianSum) -> tuple[AffineCodes, str]:
+    def _solve(self, weight: torch.Tensor, inputs: HessianSum, outputs: torch.Tensor | None) -> tuple[AffineCodes, str]:
         """Codes of a matrix, and what has to be said of them."""
         if inputs.tokens < FEWEST_TOKENS * weight.shape[1]:
             importance = inputs.matrix.diagonal()
             known = importance if importance.any() else None
             codes = round_to_nearest(weight, self.scheme, importance=known, search=self.options.search)
             return codes, f"rounded to nearest, {inputs.tokens} tokens are too few for {weight.shape[1]} columns"
-        solution = gptq(weight, inputs.matrix, self.scheme, self._settings)
-        raised = solution.damping > self.options.damping
-        return solution.codes, f"damping raised to {solution.damping:g}, its inputs are singular" if raised else ""
+        groups = zip(weight.tensor_split(len(inputs.matrices)), inputs.matrices, strict=True)
+        found = [gptq(rows, hessian, self.scheme, self._settings, outputs) for rows, hessian in groups]
+        codes = AffineCodes(*map(torch.cat, zip(*(one.codes for one in found), strict=True)))
+        damping = max(one.damping for one in found)
+        raised = damping > self.options.damping
+        return codes, f"damping raised to {damping:g}, its inputs are singular" if raised else ""

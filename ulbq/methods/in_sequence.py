@@ -1,27 +1,42 @@
 """A block's layers solved in execution order, each from the second moments of its inputs."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ulbq import distributed
+from ulbq.blockwise.activations import ActivationStore
 from ulbq.blockwise.walk import run_block
 from ulbq.config.training import TokenWeighting
 from ulbq.methods.base import BlockTask
 from ulbq.models.watch import Enough, Input, distinct_inputs, watching
 from ulbq.nn.quant_linear import linear_layer
+from ulbq.solvers.drift import Drift
 from ulbq.solvers.hessian import HessianSum
 from ulbq.training.objective import BlockData
 
 Solve = Callable[[Sequence[str], HessianSum], Mapping[str, torch.Tensor]]
-"""Quantizes the layers of some names, which read the same input; gives their weights ``[out, in]`` as stored."""
+"""Quantizes the layers of some names, which share second moments; gives their weights ``[out, in]`` as stored."""
 
 
 FEWEST_TOKENS = 1 / 4
 """Tokens a column. With fewer, errors go to where these samples happen not to look: on other samples of correlated
 random inputs, the error is then no lower than that of rounding to nearest; at two a column it is a quarter of that."""
+
+
+class _Sums(NamedTuple):
+    """What is known of one input: its second moments, and how far it is from that of the full-precision model.
+
+    Where errors at outputs cost something, also the second moments of its own for each layer that reads it.
+    """
+
+    hessian: HessianSum
+    drift: Drift | None
+    own: dict[str, HessianSum]
 
 
 @torch.no_grad()
@@ -31,8 +46,12 @@ def solve_in_sequence(
     """Solve every layer of a block. Layers that are called with the very same tensor are solved together.
 
     Args:
-        task: with activations. The block is left with the weights that ``solve`` gave.
-        solve: called once for every distinct input.
+        task: with activations. The block is left with the weights that ``solve`` gave. Where there are those of the
+            full-precision model, too, ``solve`` finds weights that make good how far the others are from them
+            (:mod:`ulbq.solvers.drift`). Members of a list are left out: other tokens may call them. Where the task
+            tells what errors at the outputs of a layer cost, the tokens count by that too, and each layer is solved by
+            itself.
+        solve: called once for every distinct input, or for every layer.
         one_by_one: what a layer reads comes from the quantized layers before it (GPTQ's true-sequential), in as many
             passes over the samples as there are inputs. Members of one list, a mixture's experts, are solved from the
             same pass: none of them reads what another made. Otherwise one pass serves all layers.
@@ -48,13 +67,28 @@ def solve_in_sequence(
         stage = known.get(places[0], places[0]) if one_by_one else ""
         known |= dict.fromkeys(places, stage)
         stages.setdefault(stage, []).append(one)
+    reference = None if _activations(task).originals is None else copy.deepcopy(task.block)
     for together in stages.values():
-        sums = _gather(task, together, weighting)
+        sums = _gather(task, together, weighting, reference)
         for one in together:
             # Taken out, so that each goes as soon as it has served.
-            for name, weight in solve(one.layers, sums.pop(one.layers[0])).items():
-                # A new parameter: the old one's values are still wanted to compare with.
-                linear_layer(task.block, name).weight = nn.Parameter(weight, requires_grad=False)
+            hessian, drift, own = sums.pop(one.layers[0])
+            if drift is not None and hessian.tokens >= FEWEST_TOKENS * len(hessian.matrix):
+                correction = drift.correction(hessian.matrix)
+                _put(
+                    task.block,
+                    {name: torch.addmm(w, w, correction) for name in one.layers for w in [task.weight(name)]},
+                )
+            if task.outputs is None:
+                _put(task.block, solve(one.layers, hessian))
+            for name in list(own):
+                _put(task.block, solve((name,), own.pop(name)))
+
+
+def _put(block: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    for name, weight in weights.items():
+        # A new parameter: the old one's values are still wanted to compare with.
+        linear_layer(block, name).weight = nn.Parameter(weight, requires_grad=False)
 
 
 def _place(block: nn.Module, name: str) -> str:
@@ -64,32 +98,64 @@ def _place(block: nn.Module, name: str) -> str:
     return ".".join("*" if inside else part for part, inside in zip(parts, listed, strict=True))
 
 
-def _gather(task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting) -> dict[str, HessianSum]:
-    """Second moments of some inputs over the samples that train, by the first layer that reads them."""
-    samples = _activations(task).training
-    device = task.precision.device
+def _gather(
+    task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting, reference: nn.Module | None
+) -> dict[str, _Sums]:
+    """Sums over the samples that train, of some inputs, by the first layer that reads them."""
+    samples, originals = _activations(task).training, _activations(task).originals
+    costs, device = task.outputs, task.precision.device
     relative = weighting is TokenWeighting.ENERGY
-    widths = {one.layers[0]: linear_layer(task.block, one.layers[0]).in_features for one in inputs}
-    sums = {name: HessianSum(width, device, relative=relative) for name, width in widths.items()}
+    sums: dict[str, _Sums] = {}
+    for one in inputs:
+        name = one.layers[0]
+        width = linear_layer(task.block, name).in_features
+        drifts = reference is not None and _place(task.block, name) == name
+        drift = Drift(width, device, relative=relative) if drifts else None
+        groups = {} if costs is None else {layer: costs[layer].tokens.shape[2] for layer in one.layers}
+        own = {layer: HessianSum(width, device, groups=count) for layer, count in groups.items()}
+        sums[name] = _Sums(HessianSum(width, device, relative=relative), drift, own)
     # Where a layer was missed, as experts are, another sample may well call it, and no call is known to be the last.
     expected = sum(one.calls for one in inputs) if all(one.calls for one in inputs) else 0
-    seen = 0
+    drifting = [name for name, one in sums.items() if one.drift is not None]
+    wanted: dict[str, list[torch.Tensor]] = {}
+    seen, sample = 0, 0
 
     def add(name: str, tensor: torch.Tensor) -> None:
         nonlocal seen
-        sums[name].add(tensor)
+        hessian, drift, own = sums[name]
+        hessian.add(tensor)
+        if drift is not None:
+            drift.add(wanted[name].pop(0), tensor)
+        for layer, total in own.items():
+            total.add(tensor, None if costs is None else costs[layer].tokens[sample])
         seen += 1
         if seen == expected:
             raise Enough
 
     with watching(_layers(task.block, list(sums)), add):
-        for row in distributed.rows(torch.arange(samples)).tolist():
+        for sample in distributed.own(range(samples)):
+            row = sample // distributed.size()
+            if reference is not None and originals is not None and drifting:
+                wanted = _wanted(task, reference, originals, drifting, row)
             seen = 0
             with suppress(Enough):
                 _run(task, row)
-    for one in sums.values():
-        one.reduce()
+    for hessian, drift, own in sums.values():
+        for total in (hessian, *own.values()):
+            total.reduce()
+        if drift is not None:
+            drift.reduce()
     return sums
+
+
+def _wanted(
+    task: BlockTask, reference: nn.Module, originals: ActivationStore, names: Sequence[str], row: int
+) -> dict[str, list[torch.Tensor]]:
+    """What some layers read in the full-precision model at every call, for one sample."""
+    found: dict[str, list[torch.Tensor]] = {}
+    with watching(_layers(reference, names), lambda name, tensor: found.setdefault(name, []).append(tensor)):
+        _pass(task, reference, originals, row)
+    return found
 
 
 def _layers(block: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -98,9 +164,12 @@ def _layers(block: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
 
 def _run(task: BlockTask, row: int) -> None:
     """Pass one sample of the quantized stream, of those that this process holds, through the block."""
-    data = _activations(task)
+    _pass(task, task.block, _activations(task).inputs, row)
+
+
+def _pass(task: BlockTask, block: nn.Module, inputs: ActivationStore, row: int) -> None:
     with task.precision.autocast():
-        run_block(task.block, data.inputs.get(slice(row, row + 1)).to(task.precision.device), data.kwargs)
+        run_block(block, inputs.get(slice(row, row + 1)).to(task.precision.device), _activations(task).kwargs)
 
 
 def _activations(task: BlockTask) -> BlockData:

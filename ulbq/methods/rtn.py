@@ -4,11 +4,14 @@ from typing import ClassVar, Self
 
 import torch
 
-from ulbq.config.methods import MethodOptions, RtnOptions
+from ulbq.config.methods import AffineOptions, MethodOptions, RtnOptions
 from ulbq.formats import affine
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
+
+PACKING_BYTES = 10.5
+"""Of each weight, as a layer is packed: codes and what they were packed to, and as float32 before and after that."""
 
 
 class Rtn:
@@ -25,13 +28,12 @@ class Rtn:
     def __init__(self, scheme: AffineScheme, *, search: bool = True) -> None:
         self.scheme = scheme
         self._search = search
-        self.needs = Needs(searches=search)
+        self.needs = Needs(searches=search, layer_bytes=PACKING_BYTES)
 
     @classmethod
     def from_options(cls, options: RtnOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        scheme = AffineScheme(bits=options.bits, group_size=group_size, symmetric=options.symmetric)
-        return cls(scheme, search=options.search)
+        return cls(affine_scheme(options, group_size), search=options.search)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block; only its weights are looked at."""
@@ -39,6 +41,13 @@ class Rtn:
 
     def _pack(self, linear: str, weight: torch.Tensor) -> Packed:
         return pack_codes(linear, self.scheme, round_to_nearest(weight, self.scheme, search=self._search))
+
+
+def affine_scheme(options: AffineOptions, group_size: int) -> AffineScheme:
+    """The affine format that a method's options ask for."""
+    return AffineScheme(
+        bits=options.bits, group_size=group_size, symmetric=options.symmetric, mid_rise=options.mid_rise
+    )
 
 
 def pack_codes(linear: str, scheme: AffineScheme, found: AffineCodes) -> Packed:

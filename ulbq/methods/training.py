@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ulbq import distributed, runtime
-from ulbq.config.methods import TrainedOptions
+from ulbq.config.methods import EfficientQatOptions, WeightOptions
 from ulbq.config.stages import Stage
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
@@ -37,7 +37,7 @@ class BlockTraining:
         go_on: makes a quantizer that goes on from packed tensors.
     """
 
-    def __init__(self, options: TrainedOptions, scheme: AnyScheme, go_on: GoOn) -> None:
+    def __init__(self, options: WeightOptions | EfficientQatOptions, scheme: AnyScheme, go_on: GoOn) -> None:
         self._options = options
         self._scheme = scheme
         self._go_on = go_on
@@ -52,11 +52,19 @@ class BlockTraining:
             epochs=sum(stage.epochs for stage in self._stages(0)),
             augmented=options.augmented_loss,
             originals=options.granularity == "layer",
+            layerwise=options.granularity == "layer",
             continues=True,
             adapter=self._adapter,
             saliency=options.saliency if weighted and options.saliency != "none" else None,
             end_to_end=options.end_to_end_settings(),
+            copies=self._copies(),
         )
+
+    def _copies(self) -> int:
+        """Copies of a block's weights: as read and as latents; of what trains gradients, moments and two snapshots."""
+        options = self._options
+        trained = options.train_weights and (options.stages or (options.epochs and options.weight_rate))
+        return 2 + (1 + 2 * (options.optimizer == "adamw") + 2 if trained else 0)
 
     def quantize(self, task: BlockTask, make: MakeQuantizer | None = None) -> BlockResult:
         """Quantize one block.

@@ -19,6 +19,9 @@ from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
 from ulbq.solvers.hessian import HessianSum, output_cost
 from ulbq.solvers.trellis import Demand, allocate, demand, solve
 
+_LAYER_BYTES = 31.0
+"""Of each weight: between the transforms, in processing order, as found by tiles and as rows, and to fit the scales."""
+
 
 class TrellisMethod:
     """Trellis codes with errors made good in later tiles.
@@ -36,14 +39,19 @@ class TrellisMethod:
         budget = options.target_bits is not None
         self._widths = widths
         self.needs = Needs(
-            full_precision=False,
+            full_precision=options.target_inputs == "full",
+            originals=options.target_inputs == "full",
             searches=True,
             hessians="sequence" if options.true_sequential and not budget else "block",
             saliency=options.saliency if budget and options.saliency != "none" else None,
             survey=budget,
             target_bits=options.target_bits,
+            # The transform mixes all rows.
+            output_groups=int(options.hessian != "plain"),
+            between_outputs=options.hessian == "two-sided",
             end_to_end=options.end_to_end_settings(),
             continues=options.end_to_end != "none",
+            layer_bytes=_LAYER_BYTES,
         )
 
     @classmethod
@@ -93,7 +101,7 @@ class TrellisMethod:
                 weight = task.weight(linear)
                 generator = torch.Generator().manual_seed(task.seed ^ zlib.crc32(linear.encode()))
                 scheme = schemes[linear] = self._scheme(task.prefix + linear)
-                found = solve(weight, hessian, scheme, generator, self.options.damping)
+                found = solve(weight, hessian, scheme, generator, self.options.damping, task.between(linear))
                 if found.damping > self.options.damping:
                     notes.append((linear, f"damping raised to {found.damping:g}, its inputs are singular."))
                 packed[linear] = trellis.pack(scheme, found.trellis)

@@ -80,7 +80,8 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             continue
         if any(name.startswith(f"{outer}.") for outer in found):
             continue
-        if any(isinstance(child, nn.Linear) for child in module.modules()):
+        # Not a list of linear layers, as Gemma 3n has beside its blocks.
+        if any(isinstance(inner, nn.Linear) for block in module for inner in list(block.modules())[1:]):
             found[name] = module
     if not found:
         raise InputError(
@@ -150,7 +151,8 @@ def check_group_size(found: ModelStructure, group_size: int) -> None:
     bad = next((linear for linear in layers if linear.in_features % group_size), None)
     if bad is None:
         return
-    common = math.gcd(*(linear.in_features for linear in layers))
+    # Narrower ones, which none of these sizes divides, can be left out.
+    common = math.gcd(*(x.in_features for x in layers if x.in_features >= min(_GROUP_SIZES)))
     choices = [str(size) for size in _GROUP_SIZES if common % size == 0]
     raise InputError(
         f"The group size {group_size} does not divide the {bad.in_features} inputs of '{bad.name}'.",

@@ -12,7 +12,13 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+)
 
 from ulbq import limits
 from ulbq.artifacts.small_files import parse_json, read_small
@@ -234,7 +240,8 @@ def check_causal(config: PreTrainedConfig, where: str) -> None:
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise InputError(f"'{where}' says architectures {architectures!r}, which are no names.", hint="Fetch it again.")
     headless = bool(architectures) and all(name.endswith(_NOT_GENERATIVE) for name in architectures)
-    if headless or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if headless or not known:
         what = ", ".join(architectures) or config.model_type
         raise InputError(
             f"'{where}' is not a causal language model ({what}).",

@@ -66,7 +66,7 @@ def unplaced(
     for key, name in sorted(checkpoint.unplaced.items()):
         if is_carried(stored.file(key)):
             found.append(key)
-        elif not _of_no_account(stored, key) and name.rpartition(".")[0] not in packed:
+        elif not _of_no_account(stored, key) and not {_owner(name), _owner(key)} & {*packed}:
             (found if _stands_apart(model, name) else lost).append(key)
     if lost:
         raise without_a_place(where, lost, type(model).__name__)
@@ -130,6 +130,10 @@ def _different_ties(model: PreTrainedModel, checkpoint: Checkpoint) -> list[tupl
     return [(first, second) for first, second in pairs if not torch.equal(*map(checkpoint.read, (first, second)))]
 
 
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _of_no_account(stored: LazyTensors, name: str) -> bool:
     if _OF_NO_ACCOUNT.search(name):
         return True
@@ -143,7 +147,16 @@ def _stands_apart(model: PreTrainedModel, name: str) -> bool:
         return False
     if any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ()):
         return True
+    layer = re.search(r"(^|\.)layers\.(\d+)\.", name)
+    if layer is not None and int(layer[2]) in _predicting_layers(model.config.get_text_config()):
+        return True
     return any(_apart(model, spelled) for spelled in _spellings(model, name))
+
+
+def _predicting_layers(config: PreTrainedConfig) -> range:
+    """Numbers of the layers behind the last that predict further tokens, as DeepSeek-V3 and its kin store them."""
+    last = getattr(config, "num_hidden_layers", 0)
+    return range(last, last + (getattr(config, "num_nextn_predict_layers", None) or 0))
 
 
 def _spellings(model: PreTrainedModel, name: str) -> Iterator[str]:

@@ -1,10 +1,18 @@
 """A model without its weights: every parameter on the meta device, every buffer real."""
 
 import copy
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from ulbq.errors import InputError
@@ -16,8 +24,21 @@ BUILD_ERRORS = (
 )
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Which of transformers' classes makes the model of a configuration: the one that knows its ``architectures``.
+
+    Where both do, as for a model of images whose text model stands by itself too, and none is named, it is the text's.
+    """
+    images: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if images is None:
+        return AutoModelForCausalLM
+    known = {kind.__name__ for kind in (images if isinstance(images, tuple) else (images,))}
+    text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and known.isdisjoint(config.architectures or ())
+    return AutoModelForCausalLM if text else AutoModelForImageTextToText
+
+
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The causal language model that ``config`` describes, in eval mode, its parameters on the meta device.
+    """The language model that ``config`` describes, of images too, in eval mode, its parameters on the meta device.
 
     Buffers (rotary frequencies, embedding scales) hold their values: they are computed, not stored in checkpoints.
     The attention implementation is the one that transformers picks for the architecture, which is SDPA wherever the
@@ -34,7 +55,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) ->
     # A parameter exists for a moment before it goes to meta; as nothing initializes it, its pages are never touched.
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
     except BUILD_ERRORS as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(

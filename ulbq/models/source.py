@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -105,6 +106,11 @@ class ModelSource:
                 hint="The checkpoint is incomplete, or belongs to another architecture than its config.json says.",
             )
         return self.tensors.read(name)
+
+    @property
+    def carried_values(self) -> int:
+        """How many values are carried along."""
+        return 0 if self.stored is None else sum(prod(self.stored.shape(name)) for name in self.carried)
 
     @property
     def gguf_size(self) -> int:

@@ -9,6 +9,9 @@ from torch import nn
 from ulbq import formats, kernels
 from ulbq.formats import AnyScheme
 
+_LINEAR = frozenset({"FalconLinear"})
+"""Classes of transformers that compute what ``nn.Linear`` does, in words of their own."""
+
 
 def is_dense_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a linear layer with its weight in full, and not a packed one.
@@ -16,7 +19,8 @@ def is_dense_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     What inherits from ``nn.Linear`` and computes something else, as the routers of some mixtures do, is none.
     """
     own = isinstance(module, nn.Linear) and not isinstance(module, QuantLinear)
-    return own and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    as_usual = type(module).forward is nn.Linear.forward or type(module).__name__ in _LINEAR
+    return own and as_usual and "forward" not in vars(module)
 
 
 def linear_layer(block: nn.Module, name: str) -> nn.Linear:

@@ -121,6 +121,7 @@ def _manifest(
             dtype=job.dtype,
         )
     parts = {part: bits - saved.get(part, 0) for part, bits in before.bits.parts.items()}
+    bits = BitsReport(parts=parts, weights=before.bits.weights)
     kept = before.model_dump(exclude={"files", "fingerprint", "digest", "created", "ulbq_version", "versions"})
     return QuantizedManifest.model_validate(
         kept
@@ -128,6 +129,7 @@ def _manifest(
             "name": name,
             "parents": (*before.parents, source.record()),
             "phases": (*before.phases, *watch.records),
-            "bits": BitsReport(parts=parts, weights=before.bits.weights),
+            "bits": bits,
+            "coverage": None if before.coverage is None else bits.of_all(before.coverage),
         }
     )

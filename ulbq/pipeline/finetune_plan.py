@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from torch.nn import Linear
+from torch.nn import Linear as DenseLinear
 from transformers import PreTrainedModel
 
 from ulbq import runtime
@@ -21,25 +21,31 @@ from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.data.examples import ExampleSet, draw_examples
 from ulbq.data.instructions import check_training_text
 from ulbq.errors import InputError, UsageError
-from ulbq.finetuning.head import LOGITS_MEMORY
+from ulbq.finetuning.head import logits_memory
+from ulbq.finetuning.trainer import LOGIT_COPIES
 from ulbq.formats import AnyScheme
 from ulbq.models.adapter_files import ADAPTER_FOLDER, adapter_folder, read_adapter
-from ulbq.models.blocks import block_list, skeleton
+from ulbq.models.blocks import Linear, skeleton
 from ulbq.models.side_files import is_side_file
 from ulbq.models.source import ModelSource, resolve
 from ulbq.nn.quant_linear import linear_layer
+from ulbq.pipeline.memory import (
+    DENSE_BYTES,
+    FLOAT,
+    Sizes,
+    layer_size,
+    load_memory,
+    trained_activations,
+    trained_layer,
+    wide,
+)
 from ulbq.pipeline.recipe_files import Recipe
 from ulbq.pipeline.tasks import request_of, settings_of
 from ulbq.progress import Progress
 from ulbq.training.precision import Precision
 
-_FLOAT = 4
-# Float32 copies of what trains: itself, gradient, two moments, and what passes by while it is loaded and stored.
-_TRAINED_COPIES = 5
-# Activations of one block that autograd keeps, in units of its hidden states and of its widest layer's outputs, the
-# adapter's among them; what the allocator holds beyond what is used. Fitted to runs of the default model.
-_HIDDEN_COPIES, _WIDE_COPIES, _ALLOCATED = 60, 16, 1.6
-_ADAPTERS = 80 << 20  # what the library of adapters imports
+# Float32 copies of what trains: itself, gradient, two moments.
+_TRAINED_COPIES = 4
 
 
 class FinetuneCost(BaseModel):
@@ -47,9 +53,9 @@ class FinetuneCost(BaseModel):
 
     Attributes:
         peak_memory: largest resident memory of the process (CPU), or of process and device together.
-        base: of it, the packed model.
-        training: of it, what trains, with gradients and moments.
-        activations: of it, one micro-batch's activations and logits.
+        base: the packed model.
+        training: what trains, with gradients and moments.
+        activations: one micro-batch's activations and logits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -257,26 +263,39 @@ def _cost(
     held = packed + 2 * sum(_manifest(source).bits.parts.get(part, 0) for part in ("embeddings", "other")) // 8
     if precision.dtype.itemsize == 2:
         held = packed + (held - packed) // 2
-    width = max(len(example.tokens) for example in (*examples.train, *examples.validation))
-    tokens = width * request.micro_batch
-    hidden = source.config.get_text_config().hidden_size
-    blocks = len(block_list(model)[1])
-    widest = max(layer.out_features for layer in layers.values())
-    one_block = tokens * (_HIDDEN_COPIES * hidden + _WIDE_COPIES * widest) * _FLOAT
-    kept = tokens * hidden * _FLOAT * blocks + one_block if request.checkpointing else one_block * blocks
-    # What scales multiply is made dense for a product, and of one block kept for the gradients.
-    dense = sum(layer.in_features * layer.out_features for layer in layers.values()) * _FLOAT
-    if scales:
-        kept += dense // blocks if request.checkpointing else dense
-    logits = LOGITS_MEMORY
-    training = (parameters + scales) * _FLOAT * _TRAINED_COPIES
-    training, activations = int(training * _ALLOCATED), int((kept + logits) * _ALLOCATED)
-    peak = runtime.peak_memory() + runtime.LIBRARY_MEMORY + _ADAPTERS + held + training + activations
+    sizes, itemsize = Sizes.of(model), precision.dtype.itemsize
+    shapes = [Linear(name, layer.out_features, layer.in_features) for name, layer in layers.items()]
+    # Behind the end of each example one token more.
+    width = 1 + max(len(example.tokens) for example in (*examples.train, *examples.validation))
+    activations = _activations(request, sizes, shapes, width * request.micro_batch, itemsize, scales > 0)
+    training = (parameters + scales) * FLOAT * _TRAINED_COPIES
+    loading = load_memory(held, itemsize * sizes.table)
+    # An adapter asks each layer for its weight as it is put beside it.
+    adapting = held + FLOAT * parameters + DENSE_BYTES * layer_size(shapes)
+    # Opened again beside what has trained.
+    opening = held + FLOAT * (parameters + scales) + loading
+    started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
+    peak = started + max(loading, adapting, held + training + activations, opening)
     cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=activations)
     return parameters + scales, cost
 
 
-def _scales(scheme: AnyScheme, layer: Linear) -> int:
+def _activations(
+    request: FinetuneRequest, sizes: Sizes, linears: list[Linear], tokens: int, itemsize: int, scales: bool
+) -> int:
+    """Bytes of so many tokens on their way through blocks and head, and back."""
+    blocks, total = len(sizes.inside), sum(linear.in_features * linear.out_features for linear in linears)
+    block = tokens * trained_activations(sizes.hidden, wide(linears), itemsize)
+    if scales:
+        # What scales multiply is made dense for a product, and kept for the gradients.
+        block += total // blocks * itemsize
+    states = FLOAT * tokens * sizes.hidden * blocks
+    kept = states + block if request.checkpointing else max(states, block * blocks)
+    logits = logits_memory(sizes.vocabulary, LOGIT_COPIES, tokens) + sizes.head_at_work(itemsize)
+    return kept + trained_layer(layer_size(linears)) + logits
+
+
+def _scales(scheme: AnyScheme, layer: DenseLinear) -> int:
     """Half-precision values of a layer that train as its scales: a codebook's levels too, and a mixture's zeros."""
     specs = scheme.tensors(layer.out_features, layer.in_features).values()
     trained = [s for s in specs if s.dtype == "float16" and s.role in ("scales", "codebooks", "zeros")]

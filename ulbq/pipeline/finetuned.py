@@ -22,6 +22,7 @@ from ulbq.export.markdown import code, plain
 from ulbq.export.targets import target
 from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, write_adapter
 from ulbq.models.side_files import check_link
+from ulbq.models.skeleton import auto_class
 from ulbq.pipeline.finetune_page import page
 from ulbq.pipeline.finetune_plan import FinetuneJob, side_files
 
@@ -119,6 +120,7 @@ def write_artifact(
         end_to_end=base.end_to_end,
         finetune=record,
         skipped=base.skipped,
+        coverage=None if base.coverage is None else bits.of_all(base.coverage),
         rotation=base.rotation,
         calibration=base.calibration,
     )
@@ -151,11 +153,10 @@ def _write_config(folder: Path, base: Path) -> None:
 def _card(job: FinetuneJob, manifest: QuantizedManifest, record: FinetuneRecord) -> str:
     """The model card; licence, language and base model are those that the base's own card names."""
     data, bits = record.data, manifest.bits.bits_per_weight
-    kind = "DoRA" if job.adapter.dora else "LoRA"
+    kind, opener = "DoRA" if job.adapter.dora else "LoRA", auto_class(job.source.config).__name__
     loads = {
         "ulbq": "`ulbq generate DIR` hears it, `ulbq eval DIR` scores it, `ulbq inspect DIR` looks into it.",
-        "transformers": "after `import ulbq`, `AutoModelForCausalLM.from_pretrained(DIR)` loads it packed, "
-        "adapter attached.",
+        "transformers": f"after `import ulbq`, `{opener}.from_pretrained(DIR)` loads it packed, adapter attached.",
     }
     if target("dense").unsupported_reason(Candidate.of(job.source)) is None:
         loads["Everything else"] = "`ulbq convert DIR --to dense --merge-adapter` writes a plain half-precision model."
@@ -169,6 +170,7 @@ def _card(job: FinetuneJob, manifest: QuantizedManifest, record: FinetuneRecord)
             f"{data['samples']:,} samples of {plain(', '.join(map(str, data['sources'])))}",
             f"Weights: packed, {bits:.3f} true bits per linear weight, a {kind} adapter of rank {job.adapter.rank} "
             "included",
+            *([] if manifest.coverage is None else [plain(manifest.coverage.words)]),
             f"Perplexity of {data['heldout']} held-out answers: {record.start_perplexity:.3f} before, "
             f"{record.end_perplexity:.3f} after; `{REPORT}` has the curves",
             "`manifest.json` records how it was made",

@@ -9,12 +9,20 @@ import torch
 
 from ulbq import formats, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
-from ulbq.artifacts.records import BitsReport, BlockRecord, EndToEndRecord, LayerRecord, Parent, TemperatureRecord
+from ulbq.artifacts.records import (
+    BitsReport,
+    BlockRecord,
+    Coverage,
+    EndToEndRecord,
+    LayerRecord,
+    Parent,
+    TemperatureRecord,
+)
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration
 from ulbq.export.card import quantized_card
-from ulbq.export.fit import Candidate, Layer, inside_blocks
+from ulbq.export.fit import Candidate, Layer, inside_blocks, nameless
 from ulbq.formats import AnyScheme, read_scheme
 from ulbq.formats.bits import stored_bits
 from ulbq.formats.rounding import relative_error
@@ -98,7 +106,8 @@ def finish(
     shards = [folder / layout.block_shard(index) for index in range(job.found.n_blocks)]
     adapter = _write_adapter(job, writer)
     bits = layout.bits_report(layers, shards, outer, adapter)
-    card = _card(job, bits, layers, warned)
+    covered = bits.of_all(job.plan.coverage)
+    card = _card(job, bits, covered, layers, warned)
     weights = [shard.name for shard in shards] + [name for name in writer.planned if name.startswith("model-")]
     writer.plan(*layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers, card, weights))
     return QuantizedManifest(
@@ -116,13 +125,14 @@ def finish(
         temperature=_temperature(job, writer),
         end_to_end=end_to_end,
         skipped=job.found.skipped,
+        coverage=covered,
         rotation=job.source.rotation,
         warnings=warned,
         calibration=calibration.record() if calibration else {},
     )
 
 
-def _card(job: Job, bits: BitsReport, layers: Sequence[LayerRecord], warned: tuple[str, ...]) -> str:
+def _card(job: Job, bits: BitsReport, covered: Coverage, layers: Sequence[LayerRecord], warned: tuple[str, ...]) -> str:
     """The model card."""
     packed = {layer.name: Layer(read_scheme(layer.scheme), layer.shape) for layer in layers}
     adapter = job.method.needs.adapter
@@ -131,7 +141,7 @@ def _card(job: Job, bits: BitsReport, layers: Sequence[LayerRecord], warned: tup
         config=job.source.config,
         layers=packed,
         adapter="" if adapter is None else "DoRA" if adapter.dora else "LoRA",
-        unpacked=inside_blocks(job.found.skipped, packed),
+        unpacked=nameless(inside_blocks(job.found.skipped, packed), job.model),
     )
     recipe = job.request.recipe
     return quantized_card(
@@ -141,6 +151,7 @@ def _card(job: Job, bits: BitsReport, layers: Sequence[LayerRecord], warned: tup
         recipe=None if recipe is None else recipe.name,
         bits_per_weight=bits.bits_per_weight,
         counted=[part for part in bits.parts if bits.counts(part)],
+        covered=covered,
         warned=warned,
     )
 

@@ -9,39 +9,43 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedModel
 
 from ulbq import formats, runtime
+from ulbq.config.finetuning import FinetuneSettings
 from ulbq.config.quantize import Quantization
 from ulbq.config.saliency import SaliencyKind, SaliencyRequest
-from ulbq.data.generate import writing_memory
-from ulbq.finetuning.head import LOGITS_MEMORY
+from ulbq.finetuning.head import logits_memory
+from ulbq.finetuning.trainer import LOGIT_COPIES, LOGIT_COPIES_TAUGHT
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import Method
-from ulbq.models.blocks import Linear, ModelStructure, block_list
+from ulbq.models.blocks import Linear, ModelStructure
+from ulbq.pipeline.memory import (
+    FLOAT,
+    Sizes,
+    compared_layer,
+    input_groups,
+    layer_size,
+    load_memory,
+    passed_activations,
+    solving_memory,
+    trained_activations,
+    trained_layer,
+    wide,
+)
 from ulbq.pipeline.saliency_plan import predict_scoring
 from ulbq.quantizers.trainable import TRAINABLE
 from ulbq.sensitivity import KINDS, SaliencySettings
 from ulbq.sensitivity.head import head_memory
 from ulbq.training.precision import Precision
 
-# Float32 copies of a block's linear weights that live at the peak: the block itself, latents, gradient, two moments,
-# and the snapshots of the start and of the best epoch; the rest is masks and half-precision copies inside one step.
-_TRAINING_COPIES = 9.0
-_PLAIN_COPIES = 3.5
-# The same where columns are compensated: the weights as they came and as they became, and of the layers that read one
-# input the values, codes and errors of all columns, beside what the search of the grids tries.
-_COMPENSATED_COPIES = 7.0
-# Float32 copies of the largest second moments while they are factored in float64.
-_FACTOR_COPIES = 10
-# More of them where scores weigh a penalty: the scores as read and as they count, and what autograd keeps of the
-# distance to the full-precision weights and of its square.
-_PENALTY_COPIES = 4
 # Float32 copies of a block's adapters: values, gradient, two moments, two snapshots.
 _ADAPTER_COPIES = 6
-# Hidden-sized float32 activations of one step that autograd keeps, in units of the batch's hidden states.
-_STEP_ACTIVATIONS = 40
-# Float32 copies of one block's weights while it runs: the quantized weight, its gradient, and what autograd keeps.
-_QUANTIZED_COPIES = 4
+# Scores of a block's weights in float32 beside it: as read, and as they count where they weigh a penalty.
+_SCORE_COPIES = 2
+# Of each value outside the blocks as it is copied: half precision; out of a GGUF file it is float32 before.
+_COPIED, _COPIED_FROM_GGUF = 2, 6
 # Bytes of a tokenizer's files for each token of the vocabulary, as measured on SmolLM2's.
 _TOKENIZER_BYTES = 72
+# What torch imports as it checkpoints and clips.
+_TRAINING_LIBRARY = 45 << 20
 
 
 class Cost(BaseModel):
@@ -88,19 +92,27 @@ def predict(
     """
     run = _Sizes(request, method, found, model, precision, gguf_size)
     adapters = 2 * sum(run.adapter_values(block) for block in found.linears)
-    artifact = run.packed() + (run.weights - sum(run.quantized)) * 2 + adapters
+    artifact = run.packed() + 2 * (run.sizes.weights - sum(run.quantized)) + adapters
     started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
     blocks, whole = run.untouched() if blocks_stay else run.blocks(), run.end_to_end()
-    # On top: most of what the blocks leave behind stays with the allocator, in pieces that the whole does not fit.
-    memory = started + blocks.memory + max(whole.memory, run.temperature())
-    # The adapters lie in the scratch folder too, the tuned blocks beside those whose places they take.
-    beside = adapters + _TOKENIZER_BYTES * run.vocabulary
-    disk = artifact + beside + max(blocks.disk, whole.disk and whole.disk + artifact)
-    if method.needs.saliency in KINDS and not blocks_stay:
-        peak, on_disk, scores = run.scoring()
-        memory, disk = max(memory, peak), max(disk + scores, on_disk)
+    # One phase after the other: what one leaves free goes back to the system.
+    phases = [run.copying(), blocks.memory, run.temperature(), whole.memory]
+    # Opened again at the end; its weights are those that were there at first, mapped from a file or not.
+    phases.append(load_memory(artifact, 2 * run.sizes.table) - gguf_size)
     if "self" in (request.calibration, request.text):
-        memory = max(memory, started + run.writing())
+        phases.append(run.writing())
+    memory = started + gguf_size + max(phases)
+    # The adapters lie in the scratch folder too, the tuned blocks beside those whose places they take.
+    beside = adapters + _TOKENIZER_BYTES * run.sizes.vocabulary
+    tuned = whole.disk and whole.disk + run.packed() + adapters
+    disk = artifact + beside + max(blocks.disk, tuned)
+    if method.needs.saliency in KINDS and not blocks_stay:
+        peak, on_disk, scores = run.scoring(TypeAdapter(SaliencyKind).validate_python(method.needs.saliency))
+        memory, disk = max(memory, peak), max(disk + scores, on_disk)
+    if run.needs.output_groups and not blocks_stay:
+        costs = sum(run.output_costs(block) for block in found.linears)
+        peak, on_disk, _ = run.scoring("fisher")
+        memory, disk = max(memory, peak + max(map(run.output_costs, found.linears))), max(disk, on_disk) + costs
     return Cost(peak_memory=memory, disk=disk, artifact=artifact)
 
 
@@ -116,21 +128,18 @@ class _Sizes:
     gguf_size: int
 
     def __post_init__(self) -> None:
-        config = self.model.config.get_text_config()
-        self.hidden, self.vocabulary = int(config.hidden_size), int(config.vocab_size)
+        self.sizes = Sizes.of(self.model)
         self.needs = self.method.needs
         self.samples, self.length = self.request.samples, self.request.sequence_length
         self.limit = self.request.activation_memory
-        self.weights = sum(p.numel() for p in self.model.parameters())
-        # Of each block: all of its parameters, and those in the layers that are quantized.
-        self.inside = [sum(p.numel() for p in block.parameters()) for block in block_list(self.model)[1]]
+        self.itemsize = self.precision.dtype.itemsize
+        self.layers = [linear for block in self.found.linears for linear in block]
+        # Of each block, in the layers that are quantized.
         self.quantized = [sum(x.out_features * x.in_features for x in block) for block in self.found.linears]
 
     def packed(self) -> int:
         """Bytes of all packed layers."""
-        return round(
-            planned_bits(self.method, [x for block in self.found.linears for x in block]) * sum(self.quantized) / 8
-        )
+        return round(planned_bits(self.method, self.layers) * sum(self.quantized) / 8)
 
     def adapter_values(self, linears: Sequence[Linear]) -> int:
         """Parameters of some layers' adapters."""
@@ -139,10 +148,10 @@ class _Sizes:
             return 0
         return sum(adapter.bits(x.out_features, x.in_features) for x in linears if adapter.matches(x.name)) // 16
 
-    def scoring(self) -> tuple[int, int, int]:
+    def scoring(self, kind: SaliencyKind) -> tuple[int, int, int]:
         """Bytes of scoring the weights first: memory at its peak, that of the process included; disk; the scores."""
         asked = SaliencyRequest(
-            kind=TypeAdapter(SaliencyKind).validate_python(self.needs.saliency),
+            kind=kind,
             samples=self.samples,
             sequence_length=self.length,
             batch_size=SaliencySettings.batch_size,
@@ -150,121 +159,145 @@ class _Sizes:
         )
         return predict_scoring(asked, self.model, self.found, self.precision, gguf_size=self.gguf_size)
 
+    def output_costs(self, linears: Sequence[Linear]) -> int:
+        """Bytes of what errors at the outputs of some layers cost."""
+        tokens = self.samples * self.length * self.needs.output_groups * len(linears)
+        return FLOAT * (tokens + self.needs.between_outputs * sum(x.out_features**2 for x in linears))
+
     def writing(self) -> int:
         """Bytes of the model that writes its own samples, loaded whole, and of the texts that it writes at once."""
         request = self.request
         drawn = request.drawn_samples if request.calibration == "self" else request.text_samples
-        beside = writing_memory(self.model.config, self.precision.dtype, drawn + heldout_samples(drawn), self.length)
-        return self.weights * self.precision.dtype.itemsize + beside
+        drawn += heldout_samples(drawn)
+        return self.sizes.writing(self.model.config, self.precision.dtype, drawn, self.length)
+
+    def copying(self) -> int:
+        """What is no block, as it is written out."""
+        return (_COPIED_FROM_GGUF if self.gguf_size else _COPIED) * self.sizes.outer
 
     def blocks(self) -> _Need:
         """The walk over the blocks, beside the artifact."""
-        outer = self.weights - sum(self.inside)
         largest = max(map(self._block, range(self.found.n_blocks)))
         if not self.method.Options.calibrated:
-            # What is no block is copied first, in half precision; out of a GGUF file it is float32 before.
-            copied = self.gguf_size + 6 * outer if self.gguf_size else 2 * outer
-            return _Need(max(4 * largest + self.gguf_size, copied), 0)
+            return _Need(largest, 0)
         held = self.samples + heldout_samples(self.samples)
         # Each has its share of the memory, and lies on disk whole where that is not enough.
-        stores = [4 * held * self.length * width for width in self._widths()]
+        stores = [FLOAT * held * self.length * width for width in self._widths()]
         kept = sum(size for size in stores if size <= self.limit // self.needs.stores)
-        step = min(self.request.batch_size, held) * self.length * self.hidden * _STEP_ACTIVATIONS
-        return _Need(4 * (largest + outer + step) + kept + self.gguf_size, sum(stores) - kept)
+        return _Need(max(self.sizes.walk_begins(kept), largest + kept), sum(stores) - kept)
 
     def untouched(self) -> _Need:
         """Copying blocks that stay: one of them in float32, to say how far its layers are from the model's."""
-        return _Need(4 * max(self.inside), 0)
+        return _Need(FLOAT * max(self.sizes.inside) + compared_layer(self.layers), 0)
 
     def _block(self, index: int) -> int:
-        """Float32 values that live at the peak of one block's work."""
-        quantized, inside = self.quantized[index], self.inside[index]
-        copies = _TRAINING_COPIES if self.needs.epochs else _PLAIN_COPIES
-        if self.needs.hessians != "none":
-            copies = max(copies, _COMPENSATED_COPIES)
-        if self.needs.saliency is not None:
-            copies += _PENALTY_COPIES
-        # What a block holds beside its linear layers (experts, for one) is there once; a reference is a second block.
-        beside = inside - quantized + (inside if self.needs.originals else 0)
-        adapters = _ADAPTER_COPIES * self.adapter_values(self.found.linears[index])
-        return round(copies * quantized) + beside + adapters + self._hessians(index)
+        """Bytes at the peak of one block's work.
 
-    def _hessians(self, index: int) -> int:
-        """Float32 values of the second moments of a block's inputs that live at once, and of factoring the largest."""
-        if self.needs.hessians == "none":
-            return 0
-        # Layers of one parent that are as wide read the same input, as far as names tell; experts come all at once.
-        inputs = {(linear.name.rpartition(".")[0], linear.in_features) for linear in self.found.linears[index]}
-        live: dict[tuple[str, int], int] = {}
-        for parent, columns in inputs:
-            _, _, inside = parent.partition(f"{self.found.blocks_prefix}.{index}")
-            place = ".".join("*" if part.isdigit() else part for part in inside.split("."))
-            live[place, columns] = live.get((place, columns), 0) + columns**2
-        at_once = max(live.values()) if self.needs.hessians == "sequence" else sum(live.values())
-        return at_once + _FACTOR_COPIES * max(columns for _, columns in inputs) ** 2
+        First its layers are solved, or where a search or rounding begins their training, one after the other. Then
+        they train: at the start of the way back their matrices and all activations live; at its end, or as the best of
+        an epoch is kept, the gradients, or a third snapshot, do.
+        """
+        quantized, inside = self.quantized[index], self.sizes.inside[index]
+        linears, needs = self.found.linears[index], self.needs
+        scores = 0 if needs.saliency is None else (_SCORE_COPIES if needs.copies > 2 else 1) * FLOAT * quantized
+        tokens = min(self.request.batch_size, self.samples) * self.length
+        # What a block holds beside its linear layers (experts, for one) is there once.
+        held = FLOAT * inside + scores + (self.packed() * quantized // sum(self.quantized))
+        solving = solving_memory(linears, needs, self.samples * self.length)
+        solving += self.output_costs(linears) if needs.output_groups else 0
+        passing = tokens * passed_activations(self.sizes.hidden, wide(linears)) if self.method.Options.calibrated else 0
+        phases = [held + solving, held + passing, held + compared_layer(linears)]
+        if needs.epochs or needs.adapter is not None:
+            phases.append(held + self._training(index, tokens))
+        return max(phases)
+
+    def _training(self, index: int, tokens: int) -> int:
+        """Bytes of a block's training beside the block as it was read."""
+        linears, quantized, copies = self.found.linears[index], self.quantized[index], self.needs.copies - 1
+        fixed = _ADAPTER_COPIES * FLOAT * self.adapter_values(linears)
+        trains = quantized
+        if self.needs.layerwise:
+            # A reference, and one set of layers that read the same input after the other.
+            groups = input_groups(linears).values()
+            trains = max((sum(x.out_features * x.in_features for x in layers) for layers in groups), default=0)
+            fixed += FLOAT * (self.sizes.inside[index] + quantized - trains)
+        gradients = FLOAT * trains if copies > 1 else 0
+        kept = tokens * trained_activations(self.sizes.hidden, wide(linears), self.itemsize)
+        back = max(self.itemsize * trains + kept, gradients) - gradients
+        return fixed + FLOAT * copies * trains + back + trained_layer(layer_size(linears))
 
     def _widths(self) -> list[int]:
         """Values a token in each store of activations, as :attr:`Needs.stores` lists them."""
-        widths = [self.hidden] * (2 + self.needs.augmented + self.needs.originals)
-        if not self.needs.originals:
+        widths = [self.sizes.hidden] * (2 + self.needs.augmented + self.needs.originals)
+        if not self.needs.layerwise:
             return widths
-        # Layers that read the same input, as far as names and shapes tell: the widest have the widest stores.
-        groups: dict[tuple[str, int], int] = {}
-        for linear in (linear for block in self.found.linears for linear in block):
-            key = (linear.name.rpartition(".")[0], linear.in_features)
-            groups[key] = groups.get(key, 0) + linear.out_features
+        # Layers that read the same input: the widest have the widest stores.
+        groups: dict[tuple[str, int], int] = {
+            key: sum(x.out_features for x in layers) for key, layers in input_groups(self.layers).items()
+        }
         outputs = 1 + self.needs.augmented
         (_, columns), rows = max(groups.items(), key=lambda group: 2 * group[0][1] + outputs * group[1])
         return widths + [columns] * 2 + [rows] * outputs
 
     def temperature(self) -> int:
-        """Bytes of fitting the temperature: a block, the held-out streams, the head in float32, logits of a chunk."""
+        """Bytes of fitting the temperature: the held-out streams, a block or the head, and the logits of a chunk."""
         if not self.request.fit_temperature:
             return 0
-        outer = self.weights - sum(self.inside)
-        positions = heldout_samples(self.samples) * self.length
-        streams = 2 * positions * self.hidden
-        return 4 * (max(self.inside) + streams + outer) + head_memory(self.vocabulary, positions)
+        sizes = self.sizes
+        streams = FLOAT * 2 * heldout_samples(self.samples) * self.length * sizes.hidden
+        head = FLOAT * sizes.ending + 2 * sizes.head_at_work(self.itemsize)
+        head += head_memory(sizes.vocabulary, self.length)
+        return streams + max(head, sizes.walk_begins(0))
 
     def end_to_end(self) -> _Need:
-        """The end-to-end phase: memory on top of the blocks', and its states on disk; 0 without one.
+        """The end-to-end phase: memory, and its states on disk; 0 without one.
 
         The student lies there packed where its codes are fixed, else in float32, latents for weights, with embeddings
-        and head in the dtype of the products; so does the teacher. Whatever trains has a gradient and two moments. One
-        block's activations and quantized weights live at a time, beside the hidden states before every block, and the
-        logits of one chunk of positions with what the loss makes of them.
+        and head in the dtype of the products, which are read in float32; so does the teacher. Whatever trains has a
+        gradient and two moments. One block's activations and quantized weights live at a time, beside the hidden states
+        before every block, and the logits of one chunk of positions with what the loss makes of them.
         """
-        settings = self.needs.end_to_end
+        settings, sizes = self.needs.end_to_end, self.sizes
         if settings is None:
             return _Need(0, 0)
         beside = self._trained_beside_weights()
         trained = beside + (sum(self.quantized) if settings.train == "all" else 0)
         tokens = settings.together(self.length) * self.length
-        teacher, cached = self.weights * self.precision.dtype.itemsize if settings.needs_teacher else 0, 0
+        teacher, cached = sizes.weights * self.itemsize if settings.needs_teacher else 0, 0
+        asking = teacher and load_memory(teacher, self.itemsize * sizes.table)
         if settings.teacher == "cached":
             # It is gone before the student comes.
             drawn = self.request.text_samples
             guesses = (drawn + heldout_samples(drawn)) * self.length * (settings.teacher_top_k * 8 + 4)
             teacher = min(guesses, self.limit)
             cached = guesses - teacher
-        states = tokens * self.hidden * 4 * self.found.n_blocks * (3 if settings.loss == "kl-hidden" else 1)
-        step = tokens * self.hidden * _STEP_ACTIVATIONS * 4 + LOGITS_MEMORY
-        outer = self.precision.dtype.itemsize * (self.weights - sum(self.inside))
-        inside = sum(self.inside) * 4
+        inside = FLOAT * sum(sizes.inside)
         if settings.train != "all":
             a_weight = TRAINABLE[self.method.scheme.format].fixed_bytes
             held = self.packed() if a_weight is None else round(a_weight * sum(self.quantized))
-            inside = held + 4 * (sum(self.inside) - sum(self.quantized))
-        student = outer + inside + 4 * beside + 12 * trained
-        memory = student + teacher + states + step + max(self.quantized) * 4 * _QUANTIZED_COPIES
+            inside = held + FLOAT * (sum(sizes.inside) - sum(self.quantized))
+        reading = teacher + FLOAT * (sizes.outer + sizes.table)
+        student = self.itemsize * sizes.outer + inside + FLOAT * beside + 3 * FLOAT * trained
+        copies = LOGIT_COPIES_TAUGHT if settings.needs_teacher else LOGIT_COPIES
+        logits = logits_memory(sizes.vocabulary, copies, tokens)
+        heads = (1 + (teacher > 0)) * sizes.head_at_work(self.itemsize)
+        training = teacher + student + self._step(settings, tokens) + logits + heads
         # Values and moments, of the best epoch and of the last one.
-        return _Need(memory, 2 * 12 * trained + cached)
+        return _Need(_TRAINING_LIBRARY + max(asking, reading, training), 2 * 12 * trained + cached)
+
+    def _step(self, settings: FinetuneSettings, tokens: int) -> int:
+        """Bytes that an end-to-end step keeps of the blocks for the way back."""
+        blocks, widest = self.found.n_blocks, wide(self.layers)
+        block = tokens * trained_activations(self.sizes.hidden, widest, self.itemsize)
+        block += self.itemsize * max(self.quantized)
+        states = FLOAT * tokens * self.sizes.hidden * blocks * (3 if settings.loss == "kl-hidden" else 1)
+        kept = states + block if settings.checkpointing else max(states, blocks * block)
+        return kept + trained_layer(layer_size(self.layers))
 
     def _trained_beside_weights(self) -> int:
         """Parameters of scales, router and adapters; norms are too few to count."""
-        layers = [linear for block in self.found.linears for linear in block]
-        count = self.adapter_values(layers)
-        for linear in layers:
+        count = self.adapter_values(self.layers)
+        for linear in self.layers:
             specs = self.method.scheme.tensors(linear.out_features, linear.in_features).values()
             small = [spec for spec in specs if spec.role != "codes"]
             # Zero points are packed by the bit, and there is one for every scale.

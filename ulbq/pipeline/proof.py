@@ -9,15 +9,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ulbq import runtime
+from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import InputError, NumericsError
 from ulbq.export.dense import open_again
 from ulbq.export.fit import Candidate
 from ulbq.export.targets.base import Target
+from ulbq.models.blocks import load_block, skeleton
 from ulbq.models.load import load_model
 from ulbq.models.skeleton import BUILD_ERRORS
+from ulbq.models.source import ModelSource
+from ulbq.nn.quant_linear import QuantLinear
+from ulbq.pipeline import layout
+from ulbq.pipeline.quantization_plan import Job
 from ulbq.progress import Progress
 
 _TOKENS = 8
@@ -26,22 +33,28 @@ _COPIES = 2  # of the weights that live together while they are loaded
 
 
 def proof(
-    progress: Progress, target: Target | None = None, candidate: Candidate | None = None
+    progress: Progress, target: Target | None = None, candidate: Candidate | None = None, job: Job | None = None
 ) -> Callable[[Path], None]:
     """What :meth:`~ulbq.artifacts.store.ArtifactWriter.finish` is to look with at a folder.
 
     Args:
         progress: told what was seen.
         target: of a conversion, and the model that was converted; None for a quantized artifact.
+        job: of a quantization, whose blocks are compared; None where there was none.
 
     Returns:
-        A function that raises InputError where the folder cannot be opened or run, and NumericsError where its
-        predictions are not finite.
+        A function that raises InputError where the folder cannot be opened or run, or its blocks compute otherwise
+        than in the run, and NumericsError where its predictions are not finite.
     """
-    return partial(_look, progress, target, candidate)
+    return partial(_look, progress, target, candidate, job)
 
 
-def _look(progress: Progress, target: Target | None, candidate: Candidate | None, folder: Path) -> None:
+def _look(
+    progress: Progress, target: Target | None, candidate: Candidate | None, job: Job | None, folder: Path
+) -> None:
+    if job is not None:
+        with progress.phase("Comparing blocks"):
+            _check_blocks(job, open_again(folder), folder)
     needed = _COPIES * sum(
         path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".gguf")
     )
@@ -60,6 +73,50 @@ def _look(progress: Progress, target: Target | None, candidate: Candidate | None
     progress.note(said)
 
 
+def _check_blocks(job: Job, source: ModelSource, folder: Path) -> None:
+    """Compare first and last block, as users open them, with what later blocks were trained on: the shards alone.
+
+    Raises:
+        InputError: a block cannot be read, or computes something else.
+    """
+    model = skeleton(source)
+    for index in sorted({0, job.found.n_blocks - 1}):
+        prefix = job.names(index)[0]
+        packed = {name.removeprefix(prefix): one for name, one in source.packed.items() if name.startswith(prefix)}
+        opened = load_block(model, source, index, torch.float32)
+        shard = folder / layout.block_shard(index)
+        stored = layout.packed_block(job.model, index, shard, tuple(packed), job.method.scheme, packed)
+        for layer in (*opened.modules(), *stored.modules()):
+            if isinstance(layer, QuantLinear):
+                layer.cache = False  # in both: so their products are the same to the bit
+        if not _alike(job, model, source, index, opened, stored):
+            raise InputError(
+                f"Block {index} of what was written to '{folder}' computes something else than in the run.",
+                hint="transformers, or ulbq, cannot compute with this model as it is stored: please report it.",
+            )
+
+
+def _alike(job: Job, model: PreTrainedModel, source: ModelSource, index: int, *blocks: nn.Module) -> bool:
+    """Whether the opened block and the run's give the same on random states; True where none can be run by itself."""
+    try:
+        opened, stored = (
+            _answer(skeleton_of, source, index, block)
+            for skeleton_of, block in zip((model, job.model), blocks, strict=True)
+        )
+    except (InputError, *BUILD_ERRORS):
+        return True
+    return torch.equal(opened, stored)
+
+
+@torch.inference_mode()
+def _answer(model: PreTrainedModel, source: ModelSource, index: int, block: nn.Module) -> torch.Tensor:
+    """Output of a block on random states, called as this model calls it."""
+    tokens = torch.full((1, _TOKENS), _first_token(model))
+    cpu = torch.device("cpu")
+    walk = BlockWalk(model, source, tokens, dtype=torch.float32, device=cpu, limit=1 << 30, directory=source.path)
+    return walk.call(index, block, torch.randn(walk.hidden.shape, generator=torch.Generator().manual_seed(0)))
+
+
 def _run(folder: Path, target: Target | None, candidate: Candidate | None) -> str:
     """Open the folder and run it as far as can be; what was done, in words."""
     if target is None or candidate is None:
@@ -74,8 +131,7 @@ def _run(folder: Path, target: Target | None, candidate: Candidate | None) -> st
 @torch.inference_mode()
 def _generate(model: PreTrainedModel) -> None:
     """Have a model go on from one token. Raises NumericsError where its predictions are not finite."""
-    first = model.config.get_text_config().bos_token_id
-    prompt = torch.tensor([[first if isinstance(first, int) else 0]])
+    prompt = torch.tensor([[_first_token(model)]])
     settings = GenerationConfig(max_new_tokens=_TOKENS, do_sample=False, pad_token_id=0)
     if model.generation_config is not None:
         model.generation_config.stop_strings = None  # they want a tokenizer, which is looked at by itself
@@ -91,3 +147,8 @@ def _generate(model: PreTrainedModel) -> None:
             "What was written predicts what is no number, in bf16.",
             hint="Try 'ulbq eval --dtype fp32' on the model that it was made from: it may overflow itself.",
         )
+
+
+def _first_token(model: PreTrainedModel) -> int:
+    first = getattr(model.config.get_text_config(), "bos_token_id", None)
+    return first if isinstance(first, int) else 0

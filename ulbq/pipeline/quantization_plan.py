@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ulbq import distributed, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
-from ulbq.artifacts.records import RotationRecord
+from ulbq.artifacts.records import Coverage, RotationRecord
 from ulbq.blockwise.walk import check_length
 from ulbq.config.quantize import (
     PresetName,
@@ -24,9 +24,11 @@ from ulbq.data.instructions import check_training_text
 from ulbq.errors import InputError, UsageError
 from ulbq.methods import METHODS
 from ulbq.methods.base import Method, Needs
-from ulbq.models.blocks import Linear, ModelStructure, check_group, check_group_size, skeleton, structure
+from ulbq.models.blocks import Linear, ModelStructure, check_group, skeleton, structure
+from ulbq.models.coverage import check_coverage, coverage
 from ulbq.models.names import check_complete
 from ulbq.models.rotation import rotated
+from ulbq.models.selection import Selection, fitting, of_artifact, select
 from ulbq.models.source import ModelSource
 from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_saliency, rotation_seed
 from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
@@ -42,6 +44,7 @@ class QuantizePlan(BaseModel):
     Attributes:
         stored_as: what it is, and bits a value, of a model that was quantized before; None in full precision.
         request: completed: presets, defaults and the calibration source filled in.
+        coverage: how much of the model is quantized, and why the rest is not.
         bits_per_weight: true bits of the linear weights, scales and zeros included.
         rotation: of the weights before they are quantized; None for none.
     """
@@ -54,6 +57,7 @@ class QuantizePlan(BaseModel):
     layers: int
     weights: int
     skipped: tuple[str, ...]
+    coverage: Coverage
     scheme: str
     bits_per_weight: float
     device: str
@@ -70,6 +74,7 @@ class Job:
     Attributes:
         request: in full.
         source: the full-precision model, rotated where that was asked for.
+        selected: the layers that are quantized.
         start: the artifact to go on from; None for a fresh start.
         saliency: scores that are read; None where the method wants none, or they are computed first.
     """
@@ -77,12 +82,17 @@ class Job:
     request: Quantization
     source: ModelSource
     model: PreTrainedModel
-    found: ModelStructure
+    selected: Selection
     method: Method
     precision: Precision
     plan: QuantizePlan
     start: Start | None = None
     saliency: Saliency | None = None
+
+    @property
+    def found(self) -> ModelStructure:
+        """The model's structure, with the layers that are quantized."""
+        return self.selected.found
 
     @property
     def blocks_stay(self) -> bool:
@@ -117,8 +127,9 @@ def plan(request: QuantizeRequest, progress: Progress | None = None) -> Quantize
 
     Raises:
         UsageError: options that do not exist or do not go together.
-        InputError: no such model, one that is quantized, incomplete or not to be rotated, a group size that does not
-            divide, samples longer than the model takes, or no such file of samples.
+        InputError: no such model, one that is quantized, incomplete or not to be rotated, or of which less than half
+            can be quantized; a group size that does not divide, samples longer than the model takes, or no such file
+            of samples.
         ResourceError: no such device, or no such data here and the network is off.
     """
     return prepare(request, progress or Silent()).plan
@@ -157,30 +168,37 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     precision = Precision.choose(device, run.precision)
     _check_processes(run, method)
     model = skeleton(source)
-    found = structure(model)
+    selected = _selected(run, method, model, start)
+    found = selected.found
     _check_model(run, method, source, model, found)
     stay = _blocks_stay(run.fit_temperature, method.needs, start)
     cost = predict(run, method, found, model, precision, gguf_size=source.gguf_size, blocks_stay=stay)
-    described = _described(run, method, source, found, precision, cost, origins.model.stored_as)
+    covered = coverage(model, selected, bits=_bits_per_weight(method, found), carried=source.carried_values)
+    check_coverage(covered, found, progress, allow_partial=run.allow_partial or start is not None)
+    described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered)
     saliency = open_saliency(method.needs.saliency, source)
     if method.needs.survey:
         _check_score(method, saliency)
-    return Job(run, source, model, found, method, precision, described, start, saliency)
+    return Job(run, source, model, selected, method, precision, described, start, saliency)
+
+
+def _selected(run: Quantization, method: Method, model: PreTrainedModel, start: Start | None) -> Selection:
+    """The layers that are quantized. Raises UsageError, InputError as :func:`select` and :func:`fitting`."""
+    found = structure(model)
+    if start is not None:
+        return of_artifact(found, start.source.packed)
+    return fitting(select(found, run.skip, run.only), method.scheme, run.group_size)
 
 
 def _check_model(
     run: Quantization, method: Method, source: ModelSource, model: PreTrainedModel, found: ModelStructure
 ) -> None:
     """Refuse what this model has no place for. Raises UsageError, InputError."""
-    check_group_size(found, run.group_size)
     check_complete(source, model)
     if method.Options.calibrated:
         check_length(model, run.sequence_length)
-    layers = [linear for block in found.linears for linear in block]
-    for layer in layers:
-        if reason := method.scheme.unsupported_reason(layer.out_features, layer.in_features):
-            raise InputError(f"'{layer.name}': {reason}.", hint="Take a method with another format, as gptq.")
-    _check_targets(method, layers)
+    _check_targets(method, [linear for block in found.linears for linear in block])
+    _check_outputs(method, found)
     if method.needs.target_bits is not None:
         _check_target_bits(run, method, found)
 
@@ -193,6 +211,7 @@ def _described(
     precision: Precision,
     cost: Cost,
     stored_as: tuple[str, float] | None,
+    covered: Coverage,
 ) -> QuantizePlan:
     layers = [linear for block in found.linears for linear in block]
     return QuantizePlan(
@@ -200,15 +219,25 @@ def _described(
         model=source.name,
         blocks=found.n_blocks,
         layers=len(layers),
-        weights=sum(linear.out_features * linear.in_features for linear in layers),
+        weights=covered.quantized,
         skipped=found.skipped,
+        coverage=covered,
         scheme=f"{method.scheme.format} {method.scheme.label}",
-        bits_per_weight=_bits_per_weight(method, layers),
+        bits_per_weight=_bits_per_weight(method, found),
         device=runtime.describe_device(precision.device),
         precision=str(precision.dtype).removeprefix("torch."),
         rotation=source.rotation,
         stored_as=stored_as,
         cost=cost,
+    )
+
+
+def replanned(job: Job, selected: Selection) -> QuantizePlan:
+    """The plan of a run that quantizes fewer layers than it was to."""
+    bits = _bits_per_weight(job.method, selected.found)
+    covered = coverage(job.model, selected, bits=bits, carried=job.source.carried_values)
+    return job.plan.model_copy(
+        update={"coverage": covered, "weights": covered.quantized, "skipped": selected.found.skipped}
     )
 
 
@@ -266,8 +295,9 @@ def _calibration(request: QuantizeRequest, method: Method, start: Start | None, 
     return request.calibration or default_calibration(request, progress)
 
 
-def _bits_per_weight(method: Method, layers: Sequence[Linear]) -> float:
+def _bits_per_weight(method: Method, found: ModelStructure) -> float:
     """True bits a weight that the layers will have, adapters included."""
+    layers = [linear for block in found.linears for linear in block]
     packed, adapter = planned_bits(method, layers), method.needs.adapter
     if adapter is None:
         return packed
@@ -277,8 +307,9 @@ def _bits_per_weight(method: Method, layers: Sequence[Linear]) -> float:
 
 _DECIDED = (
     *("target_bits", "allocation", "outlier_bits", "refit", "as_published"),
-    *("damping", "act_order", "true_sequential", "column_block", "start"),
+    *("hessian", "damping", "act_order", "true_sequential", "column_block", "start"),
 )
+_CHOSEN = ("skip", "only")
 
 
 def _refuse_what_is_decided(request: QuantizeRequest) -> None:
@@ -289,6 +320,12 @@ def _refuse_what_is_decided(request: QuantizeRequest) -> None:
                 f"`{name}` means nothing to an artifact, whose codes are found already.",
                 hint="Leave it out, or start from the full-precision model.",
             )
+    for name in _CHOSEN:
+        if getattr(request, name):
+            raise UsageError(
+                f"`{name}` means nothing to an artifact, whose layers are chosen already.",
+                hint="Leave it out, or start from the full-precision model.",
+            )
 
 
 def _check_target_bits(run: Quantization, method: Method, found: ModelStructure) -> None:
@@ -296,7 +333,8 @@ def _check_target_bits(run: Quantization, method: Method, found: ModelStructure)
     target, reserved = method.needs.target_bits or 0.0, run.record.outlier_bits or 0.0
     # Each block keeps the target by itself, unless the whole model does.
     whole = [linear for block in found.linears for linear in block]
-    least = max(scheme_bits(method.scheme, block) for block in ([whole] if method.needs.survey else found.linears))
+    parts = [whole] if method.needs.survey else [block for block in found.linears if block]
+    least = max(scheme_bits(method.scheme, part) for part in parts)
     if target - reserved < least:
         outliers = f" and {reserved:g} for outliers" if reserved else ""
         raise UsageError(
@@ -321,6 +359,20 @@ def _check_score(method: Method, saliency: Saliency | None) -> None:
             f"`saliency={asked}`: layers are compared by fisher scores, and these are {score}.",
             hint="Give `saliency=fisher`, or an artifact of that kind.",
         )
+
+
+def _check_outputs(method: Method, found: ModelStructure) -> None:
+    """Refuse to weigh tokens for layers that do not see all of them. Raises InputError."""
+    if not method.needs.output_groups:
+        return
+    for index, block in enumerate(found.linears):
+        for layer in block:
+            if any(part.isdigit() for part in layer.name.removeprefix(f"{found.blocks_prefix}.{index}.").split(".")):
+                raise InputError(
+                    f"'{layer.name}' is one of several experts. What reaches it changes once others are quantized, and "
+                    "gradients of before say nothing of that.",
+                    hint="Take `hessian=plain`.",
+                )
 
 
 def _check_targets(method: Method, layers: Sequence[Linear]) -> None:

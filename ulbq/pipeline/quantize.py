@@ -26,6 +26,7 @@ from ulbq.kernels import solvers
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Method, SurveyingMethod, check_finite, check_range
 from ulbq.methods.training import vectors_beside
 from ulbq.models.blocks import load_block
+from ulbq.models.selection import NEVER_CALLED
 from ulbq.models.watch import watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
@@ -33,7 +34,7 @@ from ulbq.pipeline.end_to_end import train_end_to_end
 from ulbq.pipeline.finish import TEMPERATURE, block_record, finish, layer_record, recorded_schemes
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.proof import proof
-from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare
+from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare, replanned
 from ulbq.pipeline.samples import draw, draw_text, written_samples
 from ulbq.pipeline.streams import Streams
 from ulbq.pipeline.survey import survey
@@ -41,11 +42,13 @@ from ulbq.pipeline.temperature import check_temperature, fit_temperature
 from ulbq.pipeline.warned import Recording, gathered
 from ulbq.progress import Phase, Progress, Silent
 from ulbq.sensitivity import KINDS, Saliency, SaliencySettings, block_file, compute_saliency
+from ulbq.sensitivity.outputs import OutputCosts, OutputSettings, output_file, read_outputs, weigh_outputs
 from ulbq.training.block import TrainOutcome
 
 __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]
 
 _SCORES = "saliency of block "
+_OUTPUTS = "outputs of block "
 _DECISIONS = "decisions"
 # A relative error of one half per token: what comes out of the block is hardly the model's any more.
 _ALARM = 0.5
@@ -102,7 +105,7 @@ def quantize(
             if samples is not None:
                 save_calibration(writer.path / file, samples)
                 writer.plan(file)
-        path = writer.finish(_work(job, writer, watch, progress, drawn, text), proof(progress))
+        path = writer.finish(_work(job, writer, watch, progress, drawn, text), proof(progress, job=job))
     return path, read_back(path, QuantizedManifest)
 
 
@@ -132,6 +135,9 @@ def _work(
     if job.method.needs.saliency in KINDS and not job.blocks_stay:
         with watch.phase("saliency"):
             saliency = _score(job, writer, calibration, progress)
+    if job.method.needs.output_groups and job.start is None and calibration is not None:
+        with watch.phase("outputs"):
+            _weigh_outputs(job, writer, calibration, progress)
     if job.method.needs.survey and job.start is None and calibration is not None:
         with watch.phase("survey"):
             method = _decided(job, writer, calibration, saliency, progress)
@@ -144,6 +150,7 @@ def _work(
         run = _Run(job, writer, progress, saliency)
         run.walk(calibration)
         run.warn()
+    job = _as_made(job, writer)
     if job.request.fit_temperature and calibration is not None:
         with watch.phase("temperature"):
             _write_outer(job, writer, _temperature(job, writer, calibration, progress))
@@ -231,17 +238,60 @@ def _score(job: Job, writer: ArtifactWriter, calibration: Calibration | None, pr
     return Saliency(folder, [layer for block in blocks for layer in block.layers])
 
 
+def _weigh_outputs(job: Job, writer: ArtifactWriter, calibration: Calibration, progress: Progress) -> None:
+    """Write what errors at the outputs of all layers cost into the scratch folder, by the samples that train."""
+    needs, folder = job.method.needs, writer.scratch
+    settings = OutputSettings(
+        precision=job.precision,
+        activation_memory=job.request.activation_memory,
+        groups=needs.output_groups,
+        between=needs.between_outputs,
+        # A product of two sides is taken for the Hessian of the KL divergence, for which the model's own tokens count.
+        seed=job.request.seed if needs.between_outputs else None,
+    )
+    weigh_outputs(
+        job.model,
+        job.source,
+        job.found,
+        calibration.tokens[: job.request.samples],
+        settings,
+        folder,
+        scratch=folder,
+        progress=progress,
+        done={int(key.removeprefix(_OUTPUTS)) for key in writer.journal if key.startswith(_OUTPUTS)},
+        on_block=lambda index: writer.record(f"{_OUTPUTS}{index}", {}, files=[folder / output_file(index)]),
+    )
+
+
+def _outputs(job: Job, scratch: Path, index: int) -> dict[str, OutputCosts] | None:
+    """What errors at the outputs of a block's layers cost; None where that was not asked for."""
+    if not job.method.needs.output_groups or job.start is not None:
+        return None
+    return read_outputs(scratch, index, job.names(index)[1], job.precision.device)
+
+
 def _decided(
     job: Job, writer: ArtifactWriter, calibration: Calibration, saliency: Saliency | None, progress: Progress
 ) -> Method:
     """The method, once it has looked at all blocks; a resumed run goes by what the first one decided."""
     shard = writer.scratch / "decisions.safetensors"
     if _DECISIONS not in writer.journal:
-        scores = partial(_scores, saliency, job.precision.device)
-        write_shard(shard, survey(job, calibration.tokens, scores, writer.scratch, progress))
+        scores, outputs = partial(_scores, saliency, job.precision.device), partial(_outputs, job, writer.scratch)
+        write_shard(shard, survey(job, calibration.tokens, scores, outputs, writer.scratch, progress))
         writer.record(_DECISIONS, {}, files=[shard])
     stored = LazyTensors([shard])
     return cast(SurveyingMethod, job.method).decided({name: stored.read(name) for name in stored.names})
+
+
+def _as_made(job: Job, writer: ArtifactWriter) -> Job:
+    """The run with those layers alone that were quantized in it: its samples call no others."""
+    entries = [writer.journal[str(index)] for index in range(job.found.n_blocks)]
+    made = {name for entry in entries for name in recorded_schemes(entry, "")}
+    planned = [linear.name for block in job.found.linears for linear in block]
+    if made.issuperset(planned):
+        return job
+    selected = job.selected.without({name: NEVER_CALLED for name in planned if name not in made})
+    return dataclasses.replace(job, selected=selected, plan=replanned(job, selected))
 
 
 def _write_outer(job: Job, writer: ArtifactWriter, temperature: TemperatureRecord | None) -> dict[str, int]:
@@ -327,14 +377,19 @@ class _Run:
             block = streams.load(index)
         else:
             block = load_block(job.model, job.source, index, torch.float32, job.precision.device)
-        if passing is not None:
-            passing.advance_full_precision(index, block)
+        linears: tuple[str, ...] = ()
         if not done:
-            self._quantize(index, block, streams, phase)
+            linears = job.names(index)[1] if streams is None else streams.called(index, block)
+        if passing is not None:
+            passing.advance_full_precision(index, block, linears)
+        if not done:
+            self._quantize(index, block, linears, streams, phase)
 
-    def _quantize(self, index: int, block: nn.Module, streams: Streams | None, phase: Phase) -> None:
+    def _quantize(
+        self, index: int, block: nn.Module, linears: tuple[str, ...], streams: Streams | None, phase: Phase
+    ) -> None:
         job, started = self._job, time.monotonic()
-        prefix, linears = job.names(index)
+        prefix, planned = job.names(index)
         originals = {linear: linear_layer(block, linear).weight.detach() for linear in linears}
         for linear, weight in originals.items():
             check_range(prefix + linear, weight)
@@ -358,6 +413,7 @@ class _Run:
             saliency=_scores(self._saliency, job.precision.device, prefix, linears),
             start=self._start(block, prefix, linears),
             prefix=prefix,
+            outputs=_outputs(job, self._writer.scratch, index),
         )
         result = _as_it_is(task.start) if job.blocks_stay and task.start else self._by_method(task, streams)
         check_finite(index, result)
@@ -373,7 +429,9 @@ class _Run:
         if result.outcome is not None:
             records["block"] = block_record(index, result.outcome, time.monotonic() - started)
             self._report(index, result.outcome)
-        if said := [*result.notes, *([] if result.outcome is None else _outcome_notes(result.outcome))]:
+        said = [(linear, f"{NEVER_CALLED}. It stays in full precision.") for linear in planned if linear not in linears]
+        said += [*result.notes, *([] if result.outcome is None else _outcome_notes(result.outcome))]
+        if said:
             records["warnings"] = said
         files = [shard]
         if job.method.needs.adapter is not None:
@@ -385,13 +443,15 @@ class _Run:
     def _by_method(self, task: BlockTask, streams: Streams | None) -> BlockResult:
         """What the method makes of a block; where no full-precision stream has called its layers, the method has to."""
         method = self._job.method
+        if not task.linears:
+            return BlockResult({})
         if streams is None or self._full_precision:
             return method.quantize_block(task)
         called: set[str] = set()
         layers = {linear: task.block.get_submodule(linear) for linear in task.linears}
         with watching(layers, lambda linear, _: called.add(linear)):
             result = method.quantize_block(task)
-        streams.check_called(task.index, task.block, called)
+        streams.check_called(task.index, task.block, task.linears, called)
         return result
 
     def _start(self, block: nn.Module, prefix: str, linears: tuple[str, ...]) -> BlockStart | None:

@@ -10,11 +10,11 @@ from ulbq import runtime
 from ulbq.blockwise.walk import check_length
 from ulbq.config.saliency import SaliencyRequest
 from ulbq.data.calibration import check_calibration
-from ulbq.data.generate import writing_memory
 from ulbq.errors import InputError, UsageError
-from ulbq.models.blocks import ModelStructure, block_list, skeleton, structure
+from ulbq.models.blocks import ModelStructure, skeleton, structure
 from ulbq.models.names import check_complete
 from ulbq.models.source import ModelSource, resolve
+from ulbq.pipeline.memory import FLOAT, Sizes, layer_size, passed_activations, trained_activations, wide
 from ulbq.pipeline.samples import default_calibration
 from ulbq.progress import Progress
 from ulbq.sensitivity import SaliencySettings
@@ -23,12 +23,17 @@ from ulbq.sensitivity.settings import BACKWARD
 from ulbq.training.precision import Precision
 
 _WITH_DATA = ("calibration", "samples", "sequence_length", "batch_size", "activation_memory", "precision")
-# Float32 copies of a block's weights at the peak: the block and the sums, or the block alone; and one layer's gradient
-# or scores beside them, with its bins.
-_BACKWARD_COPIES = 2.5
-_FORWARD_COPIES = 1.5
-# Hidden-sized float32 activations of one sequence that autograd keeps.
-_STEP_ACTIVATIONS = 40
+# Bytes of each of a block's weights as its scores are written, in float32 and in half precision: those of inputs are
+# products with weights, those of gradients quotients of sums, beside the weights.
+_SCORED = {"magnitude": 6, "wanda": 10, "hessian": 8, "fisher": 14, "gradient": 14}
+# The largest layer, as its scores are summed up: decoded, counted by their size, compared in float64.
+_SUMMED = 20
+# While the next block is read: it and the one before, with what that was scored by.
+_TWO_BLOCKS, _TWO_BLOCKS_BACKWARD = 8, 12
+
+
+# Beside the scores: a header and a scale for each layer, what manifest and page say of it, the page, and tokens.
+_HEADER_BYTES, _TOLD_BYTES, _PAGE_BYTES, _TOKEN_BYTES = 188, 2650, 20_000, 4
 
 
 # What does not change the scores and so is no part of a run's identity, or stands there as what it came to.
@@ -112,6 +117,8 @@ def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
     )
     layers = [linear for block in found.linears for linear in block]
     peak_memory, disk, artifact = predict_scoring(request, model, found, precision, gguf_size=source.gguf_size)
+    disk += _TOLD_BYTES * len(layers) + _PAGE_BYTES
+    disk += _TOKEN_BYTES * (request.samples or 0) * (request.sequence_length or 0)
     plan = SaliencyPlan(
         request=request,
         model=source.name,
@@ -160,27 +167,28 @@ def predict_scoring(
     gguf_size: int = 0,
 ) -> tuple[int, int, int]:
     """Peak memory, disk and artifact of a completed request, in bytes; ``gguf_size`` as of ``predict``."""
-    config = model.config.get_text_config()
-    hidden, length = config.hidden_size, request.sequence_length or 0
+    sizes, length = Sizes.of(model), request.sequence_length or 0
     layers = [linear for block in found.linears for linear in block]
-    backward = request.kind in BACKWARD
+    backward, samples = request.kind in BACKWARD, request.samples or 0
     artifact = sum(2 * x.in_features * (1 if request.kind == "hessian" else x.out_features) for x in layers)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in block_list(model)[1]]
-    weights = sum(p.numel() for p in model.parameters())
-    started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
-    copies = _BACKWARD_COPIES if backward else _FORWARD_COPIES
-    memory, disk = started + gguf_size + round(4 * copies * max(blocks)), artifact
+    artifact += _HEADER_BYTES * len(layers)
+    started = runtime.peak_memory() + runtime.LIBRARY_MEMORY + gguf_size
+    written = 0 if request.kind == "hessian" else _SUMMED * layer_size(layers)
+    block = max(sizes.inside)
+    memory, disk = _SCORED[request.kind] * block + written, artifact
     if request.kind != "magnitude":
-        sequence = length * hidden * 4
-        activations = (request.samples or 0) * sequence * (found.n_blocks + 1 if backward else 1)
+        activations = FLOAT * samples * length * sizes.hidden * (found.n_blocks + 1 if backward else 1)
         kept = min(activations, request.activation_memory or 0)
-        at_once = 1 if backward else min(request.batch_size or 1, request.samples or 1)
-        # The embeddings, or the head, are there while no block is.
-        outside = 4 * (weights - sum(blocks)) + (head_memory(config.vocab_size, length) if backward else 0)
-        memory += kept + max(at_once * sequence * _STEP_ACTIVATIONS, outside)
+        together = min(request.batch_size or 1, samples or 1) * length
+        step = together * passed_activations(sizes.hidden, wide(layers))
+        if backward:
+            # One sequence after the other; the float32 of what is between the products is torch's to keep.
+            step = max(step, length * trained_activations(sizes.hidden, wide(layers), FLOAT))
+            ending = FLOAT * sizes.ending + 2 * sizes.head_at_work(precision.dtype.itemsize)
+            memory = max(memory, ending + head_memory(sizes.vocabulary, length))
+        two = _TWO_BLOCKS_BACKWARD if backward else _TWO_BLOCKS
+        memory = max(memory + kept, two * block + kept + step, sizes.walk_begins(kept))
         disk += activations - kept
     if request.calibration == "self":
-        # To write, the model is loaded whole.
-        beside = writing_memory(model.config, precision.dtype, request.samples or 0, length)
-        memory = max(memory, started + weights * precision.dtype.itemsize + beside)
-    return memory, disk, artifact
+        memory = max(memory, sizes.writing(model.config, precision.dtype, samples, length))
+    return started + memory, disk, artifact

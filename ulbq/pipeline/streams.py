@@ -64,18 +64,33 @@ class Streams:
         """A block in full precision, as :meth:`BlockWalk.load` has it."""
         return self._walk.load(index)
 
-    def advance_full_precision(self, index: int, block: nn.Module, *, watch: bool = True) -> None:
-        """Run ``x_fp`` through a block in place; where ``watch``, note what its linear layers see and the like.
+    @torch.no_grad()
+    def called(self, index: int, block: nn.Module) -> tuple[str, ...]:
+        """Names of the layers to quantize that the first sample calls; those in lists, as experts are, all count.
+
+        A model uses the weights of the others by itself, or not at all.
+        """
+        _, linears = self._job.names(index)
+        seen = {linear for linear in linears if _in_list(block, linear)}
+        alone = {linear: block.get_submodule(linear) for linear in linears if linear not in seen}
+        with watching(alone, lambda linear, _: seen.add(linear)), chunked_attention(self._job.precision):
+            if len(self._quantized):
+                with self._job.precision.autocast():
+                    self._walk.call(index, block, self._quantized.get(slice(0, 1)))
+        seen = _of_all(seen)
+        return tuple(linear for linear in linears if linear in seen)
+
+    def advance_full_precision(self, index: int, block: nn.Module, linears: tuple[str, ...] = ()) -> None:
+        """Run ``x_fp`` through a block in place; note what linear layers see and the like.
 
         Args:
             index: of the block.
             block: as :meth:`load` gives it; it stays as it is.
-            watch: False where nothing is quantized.
+            linears: names of the layers; none where nothing is quantized.
         """
-        _, linears = self._job.names(index)
         # It tries the block out: before somebody watches.
         fused = FusedParts(block, self._job.precision)
-        if not watch:
+        if not linears:
             self._run(block, index, self._full, self._full, fused)
             return
         if self._originals is not None:
@@ -87,10 +102,10 @@ class Streams:
         if self._augmented is not None:
             self._run(block, index, self._quantized, self._augmented, fused)
 
-    def advance_quantized(self, index: int, shard: Path, schemes: Mapping[str, AnyScheme] = {}) -> None:
-        """Run ``x_q`` through the packed block that a shard holds, in place; ``schemes`` of layers with their own."""
+    def advance_quantized(self, index: int, shard: Path, schemes: Mapping[str, AnyScheme]) -> None:
+        """Run ``x_q`` through the packed block that a shard holds, in place; ``schemes`` of its packed layers."""
         job, prefix = self._job, self._job.names(index)[0]
-        block = layout.packed_block(job.model, index, shard, job.names(index)[1], job.method.scheme, schemes)
+        block = layout.packed_block(job.model, index, shard, tuple(schemes), job.method.scheme, schemes)
         if job.method.needs.adapter is not None:
             adapters = self._scratch / layout.adapter_shard(index)
             layout.restore_adapters(block, prefix, adapters, job.method.needs.adapter)
@@ -98,18 +113,18 @@ class Streams:
         fused = FusedParts(block, self._job.precision)
         self._run(block, index, self._quantized, self._quantized, fused)
 
-    def check_called(self, index: int, block: nn.Module, called: set[str]) -> None:
+    def check_called(self, index: int, block: nn.Module, linears: tuple[str, ...], called: set[str]) -> None:
         """Refuse a block with a layer that no sample calls; for methods that do without the full-precision stream.
 
         Args:
             index: of the block.
             block: it, as the method left it.
+            linears: names of the layers that were quantized.
             called: the layers that were called in this process on samples that train. The others get the held-out ones.
 
         Raises:
             InputError: names the layer.
         """
-        _, linears = self._job.names(index)
         missed = set(linears) - _of_all(called)
         if not missed:
             return
@@ -167,6 +182,12 @@ def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[s
             weight = linear_layer(block, linear).weight
             sums.setdefault(linear, torch.zeros(weight.shape[1], device=weight.device))
             distributed.sum_(sums[linear])
+
+
+def _in_list(block: nn.Module, name: str) -> bool:
+    """Whether a layer is one of a list's, or a part of one."""
+    parts = name.split(".")
+    return any(isinstance(block.get_submodule(".".join(parts[:end])), nn.ModuleList) for end in range(1, len(parts)))
 
 
 def _of_all(names: set[str]) -> set[str]:

@@ -11,15 +11,18 @@ from ulbq.blockwise.walk import BlockWalk
 from ulbq.methods.base import BlockTask, SurveyingMethod
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.progress import Progress
+from ulbq.sensitivity.outputs import OutputCosts
 from ulbq.training.objective import BlockData
 
 Scores = Callable[[str, tuple[str, ...]], dict[str, torch.Tensor] | None]
 """Saliency of a block's layers, by the block's name with the dot and the layers' names inside it."""
+Outputs = Callable[[int], dict[str, OutputCosts] | None]
+"""What errors at the outputs of a block's layers cost, by the block's index."""
 
 
 @torch.no_grad()
 def survey(
-    job: Job, tokens: torch.Tensor, scores: Scores, scratch: Path, progress: Progress
+    job: Job, tokens: torch.Tensor, scores: Scores, outputs: Outputs, scratch: Path, progress: Progress
 ) -> dict[str, torch.Tensor]:
     """Walk the full-precision model once; gives what the method decides by it.
 
@@ -27,6 +30,7 @@ def survey(
         job: of a method that surveys.
         tokens: int64 ``[samples, length]``, the held-out samples last; those that train are looked at.
         scores: where the method weighs layers by them.
+        outputs: where the method's second moments weigh tokens by them.
         scratch: for activations beyond the run's ``activation_memory``.
         progress: told how it goes.
     """
@@ -57,6 +61,7 @@ def survey(
                 on_epoch=lambda error: None,
                 saliency=scores(prefix, linears),
                 prefix=prefix,
+                outputs=outputs(index),
             )
             found |= method.survey_block(task)
             if index + 1 < job.found.n_blocks:

@@ -46,7 +46,7 @@ def fit_temperature(
     streams, count = Streams(job, tokens, scratch), job.found.n_blocks
     with progress.phase("Fitting the temperature", count) as phase:
         for index in range(count):
-            streams.advance_full_precision(index, streams.load(index), watch=False)
+            streams.advance_full_precision(index, streams.load(index))
             schemes = recorded_schemes(journal[str(index)], job.names(index)[0])  # type: ignore[arg-type]
             streams.advance_quantized(index, folder / layout.block_shard(index), schemes)
             phase.advance(1)
@@ -64,7 +64,7 @@ def check_temperature(job: Job, scratch: Path, tokens: torch.Tensor) -> None:
         tokens: int64 ``[samples, length]``, any.
     """
     streams = Streams(job, tokens[:1], scratch)
-    streams.advance_full_precision(0, streams.load(0), watch=False)
+    streams.advance_full_precision(0, streams.load(0))
     _head(job, streams)
 
 

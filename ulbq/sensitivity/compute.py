@@ -17,19 +17,17 @@ from transformers import PreTrainedModel
 
 from ulbq import distributed
 from ulbq.artifacts import BlockScores
-from ulbq.blockwise.activations import ActivationStore
-from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import NumericsError
 from ulbq.models.blocks import Linear, ModelStructure, load_block
 from ulbq.models.source import ModelSource
 from ulbq.models.watch import watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.progress import Phase, Progress, Silent
-from ulbq.sensitivity.head import LossHead
+from ulbq.sensitivity.passing import Passing
 from ulbq.sensitivity.settings import BACKWARD, SaliencySettings
 from ulbq.sensitivity.stored import block_file, write_scores
 
-_BACK = 3
+BACK = 3
 """Steps that a block's way back counts as, where its way forward counts as one: that again, and twice as much back."""
 
 
@@ -68,14 +66,14 @@ def compute_saliency(
     """
     run = _Scoring(model, source, found, settings, folder, dict(done or {}), on_block)
     if len(run.done) < found.n_blocks:
-        steps = found.n_blocks * (1 + (_BACK if settings.kind in BACKWARD else 0))
+        steps = found.n_blocks * (1 + (BACK if settings.kind in BACKWARD else 0))
         with (progress or Silent()).phase(f"Scoring ({settings.kind})", steps) as phase:
             if tokens is None:
                 run.magnitudes(phase)
             elif settings.kind in BACKWARD:
-                run.gradients(_Activations(run, tokens, scratch), phase)
+                run.gradients(Passing(model, source, tokens, settings, scratch), phase)
             else:
-                run.inputs(_Activations(run, tokens, scratch), phase)
+                run.inputs(Passing(model, source, tokens, settings, scratch), phase)
     return tuple(run.done[index] for index in range(found.n_blocks))
 
 
@@ -110,7 +108,7 @@ class _Scoring:
             phase.advance(detail=f"block {index}")
 
     @torch.no_grad()
-    def inputs(self, passing: "_Activations", phase: Phase) -> None:
+    def inputs(self, passing: Passing, phase: Phase) -> None:
         """Score by the inputs of each layer, on one pass forward."""
         for index in range(self.found.n_blocks):
             block = passing.walk.load(index)
@@ -126,7 +124,7 @@ class _Scoring:
                     self._write(index, {linear: weight.abs() * norms[linear] for linear, weight in weights.items()})
             phase.advance(detail=f"block {index}")
 
-    def gradients(self, passing: "_Activations", phase: Phase) -> None:
+    def gradients(self, passing: Passing, phase: Phase) -> None:
         """Score by the gradients of the loss, on one pass forward and one back."""
         for index in range(self.found.n_blocks):
             passing.forward(index, passing.walk.load(index), keep=True)
@@ -143,8 +141,8 @@ class _Scoring:
                     passing.backward(index, block)
                 share = 1 if self.settings.kind == "fisher" else passing.samples
                 self._write(index, {linear: sums[weight] / share for linear, weight in weights.items()}, loss)
-            phase.advance(_BACK, detail=f"block {index} backward")
-        phase.advance(_BACK * first)
+            phase.advance(BACK, detail=f"block {index} backward")
+        phase.advance(BACK * first)
 
     def _write(self, index: int, scores: Mapping[Linear, torch.Tensor], loss: float | None = None) -> None:
         bad = next((linear.name for linear, values in scores.items() if not values.isfinite().all()), None)
@@ -159,83 +157,6 @@ class _Scoring:
 
     def _prefix(self, index: int) -> str:
         return f"{self.found.blocks_prefix}.{index}."
-
-
-class _Activations:
-    """Hidden states on their way forward, and the gradient of the loss on its way back.
-
-    Of several processes each has its share of the samples.
-
-    Attributes:
-        samples: of all processes together.
-        walk: over the blocks.
-    """
-
-    def __init__(self, run: _Scoring, tokens: torch.Tensor, scratch: Path) -> None:
-        self._run = run
-        self.samples = len(tokens)
-        tokens = self._tokens = distributed.own(tokens)
-        self._scratch = scratch
-        self._room = run.settings.activation_memory
-        self.walk = BlockWalk(
-            run.model,
-            run.source,
-            tokens,
-            dtype=torch.float32,
-            device=run.settings.precision.device,
-            limit=self._room,
-            directory=scratch,
-            batch_size=run.settings.batch_size,
-        )
-        self._stores = [self._counted(self.walk.hidden)]
-
-    def forward(self, index: int, block: nn.Module, *, keep: bool) -> None:
-        """Pass a block; ``keep`` its inputs for the way back."""
-        inputs, settings = self._stores[-1], self._run.settings
-        outputs = self._like(inputs) if keep else inputs
-        self.walk.advance(
-            index, block, inputs, outputs, batch_size=settings.batch_size, context=settings.precision.autocast
-        )
-        if keep:
-            self._stores.append(outputs)
-
-    def turn(self) -> float:
-        """Put the gradient in the place of the last block's outputs. Returns the mean loss of the sequences."""
-        run, outputs = self._run, self._stores[-1]
-        precision = run.settings.precision
-        head = LossHead(run.model, run.source, precision, extras=self.walk.extras)
-        losses = torch.empty(len(self._tokens), dtype=torch.float64)
-        for row in range(len(self._tokens)):
-            hidden = outputs.get(slice(row, row + 1)).to(precision.device)
-            losses[row], gradient = head.gradient(hidden, self._tokens[row : row + 1].to(precision.device))
-            outputs.set(row, gradient)
-        if not losses.isfinite().all():
-            raise NumericsError(
-                "The model's loss on the samples is not finite.", hint="Try `precision=fp32`; the model may be damaged."
-            )
-        return distributed.mean(losses).item()
-
-    def backward(self, index: int, block: nn.Module) -> None:
-        """Take the gradient from behind a block to before it. Its inputs, now of no more use, are let go."""
-        gradients, inputs = self._stores.pop(), self._stores[-1]
-        for row in range(len(self._tokens)):
-            one = slice(row, row + 1)
-            hidden = inputs.get(one).to(self._run.settings.precision.device).requires_grad_(index > 0)
-            with self._run.settings.precision.autocast():
-                output = self.walk.call(index, block, hidden)
-            if output.requires_grad:
-                torch.autograd.backward(output, gradients.get(one).to(output))
-            if hidden.grad is not None:
-                gradients.set(row, hidden.grad)
-        self._stores[-1] = gradients
-        self._room += inputs.nbytes if inputs.in_memory else 0
-
-    def _like(self, store: ActivationStore) -> ActivationStore:
-        return self._counted(ActivationStore(store.shape, store.dtype, limit=self._room, directory=self._scratch))
-
-    def _counted(self, store: ActivationStore) -> ActivationStore:
-        self._room -= store.nbytes if store.in_memory else 0
-        return store
 
 
 @contextmanager

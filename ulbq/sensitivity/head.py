@@ -63,12 +63,16 @@ class LossHead:
         inside = {id(parameter) for parameter in blocks.parameters()}
         self._outside = {name: p for name, p in self._outer.named_parameters() if p.dim() == 1 and id(p) not in inside}
 
-    def gradient(self, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def gradient(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, drawn: torch.Generator | None = None
+    ) -> tuple[float, torch.Tensor]:
         """Loss of one sequence, and its gradient.
 
         Args:
             hidden: ``[1, length, hidden]``, float32, on the device.
             tokens: int64 ``[1, length]``, on the device.
+            drawn: draws what follows each token by the model's own predictions, in the place of the text's own, on
+                the device; None for the text's own.
 
         Returns:
             The mean cross-entropy of the ``length - 1`` predicted tokens, and ``[1, length, hidden]`` float32.
@@ -79,8 +83,11 @@ class LossHead:
         for start in range(0, predicted, self.chunk):
             stop = min(start + self.chunk, predicted)
             part = hidden[:, start:stop].detach().requires_grad_()
-            logits = self._logits(part)
-            entropy = nn.functional.cross_entropy(logits[0].float(), tokens[0, start + 1 : stop + 1], reduction="sum")
+            logits = self._logits(part)[0].float()
+            following = tokens[0, start + 1 : stop + 1]
+            if drawn is not None:
+                following = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn)[:, 0]
+            entropy = nn.functional.cross_entropy(logits, following, reduction="sum")
             entropy = entropy / predicted
             (gradient[:, start:stop],) = torch.autograd.grad(entropy, part)
             loss += entropy.item()

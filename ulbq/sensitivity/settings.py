@@ -18,20 +18,29 @@ BACKWARD = frozenset({"fisher", "gradient"})
 """Kinds that need the gradient of the loss."""
 
 
-@dataclass(frozen=True)
-class SaliencySettings:
-    """How scores are computed and stored.
+@dataclass(frozen=True, kw_only=True)
+class PassSettings:
+    """How samples pass the blocks.
 
     Attributes:
-        kind: see :data:`KINDS`; ``hessian`` has one score a column, ``magnitude`` needs no data.
-        dtype: of the stored values.
         precision: of the matrix products; everything that is summed is float32 or wider.
         batch_size: sequences at once on the way forward. Backward, each goes by itself, as its gradient is squared.
         activation_memory: bytes of activations that may stay in memory.
     """
 
-    kind: SaliencyKind
     precision: Precision
-    dtype: SaliencyDtype = "bf16"
     batch_size: int = 4
     activation_memory: int = 4 * 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaliencySettings(PassSettings):
+    """How scores are computed and stored.
+
+    Attributes:
+        kind: see :data:`KINDS`; ``hessian`` has one score a column, ``magnitude`` needs no data.
+        dtype: of the stored values.
+    """
+
+    kind: SaliencyKind
+    dtype: SaliencyDtype = "bf16"

@@ -17,8 +17,11 @@ import torch
 from ulbq.formats.affine import AffineScheme
 from ulbq.kernels import solvers
 from ulbq.quantizers.base import SCALE_FLOOR
-from ulbq.solvers.hessian import HessianFactor, activation_order, factorize
+from ulbq.solvers.hessian import HessianFactor, activation_order, factorize, make_good
 from ulbq.solvers.rtn import AffineCodes, range_factors, round_to_nearest, scale_overflow
+
+_ROWS = 16
+"""Rows of a block that is quantized at once where rows after it make its errors good."""
 
 
 class ColumnQuantizer(Protocol):
@@ -113,9 +116,9 @@ class GptqSettings:
 
     Attributes:
         damping: share of the mean diagonal that is added to the Hessian's diagonal.
-        act_order: take the columns with the largest inputs first. Groups stay what they are, columns side by side, so
-            their grids are found up front; in plain order they are found when a group's turn comes, on its weights
-            with the errors of all groups before made good.
+        act_order: take the columns with the largest inputs first, and blocks of rows whose errors cost most. Groups
+            stay what they are, columns side by side, so their grids are found up front; in plain order they are found
+            when a group's turn comes, on its weights with the errors of all groups before made good.
         search: shrink each group's range where that lowers its error, weighted by what it costs
             (:attr:`HessianFactor.importance`). Grids that are found up front are then searched a second time, on the
             values that their columns had when their turn came, and kept where the loss is lower.
@@ -133,7 +136,7 @@ class Solution(NamedTuple):
 
     Attributes:
         codes: codes, scales and zero points.
-        loss: ``tr((W − Q) H (W − Q)ᵀ)``, H with its damping.
+        loss: ``tr((W − Q) H (W − Q)ᵀ)``, H with its damping; W of each row with the errors of rows before it made good.
         damping: the one that was used, above the settings' where that left the Hessian singular.
     """
 
@@ -143,20 +146,57 @@ class Solution(NamedTuple):
 
 
 @torch.no_grad()
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: AffineScheme, settings: GptqSettings) -> Solution:
+def gptq(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scheme: AffineScheme,
+    settings: GptqSettings,
+    outputs: torch.Tensor | None = None,
+) -> Solution:
     """Quantize a matrix to an affine grid. A dead column is rounded to nearest, where the authors' code sets it to 0.
+
+    Where errors of two outputs cost something together, rows come in blocks, and all that a block gets wrong is made
+    good in the rows after it (two-sided feedback, YAQA,
+    https://arxiv.org/abs/2505.22988). For given rows it is the columns' own loss that is left, so that each block is
+    quantized as it would be alone.
 
     Args:
         weight: ``[out, in]`` float32; matrices that read the same input may be stacked along ``out``.
         hessian: ``[in, in]`` float32 second moments of that input.
         scheme: the group size divides ``in``. Symmetric grids are tried in both orientations.
         settings: order and damping.
+        outputs: ``[out, out]``, what errors of two outputs cost together; None for nothing.
 
     Raises:
         NumericsError: a Hessian that cannot be factored; a group's scale overflows.
     """
     order = activation_order(hessian) if settings.act_order else None
     factor = factorize(hessian, damping=settings.damping, order=order)
+    if outputs is None:
+        return _solve(weight, factor, scheme, settings)
+    order = activation_order(outputs) if settings.act_order else None
+    rows = factorize(outputs, damping=settings.damping, order=order)
+    found: list[Solution] = []
+
+    def solve(block: torch.Tensor) -> torch.Tensor:
+        found.append(_solve(block, factor, scheme, settings))
+        return _values(found[-1].codes)
+
+    make_good(weight, rows, _ROWS, solve)
+    places = rows.order.argsort()
+    codes = AffineCodes(*(torch.cat(parts)[places] for parts in zip(*(one.codes for one in found), strict=True)))
+    return Solution(codes, sum(one.loss for one in found), factor.damping)
+
+
+def _values(codes: AffineCodes) -> torch.Tensor:
+    """``[out, in]`` float32, what codes stand for."""
+    levels = codes.codes.float().unflatten(1, (codes.scales.shape[1], -1)) - codes.zeros.unsqueeze(-1)
+    values: torch.Tensor = levels.mul_(codes.scales.unsqueeze(-1)).flatten(1)
+    return values
+
+
+def _solve(weight: torch.Tensor, factor: HessianFactor, scheme: AffineScheme, settings: GptqSettings) -> Solution:
+    """Quantize rows that know nothing of each other."""
     group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
     if not settings.act_order and group_size < weight.shape[1]:
         # Every group has to lie in one block, where its grid can be found.

@@ -1,5 +1,6 @@
 """Second moments of a layer's inputs, factored so that the error of one column is made good in the next ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,50 +30,70 @@ class HessianSum:
         device: where it is added up.
         relative: divide each row of X by its root mean square, so that every token counts by its relative error. An
             attention sink's activations are larger than all others together: by plain squares they are all that counts.
+        groups: of the layer's outputs, each with a weight of its own for every token.
 
     Attributes:
         tokens: how many rows of X it is made of.
     """
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu", *, relative: bool = False) -> None:
+    def __init__(
+        self, columns: int, device: torch.device | str = "cpu", *, relative: bool = False, groups: int = 1
+    ) -> None:
         self._relative = relative
-        self._sum = torch.zeros(columns, columns, device=device)
+        self._sums = torch.zeros(groups, columns, columns, device=device)
         self._whole = True
         self.tokens = 0
 
     @property
-    def matrix(self) -> torch.Tensor:
-        """``[in, in]`` float32; zeros before the first token."""
+    def matrices(self) -> torch.Tensor:
+        """``[groups, in, in]`` float32; zeros before the first token."""
         if not self._whole:
-            for first in range(0, len(self._sum), _STRIP):
+            for first in range(0, self._sums.shape[1], _STRIP):
                 last = first + _STRIP
-                self._sum[first:last, last:] = self._sum[last:, first:last].t()
+                self._sums[:, first:last, last:] = self._sums[:, last:, first:last].mT
             self._whole = True
-        return self._sum
+        return self._sums
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """``[in, in]`` float32, the mean over the groups."""
+        return self.matrices[0] if len(self._sums) == 1 else self.matrices.mean(0)
 
     @torch.no_grad()
-    def add(self, inputs: torch.Tensor) -> None:
-        """Take in some inputs ``[..., in]`` of any float dtype."""
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Take in some inputs.
+
+        Args:
+            inputs: ``[..., in]`` of any float dtype.
+            weights: ``[n, groups]`` of their rows, whose mean product with a row's mean square is about 1. They say
+                half of what a row counts. The other half is the same for all relative errors: with few samples, a few
+                tokens that others attend to have nearly all the weight of some layers.
+        """
         rows = inputs.float().flatten(0, -2)
         if not len(rows):
             return
-        if self._relative:
-            rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp_min(_TINY)
+        sizes = rows.square().mean(1, keepdim=True)
+        if weights is not None:
+            weights = (1 + weights * sizes) / 2
+        if self._relative or weights is not None:
+            rows = rows / sizes.sqrt().clamp_min(_TINY)
         total = self.tokens + len(rows)
-        for first in range(0, len(self._sum), _STRIP):
-            strip = rows[:, first : first + _STRIP]
-            # It is symmetric: what lies above the strip's square has been added up below the diagonal.
-            below = self._sum[first:, first : first + _STRIP]
-            below.addmm_(rows[:, first:].t(), strip, beta=self.tokens / total, alpha=2 / total)
-        self._whole = len(self._sum) <= _STRIP
+        for group, own in enumerate(self._sums):
+            weighted = rows if weights is None else rows * weights[:, group : group + 1]
+            for first in range(0, len(own), _STRIP):
+                strip = weighted[:, first : first + _STRIP]
+                # It is symmetric: what lies above the strip's square has been added up below the diagonal.
+                below = own[first:, first : first + _STRIP]
+                below.addmm_(rows[:, first:].t(), strip, beta=self.tokens / total, alpha=2 / total)
+        self._whole = self._sums.shape[1] <= _STRIP
         self.tokens = total
 
     def reduce(self) -> None:
         """Take in what the other processes of the run have added up; all hold the same then."""
         total = int(distributed.total(self.tokens)[0])
         if total > self.tokens:
-            self.matrix.mul_(self.tokens / total)
-        distributed.sum_(self.matrix)
+            self.matrices.mul_(self.tokens / total)
+        distributed.sum_(self.matrices)
         self.tokens = total
 
 
@@ -179,6 +200,28 @@ def _invert_(lower: torch.Tensor) -> None:
     corner.copy_(torch.linalg.solve_triangular(below, right, upper=False)).neg_()
     _invert_(above)
     _invert_(below)
+
+
+def make_good(
+    matrix: torch.Tensor, factor: HessianFactor, size: int, solve: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Let blocks of a matrix's rows be quantized one after the other, their errors made good in all rows after them.
+
+    With a block ``B`` and its error ``E``, ``M_j −= (U_BB⁻¹ U_Bj)ᵀ E`` in the rows ``j`` after it (block LDLQ, QTIP).
+
+    Args:
+        matrix: ``[n, m]`` float32; it stays as it is.
+        factor: ``[n, n]``, of what errors in two rows cost together, with the order of the rows.
+        size: rows of a block.
+        solve: takes a block ``[b, m]`` in which earlier errors are made good, and gives what it is quantized to.
+    """
+    rows = matrix[factor.order].contiguous()
+    for first in range(0, len(rows), size):
+        last = first + size
+        block = rows[first:last]
+        errors = block - solve(block)
+        shared = torch.linalg.solve_triangular(factor.upper[first:last, first:last].T, errors, upper=False)
+        rows[last:].addmm_(factor.upper[first:last, last:].T, shared, alpha=-1)
 
 
 def output_cost(weight: torch.Tensor, hessian: torch.Tensor, tokens: int, scores: torch.Tensor | None) -> float:

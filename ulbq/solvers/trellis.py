@@ -16,7 +16,7 @@ from ulbq.formats import trellis
 from ulbq.formats.bits import stored_bits
 from ulbq.formats.trellis import TILE, Trellis, TrellisScheme
 from ulbq.kernels import solvers, trellis_launch
-from ulbq.solvers.hessian import HessianFactor, factorize
+from ulbq.solvers.hessian import HessianFactor, factorize, make_good
 
 _BEST_SCALE = {1: 1.1, 2: 0.96, 3: 0.91, 4: 0.88}
 """Standard deviation of what is coded, by the bits: the values of the states have 1, and a Gaussian's error is least
@@ -26,6 +26,7 @@ _ERRORS = {1: 0.33, 2: 0.0724, 3: 0.0187, 4: 0.0052}
 is 0.28; what it hands on to later tiles, which are coded too, adds a sixth. With states of 16 bits all are a few
 percent less, which changes no allocation."""
 _TINY = 1e-12
+_RIDGE = 1e-6
 _MOST_ORIGINS = 1 << 28
 """Bytes of back pointers that the search with torch holds at once."""
 
@@ -63,6 +64,7 @@ def solve(
     scheme: TrellisScheme,
     generator: torch.Generator,
     damping: float = 0.01,
+    outputs: torch.Tensor | None = None,
 ) -> TrellisSolution:
     """Codes and scales of one matrix.
 
@@ -72,11 +74,15 @@ def solve(
         scheme: bits and states.
         generator: of the signs, on the CPU.
         damping: share of the mean diagonal that is added to the diagonal.
+        outputs: ``[out, out]``, what errors of two outputs cost together; None for nothing.
     """
     su, sv = scales(weight, scheme.bits, generator)
-    factor = _factored(hessian, su, damping)
-    codes, found = _by_blocks(inverse_between(weight, su, sv), factor, scheme)
-    sv = fitted(weight, hessian, found, su, sv)
+    factor, inner = _factored(hessian, su, damping), inverse_between(weight, su, sv)
+    if outputs is None:
+        codes, found = _by_blocks(inner, factor, scheme)
+    else:
+        codes, found = _by_tiles(inner, factor, _factored(outputs, sv, damping), scheme)
+    sv = fitted(weight, hessian, found, su, sv, outputs)
     return TrellisSolution(Trellis(codes, su, sv), trellis.between(found, su, sv), factor.damping)
 
 
@@ -169,28 +175,62 @@ def _order(hessian: torch.Tensor) -> torch.Tensor:
 
 def _by_blocks(inner: torch.Tensor, factor: HessianFactor, scheme: TrellisScheme) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes ``[in/16, out/16, 256]`` of ``T``, and what they stand for, ``[out, in]``."""
-    columns = inner.T[factor.order].contiguous()
     codes, found = [], []
-    for first in range(0, len(columns), TILE):
-        last = first + TILE
-        block = columns[first:last]
-        own, values = search(trellis.sequences(block.T)[0], scheme)
+
+    def solve(columns: torch.Tensor) -> torch.Tensor:
+        own, values = search(trellis.sequences(columns.T)[0], scheme)
         codes.append(own)
         found.append(values)
-        errors = block - trellis.from_sequences(values.unsqueeze(0)).T
-        shared = torch.linalg.solve_triangular(factor.upper[first:last, first:last].T, errors, upper=False)
-        columns[last:].addmm_(factor.upper[first:last, last:].T, shared, alpha=-1)
-    places = (factor.order[::TILE] // TILE).argsort()
+        return trellis.from_sequences(values.unsqueeze(0)).T
+
+    make_good(inner.T, factor, TILE, solve)
+    places = _places(factor)
     return torch.stack(codes)[places], trellis.from_sequences(torch.stack(found)[places])
 
 
+def _by_tiles(
+    inner: torch.Tensor, factor: HessianFactor, outputs: HessianFactor, scheme: TrellisScheme
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same tile by tile, errors made good in later outputs as well (YAQA)."""
+    codes, found = [], []
+
+    def solve(rows: torch.Tensor) -> torch.Tensor:
+        own, values = _by_blocks(rows, factor, scheme)
+        codes.append(own)
+        found.append(values)
+        return values
+
+    make_good(inner, outputs, TILE, solve)
+    places = _places(outputs)
+    return torch.cat(codes, 1)[:, places], torch.stack(found)[places].flatten(0, 1)
+
+
+def _places(factor: HessianFactor) -> torch.Tensor:
+    """``[tiles]`` when each tile's turn came."""
+    return (factor.order[::TILE] // TILE).argsort()
+
+
 def fitted(
-    weight: torch.Tensor, hessian: torch.Tensor, inner: torch.Tensor, su: torch.Tensor, sv: torch.Tensor
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    inner: torch.Tensor,
+    su: torch.Tensor,
+    sv: torch.Tensor,
+    outputs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``sv`` ``[out]`` that leaves the least error at the layer's outputs with these codes, rounded to float16."""
     unscaled = trellis.between(inner, su, torch.ones_like(sv))
     moved = unscaled @ hessian
-    best = (weight * moved).sum(1) / (unscaled * moved).sum(1).clamp_min(_TINY)
+    if outputs is None:
+        best = (weight * moved).sum(1) / (unscaled * moved).sum(1).clamp_min(_TINY)
+    else:
+        # The error diag(sv) N − W has tr(H_out E H Eᵀ) least where (H_out ∘ N H Nᵀ) sv = diag(H_out W H Nᵀ).
+        coupled = (outputs * (unscaled @ moved.T)).double()
+        wanted = (outputs * (moved @ weight.T)).sum(1).double()
+        # What the errors do not depend on stays where it is.
+        ridge = _RIDGE * coupled.diagonal().mean()
+        coupled.diagonal().add_(ridge)
+        best = torch.linalg.solve(coupled, wanted + ridge * sv).float()
     return torch.where(best.isfinite() & (best != 0), best, sv).half().float()
 
 

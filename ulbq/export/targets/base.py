@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ulbq.export.dense import shard_names
 from ulbq.export.fit import Candidate
 from ulbq.export.rules import Reader
 from ulbq.models.blocks import skeleton
+from ulbq.models.skeleton import auto_class
 from ulbq.models.source import ModelSource
 
 Dtype = Literal["fp16", "bf16", "fp32"]
@@ -111,7 +112,8 @@ class Target(ABC):
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         """What was written, as transformers opens it."""
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        kind = auto_class(AutoConfig.from_pretrained(folder, local_files_only=True))
+        model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
         return model
 
 

@@ -33,6 +33,8 @@ def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     """Why a layer ``(out, in)`` cannot be stored so; None where it can."""
     if not isinstance(scheme, AffineScheme):
         return "compressed-tensors' pack-quantized stores integer codes with one scale and zero point a group"
+    if not scheme.has_zero:
+        return "compressed-tensors' zero points are integers, and those of a mid-rise grid lie between two codes"
     if scheme.bits not in BITS:
         return f"engines read 2 to 8 bits of it, not {scheme.bits}"
     if any(size % 32 for size in shape):

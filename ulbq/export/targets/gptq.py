@@ -46,6 +46,8 @@ def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     """Why a layer ``(out, in)`` cannot be stored so; None where it can."""
     if not isinstance(scheme, AffineScheme):
         return "GPTQ stores integer codes with one scale and zero point a group"
+    if not scheme.has_zero:
+        return "GPTQ's zero points are integers, and those of a mid-rise grid lie between two codes"
     if scheme.bits not in BITS:
         return f"GPTQ stores 2, 3, 4 or 8 bits, not {scheme.bits}"
     if any(size % _MULTIPLE for size in shape):

@@ -133,7 +133,7 @@ class HummingLayout(WordsLayout):
     def unsupported_reason(self, scheme: AffineScheme, out_features: int, in_features: int) -> str | None:
         if scheme.bits > 4:
             return f"{scheme.bits} bits: at most 4"
-        if scheme.bits == 1 and scheme.symmetric:
+        if not scheme.has_zero:
             return "a zero point between two codes"
         if scheme.group_size != -1 and scheme.group_size % 32:
             return f"groups of {scheme.group_size}: a multiple of 32"

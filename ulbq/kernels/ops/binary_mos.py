@@ -36,7 +36,7 @@ def binary_mos_linear(
     out_features = out_scales.shape[1]
     rows = x.reshape(-1, x.shape[-1])
     scaled, gates, sums = triton_launch.gate(rows, in_scales, router, zeros if zeros_of == "input" else None)
-    part = triton_launch.part(codes, unit, None, 1, -1, x.shape[-1])
+    part = triton_launch.part(codes, unit, None, 1, 0.5, -1, x.shape[-1])
     mixture = triton_launch.GatedMixture(gates, sums, out_scales, zeros if zeros_of == "output" else None)
     product = triton_launch.multiply(scaled, [part], out_features, mixture=mixture, dtype=x.dtype)
     return product.view(*x.shape[:-1], out_features)

@@ -79,8 +79,8 @@ def matrix(
         packed, shape = tiles.named(*tensors), tiles.shape_of(scheme, out_features, in_features)
         return Matrix(out_features, in_features, lambda dtype: _tiled(packed, shape, dtype), tiled=(packed, shape))
     if form == "words":
-        bits = scheme.bits if isinstance(scheme, AffineScheme) else 1
-        part = triton_launch.part(*tensors, bits, scheme.group_size, in_features)
+        bits, centre = (scheme.bits, scheme.centre) if isinstance(scheme, AffineScheme) else (1, 0.0)
+        part = triton_launch.part(*tensors, bits, centre, scheme.group_size, in_features)
         return Matrix(
             out_features,
             in_features,

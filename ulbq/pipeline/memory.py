@@ -1,0 +1,189 @@
+"""What the parts of a model hold in memory while they are worked on: what all predictions add up.
+
+Bytes and values are counted from the code, not fitted to runs; ``benchmarks/predictions.py`` compares them with runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ulbq.data.generate import writing_memory
+from ulbq.methods.base import Needs
+from ulbq.methods.in_sequence import FEWEST_TOKENS
+from ulbq.models.blocks import Linear, block_list
+
+FLOAT = 4
+# Columns² of a Hessian while it is factored (`solvers/hessian.py`): float64 as reversed, as factored and as turned
+# back, and the float32 that comes of it.
+_FACTOR_BYTES = 3 * 8 + FLOAT
+# The same as a drift of inputs is made good (`solvers/drift.py`): both sums in float64, the factor and what is solved.
+_DRIFT_BYTES = 4 * 8 + FLOAT
+# A weight of a packed layer while it is made dense to be looked at: codes, float32, and the dtype that is asked for.
+DENSE_BYTES = 9
+# Values of a layer that are compared at a time with what is stored: both in float64, and their difference.
+_COMPARED, _COMPARED_BYTES = 1 << 20, 3 * 8
+# What oneDNN keeps of the products that it compiles for a text that grows (`runtime.calm_threads`).
+_PRODUCTS = 64 << 20
+# Of a layer beside its matrix while a gradient goes through it: codes, levels, the gradient as it came and as float32.
+_UNPACKED_BYTES = 11
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Values in the parts of a model.
+
+    Attributes:
+        hidden, vocabulary: as its configuration has them.
+        weights: all of it, tied ones once.
+        inside: of each block.
+        embedded: outside the blocks without an untied head: what lies before the first block, and the last norm.
+        ending: outside the blocks without an untied embedding: what lies behind the last block.
+        head: of the matrix that gives the logits.
+        table: of the largest matrix outside the blocks.
+    """
+
+    hidden: int
+    vocabulary: int
+    weights: int
+    inside: tuple[int, ...]
+    embedded: int
+    ending: int
+    head: int
+    table: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Sizes":
+        """Of a skeleton."""
+        config = model.config.get_text_config()
+        weights = sum(p.numel() for p in model.parameters())
+        inside = tuple(sum(p.numel() for p in block.parameters()) for block in block_list(model)[1])
+        outer = weights - sum(inside)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tables = [0 if one is None else sum(p.numel() for p in one.parameters()) for one in (embedding, head)]
+        tied = head is None or head.weight is embedding.weight
+        own = [0, 0] if tied else tables
+        return cls(
+            hidden=int(config.hidden_size),
+            vocabulary=int(config.vocab_size),
+            weights=weights,
+            inside=inside,
+            embedded=outer - own[1],
+            ending=outer - own[0],
+            head=tables[1],
+            table=max(tables),
+        )
+
+    @property
+    def outer(self) -> int:
+        """Values outside the blocks."""
+        return self.weights - sum(self.inside)
+
+    def walk_begins(self, kept: int) -> int:
+        """Bytes as a walk over the blocks begins: what embeds as it is read, or beside the first block and a store."""
+        return FLOAT * self.embedded + max(FLOAT * self.table, FLOAT * self.inside[0] + kept)
+
+    def head_at_work(self, itemsize: int) -> int:
+        """Bytes of a head's matrix in another order, as oneDNN multiplies many rows in half precision by it."""
+        return 0 if itemsize == FLOAT else itemsize * self.head
+
+    def writing(self, config: PreTrainedConfig, dtype: torch.dtype, samples: int, length: int) -> int:
+        """Bytes of the model, loaded whole, that writes so many samples of so many tokens, and of what it writes."""
+        whole = self.weights * dtype.itemsize
+        beside = self.head_at_work(dtype.itemsize) + writing_memory(config, dtype, samples, length) + _PRODUCTS
+        return max(load_memory(whole, dtype.itemsize * self.table), whole + beside)
+
+
+def load_memory(stored: int, table: int) -> int:
+    """Bytes of a whole model as it is loaded: the largest matrix is mapped from its file beside its copy.
+
+    Args:
+        stored: bytes of the model.
+        table: bytes of its largest matrix.
+    """
+    return stored + table
+
+
+def wide(linears: Sequence[Linear]) -> int:
+    """Outputs of the widest of some layers."""
+    return max((linear.out_features for linear in linears), default=0)
+
+
+def trained_activations(hidden: int, widest: int, itemsize: int) -> int:
+    """Bytes a token that autograd keeps of one block.
+
+    Float32 are the residuals, what the norms get and give, and their gradients; in the dtype of the products queries,
+    keys, values, attention's output and their likes, and of the widest layer gate, product and their gradients.
+    """
+    return hidden * (24 + 10 * itemsize) + 6 * widest * itemsize
+
+
+def passed_activations(hidden: int, widest: int) -> int:
+    """Bytes a token of one block without gradients: residuals, and three of the widest layer's outputs."""
+    return 3 * FLOAT * (hidden + widest)
+
+
+def trained_layer(largest: int) -> int:
+    """Bytes of the largest layer, of so many weights, as a gradient goes through it."""
+    return _UNPACKED_BYTES * largest
+
+
+def compared_layer(linears: Sequence[Linear]) -> int:
+    """Bytes of the largest of some layers as it is compared with what is stored of it."""
+    size = layer_size(linears)
+    return DENSE_BYTES * size + _COMPARED_BYTES * min(size, _COMPARED)
+
+
+def layer_size(linears: Sequence[Linear]) -> int:
+    """Weights of the largest of some layers."""
+    return max((linear.out_features * linear.in_features for linear in linears), default=0)
+
+
+def input_groups(linears: Sequence[Linear]) -> dict[tuple[str, int], list[Linear]]:
+    """Layers that read the same input, as far as names and shapes tell, in their order."""
+    groups: dict[tuple[str, int], list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault((linear.name.rpartition(".")[0], linear.in_features), []).append(linear)
+    return groups
+
+
+def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int) -> int:
+    """Bytes that the closed forms of a block's layers take, the block itself not counted.
+
+    Args:
+        linears: of the block.
+        needs: of the method.
+        tokens: that second moments are made of.
+    """
+    if needs.hessians == "none":
+        return round(needs.layer_bytes * layer_size(linears))
+    groups = input_groups(linears)
+    stages: dict[str, list[tuple[str, int]]] = {}
+    for key in groups:
+        # Experts come all at once.
+        place = ".".join("*" if part.isdigit() else part for part in key[0].split(".")[-2:])
+        stages.setdefault(f"{place} {key[1]}" if needs.hessians == "sequence" else "", []).append(key)
+    # Where inputs shall do what those of the full-precision model do, its block runs beside the one that is solved.
+    drifts = needs.originals and not needs.layerwise
+    solved = most = 0
+    for keys in stages.values():
+        # Of an input, how far it has drifted, and of each layer that reads it its own.
+        sums = [(1 + drifts + needs.output_groups * len(groups[key])) * FLOAT * key[1] ** 2 for key in keys]
+        live = sum(sums)
+        for key, own in zip(keys, sums, strict=True):
+            layers, columns = groups[key], key[1]
+            whole = sum(linear.out_features * linear.in_features for linear in layers)
+            size = whole if needs.stacked else layer_size(layers)
+            solving = FLOAT * columns**2 + round(needs.layer_bytes * size)
+            correcting = 0
+            enough = tokens >= FEWEST_TOKENS * columns
+            if enough or not needs.rounds_few:
+                factored = max(columns, wide(layers)) if needs.between_outputs else columns
+                solving = max(solving, _FACTOR_BYTES * factored**2 + (FLOAT * size if needs.stacked else 0))
+            if enough and drifts:
+                solving, correcting = solving + FLOAT * whole, _DRIFT_BYTES * columns**2
+            most = max(most, solved + live + max(solving, correcting))
+            # What it was is still wanted to compare with; its second moments are not.
+            solved, live = solved + FLOAT * whole, live - own
+    return most + drifts * FLOAT * sum(linear.out_features * linear.in_features for linear in linears)
