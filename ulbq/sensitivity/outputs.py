@@ -136,7 +136,7 @@ def weigh_outputs(
         phase.advance(BACK * left[0])
 
 
-class _Sums:
+class _OutputSums:
     """What gradients at one layer's outputs add up to, sample by sample."""
 
     def __init__(self, out_features: int, device: torch.device, settings: OutputSettings) -> None:
@@ -189,10 +189,10 @@ def _shrunk(total: torch.Tensor, fourth: float, count: int) -> torch.Tensor:
 
 
 @contextmanager
-def _watching_outputs(layers: Mapping[str, nn.Linear], settings: OutputSettings) -> Iterator[dict[str, _Sums]]:
+def _watching_outputs(layers: Mapping[str, nn.Linear], settings: OutputSettings) -> Iterator[dict[str, _OutputSums]]:
     """Sums over the gradients at the outputs of layers that run forward and back while the context lasts."""
     device = settings.precision.device
-    sums = {name: _Sums(layer.out_features, device, settings) for name, layer in layers.items()}
+    sums = {name: _OutputSums(layer.out_features, device, settings) for name, layer in layers.items()}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def watch(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

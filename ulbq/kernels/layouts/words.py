@@ -15,7 +15,7 @@ class WordsLayout(Layout):
     name = "triton"
     summary = "our Triton kernels for CUDA GPUs: every format at 1 to 4 bits, vectors and batches"
     device = "cuda"
-    formats: ClassVar[tuple[str, ...]] = ("affine", "dual_binary", "binary_mos", "codebook", "trellis")
+    formats: ClassVar[tuple[str, ...] | None] = ("affine", "dual_binary", "binary_mos", "codebook", "trellis")
     form = "words"
 
     def unavailable_reason(self) -> str | None:
