@@ -25,6 +25,8 @@ TASKS = ("piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "socia
 SALIENCY = "fisher"
 
 _SAMPLES = ("--calibration", "wikitext2", "--samples", "32", "--sequence-length", "512")
+# A layer is compared with itself, as published; the rows named so have the default.
+_SAME_INPUTS, _FULL = ("--target-inputs", "quantized"), "-full"
 _QUICK = ("--samples", "32", "--sequence-length", "256", "--epochs", "5", "--calibration", "wikitext2")
 
 _PUBLISHED = ("--as-published", "--outlier-bits", "0.07")
@@ -89,7 +91,8 @@ def _settings() -> dict[str, Setting]:
         "ulb-w4": Setting((*sapr, "--bits", "4", "--no-adapter", *_SAMPLES, "--epochs", "4")),
     }
     for bits in ("2", "3", "4"):
-        gptq = ("--method", "gptq", "--bits", bits, *_SAMPLES)
+        found[f"gptq-w{bits}{_FULL}"] = Setting(("--method", "gptq", "--bits", bits, *_SAMPLES))
+        gptq = ("--method", "gptq", "--bits", bits, *_SAMPLES, *_SAME_INPUTS)
         found |= {f"gptq-w{bits}": Setting(gptq)}
         found |= {f"gptq-w{bits}-uniform": Setting((*gptq, "--token-weighting", "uniform"))}
         found |= {f"gptq-w{bits}-rotated": Setting((*gptq, "--rotate"))}
@@ -98,7 +101,10 @@ def _settings() -> dict[str, Setting]:
         found[f"rtn-w{bits}g64-rotated"] = Setting(("--method", "rtn", "--bits", bits, "--rotate"))
     for name, options in (_CLAQ | _CLAQ_TRAINED).items():
         start = "claq-2.3-fisher" if name in _CLAQ_TRAINED else None
-        found[f"claq-{name}"] = Setting(("--method", "claq", *options, *_SAMPLES), start=start)
+        same = () if start or "--as-published" in options else _SAME_INPUTS
+        found[f"claq-{name}"] = Setting(("--method", "claq", *options, *_SAMPLES, *same), start=start)
+    for name in ("2", "2.3", "2.3-fisher"):
+        found[f"claq-{name}{_FULL}"] = Setting(("--method", "claq", *_CLAQ[name], *_SAMPLES))
     trained = ("--method", "claq", *_SAMPLES, "--epochs", "0")
     found["claq-2.3-t"] = Setting((*trained, "--fit-temperature"), start="claq-2.3-fisher")
     faster = ("--end-to-end", "ce", "--end-to-end-epochs", "2", "--end-to-end-rate", "1")
@@ -184,11 +190,12 @@ def _trellis() -> dict[str, Setting]:
     budgets = {"w1": ("--bits", "1"), "w2": (), "2.3": ("--target-bits", "2.3"), "w3": ("--bits", "3")}
     found = {}
     for seed in ("0", "1", "2"):
-        for name, bits in budgets.items():
-            found[f"trellis-{name}-s{seed}"] = Setting((*trellis, *bits, "--seed", seed))
-            # An artifact's bits stay what they are.
-            trained = Setting((*trellis, *phase, "--seed", seed), start=f"trellis-{name}-s{seed}")
-            found[f"trellis-{name}-s{seed}-ce"] = trained
+        for budget, bits in budgets.items():
+            for suffix, inputs in (("", _SAME_INPUTS), (_FULL, ())):
+                name = f"trellis-{budget}-s{seed}{suffix}"
+                found[name] = Setting((*trellis, *bits, *inputs, "--seed", seed))
+                # An artifact's bits stay what they are.
+                found[f"{name}-ce"] = Setting((*trellis, *phase, "--seed", seed), start=name)
     return found
 
 

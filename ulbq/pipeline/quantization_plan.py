@@ -307,7 +307,7 @@ def _bits_per_weight(method: Method, found: ModelStructure) -> float:
 
 _DECIDED = (
     *("target_bits", "allocation", "outlier_bits", "refit", "as_published"),
-    *("hessian", "damping", "act_order", "true_sequential", "column_block", "start"),
+    *("hessian", "target_inputs", "damping", "act_order", "true_sequential", "column_block", "start"),
 )
 _CHOSEN = ("skip", "only")
 
