@@ -35,6 +35,7 @@ _FILES = {
 _SETS = {
     **dict.fromkeys(("Salesforce/wikitext/wikitext-2-raw-v1/train.jsonl", "allenai/c4/en/train.jsonl"), _TEXT),
     "tatsu-lab/alpaca/train.jsonl": _FILES["answers.jsonl"],
+    "DKYoon/SlimPajama-6B/train.jsonl": _TEXT,
     "llm-adapters/math/train.jsonl": _FILES["answers.jsonl"],
     "openai/gsm8k/main/train.jsonl": [{"question": f"{n} + 1?", "answer": f"Add. #### {n + 1}"} for n in range(640)],
 }
@@ -64,7 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ulbq.commands.app import main
 
     root = tmp_path_factory.mktemp("world")
-    model = save_tiny("llama", root / "model", tied=False, hidden_size=128, intermediate_size=256, **_SIZES)
+    model = save_tiny("llama", root / "model", tied=False, hidden_size=256, intermediate_size=512, **_SIZES)
     write_mirror(root / "data")
     for file, rows in _SETS.items():
         write_rows(root / "data" / file, rows)

@@ -103,7 +103,8 @@ def end_to_end_request(source: str, options: Mapping[str, Any]) -> QuantizeReque
     own = manifest.method in METHODS and "end_to_end" in takes(manifest.method)
     method = manifest.method if own else TRAINABLE[manifest.scheme["format"]].method
     known = takes(method)
-    form = {name: value for name, value in manifest.scheme.items() if name in known}
+    # What is off is so by default, and may mean nothing beside the others.
+    form = {name: value for name, value in manifest.scheme.items() if name in known and value is not False}
     given = {name: value for name, value in options.items() if value is not None}
     # Blocks do not train, and what holds salient weights in place has no part in this.
     off = {name: value for name, value in {"epochs": 0, "penalty": 0.0, "adapter": False}.items() if name in known}
