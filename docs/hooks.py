@@ -1,7 +1,9 @@
-"""What `mkdocs.yml` hooks in: the options of every command, and links that lead out of the site."""
+"""What `mkdocs.yml` hooks in: the options of every command, every family of models, and links that lead out."""
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from posixpath import basename, normpath
 from typing import Any
 
@@ -10,6 +12,8 @@ import typer
 from ulbq.commands.app import app
 
 _COMMANDS_HERE = "<!-- every command -->"
+_FAMILIES_HERE = "<!-- every family -->"
+_FAMILIES = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "families.json"
 _LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")
 _EMPTY_HEAD = re.compile(r"<thead>\s*<tr>(?:\s*<th[^>]*></th>)+\s*</tr>\s*</thead>")
 _CELL_CODE = re.compile(r"<code>[^<]*</code>")
@@ -20,6 +24,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Write the commands where their page wants them; a file of the repository is named, not linked to."""
     if _COMMANDS_HERE in markdown:
         markdown = markdown.replace(_COMMANDS_HERE, "\n".join(commands()))
+    if _FAMILIES_HERE in markdown:
+        markdown = markdown.replace(_FAMILIES_HERE, "\n".join(families(json.loads(_FAMILIES.read_text()))))
     folders = page.file.src_uri.count("/")
     return _LINK.sub(lambda link: _named(link, folders), markdown)
 
@@ -38,6 +44,26 @@ def commands() -> Iterator[str]:
         if not command.hidden:
             own = command.make_context(name, [], parent=context, resilient_parsing=True)
             yield from _command(f"ulbq {name}", command, own)
+
+
+def families(measured: dict[str, Any]) -> Iterator[str]:
+    """Markdown of what ``benchmarks/families.py`` found, as a table, and the families that are refused below it."""
+    rows = measured["families"]
+    taken = [row for row in rows if not row["quantize"]]
+    exports = list(taken[0]["exports"])
+    yield f"{len(taken)} of {len(rows)} families are taken, by ulbq {measured['ulbq']} with transformers "
+    yield f"{measured['transformers']}:"
+    yield from ("", f"| family | share | reload | gptq | {' | '.join(exports)} |", "| --- " * (4 + len(exports)) + "|")
+    for row in taken:
+        same = "=" if row["difference"] < 1e-4 and not row["lost"] else "differs"
+        cells = [_yes(row["gptq"]), *(_yes(row["exports"][name]) for name in exports)]
+        yield f"| `{row['family']}` | {row['share']:.0%} | {same} | {' | '.join(cells)} |"
+    yield from ("", "Refused, with a sentence:", "", "| family | |", "| --- | --- |")
+    yield from (f"| `{row['family']}` | {_cell(row['quantize'])} |" for row in rows if row["quantize"])
+
+
+def _yes(refusal: str) -> str:
+    return "no" if refusal else "yes"
 
 
 def _command(title: str, command: Any, context: Any) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -244,12 +246,29 @@ def test_recipes_that_pages_name_are_shipped() -> None:
     assert [one for one in named if one[1] not in recipe_names()] == []
 
 
-def test_the_reference_has_every_option() -> None:
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    """What the site hooks in."""
     spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
     assert spec is not None
     assert spec.loader is not None
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_family_that_was_tried_has_its_row(hooks: ModuleType) -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "families.json").read_text())
+    taken = [row for row in measured["families"] if not row["quantize"]]
+    assert len(taken) >= 75
+    # The matrix has no family that was written and does not load, or that lost a tensor.
+    assert [row["family"] for row in taken if row["lost"] or row["difference"] > 1e-4] == []
+    lines = list(hooks.families(measured))
+    shown = [line for line in lines if re.match(r"\| `[\w-]+` \| \d+% \| = \| (yes|no) \|", line)]
+    assert len(shown) == len(taken)
+
+
+def test_the_reference_has_every_option(hooks: ModuleType) -> None:
     written = "\n".join(hooks.commands())
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig
+from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
@@ -158,6 +159,17 @@ def test_modules_that_take_more_stay() -> None:
     norms = nn.ModuleList([Demanding()])
     with FusedParts(norms, Precision(CPU, torch.float32)).active():
         assert "forward" not in vars(norms[0])
+
+
+def test_a_norm_that_may_take_a_gate_gets_it() -> None:
+    torch.manual_seed(0)
+    norm, x, gate = BambaRMSNormGated(8, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    wanted, alone = norm(x, gate), norm(x)
+    with FusedParts(nn.ModuleList([norm]), Precision(CPU, torch.float32)).active():
+        assert "forward" in vars(norm)
+        assert torch.equal(norm(x, gate), wanted)
+        assert torch.equal(norm(x, gate=gate), wanted)
+        torch.testing.assert_close(norm(x), alone)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])

@@ -66,8 +66,10 @@ class BlockWalk:
             _check_broadcast(outer, self.block_kwargs[0], _arguments(outer, blocks, first, sample.repeat(2, 1))[0])
             self._first: nn.Module | None = first
             embed = partial(_embed, outer, blocks[0])
-            width = embed(sample).shape[-1]
-            shape = (tokens.shape[0], tokens.shape[1], width)
+            states = embed(sample)
+            if states.shape[:-1] != sample.shape:  # several streams side by side, as in Gemma 3n, or a prompt before
+                raise _no_chain(outer)
+            shape = (tokens.shape[0], tokens.shape[1], states.shape[-1])
             self.hidden = ActivationStore(shape, dtype, limit=limit, directory=directory)
             for start in range(0, len(tokens), batch_size):
                 self.hidden.set(start, embed(tokens[start : start + batch_size].to(device)))

@@ -80,41 +80,43 @@ def _check_blocks(job: Job, source: ModelSource, folder: Path) -> None:
         InputError: a block cannot be read, or computes something else.
     """
     model = skeleton(source)
+    walks = [_walk(one, source) for one in (model, job.model)]
     for index in sorted({0, job.found.n_blocks - 1}):
         prefix = job.names(index)[0]
         packed = {name.removeprefix(prefix): one for name, one in source.packed.items() if name.startswith(prefix)}
         opened = load_block(model, source, index, torch.float32)
         shard = folder / layout.block_shard(index)
         stored = layout.packed_block(job.model, index, shard, tuple(packed), job.method.scheme, packed)
-        for layer in (*opened.modules(), *stored.modules()):
-            if isinstance(layer, QuantLinear):
-                layer.cache = False  # in both: so their products are the same to the bit
-        if not _alike(job, model, source, index, opened, stored):
+        answers = [_answer(walk, index, block) for walk, block in zip(walks, (opened, stored), strict=True)]
+        if answers[0] is not None and answers[1] is not None and not torch.equal(answers[0], answers[1]):
             raise InputError(
                 f"Block {index} of what was written to '{folder}' computes something else than in the run.",
                 hint="transformers, or ulbq, cannot compute with this model as it is stored: please report it.",
             )
 
 
-def _alike(job: Job, model: PreTrainedModel, source: ModelSource, index: int, *blocks: nn.Module) -> bool:
-    """Whether the opened block and the run's give the same on random states; True where none can be run by itself."""
+def _walk(model: PreTrainedModel, source: ModelSource) -> BlockWalk | None:
+    """What blocks of a model are called with; None where they cannot be run by themselves."""
+    tokens, cpu = torch.full((1, _TOKENS), _first_token(model)), torch.device("cpu")
     try:
-        opened, stored = (
-            _answer(skeleton_of, source, index, block)
-            for skeleton_of, block in zip((model, job.model), blocks, strict=True)
-        )
+        return BlockWalk(model, source, tokens, dtype=torch.float32, device=cpu, limit=1 << 30, directory=source.path)
     except (InputError, *BUILD_ERRORS):
-        return True
-    return torch.equal(opened, stored)
+        return None
 
 
 @torch.inference_mode()
-def _answer(model: PreTrainedModel, source: ModelSource, index: int, block: nn.Module) -> torch.Tensor:
-    """Output of a block on random states, called as this model calls it."""
-    tokens = torch.full((1, _TOKENS), _first_token(model))
-    cpu = torch.device("cpu")
-    walk = BlockWalk(model, source, tokens, dtype=torch.float32, device=cpu, limit=1 << 30, directory=source.path)
-    return walk.call(index, block, torch.randn(walk.hidden.shape, generator=torch.Generator().manual_seed(0)))
+def _answer(walk: BlockWalk | None, index: int, block: nn.Module) -> torch.Tensor | None:
+    """Output of a block on random states; None without a walk, or where the block wants more than that has."""
+    if walk is None:
+        return None
+    for layer in block.modules():
+        if isinstance(layer, QuantLinear):
+            layer.cache = False  # of every block: so that products are the same to the bit
+    states = torch.randn(walk.hidden.shape, generator=torch.Generator().manual_seed(0))
+    try:
+        return walk.call(index, block, states)
+    except BUILD_ERRORS:
+        return None
 
 
 def _run(folder: Path, target: Target | None, candidate: Candidate | None) -> str:

@@ -25,7 +25,7 @@ _LIKE_THIS = 1e-4
 """Largest distance of two answers, relative to their norm, that is rounding; another activation is further away."""
 
 # What a module or function raises that takes something else than its names promise.
-_TAKES_ELSE = (TypeError, RuntimeError, ValueError, IndexError)
+_TAKES_ELSE = (TypeError, RuntimeError, ValueError, IndexError, AttributeError)
 
 
 class FusedParts:
@@ -103,10 +103,10 @@ def _alike(found: object, wanted: torch.Tensor) -> bool:
 
 
 def _norm(
-    norm: nn.Module, epsilon: float, plain: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    norm: nn.Module, epsilon: float, plain: Callable[..., torch.Tensor], x: torch.Tensor, *gate: Any, **more: Any
 ) -> torch.Tensor:
-    if x.dtype != torch.float32:
-        return plain(x)
+    if x.dtype != torch.float32 or gate or more:  # norms of Mamba-2 take a gate besides
+        return plain(x, *gate, **more)
     half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     whole, rounded = between.rms_norm(x.contiguous(), norm.get_parameter("weight"), epsilon, half=half)
     if rounded is not None:

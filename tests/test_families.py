@@ -1,0 +1,55 @@
+"""Some families through the benchmark that tries them all: what is written loads as it was made."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import ulbq  # noqa: F401 - lets transformers load packed models
+from ulbq.models.source import resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def families() -> ModuleType:
+    """The benchmark."""
+    spec = importlib.util.spec_from_file_location("families", ROOT / "benchmarks" / "families.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("family", "least"), [("falcon_h1", 0.5), ("nemotron_h", 0.5), ("bamba", 0.5), ("granitemoehybrid", 0.2)]
+)
+def test_hybrids(family: str, least: float, families: ModuleType, tmp_path: Path) -> None:
+    row = families.try_out(family, tmp_path)
+    assert row.quantize == ""
+    assert row.gptq == ""
+    assert row.lost == []
+    assert row.difference < 1e-4
+    assert row.share > least
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "mistral3", "gemma3", "smolvlm", "llama4"])
+def test_models_of_images(family: str, families: ModuleType, tmp_path: Path) -> None:
+    row = families.try_out(family, tmp_path, short=True)
+    assert row.quantize == ""
+    assert row.model.endswith("ForConditionalGeneration")
+    assert row.lost == []
+    assert row.difference < 1e-4
+    before, after = resolve(tmp_path / "m"), resolve(tmp_path / "q")
+    tower = [name for name in before.names if "vision" in name or "visual" in name]
+    assert len(tower) > 5
+    assert all(torch.equal(before.read(name), after.read(name)) for name in tower)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    seen = families.inputs(model.config)
+    other = seen | {"pixel_values": seen["pixel_values"] + 1}
+    with torch.no_grad():
+        assert not torch.equal(model(**seen).logits, model(**other).logits)
