@@ -21,6 +21,7 @@ from ulbq.artifacts import (
     QuantizedManifest,
     SaliencyManifest,
 )
+from ulbq.artifacts.records import ExpertsRecord, experts_sentence
 from ulbq.evaluation.figures import weight_parts
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.table import size
@@ -49,6 +50,8 @@ def show(console: Console, inspection: Inspection, *, layers: bool = False) -> N
         sections.append(("Bits", _bits(manifest.bits, inspection.total_size)))
         if manifest.blocks:
             sections.append(("Blocks", _blocks(manifest.blocks)))
+        if manifest.experts:
+            sections.append(("Experts", Text(_experts(manifest.experts))))
         sections.append(("Layers", _layers(manifest.layers) if layers else _layer_summary(manifest.layers)))
         if manifest.skipped:
             kept = None if manifest.coverage is None else "\n".join(one.words for one in manifest.coverage.kept)
@@ -219,6 +222,16 @@ def _remarks(block: BlockRecord) -> str:
     if block.spurious_sinks:
         remarks.append(f"{block.spurious_sinks} spurious sinks")
     return ", ".join(remarks)
+
+
+def _experts(mixtures: tuple[ExpertsRecord, ...]) -> str:
+    """How many there are, and what they saw of the calibration."""
+    counts = [count for mixture in mixtures for count in mixture.tokens]
+    said = (
+        f"{max(len(mixture.tokens) for mixture in mixtures)} in each of {len(mixtures)} mixtures; {min(counts):,} to "
+        f"{max(counts):,} tokens of the calibration went to one, {sum(counts) / len(counts):,.0f} on average. "
+    )
+    return said + experts_sentence(mixtures)
 
 
 def _layers(layers: Iterable[LayerRecord]) -> Table:

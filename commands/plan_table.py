@@ -17,7 +17,8 @@ def show_plan(plan: "QuantizePlan") -> None:
     """Say on standard error what a quantization run does and costs."""
     cost = plan.cost
     stored = ", stored as {} ({:.1f} bits a value)".format(*plan.stored_as) if plan.stored_as is not None else ""
-    counts = f"{plan.blocks} blocks, {plan.layers} layers, {plan.weights / 1e6:,.1f} M weights"
+    experts = f" of {plan.experts} experts" if plan.experts else ""
+    counts = f"{plan.blocks} blocks{experts}, {plan.layers:,} layers, {plan.weights / 1e6:,.1f} M weights"
     rows = {
         "model": f"{plan.model}: {counts}{stored}",
         "method": f"{plan.request.method}, {plan.scheme}, {plan.bits_per_weight:.3f} bits per weight",

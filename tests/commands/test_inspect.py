@@ -19,13 +19,16 @@ from ulbq.artifacts import (
     Parent,
     read_manifest,
 )
-from ulbq.artifacts.records import RotationRecord
+from ulbq.artifacts.records import ExpertsRecord, RotationRecord
 from ulbq.commands.app import main
 from ulbq.commands.inspection import scheme, show, size
 from ulbq.evaluation.results import ModelScores
 from ulbq.kernels import build
 from ulbq.pipeline.inspect import inspect
 from ulbq.runtime import PhaseRecord
+
+SEEN = ((700, 1200, 300, 900), (0, 0, 800, 100))
+"""Tokens that the experts of two mixtures saw."""
 
 COMMON: dict[str, Any] = {"name": "x", "request": {}, "seed": 1, "device": "cpu"}
 
@@ -175,6 +178,12 @@ class TestTables:
         turned = RotationRecord(seed=3, residual="Hadamard 576 = 12·12·4", values="Hadamard 64 a head")
         [row] = rows(written(quantized(rotation=turned)), "rotation")
         assert " ".join(row[1:]) == "residual stream (Hadamard 576 = 12·12·4), values (Hadamard 64 a head), seed 3"
+
+    def test_experts_are_counted_and_those_that_saw_nothing_told(self) -> None:
+        mixtures = [ExpertsRecord(name=f"model.layers.{i}.mlp.experts", tokens=tokens) for i, tokens in enumerate(SEEN)]
+        text = " ".join(written(quantized(experts=tuple(mixtures))).split())
+        assert "4 in each of 2 mixtures; 0 to 1,200 tokens of the calibration went to one, 500 on average" in text
+        assert "In 'model.layers.1.mlp.experts' 2 of 4 experts saw no token of the calibration" in text
 
     def test_an_artifact_without_layers_or_blocks(self) -> None:
         text = written(quantized(layers=(), blocks=(), skipped=(), phases=()))

@@ -27,6 +27,7 @@ from ulbq.formats import (
 )
 from ulbq.models.adapter_files import ADAPTER_FOLDER, write_adapter
 from ulbq.models.blocks import skeleton, structure
+from ulbq.models.skeleton import empty_model
 from ulbq.models.source import ModelSource
 from ulbq.nn.adapter import Adapter, AdapterConfig
 
@@ -94,11 +95,17 @@ def write_quantized(
     out: Path,
     scheme: AnyScheme,
     adapter: AdapterConfig | None = None,
+    *,
+    fused_experts: bool = False,
     **changes: Any,
 ) -> Path:
-    """An artifact with random packed weights in place of the parent's linear layers, and a random adapter."""
+    """An artifact with random packed weights in place of the parent's linear layers, and a random adapter.
+
+    With ``fused_experts`` those of a mixture stay dense and fused, as older artifacts have them.
+    """
     torch.manual_seed(0)
-    found = structure(skeleton(parent))
+    model = empty_model(parent.config) if fused_experts else skeleton(parent)
+    found = structure(model)
     with ArtifactWriter(out, "f") as writer:
         shards: dict[str, dict[str, torch.Tensor]] = {}
         packed_names = set()
@@ -114,7 +121,8 @@ def write_quantized(
                 shape = (linear.out_features, linear.in_features)
                 record = {"name": linear.name, "shape": shape, "scheme": scheme.model_dump(), "bits": {}, "error": 0.0}
                 layers.append(LayerRecord(**record))
-        shards["model-outer.safetensors"] = {name: parent.read(name) for name in parent.names - packed_names}
+        kept = (parent.names & model.state_dict().keys()) - packed_names
+        shards["model-outer.safetensors"] = {name: parent.read(name) for name in kept}
         for file, tensors in shards.items():
             write_shard(writer.path / file, tensors)
         write_index(writer.path, {file: list(tensors) for file, tensors in shards.items()})

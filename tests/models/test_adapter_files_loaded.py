@@ -99,7 +99,8 @@ def test_what_peft_misplaces_is_refused(tmp_path: Path, dora: bool) -> None:
     """It takes a shared expert's projections for those of the fused experts."""
     moe = resolve(save_tiny("deepseek", tmp_path / "parent"))
     config = CONFIG.model_copy(update={"dora": dora})
-    source = resolve(write_quantized(moe, tmp_path / "q", AffineScheme(bits=3, group_size=16), config))
+    scheme = AffineScheme(bits=3, group_size=16)
+    source = resolve(write_quantized(moe, tmp_path / "q", scheme, config, fused_experts=True))
     with pytest.raises(InputError, match="onto other layers than it is for, in a 'deepseek_v3'"):
         load_model(source, dtype=torch.float32)
 

@@ -251,7 +251,7 @@ class TestSaving:
         assert all(torch.equal(before[name], after[name]) for name in packed)
         assert torch.equal(logits(load(tmp_path / "saved")), ours(columns))
 
-    def test_with_fused_experts_beside(self, tmp_path: Path) -> None:
+    def test_with_packed_experts(self, tmp_path: Path) -> None:
         dense = save_tiny("mixtral", tmp_path / "mixtral")
         path, _ = quantize(request(dense, tmp_path / "q", method="rtn", bits=3, group_size=32))
         load(path, dtype="auto").save_pretrained(tmp_path / "saved")

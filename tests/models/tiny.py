@@ -42,17 +42,32 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {"num_key_value_heads": None}),
 }
 
-# Fused experts, which are no linear layers; the second one with a correction bias in a persistent buffer.
+_FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LATENT = {
+    **{"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32},
+    **{"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+    **{"moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1},
+}
+
+# Experts that transformers holds fused. Of DeepSeek and GLM also a correction bias in a persistent buffer; GPT-OSS
+# stores its own fused, as [in, out], gate and up by turns, and with biases.
 _MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4}),
-    "deepseek": (
-        "deepseek_v3",
+    "deepseek": ("deepseek_v3", _LATENT),
+    "qwen2_moe": ("qwen2_moe", {**_FEW_EXPERTS, "shared_expert_intermediate_size": 64}),
+    "qwen3_moe": ("qwen3_moe", {**_FEW_EXPERTS, "head_dim": 32}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}),
+    "glm4_moe": (
+        "glm4_moe",
         {
-            **{"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32},
-            **{"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
-            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+            **{"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
             **{"moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1},
         },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32, **_SLIDING},
     ),
 }
 
@@ -77,6 +92,7 @@ _LIKE_LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+MIXTURES: tuple[str, ...] = tuple(_MIXTURES)
 
 
 def tiny_config(family: str, *, tied: bool | None = None, vocab: int = 256, **changes: Any) -> PreTrainedConfig:

@@ -7,6 +7,7 @@ import torch
 
 from ulbq import formats
 from ulbq.config.quantize import QuantizeRequest
+from ulbq.models.blocks import materialize, skeleton
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.progress import Silent
@@ -37,7 +38,9 @@ def logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 
 def simulated_logits(dense: Path, packed: Path) -> torch.Tensor:
     """Logits of the full-precision model with the artifact's dequantized weights and norms put in."""
-    source, model = resolve(packed), load_model(resolve(dense), dtype=torch.float32)
+    source, original = resolve(packed), resolve(dense)
+    model = skeleton(original)
+    materialize(model, original, torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             linear = name.removesuffix(".weight")

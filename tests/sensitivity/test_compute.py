@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from tests.models.tiny import FAMILIES, save_tiny
 from ulbq.artifacts import BlockScores
 from ulbq.errors import InputError, NumericsError
-from ulbq.models.blocks import skeleton, structure
+from ulbq.models.blocks import materialize, skeleton, structure
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
 from ulbq.sensitivity import Saliency, SaliencySettings, Spectrum, block_file, compute_saliency, head, stored
@@ -50,7 +50,9 @@ def reader(folder: Path, blocks: Iterable[BlockScores]) -> Saliency:
 
 def gradients(source: ModelSource, kind: str) -> tuple[dict[str, torch.Tensor], float]:
     """What plain autograd on the whole model says, one sequence at a time; and the mean loss."""
-    model = load_model(source, dtype=torch.float32).requires_grad_(True)
+    model = skeleton(source)
+    materialize(model, source, torch.float32)
+    model.requires_grad_(True)
     linears = [linear.name for block in structure(skeleton(source)).linears for linear in block]
     sums = {name: torch.zeros_like(model.get_submodule(name).weight) for name in linears}
     losses = []

@@ -98,6 +98,32 @@ def test_relative_tokens_count_alike() -> None:
     torch.testing.assert_close(scaled.matrix, unscaled.matrix / 2)
 
 
+def test_the_mean_of_several_sums_is_that_of_all_their_rows() -> None:
+    rows = torch.randn(30, 16, generator=torch.Generator().manual_seed(1))
+    parts = [HessianSum(16) for _ in range(3)]
+    for part, own in zip(parts, (rows[:5], rows[5:], rows[:0]), strict=True):
+        part.add(own)
+    mean = HessianSum.mean(parts)
+    torch.testing.assert_close(mean.matrix, 2 / 30 * rows.t() @ rows)
+    assert mean.tokens == 30
+
+
+def test_what_is_lent_counts_as_so_many_rows() -> None:
+    rows = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    own, other, none = HessianSum(16), HessianSum(16), HessianSum(16)
+    own.add(rows[:4])
+    other.add(rows)
+    mixed = (4 * own.matrix + 12 * other.matrix) / 16
+    own.borrow(other, 12)
+    none.borrow(other, 12)
+    torch.testing.assert_close(own.matrix, mixed)
+    torch.testing.assert_close(none.matrix, other.matrix)
+    assert (own.tokens, own.known_by) == (4, 44)
+    assert (none.tokens, none.known_by) == (0, 40)
+    none.borrow(HessianSum(16), 12)
+    torch.testing.assert_close(none.matrix, other.matrix)
+
+
 def test_rows_of_a_group_count_by_their_weights() -> None:
     generator = torch.Generator().manual_seed(1)
     inputs, weights = torch.randn(35, 16, generator=generator), torch.rand(35, 2, generator=generator)

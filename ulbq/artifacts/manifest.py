@@ -22,6 +22,7 @@ from ulbq.artifacts.records import (
     BlockRecord,
     Coverage,
     EndToEndRecord,
+    ExpertsRecord,
     FileEntry,
     FinetuneRecord,
     LayerRecord,
@@ -86,6 +87,7 @@ class QuantizedManifest(Manifest):
 
     Attributes:
         scheme: the default scheme's JSON object; each layer repeats its own.
+        experts: what each expert of a mixture saw; empty for other models, and without a calibration.
         temperature: what was fitted into the last norm after the blocks; None where nothing was.
         end_to_end: how the whole model trained after its blocks; None where it did not.
         finetune: how it learnt a task after that; None where it did not.
@@ -101,6 +103,7 @@ class QuantizedManifest(Manifest):
     bits: BitsReport
     layers: tuple[LayerRecord, ...]
     blocks: tuple[BlockRecord, ...] = ()
+    experts: tuple[ExpertsRecord, ...] = ()
     temperature: TemperatureRecord | None = None
     end_to_end: EndToEndRecord | None = None
     finetune: FinetuneRecord | None = None

@@ -94,6 +94,36 @@ def sinks_sentence(blocks: Sequence[BlockRecord]) -> str:
     return f"In {where} {what} into attention sinks, which they are not in full precision."
 
 
+class ExpertsRecord(Record):
+    """How many tokens of the calibration went to each expert of a mixture.
+
+    Attributes:
+        name: full name of the module.
+        tokens: by the expert's number.
+    """
+
+    name: str
+    tokens: tuple[Count, ...] = Field(min_length=1)
+
+    @property
+    def unseen(self) -> int:
+        """Experts that saw none."""
+        return self.tokens.count(0)
+
+
+def experts_sentence(mixtures: Sequence[ExpertsRecord]) -> str:
+    """What to say of experts that no token went to; empty where there are none."""
+    found = [mixture for mixture in mixtures if mixture.unseen]
+    if not found:
+        return ""
+    worst = max(found, key=lambda mixture: mixture.unseen)
+    where = f"In '{worst.name}'" if len(found) == 1 else f"In {len(found)} of {len(mixtures)} mixtures up to"
+    return (
+        f"{where} {worst.unseen} of {len(worst.tokens)} experts saw no token of the calibration: what the others saw "
+        "stands in for it."
+    )
+
+
 class EndToEndRecord(Record):
     """How the whole model trained after its blocks.
 

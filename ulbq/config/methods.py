@@ -151,6 +151,9 @@ class SequenceOptions(TokenSettings, MethodOptions):
             flag="--true-sequential/--one-pass",
         ),
     ] = True
+    all_experts: Annotated[
+        bool, Option("Show every expert of a mixture every token, not only those that are sent to it.", COLUMNS)
+    ] = False
     target_inputs: Annotated[
         Literal["full", "quantized"],
         Option(
@@ -159,6 +162,11 @@ class SequenceOptions(TokenSettings, MethodOptions):
             COLUMNS,
         ),
     ] = "full"
+
+    @property
+    def gathering(self) -> dict[str, Any]:
+        """How second moments are gathered, by the names of :func:`~ulbq.methods.in_sequence.solve_in_sequence`."""
+        return {"weighting": self.token_weighting, "all_experts": self.all_experts}
 
     def idle(self) -> dict[str, str]:
         """Gradients say how much a token counts."""

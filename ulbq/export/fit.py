@@ -39,6 +39,7 @@ class Candidate:
         layers: the packed layers by full name; none in full precision.
         adapter: ``LoRA``, ``DoRA``, or empty without an adapter.
         unpacked: modules with weight matrices inside the blocks that no layout has a name for: fused experts.
+        routers: those beside packed experts, which every layout has dense.
     """
 
     given: str
@@ -46,6 +47,7 @@ class Candidate:
     layers: Mapping[str, Layer]
     adapter: Literal["", "LoRA", "DoRA"] = ""
     unpacked: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, source: ModelSource) -> "Candidate":
@@ -60,7 +62,9 @@ class Candidate:
         packed = source.packed
         layers = {record.name: Layer(packed[record.name], record.shape) for record in manifest.layers}
         inside = inside_blocks(manifest.skipped, layers)
-        return cls(source.given, source.config, layers, kind, nameless(inside, skeleton(source)) if inside else ())
+        routers = beside_experts(inside, layers)
+        unknown = nameless(tuple(name for name in inside if name not in routers), skeleton(source)) if inside else ()
+        return cls(source.given, source.config, layers, kind, unknown, routers)
 
     @property
     def schemes(self) -> tuple[AnyScheme, ...]:
@@ -72,6 +76,13 @@ def inside_blocks(skipped: tuple[str, ...], layers: Mapping[str, Layer]) -> tupl
     """Those of the modules that stay dense which lie in the blocks that the layers lie in."""
     prefixes = {match[1] for name in layers if (match := re.match(r"(.*?\.)\d+\.", name))}
     return tuple(name for name in skipped if any(name.startswith(prefix) for prefix in prefixes))
+
+
+def beside_experts(names: tuple[str, ...], layers: Mapping[str, Layer]) -> tuple[str, ...]:
+    """Those of the modules whose parent has packed experts."""
+    # Of `mlp.experts.7.gate_proj`, the `mlp`.
+    owners = {name.rsplit(".", 3)[0] for name in layers if re.fullmatch(r".*\.experts\.\d+\.\w+", name)}
+    return tuple(name for name in names if name.rpartition(".")[0] in owners)
 
 
 def nameless(names: tuple[str, ...], model: PreTrainedModel) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from ulbq import formats
 from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_shard
-from ulbq.errors import NumericsError
+from ulbq.errors import InputError, NumericsError
 from ulbq.export.dense import adapters_to_merge, dense_tensor, shard_names, write_beside
 from ulbq.export.fit import Candidate, Layer
 from ulbq.export.targets.base import DTYPES, FULL_PRECISION, Conversion, Written, layer_reason
@@ -18,6 +18,7 @@ from ulbq.formats import AffineScheme
 from ulbq.models.blocks import skeleton
 from ulbq.models.names import state_names
 from ulbq.models.source import ModelSource
+from ulbq.models.stored_names import StoredNames
 from ulbq.nn.quant_linear import is_dense_linear
 
 READ_BACK = "Every layer reads back to the bit"
@@ -38,15 +39,34 @@ class PackedLayout(NamedTuple):
     configuration: dict[str, Any]
 
 
-def affine_layers(candidate: Candidate) -> dict[str, AffineScheme]:
-    """Schemes of the packed layers, which are all affine."""
-    return {name: layer.scheme for name, layer in candidate.layers.items() if isinstance(layer.scheme, AffineScheme)}
+def stored_layers(conversion: Conversion) -> tuple[dict[str, AffineScheme], tuple[str, ...]]:
+    """Schemes of the packed layers, which are all affine, and what is dense: linear layers, the head, and routers.
+
+    Both under the names that they are stored by.
+    """
+    source, candidate, naming = conversion.source, conversion.candidate, StoredNames(conversion.source.config)
+    schemes = {
+        naming.layer(name) or name: layer.scheme
+        for name, layer in candidate.layers.items()
+        if isinstance(layer.scheme, AffineScheme)
+    }
+    dense = [
+        name
+        for name, module in skeleton(source).named_modules()
+        if name in candidate.routers or (is_dense_linear(module) and name not in source.packed)
+    ]
+    return schemes, tuple(naming.layer(name) or name for name in dense)
 
 
-def dense_linears(source: ModelSource) -> tuple[str, ...]:
-    """Full names of the linear layers that a packed model holds dense, the head among them."""
-    modules = skeleton(source).named_modules()
-    return tuple(name for name, module in modules if is_dense_linear(module) and name not in source.packed)
+def check_names(source: ModelSource) -> None:
+    """Refuse a model with experts whose family has no names for single ones. Raises InputError."""
+    naming = StoredNames(source.config)
+    if lost := next((name for name in source.packed if naming.layer(name) is None), None):
+        raise InputError(
+            f"'{source.given}': models of the type '{source.config.model_type}' store their experts as one, so that "
+            f"'{lost}' has no name in this layout.",
+            hint="Use `to=dense`, or the artifact itself.",
+        )
 
 
 def unsupported_reason(candidate: Candidate, reason: Callable[..., str | None]) -> str | None:
@@ -58,12 +78,14 @@ def unsupported_reason(candidate: Candidate, reason: Callable[..., str | None]) 
     return layer_reason(candidate, reason)
 
 
-def unopened_reason(folder: Path, *packages: str) -> str | None:
+def unopened_reason(candidate: Candidate, folder: Path, *packages: str) -> str | None:
     """Why transformers cannot run a folder here, as a whole sentence, where it takes ``packages`` to; None if it can.
 
     Its configuration is opened in any case.
     """
     AutoConfig.from_pretrained(folder, local_files_only=True)
+    if candidate.routers:
+        return f"{READ_BACK}; not run, for transformers reads no packed experts of this layout."
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     return f"{READ_BACK}; not run, for want of {' and '.join(missing)}." if missing else None
 
@@ -87,22 +109,25 @@ def write_folder(
     model = skeleton(source)
     adapters = adapters_to_merge(source, model) if merge else {}
     packed = conversion.candidate.layers if layout is not None else {}
-    aliases, shards = state_names(model), dict[str, tuple[str, ...]]()
+    aliases, shards, naming = state_names(model), dict[str, tuple[str, ...]](), StoredNames(source.config)
     for shard, names in shard_names(model).items():
         tensors: dict[str, torch.Tensor] = {}
+        encoded: dict[str, torch.Tensor] = {}
         for name in names:
             linear = name.removesuffix(".weight")
             if layout is not None and linear != name and linear in packed:
                 found = layout.encode(packed[linear].scheme, source.read_packed(linear), packed[linear].shape)
-                tensors |= {f"{linear}.{short}": tensor for short, tensor in found.items()}
+                encoded |= {f"{naming.layer(linear)}.{short}": tensor for short, tensor in found.items()}
             else:
                 tensors[name] = dense_tensor(source, model, name, aliases[name], dtype, adapters.get(linear))
                 if conversion.untie:
                     tensors |= {alias: tensors[name].clone() for alias in aliases[name]}
-        write_shard(folder / shard, tensors)
-        shards[shard] = tuple(tensors)
+        written = encoded | naming.dense(tensors)
+        write_shard(folder / shard, written)
+        shards[shard] = tuple(written)
         if layout is not None:
-            _read_back(source, folder / shard, layout, {n: packed[n] for n in packed if f"{n}.weight" in names})
+            here = {name: layer for name, layer in packed.items() if f"{name}.weight" in names}
+            _read_back(source, folder / shard, layout, naming, here)
         on_shard(shard)
     shards |= {shard: tuple(names) for shard, names in source.write_carried(folder).items()}
     write_index(folder, shards)
@@ -121,11 +146,13 @@ def write_packed(
     return Written(f"the artifact's own codes, to the bit; what is not packed in {conversion.dtype}", names)
 
 
-def _read_back(source: ModelSource, shard: Path, layout: PackedLayout, layers: Mapping[str, Layer]) -> None:
+def _read_back(
+    source: ModelSource, shard: Path, layout: PackedLayout, naming: StoredNames, layers: Mapping[str, Layer]
+) -> None:
     """Compare every layer of a written shard with the artifact, to the bit. Raises NumericsError."""
     stored = LazyTensors([shard])
     for name, (scheme, shape) in layers.items():
-        prefix = f"{name}."
+        prefix = f"{naming.layer(name)}."
         shorts = [full.removeprefix(prefix) for full in stored.names if full.startswith(prefix)]
         found = layout.decode({short: stored.read(prefix + short) for short in shorts}, scheme.bits)
         if not torch.equal(found, formats.dequantize(scheme, source.read_packed(name), shape[1])):

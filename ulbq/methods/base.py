@@ -63,6 +63,7 @@ class BlockTask:
         saliency: ``[out, in]`` float32 score of each layer's weights; None where none was asked for.
         start: what to go on from; None for a fresh start.
         prefix: full name of the block, with the dot.
+        tokens: that the layers of a mixture's experts saw, by their names; the method fills it in.
         outputs: what an error at each layer's outputs costs; None where all tokens and outputs count alike.
     """
 
@@ -77,6 +78,7 @@ class BlockTask:
     saliency: Mapping[str, torch.Tensor] | None = None
     start: BlockStart | None = None
     prefix: str = ""
+    tokens: dict[str, int] = field(default_factory=dict)
     outputs: Mapping[str, OutputCosts] | None = None
 
     def weight(self, linear: str) -> torch.Tensor:

@@ -86,7 +86,7 @@ class Claq:
                 found[task.prefix + linear] = allocation.survey(weight, importance, self.options.bits)
             return {}
 
-        solve_in_sequence(task, look, one_by_one=False, weighting=self.options.token_weighting)
+        solve_in_sequence(task, look, one_by_one=False, **self.options.gathering)
         return found
 
     def decide(self, surveys: Mapping[str, Survey]) -> dict[str, torch.Tensor]:
@@ -138,7 +138,7 @@ class Claq:
                 made[linear] = formats.dequantize(scheme, packed[linear], weight.shape[1])
             return made
 
-        solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, weighting=self.options.token_weighting)
+        solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, **self.options.gathering)
         for linear, weight in originals.items():
             linear_layer(task.block, linear).weight = nn.Parameter(weight, requires_grad=False)
         return BlockResult({linear: packed[linear] for linear in task.linears}, schemes=schemes, notes=tuple(notes))
@@ -146,7 +146,7 @@ class Claq:
     def _factored(self, inputs: HessianSum) -> tuple[torch.Tensor, HessianFactor]:
         """Second moments and their factor; where there are too few tokens, of columns that know nothing of others."""
         hessian = inputs.matrix
-        if inputs.tokens < FEWEST_TOKENS * len(hessian):
+        if inputs.known_by < FEWEST_TOKENS * len(hessian):
             hessian = hessian.diagonal().diag()
         order = activation_order(hessian) if self.options.act_order else None
         return hessian, factorize(hessian, damping=self.options.damping, order=order)
@@ -154,8 +154,8 @@ class Claq:
     def _note(self, inputs: HessianSum, factor: HessianFactor) -> str:
         """What has to be said of layers that read an input; empty for nothing."""
         columns = len(factor.order)
-        if inputs.tokens < FEWEST_TOKENS * columns:
-            return f"errors are not made good in other columns, {inputs.tokens} tokens are too few for {columns}"
+        if inputs.known_by < FEWEST_TOKENS * columns:
+            return f"errors are not made good in other columns, {inputs.known_by} tokens are too few for {columns}"
         if factor.damping > self.options.damping:
             return f"damping raised to {factor.damping:g}, its inputs are singular"
         return ""

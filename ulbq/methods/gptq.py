@@ -84,16 +84,16 @@ class Gptq:
                 packed[linear] = pack_codes(linear, self.scheme, AffineCodes(*own))
             return {linear: formats.dequantize(self.scheme, packed[linear], weights[0].shape[1]) for linear in linears}
 
-        solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, weighting=self.options.token_weighting)
+        solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, **self.options.gathering)
         return BlockResult({linear: packed[linear] for linear in task.linears}, notes=tuple(notes))
 
     def _solve(self, weight: torch.Tensor, inputs: HessianSum, outputs: torch.Tensor | None) -> tuple[AffineCodes, str]:
         """Codes of a matrix, and what has to be said of them."""
-        if inputs.tokens < FEWEST_TOKENS * weight.shape[1]:
+        if inputs.known_by < FEWEST_TOKENS * weight.shape[1]:
             importance = inputs.matrix.diagonal()
             known = importance if importance.any() else None
             codes = round_to_nearest(weight, self.scheme, importance=known, search=self.options.search)
-            return codes, f"rounded to nearest, {inputs.tokens} tokens are too few for {weight.shape[1]} columns"
+            return codes, f"rounded to nearest, {inputs.known_by} tokens are too few for {weight.shape[1]} columns"
         groups = zip(weight.tensor_split(len(inputs.matrices)), inputs.matrices, strict=True)
         found = [gptq(rows, hessian, self.scheme, self._settings, outputs) for rows, hessian in groups]
         codes = AffineCodes(*map(torch.cat, zip(*(one.codes for one in found), strict=True)))

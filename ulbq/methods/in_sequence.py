@@ -14,6 +14,7 @@ from ulbq.blockwise.walk import run_block
 from ulbq.config.training import TokenWeighting
 from ulbq.methods.base import BlockTask
 from ulbq.models.watch import Enough, Input, distinct_inputs, watching
+from ulbq.nn.experts import Experts, Place, place_of, showing
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.solvers.drift import Drift
 from ulbq.solvers.hessian import HessianSum
@@ -41,7 +42,12 @@ class _InputSums(NamedTuple):
 
 @torch.no_grad()
 def solve_in_sequence(
-    task: BlockTask, solve: Solve, *, one_by_one: bool, weighting: TokenWeighting = TokenWeighting.ENERGY
+    task: BlockTask,
+    solve: Solve,
+    *,
+    one_by_one: bool,
+    weighting: TokenWeighting = TokenWeighting.ENERGY,
+    all_experts: bool = False,
 ) -> None:
     """Solve every layer of a block. Layers that are called with the very same tensor are solved together.
 
@@ -56,6 +62,8 @@ def solve_in_sequence(
             passes over the samples as there are inputs. Members of one list, a mixture's experts, are solved from the
             same pass: none of them reads what another made. Otherwise one pass serves all layers.
         weighting: how much each token counts in the second moments.
+        all_experts: show every expert of a mixture every token. Otherwise it sees those that are sent to it, and
+            second moments over all tokens stand in where these are few, as :func:`_lend` has it.
     """
     stages: dict[str, list[Input]] = {}
     known: dict[str, str] = {}
@@ -68,8 +76,14 @@ def solve_in_sequence(
         known |= dict.fromkeys(places, stage)
         stages.setdefault(stage, []).append(one)
     reference = None if _activations(task).originals is None else copy.deepcopy(task.block)
+    mixtures = [module for module in task.block.modules() if isinstance(module, Experts)]
     for together in stages.values():
-        sums = _gather(task, together, weighting, reference)
+        with showing({mixture: range(len(mixture)) for mixture in mixtures} if all_experts else {}):
+            sums = _gather(task, together, weighting, reference)
+        members = {name: place for name in sums if (place := place_of(task.block, name)) is not None}
+        task.tokens.update({name: sums[name].hessian.tokens for name in members})
+        if not all_experts:
+            _lend(task, members, {name: sums[name].hessian for name in members}, weighting)
         for one in together:
             # Taken out, so that each goes as soon as it has served.
             hessian, drift, own = sums.pop(one.layers[0])
@@ -89,6 +103,39 @@ def _put(block: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     for name, weight in weights.items():
         # A new parameter: the old one's values are still wanted to compare with.
         linear_layer(block, name).weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _lend(
+    task: BlockTask, places: Mapping[str, Place], sums: Mapping[str, HessianSum], weighting: TokenWeighting
+) -> None:
+    """Lend second moments H over all tokens of a block to experts that saw fewer tokens than a layer has columns.
+
+    With n tokens of its own one has ``(n·Hₑ + λ·H) / (n + λ)``, where λ is :data:`FEWEST_TOKENS` a column: one that saw
+    none has H. What enters the experts is the same for all of them, so that H is the mean of theirs; what their last
+    layers read is each one's own, and comes of showing it all tokens.
+    """
+    poor = {name: place for name, place in places.items() if sums[name].tokens < len(sums[name].matrix)}
+    inner = [name for name, place in poor.items() if place.projection == "down_proj"]
+    whole = _shown_all(task, inner, weighting) if inner else {}
+    for owner in {place.owner for name, place in poor.items() if name not in whole}:
+        entering = {n: p for n, p in places.items() if p.owner == owner and p.projection != "down_proj"}
+        # Of each expert once, and before any of them borrows.
+        mean = HessianSum.mean(list({place.expert: sums[name] for name, place in entering.items()}.values()))
+        whole |= dict.fromkeys(entering.keys() & poor.keys(), mean)
+    for name in poor:
+        sums[name].borrow(whole[name], FEWEST_TOKENS * len(sums[name].matrix))
+
+
+def _shown_all(task: BlockTask, linears: Sequence[str], weighting: TokenWeighting) -> dict[str, HessianSum]:
+    """Second moments of layers of experts that are shown all tokens."""
+    shown: dict[Experts, list[int]] = {}
+    for place in filter(None, (place_of(task.block, linear) for linear in linears)):
+        mixture = task.block.get_submodule(place.owner)
+        if isinstance(mixture, Experts):
+            shown.setdefault(mixture, []).append(place.expert)
+    with showing(shown):
+        found = _gather(task, [Input((linear,), 0) for linear in linears], weighting, None)
+    return {name: one.hessian for name, one in found.items()}
 
 
 def _place(block: nn.Module, name: str) -> str:

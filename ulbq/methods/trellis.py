@@ -72,7 +72,7 @@ class TrellisMethod:
                 found[task.prefix + linear] = demand(weight, hessian, cost, self.options.damping)
             return {}
 
-        solve_in_sequence(task, look, one_by_one=False, weighting=self.options.token_weighting)
+        solve_in_sequence(task, look, one_by_one=False, **self.options.gathering)
         return found
 
     def decide(self, surveys: Mapping[str, Demand]) -> dict[str, torch.Tensor]:
@@ -94,8 +94,8 @@ class TrellisMethod:
 
         def solve_layers(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
             hessian, made = self._hessian(inputs), {}
-            if inputs.tokens < FEWEST_TOKENS * len(hessian):
-                few = f"{inputs.tokens} tokens are too few for {len(hessian)} columns"
+            if inputs.known_by < FEWEST_TOKENS * len(hessian):
+                few = f"{inputs.known_by} tokens are too few for {len(hessian)} columns"
                 notes.append((", ".join(linears), f"errors are not made good in other tiles, {few}."))
             for linear in linears:
                 weight = task.weight(linear)
@@ -109,9 +109,7 @@ class TrellisMethod:
                 made[linear] = found.weight
             return made
 
-        solve_in_sequence(
-            task, solve_layers, one_by_one=self.options.true_sequential, weighting=self.options.token_weighting
-        )
+        solve_in_sequence(task, solve_layers, one_by_one=self.options.true_sequential, **self.options.gathering)
         ordered = {linear: packed[linear] for linear in task.linears}
         return BlockResult(ordered, schemes=schemes if self._widths else {}, notes=tuple(notes))
 
@@ -122,4 +120,4 @@ class TrellisMethod:
     def _hessian(self, inputs: HessianSum) -> torch.Tensor:
         """Second moments; where there are too few tokens, of columns that know nothing of each other."""
         hessian = inputs.matrix
-        return hessian.diagonal().diag() if inputs.tokens < FEWEST_TOKENS * len(hessian) else hessian
+        return hessian.diagonal().diag() if inputs.known_by < FEWEST_TOKENS * len(hessian) else hessian

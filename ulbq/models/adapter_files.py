@@ -24,6 +24,7 @@ from ulbq.limits import bounded
 from ulbq.models.side_files import check_link
 from ulbq.models.source import ModelSource
 from ulbq.nn.adapter import Adapter
+from ulbq.nn.experts import Experts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -247,9 +248,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     # Described by its tensors, not by its own words: they name the same layers, as was seen, and any number of others.
     described = lora_config(config, found)
     described.inference_mode = True
-    with warnings.catch_warnings():
-        # peft asks the model by a property's old name.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+    with calm_peft(model):
         try:
             # Without the device peft would read the tensors onto any accelerator that it finds.
             wrapped = PeftModel.from_pretrained(model, str(folder), config=described, torch_device=str(model.device))
@@ -260,6 +259,25 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     # The layers were exchanged in place; peft's own wrapper around the model is not needed.
     wrapped.requires_grad_(False).eval()
     return model
+
+
+@contextmanager
+def calm_peft(model: PreTrainedModel) -> Iterator[None]:
+    """Keep peft quiet, and from taking single experts for fused ones, whose layers it would call otherwise."""
+    config = model.config
+    known = vars(config).get("model_type")
+    single = any(isinstance(module, Experts) for module in model.modules())
+    with warnings.catch_warnings():
+        # peft asks the model by a property's old name.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+        if single:
+            vars(config)["model_type"] = ""
+        try:
+            yield
+        finally:
+            if single:
+                del vars(config)["model_type"]
+                vars(config).update({} if known is None else {"model_type": known})
 
 
 def beyond_peft(model: PreTrainedModel, what: str) -> InputError:

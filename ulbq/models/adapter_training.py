@@ -1,8 +1,6 @@
 """Adapters that train, by peft itself, beside the packed layers of a model; and back from peft to tensors."""
 
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from ulbq.config.adapter import AdapterConfig
-from ulbq.models.adapter_files import beyond_peft, check_fits, lora_config, read_adapter
+from ulbq.models.adapter_files import beyond_peft, calm_peft, check_fits, lora_config, read_adapter
 from ulbq.nn.adapter import TRACE
 
 _NAME = "default"  # peft's, of the one adapter
@@ -31,7 +29,7 @@ def fresh_adapter(model: PreTrainedModel, config: AdapterConfig, linears: Iterab
     """
     wanted = set(linears)
     described = lora_config(config, wanted)
-    with _calm():
+    with calm_peft(model):
         wrapped = get_peft_model(model, described)
     if set(_layers(wrapped)) != wanted:
         raise beyond_peft(model, f"a new adapter for '{where}'")
@@ -59,7 +57,7 @@ def trained_adapter(model: PreTrainedModel, folder: Path, *, dropout: float | No
     described.inference_mode = False
     if dropout is not None:
         described.lora_dropout = dropout
-    with _calm():
+    with calm_peft(model):
         try:
             # Without the device peft would read the tensors onto any accelerator that it finds.
             wrapped = PeftModel.from_pretrained(
@@ -123,11 +121,3 @@ def _checked(model: PeftModel) -> PeftModel:
     if odd:
         raise TypeError(f"'{odd[0]}' does not train in float32")
     return model
-
-
-@contextmanager
-def _calm() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # peft asks the model by a property's old name.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
-        yield

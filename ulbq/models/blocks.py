@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ulbq.errors import InputError, NumericsError, UsageError
+from ulbq.models.experts import unfuse
 from ulbq.models.skeleton import empty_model
 from ulbq.models.source import ModelSource
 from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
@@ -43,8 +45,8 @@ class ModelStructure:
         head: full name of the module that gives the logits; None where there is none.
         tied: whether the head's weight is an embedding's.
         linears: linear layers of each block, in the order in which the block holds them.
-        skipped: full names of modules with weight matrices that stay as they are: the head, convolutions, fused
-            experts, vision towers.
+        skipped: full names of modules with weight matrices that stay as they are: the head, convolutions, routers,
+            vision towers.
     """
 
     blocks_prefix: str
@@ -56,12 +58,21 @@ class ModelStructure:
     skipped: tuple[str, ...]
 
 
-def skeleton(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def skeleton(
+    source: ModelSource, dtype: torch.dtype = torch.float32, *, packed: Collection[str] | None = None
+) -> PreTrainedModel:
     """The source's model with its parameters on the meta device and its buffers real, in eval mode.
 
-    ``dtype`` as of :func:`~ulbq.models.skeleton.empty_model`.
+    Experts are linear layers of their own, but for those that an artifact stores fused.
+
+    Args:
+        source: the model.
+        dtype: as of :func:`~ulbq.models.skeleton.empty_model`.
+        packed: names of the layers that the artifact stores packed; None for the source's own.
     """
-    return empty_model(source.config, dtype)
+    model, stored = empty_model(source.config, dtype), packed or source.packed
+    unfuse(model, {*stored, *source.single_experts} if stored else None)
+    return model
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -12,7 +12,16 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from ulbq.models.experts import expert_parts
 
 
 class TensorReader(Protocol):
@@ -53,7 +62,7 @@ class Checkpoint:
 
     @property
     def names(self) -> frozenset[str]:
-        """Parameters (and persistent buffers) of the model that the checkpoint holds."""
+        """Parameters (and persistent buffers) of the model that the checkpoint holds, those of single experts too."""
         return self._names
 
     @property
@@ -91,17 +100,41 @@ def _recipes(stored: frozenset[str], model: PreTrainedModel) -> tuple[dict[str, 
     wanted = model.state_dict()
     recipes: dict[str, _Recipe] = {}
     unplaced: dict[str, str] = {}
+    experts = expert_parts(model)
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
         if name not in wanted and key in wanted:
             name, pattern = key, None
+        if key in experts:
+            recipes[key] = _Recipe(key, sources=[(key, key)])
         if name not in wanted:
-            unplaced[key] = name
+            if key not in experts:
+                unplaced[key] = name
             continue
         converter = None if pattern is None else by_pattern[pattern]
+        if converter is not None and pattern is not None and (single := _single_expert(key, name, pattern, converter)):
+            recipes[single] = _Recipe(single, sources=[(key, key)])
         recipe = recipes.setdefault(name, _Recipe(name, converter))
         recipe.sources.append((key, pattern or key))
         if converter is not None:
             first, *others = converter.target_patterns
             recipes.update({name.replace(first, other): recipe for other in others})
     return recipes, unplaced
+
+
+def stacks_experts(converter: WeightConverter) -> bool:
+    """Whether a converter makes a fused parameter of experts' matrices as they are, and does nothing else to them."""
+    steps = [type(step) for step in converter.operations]
+    return steps in ([MergeModulelist], [MergeModulelist, Concatenate])
+
+
+def _single_expert(key: str, fused: str, pattern: str, converter: WeightConverter) -> str | None:
+    """What a stored tensor is called that is one expert's matrix of a fused parameter, and nothing else."""
+    if not stacks_experts(converter):
+        return None
+    owner, _, leaf = fused.rpartition(".")
+    numbers = [part for part in key.split(".") if part.isdigit()]
+    # The rows of the first pattern come first.
+    first = converter.source_patterns.index(pattern) == 0
+    projection = leaf if leaf != "gate_up_proj" else "gate_proj" if first else "up_proj"
+    return f"{owner}.{numbers[-1]}.{projection}.weight"

@@ -120,6 +120,7 @@ class UlbqQuantizer(HfQuantizer):
         import torch
 
         from ulbq.artifacts.shards import LazyTensors
+        from ulbq.models.experts import unfuse
         from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
         files = [Path(file) for file in checkpoint_files or ()]
@@ -131,6 +132,9 @@ class UlbqQuantizer(HfQuantizer):
         own, shared = self._schemes(self._folder)
         owners = {name.removesuffix(".codes") for name in stored.names if name.endswith(".codes")}
         base = f"{model.base_model_prefix}."
+        # Those that were left out too, which are stored one by one and in full.
+        layers = {name.rpartition(".")[0] for name in stored.names}
+        unfuse(model, {spelled for name in layers for spelled in (name, base + name, name.removeprefix(base))})
         found: dict[str, str] = {}
         for name, linear in list(model.named_modules()):
             spelled = (name, base + name, name.removeprefix(base))
@@ -168,12 +172,16 @@ class UlbqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         """Bring packed weights into the layout that products take, and attach the adapter."""
         from ulbq.models.adapter_files import ADAPTER_FOLDER, attach_adapter
+        from ulbq.nn.experts import Experts
         from ulbq.nn.quant_linear import QuantLinear
 
         _check_devices(getattr(model, "hf_device_map", None) or {})
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.prepare()
+            if isinstance(module, Experts):
+                # What is saved keeps the names of today: transformers' older ones have no place for packed experts.
+                model._weight_conversions = []  # type: ignore[assignment]
         config, folder = self.quantization_config, self._folder
         adapter = None if folder is None else folder / ADAPTER_FOLDER
         if adapter is None or config.adapter is False or (config.adapter is None and not adapter.is_dir()):

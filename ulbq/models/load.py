@@ -10,6 +10,7 @@ from ulbq.artifacts.small_files import parse_json, read_small
 from ulbq.errors import InputError
 from ulbq.models.adapter_files import adapter_folder, attach_adapter
 from ulbq.models.blocks import materialize, skeleton
+from ulbq.models.skeleton import empty_model
 from ulbq.models.source import ModelSource
 from ulbq.models.tokenizer_files import check_ids
 from ulbq.nn.quant_linear import QuantLinear
@@ -38,7 +39,8 @@ def load_model(
         InputError: a parameter is missing or has another shape than the configuration says, or a file beside the
             weights cannot be read, the adapter among them.
     """
-    model = skeleton(source, dtype)
+    # In full precision experts stay as transformers has them, which computes them faster.
+    model = skeleton(source, dtype) if source.packed else empty_model(source.config, dtype)
     materialize(model, source, None, device=device)
     for layer in model.modules():
         if isinstance(layer, QuantLinear):

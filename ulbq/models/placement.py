@@ -32,7 +32,7 @@ def check_types(where: str, stored: LazyTensors, checkpoint: Checkpoint, model: 
         InputError: naming the first one.
     """
     wanted = model.state_dict()
-    for name in sorted(checkpoint.names):
+    for name in sorted(checkpoint.names & wanted.keys()):
         if not wanted[name].is_floating_point():
             continue
         for key in checkpoint.sources(name):

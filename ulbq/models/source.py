@@ -5,7 +5,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -46,6 +46,7 @@ from ulbq.models import hub, placement
 from ulbq.models.checkpoint import Checkpoint, TensorReader
 from ulbq.models.config import check_gguf_counts, quantized_by, read_config, read_gguf_config, read_raw_config
 from ulbq.models.exl3 import METHOD, Exl3Tensors
+from ulbq.models.experts import ExpertPart, expert_parts
 from ulbq.models.gguf import GgufTensors, is_gguf, model_name, open_gguf
 from ulbq.models.rope_factors import ROPE_FACTORS
 from ulbq.models.side_files import check_folder, copy_side_files, copy_tree, side_files, write_tokenizer
@@ -58,6 +59,9 @@ DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
 """Kinds of parents, in a manifest, that are full-precision models."""
+
+_FUSED_KEPT = 4
+"""Fused tensors that stay in memory: the weights and biases of a block's experts."""
 
 # What the tokenizer loaders raise, depending on the tokenizer's kind and on what is wrong with it.
 _TOKENIZER_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -77,6 +81,7 @@ class ModelSource:
         stored: the tensors by their stored names; None for GGUF, and where they are rotated when read.
         manifest: of an artifact, else None.
         rotation: what is done to the tensors when they are read; None where they are read as stored.
+        parts: where tensors of single experts lie that are stored fused, by the names that our experts give them.
         carried: stored names of what the model has no place for, and what is made of it carries along.
         notes: what a person must know of how it was read.
     """
@@ -90,22 +95,42 @@ class ModelSource:
     stored: LazyTensors | None = None
     manifest: AnyManifest | None = None
     rotation: RotationRecord | None = None
+    parts: Mapping[str, ExpertPart] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         """Parameters and persistent buffers that :meth:`read` gives; the weights of packed layers are none of them."""
-        return self.tensors.names
+        return self.tensors.names | {name for name, part in self.parts.items() if part.fused in self.tensors.names}
 
     def read(self, name: str) -> torch.Tensor:
         """One dense tensor on the CPU as stored; of a GGUF file, dequantized to float32. Raises InputError."""
-        if name not in self.tensors.names:
+        if name not in self.names:
             raise InputError(
                 f"'{self.given}' holds no tensor for the parameter '{name}'.",
                 hint="The checkpoint is incomplete, or belongs to another architecture than its config.json says.",
             )
-        return self.tensors.read(name)
+        if name in self.tensors.names:
+            return self.tensors.read(name)
+        part = self.parts[name]
+        if part.fused not in self._fused:
+            # Those of one block at a time: experts are read one after the other.
+            if len(self._fused) == _FUSED_KEPT:
+                del self._fused[next(iter(self._fused))]
+            self._fused[part.fused] = self.tensors.read(part.fused)
+        return part.take(self._fused[part.fused])
+
+    @property
+    def single_experts(self) -> frozenset[str]:
+        """Layers of experts that an artifact stores one by one and in full, as those that were left out."""
+        names = frozenset() if self.stored is None else self.stored.names
+        return frozenset(name.rpartition(".")[0] for name in self.parts if name in names)
+
+    @cached_property
+    def _fused(self) -> dict[str, torch.Tensor]:
+        """What was read last of fused tensors, by full name."""
+        return {}
 
     @property
     def carried_values(self) -> int:
@@ -345,7 +370,7 @@ def _open_file(path: Path, given: str) -> ModelSource:
     tensors = GgufTensors(path, header, model)
     if lost := tensors.unplaced - {ROPE_FACTORS}:
         raise placement.without_a_place(given, lost, type(model).__name__)
-    return ModelSource(model_name(path), given, path, "gguf", config, tensors)
+    return ModelSource(model_name(path), given, path, "gguf", config, tensors, parts=expert_parts(model))
 
 
 def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelSource:
@@ -407,6 +432,7 @@ class _Read(NamedTuple):
     config: PreTrainedConfig
     tensors: Checkpoint
     stored: LazyTensors
+    parts: Mapping[str, ExpertPart]
     carried: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -437,4 +463,4 @@ def _read_folder(
     if carried:
         parts = placement.describe(carried, model)
         notes.append(f"'{given}' holds what a {type(model).__name__} does not run, carried along as it is: {parts}.")
-    return _Read(config, tensors, stored, carried, tuple(notes))
+    return _Read(config, tensors, stored, expert_parts(model), carried, tuple(notes))

@@ -14,6 +14,7 @@ from ulbq.artifacts.records import (
     BlockRecord,
     Coverage,
     EndToEndRecord,
+    ExpertsRecord,
     LayerRecord,
     Parent,
     TemperatureRecord,
@@ -26,8 +27,9 @@ from ulbq.export.fit import Candidate, Layer, inside_blocks, nameless
 from ulbq.formats import AnyScheme, read_scheme
 from ulbq.formats.bits import stored_bits
 from ulbq.formats.rounding import relative_error
-from ulbq.methods.base import Packed
+from ulbq.methods.base import BlockTask, Packed
 from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, write_adapter
+from ulbq.nn.experts import place_of
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.training.block import TrainOutcome
@@ -84,6 +86,24 @@ def block_record(index: int, outcome: TrainOutcome, seconds: float) -> BlockReco
     )
 
 
+def mixture_records(task: BlockTask) -> list[ExpertsRecord]:
+    """What the manifest says of the tokens that a block's experts saw."""
+    found: dict[str, dict[int, int]] = {}
+    for linear, count in task.tokens.items():
+        if (place := place_of(task.block, linear)) is not None:
+            found.setdefault(place.owner, {})[place.expert] = count
+    return [
+        ExpertsRecord(name=task.prefix + owner, tokens=tuple(counts[number] for number in sorted(counts)))
+        for owner, counts in found.items()
+    ]
+
+
+def mixtures(journal: Mapping[str, Any], blocks: int) -> list[ExpertsRecord]:
+    """Those of all blocks that are done."""
+    found = [one for index in range(blocks) for one in journal[str(index)].get("experts", ())]
+    return [ExpertsRecord.model_validate(one) for one in found]
+
+
 def finish(
     job: Job,
     writer: ArtifactWriter,
@@ -122,6 +142,7 @@ def finish(
         bits=bits,
         layers=tuple(layers),
         blocks=tuple(BlockRecord.model_validate(entry["block"]) for entry in entries if "block" in entry),
+        experts=tuple(mixtures(writer.journal, job.found.n_blocks)),
         temperature=_temperature(job, writer),
         end_to_end=end_to_end,
         skipped=job.found.skipped,

@@ -1,5 +1,6 @@
 """Everything about a quantization run that is settled before the first tensor is read."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ class QuantizePlan(BaseModel):
     Attributes:
         stored_as: what it is, and bits a value, of a model that was quantized before; None in full precision.
         request: completed: presets, defaults and the calibration source filled in.
+        experts: of a mixture; 0 without any.
         coverage: how much of the model is quantized, and why the rest is not.
         bits_per_weight: true bits of the linear weights, scales and zeros included.
         rotation: of the weights before they are quantized; None for none.
@@ -55,6 +57,7 @@ class QuantizePlan(BaseModel):
     model: str
     blocks: int
     layers: int
+    experts: int = 0
     weights: int
     skipped: tuple[str, ...]
     coverage: Coverage
@@ -167,7 +170,7 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     run = resolve(request, preset, rotate=turn is not None, calibration=calibration)
     precision = Precision.choose(device, run.precision)
     _check_processes(run, method)
-    model = skeleton(source)
+    model = skeleton(source, packed=None if start is None else start.source.packed)
     selected = _selected(run, method, model, start)
     found = selected.found
     _check_model(run, method, source, model, found)
@@ -219,6 +222,7 @@ def _described(
         model=source.name,
         blocks=found.n_blocks,
         layers=len(layers),
+        experts=_experts(layers),
         weights=covered.quantized,
         skipped=found.skipped,
         coverage=covered,
@@ -230,6 +234,12 @@ def _described(
         stored_as=stored_as,
         cost=cost,
     )
+
+
+def _experts(layers: Sequence[Linear]) -> int:
+    """How many experts the largest mixture has whose layers are among these."""
+    numbers = (re.search(r"\.experts\.(\d+)\.", layer.name) for layer in layers)
+    return max((int(number[1]) + 1 for number in numbers if number is not None), default=0)
 
 
 def replanned(job: Job, selected: Selection) -> QuantizePlan:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ulbq import __version__, distributed, runtime
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
-from ulbq.artifacts.records import BlockRecord, TemperatureRecord, sinks_sentence
+from ulbq.artifacts.records import BlockRecord, TemperatureRecord, experts_sentence, sinks_sentence
 from ulbq.artifacts.saliency import BlockScores
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
@@ -31,7 +31,15 @@ from ulbq.models.watch import watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.end_to_end import train_end_to_end
-from ulbq.pipeline.finish import TEMPERATURE, block_record, finish, layer_record, recorded_schemes
+from ulbq.pipeline.finish import (
+    TEMPERATURE,
+    block_record,
+    finish,
+    layer_record,
+    mixture_records,
+    mixtures,
+    recorded_schemes,
+)
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare, replanned
@@ -363,6 +371,8 @@ class _Run:
         records = [self._writer.journal[str(index)].get("block") for index in range(job.found.n_blocks)]
         if sinks := sinks_sentence([BlockRecord.model_validate(record) for record in records if record]):
             self._progress.note(sinks)
+        if unseen := experts_sentence(mixtures(self._writer.journal, job.found.n_blocks)):
+            self._progress.note(unseen)
 
     def _pass(self, index: int, streams: Streams | None, phase: Phase) -> None:
         """Run ``x_fp`` through a block, where it is wanted, and quantize the block, where that is to be done."""
@@ -413,6 +423,7 @@ class _Run:
             saliency=_scores(self._saliency, job.precision.device, prefix, linears),
             start=self._start(block, prefix, linears),
             prefix=prefix,
+            tokens={} if streams is None else dict(streams.tokens),
             outputs=_outputs(job, self._writer.scratch, index),
         )
         result = _as_it_is(task.start) if job.blocks_stay and task.start else self._by_method(task, streams)
@@ -429,6 +440,8 @@ class _Run:
         if result.outcome is not None:
             records["block"] = block_record(index, result.outcome, time.monotonic() - started)
             self._report(index, result.outcome)
+        if experts := mixture_records(task):
+            records["experts"] = experts
         said = [(linear, f"{NEVER_CALLED}. It stays in full precision.") for linear in planned if linear not in linears]
         said += [*result.notes, *([] if result.outcome is None else _outcome_notes(result.outcome))]
         if said:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import InputError
 from ulbq.formats import AnyScheme
 from ulbq.models.watch import watching
+from ulbq.nn.experts import Place, place_of
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
@@ -31,6 +33,7 @@ class Streams:
 
     Attributes:
         importance: ``[in]`` mean squared input of each linear layer of the block that ``x_fp`` passed last.
+        tokens: how many of them each layer of its experts saw.
     """
 
     def __init__(self, job: Job, tokens: torch.Tensor, scratch: Path) -> None:
@@ -54,6 +57,7 @@ class Streams:
         self._augmented = self._full.copy() if needs.augmented else None
         self._originals = self._full.copy() if needs.originals else None
         self.importance: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, int] = {}
 
     @property
     def extras(self) -> int | None:
@@ -98,7 +102,11 @@ class Streams:
                 self._originals.set(start, self._full.get(slice(start, start + 1)))
         with _mean_squares(block, linears) as sums:
             self._run(block, index, self._full, self._full, fused)
-        self.importance = {linear: _importance(index, linear, sums) / self._positions for linear in linears}
+        places = {linear: place for linear in linears if (place := place_of(block, linear)) is not None}
+        self.tokens = {linear: sums.tokens.get(linear, 0) for linear in places}
+        self.importance = {
+            linear: _importance(index, linear, sums.squares, places) / self._positions for linear in linears
+        }
         if self._augmented is not None:
             self._run(block, index, self._quantized, self._augmented, fused)
 
@@ -125,7 +133,8 @@ class Streams:
         Raises:
             InputError: names the layer.
         """
-        missed = set(linears) - _of_all(called)
+        # An expert that nobody chose borrows what the others saw.
+        missed = {linear for linear in linears if place_of(block, linear) is None} - _of_all(called)
         if not missed:
             return
         late: set[str] = set()
@@ -156,13 +165,18 @@ class Streams:
         self._walk.advance(index, block, inputs, outputs, batch_size=self._batch, context=context)
 
 
-@contextmanager
-def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
-    """Sums over tokens of each layer's squared input, ``[in]`` float32, filled while the block runs.
+class _Seen(NamedTuple):
+    """What layers saw: sums over tokens of their squared inputs, ``[in]`` float32, and how many tokens."""
 
-    Behind the context they are those of all processes.
-    """
+    squares: dict[str, torch.Tensor]
+    tokens: dict[str, int]
+
+
+@contextmanager
+def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[_Seen]:
+    """What each layer sees, filled while the block runs; behind the context that of all processes."""
     sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
     last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(linear: str, inputs: torch.Tensor) -> None:
@@ -172,9 +186,10 @@ def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[s
             last = (inputs, inputs.float().square().flatten(0, -2).sum(0))
         square = last[1]
         sums[linear] = sums[linear] + square if linear in sums else square
+        counts[linear] = counts.get(linear, 0) + inputs[..., 0].numel()
 
     with watching({linear: block.get_submodule(linear) for linear in linears}, add):
-        yield sums
+        yield _Seen(sums, counts)
     # An expert may be called in some processes only.
     called = _of_all(set(sums))
     for linear in linears:
@@ -182,6 +197,7 @@ def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[dict[s
             weight = linear_layer(block, linear).weight
             sums.setdefault(linear, torch.zeros(weight.shape[1], device=weight.device))
             distributed.sum_(sums[linear])
+            counts[linear] = int(distributed.total(counts.get(linear, 0))[0])
 
 
 def _in_list(block: nn.Module, name: str) -> bool:
@@ -202,9 +218,17 @@ def _never_called(index: int, linear: str) -> InputError:
     )
 
 
-def _importance(index: int, linear: str, sums: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A layer's sums; the same for every column where no token reached it, as with an expert that nobody chose."""
-    if linear not in sums:
+def _importance(index: int, linear: str, sums: Mapping[str, torch.Tensor], places: Mapping[str, Place]) -> torch.Tensor:
+    """A layer's sums; of an expert that no token reached those of all experts; the same for every column without any.
+
+    Args:
+        places: those of experts' layers.
+    """
+    if linear in sums and sums[linear].any():
+        return sums[linear]
+    alike = [name for name, place in places.items() if linear in places and place.like(places[linear])]
+    seen = [sums[name] for name in (alike or [linear]) if name in sums]
+    if not seen:
         raise _never_called(index, linear)
-    total = sums[linear]
+    total = torch.stack(seen).sum(0)
     return total if total.any() else torch.ones_like(total)

@@ -1,6 +1,6 @@
 """Second moments of a layer's inputs, factored so that the error of one column is made good in the next ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,12 @@ class HessianSum:
         self._sums = torch.zeros(groups, columns, columns, device=device)
         self._whole = True
         self.tokens = 0
+        self._lent = 0
+
+    @property
+    def known_by(self) -> int:
+        """Rows by which the matrix is known: those of X, and of what was lent to it."""
+        return self.tokens + self._lent
 
     @property
     def matrices(self) -> torch.Tensor:
@@ -87,6 +93,22 @@ class HessianSum:
                 below.addmm_(rows[:, first:].t(), strip, beta=self.tokens / total, alpha=2 / total)
         self._whole = self._sums.shape[1] <= _STRIP
         self.tokens = total
+
+    @classmethod
+    def mean(cls, sums: Sequence["HessianSum"]) -> "HessianSum":
+        """That of the rows of all of them together."""
+        groups, columns, _ = sums[0].matrices.shape
+        whole = cls(columns, sums[0].matrices.device, groups=groups)
+        whole.tokens = sum(one.tokens for one in sums)
+        for one in sums:
+            whole._sums.add_(one.matrices, alpha=one.tokens / max(whole.tokens, 1))
+        return whole
+
+    def borrow(self, other: "HessianSum", count: float) -> None:
+        """Take in another's mean as that of ``count`` rows; nothing where it has none."""
+        if other.tokens:
+            self.matrices.lerp_(other.matrices, count / (self.tokens + count))
+            self._lent = other.tokens
 
     def reduce(self) -> None:
         """Take in what the other processes of the run have added up; all hold the same then."""

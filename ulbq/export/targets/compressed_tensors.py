@@ -24,6 +24,7 @@ from ulbq.export.rules import Obstacle, Reader
 from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.streams import pack_stream, unpack_stream
+from ulbq.models.source import ModelSource
 
 BITS = (2, 3, 4, 8)
 """Widths of ours that the layout has."""
@@ -143,13 +144,17 @@ class CompressedTensorsTarget(Target):
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return packed.unsupported_reason(candidate, unsupported_reason)
 
+    def check(self, source: ModelSource) -> str | None:
+        packed.check_names(source)
+        return None
+
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
-        layers, dense = packed.affine_layers(conversion.candidate), packed.dense_linears(conversion.source)
+        layers, dense = packed.stored_layers(conversion)
         layout = packed.PackedLayout(encode, decode, configuration(layers, dense))
         return packed.write_packed(conversion, folder, layout, on_step)
 
     def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:
-        missing = packed.unopened_reason(folder, "compressed_tensors")
+        missing = packed.unopened_reason(candidate, folder, "compressed_tensors")
         if missing is None and not _is_symmetric(candidate):
             return f"{packed.READ_BACK}; not run, for transformers reads no zero points of this layout."
         return missing

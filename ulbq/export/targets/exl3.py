@@ -95,6 +95,10 @@ class Exl3Target(Target):
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return packed.unsupported_reason(candidate, unsupported_reason)
 
+    def check(self, source: ModelSource) -> str | None:
+        packed.check_names(source)
+        return None
+
     def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
         return asked or "fp16"
 

@@ -34,6 +34,7 @@ from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.bits import groups_of
 from ulbq.formats.streams import pack_stream, unpack_stream
 from ulbq.models.blocks import block_list, skeleton
+from ulbq.models.source import ModelSource
 
 BITS = (2, 3, 4, 8)
 """Widths that the layout has."""
@@ -171,10 +172,14 @@ class GptqTarget(Target):
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return packed.unsupported_reason(candidate, unsupported_reason)
 
+    def check(self, source: ModelSource) -> str | None:
+        packed.check_names(source)
+        return None
+
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
-        source, layers = conversion.source, packed.affine_layers(conversion.candidate)
-        v1, inside = is_v1(layers), f"{block_list(skeleton(source))[0]}."
-        dense = tuple(name for name in packed.dense_linears(source) if name.startswith(inside))
+        layers, beside = packed.stored_layers(conversion)
+        v1, inside = is_v1(layers), f"{block_list(skeleton(conversion.source))[0]}."
+        dense = tuple(name for name in beside if name.startswith(inside))
         layout = packed.PackedLayout(
             functools.partial(encode, v1=v1), functools.partial(decode, v1=v1), configuration(layers, dense)
         )
@@ -186,7 +191,7 @@ class GptqTarget(Target):
         return written
 
     def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:
-        return packed.unopened_reason(folder, "optimum", "gptqmodel")
+        return packed.unopened_reason(candidate, folder, "optimum", "gptqmodel")
 
 
 TARGET = GptqTarget()

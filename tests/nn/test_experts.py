@@ -1,0 +1,128 @@
+"""Single experts give what transformers' fused modules give, whatever way those store them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GptOssConfig, Qwen3MoeConfig
+from transformers.models.aria.configuration_aria import AriaTextConfig
+from transformers.models.aria.modeling_aria import AriaExperts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from ulbq.models.watch import watching
+from ulbq.nn.experts import Experts, Fusion, showing
+
+EXPERTS, TOKENS, HIDDEN, INNER = 5, 13, 24, 16
+SIZES = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 2, "num_key_value_heads": 1}
+MODULES = {
+    "concatenated": lambda: Qwen3MoeExperts(
+        Qwen3MoeConfig(hidden_size=HIDDEN, moe_intermediate_size=INNER, num_experts=EXPERTS)
+    ),
+    "transposed": lambda: AriaExperts(AriaTextConfig(**SIZES, moe_num_experts=EXPERTS)),
+    "by turns, with biases": lambda: GptOssExperts(GptOssConfig(**SIZES, num_local_experts=EXPERTS)),
+    "without a gate": lambda: NemotronHExperts(
+        NemotronHConfig(hidden_size=HIDDEN, moe_intermediate_size=INNER, n_routed_experts=EXPERTS)
+    ),
+}
+
+
+def fused_module(kind: str) -> nn.Module:
+    module = MODULES[kind]()
+    module.config._experts_implementation = "eager"
+    generator = torch.Generator().manual_seed(3)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    return module.requires_grad_(False)
+
+
+def single_experts(fused: nn.Module) -> Experts:
+    made = Experts(fused)
+    for number in range(EXPERTS):
+        for projection in made.fusion.projections:
+            layer = made.get_submodule(f"{number}.{projection}")
+            for name, parameter in layer.named_parameters():
+                whole = fused.get_parameter(made.fusion.fused(projection, name))
+                parameter.copy_(made.fusion.take(whole, number, projection))
+    return made
+
+
+def routed(choices: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, experts and their weights; nobody chooses the last expert."""
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    scores = torch.rand(TOKENS, EXPERTS - 1, generator=generator)
+    weights, index = scores.topk(choices)
+    return hidden, index, weights
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_they_compute_what_the_fused_module_computes(kind: str) -> None:
+    fused = fused_module(kind)
+    experts = copy.deepcopy(single_experts(fused))
+    hidden, index, weights = routed()
+    expected = fused(hidden, index, weights)
+    torch.testing.assert_close(experts(hidden, index, weights), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(experts(hidden, index, weights), experts(hidden, index, weights))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_joined_again_they_are_the_fused_tensors(kind: str) -> None:
+    fused = fused_module(kind)
+    experts = single_experts(fused)
+    joined = experts.fusion.join([experts.get_submodule(str(number)).state_dict() for number in range(EXPERTS)])
+    assert joined.keys() == dict(fused.named_parameters()).keys()
+    assert all(torch.equal(tensor, fused.get_parameter(name)) for name, tensor in joined.items())
+
+
+def test_a_token_gets_the_same_whoever_else_is_there() -> None:
+    experts = single_experts(fused_module("concatenated"))
+    hidden, index, weights = routed()
+    whole = experts(hidden, index, weights)
+    alone = experts(hidden[3:4], index[3:4], weights[3:4])
+    torch.testing.assert_close(alone, whole[3:4], atol=1e-6, rtol=1e-6)
+
+
+def test_a_choice_beyond_the_experts_counts_for_nothing() -> None:
+    experts = single_experts(fused_module("concatenated"))
+    hidden, index, weights = routed()
+    one = experts(hidden, index[:, :1], weights[:, :1])
+    index[:, 1] = EXPERTS
+    torch.testing.assert_close(experts(hidden, index, weights), one)
+    assert not experts(hidden, torch.full_like(index, EXPERTS), weights).any()
+
+
+def test_an_expert_sees_every_token_where_that_is_wanted_and_the_result_stays() -> None:
+    experts = single_experts(fused_module("by turns, with biases"))
+    hidden, index, weights = routed()
+    expected = experts(hidden, index, weights)
+    seen: dict[int, int] = {}
+    layers = {number: experts.get_submodule(f"{number}.down_proj") for number in range(EXPERTS)}
+    with showing({experts: (1, EXPERTS - 1)}), watching(layers, lambda number, x: seen.__setitem__(number, len(x))):
+        found = experts(hidden, index, weights)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    counts = index.flatten().bincount().tolist()
+    assert seen == {number: counts[number] for number in range(EXPERTS - 1)} | {1: TOKENS, EXPERTS - 1: TOKENS}
+    assert not experts.shown
+
+
+def test_half_precision_and_autocast() -> None:
+    experts = single_experts(fused_module("concatenated"))
+    hidden, index, weights = routed()
+    expected = experts(hidden, index, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = experts(hidden, index, weights)
+    assert cast.dtype == torch.float32
+    torch.testing.assert_close(cast, expected, atol=0.1, rtol=0.1)
+    half = experts.to(torch.bfloat16)(hidden.bfloat16(), index, weights)
+    assert half.dtype == torch.bfloat16
+
+
+def test_other_modules_are_none() -> None:
+    assert Fusion.of(nn.Linear(2, 2)) is None
+    assert Fusion.of(single_experts(fused_module("concatenated"))) is None
+    with pytest.raises(TypeError, match="holds no fused experts"):
+        Experts(nn.Linear(2, 2))

@@ -1,0 +1,208 @@
+"""A mixture's experts as linear layers of their own, where transformers holds all of them in a few large tensors.
+
+So nobody who quantizes, packs, adapts or exports linear layers has to know of experts.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How a module of transformers holds its experts fused: ``gate_up_proj [E, 2·I, H]`` and ``down_proj [E, H, I]``.
+
+    Attributes:
+        experts: how many there are.
+        gated: whether an expert has a gate; without one, ``up_proj`` stands alone.
+        transposed: each matrix is stored as ``[in, out]``.
+        concatenated: the rows of a gate come before those of the other half; else the two take turns.
+        biased: whether the layers add biases, ``gate_up_proj_bias [E, 2·I]`` and ``down_proj_bias [E, H]``.
+    """
+
+    experts: int
+    gated: bool
+    transposed: bool
+    concatenated: bool
+    biased: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self | None:
+        """That of a module that transformers' ``use_experts_implementation`` marks; None for any other."""
+        marks = [getattr(module, name, None) for name in ("has_gate", "is_transposed", "is_concatenated", "has_bias")]
+        down = module._parameters.get("down_proj")
+        if down is None or down.dim() != 3 or not all(isinstance(mark, bool) for mark in marks):
+            return None
+        return cls(len(down), *map(bool, marks))
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of an expert's linear layers, in execution order."""
+        return ("gate_proj", "up_proj", "down_proj") if self.gated else ("up_proj", "down_proj")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of a linear layer's parameters."""
+        return ("weight", "bias") if self.biased else ("weight",)
+
+    def fused(self, projection: str, kind: str) -> str:
+        """Name of the fused parameter that holds one of the linear layers' parameters."""
+        name = "gate_up_proj" if self.gated and projection != "down_proj" else projection
+        return name if kind == "weight" else f"{name}_bias"
+
+    def take(self, fused: torch.Tensor, expert: int, projection: str) -> torch.Tensor:
+        """An expert's weight ``[out, in]`` or bias ``[out]`` out of the fused tensor; a view of it where one can be."""
+        own = fused[expert].T if self.transposed and fused.dim() == 3 else fused[expert]
+        if self.gated and projection != "down_proj":
+            second = projection == "up_proj"
+            own = own.chunk(2)[second] if self.concatenated else own[second::2]
+        return own.contiguous()
+
+    def join(self, experts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The fused tensors of all experts, each given by names such as ``gate_proj.weight``."""
+        return {
+            self.fused(projection, kind): torch.stack([self._row(one, projection, kind) for one in experts])
+            for kind in self.kinds
+            for projection in self.projections[-2:]
+        }
+
+    def _row(self, expert: Mapping[str, torch.Tensor], projection: str, kind: str) -> torch.Tensor:
+        own = expert[f"{projection}.{kind}"]
+        if self.gated and projection == "up_proj":
+            pair = [expert[f"gate_proj.{kind}"], own]
+            own = torch.cat(pair) if self.concatenated else torch.stack(pair, 1).flatten(0, 1)
+        return own.T if self.transposed and own.dim() == 2 else own
+
+
+class Experts(nn.ModuleList):
+    """Takes the place of a fused module: same call, same result but for rounding, a linear layer for every matrix.
+
+    Expert 7 is the child ``7``, its layers ``7.gate_proj``, ``7.up_proj`` and ``7.down_proj``, as checkpoints on the
+    Hub and engines name them. What a token gets of its experts is added up in a fixed order.
+
+    Args:
+        fused: a module with a :class:`Fusion`; its activation, numbers and whatever else it holds are taken over.
+
+    Attributes:
+        fusion: of the module whose place it takes.
+        shown: numbers of experts that are shown every token, for those who watch the layers; the result is the same.
+    """
+
+    # Taken over from the fused module.
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    has_post_expert_norm: bool
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        fusion, down = Fusion.of(fused), fused._parameters.get("down_proj")
+        if fusion is None or down is None:
+            raise TypeError(f"{type(fused).__name__} holds no fused experts")
+        # Numbers and functions that the family's own gate asks for by name, and norms; the experts come after them.
+        vars(self).update({name: value for name, value in vars(fused).items() if name not in vars(self)})
+        gone = {fusion.fused(projection, kind) for projection in fusion.projections for kind in fusion.kinds}
+        self._parameters |= {name: value for name, value in fused._parameters.items() if name not in gone}
+        self._buffers |= fused._buffers
+        for name, module in fused.named_children():
+            self.add_module(name, module)
+        self._gate: Callable[[nn.Module, torch.Tensor], torch.Tensor] = vars(type(fused))["_apply_gate"]
+        self.fusion = fusion
+        self.shown: Collection[int] = ()
+        outside, inside = (down.shape[2], down.shape[1]) if fusion.transposed else (down.shape[1], down.shape[2])
+        for number in range(fusion.experts):
+            expert = nn.Module()
+            for name in fusion.projections:
+                columns, rows = (inside, outside) if name == "down_proj" else (outside, inside)
+                linear = nn.Linear(columns, rows, bias=fusion.biased, device=down.device, dtype=down.dtype)
+                expert.add_module(name, linear.requires_grad_(down.requires_grad))
+            self.add_module(str(number), expert)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Each token's experts, weighted and added up.
+
+        Args:
+            hidden_states: ``[tokens, in]``.
+            top_k_index: int64 ``[tokens, k]`` its experts; a number beyond the last one stands for none.
+            top_k_weights: ``[tokens, k]`` how much each counts.
+        """
+        chosen = top_k_index.flatten()
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=self.fusion.experts).tolist()
+        rows = (order // top_k_index.shape[-1]).split(counts)
+        made = [
+            self._run(number, hidden_states, rows[number])
+            for number in range(self.fusion.experts)
+            if counts[number] or number in self.shown
+        ]
+        none = sum(counts[self.fusion.experts :])
+        if none or not made:
+            made.append(hidden_states.new_zeros(none, hidden_states.shape[-1]))
+        weighted = torch.cat(made) * top_k_weights.flatten()[order].unsqueeze(-1)
+        # Back in the tokens' order: their sums do not depend on who else is there.
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        result: torch.Tensor = weighted[back].view(*top_k_index.shape, -1).sum(1)
+        return result.to(hidden_states.dtype)
+
+    def _run(self, number: int, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """What one expert makes of some tokens."""
+        expert, shown = self[number], number in self.shown
+        # A tensor of its own each time: who watches tells by it which layers read the same.
+        inner = self._inner(expert, hidden_states[:] if shown else hidden_states[rows])
+        out: torch.Tensor = expert.get_submodule("down_proj")(inner)
+        if self.has_post_expert_norm:
+            out = self.post_expert_norm(out)
+        return out[rows] if shown else out
+
+    def _inner(self, expert: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What an expert's last layer reads."""
+        pair = [expert.get_submodule(name)(x) for name in self.fusion.projections[:-1]]
+        if not self.fusion.gated:
+            return self.act_fn(pair[0])
+        joined = torch.cat(pair, -1) if self.fusion.concatenated else torch.stack(pair, -1).flatten(-2)
+        gated: torch.Tensor = self._gate(self, joined)
+        return gated
+
+
+class Place(NamedTuple):
+    """Where a linear layer stands that is an expert's.
+
+    Attributes:
+        owner: name of the :class:`Experts`.
+        expert: number of the expert.
+        projection: the layer's own name.
+    """
+
+    owner: str
+    expert: int
+    projection: str
+
+    def like(self, other: "Place") -> bool:
+        """Whether another expert of the same mixture has the other place."""
+        return (self.owner, self.projection) == (other.owner, other.projection)
+
+
+def place_of(block: nn.Module, linear: str) -> Place | None:
+    """Where a layer of a block stands among experts; None for one that is none of theirs."""
+    parts = linear.rsplit(".", 2)
+    if len(parts) < 3 or not isinstance(block.get_submodule(parts[0]), Experts):
+        return None
+    return Place(parts[0], int(parts[1]), parts[2])
+
+
+@contextmanager
+def showing(experts: Mapping[Experts, Collection[int]]) -> Iterator[None]:
+    """Show every token to these experts, by their numbers, while the context lasts."""
+    before = {one: one.shown for one in experts}
+    for one, numbers in experts.items():
+        one.shown = numbers
+    try:
+        yield
+    finally:
+        for one, numbers in before.items():
+            one.shown = numbers
