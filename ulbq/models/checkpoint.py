@@ -112,7 +112,8 @@ def _recipes(stored: frozenset[str], model: PreTrainedModel) -> tuple[dict[str, 
                 unplaced[key] = name
             continue
         converter = None if pattern is None else by_pattern[pattern]
-        if converter is not None and pattern is not None and (single := _single_expert(key, name, pattern, converter)):
+        single = None if converter is None or pattern is None else _single_expert(key, name, pattern, converter)
+        if single in experts or single in wanted:
             recipes[single] = _Recipe(single, sources=[(key, key)])
         recipe = recipes.setdefault(name, _Recipe(name, converter))
         recipe.sources.append((key, pattern or key))
