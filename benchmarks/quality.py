@@ -25,8 +25,8 @@ TASKS = ("piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "socia
 SALIENCY = "fisher"
 
 _SAMPLES = ("--calibration", "wikitext2", "--samples", "32", "--sequence-length", "512")
-# A layer is compared with itself, as published; the rows named so have the default.
-_SAME_INPUTS, _FULL = ("--target-inputs", "quantized"), "-full"
+# Layers that shall give what they give in the full-precision model: the rows that end so.
+_FULL_INPUTS, _FULL = ("--target-inputs", "full"), "-full"
 _QUICK = ("--samples", "32", "--sequence-length", "256", "--epochs", "5", "--calibration", "wikitext2")
 
 _PUBLISHED = ("--as-published", "--outlier-bits", "0.07")
@@ -91,8 +91,8 @@ def _settings() -> dict[str, Setting]:
         "ulb-w4": Setting((*sapr, "--bits", "4", "--no-adapter", *_SAMPLES, "--epochs", "4")),
     }
     for bits in ("2", "3", "4"):
-        found[f"gptq-w{bits}{_FULL}"] = Setting(("--method", "gptq", "--bits", bits, *_SAMPLES))
-        gptq = ("--method", "gptq", "--bits", bits, *_SAMPLES, *_SAME_INPUTS)
+        gptq = ("--method", "gptq", "--bits", bits, *_SAMPLES)
+        found[f"gptq-w{bits}{_FULL}"] = Setting((*gptq, *_FULL_INPUTS))
         found |= {f"gptq-w{bits}": Setting(gptq)}
         found |= {f"gptq-w{bits}-uniform": Setting((*gptq, "--token-weighting", "uniform"))}
         found |= {f"gptq-w{bits}-rotated": Setting((*gptq, "--rotate"))}
@@ -101,10 +101,9 @@ def _settings() -> dict[str, Setting]:
         found[f"rtn-w{bits}g64-rotated"] = Setting(("--method", "rtn", "--bits", bits, "--rotate"))
     for name, options in (_CLAQ | _CLAQ_TRAINED).items():
         start = "claq-2.3-fisher" if name in _CLAQ_TRAINED else None
-        same = () if start or "--as-published" in options else _SAME_INPUTS
-        found[f"claq-{name}"] = Setting(("--method", "claq", *options, *_SAMPLES, *same), start=start)
+        found[f"claq-{name}"] = Setting(("--method", "claq", *options, *_SAMPLES), start=start)
     for name in ("2", "2.3", "2.3-fisher"):
-        found[f"claq-{name}{_FULL}"] = Setting(("--method", "claq", *_CLAQ[name], *_SAMPLES))
+        found[f"claq-{name}{_FULL}"] = Setting(("--method", "claq", *_CLAQ[name], *_SAMPLES, *_FULL_INPUTS))
     trained = ("--method", "claq", *_SAMPLES, "--epochs", "0")
     found["claq-2.3-t"] = Setting((*trained, "--fit-temperature"), start="claq-2.3-fisher")
     faster = ("--end-to-end", "ce", "--end-to-end-epochs", "2", "--end-to-end-rate", "1")
@@ -191,7 +190,7 @@ def _trellis() -> dict[str, Setting]:
     found = {}
     for seed in ("0", "1", "2"):
         for budget, bits in budgets.items():
-            for suffix, inputs in (("", _SAME_INPUTS), (_FULL, ())):
+            for suffix, inputs in (("", ()), (_FULL, _FULL_INPUTS)):
                 name = f"trellis-{budget}-s{seed}{suffix}"
                 found[name] = Setting((*trellis, *bits, *inputs, "--seed", seed))
                 # An artifact's bits stay what they are.

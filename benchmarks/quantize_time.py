@@ -50,16 +50,14 @@ class Work(NamedTuple):
     words: tuple[str, ...]
 
 
-# What other implementations do: a layer is compared with itself, on the same inputs.
-_GPTQ = ("--method", "gptq", "--target-inputs", "quantized")
 WORKS = {
     "rtn, block": Work("block", 0, 0, ("--method", "rtn")),
     "rtn, block, no search": Work("block", 0, 0, ("--method", "rtn", "--no-search")),
-    "gptq, block": Work("block", 8, 256, _GPTQ),
-    "gptq, block, all solved": Work("block", 48, 256, _GPTQ),
+    "gptq, block": Work("block", 8, 256, ("--method", "gptq")),
+    "gptq, block, all solved": Work("block", 48, 256, ("--method", "gptq")),
     "efficientqat, block": Work("block", 8, 256, ("--method", "efficientqat", "--epochs", "1")),
     "db-llm, block": Work("block", 8, 256, ("--method", "db-llm", "--epochs", "1")),
-    "gptq, default": Work("default", 32, 512, _GPTQ),
+    "gptq, default": Work("default", 32, 512, ("--method", "gptq")),
     **{
         f"{method}, six blocks": Work("six blocks", 32, 256, ("--method", method, "--epochs", "1"))
         for method in ("efficientqat", "db-llm", "apiq", "ulb-sapr", "binary-mos")

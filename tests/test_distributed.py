@@ -94,11 +94,7 @@ def test_second_moments_are_summed(pair: tuple[Path, Path]) -> None:
     assert one.fingerprint == two.fingerprint
     # A sum in another order may turn a code, and a turned code all that are made good after it.
     assert different_codes(*pair) < 0.02
-    errors = [[layer.error for layer in manifest.layers] for manifest in (one, two)]
-    first = sum(layer.name.startswith("model.layers.0.") for layer in one.layers)
-    assert errors[1][:first] == pytest.approx(errors[0][:first], rel=0.02)
-    # Weights move by what the blocks before have changed, turned codes among it.
-    assert errors[1][first:] == pytest.approx(errors[0][first:], rel=0.25)
+    assert [layer.error for layer in two.layers] == pytest.approx([layer.error for layer in one.layers], rel=0.02)
 
 
 @pytest.mark.parametrize("pair", ["efficientqat", "uniform", "apiq", "ulb-sapr"], indirect=True)

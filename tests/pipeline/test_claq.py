@@ -141,10 +141,8 @@ def test_training_lowers_the_errors_and_leaves_the_bits(
     samples: Path,
     tmp_path: Path,
 ) -> None:
-    # Weights that do not make good what the blocks before have changed leave more to learn.
-    plain = {"outlier_bits": 0.1, "target_inputs": "quantized"}
-    start, before = quantize(asked(tiny_llama, tmp_path / "start", samples, **plain))
-    options = plain | {"epochs": 4, "batch_size": 1, "train_weights": train_weights}
+    start, before = quantize(asked(tiny_llama, tmp_path / "start", samples, outlier_bits=0.1))
+    options = {"outlier_bits": 0.1, "epochs": 4, "batch_size": 1, "train_weights": train_weights}
     trained, after = quantize(asked(tiny_llama, tmp_path / "trained", samples, **options))
     assert all(block.end_error <= block.start_error for block in after.blocks)
     assert any(block.end_error < 0.98 * block.start_error for block in after.blocks)
@@ -159,7 +157,7 @@ def test_training_lowers_the_errors_and_leaves_the_bits(
 
 
 def test_codes_move_only_where_weights_train(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
-    start, _ = quantize(asked(tiny_llama, tmp_path / "start", samples, target_inputs="quantized"))
+    start, _ = quantize(asked(tiny_llama, tmp_path / "start", samples))
     codes = {}
     for train in (False, True):
         path, _ = quantize(asked(start, tmp_path / str(train), samples, epochs=2, train_weights=train))
@@ -202,6 +200,7 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
         "damping": {"damping": 0.1},
         "tokens": {"token_weighting": "uniform"},
         "guided": {"hessian": "guided"},
+        "full inputs": {"target_inputs": "full"},
         "outliers": {"outlier_bits": 0.1},
         "published": {"outlier_bits": 0.1, "as_published": True},
     }
@@ -224,6 +223,7 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
         ({"target_bits": 2.05, "outlier_bits": 0.07, "as_published": True}, "leaves nothing"),
         ({"target_bits": 4.3, "allocation": "global", "saliency": "wanda"}, "compared by fisher"),
         ({"hessian": "guided", "as_published": True}, "not as published"),
+        ({"target_inputs": "full", "as_published": True}, "not as published"),
         ({"scale_rate": 0.1}, "`epochs` 1"),
         ({"penalty": 1.0}, "`epochs` 1"),
         ({"adapter": True}, "`epochs` 1"),

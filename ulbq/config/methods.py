@@ -161,7 +161,7 @@ class SequenceOptions(TokenSettings, MethodOptions):
             "would give on the inputs that the quantized blocks before it make.",
             COLUMNS,
         ),
-    ] = "full"
+    ] = "quantized"
 
     @property
     def gathering(self) -> dict[str, Any]:
@@ -260,18 +260,17 @@ class CodebookOptions(BudgetOptions):
             return data
         if data.get("refit"):
             raise UsageError("`refit` is not as published.", hint="Leave out `refit` or `as_published`.")
-        if data.get("hessian", "plain") != "plain":
-            raise UsageError(
-                f"`hessian={data['hessian']}` is not as published.", hint="Leave out `hessian` or `as_published`."
-            )
+        for name, published in (("hessian", "plain"), ("target_inputs", "quantized")):
+            if data.get(name, published) != published:
+                raise UsageError(
+                    f"`{name}={data[name]}` is not as published.", hint=f"Leave out `{name}` or `as_published`."
+                )
         if data.get("allocation") in {"global", "layer"}:
             raise UsageError(
                 f"`allocation={data['allocation']}` is not as published.", hint="Take `allocation=outlier` or hessian."
             )
         more = data.get("target_bits") is not None or data.get("outlier_bits")
-        meant = {"token_weighting": "uniform", "target_inputs": "quantized"} | (
-            {"allocation": "outlier"} if more else {}
-        )
+        meant = {"token_weighting": "uniform"} | ({"allocation": "outlier"} if more else {})
         return {**meant, **data, "refit": False}
 
     @model_validator(mode="after")
