@@ -52,7 +52,7 @@ TAUGHT = (*TEXT, *QUICK, "--end-to-end", "kl")
 
 TUNED = ("--samples", "8", "--epochs", "1", "--sequence-length", "256")
 
-QUANTIZED = ("--target-inputs", "quantized")
+FULL = ("--target-inputs", "full")
 
 MADE = "@"
 """Stands for the artifact of the case that is named behind it, which runs first."""
@@ -60,17 +60,17 @@ MADE = "@"
 CASES: dict[str, tuple[str, ...]] = {
     "rtn": ("quantize", "--method", "rtn"),
     "rtn, rotated": ("quantize", "--method", "rtn", "--rotate"),
-    "gptq, full inputs": ("quantize", "--method", "gptq", *TEXT, *SMALL),
-    "claq, full inputs": ("quantize", "--method", "claq", *TEXT, *SMALL),
-    "trellis, full inputs": ("quantize", "--method", "trellis", *TEXT, *SMALL),
-    "gptq": ("quantize", "--method", "gptq", *QUANTIZED, *TEXT, *SMALL),
-    "gptq, many tokens": ("quantize", "--method", "gptq", *QUANTIZED, *TEXT, *MANY),
-    "gptq, one pass": ("quantize", "--method", "gptq", "--one-pass", *QUANTIZED, *TEXT, *SMALL),
-    "claq": ("quantize", "--method", "claq", *QUANTIZED, *TEXT, *SMALL),
-    "claq, layers": ("quantize", "--method", "claq", "--target-bits", "3", *QUANTIZED, *TEXT, *SMALL),
+    "gptq, full inputs": ("quantize", "--method", "gptq", *FULL, *TEXT, *SMALL),
+    "claq, full inputs": ("quantize", "--method", "claq", *FULL, *TEXT, *SMALL),
+    "trellis, full inputs": ("quantize", "--method", "trellis", *FULL, *TEXT, *SMALL),
+    "gptq": ("quantize", "--method", "gptq", *TEXT, *SMALL),
+    "gptq, many tokens": ("quantize", "--method", "gptq", *TEXT, *MANY),
+    "gptq, one pass": ("quantize", "--method", "gptq", "--one-pass", *TEXT, *SMALL),
+    "claq": ("quantize", "--method", "claq", *TEXT, *SMALL),
+    "claq, layers": ("quantize", "--method", "claq", "--target-bits", "3", *TEXT, *SMALL),
     "claq, global": (
         *("quantize", "--method", "claq", "--target-bits", "3", "--allocation", "global"),
-        *("--saliency", "fisher", *QUANTIZED, *TEXT, *SMALL),
+        *("--saliency", "fisher", *TEXT, *SMALL),
     ),
     "efficientqat": ("quantize", "--method", "efficientqat", *TEXT, *QUICK),
     "efficientqat, gptq": ("quantize", "--method", "efficientqat", "--start", "gptq", *TEXT, *QUICK),
@@ -89,9 +89,9 @@ CASES: dict[str, tuple[str, ...]] = {
     "db-llm, temperature": ("quantize", "--method", "db-llm", "--fit-temperature", *TEXT, *QUICK),
     "db-llm, own text": ("quantize", "--method", "db-llm", "--calibration", "self", *QUICK),
     "binary-mos": ("quantize", "--method", "binary-mos", *TEXT, *QUICK),
-    "trellis": ("quantize", "--method", "trellis", *QUANTIZED, *TEXT, *MANY),
-    "trellis, budget": ("quantize", "--method", "trellis", "--target-bits", "2.3", *QUANTIZED, *TEXT, *MANY),
-    "trellis, end to end": ("quantize", "--method", "trellis", "--end-to-end", "kl", *QUANTIZED, *TEXT, *SMALL),
+    "trellis": ("quantize", "--method", "trellis", *TEXT, *MANY),
+    "trellis, budget": ("quantize", "--method", "trellis", "--target-bits", "2.3", *TEXT, *MANY),
+    "trellis, end to end": ("quantize", "--method", "trellis", "--end-to-end", "kl", *TEXT, *SMALL),
     "artifact, end to end": (
         *("quantize", f"{MADE}efficientqat", "--method", "efficientqat", "--epochs", "0"),
         *("--end-to-end", "ce", *TEXT, *SMALL),
