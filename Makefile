@@ -19,6 +19,9 @@ ifneq ($(wildcard ../shared/data),)
 export ULBQ_DATA_DIR ?= $(abspath ../shared/data)
 endif
 
+# Every command is a process that imports torch and transformers: compiled once, it starts in half the time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help run test lint docs fuzz constraints clean
 
 help:  ## show this list

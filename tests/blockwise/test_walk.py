@@ -112,6 +112,24 @@ def test_layer_types_have_masks_of_their_own(tmp_path: Path) -> None:
     assert not torch.equal(full["position_embeddings"][0], sliding["position_embeddings"][0])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_blocks_are_called_alike_where_no_embeddings_are_read(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve(str(save_tiny("llama", tmp_path / "model", tied=tied)))
+    wanted = open_stream(source, some_tokens(), tmp_path)
+    read: list[str] = []
+    monkeypatch.setattr(
+        ModelSource, "read", lambda self, name, read_it=ModelSource.read: read.append(name) or read_it(self, name)
+    )
+    found = open_stream(source, some_tokens(), tmp_path, embeddings=False)
+    assert not any("embed" in name or "head" in name for name in read)
+    assert not found.hidden.get(slice(None)).any()
+    assert found.hidden.shape == wanted.hidden.shape
+    for one, other in zip(found.block_kwargs, wanted.block_kwargs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_skeleton_stays_a_skeleton(tiny_llama: Path, tmp_path: Path) -> None:
     source = resolve(tiny_llama)
     model = skeleton(source)

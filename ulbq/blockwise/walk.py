@@ -29,6 +29,7 @@ class BlockWalk:
         limit: bytes of activations that may stay in memory.
         directory: for activations beyond the limit.
         batch_size: samples that are embedded at once.
+        embeddings: read the table of tokens; without, every token's embedding is zero.
 
     Attributes:
         hidden: output of the embeddings, the input of block 0.
@@ -52,11 +53,12 @@ class BlockWalk:
         limit: int,
         directory: Path,
         batch_size: int = 8,
+        embeddings: bool = True,
     ) -> None:
         _check_tokens(model, tokens)
         self._model, self._source, self._dtype, self._device = model, source, dtype, device
         self.extras: int | None = None
-        outer = _without_head(model, source, dtype, device)
+        outer = _without_head(model, source, dtype, device, embeddings)
         blocks = list(block_list(outer)[1])
         with torch.no_grad():
             # Where there are more processes than samples some have none: any tokens tell what blocks are called with.
@@ -158,10 +160,14 @@ def check_length(model: PreTrainedModel, length: int) -> None:
 
 
 def _without_head(
-    model: PreTrainedModel, source: ModelSource, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel, source: ModelSource, dtype: torch.dtype, device: torch.device, embeddings: bool
 ) -> PreTrainedModel:
     """A copy of the skeleton that can run up to its last block; the head, often the largest part, stays on meta."""
     outer = copy.deepcopy(model)
+    if not embeddings:
+        table = outer.get_input_embeddings()
+        shape = table.get_parameter("weight").shape
+        table.weight = nn.Parameter(torch.zeros(1, 1, dtype=dtype, device=device).expand(shape), False)
     head = outer.get_output_embeddings()
     heads = [f"{name}." for name, module in outer.named_modules() if head is not None and module is head]
     materialize(outer, source, dtype, device=device, without=(f"{block_list(outer)[0]}.", *heads))

@@ -97,9 +97,18 @@ def _check_blocks(job: Job, source: ModelSource, folder: Path) -> None:
 
 def _walk(model: PreTrainedModel, source: ModelSource) -> BlockWalk | None:
     """What blocks of a model are called with; None where they cannot be run by themselves."""
-    tokens, cpu = torch.full((1, _TOKENS), _first_token(model)), torch.device("cpu")
+    tokens = torch.full((1, _TOKENS), _first_token(model))
     try:
-        return BlockWalk(model, source, tokens, dtype=torch.float32, device=cpu, limit=1 << 30, directory=source.path)
+        return BlockWalk(
+            model,
+            source,
+            tokens,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            limit=1 << 30,
+            directory=source.path,
+            embeddings=False,
+        )
     except (InputError, *BUILD_ERRORS):
         return None
 
