@@ -74,14 +74,9 @@ def _binary(count: float) -> str:
 
 def show_rows(rows: Mapping[str, str]) -> None:
     """Print a plan's rows on standard error."""
-    from rich.table import Table
-    from rich.text import Text
+    from .tables import grid
 
-    table = Table.grid(padding=(0, 2))
-    for name, text in rows.items():
-        # As Text, not as markup: a file may be called text[a].
-        table.add_row(Text(name, style="bold"), Text(text))
-    console.terminal().print(table)
+    console.terminal().print(grid(rows))
 
 
 def _what_is_done(request: QuantizeRequest) -> dict[str, str]:
