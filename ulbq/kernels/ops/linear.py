@@ -38,8 +38,7 @@ def packed_linear(
     Returns:
         ``[..., out]`` in the dtype of ``x``.
     """
-    matrix = OPERANDS[format].matrix(numbers, form, tensors, out_features, x.shape[-1])
-    return matrix.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], out_features)
+    return _product(x, tensors, numbers, format, form, out_features)
 
 
 @torch.library.custom_op("ulbq::packed_linear_grad_input", mutates_args=())
@@ -73,6 +72,13 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 packed_linear.register_autograd(_backward, setup_context=_save)
 
 
+def _product(
+    x: torch.Tensor, tensors: list[torch.Tensor], numbers: list[int], format: str, form: str, out_features: int
+) -> torch.Tensor:
+    matrix = OPERANDS[format].matrix(numbers, form, tensors, out_features, x.shape[-1])
+    return matrix.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], out_features)
+
+
 def arguments(
     scheme: AnyScheme, form: str, tensors: Mapping[str, torch.Tensor], in_features: int
 ) -> tuple[list[torch.Tensor], list[int], str, str]:
@@ -87,8 +93,17 @@ def multiply(
 ) -> torch.Tensor:
     """``[..., out]`` of inputs ``[..., in]`` and a matrix by the tensors of a form."""
     given = arguments(scheme, form, tensors, x.shape[-1])
+    if _is_plain(x):
+        return _product(x, *given, out_features)
     product: torch.Tensor = torch.ops.ulbq.packed_linear(x, *given, out_features)
     return product
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether nobody traces or differentiates: torch's way to an operator is then half of what a vector takes."""
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return type(x) is torch.Tensor and not x.is_meta
 
 
 def matrix(
