@@ -78,12 +78,12 @@ def _smoothed(points: Points) -> Points:
 def _rows(manifest: QuantizedManifest, record: FinetuneRecord) -> dict[str, str]:
     request = manifest.request
     adapter = "the artifact's own adapter went on" if record.start == "trained" else "a new adapter"
-    scales = f", scales {request['scale_rate']:g}" if record.train == "adapter-scales" else ""
+    scales = f", scales {request['scale_lr']:g}" if record.train == "adapter-scales" else ""
     return {
         "base": manifest.parents[-1].name,
         "trained": f"{record.train}, {record.parameters:,} parameters; {adapter}",
         "layout": record.template or "plain text",
-        "rates": f"adapter {request['adapter_rate']:g}{scales}, {request['schedule']}, warm-up {request['warmup']:g}",
+        "rates": f"adapter {request['adapter_lr']:g}{scales}, {request['schedule']}, warm-up {request['warmup']:g}",
         "samples a step": f"{request['batch_size']}, {request['micro_batch']} at once",
         "bits per weight": f"{manifest.bits.bits_per_weight:.3f}, the adapter included",
         "device": manifest.device,
