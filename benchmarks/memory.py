@@ -155,7 +155,7 @@ def end_to_end(options: argparse.Namespace) -> dict[str, float]:
     _wrap(ulbq.pipeline.end_to_end, "build_student", build)
     with tempfile.TemporaryDirectory() as folder:
         size = ("--samples", "2", "--sequence-length", str(options.length), "--calibration", "wikitext2")
-        training = ("--end-to-end", "ce", "--end-to-end-epochs", "1", "--accumulation", "1")
+        training = ("--end-to-end", "ce", "--end-to-end-epochs", "1", "--gradient-accumulation", "1")
         method = ("--method", "apiq", "--no-adapter", "--epochs", "0", "--device", "cpu", "--quiet")
         words = (str(options.artifact.resolve()), *method, *size, *training, "-o", f"{folder}/out")
         _command("quantize", *words)

@@ -106,7 +106,7 @@ def _settings() -> dict[str, Setting]:
         found[f"claq-{name}{_FULL}"] = Setting(("--method", "claq", *_CLAQ[name], *_SAMPLES, *_FULL_INPUTS))
     trained = ("--method", "claq", *_SAMPLES, "--epochs", "0")
     found["claq-2.3-t"] = Setting((*trained, "--fit-temperature"), start="claq-2.3-fisher")
-    faster = ("--end-to-end", "ce", "--end-to-end-epochs", "2", "--end-to-end-rate", "1")
+    faster = ("--end-to-end", "ce", "--end-to-end-epochs", "2", "--end-to-end-lr-factor", "1")
     found["claq-2.3-t-ce-1"] = Setting((*trained, *faster), start="claq-2.3-t")
     for seed in ("0", "1", "2"):
         four = ("--rank", "64", *_SAMPLES, "--epochs", "4", "--seed", seed)
@@ -171,7 +171,7 @@ def _efficientqat() -> dict[str, Setting]:
             for loss in ("ce", "ce-kl"):
                 phase = ("--end-to-end", loss, "--end-to-end-epochs", "2")
                 found[f"{name}-{loss}"] = Setting((*eqat, *after, *phase), start=name)
-            faster = ("--end-to-end", "ce", "--end-to-end-epochs", "2", "--end-to-end-rate", "1")
+            faster = ("--end-to-end", "ce", "--end-to-end-epochs", "2", "--end-to-end-lr-factor", "1")
             found[f"{name}-ce-1"] = Setting((*eqat, *after, *faster), start=name)
             found[f"{name}-t-ce-1"] = Setting((*eqat, *after, *faster), start=f"{name}-t")
     for start in ("min-max", "search", "gptq"):

@@ -53,8 +53,8 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "rates": {
         f"apiq, weights {weights}, scales {scales}, batches of {batch}": {
             **_APIQ,
-            "weight_rate": weights,
-            "scale_rate": scales,
+            "weight_lr": weights,
+            "scale_lr": scales,
             "batch_size": batch,
         }
         for weights, scales, batch in (
@@ -64,7 +64,7 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "adapter": {
         "none": {"method": "apiq", "adapter": False},
-        **{f"rate {rate}": {**_APIQ, "adapter_rate": rate} for rate in (1e-3, 5e-3, 2e-2)},
+        **{f"rate {rate}": {**_APIQ, "adapter_lr": rate} for rate in (1e-3, 5e-3, 2e-2)},
         "base share 0.3": {**_APIQ, "base_share": 0.3},
         "frozen": {**_APIQ, "train_weights": False},
     },
@@ -72,9 +72,9 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
         f"{experts} experts, rates × {factor}": {
             **_MOS,
             "experts": experts,
-            "weight_rate": 0.015 * factor,
-            "scale_rate": 0.005 * factor,
-            **({"router_rate": 0.005 * factor} if experts > 1 else {}),
+            "weight_lr": 0.015 * factor,
+            "scale_lr": 0.005 * factor,
+            **({"router_lr": 0.005 * factor} if experts > 1 else {}),
         }
         for experts in (1, 4)
         for factor in (1, 3, 6, 12)

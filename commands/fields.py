@@ -17,7 +17,7 @@ import typer
 from pydantic import BaseModel, BeforeValidator, create_model
 from pydantic.fields import FieldInfo
 
-from ulbq.config.options import SECTIONS, Option, bare, left_open, options, typed
+from ulbq.config.options import SECTIONS, Option, bare, former_names, left_open, options, typed
 from ulbq.errors import UsageError
 
 _NAMED = re.compile(r"`(\w+)(?:=([^`]*))?`")
@@ -64,6 +64,10 @@ def from_fields(
         function.__signature__ = inspect.Signature(whole)  # type: ignore[attr-defined]
         function.__annotations__ = {one.name: one.annotation for one in whole}
         function.check = partial(_check, settings)  # type: ignore[attr-defined]
+        function.former = {  # type: ignore[attr-defined]
+            f"--{old.replace('_', '-')}": typed(name, fields[name][1], switch=False)[0]
+            for old, name in former_names(settings).items()
+        }
         function.options = {name: option for name, (_, option) in fields.items()}  # type: ignore[attr-defined]
         function.taken = taken  # type: ignore[attr-defined]
         function.names = names or {}  # type: ignore[attr-defined]
@@ -109,13 +113,16 @@ def asked(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def read_settings(texts: Collection[str], known: Collection[str], given: Mapping[str, Any]) -> dict[str, Any]:
+def read_settings(
+    texts: Collection[str], known: Collection[str], given: Mapping[str, Any], former: Mapping[str, str]
+) -> dict[str, Any]:
     """Values of ``--set NAME=VALUE``, as a recipe has them.
 
     Args:
         texts: as they were typed.
         known: names that there are.
         given: options that were typed by their own flags.
+        former: names of today by those of before.
 
     Raises:
         UsageError: no such name, no YAML, or said twice.
@@ -130,13 +137,14 @@ def read_settings(texts: Collection[str], known: Collection[str], given: Mapping
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip().rpartition(".")[2].replace("-", "_")
+        name = former.get(name, name)
         if not equals:
             raise UsageError(f"--set {text} has no value.", hint="As in --set rank=8.")
         if name in given and name not in known:
             raise UsageError(f"--set {text}: `{name}` belongs to one run.", hint=f"Type `{name}` itself.")
         if name not in known:
             close = get_close_matches(name, known, n=1)
-            hint = f"Did you mean {close[0]}?" if close else "As in --set weight_rate=1e-5; see --help-all."
+            hint = f"Did you mean {close[0]}?" if close else "As in --set weight_lr=1e-5; see --help-all."
             raise UsageError(f"--set {text}: there is no option '{name}'.", hint=hint)
         if name in read or given.get(name) is not None:
             raise UsageError(f"--set {text}: `{name}` is given twice.", hint="Leave one out.")

@@ -1,7 +1,8 @@
 """``ulbq generate``: let a model speak."""
 
 import sys
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,9 @@ from . import console
 from .fields import asked, from_fields
 from .options import Debug, Quiet, Source, read_source
 from .streams import write
+
+if TYPE_CHECKING:
+    from ulbq.pipeline.generate import Generation
 
 _KINDS = ("quantized", "converted")
 _LONGEST_PROMPT = 64 << 20  # bytes
@@ -54,8 +58,6 @@ def generate(
 
     from ulbq.pipeline.generate import generate
 
-    from .figures import summary
-
     request = GenerateRequest(source=chosen, prompt=prompt if typed else _read_prompt(), **asked(given))
     try:
         done = generate(request, (lambda text: None) if json else _write, progress)
@@ -70,8 +72,30 @@ def generate(
         _write("\n")
     if not done.text.strip():
         progress.warn(_nothing_said(done.new_tokens, chat=request.chat))
-    for line in summary(done):
+    for line in _summary(done):
         progress.note(line)
+
+
+def _summary(done: "Generation") -> Iterator[str]:
+    """What the generation took, a line each."""
+    from .progress import duration
+
+    first = f"the first after {done.prompt_tokens:,} of the prompt in {done.prefill_seconds:.2f} s"
+    if done.tokens_per_second is None:
+        yield f"{done.new_tokens} token, {first}."
+    else:
+        pace = f"{done.new_tokens:,} tokens, {first}, the others in {duration(done.decode_seconds)}"
+        yield f"{pace}: {done.tokens_per_second:.1f} tokens per second ({done.device})."
+    held = f"Weights {_megabytes(done.weight_memory)}"
+    if done.cache_memory:
+        held += f", prefill cache {_megabytes(done.cache_memory)}"
+    if done.device_memory is not None:
+        held += f", at most {_megabytes(done.device_memory)} on the device"
+    yield f"{held}; the process at most {_megabytes(done.peak_memory)}."
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
 
 
 def _nothing_said(tokens: int, *, chat: bool) -> str:

@@ -31,6 +31,7 @@ from . import scores
 from .fields import as_typed
 from .progress import duration
 from .saliency_table import each, summary
+from .tables import add, columns, grid
 
 _OUTSIDE_PARTS = ("embeddings", "other")
 _STATES: dict[State, tuple[str, str]] = {
@@ -90,35 +91,12 @@ def _widths(widths: Mapping[Any, int]) -> str:
     return " ".join(f"{width}×{count}" for width, count in widths.items())
 
 
-def _grid(rows: Mapping[str, str]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, text in rows.items():
-        table.add_row(Text(name, style="bold"), Text(text))
-    return table
-
-
-def _columns(*names: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for index, name in enumerate(names):
-        # Names are folded where there is no room, never cut: gate, up and down begin alike.
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-    return table
-
-
-def _add(table: Table, *cells: str, style: str = "") -> None:
-    # As Text, not as markup: a module may be called experts[a].
-    table.add_row(*map(Text, cells), style=style)
-
-
 def _results(manifest: EvaluationManifest) -> RenderableType:
     """The scores as 'ulbq eval' shows them; those of another version's shape number by number."""
     try:
         results = Results.model_validate(manifest.results)
     except ValidationError:
-        return _grid(dict(_scalars(manifest.results)))
+        return grid(dict(_scalars(manifest.results)))
     return Group(scores.table(results), Text(), *scores.lines(results))
 
 
@@ -145,7 +123,7 @@ def _facts(inspection: Inspection) -> Table:
     )
     rows["files"] = f"{len(manifest.files) + 1}, {size(inspection.total_size)}; {checked}"
     rows["digest"] = manifest.digest
-    return _grid(rows)
+    return grid(rows)
 
 
 def _particulars(manifest: AnyManifest) -> dict[str, str]:
@@ -183,10 +161,10 @@ def _particulars(manifest: AnyManifest) -> dict[str, str]:
 
 
 def _bits(report: BitsReport, total_size: int) -> Table:
-    table = _columns("part", "bits per weight", "size")
+    table = columns("part", "bits per weight", "size")
 
     def add(name: str, bits: int, style: str = "") -> None:
-        _add(table, name, f"{bits / report.weights:.4f}", size(bits / 8), style=style)
+        add(table, name, f"{bits / report.weights:.4f}", size(bits / 8), style=style)
 
     counted = weight_parts(report)
     for part, bits in counted.items():
@@ -194,15 +172,15 @@ def _bits(report: BitsReport, total_size: int) -> Table:
     add(f"{report.weights:,} quantized weights", sum(counted.values()), "bold")
     for part in _OUTSIDE_PARTS:
         add(part, report.parts.get(part, 0), "dim")
-    _add(table, "all files", "", size(total_size), style="bold")
+    add(table, "all files", "", size(total_size), style="bold")
     return table
 
 
 def _blocks(blocks: Iterable[BlockRecord]) -> Table:
-    table = _columns("block", "error at start", "at end", "change", "steps", "retries", "time", "")
+    table = columns("block", "error at start", "at end", "change", "steps", "retries", "time", "")
     for block in blocks:
         change = f"{block.end_error / block.start_error - 1:+.1%}" if block.start_error else ""
-        _add(
+        add(
             table,
             str(block.index),
             f"{block.start_error:.4g}",
@@ -237,16 +215,16 @@ def _experts(mixtures: tuple[ExpertsRecord, ...]) -> str:
 def _layers(layers: Iterable[LayerRecord]) -> Table:
     layers = tuple(layers)
     sparse = any(layer.sparsity for layer in layers)
-    columns = any(layer.scheme.get("widths") for layer in layers)
-    extra = ["zeros in planes"] * sparse + ["bits×columns", "outliers"] * columns
-    table = _columns("layer", "shape", "bits per weight", "squared error", *extra)
+    mixed = any(layer.scheme.get("widths") for layer in layers)
+    extra = ["zeros in planes"] * sparse + ["bits×columns", "outliers"] * mixed
+    table = columns("layer", "shape", "bits per weight", "squared error", *extra)
     for layer in layers:
         cells = [layer.name, f"{layer.shape[0]} × {layer.shape[1]}", f"{_layer_bits(layer):.4f}", _error(layer)]
         if sparse:
             cells.append(", ".join(f"{share:.0%}" for share in layer.sparsity or ()))
-        if columns:
+        if mixed:
             cells += [_widths(layer.scheme.get("widths", {})), f"{layer.scheme.get('outliers', 0):,}"]
-        _add(table, *cells)
+        add(table, *cells)
     return table
 
 
@@ -266,7 +244,7 @@ def _layer_summary(layers: tuple[LayerRecord, ...]) -> RenderableType:
             "layers": f"{len(layers)}; --layers lists them",
             "squared error": "not known: scales have trained since, away from the original weights",
         }
-        return _grid(rows | _column_summary(layers))
+        return grid(rows | _column_summary(layers))
     best, worst = (pick(layers, key=lambda layer: layer.error) for pick in (min, max))
     mean = sum(layer.error for layer in layers) / len(layers)
     rows = {
@@ -275,7 +253,7 @@ def _layer_summary(layers: tuple[LayerRecord, ...]) -> RenderableType:
         "least": f"{best.error:.3%} {best.name}",
         "most": f"{worst.error:.3%} {worst.name}",
     }
-    return _grid(rows | _column_summary(layers))
+    return grid(rows | _column_summary(layers))
 
 
 def _column_summary(layers: Iterable[LayerRecord]) -> dict[str, str]:
@@ -295,9 +273,9 @@ def _column_summary(layers: Iterable[LayerRecord]) -> dict[str, str]:
 
 
 def _phases(manifest: AnyManifest) -> Table:
-    table = _columns("phase", "time", "peak memory so far")
+    table = columns("phase", "time", "peak memory so far")
     for phase in manifest.phases:
-        _add(table, phase.name, duration(phase.seconds), size(phase.peak_memory))
+        add(table, phase.name, duration(phase.seconds), size(phase.peak_memory))
     return table
 
 

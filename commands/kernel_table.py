@@ -9,6 +9,8 @@ from ulbq.kernels import LAYOUTS
 from ulbq.pipeline.kernels import ROWS, plans
 from ulbq.runtime import resolve_device
 
+from .tables import add, columns
+
 
 def show_kernels(console: Console, manifest: AnyManifest) -> None:
     """Print which backends there are, and for a quantized model which of them takes which layers."""
@@ -20,25 +22,18 @@ def show_kernels(console: Console, manifest: AnyManifest) -> None:
 
 
 def _backends() -> Table:
-    table = _table("backend", "here", "what it is")
+    table = columns("backend", "here", "what it is", numbers=False)
     for layout in LAYOUTS:
         missing = layout.unavailable_reason()
         here = Text("yes", style="green") if missing is None else Text(missing, style="yellow")
-        table.add_row(Text(layout.name), here, Text(layout.summary))
+        add(table, layout.name, here, layout.summary)
     return table
 
 
 def _layers(manifest: QuantizedManifest) -> Table:
     rows = [f"{count} row{'s' * (count > 1)}" for count in ROWS]
-    table = _table("layers", "activations", *rows, "why not others")
+    table = columns("layers", "activations", *rows, "why not others", numbers=False)
     for plan in plans(manifest, resolve_device().type):
         cells = [f"{plan.layers} × {plan.label}", plan.dtype, *plan.backends.values(), "; ".join(plan.passed_over)]
-        table.add_row(*map(Text, cells))
-    return table
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for name in names:
-        table.add_column(name, overflow="fold")
+        add(table, *cells)
     return table

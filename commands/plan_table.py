@@ -39,7 +39,7 @@ def show_finetune_plan(plan: "FinetunePlan") -> None:
     form = f"{'DoRA' if plan.adapter.dora else 'LoRA'}, rank {plan.adapter.rank}, alpha {plan.adapter.alpha:g}"
     dropout = f", dropout {plan.adapter.dropout:g}" if plan.adapter.dropout else ""
     start = "goes on from the artifact's own" if plan.start == "trained" else "new"
-    scales = f", scales {request.scale_rate:g}" if request.train == "adapter-scales" else ""
+    scales = f", scales {request.scale_lr:g}" if request.train == "adapter-scales" else ""
     show_rows(
         {
             "model": f"{plan.model}, {plan.method}, {plan.bits_per_weight:.3f} bits per weight",
@@ -49,8 +49,8 @@ def show_finetune_plan(plan: "FinetunePlan") -> None:
             "adapter": f"{form}{dropout}, on {plan.linears} layers, {start}",
             "training": f"{plan.parameters:,} parameters ({request.train}), epochs: {request.epochs}, "
             f"{plan.steps:,} steps of {request.batch_size} samples, {request.micro_batch} at once",
-            "rates": f"adapter {request.adapter_rate:g}{scales}, {request.schedule}, warm-up {request.warmup:g}, "
-            f"decay {request.adapter_decay:g}, clip {request.clip:g}",
+            "rates": f"adapter {request.adapter_lr:g}{scales}, {request.schedule}, warm-up {request.warmup:g}, "
+            f"decay {request.adapter_weight_decay:g}, clip {request.clip:g}",
             "compute": f"{plan.device}, {plan.precision}",
             "predicted": f"peak memory {_binary(cost.peak_memory)} (base {_binary(cost.base)}, what trains "
             f"{_binary(cost.training)}, activations {_binary(cost.activations)}; Python and its libraries the rest)",
@@ -74,14 +74,9 @@ def _binary(count: float) -> str:
 
 def show_rows(rows: Mapping[str, str]) -> None:
     """Print a plan's rows on standard error."""
-    from rich.table import Table
-    from rich.text import Text
+    from .tables import grid
 
-    table = Table.grid(padding=(0, 2))
-    for name, text in rows.items():
-        # As Text, not as markup: a file may be called text[a].
-        table.add_row(Text(name, style="bold"), Text(text))
-    console.terminal().print(table)
+    console.terminal().print(grid(rows))
 
 
 def _what_is_done(request: QuantizeRequest) -> dict[str, str]:

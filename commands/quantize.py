@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ulbq.config.options import former_names
 from ulbq.config.quantize import QuantizeRequest, default_words, for_method
 
 from . import console
@@ -51,7 +52,7 @@ def quantize(
 
     from ulbq.pipeline.recipes import OPTIONS, load, request_of
 
-    given |= read_settings(settings or (), OPTIONS, given)
+    given |= read_settings(settings or (), OPTIONS, given, former_names(QuantizeRequest))
     if recipe is None:
         given["method"] = given["method"] or _DEFAULT_METHOD
     request = request_of(given, None if recipe is None else load(recipe))

@@ -48,7 +48,7 @@ def show_tasks(wanted: bool) -> None:
     _print(
         ("name", "epochs", "batch", "rate", "source", "description"),
         [
-            (t.name, *(t.options[key] for key in ("epochs", "batch_size", "adapter_rate")), t.source, t.description)
+            (t.name, *(t.options[key] for key in ("epochs", "batch_size", "adapter_lr")), t.source, t.description)
             for t in tasks
         ],
     )

@@ -13,6 +13,8 @@ from ulbq.evaluation.table import footnotes, rows
 from ulbq.evaluation.words import by_prompt, silence
 from ulbq.printable import one_line
 
+from .tables import columns
+
 
 def show(console: Console, manifest: EvaluationManifest, report: Path) -> None:
     """Print every score, one column a model, what the models wrote, and where the report is."""
@@ -28,11 +30,7 @@ def show(console: Console, manifest: EvaluationManifest, report: Path) -> None:
 
 def table(results: Results) -> Table:
     """Every score, one column a model."""
-    found = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    found.add_column("")
-    for model in results.models:
-        # As Text, not as markup: a model may be called model[a].
-        found.add_column(Text(model.subject.name), justify="right", overflow="fold")
+    found = columns("", *(model.subject.name for model in results.models), header="bold")
     for section, members in groupby(rows(results), key=lambda row: row.section):
         found.add_row(Text(section, style="dim"))
         for row in members:

@@ -59,7 +59,7 @@ def test_the_others_give_typed_results(
         task="instructions",
         data=str(rows),
         samples=4,
-        heldout=2,
+        validation_samples=2,
         sequence_length=64,
         rank=2,
         epochs=1,

@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_llama: Path, text: Path, tm
 def test_an_artifact_from_a_pipe_is_fine_tuned(tiny_llama: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"say {word}", "completion": f"{word} {word}"} for word in "abcdefgh"]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tune = "ulbq finetune --task end-to-end --data pairs.jsonl --samples 4 --sequence-length 24 --rate 2 --offline"
+    tune = "ulbq finetune --task end-to-end --data pairs.jsonl --samples 4 --sequence-length 24 --lr-factor 2 --offline"
     chain = shell(f"ulbq quantize {tiny_llama} --method rtn --bits 3 --group-size 32 -o q | {tune}", tmp_path)
     assert chain.returncode == 0, chain.stderr
     assert chain.stdout == "artifacts/q-end-to-end\n"

@@ -92,7 +92,7 @@ def finetuned(inputs: Path, folder: Path) -> None:
         "rank": 4,
         "dropout": 0.0,
     }
-    options |= {"samples": 13, "heldout": 3, "epochs": 2, "adapter_rate": 0.01, "save_every": 4}
+    options |= {"samples": 13, "validation_samples": 3, "epochs": 2, "adapter_lr": 0.01, "save_every": 4}
     options |= {"precision": "fp32", "device": "cpu", "offline": True, "out": folder / "q"}
     finetune(finetune_plan.prepare(str(inputs / BASE), load_task("instructions"), options, Silent()))
 
@@ -173,8 +173,8 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
         **_TRAINING | {"epochs": 0},
         end_to_end="kl",
         end_to_end_epochs=2,
-        end_to_end_rate=0.05,
-        accumulation=3,
+        end_to_end_lr_factor=0.05,
+        gradient_accumulation=3,
         teacher="cached",
         teacher_top_k=200,
     ),

@@ -165,12 +165,13 @@ def finetune(
         options: fields of :data:`~ulbq.config.finetune.FinetuneOptions`.
     """
     from ulbq.config.finetune import FinetuneOptions
+    from ulbq.config.options import renamed
     from ulbq.pipeline.finetune import finetune as run
     from ulbq.pipeline.finetune import prepare
     from ulbq.progress import Silent
 
-    given = _given("finetune", options, out=output)
     with _checked():
+        given = renamed(FinetuneOptions, _given("finetune", options, out=output))
         read = FinetuneOptions.model_validate(given)
     asked = {name: getattr(read, name) for name in given}
     job = prepare(os.fspath(artifact), task, asked, progress or Silent())

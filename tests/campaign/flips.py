@@ -17,7 +17,18 @@ FOR_PEOPLE = frozenset({"README.md", "report.html", "finetune.html", "saliency.h
 
 _SAID = ("--device", "cpu", "--offline", "-q")
 _TEXT = ("--samples", "2", "--sequence-length", "16", "--calibration", "@text.txt")
-_TUNED = ("--data", "@rows.jsonl", "--samples", "2", "--heldout", "1", "--sequence-length", "64", "--epochs", "1")
+_TUNED = (
+    "--data",
+    "@rows.jsonl",
+    "--samples",
+    "2",
+    "--validation-samples",
+    "1",
+    "--sequence-length",
+    "64",
+    "--epochs",
+    "1",
+)
 _SCORED = ("--perplexity", "wikitext2", "--context", "32", "--limit", "2", "--data-dir", "@mirror", *_SAID)
 
 READERS: dict[str, tuple[str, ...]] = {

@@ -99,8 +99,8 @@ def _options() -> Iterator[Case]:
         (trained, "--sequence-length", ("1", "0", "99999999999")),
         (trained, "--epochs", ("-1", "1.5", "99999999999999999999999")),
         (trained, "--batch-size", ("0", "-4", "99999999999999999999")),
-        (trained, "--weight-rate", (*hopeless, "1e9", "1e8")),
-        (trained, "--scale-rate", hopeless),
+        (trained, "--weight-lr", (*hopeless, "1e9", "1e8")),
+        (trained, "--scale-lr", hopeless),
         (trained, "--warmup", ("2", "-0.1", "nan")),
         (trained, "--final-rate", ("2", "nan", "-1")),
         (trained, "--clip", ("-1", "nan", "inf", "1e308")),
@@ -437,8 +437,9 @@ def _gguf() -> Iterator[Case]:
 
 
 def _data() -> Iterator[Case]:
-    tuned = ("finetune", "@affine", "--task", "instructions", "--data", "@it.jsonl", "--samples", "2", "--heldout", "1",
-             "--sequence-length", "64", "--epochs", "1", "--rank", "2", *_SAID, "-o", "@out")  # fmt: skip
+    tuned = ("finetune", "@affine", "--task", "instructions", "--data", "@it.jsonl", "--samples", "2",
+             "--validation-samples", "1", "--sequence-length", "64", "--epochs", "1", "--rank", "2", *_SAID, "-o",
+             "@out")  # fmt: skip
     drawn = ("quantize", "@dense", "--method", "gptq", "--samples", "2", "--sequence-length", "16", "--calibration",
              "@it.jsonl", *_SAID, "-o", "@out")  # fmt: skip
     good = '{"instruction": "a", "output": "b"}\n' * 8

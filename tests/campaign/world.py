@@ -73,8 +73,8 @@ COMMANDS = {
          "self")
     ),
     "finetune instructions": Command(
-        (*_TUNE, "instructions", "--data", "@rows.jsonl", "--samples", "4", "--heldout", "2", "--sequence-length", "64",
-         "--epochs", "1", "--batch-size", "2", "--rank", "2", "--save-every", "1")
+        (*_TUNE, "instructions", "--data", "@rows.jsonl", "--samples", "4", "--validation-samples", "2",
+         "--sequence-length", "64", "--epochs", "1", "--batch-size", "2", "--rank", "2", "--save-every", "1")
     ),
     "finetune end-to-end": Command(
         (*_TUNE, "end-to-end", "--data", "@text.txt", "--samples", "2", "--sequence-length", "16", "--epochs", "2")

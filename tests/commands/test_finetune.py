@@ -32,8 +32,18 @@ def test_what_is_typed_reaches_the_request(
     (tmp_path / "a.jsonl").touch()
     words = ["finetune", str(artifact), "--task", "end-to-end", "--loss", "ce-kl", "--data", "a.jsonl", "--epochs", "3"]
     words += ["--template", "alpaca", "--samples", "5", "--sequence-length", "32", "--train", "scales-zeros"]
-    words += ["--rate", "0.2", "--zero-rate", "0.5", "--accumulation", "4", "--clip", "2", "--no-checkpointing"]
-    words += ["--teacher", "cached", "--norm-rate", "0", "--precision", "bf16", "--seed", "3", "--device", "cpu"]
+    words += [
+        "--lr-factor",
+        "0.2",
+        "--zero-lr",
+        "0.5",
+        "--gradient-accumulation",
+        "4",
+        "--clip",
+        "2",
+        "--no-checkpointing",
+    ]
+    words += ["--teacher", "cached", "--norm-lr", "0", "--precision", "bf16", "--seed", "3", "--device", "cpu"]
     assert main([*words, "--activation-memory", "1G", "--offline", "--dry-run", "--json"]) == 0
     captured = capsys.readouterr()
     request: dict[str, Any] = json.loads(captured.out)["request"]
@@ -41,13 +51,19 @@ def test_what_is_typed_reaches_the_request(
         **{"method": "apiq", "adapter": False, "bits": 4, "group_size": 32, "symmetric": False, "epochs": 0},
         **{"end_to_end": "ce-kl", "end_to_end_data": "a.jsonl", "end_to_end_template": "alpaca", "calibration": None},
         **{"end_to_end_epochs": 3, "samples": 5, "sequence_length": 32, "end_to_end_train": "scales-zeros"},
-        **{"end_to_end_rate": 0.2, "end_to_end_zero_rate": 0.5, "accumulation": 4, "clip": 2, "checkpointing": False},
-        **{"teacher": "cached", "norm_rate": 0, "precision": "bf16", "seed": 3, "activation_memory": 2**30},
+        **{
+            "end_to_end_lr_factor": 0.2,
+            "end_to_end_zero_lr": 0.5,
+            "gradient_accumulation": 4,
+            "clip": 2,
+            "checkpointing": False,
+        },
+        **{"teacher": "cached", "norm_lr": 0, "precision": "bf16", "seed": 3, "activation_memory": 2**30},
     }
     assert {name: request[name] for name in expected} == expected
     told = " ".join(captured.err.split())
     assert "ce-kl, data a.jsonl, template alpaca, epochs 3, rate 0.2, train scales-zeros, zero rate 0.5" in told
-    assert "no-checkpointing, accumulation 4, teacher cached" in told
+    assert "no-checkpointing, gradient accumulation 4, teacher cached" in told
 
 
 def test_what_is_typed_for_a_task_reaches_the_request(
@@ -56,20 +72,29 @@ def test_what_is_typed_for_a_task_reaches_the_request(
     data = tmp_path / "a.jsonl"
     data.write_text('{"instruction": "a", "output": "b"}\n' * 20)
     words = ["finetune", str(artifact), "--task", "arithmetic", "--data", str(data), "--template", "chat"]
-    words += ["--samples", "6", "--heldout", "3", "--sequence-length", "64", "--train", "adapter-scales"]
+    words += ["--samples", "6", "--validation-samples", "3", "--sequence-length", "64", "--train", "adapter-scales"]
     words += ["--epochs", "4", "--batch-size", "2", "--micro-batch", "1", "--eval-every", "5", "--save-every", "7"]
-    words += ["--no-checkpointing", "--clip", "0.5", "--precision", "fp32", "--adapter-rate", "0.1", "--warmup", "0"]
-    words += ["--adapter-decay", "0.2", "--scale-rate", "0.3", "--scale-decay", "0.4", "--schedule", "constant"]
+    words += ["--no-checkpointing", "--clip", "0.5", "--precision", "fp32", "--adapter-lr", "0.1", "--warmup", "0"]
+    words += [
+        "--adapter-weight-decay",
+        "0.2",
+        "--scale-lr",
+        "0.3",
+        "--scale-weight-decay",
+        "0.4",
+        "--schedule",
+        "constant",
+    ]
     words += ["--rank", "3", "--alpha", "5", "--dora", "--dropout", "0.25", "--targets", "q_proj, o_proj"]
     words += ["--seed", "9", "--device", "cpu", "--offline", "-o", str(tmp_path / "ft")]
     assert main([*words, "--dry-run", "--json"]) == 0
     captured = capsys.readouterr()
     plan: dict[str, Any] = json.loads(captured.out)
     expected = {
-        **{"task": "arithmetic", "data": [str(data)], "template": "chat", "samples": 6, "heldout": 3},
+        **{"task": "arithmetic", "data": [str(data)], "template": "chat", "samples": 6, "validation_samples": 3},
         **{"sequence_length": 64, "train": "adapter-scales", "epochs": 4, "batch_size": 2, "micro_batch": 1},
         **{"eval_every": 5, "save_every": 7, "checkpointing": False, "clip": 0.5, "precision": "fp32"},
-        **{"adapter_rate": 0.1, "warmup": 0, "adapter_decay": 0.2, "scale_rate": 0.3, "scale_decay": 0.4},
+        **{"adapter_lr": 0.1, "warmup": 0, "adapter_weight_decay": 0.2, "scale_lr": 0.3, "scale_weight_decay": 0.4},
         **{"schedule": "constant", "rank": 3, "alpha": 5, "dora": True, "dropout": 0.25, "seed": 9},
         **{"targets": ["q_proj", "o_proj"]},
     }
@@ -104,14 +129,14 @@ def test_options_of_the_other_kind_and_unknown_tasks_are_refused(
     assert "--task" in refused(capsys, 2, str(artifact))
     assert "no data of its own" in refused(capsys, 2, str(artifact), "--task", "instructions")
     said = refused(capsys, 2, str(artifact), "--task", "gsm8k", "--rate", "0.1")
-    assert "--rate means nothing to --task gsm8k." in said
-    assert "--adapter-rate" in said
+    assert "--lr-factor means nothing to --task gsm8k." in said
+    assert "--adapter-lr" in said
     said = refused(capsys, 2, str(artifact), "--task", "end-to-end", "--rank", "4")
     assert "--rank means nothing to --task end-to-end." in said
     assert "Take adapter" in refused(capsys, 2, str(artifact), "--task", "gsm8k", "--train", "all")
     assert "Take scales" in refused(capsys, 2, str(artifact), "--task", "end-to-end", "--train", "adapter")
     assert "cosine or constant" in refused(capsys, 2, str(artifact), "--task", "end-to-end", "--schedule", "linear")
-    for option in ("--scale-rate", "--scale-decay"):
+    for option in ("--scale-lr", "--scale-weight-decay"):
         said = refused(capsys, 2, str(artifact), "--task", "gsm8k", option, "0.1")
         assert f"{option} means nothing where no scales train." in said
         assert "--train adapter-scales" in said
@@ -141,8 +166,10 @@ def test_tasks_are_listed_and_read_from_files(
 def test_both_doors_call_the_samples_of_a_step_alike(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(artifact), "--task", "end-to-end", "--batch-size", "3", "--offline", "--dry-run"]
     assert main(["finetune", *words, "--data", "self", "--device", "cpu", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["request"]["accumulation"] == 3
-    assert "--accumulation and --batch-size are one setting" in refused(capsys, 2, *words, "--accumulation", "3")
+    assert json.loads(capsys.readouterr().out)["request"]["gradient_accumulation"] == 3
+    assert "--gradient-accumulation and --batch-size are one setting" in refused(
+        capsys, 2, *words, "--gradient-accumulation", "3"
+    )
 
 
 def test_errors_name_the_options_of_this_command(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +177,7 @@ def test_errors_name_the_options_of_this_command(artifact: Path, capsys: pytest.
     said = " ".join(refused(capsys, 2, *words, "--loss", "kl-hidden", "--teacher", "cached").split())
     assert "--loss kl-hidden wants the hidden states too" in said
     assert "--loss kl." in said
-    said = " ".join(refused(capsys, 2, *words, "--zero-rate", "1").split())
+    said = " ".join(refused(capsys, 2, *words, "--zero-lr", "1").split())
     assert "Add --train scales-zeros" in said
     assert "means nothing without --data" in " ".join(refused(capsys, 2, *words, "--template", "chat").split())
     assert "end-to-end-" not in said

@@ -89,7 +89,7 @@ def test_the_short_help_is_one_screen_and_says_where_the_rest_is(capsys, monkeyp
     ):
         assert f" {name} " in short
     assert "ulbq quantize [--method NAME] --help-all" in short
-    assert "--weight-rate" not in short
+    assert "--weight-lr" not in short
     assert main(["quantize", "--help-all"]) == 0
     whole = capsys.readouterr().out
     flags = {flag for one in parameters().values() for flag in (*one.opts, *one.secondary_opts) if flag[0] == "-"}
@@ -107,9 +107,9 @@ def test_a_methods_help_leaves_out_what_it_does_not_take(words, capsys):
 
 
 def test_any_option_can_be_set_by_its_name(source, capsys):
-    words = ["--set", "training.weight_rate=1e-5", "--set", "rank=8", "--set", "targets=[q_proj]", "--method", "apiq"]
+    words = ["--set", "training.weight_lr=1e-5", "--set", "rank=8", "--set", "targets=[q_proj]", "--method", "apiq"]
     request = planned(capsys, source, *words, "--set", "stages=[{name: mixed, epochs: 2}]", "--set", "refit=null")
-    assert (request["weight_rate"], request["rank"], request["targets"]) == (1e-5, 8, ["q_proj"])
+    assert (request["weight_lr"], request["rank"], request["targets"]) == (1e-5, 8, ["q_proj"])
     assert request["epochs"] == 2
     assert "no option 'rnk'" in refused(capsys, "--set", "rnk=8")
     assert "Did you mean rank?" in refused(capsys, "--set", "rnk=8")
@@ -124,7 +124,7 @@ def test_what_is_typed_reaches_the_request(source, capsys):
         capsys,
         source,
         *("--method", "ulb-sapr", "--bits", "3", "--rank", "8", "--dora", "--targets", "q_proj, v_proj"),
-        *("--stage", "wpt:epochs=2,adapter-rate=0.01", "--stage", "opt:epochs=1", "--lambda", "0.25"),
+        *("--stage", "wpt:epochs=2,adapter-lr=0.01", "--stage", "opt:epochs=1", "--lambda", "0.25"),
         *("--penalize", "after-adapter", "--saliency", "wanda", "--end-to-end", "kl", "--teacher", "cached"),
     )
     dad = planned(capsys, source, "--end-to-end", "dad", "--dad-gamma", "0.25")

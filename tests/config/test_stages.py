@@ -10,8 +10,8 @@ STAGES: TypeAdapter[tuple[Stage, ...]] = TypeAdapter(Stages)
 
 
 def test_stages_are_read_in_their_order() -> None:
-    read = STAGES.validate_python(["wpt:epochs=15,penalty=0.1,scale-rate=1e-2", "opt:epochs=5"])
-    assert read == (Stage(name="wpt", epochs=15, penalty=0.1, scale_rate=0.01), Stage(name="opt", epochs=5))
+    read = STAGES.validate_python(["wpt:epochs=15,penalty=0.1,scale-lr=1e-2", "opt:epochs=5"])
+    assert read == (Stage(name="wpt", epochs=15, penalty=0.1, scale_lr=0.01), Stage(name="opt", epochs=5))
 
 
 def test_every_field_of_a_stage_can_be_typed_and_is_shown_so() -> None:

@@ -51,7 +51,7 @@ def make_student(*, checkpointing: bool = True, dropout: float = 0.0) -> Student
 
 def make_trainer(folder: Path, student: Student, **changes: Any) -> Trainer:
     values = {"loss": "kl", "epochs": 2, "batch_size": 2, "train": "scales", "warmup": 0, "keep_best": True}
-    values |= {"scale_rate": 0.005, "norm_rate": 0.002, "weight_rate": 0.015, "final_rate": 0.05, **changes}
+    values |= {"scale_lr": 0.005, "norm_lr": 0.002, "weight_lr": 0.015, "final_lr_factor": 0.05, **changes}
     examples = values.pop("examples", Examples(TOKENS, 4))
     teacher = StreamedTeacher(tiny_model(tiny_config("llama", num_hidden_layers=2)), examples, PRECISION, hidden=True)
     return Trainer(
@@ -202,7 +202,7 @@ def test_training_goes_on_from_its_files_to_the_same_values(
     save_every: int | None, keep_best: bool, tmp_path: Path
 ) -> None:
     straight, resumed = make_student(dropout=0.3), make_student(dropout=0.3)
-    changes = {"epochs": 3, "train": "all", "save_every": save_every, "keep_best": keep_best, "adapter_rate": 0.01}
+    changes = {"epochs": 3, "train": "all", "save_every": save_every, "keep_best": keep_best, "adapter_lr": 0.01}
     changes |= {"base_share": 0.3}
     run(make_trainer(_folder(tmp_path, "a"), straight, **changes))
 
@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path, monkeypatch
 
 
 def test_a_rate_is_a_share_of_the_blocks_rate() -> None:
-    options = DbLlmOptions(end_to_end="kl", end_to_end_rate=0.5, scale_rate=0.4, weight_rate=0.2, norm_rate=0)
+    options = DbLlmOptions(end_to_end="kl", end_to_end_lr_factor=0.5, scale_lr=0.4, weight_lr=0.2, norm_lr=0)
     settings = options.end_to_end_settings()
     assert settings is not None
     assert settings.learning_rates()["scales"] == 0.2

@@ -37,7 +37,7 @@ def make(folder: Path, rows: list[tuple[list[int], list[bool]]] | None = None, *
     model = tiny_model(tiny_config("llama"))
     student = Student(model, block_list(model)[1], FP32, checkpointing=False)
     student.roles["adapter"] = [model.get_parameter(WEIGHT)]
-    values = {"epochs": 2, "batch_size": 2, "micro_batch": 1, "adapter_rate": 1e-2, "schedule": "constant", "warmup": 0}
+    values = {"epochs": 2, "batch_size": 2, "micro_batch": 1, "adapter_lr": 1e-2, "schedule": "constant", "warmup": 0}
     values |= {"eval_every": 0, "save_every": 1, **changes}
     given = examples(rows or ROWS[:2] * 3, 4)
     settings = FinetuneSettings.model_validate(values)

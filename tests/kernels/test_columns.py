@@ -8,7 +8,7 @@ from tests.kernels.matrices import assert_near, exact, multiply
 from ulbq import kernels
 from ulbq.formats import CodebookScheme, codebook
 from ulbq.kernels import build, columns
-from ulbq.kernels.ops import codebook as codebook_ops
+from ulbq.kernels.ops import linear
 from ulbq.nn.quant_linear import QuantLinear
 
 pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
@@ -62,13 +62,11 @@ def test_opcheck_and_the_gradient(outs: int, outliers: int, derived: bool) -> No
     scheme, stored = matrix(outs, MIXED, outliers)
     if derived and outs % 8:
         pytest.skip("not looked up")
-    beside = list(columns.derive(scheme, stored, outs, len(MIXED)).values()) if derived else []
+    beside = columns.derive(scheme, stored, outs, len(MIXED)) if derived else {}
     x = torch.randn(2, 3, len(MIXED), generator=torch.Generator().manual_seed(0)).requires_grad_()
-    widths = scheme.widths
-    given = ([stored[name] for name in scheme.tensors(outs, len(MIXED))], beside)
-    arguments = (x, *given, outs, list(widths), list(widths.values()), scheme.outliers, "planes")
-    torch.library.opcheck(codebook_ops.codebook_linear, arguments)
-    y = codebook_ops.codebook_linear(*arguments)
+    arguments = (x, *linear.arguments(scheme, "planes", stored | beside, len(MIXED)), outs)
+    torch.library.opcheck(linear.packed_linear, arguments)
+    y = linear.packed_linear(*arguments)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     (found,) = torch.autograd.grad(y, x, grad)
     wide = x.detach().double().requires_grad_()

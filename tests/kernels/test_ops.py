@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.nn.functional import linear
 
 from tests.kernels.matrices import assert_near, exact, multiply, random_matrix
 from ulbq import formats, kernels
@@ -10,7 +9,7 @@ from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinarySch
 from ulbq.formats.bits import unpack_planes
 from ulbq.kernels import build, tiles
 from ulbq.kernels.layouts import int4
-from ulbq.kernels.ops import affine, dual_binary
+from ulbq.kernels.ops import linear
 from ulbq.nn.quant_linear import QuantLinear
 
 OUTS, COLUMNS = 70, 128
@@ -21,13 +20,11 @@ TILES = pytest.param(
 )
 
 
-def operands(scheme: AnyScheme, layout: str) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor | None, ...]]:
-    """Stored tensors, and codes, scales and zeros in a layout."""
+def operands(scheme: AnyScheme, layout: str) -> tuple[list[torch.Tensor], list[int], str, str]:
+    """What the operator takes of a random matrix in a layout."""
     stored = random_matrix(scheme, OUTS, COLUMNS)
-    if layout == "planes":
-        return stored, (stored["codes"], stored["scales"], stored.get("zeros"))
-    tiled = tiles.pack(scheme, stored, OUTS, COLUMNS)
-    return stored, (tiled["tiled_codes"], tiled["tiled_scales"], tiled.get("tiled_zeros"))
+    tensors = stored if layout == "planes" else tiles.pack(scheme, stored, OUTS, COLUMNS)
+    return linear.arguments(scheme, layout, tensors, COLUMNS)
 
 
 def inputs(rows: int = 3, *, grad: bool = False) -> torch.Tensor:
@@ -36,33 +33,11 @@ def inputs(rows: int = 3, *, grad: bool = False) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ["planes", TILES])
-@pytest.mark.parametrize("scheme", AFFINE, ids=lambda s: s.label)
-def test_opcheck_affine(scheme: AffineScheme, layout: str) -> None:
+@pytest.mark.parametrize("scheme", [*AFFINE, DualBinaryScheme(group_size=32)], ids=lambda s: f"{s.format}-{s.label}")
+def test_opcheck(scheme: AnyScheme, layout: str) -> None:
     if layout == "tiles" and (reason := tiles.unsupported_reason(scheme, COLUMNS)) is not None:
         pytest.skip(reason)
-    _, packed = operands(scheme, layout)
-    constants = (OUTS, scheme.bits, scheme.group_size, layout, scheme.mid_rise)
-    torch.library.opcheck(affine.affine_linear, (inputs(grad=True), *packed, *constants))
-
-
-def test_opcheck_affine_with_scales_and_zeros_that_train() -> None:
-    scheme = AffineScheme(bits=2, group_size=32)
-    stored = random_matrix(scheme, OUTS, COLUMNS)
-    scales = stored["scales"].float().requires_grad_()
-    zeros = torch.rand_like(scales).requires_grad_()
-    torch.library.opcheck(
-        affine.affine_linear, (inputs(grad=True), stored["codes"], scales, zeros, OUTS, 2, 32, "planes")
-    )
-
-
-@pytest.mark.parametrize("layout", ["planes", TILES])
-def test_opcheck_dual_binary(layout: str) -> None:
-    scheme = DualBinaryScheme(group_size=32)
-    _, (codes, scales, _) = operands(scheme, layout)
-    assert scales is not None
-    if layout == "planes":
-        scales = scales.float().requires_grad_()
-    torch.library.opcheck(dual_binary.dual_binary_linear, (inputs(grad=True), codes, scales, OUTS, 32, layout))
+    torch.library.opcheck(linear.packed_linear, (inputs(grad=True), *operands(scheme, layout), OUTS))
 
 
 def test_opcheck_int4() -> None:
@@ -78,7 +53,7 @@ def test_opcheck_int4() -> None:
 def test_values_and_the_gradient_of_the_input(scheme: AnyScheme, layout: str, rows: int) -> None:
     if layout == "tiles" and (reason := tiles.unsupported_reason(scheme, COLUMNS)) is not None:
         pytest.skip(reason)
-    stored, _ = operands(scheme, layout)
+    stored = random_matrix(scheme, OUTS, COLUMNS)
     ready = (
         kernels.prepare(scheme, stored, OUTS, COLUMNS) if layout == "tiles" else kernels.Ready(kernels.STORED, stored)
     )
@@ -106,42 +81,6 @@ def test_the_gradient_through_a_mixture(zeros: str, layout: str) -> None:
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     (found,), (should,) = torch.autograd.grad(y, x, grad), torch.autograd.grad(wanted, x, grad)
     assert_near(found, should, torch.float32, slack=8)
-
-
-def test_gradients_of_scales_and_zero_points_are_those_of_the_reference() -> None:
-    scheme = AffineScheme(bits=3, group_size=32)
-    stored = random_matrix(scheme, OUTS, COLUMNS)
-    leaves = [inputs(grad=True), stored["scales"].float().requires_grad_(), torch.rand(OUTS, 4).mul(7).requires_grad_()]
-    x, scales, zeros = leaves
-    y = torch.ops.ulbq.affine_linear(x, stored["codes"], scales, zeros, OUTS, 3, 32, "planes")
-    wanted = linear(x, formats.affine.weight(stored["codes"], scales, zeros, COLUMNS, x.dtype))
-    assert_near(y, wanted, torch.float32)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    for found, should in zip(
-        torch.autograd.grad(y, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
-    ):
-        assert_near(found, should, torch.float32, slack=4)
-
-
-def test_gradients_of_both_scales_of_dual_binary() -> None:
-    scheme = DualBinaryScheme(group_size=32)
-    stored = random_matrix(scheme, OUTS, COLUMNS)
-    leaves = [inputs(grad=True), stored["scales"].float().requires_grad_()]
-    y = torch.ops.ulbq.dual_binary_linear(leaves[0], stored["codes"], leaves[1], OUTS, 32, "planes")
-    wanted = linear(leaves[0], formats.dual_binary.weight(stored["codes"], leaves[1], COLUMNS, torch.float32))
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    for found, should in zip(
-        torch.autograd.grad(y, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
-    ):
-        assert_near(found, should, torch.float32, slack=4)
-
-
-@pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
-def test_scales_in_tiles_do_not_train() -> None:
-    _, (codes, scales, zeros) = operands(AFFINE[0], "tiles")
-    assert scales is not None
-    with pytest.raises(ValueError, match="stored layout"):
-        torch.ops.ulbq.affine_linear(inputs(), codes, scales.requires_grad_(), zeros, OUTS, 1, 64, "tiles")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

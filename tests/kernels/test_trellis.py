@@ -8,7 +8,7 @@ from ulbq import formats, kernels
 from ulbq.formats import TrellisScheme
 from ulbq.formats import trellis as form_of
 from ulbq.kernels import build, trellis
-from ulbq.kernels.ops import trellis as ops
+from ulbq.kernels.ops import linear
 from ulbq.nn.quant_linear import QuantLinear
 
 SCHEMES = [TrellisScheme(bits=bits, state_bits=state) for bits in (1, 2, 3, 4) for state in (12, 16)]
@@ -119,9 +119,10 @@ FORMS = ["planes", pytest.param("compiled", marks=compiled)]
 
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form: str) -> None:
-    stored = random_matrix(TrellisScheme(bits=3), 48, 64)
+    scheme = TrellisScheme(bits=3)
+    given = linear.arguments(scheme, form, random_matrix(scheme, 48, 64), 64)
     x = inputs(6, 64).view(2, 3, 64).requires_grad_()
-    torch.library.opcheck(ops.trellis_linear, (x, *stored.values(), 3, 12, form))
+    torch.library.opcheck(linear.packed_linear, (x, *given, 48))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -131,7 +132,7 @@ def test_the_gradient_of_the_input(bits: int, dtype: torch.dtype, form: str) -> 
     scheme = TrellisScheme(bits=bits)
     stored = random_matrix(scheme, 80, 192)
     x = inputs(6, 192, dtype).view(2, 3, 192).requires_grad_()
-    y = torch.ops.ulbq.trellis_linear(x, *stored.values(), bits, 12, form)
+    y = torch.ops.ulbq.packed_linear(x, *linear.arguments(scheme, form, stored, 192), 80)
     wide = x.detach().double().requires_grad_()
     wanted = exact(scheme, stored, wide)
     assert_near(y, wanted, dtype)

@@ -24,9 +24,7 @@ from ulbq.formats import (
     trellis,
 )
 from ulbq.kernels import dispatch, solvers, trellis_launch, triton_launch, words
-from ulbq.kernels.ops import affine, binary_mos, dual_binary
-from ulbq.kernels.ops import codebook as codebook_ops
-from ulbq.kernels.ops import trellis as trellis_ops
+from ulbq.kernels.ops import binary_mos, linear
 from ulbq.nn.quant_linear import QuantLinear
 
 NO_INTERPRETER = (
@@ -211,29 +209,22 @@ def test_opcheck(device: str) -> None:
     x = fresh(3, 128, torch.float32, device).requires_grad_()
     scheme = AffineScheme(bits=2, group_size=64)
     packed = in_words(scheme, random_matrix(scheme, OUTS, 128), 128, device).tensors
-    given = packed["word_codes"], packed["word_scales"], packed["word_zeros"]
-    torch.library.opcheck(affine.affine_linear, (x, *given, OUTS, 2, 64, "words"))
+    torch.library.opcheck(linear.packed_linear, (x, *linear.arguments(scheme, "words", packed, 128), OUTS))
     dual = DualBinaryScheme(group_size=64)
     packed = in_words(dual, random_matrix(dual, OUTS, 128), 128, device).tensors
-    torch.library.opcheck(
-        dual_binary.dual_binary_linear, (x, packed["word_codes"], packed["word_scales"], OUTS, 64, "words")
-    )
+    torch.library.opcheck(linear.packed_linear, (x, *linear.arguments(dual, "words", packed, 128), OUTS))
     signs = BinaryMosScheme(experts=2, zeros="input")
     packed = in_words(signs, random_matrix(signs, OUTS, 128), 128, device).tensors
     names = "word_codes", "word_scales", "in_scales", "out_scales", "router", "zeros"
     torch.library.opcheck(binary_mos.binary_mos_linear, (x.detach(), *(packed[name] for name in names), "input"))
     trellis = TrellisScheme(bits=2)
     words_of = in_layout("triton", trellis, random_matrix(trellis, 48, 128), 48, 128).tensors
-    names = "word_codes", "su", "sv"
-    torch.library.opcheck(trellis_ops.trellis_linear, (x, *(words_of[n].to(device) for n in names), 2, 12, "words"))
+    words_of = {name: tensor.to(device) for name, tensor in words_of.items()}
+    torch.library.opcheck(linear.packed_linear, (x, *linear.arguments(trellis, "words", words_of, 128), 48))
     columns, stored = codebooks(9)
     packed = in_words(columns, stored, len(MIXED), device).tensors
-    given_columns = [packed[name] for name in codebook_ops.IN_WORDS]
-    counts = columns.columns(len(MIXED))
     x = fresh(3, len(MIXED), torch.float32, device).requires_grad_()
-    torch.library.opcheck(
-        codebook_ops.codebook_linear, (x, given_columns, [], OUTS, list(counts), list(counts.values()), 9, "words")
-    )
+    torch.library.opcheck(linear.packed_linear, (x, *linear.arguments(columns, "words", packed, len(MIXED)), OUTS))
 
 
 @on_devices

@@ -58,7 +58,7 @@ def same(one: BlockResult, other: BlockResult) -> bool:
 @pytest.mark.parametrize(("experts", "zeros"), [(1, "none"), (4, "output"), (2, "input")])
 def test_a_block_learns_and_is_packed_as_announced(experts: int, zeros: str, tmp_path: Path) -> None:
     # Rates for a toy of a few hundred weights; the defaults are measured on a language model.
-    made = method(experts, epochs=4, zeros=zeros, weight_rate=0.015, scale_rate=0.005)
+    made = method(experts, epochs=4, zeros=zeros, weight_lr=0.015, scale_lr=0.005)
     result = made.quantize_block(task(tmp_path))
     assert result.outcome is not None
     assert result.outcome.end_error < 0.9 * result.outcome.start_error

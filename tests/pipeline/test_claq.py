@@ -168,7 +168,7 @@ def test_codes_move_only_where_weights_train(tiny_llama: Path, samples: Path, tm
 
 
 def test_a_whole_model_trains_end_to_end(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
-    options = {"target_bits": 4.3, "end_to_end": "kl", "end_to_end_rate": 0.3}
+    options = {"target_bits": 4.3, "end_to_end": "kl", "end_to_end_lr_factor": 0.3}
     path, manifest = quantize(asked(tiny_llama, tmp_path / "q", samples, **options))
     assert manifest.end_to_end is not None
     assert manifest.end_to_end.end_error < manifest.end_to_end.start_error
@@ -224,7 +224,7 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
         ({"target_bits": 4.3, "allocation": "global", "saliency": "wanda"}, "compared by fisher"),
         ({"hessian": "guided", "as_published": True}, "not as published"),
         ({"target_inputs": "full", "as_published": True}, "not as published"),
-        ({"scale_rate": 0.1}, "`epochs` 1"),
+        ({"scale_lr": 0.1}, "`epochs` 1"),
         ({"penalty": 1.0}, "`epochs` 1"),
         ({"adapter": True}, "`epochs` 1"),
         ({"allocation": "layer"}, "`target_bits`"),

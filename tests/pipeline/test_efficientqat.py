@@ -79,12 +79,12 @@ def test_every_option_reaches_the_weights(samples: Path, tmp_path: Path) -> None
         "symmetric": {"symmetric": True},
         "clipping": {"train": "clipping"},
         "grid": {"train": "grid"},
-        "rounding": {"train": "rounding", "weight_rate": 0.1},
+        "rounding": {"train": "rounding", "weight_lr": 0.1},
         "weights": {"train": "weights"},
         "min-max": {"start": "min-max"},
         "gptq": {"start": "gptq"},
         "sign": {"optimizer": "sign"},
-        "unit": {"rate_unit": "weight", "weight_rate": 2e-3, "scale_rate": 1e-3},
+        "unit": {"lr_unit": "weight", "weight_lr": 2e-3, "scale_lr": 1e-3},
     }
     made = {}
     for name, changes in variants.items():

@@ -30,8 +30,8 @@ from ulbq.pipeline.streams import Streams
 from ulbq.progress import Silent
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer
 
-_FIELDS = ("end_to_end", "end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "accumulation")
-_NONE: dict[str, Any] = {"end_to_end_epochs": None, "end_to_end_rate": None, "accumulation": None}
+_FIELDS = ("end_to_end", "end_to_end_epochs", "end_to_end_lr_factor", "end_to_end_train", "gradient_accumulation")
+_NONE: dict[str, Any] = {"end_to_end_epochs": None, "end_to_end_lr_factor": None, "gradient_accumulation": None}
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def request(source: Path, out: Path, samples: Path, **changes: Any) -> QuantizeR
         "allow_partial": True,
         "end_to_end": "kl",
         "end_to_end_epochs": 1,
-        "end_to_end_rate": 1.0,
-        "accumulation": 1,
+        "end_to_end_lr_factor": 1.0,
+        "gradient_accumulation": 1,
     } | changes
     if values["method"] != "binary-mos":
         values.setdefault("group_size", 32)
@@ -119,7 +119,7 @@ class _StopAfter(Silent):
         {"end_to_end": "kl-hidden"},
         {"end_to_end": "dad"},
         {"method": "apiq", "adapter": False},
-        {"method": "binary-mos", "end_to_end": "kl-hidden", "end_to_end_train": "all", "end_to_end_rate": 0.2},
+        {"method": "binary-mos", "end_to_end": "kl-hidden", "end_to_end_train": "all", "end_to_end_lr_factor": 0.2},
     ],
     ids=str,
 )
@@ -155,7 +155,7 @@ def test_a_start_that_nothing_improves_on_stays(tiny_llama: Path, samples: Path,
         def warn(self, text: str) -> None:
             warnings.append(text)
 
-    far = request(tiny_llama, tmp_path / "far", samples, end_to_end_rate=3000.0, end_to_end_train="all")
+    far = request(tiny_llama, tmp_path / "far", samples, end_to_end_lr_factor=3000.0, end_to_end_train="all")
     path, manifest = quantize(far, Heard())
     assert record_of(manifest).epochs == 0
     assert record_of(manifest).end_error == record_of(manifest).start_error
@@ -219,7 +219,7 @@ def test_a_run_stopped_in_the_middle_of_the_exchange_goes_on_to_the_same_bytes(
 def test_an_adapter_trains_along(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     with_adapter = {"adapter": True, "rank": 4, "dora": True}
     before, _ = quantize(request(tiny_llama, tmp_path / "b", samples, **with_adapter, end_to_end="none", **_NONE))
-    after, manifest = quantize(request(tiny_llama, tmp_path / "a", samples, **with_adapter, end_to_end_rate=0.3))
+    after, manifest = quantize(request(tiny_llama, tmp_path / "a", samples, **with_adapter, end_to_end_lr_factor=0.3))
     assert record_of(manifest).epochs == 1
     old, new = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (before, after))
     assert old.keys() == new.keys()
@@ -251,7 +251,7 @@ def test_an_artifact_is_gone_on_from(tiny_llama: Path, samples: Path, tmp_path: 
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "deepseek", "gemma2"])
 def test_other_families_store_what_was_trained(family: str, samples: Path, tmp_path: Path) -> None:
     dense = save_tiny(family, tmp_path / family)
-    path, manifest = quantize(request(dense, tmp_path / "q", samples, end_to_end_rate=1.0, end_to_end_epochs=1))
+    path, manifest = quantize(request(dense, tmp_path / "q", samples, end_to_end_lr_factor=1.0, end_to_end_epochs=1))
     assert record_of(manifest).epochs == 1
     assert record_of(manifest).end_error == pytest.approx(divergence(dense, path, samples), rel=0.02)
 
@@ -288,7 +288,7 @@ def _turn_router(student: Student) -> None:
     [
         (
             _overflow_adapter,
-            {"adapter": True, "rank": 4, "end_to_end_rate": 0.3},
+            {"adapter": True, "rank": 4, "end_to_end_lr_factor": 0.3},
             "Block 0 has scales, norms or adapters",
         ),
         (_lose_norm, {}, "Block 0 has scales, norms or adapters"),
@@ -401,7 +401,7 @@ def test_a_phase_on_instructions_goes_on_to_the_same_bytes(
     steps: int, tiny_llama: Path, samples: Path, instructions: Path, tmp_path: Path
 ) -> None:
     changes = {"end_to_end": "ce-kl", "end_to_end_epochs": 2, "method": "apiq", "adapter": False}
-    changes |= {"end_to_end_train": "scales-zeros", "accumulation": 2}
+    changes |= {"end_to_end_train": "scales-zeros", "gradient_accumulation": 2}
     straight, _ = quantize(on_instructions(tiny_llama, tmp_path / "straight", samples, instructions, **changes))
     asked = on_instructions(tiny_llama, tmp_path / "stopped", samples, instructions, **changes)
     with pytest.raises(_Stop):
@@ -411,7 +411,7 @@ def test_a_phase_on_instructions_goes_on_to_the_same_bytes(
 
 def test_zero_points_train_where_they_are_asked_to(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
     changes = {"method": "apiq", "adapter": False, "bits": 3}
-    zeros = {"end_to_end_train": "scales-zeros", "end_to_end_zero_rate": 0.15}
+    zeros = {"end_to_end_train": "scales-zeros", "end_to_end_zero_lr": 0.15}
     learning = {"end_to_end": "ce", "end_to_end_epochs": 2}
     path, manifest = quantize(request(tiny_llama, tmp_path / "z", samples, **changes, **zeros, **learning))
     plain, _ = quantize(request(tiny_llama, tmp_path / "p", samples, **changes | _NONE | {"end_to_end": "none"}))

@@ -189,7 +189,7 @@ def test_adapters_on_experts_learn_and_everybody_loads_them(tmp_path: Path) -> N
     rows = [{"instruction": f"count from {n % 5}", "output": f"{n % 5} then {n % 5 + 1}"} for n in range(16)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     options: dict[str, Any] = {"data": (str(tmp_path / "rows.jsonl"),), "sequence_length": 200, "batch_size": 4}
-    options |= {"samples": 8, "heldout": 4, "epochs": 1, "rank": 2, "precision": "fp32", "device": "cpu"}
+    options |= {"samples": 8, "validation_samples": 4, "epochs": 1, "rank": 2, "precision": "fp32", "device": "cpu"}
     job = prepare(str(path), load_task("instructions"), {**options, "offline": True, "out": tmp_path / "ft"}, Silent())
     tuned, manifest = finetune(job)
     assert manifest.finetune is not None

@@ -53,7 +53,7 @@ def asked(source: Path, samples: Path, out: Path, **changes: Any) -> QuantizeReq
         "samples": 4,
         "sequence_length": 24,
     }
-    options |= {"end_to_end_rate": 0.5, "accumulation": 1, "precision": "fp32"} | changes
+    options |= {"end_to_end_lr_factor": 0.5, "gradient_accumulation": 1, "precision": "fp32"} | changes
     return end_to_end_request(str(source), {**options, "out": out, "device": "cpu", "offline": True})
 
 

@@ -81,7 +81,14 @@ def made(folder: Path, name: str) -> Path:
 
 def job(source: Path, folder: Path, out: Path, task: str = "instructions", **changes: Any) -> FinetuneJob:
     options: dict[str, Any] = {"data": (str(folder / "rows.jsonl"),), "sequence_length": 200, "batch_size": 4}
-    options |= {"samples": 16, "heldout": 4, "epochs": 2, "adapter_rate": 0.01, "precision": "fp32", "device": "cpu"}
+    options |= {
+        "samples": 16,
+        "validation_samples": 4,
+        "epochs": 2,
+        "adapter_lr": 0.01,
+        "precision": "fp32",
+        "device": "cpu",
+    }
     options |= {"offline": True, "out": out, "micro_batch": 2, "save_every": 2}
     return prepare(str(source), load_task(task), {**options, **changes}, Silent())
 
@@ -178,7 +185,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 ) -> None:
     base = made(folder, "rtn")
     options: dict[str, Any] = {"rank": 2, "dropout": 0.2, "train": train, "targets": ("q_proj",)}
-    options |= {"scale_rate": 0.01} if train == "adapter-scales" else {}
+    options |= {"scale_lr": 0.01} if train == "adapter-scales" else {}
     whole, _ = finetune(job(base, folder, tmp_path / "whole", **options))
     step = Trainer._step
     seen: list[int] = []
@@ -212,7 +219,7 @@ def test_scales_train_beside_the_adapter_and_codes_stay(
 ) -> None:
     base = made(folder, name)
     before = shards(base)
-    asked = job(base, folder, tmp_path / "ft", rank=2, train="adapter-scales", scale_rate=0.01)
+    asked = job(base, folder, tmp_path / "ft", rank=2, train="adapter-scales", scale_lr=0.01)
     path, manifest = finetune(asked)
     assert manifest.finetune is not None
     assert manifest.finetune.end_loss < manifest.finetune.start_loss
@@ -274,7 +281,7 @@ def test_every_recipe_runs_a_step(folder: Path, tmp_path: Path, task: str) -> No
     text = tmp_path / "text.txt"
     text.write_text("one two three " * 200)
     options: dict[str, Any] = {"data": (str(text if task == "wikitext2" else data),), "sequence_length": 250}
-    options |= {"samples": 2, "heldout": 1, "epochs": 1, "rank": 2, "device": "cpu", "offline": True}
+    options |= {"samples": 2, "validation_samples": 1, "epochs": 1, "rank": 2, "device": "cpu", "offline": True}
     asked = prepare(str(made(folder, "rtn")), recipe, {**options, "out": tmp_path / "ft"}, Silent())
     manifest = finetune(asked)[1]
     learnt = manifest.finetune
@@ -282,7 +289,7 @@ def test_every_recipe_runs_a_step(folder: Path, tmp_path: Path, task: str) -> No
     expected = {"gsm8k": "gsm8k", "wikitext2": None, "instructions": "chat"}.get(task, "alpaca")
     assert (learnt.task, learnt.steps, learnt.template) == (task, 1, expected)
     given = recipe.options
-    assert asked.request.adapter_rate == given["adapter_rate"]
+    assert asked.request.adapter_lr == given["adapter_lr"]
     assert asked.adapter.alpha == given["alpha"]
     assert asked.adapter.dropout == given["dropout"]
 

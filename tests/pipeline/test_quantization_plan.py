@@ -81,7 +81,7 @@ def test_stages_bring_their_own_epochs() -> None:
 
 def test_what_has_no_meaning_stays_open() -> None:
     full = completed(method="apiq", adapter=False, train_weights=False, schedule="constant")
-    assert {full.rank, full.alpha, full.adapter_rate, full.base_share, full.weight_rate, full.final_rate} == {None}
+    assert {full.rank, full.alpha, full.adapter_lr, full.base_share, full.weight_lr, full.final_lr_factor} == {None}
     assert full.end_to_end_epochs is None
     assert full.saliency is None
     build_method(full)
@@ -93,16 +93,16 @@ def test_what_has_no_meaning_stays_open() -> None:
         ({"method": "apiq", "adapter": False, "rank": 4}, "`adapter`"),
         ({"method": "db-llm", "rank": 4}, "`adapter`"),
         ({"method": "ulb-sapr", "adapter": False, "penalize": "after-adapter"}, "`adapter`"),
-        ({"method": "db-llm", "train_weights": False, "weight_rate": 0.1}, "`train_weights`"),
-        ({"method": "apiq", "schedule": "constant", "final_rate": 0.1}, "`schedule=cosine`"),
+        ({"method": "db-llm", "train_weights": False, "weight_lr": 0.1}, "`train_weights`"),
+        ({"method": "apiq", "schedule": "constant", "final_lr_factor": 0.1}, "`schedule=cosine`"),
         ({"method": "apiq", "saliency": "fisher"}, "`penalty`"),
         ({"method": "ulb-sapr", "penalty": 0, "penalize": "after-adapter"}, "`penalty`"),
         ({"method": "ulb-sapr", "saliency": "fisher", "stages": [{"name": "opt", "epochs": 1}]}, "`penalty`"),
-        ({"method": "db-llm", "accumulation": 2}, "`end_to_end`"),
+        ({"method": "db-llm", "gradient_accumulation": 2}, "`end_to_end`"),
         ({"method": "db-llm", "end_to_end": "ce", "teacher": "cached"}, "`end_to_end=kl`"),
         ({"method": "db-llm", "end_to_end": "kl", "teacher_top_k": 8}, "`teacher=cached`"),
-        ({"method": "db-llm", "granularity": "layer", "norm_rate": 0.1}, "`granularity=block`"),
-        ({"method": "binary-mos", "experts": 1, "router_rate": 0.1}, "`experts` 2 or more"),
+        ({"method": "db-llm", "granularity": "layer", "norm_lr": 0.1}, "`granularity=block`"),
+        ({"method": "binary-mos", "experts": 1, "router_lr": 0.1}, "`experts` 2 or more"),
         ({"method": "ulb-sapr", "penalty": 0.1, "stages": [OPT]}, "a wpt or mixed stage without its own penalty"),
         ({"method": "ulb-sapr", "penalty": 0.1, "stages": [OWN]}, "a wpt or mixed stage without its own penalty"),
         ({"method": "apiq", "saliency": "fisher", "stages": [OPT]}, "`penalty`"),
@@ -110,18 +110,18 @@ def test_what_has_no_meaning_stays_open() -> None:
             {"method": "db-llm", "train_weights": False, "end_to_end": "kl", "end_to_end_train": "all"},
             "`train_weights`",
         ),
-        ({"method": "efficientqat", "train": "grid", "weight_rate": 0.1}, "`train=all`"),
+        ({"method": "efficientqat", "train": "grid", "weight_lr": 0.1}, "`train=all`"),
         ({"method": "efficientqat", "train": "clipping", "end_to_end": "ce", "end_to_end_train": "all"}, "`train=all`"),
-        ({"method": "efficientqat", "train": "weights", "scale_rate": 0.1}, "`train=all`"),
+        ({"method": "efficientqat", "train": "weights", "scale_lr": 0.1}, "`train=all`"),
         ({"method": "db-llm", "end_to_end_gamma": 1}, "`end_to_end=dad`"),
         ({"method": "db-llm", "end_to_end": "kl-hidden", "end_to_end_gamma": 1}, "`end_to_end=dad`"),
         ({"method": "db-llm", "end_to_end": "dad", "end_to_end_hidden_weight": 1}, "`end_to_end=kl-hidden`"),
-        ({"method": "apiq", "train_weights": False, "stages": [{**OPT, "weight_rate": 1}]}, "`train_weights`"),
-        ({"method": "apiq", "adapter": False, "stages": [{**OPT, "adapter_rate": 1}]}, "`adapter`"),
-        ({"method": "db-llm", "stages": [{**OPT, "adapter_decay": 1}]}, "`adapter`"),
-        ({"method": "binary-mos", "experts": 1, "stages": [{**OPT, "router_rate": 1}]}, "`experts` 2 or more"),
+        ({"method": "apiq", "train_weights": False, "stages": [{**OPT, "weight_lr": 1}]}, "`train_weights`"),
+        ({"method": "apiq", "adapter": False, "stages": [{**OPT, "adapter_lr": 1}]}, "`adapter`"),
+        ({"method": "db-llm", "stages": [{**OPT, "adapter_weight_decay": 1}]}, "`adapter`"),
+        ({"method": "binary-mos", "experts": 1, "stages": [{**OPT, "router_lr": 1}]}, "`experts` 2 or more"),
         (
-            {"method": "db-llm", "granularity": "layer", "end_to_end": "ce", "stages": [{**OPT, "norm_rate": 1}]},
+            {"method": "db-llm", "granularity": "layer", "end_to_end": "ce", "stages": [{**OPT, "norm_lr": 1}]},
             "`granularity=block`",
         ),
     ],
@@ -135,13 +135,13 @@ def test_options_that_others_leave_without_a_meaning_are_refused(options: dict[s
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "db-llm", "granularity": "layer", "end_to_end": "ce", "norm_rate": 0.1},
-        {"method": "binary-mos", "experts": 2, "stages": [{**OPT, "router_rate": 1}]},
+        {"method": "db-llm", "granularity": "layer", "end_to_end": "ce", "norm_lr": 0.1},
+        {"method": "binary-mos", "experts": 2, "stages": [{**OPT, "router_lr": 1}]},
         {"method": "ulb-sapr", "penalty": 0.1, "stages": [OPT, {"name": "mixed", "epochs": 1}]},
-        {"method": "db-llm", "adapter": True, "stages": [{**OPT, "adapter_rate": 1, "adapter_decay": 1}]},
+        {"method": "db-llm", "adapter": True, "stages": [{**OPT, "adapter_lr": 1, "adapter_weight_decay": 1}]},
         {"method": "db-llm", "train_weights": False, "end_to_end": "kl", "end_to_end_train": "scales"},
-        {"method": "efficientqat", "train": "weights", "end_to_end": "ce", "scale_rate": 0.1},
-        {"method": "efficientqat", "train": "rounding", "optimizer": "sign", "weight_rate": 0.1},
+        {"method": "efficientqat", "train": "weights", "end_to_end": "ce", "scale_lr": 0.1},
+        {"method": "efficientqat", "train": "rounding", "optimizer": "sign", "weight_lr": 0.1},
     ],
 )
 def test_options_that_do_something_are_taken(options: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ def test_the_settings_of_the_losses_reach_the_phase() -> None:
 @pytest.mark.parametrize(
     ("options", "said", "hint"),
     [
-        ({"method": "db-llm", "stages": [{**OPT, "router_rate": 1}]}, "opt:router-rate` means nothing to", "Leave it"),
+        ({"method": "db-llm", "stages": [{**OPT, "router_lr": 1}]}, "opt:router-lr` means nothing to", "Leave it"),
         ({"method": "ulb-sapr", "stages": [{**OPT, "penalty": 1}]}, "opt:penalty` means nothing", "mixed"),
         ({"method": "rtn", "penalty": 0.1}, "`penalty` means nothing to `method=rtn`", "ulb-sapr"),
         ({"method": "rtn", "calibration": "c4"}, "`calibration` means nothing to `method=rtn`", "db-llm"),
@@ -198,7 +198,7 @@ def test_a_stages_own_lambda_gives_the_penalty_a_meaning() -> None:
 
 
 def test_the_options_reach_the_method() -> None:
-    full = completed(method="apiq", bits=3, group_size=-1, rank=8, dora=True, targets=["q_proj"], weight_rate=0.5)
+    full = completed(method="apiq", bits=3, group_size=-1, rank=8, dora=True, targets=["q_proj"], weight_lr=0.5)
     method = build_method(full)
     assert method.scheme.bits == 3
     assert method.scheme.group_size == -1

@@ -167,8 +167,8 @@ def test_training_brings_the_blocks_closer_than_their_closed_form_start(
 
 
 def test_the_trained_norms_are_stored(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
-    path, _ = quantize(db_llm(tiny_llama, tmp_path / "q", samples, norm_rate=0.05))
-    frozen, _ = quantize(db_llm(tiny_llama, tmp_path / "f", samples, norm_rate=0))
+    path, _ = quantize(db_llm(tiny_llama, tmp_path / "q", samples, norm_lr=0.05))
+    frozen, _ = quantize(db_llm(tiny_llama, tmp_path / "f", samples, norm_lr=0))
     name = "model.layers.1.input_layernorm.weight"
     original = resolve(tiny_llama).read(name).float()
     # Further than the rounding of what is copied.
@@ -225,9 +225,9 @@ def test_the_seed_and_the_options_reach_the_weights(tiny_llama: Path, samples: P
         "frozen": {"train_weights": False},
         "uniform": {"token_weighting": "uniform"},
         "augmented": {"augmented_loss": True},
-        "rate": {"weight_rate": 0.05},
-        "scale rate": {"scale_rate": 0.02},
-        "norm rate": {"norm_rate": 0.01},
+        "rate": {"weight_lr": 0.05},
+        "scale rate": {"scale_lr": 0.02},
+        "norm rate": {"norm_lr": 0.01},
         "clip": {"clip": 1e-3},
         "batch": {"batch_size": 2},
         "seed": {"seed": 1},
@@ -300,7 +300,7 @@ def test_samples_longer_than_the_model_takes_are_no_plan(tiny_llama: Path, sampl
 
 @pytest.mark.parametrize(
     "changes",
-    [{"seed": 2**64}, {"samples": 10**9}, {"weight_rate": torch.inf}, {"clip": torch.inf}, {"norm_rate": torch.nan}],
+    [{"seed": 2**64}, {"samples": 10**9}, {"weight_lr": torch.inf}, {"clip": torch.inf}, {"norm_lr": torch.nan}],
 )
 def test_absurd_numbers_are_no_request(changes: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValidationError):

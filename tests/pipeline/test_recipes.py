@@ -43,7 +43,7 @@ def test_a_shipped_recipe_calls_itself_by_its_files_name(name: str) -> None:
 
 def test_the_published_values_are_in_them() -> None:
     apiq = recipes.request_of({}, recipes.load("apiq-w2"))
-    assert (apiq.rank, apiq.alpha, apiq.adapter_rate, apiq.adapter_decay) == (64, 16, 5e-4, 0.1)
+    assert (apiq.rank, apiq.alpha, apiq.adapter_lr, apiq.adapter_weight_decay) == (64, 16, 5e-4, 0.1)
     assert (apiq.epochs, apiq.batch_size, apiq.samples, apiq.sequence_length) == (20, 1, 128, 2048)
     assert apiq.train_weights is False
     sapr = recipes.request_of({}, recipes.load("ulb-sapr-w2"))
@@ -78,7 +78,7 @@ def test_typed_stages_and_epochs_win_over_the_recipes(tmp_path: Path) -> None:
     assert (request.penalty, request.saliency, request.saliency_power) == (None, None, None)
     check_options(request)
     layers = recipes.request_of({"granularity": "layer"}, sapr)
-    assert layers.norm_rate is None
+    assert layers.norm_lr is None
     check_options(layers)
     frozen = recipes.request_of({"train_weights": False}, recipes.load("binary-mos"))
     assert frozen.end_to_end_train is None

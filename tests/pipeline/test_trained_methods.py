@@ -296,7 +296,7 @@ def test_scores_mean_nothing_to_rounding(scores: Path, tmp_path: Path) -> None:
         ("apiq", {"bits": 1, "symmetric": True, "adapter": False}),
         ("db-llm", {}),
         ("binary-mos", {"experts": 2, "group_size": None}),
-        ("apiq", {"adapter": False, "norm_rate": 0.0}),
+        ("apiq", {"adapter": False, "norm_lr": 0.0}),
     ],
 )
 def test_no_epochs_from_an_artifact_export_it_again(

@@ -103,7 +103,7 @@ def test_vectors_and_norms_train_end_to_end_and_codes_stay(tiny_llama: Path, sam
         ({"target_bits": 2.01}, UsageError, "scales included"),
         ({"saliency": "fisher"}, UsageError, "`target_bits`"),
         ({"target_bits": 3.0, "saliency": "wanda"}, UsageError, "compared by fisher"),
-        ({"scale_rate": 0.1}, UsageError, "`end_to_end`"),
+        ({"scale_lr": 0.1}, UsageError, "`end_to_end`"),
         ({"end_to_end": "ce", "end_to_end_train": "all"}, UsageError, "scales"),
         ({"group_size": 64}, UsageError, "group"),
         ({"bits": 8}, UsageError, "bits"),

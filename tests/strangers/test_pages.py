@@ -117,7 +117,7 @@ def test_the_finetune_page() -> None:
         data={"samples": 1, "sources": ["x"], "taught_tokens": 2, "heldout": 1, "sha256": "0" * 64},
         seconds=1.0,
     )
-    request = {"adapter_rate": 1e-4, "schedule": "cosine", "warmup": 0.1, "batch_size": 1, "micro_batch": 1}
+    request = {"adapter_lr": 1e-4, "schedule": "cosine", "warmup": 0.1, "batch_size": 1, "micro_batch": 1}
     parent = {"kind": "quantized", "name": "base", "path": "p", "sha256": "0"}
     manifest = quantized(finetune=record, request=request, parents=[parent])
 

@@ -68,15 +68,15 @@ def test_errors_of_any_magnitude() -> None:
 def test_rates_beyond_all_are_usage_errors(rate: str, packed: Path, dense: Path, ulbq: Ulbq, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"instruction": "say", "output": "it"}\n' * 8)
     data = ("--data", tmp_path / "rows.jsonl", "--samples", 4, "--sequence-length", 64, "-o", tmp_path / "out")
-    assert "adapter" in ulbq("finetune", packed, "--task", "instructions", "--adapter-rate", rate, *data).refused(2)
-    told = ulbq("quantize", dense, "--method", "efficientqat", "--weight-rate", rate, "-o", tmp_path / "out")
-    assert "weight-rate" in told.refused(2)
+    assert "adapter" in ulbq("finetune", packed, "--task", "instructions", "--adapter-lr", rate, *data).refused(2)
+    told = ulbq("quantize", dense, "--method", "efficientqat", "--weight-lr", rate, "-o", tmp_path / "out")
+    assert "weight-lr" in told.refused(2)
 
 
 def test_a_rate_that_ruins_the_numbers_is_told(packed: Path, ulbq: Ulbq, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"instruction": "say", "output": "it"}\n' * 8)
     data = ("--data", tmp_path / "rows.jsonl", "--samples", 4, "--sequence-length", 64, "-o", tmp_path / "out")
-    ulbq("finetune", packed, "--task", "instructions", "--adapter-rate", "1e9", *data, "-q").refused(5)
+    ulbq("finetune", packed, "--task", "instructions", "--adapter-lr", "1e9", *data, "-q").refused(5)
 
 
 def test_wide_checkpoints_are_stored_in_half_precision(dense: Path, ulbq: Ulbq, tmp_path: Path) -> None:

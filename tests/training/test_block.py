@@ -77,13 +77,13 @@ def test_only_scales_weights_and_norms_move(problem: Any) -> None:
 
 def test_a_norm_rate_of_zero_freezes_the_norms(problem: Any) -> None:
     before = state(problem[0])
-    trainer(problem, norm_rate=0).train(seed=0)
+    trainer(problem, norm_lr=0).train(seed=0)
     assert torch.equal(before["norm.weight"], state(problem[0])["norm.weight"])
 
 
 def test_a_block_that_got_worse_at_every_rate_keeps_its_start(problem: Any) -> None:
     before = state(problem[0])
-    outcome = trainer(problem, weight_rate=1e6, scale_rate=1e6, retries=2, warmup=0).train(seed=0)
+    outcome = trainer(problem, weight_lr=1e6, scale_lr=1e6, retries=2, warmup=0).train(seed=0)
     assert outcome.fallback
     assert outcome.retries == 2
     assert outcome.end_error == outcome.start_error
@@ -91,7 +91,7 @@ def test_a_block_that_got_worse_at_every_rate_keeps_its_start(problem: Any) -> N
 
 
 def test_a_rate_that_is_too_high_is_mended_by_a_lower_one(problem: Any) -> None:
-    outcome = trainer(problem, weight_rate=3.0, scale_rate=1.0, norm_rate=1.0, retries=4).train(seed=0)
+    outcome = trainer(problem, weight_lr=3.0, scale_lr=1.0, norm_lr=1.0, retries=4).train(seed=0)
     assert not outcome.fallback
     assert 1 <= outcome.retries <= 4
     assert outcome.end_error < outcome.start_error
@@ -120,7 +120,7 @@ def test_what_it_reports_is_what_evaluating_again_would(problem: Any, monkeypatc
 
     monkeypatch.setattr(Objective, "validation_output", counted)
     block, data = problem
-    settings = {"weight_rate": 3.0, "scale_rate": 1.0, "norm_rate": 1.0, "patience": 6}
+    settings = {"weight_lr": 3.0, "scale_lr": 1.0, "norm_lr": 1.0, "patience": 6}
     start = Objective(block, data, TrainSettings(batch_size=4), CPU, None)
     wanted = real(start)
     outcome = trainer(problem, retries=4, **settings).train(seed=0)
@@ -166,7 +166,7 @@ def test_the_augmented_loss_pulls_towards_its_own_targets(problem: Any, tmp_path
 
 def test_patience_stops_a_block_that_no_longer_improves(problem: Any) -> None:
     seen: list[float] = []
-    rates = {"weight_rate": 0.3, "scale_rate": 0.2, "final_rate": 1.0}
+    rates = {"weight_lr": 0.3, "scale_lr": 0.2, "final_lr_factor": 1.0}
     trainer(problem, epochs=60, patience=3, retries=0, **rates).train(seed=0, on_epoch=seen.append)
     best = seen.index(min(seen))
     assert len(seen) < 60

@@ -98,7 +98,7 @@ def test_weight_preservation_lowers_the_penalty_and_needs_no_samples(data: Block
     block = quantized(dense_block(), search=False)
     own = penalty(block)
     before = own(layers(block)).item()
-    stage = Stage(name="wpt", epochs=6, penalty=1.0, weight_rate=0.0, scale_rate=0.02)
+    stage = Stage(name="wpt", epochs=6, penalty=1.0, weight_lr=0.0, scale_lr=0.02)
     outcome = BlockTrainer(block, data, SETTINGS, CPU, stages=[stage], penalty=own).train(0)
     assert outcome.steps == 24
     assert own(layers(block)).item() < before
@@ -121,8 +121,8 @@ def test_stages_follow_each_other_with_rates_of_their_own(data: BlockData) -> No
     block = quantized(dense_block(), rank=4, search=False)
     before = {name: p.detach().clone() for name, p in block.named_parameters()}
     stages = [
-        Stage(name="wpt", epochs=1, penalty=1.0, weight_rate=0, scale_rate=0.01, norm_rate=0, adapter_rate=0),
-        Stage(name="opt", epochs=2, weight_rate=0, scale_rate=0, norm_rate=0, adapter_rate=0.01),
+        Stage(name="wpt", epochs=1, penalty=1.0, weight_lr=0, scale_lr=0.01, norm_lr=0, adapter_lr=0),
+        Stage(name="opt", epochs=2, weight_lr=0, scale_lr=0, norm_lr=0, adapter_lr=0.01),
     ]
     outcome = BlockTrainer(block, data, SETTINGS, CPU, stages=stages, penalty=penalty(block)).train(0)
     assert outcome.steps == 12
@@ -145,7 +145,7 @@ def test_the_reported_error_is_that_of_the_block_behind_its_last_stage(
 
 def test_a_rate_of_zero_everywhere_changes_nothing(data: BlockData) -> None:
     block = quantized(dense_block())
-    settings = SETTINGS.model_copy(update={"weight_rate": 0.0, "scale_rate": 0.0, "norm_rate": 0.0})
+    settings = SETTINGS.model_copy(update={"weight_lr": 0.0, "scale_lr": 0.0, "norm_lr": 0.0})
     outcome = BlockTrainer(block, data, settings, CPU).train(0)
     assert outcome.steps == 0
     assert outcome.end_error == outcome.start_error
@@ -153,7 +153,7 @@ def test_a_rate_of_zero_everywhere_changes_nothing(data: BlockData) -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_lowers_the_error_beyond_what_frozen_weights_reach(data: BlockData, dora: bool) -> None:
-    settings = SETTINGS.model_copy(update={"epochs": 8, "weight_rate": 0.0, "adapter_rate": 0.02})
+    settings = SETTINGS.model_copy(update={"epochs": 8, "weight_lr": 0.0, "adapter_lr": 0.02})
     alone = BlockTrainer(quantized(dense_block()), data, settings, CPU).train(0).end_error
     adapted = BlockTrainer(quantized(dense_block(), rank=8, dora=dora), data, settings, CPU).train(0).end_error
     assert adapted < 0.95 * alone
@@ -162,7 +162,7 @@ def test_an_adapter_lowers_the_error_beyond_what_frozen_weights_reach(data: Bloc
 def test_steps_without_the_adapter_keep_the_base_usable(data: BlockData) -> None:
     def base_error(share: float) -> float:
         block = quantized(dense_block(), rank=16)
-        settings = SETTINGS.model_copy(update={"epochs": 10, "adapter_rate": 0.05, "base_share": share})
+        settings = SETTINGS.model_copy(update={"epochs": 10, "adapter_lr": 0.05, "base_share": share})
         BlockTrainer(block, data, settings, CPU).train(0)
         for layer in layers(block).values():
             layer.adapted = False
@@ -306,7 +306,7 @@ def test_layers_that_only_some_samples_call_are_refused(calls: tuple[bool, bool]
 def test_a_penalty_that_reaches_nothing_that_trains_leaves_the_block(data: BlockData) -> None:
     block = quantized(dense_block(), rank=4)
     own = penalty(block)
-    stage = Stage(name="wpt", epochs=2, penalty=1.0, weight_rate=0, scale_rate=0, norm_rate=0.01, adapter_rate=0.01)
+    stage = Stage(name="wpt", epochs=2, penalty=1.0, weight_lr=0, scale_lr=0, norm_lr=0.01, adapter_lr=0.01)
     outcome = BlockTrainer(block, data, SETTINGS, CPU, stages=[stage], penalty=own).train(0)
     assert outcome.steps == 0
     without = BlockTrainer(block, data, SETTINGS, CPU, stages=[Stage(name="wpt", epochs=2)]).train(0)

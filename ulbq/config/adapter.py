@@ -2,21 +2,17 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
-
-from ulbq.config.options import ADAPTER, Count, Layers, Option, Part, Positive
+from ulbq.config.options import ADAPTER, Count, Layers, Option, Part, Positive, Settings
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class AdapterForm(BaseModel):
+class AdapterForm(Settings):
     """What fixes an adapter's shape and its training.
 
     ``targets`` are last parts of layers' names (``q_proj``) or more of them (``mlp.up_proj``), as in peft's
     ``target_modules``.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: Annotated[Count, Option("Of the adapter.", ADAPTER, "N", planned=True)] = 64
     alpha: Annotated[Positive, Option("The adapter is scaled by alpha / rank.", ADAPTER, "X")] = 16.0

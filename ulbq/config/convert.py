@@ -3,9 +3,7 @@
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from ulbq.config.options import Option
+from ulbq.config.options import Option, Settings
 from ulbq.config.run import DtypeName, Force, Offline, Out, Verify
 
 TARGETS: dict[str, str] = {
@@ -37,10 +35,8 @@ else:
     TargetName, EngineName = Literal[*TARGETS], Literal[*ENGINES]
 
 
-class ConvertRequest(BaseModel):
+class ConvertRequest(Settings):
     """A conversion; without a source, of the newest artifact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str | None = None
     to: Annotated[

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import BeforeValidator, Field, ValidationInfo
 
-from ulbq.config.options import HOW, MEASURE, Option
+from ulbq.config.options import HOW, MEASURE, Option, Settings
 from ulbq.config.run import (
     DataDir,
     Device,
@@ -42,15 +42,13 @@ def _read_names(given: object, info: ValidationInfo) -> object:
 _Names = Annotated[tuple[str, ...], BeforeValidator(_read_names)]
 
 
-class EvaluateRequest(BaseModel):
+class EvaluateRequest(Settings):
     """An evaluation of one or more models.
 
     Attributes:
         sources: models; also finished evaluations, whose scores are taken over where the protocol is the same.
         seed: of text that a parent writes itself.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sources: tuple[str, ...] = Field(min_length=1)
     perplexity: Annotated[

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import Field, create_model
 
 from ulbq.config.adapter import LAYERS, AdapterConfig
 from ulbq.config.finetuning import PHASE_OPTIONS, FinetuneForm, Loss, Trained, TrainedBeside
@@ -17,6 +17,7 @@ from ulbq.config.options import (
     Option,
     Part,
     Positive,
+    Settings,
     Texts,
     left_open,
     options,
@@ -35,7 +36,7 @@ from ulbq.config.run import (
     Template,
 )
 
-HELDOUT = 64
+VALIDATION = 64
 """Examples that are held out where nobody says how many; fewer where few are asked for."""
 
 NOT_IN_FINGERPRINT = frozenset({"source", "out", "force", "offline", "data_dir", "device", "recipe", "save_every"})
@@ -88,8 +89,9 @@ class FinetuneRequest(FinetuneForm):
         Count | None,
         Option("Training samples.", LEARN, "N", default="all; of end-to-end the preset's", primary=True),
     ] = None
-    heldout: Annotated[
-        Count | None, Option("Samples that are held out and measured.", LEARN, "N", default="64, or 1/8")
+    validation_samples: Annotated[
+        Count | None,
+        Option("Samples that are held out and measured.", LEARN, "N", default="64, or 1/8", formerly=("heldout",)),
     ] = None
     sequence_length: Annotated[
         int, Field(ge=2, le=MOST), Option("Tokens a sample.", LEARN, "N", default="the task's", primary=True)
@@ -145,9 +147,9 @@ class FinetuneRequest(FinetuneForm):
     @property
     def held_out(self) -> int:
         """How many examples are held out."""
-        if self.heldout is not None:
-            return self.heldout
-        return HELDOUT if self.samples is None else min(HELDOUT, max(2, self.samples // 8))
+        if self.validation_samples is not None:
+            return self.validation_samples
+        return VALIDATION if self.samples is None else min(VALIDATION, max(2, self.samples // 8))
 
     def new_adapter(self) -> AdapterConfig:
         """Form of a new adapter."""
@@ -155,7 +157,7 @@ class FinetuneRequest(FinetuneForm):
         return AdapterConfig(**{name: value for name, value in given.items() if value is not None})
 
 
-class _EndToEnd(BaseModel):
+class _EndToEnd(Settings):
     """What end-to-end training calls otherwise than a quantization run, or takes other values for."""
 
     loss: Annotated[
@@ -172,14 +174,17 @@ class _EndToEnd(BaseModel):
 
 
 OF_END_TO_END = {
-    **{name: PHASE_OPTIONS[name] for name in ("loss", "rate", "zero_rate", "dad_gamma", "hidden_weight")},
-    **{name: name for name in ("preset", "accumulation", "final_rate", "base_share", "teacher", "teacher_top_k")},
-    **{name: name for name in ("weight_rate", "norm_rate", "router_rate", "activation_memory")},
+    **{name: PHASE_OPTIONS[name] for name in ("loss", "lr_factor", "zero_lr", "dad_gamma", "hidden_weight")},
+    **{
+        name: name
+        for name in ("preset", "gradient_accumulation", "final_lr_factor", "base_share", "teacher", "teacher_top_k")
+    },
+    **{name: name for name in ("weight_lr", "norm_lr", "router_lr", "activation_memory")},
 }
 """What means nothing to a task: fields of a quantization run, by what they are called here."""
 OF_TASKS = frozenset(
     {
-        *("heldout", "micro_batch", "eval_every", "save_every"),
+        *("validation_samples", "micro_batch", "eval_every", "save_every"),
         *("fresh", "rank", "alpha", "dora", "targets"),
     }
 )
@@ -200,5 +205,5 @@ def _asked() -> dict[str, Any]:
     return {name: left_open(field) for name, field in fields.items()}
 
 
-FinetuneOptions: Any = create_model("FinetuneOptions", __config__=ConfigDict(extra="forbid"), **_asked())
+FinetuneOptions: Any = create_model("FinetuneOptions", __base__=Settings, **_asked())
 """What can be typed, for a task or for end-to-end training; None for what was not."""

@@ -3,9 +3,9 @@
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from ulbq.config.options import HOW, RATES, Count, Number, Option, Part, Positive, Share
+from ulbq.config.options import HOW, RATES, Count, Number, Option, Part, Positive, Settings, Share
 from ulbq.config.run import Checkpointing
 from ulbq.config.training import Role
 from ulbq.errors import UsageError
@@ -26,10 +26,10 @@ _ROLES: dict[Trained | TrainedBeside, tuple[Role, ...]] = {
 }
 
 
-class FinetuneForm(BaseModel):
+class FinetuneForm(Settings):
     """What both doors to the training of a whole model ask for, with the defaults of a task."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     epochs: Annotated[
         Count,
@@ -45,23 +45,40 @@ class FinetuneForm(BaseModel):
     clip: Annotated[
         Number, Option("Largest gradient norm; 0 for none.", HOW, "X", default="the task's; of end-to-end 1")
     ] = 1
-    adapter_rate: Annotated[
+    adapter_lr: Annotated[
         Positive,
-        Option("Learning rate of the adapter.", RATES, "X", default="the task's; of end-to-end 0.005", primary=True),
+        Option(
+            "Learning rate of the adapter.",
+            RATES,
+            "X",
+            default="the task's; of end-to-end 0.005",
+            primary=True,
+            formerly=("adapter_rate",),
+        ),
     ] = 3e-4
-    adapter_decay: Annotated[
-        Number, Option("Weight decay of the adapter.", RATES, "X", default="the task's; of end-to-end 0")
+    adapter_weight_decay: Annotated[
+        Number,
+        Option(
+            "Weight decay of the adapter.",
+            RATES,
+            "X",
+            default="the task's; of end-to-end 0",
+            formerly=("adapter_decay",),
+        ),
     ] = 0
-    scale_rate: Annotated[
+    scale_lr: Annotated[
         Positive,
         Option(
             "Learning rate of scales, in shares of themselves.",
             RATES,
             "X",
             default="0.001; of end-to-end 0.005, of binary-mos 0.03",
+            formerly=("scale_rate",),
         ),
     ] = 1e-3
-    scale_decay: Annotated[Number, Option("Weight decay of scales.", RATES, "X", default="0")] = 0
+    scale_weight_decay: Annotated[
+        Number, Option("Weight decay of scales.", RATES, "X", default="0", formerly=("scale_decay",))
+    ] = 0
     schedule: Annotated[
         Schedule,
         Option("How the rates fall.", RATES, default="the task's; of end-to-end cosine"),
@@ -84,9 +101,9 @@ class FinetuneSettings(FinetuneForm):
             zero points too; ``all`` with weights.
         tokens_at_once: as many examples run at once as so many tokens hold, if these are fewer than ``micro_batch``;
             None for no such limit.
-        rate: factor of all learning rates.
-        zero_rate: learning rate of zero points, in grid steps, before ``rate``.
-        final_rate: share of the rates that a cosine of end-to-end training leaves.
+        lr_factor: of all learning rates.
+        zero_lr: learning rate of zero points, in grid steps, before ``lr_factor``.
+        final_lr_factor: share of the learning rates that a cosine of end-to-end training leaves.
         base_share: share of the steps without adapters.
         teacher: ``streamed`` runs for every batch, ``cached`` keeps its ``teacher_top_k`` best guesses of each token.
         dad_gamma: exponent of the entropies in ``dad``.
@@ -99,14 +116,14 @@ class FinetuneSettings(FinetuneForm):
     loss: Loss = "ce"
     train: Trained | TrainedBeside = "adapter"
     tokens_at_once: Count | None = None
-    rate: Number = 1.0
-    adapter_rate: Number = 0.0
-    scale_rate: Number = 0.0
-    weight_rate: Number = 0.0
-    zero_rate: Number = 0.0
-    norm_rate: Number = 0.0
-    router_rate: Number = 0.0
-    final_rate: Share = 0.0
+    lr_factor: Number = 1.0
+    adapter_lr: Number = 0.0
+    scale_lr: Number = 0.0
+    weight_lr: Number = 0.0
+    zero_lr: Number = 0.0
+    norm_lr: Number = 0.0
+    router_lr: Number = 0.0
+    final_lr_factor: Share = 0.0
     base_share: Part = 0.0
     teacher: TeacherKind = "streamed"
     teacher_top_k: Count = 64
@@ -142,25 +159,30 @@ class FinetuneSettings(FinetuneForm):
     def learning_rates(self) -> dict[Role, float]:
         """Learning rates of the roles that train."""
         rates: dict[Role, float] = {
-            "weights": self.weight_rate,
-            "scales": self.scale_rate,
-            "norms": self.norm_rate,
-            "adapter": self.adapter_rate,
-            "magnitudes": self.adapter_rate,
-            "router": self.router_rate,
-            "zeros": self.zero_rate,
+            "weights": self.weight_lr,
+            "scales": self.scale_lr,
+            "norms": self.norm_lr,
+            "adapter": self.adapter_lr,
+            "magnitudes": self.adapter_lr,
+            "router": self.router_lr,
+            "zeros": self.zero_lr,
         }
-        return {role: self.rate * rate for role, rate in rates.items() if rate and role in _ROLES[self.train]}
+        return {role: self.lr_factor * rate for role, rate in rates.items() if rate and role in _ROLES[self.train]}
 
     def weight_decays(self) -> dict[Role, float]:
         """Decoupled weight decays by role, towards 0; 0 where a role is not named."""
-        return {"scales": self.scale_decay, "adapter": self.adapter_decay}
+        return {"scales": self.scale_weight_decay, "adapter": self.adapter_weight_decay}
 
 
 PHASE_OPTIONS = {
-    **{"loss": "end_to_end", "epochs": "end_to_end_epochs", "rate": "end_to_end_rate", "train": "end_to_end_train"},
-    **{"zero_rate": "end_to_end_zero_rate", "dad_gamma": "end_to_end_gamma"},
+    **{
+        "loss": "end_to_end",
+        "epochs": "end_to_end_epochs",
+        "lr_factor": "end_to_end_lr_factor",
+        "train": "end_to_end_train",
+    },
+    **{"zero_lr": "end_to_end_zero_lr", "dad_gamma": "end_to_end_gamma"},
     **{"hidden_weight": "end_to_end_hidden_weight"},
-    **dict.fromkeys(("batch_size", "micro_batch"), "accumulation"),
+    **dict.fromkeys(("batch_size", "micro_batch"), "gradient_accumulation"),
 }
 """Settings that a quantization run, whose blocks have their own, calls otherwise."""

@@ -2,13 +2,13 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from ulbq.config.options import HOW, SAMPLING, SAY, Option
+from ulbq.config.options import HOW, SAMPLING, SAY, Option, Settings
 from ulbq.config.run import Device, DtypeName, Offline, PrefillCache, Seed, Verify
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Settings):
     """One prompt to go on from.
 
     Repetitions are divided down as by Keskar et al. (2019, https://arxiv.org/abs/1909.05858). Small models of few bits
@@ -19,7 +19,7 @@ class GenerateRequest(BaseModel):
         prompt: the text.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     source: str | None = None
     prompt: str

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from ulbq.config.adapter import AdapterConfig, AdapterForm
 from ulbq.config.finetuning import PHASE_OPTIONS, FinetuneSettings, Loss, TeacherKind, Trained
@@ -26,6 +26,7 @@ from ulbq.config.options import (
     Number,
     Option,
     Positive,
+    Settings,
     Share,
 )
 from ulbq.config.run import DATA_SETS, Template
@@ -49,7 +50,7 @@ MOST_OUTLIER_BITS = 0.25
 """A weight: what all candidates for outliers take that a look at a matrix keeps."""
 
 
-class MethodOptions(BaseModel):
+class MethodOptions(Settings):
     """What every method's ``Options`` is made of. Building one raises UsageError where values do not go together.
 
     Attributes:
@@ -58,7 +59,7 @@ class MethodOptions(BaseModel):
         preset_epochs: whether a preset's epochs are meant for the method, which otherwise trains only when told to.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     calibrated: ClassVar[bool] = True
     grouped: ClassVar[bool] = True
@@ -311,7 +312,7 @@ class ExpertOptions(BitsOptions):
     @classmethod
     def taken(cls) -> frozenset[str]:
         """Names of the options that mean something to the method."""
-        return super().taken() | {"router_rate"}
+        return super().taken() | {"router_lr"}
 
 
 class TrainOptions(TrainSettings, MethodOptions):
@@ -320,7 +321,7 @@ class TrainOptions(TrainSettings, MethodOptions):
     @classmethod
     def taken(cls) -> frozenset[str]:
         """Names of the options that mean something to the method."""
-        return super().taken() - {"router_rate"}
+        return super().taken() - {"router_lr"}
 
     def settings(self) -> TrainSettings:
         """The settings alone."""
@@ -328,7 +329,7 @@ class TrainOptions(TrainSettings, MethodOptions):
 
     def idle(self) -> dict[str, str]:
         """Constant rates leave nothing."""
-        return super().idle() | ({"final_rate": "`schedule=cosine`"} if self.schedule == "constant" else {})
+        return super().idle() | ({"final_lr_factor": "`schedule=cosine`"} if self.schedule == "constant" else {})
 
 
 class AdapterOptions(AdapterForm, MethodOptions):
@@ -348,7 +349,7 @@ class AdapterOptions(AdapterForm, MethodOptions):
         """An adapter that is not there has neither a form nor rates."""
         if self.adapter:
             return super().idle()
-        names = (*AdapterConfig.model_fields, "adapter_rate", "adapter_decay", "base_share", "penalize")
+        names = (*AdapterConfig.model_fields, "adapter_lr", "adapter_weight_decay", "base_share", "penalize")
         return super().idle() | dict.fromkeys(names, "`adapter`")
 
 
@@ -384,7 +385,7 @@ class StageOptions(SaliencyOptions):
     stages: Annotated[
         Stages,
         Option(
-            "A stage of the training, as in wpt:epochs=5,scale-rate=0.01; repeat for the next: wpt (weights alone), "
+            "A stage of the training, as in wpt:epochs=5,scale-lr=0.01; repeat for the next: wpt (weights alone), "
             f"mixed, opt (outputs alone). Keys: {', '.join(STAGE_KEYS)}.",
             STAGES,
             "STAGE:epochs=N…",
@@ -451,7 +452,7 @@ class StageOptions(SaliencyOptions):
 class EndToEndOptions(MethodOptions):
     """Of the training of the whole model after its blocks.
 
-    ``end_to_end_rate`` of 0.4 in steps of 2 samples was the best of five settings for two epochs of ``kl`` on 16
+    ``end_to_end_lr_factor`` of 0.4 in steps of 2 samples was the best of five settings for two epochs of ``kl`` on 16
     samples.
     """
 
@@ -496,7 +497,15 @@ class EndToEndOptions(MethodOptions):
         ),
     ] = None
     end_to_end_epochs: Annotated[Count, Option("Passes over the samples.", END_TO_END, "N", planned=True)] = 1
-    end_to_end_rate: Annotated[Positive, Option("Rates, as a share of those of the blocks.", END_TO_END, "X")] = 0.4
+    end_to_end_lr_factor: Annotated[
+        Positive,
+        Option(
+            "Learning rates, as a share of those of the blocks.",
+            END_TO_END,
+            "X",
+            formerly=("end_to_end_rate", "rate"),
+        ),
+    ] = 0.4
     end_to_end_train: Annotated[
         Trained,
         Option(
@@ -505,14 +514,22 @@ class EndToEndOptions(MethodOptions):
             planned=True,
         ),
     ] = "scales"
-    end_to_end_zero_rate: Annotated[
+    end_to_end_zero_lr: Annotated[
         Number,
-        Option("Learning rate of zero points (scales-zeros), in grid steps.", END_TO_END, "X", flag="--zero-rate"),
+        Option(
+            "Learning rate of zero points (scales-zeros), in grid steps.",
+            END_TO_END,
+            "X",
+            flag="--zero-lr",
+            formerly=("end_to_end_zero_rate", "zero_rate"),
+        ),
     ] = 0.1
     checkpointing: Annotated[
         bool, Option("Run each block again for its gradients, or keep all that they need in memory.", END_TO_END)
     ] = True
-    accumulation: Annotated[Count, Option("Samples a step.", END_TO_END, "N", planned=True)] = 2
+    gradient_accumulation: Annotated[
+        Count, Option("Samples a step.", END_TO_END, "N", planned=True, formerly=("accumulation",))
+    ] = 2
     teacher: Annotated[TeacherKind, Option("Run the teacher beside, or keep its best guesses on disk.", END_TO_END)] = (
         "streamed"
     )
@@ -544,7 +561,7 @@ class EndToEndOptions(MethodOptions):
         if loss == "none" or self.end_to_end_data is None:
             off["end_to_end_template"] = "`end_to_end_data`"
         if loss == "none" or self.end_to_end_train != "scales-zeros":
-            off["end_to_end_zero_rate"] = "`end_to_end_train=scales-zeros`"
+            off["end_to_end_zero_lr"] = "`end_to_end_train=scales-zeros`"
         if loss != "dad":
             off["end_to_end_gamma"] = "`end_to_end=dad`"
         if loss != "kl-hidden":
@@ -562,8 +579,8 @@ class EndToEndOptions(MethodOptions):
 
 
 _OF_THE_PHASE = (
-    *("end_to_end_data", "end_to_end_epochs", "end_to_end_rate", "end_to_end_train", "end_to_end_samples"),
-    *("accumulation", "checkpointing", "teacher", "teacher_top_k"),
+    *("end_to_end_data", "end_to_end_epochs", "end_to_end_lr_factor", "end_to_end_train", "end_to_end_samples"),
+    *("gradient_accumulation", "checkpointing", "teacher", "teacher_top_k"),
 )
 
 
@@ -573,7 +590,7 @@ class TrainedOptions(EndToEndOptions, StageOptions, GranularityOptions, AdapterO
     def idle(self) -> dict[str, str]:
         """Layers that learn their own outputs leave norms as they are, unless something behind them trains those."""
         layers = self.granularity == "layer" and self.end_to_end == "none"
-        return super().idle() | ({"norm_rate": "`granularity=block`"} if layers else {})
+        return super().idle() | ({"norm_lr": "`granularity=block`"} if layers else {})
 
     @model_validator(mode="after")
     def _refuse_what_does_nothing_in_a_stage(self) -> Self:
@@ -606,7 +623,7 @@ class WeightOptions(TrainedOptions):
         """Weights that are frozen have no rate, and do not train end to end."""
         off = super().idle()
         if not self.train_weights:
-            off["weight_rate"] = "`train_weights`"
+            off["weight_lr"] = "`train_weights`"
             if self.end_to_end_train == "all":
                 off["end_to_end_train"] = "`train_weights`"
         return off
@@ -644,7 +661,7 @@ class ApiQOptions(WeightOptions, AffineOptions):
 
     adapter: bool = True
     batch_size: Count = 2
-    weight_rate: Number = 0.02
+    weight_lr: Number = 0.02
 
 
 class UlbSaprOptions(ApiQOptions):
@@ -667,13 +684,13 @@ class BinaryMosOptions(ExpertOptions, WeightOptions):
     (``benchmarks/sweep.py mos``).
     """
 
-    weight_rate: Number = 0.09
-    scale_rate: Number = 0.03
-    end_to_end_rate: Positive = 0.1
+    weight_lr: Number = 0.09
+    scale_lr: Number = 0.03
+    end_to_end_lr_factor: Positive = 0.1
 
     def idle(self) -> dict[str, str]:
         """One expert needs no router."""
-        return super().idle() | ({"router_rate": "`experts` 2 or more"} if self.experts == 1 else {})
+        return super().idle() | ({"router_lr": "`experts` 2 or more"} if self.experts == 1 else {})
 
 
 class EfficientQatOptions(TrainedOptions, AffineOptions):
@@ -694,12 +711,13 @@ class EfficientQatOptions(TrainedOptions, AffineOptions):
             TRAINING,
         ),
     ] = "all"
-    rate_unit: Annotated[
+    lr_unit: Annotated[
         RateUnit,
         Option(
             "What rates of weights and scales count in: grid steps, or the weight's own unit as published "
             "(efficientqat).",
             TRAINING,
+            formerly=("rate_unit",),
         ),
     ] = "step"
 
@@ -712,11 +730,11 @@ class EfficientQatOptions(TrainedOptions, AffineOptions):
         """What does not train has no rate."""
         off = super().idle()
         if not self.train_weights:
-            off["weight_rate"] = "`train=all`"
+            off["weight_lr"] = "`train=all`"
             if self.end_to_end_train == "all":
                 off["end_to_end_train"] = "`train=all`"
         if self.train == "weights" and self.end_to_end == "none":
-            off |= dict.fromkeys(("scale_rate", "scale_decay"), "`train=all`")
+            off |= dict.fromkeys(("scale_lr", "scale_weight_decay"), "`train=all`")
         return off
 
 
@@ -738,7 +756,7 @@ class TrellisOptions(EndToEndOptions, RateSettings, BudgetOptions, SaliencyOptio
         if self.end_to_end == "none":
             off |= dict.fromkeys(RateSettings.model_fields, "`end_to_end`")
         elif self.schedule == "constant":
-            off["final_rate"] = "`schedule=cosine`"
+            off["final_lr_factor"] = "`schedule=cosine`"
         return off
 
     @model_validator(mode="after")
@@ -753,8 +771,8 @@ class TrellisOptions(EndToEndOptions, RateSettings, BudgetOptions, SaliencyOptio
 
 
 _OF_TRAINING = (
-    *("train_weights", "weight_rate", "scale_rate", "norm_rate", "adapter_rate", "scale_decay"),
-    *("adapter_decay", "schedule", "warmup", "final_rate", "clip", "patience", "retries", "optimizer"),
+    *("train_weights", "weight_lr", "scale_lr", "norm_lr", "adapter_lr", "scale_weight_decay"),
+    *("adapter_weight_decay", "schedule", "warmup", "final_lr_factor", "clip", "patience", "retries", "optimizer"),
     *("augmented_loss", "sliced_wasserstein", "granularity", "base_share", "penalty", "adapter"),
 )
 

@@ -6,13 +6,14 @@ is all that the option ``--rank`` takes. Messages of the library name fields, as
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from ulbq import limits
@@ -50,6 +51,8 @@ class Option:
         primary: whether the short help shows it.
         repeated: whether it is given once for every element.
         planned: whether the plan of a run tells it though nobody changed it.
+        formerly: names that the field had: they are still read in recipes, in requests on disk and by ``--set``, and
+            typed as flags, but shown nowhere.
     """
 
     help: str
@@ -61,6 +64,36 @@ class Option:
     primary: bool = False
     repeated: bool = False
     planned: bool = False
+    formerly: tuple[str, ...] = ()
+
+
+class Settings(BaseModel):
+    """Values that are asked for, whose fields may be given by the names that they had before."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_the_names_of_today(cls, data: Any) -> Any:
+        return renamed(cls, data) if isinstance(data, dict) else data
+
+
+@cache
+def former_names(settings: type[BaseModel]) -> Mapping[str, str]:
+    """What is called otherwise today, by the names of before."""
+    return {old: name for name, _, option in options(settings) for old in option.formerly}
+
+
+def renamed(settings: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names that fields have today. Raises UsageError where one is given by two of its names."""
+    names = former_names(settings)
+    found: dict[str, Any] = {}
+    for given, value in values.items():
+        name = names.get(given, given)
+        if name in found or (name != given and name in values):
+            raise UsageError(f"`{name}` is given twice, once as '{given}', its former name.", hint="Leave one out.")
+        found[name] = value
+    return found
 
 
 def options(settings: type[BaseModel]) -> Iterator[tuple[str, FieldInfo, Option]]:
@@ -91,14 +124,16 @@ def typed(name: str, option: Option, *, switch: bool) -> tuple[str, ...]:
 
 
 def bare(field: FieldInfo) -> tuple[Any, list[Any]]:
-    """A field's type without ``None`` and metadata, and the metadata."""
+    """A field's type without ``None`` and metadata, and the metadata; of a choice of types their union."""
     kind, metadata = field.annotation, list(field.metadata)
     while get_origin(kind) in (Annotated, Union, UnionType):
         if get_origin(kind) is Annotated:
             kind, *more = get_args(kind)
             metadata += more
         else:
-            [kind] = [arm for arm in get_args(kind) if arm is not NoneType]
+            kind, *others = [arm for arm in get_args(kind) if arm is not NoneType]
+            if others:
+                return Union[kind, *others], metadata
     return kind, metadata
 
 

@@ -5,7 +5,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ulbq.config.methods import METHOD_OPTIONS, EndToEndOptions, MethodOptions, TrainOptions, method_options
-from ulbq.config.options import CALIBRATION, END_TO_END, FORMAT, MOST, Count, Option, Texts, left_open, options, words
+from ulbq.config.options import (
+    CALIBRATION,
+    END_TO_END,
+    FORMAT,
+    MOST,
+    Count,
+    Option,
+    Settings,
+    Texts,
+    left_open,
+    options,
+    words,
+)
 from ulbq.config.run import (
     TEXTS,
     ActivationMemory,
@@ -58,10 +70,8 @@ PRESETS: dict[PresetName, Preset] = {
 }
 
 
-class _OfAll(BaseModel):
+class _OfAll(Settings):
     """What every method takes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str | None = None
     method: Annotated[

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from ulbq.config.options import CALIBRATION, COMPUTE, MOST, Count, Option
+from ulbq.config.options import CALIBRATION, COMPUTE, MOST, Count, Option, Settings
 from ulbq.config.quantize import Calibration
 from ulbq.config.run import ActivationMemory, DataDir, Device, Force, Offline, Out, Precision, Seed
 
@@ -12,14 +12,12 @@ SaliencyKind = Literal["fisher", "gradient", "hessian", "wanda", "magnitude"]
 SaliencyDtype = Literal["bf16", "fp16"]
 
 
-class SaliencyRequest(BaseModel):
+class SaliencyRequest(Settings):
     """A saliency run. None means: as the kind or the machine has it.
 
     Attributes:
         source: as given; None for the default model.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str | None = None
     kind: Annotated[

@@ -1,11 +1,12 @@
 """Training in stages: each weighs the block's output and the preservation of salient weights in its own way."""
 
 import difflib
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from ulbq.config.options import Number
+from ulbq.config.options import Number, Settings, former_names, renamed
+from ulbq.config.training import TrainSettings
 from ulbq.errors import UsageError
 
 StageName = Literal["wpt", "mixed", "opt"]
@@ -14,7 +15,7 @@ _WEIGHTS: dict[StageName, tuple[float, bool]] = {"wpt": (0.0, True), "mixed": (1
 """Weight of the output loss, and whether the penalty counts (ULB-SAPR's three stages)."""
 
 
-class Stage(BaseModel):
+class Stage(Settings):
     """One stage of a block's training. Rates and decays that are None are the run's.
 
     Attributes:
@@ -22,21 +23,24 @@ class Stage(BaseModel):
             loss alone).
         epochs: passes over the samples.
         penalty: λ of this stage; None for the run's. Means nothing to ``opt``.
-        weight_rate … router_rate: as :class:`~ulbq.config.training.TrainSettings` has them; 0 freezes the role.
+        weight_lr … router_lr: as :class:`~ulbq.config.training.TrainSettings` has them; 0 freezes the role.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: StageName = "opt"
     epochs: int = Field(ge=0)
     penalty: Number | None = None
-    weight_rate: Number | None = None
-    scale_rate: Number | None = None
-    norm_rate: Number | None = None
-    adapter_rate: Number | None = None
-    router_rate: Number | None = None
-    scale_decay: Number | None = None
-    adapter_decay: Number | None = None
+    weight_lr: Number | None = None
+    scale_lr: Number | None = None
+    norm_lr: Number | None = None
+    adapter_lr: Number | None = None
+    router_lr: Number | None = None
+    scale_weight_decay: Number | None = None
+    adapter_weight_decay: Number | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_the_names_of_training(cls, data: Any) -> Any:
+        return renamed(TrainSettings, data) if isinstance(data, dict) else data
 
     def __str__(self) -> str:
         """As it is typed."""
@@ -60,7 +64,7 @@ STAGE_KEYS = tuple(name.replace("_", "-") for name in Stage.model_fields if name
 
 
 def read_stage(text: object) -> object:
-    """Fields of ``wpt:epochs=15,scale-rate=0.01``; what is no text stays.
+    """Fields of ``wpt:epochs=15,scale-lr=0.01``; what is no text stays.
 
     Raises:
         UsageError: an unknown stage or key, a value that is no number, or no epochs.
@@ -73,11 +77,12 @@ def read_stage(text: object) -> object:
     stage: dict[str, object] = {"name": name}
     for setting in filter(None, settings.split(",")):
         key, _, value = (part.strip() for part in setting.partition("="))
-        if key not in STAGE_KEYS:
+        field = key.replace("-", "_")
+        field = former_names(TrainSettings).get(field, field)
+        if field.replace("_", "-") not in STAGE_KEYS:
             close = difflib.get_close_matches(key, STAGE_KEYS, n=1)
             hint = f"Did you mean {close[0]}?" if close else f"Keys: {', '.join(STAGE_KEYS)}."
             raise UsageError(f"`stages={text}`: a stage has no '{key}'.", hint=hint)
-        field = key.replace("-", "_")
         if field in stage:
             raise UsageError(f"`stages={text}`: '{key}' stands there twice.", hint="Leave one out.")
         stage[field] = _number(text, key, value)

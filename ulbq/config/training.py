@@ -3,9 +3,9 @@
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from ulbq.config.options import ADAPTER, MOST, TRAINING, Count, Number, Option, Part, Share
+from ulbq.config.options import ADAPTER, MOST, TRAINING, Count, Number, Option, Part, Settings, Share
 
 Role = Literal["weights", "scales", "zeros", "norms", "adapter", "magnitudes", "router"]
 """What parameters are for; each role has a rate of its own. Magnitudes are DoRA's, where they have one."""
@@ -26,29 +26,34 @@ class TokenWeighting(StrEnum):
     UNIFORM = "uniform"
 
 
-class TokenSettings(BaseModel):
+class TokenSettings(Settings):
     """How much each token counts, in output losses and second moments."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     token_weighting: Annotated[
         TokenWeighting, Option("Count each token by its relative error, or all by plain squared error.", TRAINING)
     ] = TokenWeighting.ENERGY
 
 
-class RateSettings(BaseModel):
+class RateSettings(Settings):
     """Rates of what stands beside the weights, and how all rates go. Rates of 0 freeze their role."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    scale_rate: Annotated[
-        Number, Option("Learning rate of scales and clip ends, relative to the grid step.", TRAINING, "X")
+    scale_lr: Annotated[
+        Number,
+        Option(
+            "Learning rate of scales and clip ends, relative to the grid step.", TRAINING, "X", formerly=("scale_rate",)
+        ),
     ] = 0.005
-    norm_rate: Annotated[Number, Option("Learning rate of the norm weights; 0 freezes them.", TRAINING, "X")] = 2e-3
-    scale_decay: Annotated[Number, Option("Weight decay of scales and clip ends.", TRAINING, "X")] = 0.0
+    norm_lr: Annotated[
+        Number, Option("Learning rate of the norm weights; 0 freezes them.", TRAINING, "X", formerly=("norm_rate",))
+    ] = 2e-3
+    scale_weight_decay: Annotated[
+        Number, Option("Weight decay of scales and clip ends.", TRAINING, "X", formerly=("scale_decay",))
+    ] = 0.0
     schedule: Annotated[Literal["cosine", "constant"], Option("Whether the rates fall.", TRAINING)] = "cosine"
     warmup: Annotated[Part, Option("Share of the steps with rising rates.", TRAINING, "X")] = 0.05
-    final_rate: Annotated[Share, Option("Share of the rates that the cosine leaves.", TRAINING, "X")] = 0.05
+    final_lr_factor: Annotated[
+        Share, Option("Share of the learning rates that the cosine leaves.", TRAINING, "X", formerly=("final_rate",))
+    ] = 0.05
     clip: Annotated[Number, Option("Largest gradient norm; 0 for none.", TRAINING, "X")] = 1.0
 
 
@@ -70,10 +75,18 @@ class TrainSettings(RateSettings, TokenSettings):
         ),
     ] = None
     optimizer: Annotated[OptimizerKind, Option("AdamW, or descent by the gradients' signs.", TRAINING)] = "adamw"
-    weight_rate: Annotated[Number, Option("Learning rate of the weights, in grid steps.", TRAINING, "X")] = 0.015
-    adapter_rate: Annotated[Number, Option("Learning rate of the adapter.", ADAPTER, "X")] = 5e-3
-    router_rate: Annotated[Number, Option("Learning rate of the router (binary-mos).", TRAINING, "X")] = 0.03
-    adapter_decay: Annotated[Number, Option("Weight decay of the adapter.", ADAPTER, "X")] = 0.0
+    weight_lr: Annotated[
+        Number, Option("Learning rate of the weights, in grid steps.", TRAINING, "X", formerly=("weight_rate",))
+    ] = 0.015
+    adapter_lr: Annotated[Number, Option("Learning rate of the adapter.", ADAPTER, "X", formerly=("adapter_rate",))] = (
+        5e-3
+    )
+    router_lr: Annotated[
+        Number, Option("Learning rate of the router (binary-mos).", TRAINING, "X", formerly=("router_rate",))
+    ] = 0.03
+    adapter_weight_decay: Annotated[
+        Number, Option("Weight decay of the adapter.", ADAPTER, "X", formerly=("adapter_decay",))
+    ] = 0.0
     augmented_loss: Annotated[
         bool, Option("Also match the full-precision block on the quantized stream.", TRAINING)
     ] = False
@@ -93,13 +106,13 @@ class TrainSettings(RateSettings, TokenSettings):
     def learning_rates(self) -> dict[Role, float]:
         """Learning rates by role: AdamW moves a weight about as many grid steps in an update."""
         return {
-            "weights": self.weight_rate,
-            "scales": self.scale_rate,
-            "norms": self.norm_rate,
-            "adapter": self.adapter_rate,
-            "router": self.router_rate,
+            "weights": self.weight_lr,
+            "scales": self.scale_lr,
+            "norms": self.norm_lr,
+            "adapter": self.adapter_lr,
+            "router": self.router_lr,
         }
 
     def weight_decays(self) -> dict[Role, float]:
         """Decoupled weight decays by role, towards 0; 0 where a role is not named."""
-        return {"scales": self.scale_decay, "adapter": self.adapter_decay}
+        return {"scales": self.scale_weight_decay, "adapter": self.adapter_weight_decay}

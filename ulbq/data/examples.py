@@ -247,7 +247,7 @@ def _draw(
         raise InputError(
             f"'{spec}' holds {len(drawn)} examples, not {least}{left_out}.",
             hint=(
-                f"Of those asked for, {heldout} are held out. Ask for fewer with `samples` and `heldout`"
+                f"Of those asked for, {heldout} are held out. Ask for fewer with `samples` and `validation_samples`"
                 if heldout
                 else "Ask for fewer samples, or give more examples"
             )
@@ -297,7 +297,7 @@ def _blocks(
         raise InputError(
             f"'{spec}' holds {len(train)} blocks of {length} tokens to train on and {len(held)} to hold out, "
             f"not {least} and {heldout}.",
-            hint="Ask for fewer with `samples` and `heldout`, or for a smaller `sequence_length`.",
+            hint="Ask for fewer with `samples` and `validation_samples`, or for a smaller `sequence_length`.",
         )
     return ExampleSet((spec,), None, tuple(train[:samples]), tuple(held), seed)
 

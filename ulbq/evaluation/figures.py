@@ -93,12 +93,7 @@ def block_figure(blocks: Mapping[str, Sequence[BlockRecord]], styles: Mapping[st
     drawing = Drawing(_WIDTH, 280, "Output error of each block before and after training")
     across = Scale(0, max(last, 1), (64, _WIDTH - _RIGHT), ticks=min(max(last, 1), 15))
     up = Scale(min(errors), max(errors), (232, 20), log=True)
-    for tick in up.ticks:
-        drawing.line((64, up(tick)), (_WIDTH - _RIGHT, up(tick)), "grid")
-        drawing.text(56, up(tick) + 4, number(tick), style="muted", anchor="end")
-    for tick in across.ticks:
-        drawing.text(across(tick), 252, number(tick), style="muted", anchor="middle")
-    drawing.text((64 + _WIDTH - _RIGHT) / 2, 274, "block", style="muted", anchor="middle")
+    drawing.axes(across, up, "block")
     for name, records in trained.items():
         usable = [record for record in records if len(_errors(record)) == 2]
         drawing.path([(across(r.index), up(r.start_error)) for r in usable], f"curve dashed {styles[name]}")
@@ -120,23 +115,40 @@ def layer_figure(layers: Sequence[LayerRecord], span: tuple[float, float]) -> Ma
     cells = {place: layer for layer in layers if (place := _place(layer.name))}
     if not cells:
         return None
+    low, high = span
+    shares = {place: (layer.error - low) / (high - low) if high > low else 1.0 for place, layer in cells.items()}
+    return heat_map(
+        {place: (shares[place], f"{layer.name}: {layer.error:.4f}") for place, layer in cells.items()},
+        "Relative squared error of each layer's weights",
+        f"{number(low)} to {number(high)} of the weights' squared norm",
+    )
+
+
+def heat_map(cells: Mapping[tuple[str, int], tuple[float, str]], title: str, span: str) -> Markup:
+    """A map of kinds of layers by blocks.
+
+    Args:
+        cells: of each kind and block how full its colour is, from 0 to 1, and a hint.
+        title: of the drawing.
+        span: what the faintest and the fullest colour stand for.
+    """
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     blocks = sorted({block for _, block in cells})
     left = 16 + max(map(len, kinds)) * _CHARACTER
     width = min((_WIDTH - _RIGHT - left) / len(blocks), 48.0)
-    low, high = span
-    drawing = Drawing(_WIDTH, 62 + len(kinds) * 22, "Relative squared error of each layer's weights")
-    for (kind, block), layer in cells.items():
+    drawing = Drawing(_WIDTH, 62 + len(kinds) * 22, title)
+    for (kind, block), (share, hint) in cells.items():
         corner = (left + blocks.index(block) * width + 1, 8 + kinds.index(kind) * 22 + 1)
-        share = (layer.error - low) / (high - low) if high > low else 1.0
-        drawing.box(corner, (width - 2, 20), "heat", hint=f"{layer.name}: {layer.error:.4f}", opacity=_shade(share))
+        drawing.box(corner, (width - 2, 20), "heat", hint=hint, opacity=_shade(share))
     for row, kind in enumerate(kinds):
         drawing.text(left - 8, 8 + row * 22 + 15, kind, anchor="end")
     below = 8 + len(kinds) * 22
     every = 1 + len(blocks) // 20
     for column, block in enumerate(blocks[::every]):
         drawing.text(left + (column * every + 0.5) * width, below + 16, str(block), style="muted", anchor="middle")
-    _heat_legend(drawing, (left, below + 34), span)
+    for step in range(24):
+        drawing.box((left + step * 5, below + 25), (5, 10), "heat", opacity=_shade(step / 23), radius=0)
+    drawing.text(left + 128, below + 34, span, style="muted")
     return drawing.markup()
 
 
@@ -208,12 +220,5 @@ def _place(name: str) -> tuple[str, int] | None:
 
 
 def _shade(share: float) -> float:
-    """Opacity of the map's colour for a place between the least (0) and the largest error (1)."""
+    """Opacity of a map's colour for a place between the least (0) and the largest value (1)."""
     return 0.08 + 0.92 * share
-
-
-def _heat_legend(drawing: Drawing, corner: tuple[float, float], span: tuple[float, float]) -> None:
-    x, y = corner
-    for step in range(24):
-        drawing.box((x + step * 5, y - 9), (5, 10), "heat", opacity=_shade(step / 23), radius=0)
-    drawing.text(x + 128, y, f"{number(span[0])} to {number(span[1])} of the weights' squared norm", style="muted")

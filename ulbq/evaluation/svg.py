@@ -1,7 +1,7 @@
 """A few primitives to draw figures as inline SVG. Colours are CSS classes, so that a page's theme decides them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup, escape
 
@@ -76,6 +76,21 @@ class Drawing:
         place = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": f"{radius:g}"}
         self._parts.append(element("circle", *_hint(hint), **place, class_=style))
 
+    def axes(self, across: "Scale", up: "Scale", label: str, *, told: Callable[[float], str] | None = None) -> None:
+        """A grid with the numbers of both scales; those along the bottom are whole, with a label below.
+
+        Args:
+            told: writes the upward scale's numbers out; None for :func:`number`.
+        """
+        (left, right), (bottom, _) = across.pixels, up.pixels
+        for tick in up.ticks:
+            self.line((left, up(tick)), (right, up(tick)), "grid")
+            self.text(left - 8, up(tick) + 4, (told or number)(tick), style="muted", anchor="end")
+        for tick in across.ticks:
+            if tick == int(tick):
+                self.text(across(tick), bottom + 18, number(tick), style="muted", anchor="middle")
+        self.text((left + right) / 2, bottom + 40, label, style="muted", anchor="middle")
+
     def markup(self) -> Markup:
         """The drawing as inline SVG."""
         frame = f"0 0 {self.width:g} {self.height:g}"
@@ -90,6 +105,7 @@ class Scale:
     """Maps values onto pixels, linearly or by their logarithm.
 
     Attributes:
+        pixels: where it begins and ends.
         ticks: round values within the range.
     """
 
@@ -100,12 +116,13 @@ class Scale:
             low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
         self._log = log
         self._low, self._high = self._at(low), self._at(high)
-        self._from, self._to = pixels
+        self.pixels = pixels
         self.ticks = _log_ticks(low, high, ticks) if log else _linear_ticks(low, high, ticks)
 
     def __call__(self, value: float) -> float:
         share = (self._at(value) - self._low) / (self._high - self._low)
-        return self._from + share * (self._to - self._from)
+        start, end = self.pixels
+        return start + share * (end - start)
 
     def _at(self, value: float) -> float:
         return math.log(value) if self._log else value

@@ -3,7 +3,7 @@
 *Block-AP*: weights, scales, zero points and norms of a block learn the output of its full-precision self. *E2E-QP*:
 codes and zero points are fixed, and the scales of all blocks learn the text (``--end-to-end ce``) or the model's own
 predictions. Beyond the paper the start is searched or solved instead of min-max, tokens count by their relative error,
-and rates are relative to the grid; ``--start min-max --train all --rate-unit weight --token-weighting uniform`` is what
+and rates are relative to the grid; ``--start min-max --train all --lr-unit weight --token-weighting uniform`` is what
 the paper does, and the recipes ``efficientqat-w2`` … ``-w4`` have the rest of it.
 """
 
@@ -52,7 +52,7 @@ class EfficientQat:
     def __init__(self, scheme: AffineScheme, options: EfficientQatOptions) -> None:
         self.scheme = scheme
         self.options = options
-        self._form = dataclasses.replace(_FORMS[options.train], unit=options.rate_unit)
+        self._form = dataclasses.replace(_FORMS[options.train], unit=options.lr_unit)
         self._training = BlockTraining(
             options,
             scheme,

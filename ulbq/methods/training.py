@@ -63,7 +63,7 @@ class BlockTraining:
     def _copies(self) -> int:
         """Copies of a block's weights: as read and as latents; of what trains gradients, moments and two snapshots."""
         options = self._options
-        trained = options.train_weights and (options.stages or (options.epochs and options.weight_rate))
+        trained = options.train_weights and (options.stages or (options.epochs and options.weight_lr))
         return 2 + (1 + 2 * (options.optimizer == "adamw") + 2 if trained else 0)
 
     def quantize(self, task: BlockTask, make: MakeQuantizer | None = None) -> BlockResult:

@@ -178,7 +178,7 @@ def _record(phase: _Phase, last: TrainerCheckpoint) -> EndToEndRecord:
     best, error = last.best
     if last.failed:
         epoch = math.ceil(last.step / steps_an_epoch)
-        phase.progress.warn(f"The end-to-end training diverged in epoch {epoch}: try a lower `end_to_end_rate`.")
+        phase.progress.warn(f"The end-to-end training diverged in epoch {epoch}: try a lower `end_to_end_lr_factor`.")
     if not best:
         phase.progress.warn("The end-to-end training did not improve the model: the blocks' result stays.")
     return EndToEndRecord(

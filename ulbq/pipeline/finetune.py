@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ulbq.artifacts.manifest import QuantizedManifest
-from ulbq.config.finetune import END_TO_END_NAMES, OF_END_TO_END, OF_TASKS
+from ulbq.config.finetune import END_TO_END_NAMES, OF_END_TO_END, OF_TASKS, FinetuneOptions
+from ulbq.config.options import renamed
 from ulbq.config.quantize import QuantizeRequest, takes
 from ulbq.errors import InputError, UsageError
 from ulbq.methods import METHODS
@@ -19,7 +20,7 @@ from ulbq.progress import Progress
 from ulbq.quantizers.trainable import TRAINABLE
 
 END_TO_END = "end-to-end"
-_INSTEAD = {"rate": "`adapter_rate`", "accumulation": "`batch_size`", "loss": "the answers' cross-entropy"}
+_INSTEAD = {"lr_factor": "`adapter_lr`", "gradient_accumulation": "`batch_size`", "loss": "the answers' cross-entropy"}
 
 
 def prepare(source: str, task: str, options: Mapping[str, Any], progress: Progress) -> FinetuneJob | QuantizeRequest:
@@ -34,7 +35,7 @@ def prepare(source: str, task: str, options: Mapping[str, Any], progress: Progre
     Raises:
         UsageError, InputError, ResourceError: as :func:`~ulbq.pipeline.finetune_plan.prepare`.
     """
-    whole = task == END_TO_END
+    options, whole = renamed(FinetuneOptions, options), task == END_TO_END
     idle = next((name for name in options if name in (OF_TASKS if whole else OF_END_TO_END)), None)
     if idle is not None:
         hint = f"It takes {_INSTEAD[idle]}." if not whole and idle in _INSTEAD else "Leave it out."
@@ -50,8 +51,10 @@ def prepare(source: str, task: str, options: Mapping[str, Any], progress: Progre
         raise UsageError(f"`train={options['train']}` is not for `task={END_TO_END}`.", hint="Take scales, say.")
     if options.get("schedule") == "linear":
         raise UsageError(f"`schedule=linear` is not for `task={END_TO_END}`.", hint="Take cosine or constant.")
-    if {"accumulation", "batch_size"} <= options.keys():
-        raise UsageError(f"`accumulation` and `batch_size` are one setting of `task={END_TO_END}`.", hint="Give one.")
+    if {"gradient_accumulation", "batch_size"} <= options.keys():
+        raise UsageError(
+            f"`gradient_accumulation` and `batch_size` are one setting of `task={END_TO_END}`.", hint="Give one."
+        )
     named = {END_TO_END_NAMES.get(name, name): value for name, value in options.items()}
     return end_to_end_request(source, {"end_to_end": "ce", **named})
 

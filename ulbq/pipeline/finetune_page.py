@@ -54,13 +54,7 @@ def _curves(record: FinetuneRecord) -> Markup:
     across = Scale(0, max(record.steps, 1), (_LEFT, _WIDTH - _RIGHT), ticks=8)
     up = Scale(min(values), max(values), (_HEIGHT - _BOTTOM, _TOP))
     drawing = Drawing(_WIDTH, _HEIGHT, "Loss by step")
-    for tick in up.ticks:
-        drawing.line((_LEFT, up(tick)), (_WIDTH - _RIGHT, up(tick)), "grid")
-        drawing.text(_LEFT - 8, up(tick) + 4, number(tick), style="muted", anchor="end")
-    for tick in across.ticks:
-        if tick == int(tick):
-            drawing.text(across(tick), _HEIGHT - _BOTTOM + 18, number(tick), style="muted", anchor="middle")
-    drawing.text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "step", style="muted", anchor="middle")
+    drawing.axes(across, up, "step")
     placed = [(across(step), up(loss)) for step, loss in training]
     drawing.path(placed, "faded curve")
     drawing.path([(across(step), up(loss)) for step, loss in _smoothed(training)], "s0 curve")
@@ -84,12 +78,12 @@ def _smoothed(points: Points) -> Points:
 def _rows(manifest: QuantizedManifest, record: FinetuneRecord) -> dict[str, str]:
     request = manifest.request
     adapter = "the artifact's own adapter went on" if record.start == "trained" else "a new adapter"
-    scales = f", scales {request['scale_rate']:g}" if record.train == "adapter-scales" else ""
+    scales = f", scales {request['scale_lr']:g}" if record.train == "adapter-scales" else ""
     return {
         "base": manifest.parents[-1].name,
         "trained": f"{record.train}, {record.parameters:,} parameters; {adapter}",
         "layout": record.template or "plain text",
-        "rates": f"adapter {request['adapter_rate']:g}{scales}, {request['schedule']}, warm-up {request['warmup']:g}",
+        "rates": f"adapter {request['adapter_lr']:g}{scales}, {request['schedule']}, warm-up {request['warmup']:g}",
         "samples a step": f"{request['batch_size']}, {request['micro_batch']} at once",
         "bits per weight": f"{manifest.bits.bits_per_weight:.3f}, the adapter included",
         "device": manifest.device,

@@ -92,7 +92,7 @@ def finetune(
         if record.end_loss >= record.start_loss:
             progress.warn(
                 f"Held-out answers did not gain: loss {record.start_loss:.4f} before, {record.end_loss:.4f} after. "
-                "Try a lower `adapter_rate`, fewer `epochs` or more samples."
+                "Try a lower `adapter_lr`, fewer `epochs` or more samples."
             )
         manifest = distributed.on_main(write_artifact, job, writer, adapter, form, packed, record, watch)
         warned = (*job.manifest.warnings, *progress.warnings)
@@ -177,7 +177,7 @@ def _train(job: FinetuneJob, trainer: Trainer, writer: ArtifactWriter, progress:
         if checkpoint.failed:
             raise NumericsError(
                 f"The {checkpoint.failed} is not finite in step {checkpoint.step} of the fine-tuning.",
-                hint="Try a lower `adapter_rate`, a longer `warmup` or `precision=fp32`, with another `out`.",
+                hint="Try a lower `adapter_lr`, a longer `warmup` or `precision=fp32`, with another `out`.",
             )
         note(writer, checkpoint, files)
 
@@ -197,7 +197,7 @@ def _measure(trainer: Trainer, progress: Progress) -> float:
 def _not_finite() -> NumericsError:
     return NumericsError(
         "The loss of the held-out answers is not finite.",
-        hint="Look at the artifact with 'ulbq eval'; or try a lower `adapter_rate`.",
+        hint="Look at the artifact with 'ulbq eval'; or try a lower `adapter_lr`.",
     )
 
 

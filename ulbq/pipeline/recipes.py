@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ulbq.config.options import renamed
 from ulbq.config.quantize import Preset, QuantizeRequest, idle
 from ulbq.config.run import RecipeRecord
 from ulbq.errors import InputError, UsageError
@@ -54,6 +55,7 @@ def load(given: str) -> Recipe:
     hint = f"{_nearest(given, names())} See 'ulbq quantize --list-recipes', or name a .yaml file.".strip()
     content, sha256 = read_recipe("recipe", given, _folder(), required=frozenset({"options"}), hint=hint)
     _refuse_unknown(given, "key", content, {"name", "description", "source", "options"})
+    content["options"] = renamed(QuantizeRequest, content["options"])
     _refuse_unknown(given, "option", content["options"], OPTIONS)
     if "method" not in content["options"]:
         raise InputError(f"Recipe '{given}' names no method.", hint="Add 'method: …' to its options.")
@@ -77,7 +79,7 @@ def request_of(given: Mapping[str, Any], recipe: Recipe | None) -> QuantizeReque
         given: fields of the request; None for what was not given.
         recipe: what fills in the rest; None for no recipe.
     """
-    explicit = {name: value for name, value in given.items() if value is not None}
+    explicit = renamed(QuantizeRequest, {name: value for name, value in given.items() if value is not None})
     if recipe is None:
         return QuantizeRequest.model_validate(explicit)
     replaced = {name for given, names in _REPLACES.items() if given in explicit for name in names}

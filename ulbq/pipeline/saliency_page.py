@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from markupsafe import Markup
 
 from ulbq.artifacts import SaliencyLayer, SaliencyManifest
+from ulbq.evaluation.figures import heat_map
 from ulbq.evaluation.page import render
-from ulbq.evaluation.svg import Drawing, Scale, number
+from ulbq.evaluation.svg import Drawing, Scale
 from ulbq.sensitivity import KINDS
 
 _WIDTH = 800.0
 _RIGHT = 24.0
-_CHARACTER = 6.6  # pixels, of the labels' 12-pixel type; errs on the wide side
 _LEVELS = 16
 _TOPS = {"10": "s0", "1": "s1", "0.1": "s2"}
 
@@ -51,28 +51,17 @@ def _values(manifest: SaliencyManifest) -> list[tuple[str, str]]:
 
 def _map(layers: Sequence[SaliencyLayer]) -> Markup:
     """Mean score of every layer, projections by blocks."""
-    kinds, blocks = projections(layers), sorted({layer.block for layer in layers})
-    left = 16 + max(map(len, kinds)) * _CHARACTER
-    width = min((_WIDTH - _RIGHT - left) / len(blocks), 48.0)
     means = [layer.mean for layer in layers if layer.mean > 0]
     low, high = (math.log(min(means)), math.log(max(means))) if means else (0.0, 0.0)
-    drawing = Drawing(_WIDTH, 62 + len(kinds) * 22, "Mean score of each layer's weights")
-    for layer in layers:
-        corner = (left + blocks.index(layer.block) * width + 1, 8 + kinds.index(layer.projection) * 22 + 1)
-        share = (math.log(layer.mean) - low) / (high - low) if layer.mean > 0 and high > low else 0.0
-        hint = f"{layer.name}: mean {layer.mean:.3g}"
-        drawing.box(corner, (width - 2, 20), "heat", hint=hint, opacity=0.06 + 0.94 * share)
-    for row, kind in enumerate(kinds):
-        drawing.text(left - 8, 8 + row * 22 + 15, kind, anchor="end")
-    below = 8 + len(kinds) * 22
-    every = 1 + len(blocks) // 20
-    for column, block in enumerate(blocks[::every]):
-        drawing.text(left + (column * every + 0.5) * width, below + 16, str(block), style="muted", anchor="middle")
-    for step in range(24):
-        drawing.box((left + step * 5, below + 25), (5, 10), "heat", opacity=0.06 + 0.94 * step / 23, radius=0)
+    cells = {
+        (layer.projection, layer.block): (
+            (math.log(layer.mean) - low) / (high - low) if layer.mean > 0 and high > low else 0.0,
+            f"{layer.name}: mean {layer.mean:.3g}",
+        )
+        for layer in layers
+    }
     span = f"{min(means):.2g} to {max(means):.2g}" if means else "0"
-    drawing.text(left + 128, below + 34, f"{span} a weight", style="muted")
-    return drawing.markup()
+    return heat_map(cells, "Mean score of each layer's weights", f"{span} a weight")
 
 
 def _concentration(layers: Sequence[SaliencyLayer]) -> Markup:
@@ -82,12 +71,7 @@ def _concentration(layers: Sequence[SaliencyLayer]) -> Markup:
     across = Scale(0, max(blocks[-1], 1), (56, _WIDTH - _RIGHT), ticks=min(max(blocks[-1], 1), 15))
     up = Scale(0, 1, (200, 16))
     drawing = Drawing(_WIDTH, 246, "Share of the total held by the top weights, by block")
-    for tick in up.ticks:
-        drawing.line((56, up(tick)), (_WIDTH - _RIGHT, up(tick)), "grid")
-        drawing.text(48, up(tick) + 4, f"{tick:.0%}", style="muted", anchor="end")
-    for tick in across.ticks:
-        drawing.text(across(tick), 218, number(tick), style="muted", anchor="middle")
-    drawing.text((56 + _WIDTH - _RIGHT) / 2, 240, "block", style="muted", anchor="middle")
+    drawing.axes(across, up, "block", told="{:.0%}".format)
     for name, style in _TOPS.items():
         points = [(across(b), up(sum(top[name] for top in tops) / len(tops))) for b, tops in rows.items()]
         drawing.path(points, f"curve {style}")

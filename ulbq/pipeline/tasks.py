@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from ulbq.config.finetune import FinetuneRequest
 from ulbq.config.finetuning import FinetuneForm, FinetuneSettings
+from ulbq.config.options import renamed
 from ulbq.config.run import RecipeRecord
 from ulbq.errors import InputError, UsageError
 from ulbq.pipeline.recipe_files import Recipe, read_recipe, shipped_names
@@ -38,6 +39,7 @@ def load_task(given: str) -> Recipe:
     )
     required = frozenset({"name", "description", "source", "options"})
     content, sha256 = read_recipe("task", given, _folder(), required=required, hint=hint)
+    content["options"] = renamed(FinetuneRequest, content["options"])
     unknown = sorted(map(str, content["options"].keys() - (FinetuneRequest.model_fields.keys() - _OF_ONE_RUN)))
     if unknown:
         raise UsageError(f"Task '{given}' has an unknown option '{unknown[0]}'.", hint="Mend the file.")
@@ -58,7 +60,7 @@ def request_of(source: str, task: Recipe, given: Mapping[str, Any], *, adapted: 
     Raises:
         UsageError: values that do not go together, or the form of an adapter that is there already.
     """
-    explicit = {name: value for name, value in given.items() if value is not None}
+    explicit = renamed(FinetuneRequest, {name: value for name, value in given.items() if value is not None})
     fresh = bool(explicit.get("fresh"))
     if fresh and not adapted:
         raise UsageError("`fresh`: the artifact has no adapter to leave behind.", hint="Leave it out.")
@@ -84,7 +86,7 @@ def request_of(source: str, task: Recipe, given: Mapping[str, Any], *, adapted: 
         ) from error
     if request.data is None:
         raise UsageError(f"Task '{task.name}' has no data of its own.", hint="Name it with `data=FILE` or a Hub id.")
-    idle = sorted({"scale_rate", "scale_decay"} & explicit.keys())
+    idle = sorted({"scale_lr", "scale_weight_decay"} & explicit.keys())
     if request.train != "adapter-scales" and idle:
         raise UsageError(f"`{idle[0]}` means nothing where no scales train.", hint="Add `train=adapter-scales`.")
     if request.batch_size % request.micro_batch:

@@ -222,7 +222,7 @@ class BinaryMosQuantizer(Quantizer):
         if not math.isfinite(difference) or difference > _ROUNDING:
             raise NumericsError(
                 f"The packed layer '{linear}' answers otherwise than the trained one, by {difference:.3g} of its size.",
-                hint="Lower `router_rate` and `scale_rate`: float16 does not hold what they led to.",
+                hint="Lower `router_lr` and `scale_lr`: float16 does not hold what they led to.",
             )
 
     @classmethod

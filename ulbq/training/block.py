@@ -172,8 +172,8 @@ class BlockTrainer:
         decays = self._settings.weight_decays()
         for role, rate in self._settings.learning_rates().items():
             singular = _SINGULAR[role]
-            rate = own.get(f"{singular}_rate", rate)
-            decay = own.get(f"{singular}_decay", decays.get(role, 0.0))
+            rate = own.get(f"{singular}_lr", rate)
+            decay = own.get(f"{singular}_weight_decay", decays.get(role, 0.0))
             parameters = self._roles.get(role, [])
             for parameter in parameters:
                 parameter.requires_grad_(rate > 0)

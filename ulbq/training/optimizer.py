@@ -83,7 +83,7 @@ def lr_factor(settings: TrainSettings | FinetuneSettings, steps: int) -> Callabl
         if settings.schedule == "constant":
             return rising
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
-        return rising * (settings.final_rate + (1 - settings.final_rate) * cosine)
+        return rising * (settings.final_lr_factor + (1 - settings.final_lr_factor) * cosine)
 
     return factor
 

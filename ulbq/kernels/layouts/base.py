@@ -8,6 +8,7 @@ import torch
 from ulbq import formats
 from ulbq.formats import AnyScheme
 from ulbq.kernels import ops
+from ulbq.kernels.ops.dense import Dense
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -74,10 +75,10 @@ class Layout:
         self, scheme: AnyScheme, tensors: Tensors, out_features: int, in_features: int, dtype: torch.dtype
     ) -> torch.Tensor:
         """What :func:`ulbq.formats.matrix` gives of the stored tensors."""
-        make = ops.MATRICES.get(scheme.format)
-        if self.form != "planes" and make is not None:
-            device = next(iter(tensors.values())).device
-            return make(scheme, self.form, tensors, out_features, in_features).dense(dtype, device)
+        if self.form != "planes" and scheme.format in ops.linear.OPERANDS:
+            packed = ops.linear.matrix(scheme, self.form, tensors, out_features, in_features)
+            if isinstance(packed, Dense):
+                return packed.dense(dtype, next(iter(tensors.values())).device)
         stored = self.unpack(scheme, tensors, out_features, in_features)
         return formats.matrix(scheme, stored, in_features, dtype)
 

@@ -6,20 +6,13 @@ import torch
 
 from ulbq import formats
 from ulbq.formats import AnyScheme
-from ulbq.kernels.ops import affine, binary_mos, codebook, dual_binary, trellis
-from ulbq.kernels.ops.dense import Matrix
+from ulbq.kernels.ops import binary_mos, linear
 
 PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {
-    "affine": affine.multiply,
+    **dict.fromkeys(linear.OPERANDS, linear.multiply),
     "binary_mos": binary_mos.multiply,
-    "codebook": codebook.multiply,
-    "dual_binary": dual_binary.multiply,
-    "trellis": trellis.multiply,
 }
 """By format; one that is not here is multiplied by its dense weight."""
-
-MATRICES: dict[str, Callable[..., Matrix]] = {"affine": affine.matrix_of, "dual_binary": dual_binary.matrix_of}
-"""By format, where products take parts of a dense weight."""
 
 
 def multiply(

@@ -6,7 +6,7 @@ import torch
 
 from ulbq.formats import BinaryMosScheme, binary_mos
 from ulbq.kernels import triton_launch
-from ulbq.kernels.ops.dense import PREFIXES
+from ulbq.kernels.ops.dense import named
 
 
 @torch.library.custom_op("ulbq::binary_mos_linear", mutates_args=())
@@ -22,7 +22,7 @@ def binary_mos_linear(
 ) -> torch.Tensor:
     """``((x ⊙ s_in(x)) · (B + z)ᵀ) ⊙ s_out(x)`` with the signs in words, gates and scales fused into the kernels.
 
-    It has no gradient: where one is asked for, the layer is composed of :func:`affine_linear` and torch's operators.
+    It has no gradient: where one is asked for, the layer is composed of ``packed_linear`` and torch's operators.
 
     Args:
         x: ``[..., in]`` float16, bfloat16 or float32.
@@ -59,10 +59,12 @@ def multiply(
         return fused
     inner, outer = binary_mos.mixed_scales(x, tensors["in_scales"], tensors["out_scales"], tensors.get("router"))
     scaled = x * inner
-    codes, unit = tensors[PREFIXES[form] + "codes"], tensors.get(PREFIXES[form] + "scales")
+    codes, unit = (tensors.get(name) for name in named(form, "codes", "scales"))
     if unit is None:  # as stored: a sign is 2 · (code − 1/2)
         unit = torch.full((out_features, 1), 2.0, dtype=torch.float16, device=x.device)
-    product: torch.Tensor = torch.ops.ulbq.affine_linear(scaled, codes, unit, None, out_features, 1, -1, form)
+    product: torch.Tensor = torch.ops.ulbq.packed_linear(
+        scaled, [codes, unit], [1, -1, 0], "affine", form, out_features
+    )
     if scheme.zeros == "output":
         product = product + scaled.sum(-1, keepdim=True) * tensors["zeros"].to(x.dtype)
     elif scheme.zeros == "input":

@@ -1,7 +1,7 @@
-"""What the operators of affine codes and of bit planes share: a matrix in one of the forms, and products with it.
+"""What affine codes and bit planes share: a matrix in one of the forms, and products with it.
 
 A matrix comes in one of three forms: ``planes`` are the tensors as artifacts store them, on any device; ``tiles`` are
-those of :mod:`ulbq.kernels.tiles`, for the CPU; ``words`` those of :mod:`ulbq.kernels.words`, for GPUs. No operator
+those of :mod:`ulbq.kernels.tiles`, for the CPU; ``words`` those of :mod:`ulbq.kernels.words`, for GPUs. No product
 keeps a dense weight, or makes more of it at a time than a slab: some outputs.
 """
 
@@ -15,11 +15,15 @@ from ulbq.kernels import tiles, triton_launch, words
 
 Slabs = Iterator[tuple[slice, torch.Tensor]]
 
-PREFIXES = {"planes": "", "tiles": "tiled_", "words": "word_"}
-"""Of the names of codes, scales and zero points in each form."""
+_PREFIXES = {"planes": "", "tiles": "tiled_", "words": "word_"}
 
 
-class Matrix(NamedTuple):
+def named(form: str, *names: str) -> tuple[str, ...]:
+    """Names of codes, scales and zero points in a form."""
+    return tuple(f"{_PREFIXES[form]}{name}" for name in names)
+
+
+class Dense(NamedTuple):
     """A matrix ``[out, in]``.
 
     Attributes:
@@ -34,29 +38,25 @@ class Matrix(NamedTuple):
     tiled: tuple[dict[str, torch.Tensor], tiles.Shape] | None = None
     part: triton_launch.Part | None = None
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., out]`` of inputs ``[..., in]``, in their dtype."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.tiled is not None and len(rows) <= tiles.most_rows(x.dtype):
-            result = tiles.multiply(rows, *self.tiled)
-        elif self.part is not None and x.dtype in triton_launch.FLOATS:
-            result = triton_launch.multiply(rows, [self.part], self.out_features)
-        else:
-            result = rows.new_empty(len(rows), self.out_features)
-            for part, weight in self.slabs(x.dtype):
-                result[:, part] = torch.nn.functional.linear(rows, weight)
-        return result.view(*x.shape[:-1], self.out_features)
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[n, out]`` of inputs ``[n, in]``, in their dtype."""
+        if self.tiled is not None and len(rows) <= tiles.most_rows(rows.dtype):
+            return tiles.multiply(rows, *self.tiled)
+        if self.part is not None and rows.dtype in triton_launch.FLOATS:
+            return triton_launch.multiply(rows, [self.part], self.out_features)
+        result = rows.new_empty(len(rows), self.out_features)
+        for part, weight in self.slabs(rows.dtype):
+            result[:, part] = torch.nn.functional.linear(rows, weight)
+        return result
 
-    def input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` of the gradient ``[..., out]``: summed over slabs in float32, or what is wider."""
-        rows = grad.reshape(-1, grad.shape[-1])
-        if self.part is not None and grad.dtype in triton_launch.FLOATS:
-            total = triton_launch.input_gradient(rows, [self.part], self.in_features)
-        else:
-            total = rows.new_zeros(len(rows), self.in_features, dtype=torch.promote_types(torch.float32, grad.dtype))
-            for part, weight in self.slabs(grad.dtype):
-                total += rows[:, part] @ weight
-        return total.to(grad.dtype).view(*grad.shape[:-1], self.in_features)
+    def input_gradient(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[n, in]`` of the gradient ``[n, out]``: summed over slabs in float32, or what is wider."""
+        if self.part is not None and rows.dtype in triton_launch.FLOATS:
+            return triton_launch.input_gradient(rows, [self.part], self.in_features)
+        total = rows.new_zeros(len(rows), self.in_features, dtype=torch.promote_types(torch.float32, rows.dtype))
+        for part, weight in self.slabs(rows.dtype):
+            total += rows[:, part] @ weight
+        return total
 
     def dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The whole weight."""
@@ -66,35 +66,35 @@ class Matrix(NamedTuple):
         return whole
 
 
-def matrix(
+def dense(
     scheme: AffineScheme | DualBinaryScheme,
     form: str,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     out_features: int,
     in_features: int,
     slab: Callable[[slice, torch.dtype], torch.Tensor],
-) -> Matrix:
+) -> Dense:
     """The matrix of codes, scales and zero points in a form; ``slab`` makes the rows of outputs from ``planes``."""
     if form == "tiles":
         packed, shape = tiles.named(*tensors), tiles.shape_of(scheme, out_features, in_features)
-        return Matrix(out_features, in_features, lambda dtype: _tiled(packed, shape, dtype), tiled=(packed, shape))
+        return Dense(out_features, in_features, lambda dtype: _tiled(packed, shape, dtype), tiled=(packed, shape))
     if form == "words":
         bits, centre = (scheme.bits, scheme.centre) if isinstance(scheme, AffineScheme) else (1, 0.0)
         part = triton_launch.part(*tensors, bits, centre, scheme.group_size, in_features)
-        return Matrix(
+        return Dense(
             out_features,
             in_features,
             lambda dtype: words.slabs(*tensors, out_features, in_features, part.centre, dtype),
             part=part,
         )
-    return Matrix(
+    return Dense(
         out_features,
         in_features,
-        lambda dtype: ((part, slab(part, dtype)) for part in parts(out_features, in_features, dtype.itemsize)),
+        lambda dtype: ((part, slab(part, dtype)) for part in _parts(out_features, in_features, dtype.itemsize)),
     )
 
 
-def parts(out_features: int, in_features: int, itemsize: int) -> Iterator[slice]:
+def _parts(out_features: int, in_features: int, itemsize: int) -> Iterator[slice]:
     """Which outputs make up each slab."""
     step = max(1, tiles.SLAB // (in_features * itemsize))
     return (slice(begin, min(begin + step, out_features)) for begin in range(0, out_features, step))
