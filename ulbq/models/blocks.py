@@ -171,6 +171,12 @@ def check_group_size(found: ModelStructure, group_size: int) -> None:
     )
 
 
+def empty_block(model: PreTrainedModel, index: int) -> nn.Module:
+    """An independent copy of one block of a skeleton; its configuration is the model's own."""
+    shared = {id(config): config for config in (model.config, model.config.get_text_config())}
+    return copy.deepcopy(block_list(model)[1][index], shared)  # type: ignore[arg-type]
+
+
 def load_block(
     model: PreTrainedModel, source: ModelSource, index: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> nn.Module:
@@ -181,8 +187,7 @@ def load_block(
     Raises:
         InputError: a parameter is missing or has another shape than the model's configuration says.
     """
-    prefix, blocks = block_list(model)
-    block = copy.deepcopy(blocks[index])
+    prefix, block = block_list(model)[0], empty_block(model, index)
     materialize(block, source, dtype, prefix=f"{prefix}.{index}.", device=device)
     return block
 

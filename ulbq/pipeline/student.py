@@ -16,7 +16,7 @@ from ulbq.finetuning.student import Student
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, Packed, check_finite
 from ulbq.methods.training import half_vector, pack_layer
-from ulbq.models.blocks import block_list, load_outer, materialize
+from ulbq.models.blocks import empty_block, load_outer, materialize
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
@@ -127,7 +127,7 @@ def _block(job: Job, folders: Folders, index: int, train: Trained | TrainedBesid
     # Quantizers of fixed codes ask for a weight's shape alone.
     by_shape = [name for name in linears if TRAINABLE[schemes[name].format].fixed_bytes is None]
     unread = [] if train == "all" else [f"{name}.weight" for name in by_shape]
-    block = copy.deepcopy(block_list(job.model)[1][index])
+    block = empty_block(job.model, index)
     materialize(block, job.source, torch.float32, prefix=prefix, without=tuple(unread), device=device)
     stored = LazyTensors([folders.block(index)])
     config = job.method.needs.adapter
