@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -173,8 +174,17 @@ def check_group_size(found: ModelStructure, group_size: int) -> None:
 
 def empty_block(model: PreTrainedModel, index: int) -> nn.Module:
     """An independent copy of one block of a skeleton; its configuration is the model's own."""
-    shared = {id(config): config for config in (model.config, model.config.get_text_config())}
-    return copy.deepcopy(block_list(model)[1][index], shared)  # type: ignore[arg-type]
+    return copy.deepcopy(block_list(model)[1][index], _shared(model))
+
+
+def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """An independent copy of a skeleton, but for its configuration."""
+    return copy.deepcopy(model, _shared(model))
+
+
+def _shared(model: PreTrainedModel) -> dict[int, Any]:
+    """What copies of a model have in common with it, as ``deepcopy`` takes it; copying it costs most of a copy."""
+    return {id(config): config for config in (model.config, model.config.get_text_config())}
 
 
 def load_block(
