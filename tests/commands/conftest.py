@@ -18,35 +18,21 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
 
 
-@pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """By its bits a folder with ``base`` and the artifact ``artifacts/q`` made from it; made once, to be copied."""
-    made: dict[int, Path] = {}
-
-    def find(bits: int) -> Path:
-        if bits not in made:
-            folder = tmp_path_factory.mktemp("quantized") / "there"
-            source, out = save_tiny("llama", folder / "base", tied=False), folder / "artifacts" / "q"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(folder)
-                given = {"source": source.name, "method": "rtn", "bits": bits, "group_size": 32}
-                quantize(QuantizeRequest(**given, out=out.relative_to(folder)))
-            # Moved away, so that a copy finds no other base than its own.
-            made[bits] = folder.rename(folder.with_name("made"))
-        return made[bits]
-
-    return find
+def _quantize(bits: int) -> None:
+    save_tiny("llama", Path("base"), tied=False)
+    given = {"source": "base", "method": "rtn", "bits": bits, "group_size": 32}
+    quantize(QuantizeRequest(**given, out=Path("artifacts/q")))
 
 
 @pytest.fixture
 def working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantized: Callable[[int], Path]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_once: Callable[..., Path]
 ) -> Callable[[int], Path]:
     """Goes into a folder with ``base`` and ``artifacts/q`` of so many bits; there is no standard input."""
 
     def enter(bits: int) -> Path:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "stdin", None)
-        return shutil.copytree(quantized(bits), tmp_path, dirs_exist_ok=True)
+        return shutil.copytree(made_once(_quantize, bits), tmp_path, dirs_exist_ok=True)
 
     return enter
