@@ -163,15 +163,15 @@ def _particulars(manifest: AnyManifest) -> dict[str, str]:
 def _bits(report: BitsReport, total_size: int) -> Table:
     table = columns("part", "bits per weight", "size")
 
-    def row(name: str, bits: int, style: str = "") -> None:
+    def tell(name: str, bits: int, style: str = "") -> None:
         add(table, name, f"{bits / report.weights:.4f}", size(bits / 8), style=style)
 
     counted = weight_parts(report)
     for part, bits in counted.items():
-        row(part, bits)
-    row(f"{report.weights:,} quantized weights", sum(counted.values()), "bold")
+        tell(part, bits)
+    tell(f"{report.weights:,} quantized weights", sum(counted.values()), "bold")
     for part in _OUTSIDE_PARTS:
-        row(part, report.parts.get(part, 0), "dim")
+        tell(part, report.parts.get(part, 0), "dim")
     add(table, "all files", "", size(total_size), style="bold")
     return table
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,26 @@ def _no_wait_for_the_disk() -> Iterator[None]:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Llama (3 blocks, hidden 64, grouped queries, untied head) with its tokenizer."""
     return save_tiny("llama", tmp_path_factory.mktemp("models") / "tiny-llama", tied=False)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives a folder that a function filled when it ran there, with these arguments; it ran once, and tests copy it."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def find(build: Callable[..., object], *arguments: Any) -> Path:
+        key = (build, *arguments)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("made") / "there"
+            folder.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                build(*arguments)
+            # Moved away, so that a copy finds no parents but its own.
+            made[key] = folder.rename(folder.with_name("made"))
+        return made[key]
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -1,28 +1,20 @@
 """``ulbq eval``: how it finds its sources, and what it says where."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.evaluation.sample import write_mirror
-from tests.models.tiny import save_tiny
 from ulbq.artifacts import read_manifest
 from ulbq.commands.app import main
-from ulbq.config.quantize import QuantizeRequest
-from ulbq.pipeline.quantize import quantize
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """Working folder with ``base``, an artifact ``artifacts/q`` made from it, and a mirror; no standard input."""
-    monkeypatch.chdir(tmp_path)
+def folder(tmp_path, monkeypatch, working_folder) -> Path:
+    """There is a mirror, too."""
     monkeypatch.setenv("ULBQ_DATA_DIR", str(write_mirror(tmp_path / "mirror")))
-    monkeypatch.setattr(sys, "stdin", None)
-    save_tiny("llama", tmp_path / "base", tied=False)
-    quantize(QuantizeRequest(source="base", method="rtn", bits=2, group_size=32, out=Path("artifacts/q")))
-    return tmp_path
+    return working_folder(bits=2)
 
 
 def run(capsys, *words: str) -> tuple[int, str, str]:

@@ -62,7 +62,7 @@ def test_what_is_typed_reaches_the_request(
     }
     assert {name: request[name] for name in expected} == expected
     told = " ".join(captured.err.split())
-    assert "ce-kl, data a.jsonl, template alpaca, epochs 3, rate 0.2, train scales-zeros, zero rate 0.5" in told
+    assert "ce-kl, data a.jsonl, template alpaca, epochs 3, lr factor 0.2, train scales-zeros, zero lr 0.5" in told
     assert "no-checkpointing, gradient accumulation 4, teacher cached" in told
 
 

@@ -8,24 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models.tiny import save_tiny
 from ulbq.commands.app import main
-from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import UlbqError
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline import generate as pipeline
-from ulbq.pipeline.quantize import quantize
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """Working folder with ``base`` and an artifact ``artifacts/q`` made from it; no standard input."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", None)
-    save_tiny("llama", tmp_path / "base", tied=False)
-    quantize(QuantizeRequest(source="base", method="rtn", bits=4, group_size=32, out=Path("artifacts/q")))
-    return tmp_path
+def folder(working_folder) -> Path:
+    return working_folder(bits=4)
 
 
 def run(capsys, *words: str) -> tuple[int, str, str]:

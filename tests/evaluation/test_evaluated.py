@@ -27,14 +27,17 @@ class Listening(Silent):
         self.warnings.append(text)
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """Working folder with a model ``base``, a quantized ``q`` made from it, and its dense conversion ``dense``."""
-    monkeypatch.chdir(tmp_path)
-    save_tiny("llama", tmp_path / "base", tied=False)
+def make() -> None:
+    save_tiny("llama", Path("base"), tied=False)
     quantize(QuantizeRequest(source="base", method="rtn", bits=4, group_size=32, out=Path("q")))
     convert(ConvertRequest(source="q", out=Path("dense")))
-    return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, made_once) -> Path:
+    """Working folder with a model ``base``, a quantized ``q`` made from it, and its dense conversion ``dense``."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(made_once(make), tmp_path, dirs_exist_ok=True)
 
 
 def test_finds_the_full_precision_parent_behind_every_generation(folder):

@@ -168,7 +168,7 @@ def test_the_backward_pass_keeps_nothing_of_a_block_behind_it(tmp_path: Path) ->
 def test_what_trains_is_what_was_asked_for(train: str, tmp_path: Path) -> None:
     student = make_student()
     before = state(student)
-    last, told = run(make_trainer(tmp_path, student, train=train, rate=0.5))
+    last, told = run(make_trainer(tmp_path, student, train=train, lr_factor=0.5))
     moved = {name.rpartition(".")[2] for name, p in state(student).items() if not torch.equal(p, before[name])}
     assert last.best[1] < last.evaluations[0][1]
     assert [checkpoint.step for checkpoint in told] == [0, 2, 4]

@@ -206,21 +206,15 @@ def test_zero_points_between_the_codes(device: str) -> None:
 
 @on_devices
 def test_opcheck(device: str) -> None:
+    """One operator has all formats: with as few tensors as any and with most of them."""
     x = fresh(3, 128, torch.float32, device).requires_grad_()
     scheme = AffineScheme(bits=2, group_size=64)
     packed = in_words(scheme, random_matrix(scheme, OUTS, 128), 128, device).tensors
     torch.library.opcheck(linear.packed_linear, (x, *linear.arguments(scheme, "words", packed, 128), OUTS))
-    dual = DualBinaryScheme(group_size=64)
-    packed = in_words(dual, random_matrix(dual, OUTS, 128), 128, device).tensors
-    torch.library.opcheck(linear.packed_linear, (x, *linear.arguments(dual, "words", packed, 128), OUTS))
     signs = BinaryMosScheme(experts=2, zeros="input")
     packed = in_words(signs, random_matrix(signs, OUTS, 128), 128, device).tensors
     names = "word_codes", "word_scales", "in_scales", "out_scales", "router", "zeros"
     torch.library.opcheck(binary_mos.binary_mos_linear, (x.detach(), *(packed[name] for name in names), "input"))
-    trellis = TrellisScheme(bits=2)
-    words_of = in_layout("triton", trellis, random_matrix(trellis, 48, 128), 48, 128).tensors
-    words_of = {name: tensor.to(device) for name, tensor in words_of.items()}
-    torch.library.opcheck(linear.packed_linear, (x, *linear.arguments(trellis, "words", words_of, 128), 48))
     columns, stored = codebooks(9)
     packed = in_words(columns, stored, len(MIXED), device).tensors
     x = fresh(3, len(MIXED), torch.float32, device).requires_grad_()

@@ -1,6 +1,5 @@
 """One walk over the blocks of a model: each is read once, and all samples pass it before the next is read."""
 
-import copy
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ulbq.blockwise.activations import ActivationStore, Hidden
 from ulbq.errors import InputError
-from ulbq.models.blocks import block_list, load_block, materialize
+from ulbq.models.blocks import block_list, empty_copy, load_block, materialize
 from ulbq.models.source import ModelSource
 
 
@@ -163,7 +162,7 @@ def _without_head(
     model: PreTrainedModel, source: ModelSource, dtype: torch.dtype, device: torch.device, embeddings: bool
 ) -> PreTrainedModel:
     """A copy of the skeleton that can run up to its last block; the head, often the largest part, stays on meta."""
-    outer = copy.deepcopy(model)
+    outer = empty_copy(model)
     if not embeddings:
         table = outer.get_input_embeddings()
         shape = table.get_parameter("weight").shape

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -171,6 +172,21 @@ def check_group_size(found: ModelStructure, group_size: int) -> None:
     )
 
 
+def empty_block(model: PreTrainedModel, index: int) -> nn.Module:
+    """An independent copy of one block of a skeleton; its configuration is the model's own."""
+    return copy.deepcopy(block_list(model)[1][index], _shared(model))
+
+
+def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """An independent copy of a skeleton, but for its configuration."""
+    return copy.deepcopy(model, _shared(model))
+
+
+def _shared(model: PreTrainedModel) -> dict[int, Any]:
+    """What copies of a model have in common with it, as ``deepcopy`` takes it; copying it costs most of a copy."""
+    return {id(config): config for config in (model.config, model.config.get_text_config())}
+
+
 def load_block(
     model: PreTrainedModel, source: ModelSource, index: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> nn.Module:
@@ -181,8 +197,7 @@ def load_block(
     Raises:
         InputError: a parameter is missing or has another shape than the model's configuration says.
     """
-    prefix, blocks = block_list(model)
-    block = copy.deepcopy(blocks[index])
+    prefix, block = block_list(model)[0], empty_block(model, index)
     materialize(block, source, dtype, prefix=f"{prefix}.{index}.", device=device)
     return block
 

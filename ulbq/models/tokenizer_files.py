@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ulbq import limits
+from ulbq.artifacts.disk import sha256_file
 from ulbq.errors import InputError, ResourceError
 
 # What reads a SentencePiece model, each by a module that tells whether it is there.
@@ -15,6 +16,8 @@ _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google"}
 
 _HINT = "Put the original model's tokenizer.json beside the weights."
 _FILE = "tokenizer.json"
+_COUNTED: dict[str, int] = {}
+"""Tokens that a file of some SHA-256 made of the text in this process: an artifact has the tokenizer of its model."""
 _TEXT = f"The quick brown fox, 1234567890. {string.printable} äöü ß é ñ Ω я 漢字 かな 한국 👍🏽 \u00a0\u200b\n\n  x" * 4
 
 
@@ -37,7 +40,10 @@ def check_tokenizer(folder: Path, given: str) -> None:
         _check_packages(folder, given)
         return
     what = f"The tokenizer of '{given}'"
-    count: int = limits.apart(lambda: _count(file), what, hint=_HINT)
+    digest = sha256_file(file)
+    if (known := _COUNTED.get(digest)) is None:
+        _COUNTED[digest] = known = limits.apart(lambda: _count(file), what, hint=_HINT)
+    count: int = known
     size = len(_TEXT.encode())
     if count > limits.TOKENS_PER_BYTE * size:
         raise InputError(f"{what} makes {count:,} tokens of {size:,} bytes of text.", hint=_HINT)

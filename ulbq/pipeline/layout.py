@@ -1,6 +1,5 @@
 """How a quantized model lies in its folder: shards, configuration, side files, model card."""
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult
 from ulbq.methods.training import half_vector
 from ulbq.models.adapter_files import build_adapters, by_layer
-from ulbq.models.blocks import assign, block_list, check_shape, check_values
+from ulbq.models.blocks import assign, block_list, check_shape, check_values, empty_block
 from ulbq.models.names import read_state, state_names
 from ulbq.models.source import ModelSource
 from ulbq.nn.adapter import AdaptedLinear, Adapter
@@ -123,8 +122,7 @@ def packed_block(
         scheme: of every layer that has none of its own.
         schemes: of those that have.
     """
-    prefix, blocks = block_list(model)
-    block = copy.deepcopy(blocks[index])
+    prefix, block = block_list(model)[0], empty_block(model, index)
     for linear in linears:
         layer = linear_layer(block, linear)
         own, bias = schemes.get(linear, scheme), layer.bias is not None

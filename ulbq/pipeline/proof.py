@@ -52,9 +52,10 @@ def proof(
 def _look(
     progress: Progress, target: Target | None, candidate: Candidate | None, job: Job | None, folder: Path
 ) -> None:
-    if job is not None:
+    opened = None if job is None else open_again(folder)
+    if job is not None and opened is not None:
         with progress.phase("Comparing blocks"):
-            _check_blocks(job, open_again(folder), folder)
+            _check_blocks(job, opened, folder)
     needed = _COPIES * sum(
         path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".gguf")
     )
@@ -63,7 +64,7 @@ def _look(
         return
     with progress.phase("Opening what was written"):
         try:
-            said = _run(folder, target, candidate)
+            said = _run(folder, target, candidate, opened)
         except BUILD_ERRORS as error:
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(
@@ -128,10 +129,10 @@ def _answer(walk: BlockWalk | None, index: int, block: nn.Module) -> torch.Tenso
         return None
 
 
-def _run(folder: Path, target: Target | None, candidate: Candidate | None) -> str:
-    """Open the folder and run it as far as can be; what was done, in words."""
+def _run(folder: Path, target: Target | None, candidate: Candidate | None, opened: ModelSource | None) -> str:
+    """Run what was opened, or open the folder as its target does; what was done, in words."""
     if target is None or candidate is None:
-        _generate(load_model(open_again(folder), dtype=_DTYPE))
+        _generate(load_model(opened or open_again(folder), dtype=_DTYPE))
         return f"Opened again, and ran {_TOKENS} tokens."
     if (why := target.unopened_reason(candidate, folder)) is not None:
         return why

@@ -1,6 +1,5 @@
 """Takes a finished artifact's blocks back into training, and out of it."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from ulbq.finetuning.student import Student
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, Packed, check_finite
 from ulbq.methods.training import half_vector, pack_layer
-from ulbq.models.blocks import block_list, load_outer, materialize
+from ulbq.models.blocks import empty_block, empty_copy, load_outer, materialize
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
@@ -62,7 +61,7 @@ def build_student(job: Job, folders: Folders, *, train: Trained | TrainedBeside,
         checkpointing: see :class:`Student`.
     """
     precision = job.precision
-    model = copy.deepcopy(job.model)
+    model = empty_copy(job.model)
     load_outer(model, job.source, torch.float32, precision.device)
     outer = LazyTensors([folders.blocks / layout.OUTER_SHARD])
     with torch.no_grad():
@@ -127,7 +126,7 @@ def _block(job: Job, folders: Folders, index: int, train: Trained | TrainedBesid
     # Quantizers of fixed codes ask for a weight's shape alone.
     by_shape = [name for name in linears if TRAINABLE[schemes[name].format].fixed_bytes is None]
     unread = [] if train == "all" else [f"{name}.weight" for name in by_shape]
-    block = copy.deepcopy(block_list(job.model)[1][index])
+    block = empty_block(job.model, index)
     materialize(block, job.source, torch.float32, prefix=prefix, without=tuple(unread), device=device)
     stored = LazyTensors([folders.block(index)])
     config = job.method.needs.adapter

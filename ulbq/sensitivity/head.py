@@ -1,13 +1,12 @@
 """The end of a model: from hidden states behind the last block to the loss, and back."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ulbq.models.blocks import block_list, materialize
+from ulbq.models.blocks import block_list, empty_copy, materialize
 from ulbq.models.source import ModelSource
 from ulbq.training.precision import Precision
 
@@ -45,7 +44,7 @@ class LossHead:
         self, model: PreTrainedModel, source: ModelSource, precision: Precision, *, extras: int | None
     ) -> None:
         self._precision = precision
-        self._outer = copy.deepcopy(model)
+        self._outer = empty_copy(model)
         prefix, blocks = block_list(self._outer)
         unread = _untied_embedding(self._outer)
         materialize(self._outer, source, torch.float32, device=precision.device, without=(f"{prefix}.", *unread))

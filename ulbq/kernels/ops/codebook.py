@@ -14,7 +14,7 @@ _DERIVED = ("column_order", "outlier_starts", "outlier_columns", "outlier_deltas
 IN_WORDS = ("word_codes", "word_levels", "word_order", "outlier_starts", "outlier_columns", "outlier_deltas")
 
 
-class _Columns(NamedTuple):
+class _ByColumn(NamedTuple):
     """A matrix with levels of its own for every column; ``tensors`` are those of the form, in order."""
 
     scheme: CodebookScheme
@@ -73,10 +73,10 @@ def _numbers(scheme: CodebookScheme, in_features: int) -> list[int]:
 
 def _matrix(
     numbers: list[int], form: str, tensors: list[torch.Tensor], out_features: int, in_features: int
-) -> _Columns:
+) -> _ByColumn:
     outliers, *pairs = numbers
     scheme = CodebookScheme(widths=dict(zip(pairs[::2], pairs[1::2], strict=True)), outliers=outliers)
-    return _Columns(scheme, form, tensors, out_features, in_features)
+    return _ByColumn(scheme, form, tensors, out_features, in_features)
 
 
 OPERANDS = Operands(lambda form: IN_WORDS if form == "words" else (*_STORED, *_DERIVED), _numbers, _matrix)
