@@ -93,6 +93,7 @@ def test_a_choice_beyond_the_experts_counts_for_nothing() -> None:
     index[:, 1] = EXPERTS
     torch.testing.assert_close(experts(hidden, index, weights), one)
     assert not experts(hidden, torch.full_like(index, EXPERTS), weights).any()
+    assert experts(hidden[:0], index[:0], weights[:0]).shape == (0, HIDDEN)
 
 
 def test_an_expert_sees_every_token_where_that_is_wanted_and_the_result_stays() -> None:

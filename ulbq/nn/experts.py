@@ -146,7 +146,7 @@ class Experts(nn.ModuleList):
         weighted = torch.cat(made) * top_k_weights.flatten()[order].unsqueeze(-1)
         # Back in the tokens' order: their sums do not depend on who else is there.
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        result: torch.Tensor = weighted[back].view(*top_k_index.shape, -1).sum(1)
+        result: torch.Tensor = weighted[back].unflatten(0, top_k_index.shape).sum(1)
         return result.to(hidden_states.dtype)
 
     def _run(self, number: int, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
