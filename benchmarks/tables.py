@@ -72,8 +72,8 @@ def pages() -> Iterator[tuple[Path, str]]:
         if path == PAGE:
             text = _TABLE.sub(lambda match: match[1] + "\n".join(table(found)) + "\n" + match[2], text)
         if path == MIXTURE_PAGE and MIXTURE.is_file():
-            measured = json.loads(MIXTURE.read_text(encoding="utf-8"))
-            text = _MIXTURE.sub(lambda match: match[1] + "\n".join(mixture(measured)) + "\n" + match[2], text)
+            lines = "\n".join(mixture(json.loads(MIXTURE.read_text(encoding="utf-8"))))
+            text = _MIXTURE.sub(rf"\g<1>{lines}\n\g<2>", text)
         yield path, _FIGURE.sub(lambda match: f"<!-- {match[1]}{match[2] or ''} -->{_figure(match, found)}", text)
     yield DRAWING, drawing(list(found.values())) + "\n"
 
@@ -105,7 +105,8 @@ def mixture(measured: Row) -> Iterator[str]:
             tokens = " / ".join(f"{row['tokens'][one]:,.0f}" for one in ("least", "median", "most") if "tokens" in row)
             ratio = row["perplexity"] / whole
             yield f"| `{name}` | {bits} | {perplexity(row['perplexity'])} | {ratio:.2f} | {share} | {tokens} |"
-    yield from ("", "| experts of three blocks | relative error, no token reached it | the others |", "| --- " * 3 + "|")
+    yield from ("", "| three blocks | relative error of experts that no token reached | of the others |")
+    yield "| --- " * 3 + "|"
     for name, row in found.items():
         if "unseen_error" in row:
             yield f"| `{name}` | {row['unseen_error']:.3f} | {row['other_error']:.3f} |"
