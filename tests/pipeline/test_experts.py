@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.data.conftest import write_jsonl
+from tests.models.scaled_folders import save_fp8, save_mxfp4
 from tests.models.tiny import MIXTURES, save_tiny
 from tests.pipeline.runs import TOKENS, StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts import verify
@@ -208,3 +209,20 @@ def test_adapters_on_experts_learn_and_everybody_loads_them(tmp_path: Path) -> N
         ConvertRequest(source=str(tuned), to="dense", dtype="fp32", merge_adapter=True, out=tmp_path / "plain")
     )
     torch.testing.assert_close(transformers_logits(plain), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_experts_that_are_published_in_fewer_bits(kind: str, calibration: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "dense"
+    dense = save_fp8("qwen3_moe", folder) if kind == "fp8" else save_mxfp4(folder)
+    asked = request(dense, tmp_path / "q", method="gptq", bits=3, group_size=32, **calibration)
+    found = plan(asked)
+    assert found.stored_as is not None
+    assert found.stored_as[0] == kind.upper()
+    path, manifest = quantize(asked)
+    assert sum(".experts." in layer.name for layer in manifest.layers) == 3 * 4 * 3
+    ours = logits(path)
+    torch.testing.assert_close(ours, simulated_logits(dense, path), atol=1e-5, rtol=1e-5)
+    assert torch.equal(transformers_logits(path), ours)
+    plain, _ = convert(ConvertRequest(source=str(path), to="dense", dtype="fp32", out=tmp_path / "plain"))
+    torch.testing.assert_close(transformers_logits(plain), ours, atol=1e-5, rtol=1e-5)

@@ -83,9 +83,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"transformers {transformers.__version__} does not know the model type '{model_type}' of '{folder}'.",
             hint="A newer version may: pip install --upgrade transformers.",
         )
-    raw = {key: value for key, value in raw.items() if key not in ("quantization_config", "auto_map")}
     try:
-        config = AutoConfig.for_model(**raw)
+        config = AutoConfig.for_model(**_plain(raw))
     except _CONFIG_ERRORS as error:
         raise InputError(
             f"'{folder / 'config.json'}' cannot be read as a '{model_type}' model: {_first(error)}"
@@ -123,19 +122,26 @@ def quantized_by(folder: Path, raw: Mapping[str, Any]) -> str | None:
         folder: of the model.
         raw: its ``config.json``.
     """
-    found = _described(raw)
+    described = quantization(raw)
+    found = None if described is None else str(described.get("quant_method") or "an unknown tool")
     if found is None:
         found = next((tool for name, tool in _QUANTIZATION_FILES.items() if _describes(folder / name)), None)
     return found
 
 
-def _described(raw: Mapping[str, Any]) -> str | None:
+def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of weights that are not packed, and of no code of its own."""
+    left = {key: value for key, value in raw.items() if key not in (*_QUANTIZATION_KEYS, "auto_map")}
+    return {key: _plain(value) if isinstance(value, dict) else value for key, value in left.items()}
+
+
+def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a ``config.json`` says of how its weights are packed, at whichever depth; None where it says nothing."""
     for key in _QUANTIZATION_KEYS:
         if value := raw.get(key):
-            method = value.get("quant_method") if isinstance(value, dict) else None
-            return str(method or "an unknown tool")
+            return value if isinstance(value, dict) else {}
     inner = (value for value in raw.values() if isinstance(value, dict))
-    return next((found for value in inner if (found := _described(value)) is not None), None)
+    return next((found for value in inner if (found := quantization(value)) is not None), None)
 
 
 def _describes(file: Path) -> bool:
