@@ -118,9 +118,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "mistral3": {"image_token_index": _IMAGE},
     "mistral3.vision_config": {"image_size": 56},
+    "mixtral": {"sliding_window": None},
     "nemotron_h": {"moe_shared_expert_intermediate_size": 64},
     "qwen2_vl.vision_config": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
     "qwen3_5_text": {**_PARTIAL, **_MIXED},
+    "qwen3_moe": {"norm_topk_prob": True},
     "smolvlm": {"image_token_id": _IMAGE},
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -50,6 +50,13 @@ _QUANTIZATION_FILES = {
 }
 """Files beside the weights that say the same, with the tool that writes each."""
 
+_GGUF_SIZES = {
+    "attention.key_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Fields of a configuration by what a GGUF file calls them."""
+
 _NOT_GENERATIVE = (
     "ForMaskedLM",
     "ForSequenceClassification",
@@ -170,9 +177,10 @@ def read_gguf_config(file: Path, header: GgufHeader) -> PreTrainedConfig:
         ) from error
     if header.uncounted is not None:
         config.vocab_size = header.uncounted  # of some architectures transformers looks at the vocabulary alone
-    stated = header.values.get(f"{header.architecture}.attention.key_length")
-    if isinstance(stated, int) and getattr(config, "head_dim", stated) != stated:
-        config.head_dim = stated  # of some architectures transformers takes its own default
+    for key, name in _GGUF_SIZES.items():
+        stated = header.values.get(f"{header.architecture}.{key}")
+        if isinstance(stated, int) and getattr(config, name, stated) != stated:
+            setattr(config, name, stated)  # of some architectures transformers takes its own default
     config.name_or_path = str(file.parent)
     check_causal(config, str(file))
     _scale_frequencies(config, file, header)
