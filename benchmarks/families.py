@@ -1,7 +1,7 @@
 """Tiny random models of transformers' own classes through quantize, reload and exports: which families ulbq takes.
 
     python benchmarks/families.py                  all of them; some minutes on one core
-    python benchmarks/families.py qwen3 mixtral    these alone; nothing is stored
+    python benchmarks/families.py qwen3 mixtral    these alone; nothing is stored, unless --renew puts their rows in
 
 All of them go to benchmarks/results/families.json, from which docs/supported-models.md is made.
 """
@@ -118,9 +118,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "mistral3": {"image_token_index": _IMAGE},
     "mistral3.vision_config": {"image_size": 56},
+    "mixtral": {"sliding_window": None},
     "nemotron_h": {"moe_shared_expert_intermediate_size": 64},
     "qwen2_vl.vision_config": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
     "qwen3_5_text": {**_PARTIAL, **_MIXED},
+    "qwen3_moe": {"norm_topk_prob": True},
     "smolvlm": {"image_token_id": _IMAGE},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -347,6 +349,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*")
     parser.add_argument("--short", action="store_true", help="No calibrated method, no exports.")
+    parser.add_argument("--renew", action="store_true", help="Put the rows of these families into the results.")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -359,9 +362,12 @@ def main() -> None:
                 row = Row(family, quantize="", lost=[f"{type(error).__name__}: {error}"[:300]])
         rows.append(row)
         print(json.dumps(asdict(row)), flush=True)
-    if not asked.families:
-        content = {"ulbq": __version__, "transformers": transformers.__version__, "families": list(map(asdict, rows))}
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    if asked.renew or not asked.families:
+        new = {row.family: asdict(row) for row in rows}
+        old = json.loads(RESULTS.read_text())["families"] if asked.families else []
+        kept = {row["family"]: row for row in old}
+        content = {"ulbq": __version__, "transformers": transformers.__version__}
+        RESULTS.write_text(json.dumps(content | {"families": list((kept | new).values())}, indent=1) + "\n")
     if unsound := [row.family for row in rows if not row.sound]:
         raise SystemExit(f"These were written and do not load as they were made: {', '.join(unsound)}")
 

@@ -5,7 +5,8 @@
 A page says where a figure comes from, in a comment before it: ``<!-- gptq-w2 -->109.0`` is a setting's perplexity,
 ``<!-- gptq-w2 bits -->2.28`` its true bits, ``<!-- apiq-r16 base -->82.51`` the perplexity without the adapter, and
 ``<!-- eqat-w2-s0 eqat-w2-s1 eqat-w2-s2 mean -->73.5 ± 3.8`` mean and standard deviation of several. The page
-``docs/perplexity.md`` has every row of ours and of other programs (``quality-peers-cpu.json``), and the drawing.
+``docs/perplexity.md`` has every row of ours and of other programs (``quality-peers-cpu.json``), and the drawing;
+``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from ulbq.evaluation.svg import Drawing, Scale, element, number
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, DRAWING = ROOT / "docs" / "perplexity.md", ROOT / "docs" / "perplexity.svg"
 PEERS = "quality-peers-cpu.json"
+MIXTURE_PAGE, MIXTURE = ROOT / "docs" / "guides" / "experts.md", ROOT / "benchmarks" / "results" / "upcycle-cpu.json"
 FULL, MOST, WIDEST = 24.19, 1200.0, 5.5
 """The model in full precision; what the drawing has room for, perplexity and bits."""
 
@@ -32,6 +34,7 @@ _FIGURE = re.compile(
     r"<!-- ([\w. -]+?)( bits| base| mean)? -->(\d{1,3}(?:,\d{3})*(?:\.\d+)?(?: ± [\d.]+)?(?: million)?)"
 )
 _TABLE = re.compile(r"(<!-- every row -->\n).*(<!-- end -->)", re.DOTALL)
+_MIXTURE = re.compile(r"(<!-- mixture -->\n).*(<!-- end -->)", re.DOTALL)
 _COLOURS = ("#2f6bd8", "#d9730d", "#12907d", "#b1458f", "#7b5bd6", "#a3851c", "#c2410c", "#4d7c0f", "#0e7490")
 _STYLE = """
 svg { background: #fff; font: 13px system-ui, sans-serif; }
@@ -68,6 +71,9 @@ def pages() -> Iterator[tuple[Path, str]]:
         text = path.read_text(encoding="utf-8")
         if path == PAGE:
             text = _TABLE.sub(lambda match: match[1] + "\n".join(table(found)) + "\n" + match[2], text)
+        if path == MIXTURE_PAGE and MIXTURE.is_file():
+            lines = "\n".join(mixture(json.loads(MIXTURE.read_text(encoding="utf-8"))))
+            text = _MIXTURE.sub(rf"\g<1>{lines}\n\g<2>", text)
         yield path, _FIGURE.sub(lambda match: f"<!-- {match[1]}{match[2] or ''} -->{_figure(match, found)}", text)
     yield DRAWING, drawing(list(found.values())) + "\n"
 
@@ -78,6 +84,32 @@ def table(found: dict[str, Row]) -> Iterator[str]:
     for row in sorted(found.values(), key=lambda one: ("program" in one, one["method"], one["true_bits"])):
         name = row.get("program", f"`{row['setting']}`")
         yield f"| {name} | {row['options']} | {row['true_bits']:.2f} | {perplexity(row['perplexity'])} |"
+    yield ""
+
+
+def mixture(measured: Row) -> Iterator[str]:
+    """Markdown: how the mixture trained, its rows beside the dense model's, and experts that no token reached."""
+    training, found = measured["training"], measured["rows"]
+    yield (
+        f"\n{len(training['losses'])} steps in {training['seconds'] / 60:.0f} minutes: perplexity "
+        f"{perplexity(training['before'])} before, {perplexity(training['after'])} after; mean cosine of two experts "
+        f"{training['cosine before']:.3f} and {training['cosine after']:.3f}. Perplexity below: {measured['windows']} "
+        "windows of 1,024 tokens; the ratio is to the same model in full precision; tokens are those of the "
+        "calibration that an expert saw: least, median, most.\n"
+    )
+    yield from ("| setting | true bits | perplexity | ratio | share quantized | tokens |", "| --- " * 6 + "|")
+    for name, row in found.items():
+        if "perplexity" in row:
+            whole = found["dense" if name.startswith("dense") else "full"]["perplexity"]
+            bits, share = (f"{row['true_bits']:.2f}", f"{row['share']:.1%}") if "true_bits" in row else ("16", "")
+            tokens = " / ".join(f"{row['tokens'][one]:,.0f}" for one in ("least", "median", "most") if "tokens" in row)
+            ratio = row["perplexity"] / whole
+            yield f"| `{name}` | {bits} | {perplexity(row['perplexity'])} | {ratio:.2f} | {share} | {tokens} |"
+    yield from ("", "| three blocks | relative error of experts that no token reached | of the others |")
+    yield "| --- " * 3 + "|"
+    for name, row in found.items():
+        if "unseen_error" in row:
+            yield f"| `{name}` | {row['unseen_error']:.3f} | {row['other_error']:.3f} |"
     yield ""
 
 

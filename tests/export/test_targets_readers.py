@@ -106,10 +106,10 @@ def test_llama_cpp(case: tuple[Path, np.ndarray, bool, int], tmp_path: Path) -> 
     assert np.abs(found - ours).mean() < 0.03
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"])
 def test_llama_cpp_computes_each_family(family: str, tmp_path: Path) -> None:
     environment("llama-cpp")
-    changes = {"sliding_window": None} if family == "mistral" else {}
+    changes = {"mistral": {"sliding_window": None}, "qwen3_moe": {"norm_topk_prob": True}}.get(family, {})
     dense = save_tiny(family, tmp_path / "dense", **changes)
     path, _ = convert(ConvertRequest(source=str(dense), to="gguf", dtype="fp32", out=tmp_path / "g"))
     with torch.no_grad():

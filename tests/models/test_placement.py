@@ -87,14 +87,14 @@ class TestEightBits:
     @pytest.mark.parametrize(
         "described",
         [
-            {"quantization_config": {"quant_method": "fp8"}},
-            {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
-            {"thinker_config": {"text_config": {"compression_config": {"quant_method": "fp8"}}}},
+            {"quantization_config": {"quant_method": "awq"}},
+            {"text_config": {"quantization_config": {"quant_method": "awq"}}},
+            {"thinker_config": {"text_config": {"compression_config": {"quant_method": "awq"}}}},
         ],
     )
     def test_description_at_any_depth_is_seen(self, tmp_path: Path, described: dict[str, Any]) -> None:
         edit(save_tiny("llama", tmp_path), dict, **described)
-        with pytest.raises(InputError, match="quantized already, by 'fp8'"):
+        with pytest.raises(InputError, match="quantized already, by 'awq'"):
             resolve(tmp_path)
 
     @pytest.mark.parametrize(

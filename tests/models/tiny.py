@@ -51,7 +51,7 @@ _LATENT = {
 }
 
 # Experts that transformers holds fused. Of DeepSeek and GLM also a correction bias in a persistent buffer; GPT-OSS
-# stores its own fused, as [in, out], gate and up by turns, and with biases.
+# stores its own fused, as [in, out], gate and up by turns, and with biases; Llama 4 too, and scales what enters them.
 _MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "deepseek": ("deepseek_v3", _LATENT),
@@ -68,6 +68,13 @@ _MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (
         "gpt_oss",
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32, **_SLIDING},
+    ),
+    "llama4": (
+        "llama4_text",
+        {
+            **{"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 32},
+            **{"intermediate_size_mlp": 64, "attention_chunk_size": 8},
+        },
     ),
 }
 

@@ -5,16 +5,18 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import GptOssConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, Llama4TextConfig, Qwen3MoeConfig
 from transformers.models.aria.configuration_aria import AriaTextConfig
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from ulbq.models.watch import watching
 from ulbq.nn.experts import Experts, Fusion, showing
+from ulbq.nn.experts import single_experts as unfused
 
 EXPERTS, TOKENS, HIDDEN, INNER = 5, 13, 24, 16
 SIZES = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -40,7 +42,8 @@ def fused_module(kind: str) -> nn.Module:
 
 
 def single_experts(fused: nn.Module) -> Experts:
-    made = Experts(fused)
+    made = unfused(fused)
+    assert made is not None
     for number in range(EXPERTS):
         for projection in made.fusion.projections:
             layer = made.get_submodule(f"{number}.{projection}")
@@ -93,6 +96,7 @@ def test_a_choice_beyond_the_experts_counts_for_nothing() -> None:
     index[:, 1] = EXPERTS
     torch.testing.assert_close(experts(hidden, index, weights), one)
     assert not experts(hidden, torch.full_like(index, EXPERTS), weights).any()
+    assert experts(hidden[:0], index[:0], weights[:0]).shape == (0, HIDDEN)
 
 
 def test_an_expert_sees_every_token_where_that_is_wanted_and_the_result_stays() -> None:
@@ -119,6 +123,31 @@ def test_half_precision_and_autocast() -> None:
     torch.testing.assert_close(cast, expected, atol=0.1, rtol=0.1)
     half = experts.to(torch.bfloat16)(hidden.bfloat16(), index, weights)
     assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_experts_whose_inputs_are_scaled(choices: int) -> None:
+    config = Llama4TextConfig(**SIZES, num_local_experts=EXPERTS, num_experts_per_tok=choices)
+    fused = Llama4TextExperts(config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in fused.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    experts = single_experts(fused)
+    hidden, index, weights = routed(choices)
+    scales = torch.zeros(TOKENS, EXPERTS).scatter_(1, index, weights).T
+    entering = (scales.unsqueeze(-1) * hidden).flatten(0, 1)
+    expected = fused(entering)
+    torch.testing.assert_close(experts(entering), expected, atol=1e-5, rtol=1e-5)
+    seen: dict[int, torch.Tensor] = {}
+    layers = {number: experts.get_submodule(f"{number}.up_proj") for number in range(EXPERTS)}
+    with showing({experts: (0, EXPERTS - 1)}), watching(layers, seen.__setitem__):
+        torch.testing.assert_close(experts(entering), expected, atol=1e-5, rtol=1e-5)
+    counts = index.flatten().bincount(minlength=EXPERTS).tolist()
+    assert {number: len(rows) for number, rows in seen.items()} == {
+        number: TOKENS if number in (0, EXPERTS - 1) else counts[number] for number in range(EXPERTS)
+    }
+    # One that nobody chooses sees each token as those that are chosen see it.
+    torch.testing.assert_close(seen[EXPERTS - 1], hidden * weights.mean(1, keepdim=True))
 
 
 def test_other_modules_are_none() -> None:

@@ -9,20 +9,29 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.data.conftest import write_jsonl
+from tests.evaluation.sample import write_mirror
+from tests.models.scaled_folders import save_fp8, save_mxfp4
 from tests.models.tiny import MIXTURES, save_tiny
 from tests.pipeline.runs import TOKENS, StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts import verify
 from ulbq.config.convert import ConvertRequest
+from ulbq.config.evaluate import EvaluateRequest
+from ulbq.config.generate import GenerateRequest
 from ulbq.errors import InputError
+from ulbq.models.blocks import load_block, skeleton
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.convert import convert
+from ulbq.pipeline.evaluate import evaluate
 from ulbq.pipeline.finetune_plan import prepare
 from ulbq.pipeline.finetune_run import finetune
+from ulbq.pipeline.generate import generate
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.tasks import load_task
 from ulbq.progress import Silent
+
+HELD = torch.randint(3, 250, (16, 32), generator=torch.Generator().manual_seed(11))
 
 
 class Notes(Silent):
@@ -147,6 +156,55 @@ def test_the_unseen_expert_is_no_plain_rounding(unchosen: Path, calibration: dic
         assert not torch.equal(one, other)
 
 
+def expert_errors(dense: Path, path: Path) -> list[float]:
+    """Relative squared error of each expert's outputs, of all tokens of texts that no calibration saw."""
+    model, tokens = load_model(resolve(dense), dtype=torch.float32), HELD
+    given: list[torch.Tensor] = []
+    model.get_submodule("model.layers.1.mlp.experts").register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with torch.no_grad():
+        model(tokens)
+        hidden, whole = given[0], torch.ones(len(given[0]), 1)
+        pair = []
+        for folder in (dense, path):
+            source = resolve(folder)
+            block = load_block(skeleton(source), source, 1, torch.float32)
+            experts = block.get_submodule("mlp.experts")
+            pair.append([experts(hidden, (whole * number).long(), whole) for number in range(4)])
+    return [((got - want).square().sum() / want.square().sum()).item() for want, got in zip(*pair, strict=True)]
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("method", ["gptq", "trellis"])
+def test_an_expert_that_no_token_reaches_errs_at_most_twice_as_much(
+    method: str, bits: int, unchosen: Path, calibration: dict[str, Any], tmp_path: Path
+) -> None:
+    # Columns that read much and little: what an expert's own tokens, or those lent to it, are for.
+    weights = load_file(unchosen / "model.safetensors")
+    weights["model.layers.1.post_attention_layernorm.weight"] *= torch.logspace(-1, 1, 64)
+    save_file(weights, unchosen / "model.safetensors", metadata={"format": "pt"})
+    options = {**METHODS[method], "bits": bits, **calibration}
+    path, _ = quantize(request(unchosen, tmp_path / "q", method=method, precision="fp32", **options))
+    *others, unseen = expert_errors(unchosen, path)
+    assert unseen < 2 * sum(others) / len(others)
+    plain, _ = quantize(request(unchosen, tmp_path / "rtn", method="rtn", bits=bits, group_size=32))
+    assert unseen < 0.9 * expert_errors(unchosen, plain)[3]
+
+
+def test_packed_experts_are_measured_and_write(tmp_path: Path) -> None:
+    dense = save_tiny("mixtral", tmp_path / "dense")
+    path, _ = quantize(request(dense, tmp_path / "q", method="rtn", bits=3, group_size=32))
+    plain, _ = convert(ConvertRequest(source=str(path), to="dense", dtype="fp32", out=tmp_path / "plain"))
+    asked: dict[str, Any] = {"perplexity": ("wikitext2",), "context": 64, "limit": 4, "dtype": "fp32", "offline": True}
+    asked |= {"sources": (str(path), str(plain)), "parent_scores": False, "fidelity": False}
+    asked["data_dir"] = write_mirror(tmp_path / "mirror")
+    _, manifest = evaluate(EvaluateRequest(**asked, out=tmp_path / "scores", device="cpu"))
+    packed, whole = (one["perplexity"]["wikitext2"]["value"] for one in manifest.results["models"])
+    assert packed == pytest.approx(whole, rel=1e-4)
+    told: dict[str, Any] = {"prompt": "once upon", "max_new_tokens": 8, "dtype": "fp32", "device": "cpu"}
+    texts = [generate(GenerateRequest(source=str(one), **told)).text for one in (path, plain)]
+    assert texts[0] == texts[1] != ""
+
+
 def test_all_experts_see_all_tokens_where_that_is_asked_for(
     unchosen: Path, calibration: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -208,3 +266,20 @@ def test_adapters_on_experts_learn_and_everybody_loads_them(tmp_path: Path) -> N
         ConvertRequest(source=str(tuned), to="dense", dtype="fp32", merge_adapter=True, out=tmp_path / "plain")
     )
     torch.testing.assert_close(transformers_logits(plain), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_experts_that_are_published_in_fewer_bits(kind: str, calibration: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "dense"
+    dense = save_fp8("qwen3_moe", folder) if kind == "fp8" else save_mxfp4(folder)
+    asked = request(dense, tmp_path / "q", method="gptq", bits=3, group_size=32, **calibration)
+    found = plan(asked)
+    assert found.stored_as is not None
+    assert found.stored_as[0] == kind.upper()
+    path, manifest = quantize(asked)
+    assert sum(".experts." in layer.name for layer in manifest.layers) == 3 * 4 * 3
+    ours = logits(path)
+    torch.testing.assert_close(ours, simulated_logits(dense, path), atol=1e-5, rtol=1e-5)
+    assert torch.equal(transformers_logits(path), ours)
+    plain, _ = convert(ConvertRequest(source=str(path), to="dense", dtype="fp32", out=tmp_path / "plain"))
+    torch.testing.assert_close(transformers_logits(plain), ours, atol=1e-5, rtol=1e-5)

@@ -14,7 +14,7 @@ bits fit into Q4_0, 4 bits into Q5_0. Q4_1 takes 4 bits with zero points only wh
 that are longer than a block repeat their scale. Types with blocks of 256 (the K and IQ types) round their scales.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +37,22 @@ class Blocks(NamedTuple):
     kind: GGMLQuantizationType
 
 
-def encode(scheme: AnyScheme, packed: Mapping[str, torch.Tensor], in_features: int) -> Blocks | None:
-    """A packed matrix in the smallest type that decodes to the same weights, to the bit; None where none does."""
+KINDS = (
+    GGMLQuantizationType.Q4_0,
+    GGMLQuantizationType.Q4_1,
+    GGMLQuantizationType.Q5_0,
+    GGMLQuantizationType.Q8_0,
+)
+"""From the smallest on."""
+
+
+def encode(
+    scheme: AnyScheme,
+    packed: Mapping[str, torch.Tensor],
+    in_features: int,
+    kinds: Sequence[GGMLQuantizationType] = KINDS,
+) -> Blocks | None:
+    """A packed matrix in the first of these types that decodes to the same weights, to the bit; None for none."""
     if not isinstance(scheme, AffineScheme):
         return None
     group = in_features if scheme.group_size == -1 else scheme.group_size
@@ -52,7 +66,7 @@ def encode(scheme: AnyScheme, packed: Mapping[str, torch.Tensor], in_features: i
     factors = scales.repeat_interleave(group // BLOCK, 1)
     exact = formats.dequantize(scheme, packed, in_features).numpy()
     blocks = steps.view(*factors.shape, BLOCK).to(torch.int16).numpy()
-    for kind in (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, *list(_RANGES)[1:]):
+    for kind in kinds:
         if kind == GGMLQuantizationType.Q4_1:
             offsets = (scales * -zeros).repeat_interleave(group // BLOCK, 1).numpy()
             found = _offset(codes.view(*factors.shape, BLOCK).numpy(), factors.numpy(), offsets)

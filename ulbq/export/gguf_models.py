@@ -23,11 +23,13 @@ class Family:
     Attributes:
         permuted: rows of queries and keys are stored with the two halves of a head's rotary pairs interleaved.
         factors: its rotary frequencies can be divided by factors, one each, stored as ``rope_freqs.weight``.
+        normalized: whether llama.cpp scales what a token's experts count to a sum of one; None without experts.
     """
 
     arch: MODEL_ARCH
     permuted: bool = False
     factors: bool = False
+    normalized: bool | None = None
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -35,11 +37,17 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(MODEL_ARCH.LLAMA, permuted=True, factors=True),
     "qwen2": Family(MODEL_ARCH.QWEN2),
     "qwen3": Family(MODEL_ARCH.QWEN3),
+    "mixtral": Family(MODEL_ARCH.LLAMA, permuted=True, normalized=True),
+    "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, normalized=False),
+    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, normalized=True),
 }
 """By transformers' model type."""
 
 # Whose code in llama.cpp reads biases of queries, keys and values alone, where transformers has four with one switch.
-_WITHOUT_OUTPUT_BIAS = frozenset({"qwen3"})
+_WITHOUT_OUTPUT_BIAS = frozenset({"qwen3", "qwen3_moe"})
+
+ROUTERS = (".mlp.gate.weight", ".mlp.shared_expert_gate.weight")
+"""Ends of the names of what decides where tokens go, which llama.cpp has in float32."""
 
 
 def unsupported_reason(config: PreTrainedConfig) -> str | None:
@@ -57,6 +65,17 @@ def unsupported_reason(config: PreTrainedConfig) -> str | None:
     windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     if windowed and windowed < config.max_position_embeddings:
         return f"its attention slides over {windowed} tokens, and llama.cpp's reaches over all for this architecture"
+    return None if family.normalized is None else _of_experts(config, normalized=family.normalized)
+
+
+def _of_experts(config: PreTrainedConfig, *, normalized: bool) -> str | None:
+    """Why a mixture cannot be written whose type has a form in llama.cpp."""
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        return "some of its blocks have no experts, and all have them in llama.cpp"
+    if getattr(config, "norm_topk_prob", normalized) != normalized:
+        return f"it has norm_topk_prob={config.norm_topk_prob}, and llama.cpp the contrary for '{config.model_type}'"
+    if not getattr(config, "qkv_bias", True):
+        return "its attention has no biases, which llama.cpp reads"
     return None
 
 
@@ -93,6 +112,13 @@ def add_hyperparameters(writer: GGUFWriter, source: ModelSource) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(width)
+    if FAMILIES[config.model_type].normalized is not None:
+        writer.add_expert_count(getattr(config, "num_experts", None) or config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     writer.add_rope_freq_base(float(parameters.get("rope_theta", 10000.0)))
     if rope_type(config) == "linear":

@@ -50,6 +50,13 @@ _QUANTIZATION_FILES = {
 }
 """Files beside the weights that say the same, with the tool that writes each."""
 
+_GGUF_SIZES = {
+    "attention.key_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Fields of a configuration by what a GGUF file calls them."""
+
 _NOT_GENERATIVE = (
     "ForMaskedLM",
     "ForSequenceClassification",
@@ -83,9 +90,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"transformers {transformers.__version__} does not know the model type '{model_type}' of '{folder}'.",
             hint="A newer version may: pip install --upgrade transformers.",
         )
-    raw = {key: value for key, value in raw.items() if key not in ("quantization_config", "auto_map")}
     try:
-        config = AutoConfig.for_model(**raw)
+        config = AutoConfig.for_model(**_plain(raw))
     except _CONFIG_ERRORS as error:
         raise InputError(
             f"'{folder / 'config.json'}' cannot be read as a '{model_type}' model: {_first(error)}"
@@ -123,19 +129,26 @@ def quantized_by(folder: Path, raw: Mapping[str, Any]) -> str | None:
         folder: of the model.
         raw: its ``config.json``.
     """
-    found = _described(raw)
+    described = quantization(raw)
+    found = None if described is None else str(described.get("quant_method") or "an unknown tool")
     if found is None:
         found = next((tool for name, tool in _QUANTIZATION_FILES.items() if _describes(folder / name)), None)
     return found
 
 
-def _described(raw: Mapping[str, Any]) -> str | None:
+def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of weights that are not packed, and of no code of its own."""
+    left = {key: value for key, value in raw.items() if key not in (*_QUANTIZATION_KEYS, "auto_map")}
+    return {key: _plain(value) if isinstance(value, dict) else value for key, value in left.items()}
+
+
+def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a ``config.json`` says of how its weights are packed, at whichever depth; None where it says nothing."""
     for key in _QUANTIZATION_KEYS:
         if value := raw.get(key):
-            method = value.get("quant_method") if isinstance(value, dict) else None
-            return str(method or "an unknown tool")
+            return value if isinstance(value, dict) else {}
     inner = (value for value in raw.values() if isinstance(value, dict))
-    return next((found for value in inner if (found := _described(value)) is not None), None)
+    return next((found for value in inner if (found := quantization(value)) is not None), None)
 
 
 def _describes(file: Path) -> bool:
@@ -164,9 +177,10 @@ def read_gguf_config(file: Path, header: GgufHeader) -> PreTrainedConfig:
         ) from error
     if header.uncounted is not None:
         config.vocab_size = header.uncounted  # of some architectures transformers looks at the vocabulary alone
-    stated = header.values.get(f"{header.architecture}.attention.key_length")
-    if isinstance(stated, int) and getattr(config, "head_dim", stated) != stated:
-        config.head_dim = stated  # of some architectures transformers takes its own default
+    for key, name in _GGUF_SIZES.items():
+        stated = header.values.get(f"{header.architecture}.{key}")
+        if isinstance(stated, int) and getattr(config, name, stated) != stated:
+            setattr(config, name, stated)  # of some architectures transformers takes its own default
     config.name_or_path = str(file.parent)
     check_causal(config, str(file))
     _scale_frequencies(config, file, header)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ulbq.nn.experts import Experts, Fusion
+from ulbq.nn.experts import Fusion, single_experts
 
 
 class ExpertPart(NamedTuple):
@@ -28,7 +28,7 @@ class ExpertPart(NamedTuple):
 
 
 def expert_parts(model: nn.Module) -> dict[str, ExpertPart]:
-    """The experts' tensors of a model that has them fused, by the names that :class:`Experts` gives them."""
+    """The experts' tensors of a model that has them fused, by the names that its single experts have."""
     found: dict[str, ExpertPart] = {}
     for name, module in model.named_modules():
         fusion = Fusion.of(module)
@@ -42,7 +42,7 @@ def expert_parts(model: nn.Module) -> dict[str, ExpertPart]:
 
 
 def unfuse(model: nn.Module, packed: Collection[str] | None = None) -> None:
-    """Put :class:`Experts` in the place of fused ones, in place.
+    """Put :class:`~ulbq.nn.experts.Experts` in the place of fused ones, in place.
 
     Args:
         model: on the meta device.
@@ -51,5 +51,5 @@ def unfuse(model: nn.Module, packed: Collection[str] | None = None) -> None:
     # Of ``experts.7.gate_proj``, the ``experts``.
     owners = None if packed is None else {name.rsplit(".", 2)[0] for name in packed}
     for name, module in list(model.named_modules()):
-        if (owners is None or name in owners) and Fusion.of(module) is not None:
-            model.set_submodule(name, Experts(module))
+        if (owners is None or name in owners) and (single := single_experts(module)) is not None:
+            model.set_submodule(name, single)

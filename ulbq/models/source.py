@@ -44,11 +44,19 @@ from ulbq.errors import InputError, ResourceError
 from ulbq.formats import AnyScheme, read_scheme
 from ulbq.models import hub, placement
 from ulbq.models.checkpoint import Checkpoint, TensorReader
-from ulbq.models.config import check_gguf_counts, quantized_by, read_config, read_gguf_config, read_raw_config
+from ulbq.models.config import (
+    check_gguf_counts,
+    quantization,
+    quantized_by,
+    read_config,
+    read_gguf_config,
+    read_raw_config,
+)
 from ulbq.models.exl3 import METHOD, Exl3Tensors
 from ulbq.models.experts import ExpertPart, expert_parts
 from ulbq.models.gguf import GgufTensors, is_gguf, model_name, open_gguf
 from ulbq.models.rope_factors import ROPE_FACTORS
+from ulbq.models.scaled import METHODS, ScaledTensors
 from ulbq.models.side_files import check_folder, copy_side_files, copy_tree, side_files, write_tokenizer
 from ulbq.models.skeleton import empty_model
 from ulbq.models.tokenizer_files import check_loaded, check_tokenizer
@@ -144,9 +152,9 @@ class ModelSource:
 
     @property
     def stored_as(self) -> tuple[str, float] | None:
-        """What a GGUF file or an EXL3 folder is, in words, and bits a value; None in full precision."""
-        told = self.stored if isinstance(self.stored, Exl3Tensors) else self.tensors
-        return told.stored_as if isinstance(told, GgufTensors | Exl3Tensors) else None
+        """What a GGUF file or a folder in EXL3, FP8 or MXFP4 is, and bits a value; None in full precision."""
+        told = self.stored if isinstance(self.stored, Exl3Tensors | ScaledTensors) else self.tensors
+        return told.stored_as if isinstance(told, GgufTensors | Exl3Tensors | ScaledTensors) else None
 
     @cached_property
     def packed(self) -> Mapping[str, AnyScheme]:
@@ -381,7 +389,7 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
     check_folder(path)
     raw = read_raw_config(path)
     method = quantized_by(path, raw)
-    if method not in (None, METHOD):
+    if method not in (None, METHOD, *METHODS):
         if method == "ulbq":
             raise InputError(
                 f"'{given}' is an artifact of ulbq without its {MANIFEST_NAME}.",
@@ -392,7 +400,7 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
             hint="Give the full-precision model it was made from.",
         )
     name = hub_id.rpartition("/")[2] if hub_id else path.resolve().name
-    read = _read_folder(path, given, exl3=method == METHOD)
+    read = _read_folder(path, given, packing=quantization(raw))
     return ModelSource(name, given, path, "hub" if hub_id else "folder", **read._asdict())
 
 
@@ -421,7 +429,8 @@ def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: 
     if verify:
         check_small_files(path, manifest)
     sums = {name: entry.sha256 for name, entry in manifest.files.items()} if verify else {}
-    read = _read_folder(path, given, packed, sums, exl3=target == METHOD)
+    packing = {"quant_method": METHOD} if target == METHOD else None
+    read = _read_folder(path, given, packed, sums, packing)
     name = manifest.name or path.resolve().name
     return ModelSource(name, given, path, "artifact", **read._asdict(), manifest=manifest)
 
@@ -438,13 +447,20 @@ class _Read(NamedTuple):
 
 
 def _read_folder(
-    path: Path, given: str, packed: Collection[str] = (), sums: Mapping[str, str] = {}, *, exl3: bool = False
+    path: Path,
+    given: str,
+    packed: Collection[str] = (),
+    sums: Mapping[str, str] = {},
+    packing: Mapping[str, Any] | None = None,
 ) -> _Read:
     """Read configuration and headers, and see that they fit each other. Raises InputError."""
     config = read_config(path)
     stored = LazyTensors.folder(path, sums)
-    if exl3:
+    method = None if packing is None else packing.get("quant_method")
+    if method == METHOD:
         stored = Exl3Tensors(stored, config.get_text_config().vocab_size)
+    elif packing is not None and method in METHODS:
+        stored = ScaledTensors(stored, packing)
     model = empty_model(config)
     notes = []
     if type(model.config) is not type(config):

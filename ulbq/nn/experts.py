@@ -22,6 +22,7 @@ class Fusion:
         transposed: each matrix is stored as ``[in, out]``.
         concatenated: the rows of a gate come before those of the other half; else the two take turns.
         biased: whether the layers add biases, ``gate_up_proj_bias [E, 2·I]`` and ``down_proj_bias [E, H]``.
+        scaled: what enters are the tokens once for each expert, times what its router gives it, zeros for none.
     """
 
     experts: int
@@ -29,10 +30,13 @@ class Fusion:
     transposed: bool
     concatenated: bool
     biased: bool
+    scaled: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
-        """That of a module that transformers' ``use_experts_implementation`` marks; None for any other."""
+        """That of a module that transformers' ``use_experts_implementation`` marks, or Llama 4's; None for others."""
+        if type(module).__name__ == "Llama4TextExperts":
+            return cls(len(module.get_parameter("down_proj")), True, True, True, False, scaled=True)
         marks = [getattr(module, name, None) for name in ("has_gate", "is_transposed", "is_concatenated", "has_bias")]
         down = module._parameters.get("down_proj")
         if down is None or down.dim() != 3 or not all(isinstance(mark, bool) for mark in marks):
@@ -94,7 +98,7 @@ class Experts(nn.ModuleList):
 
     # Taken over from the fused module.
     act_fn: Callable[[torch.Tensor], torch.Tensor]
-    has_post_expert_norm: bool
+    has_post_expert_norm = False
     post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
 
     def __init__(self, fused: nn.Module) -> None:
@@ -109,7 +113,7 @@ class Experts(nn.ModuleList):
         self._buffers |= fused._buffers
         for name, module in fused.named_children():
             self.add_module(name, module)
-        self._gate: Callable[[nn.Module, torch.Tensor], torch.Tensor] = vars(type(fused))["_apply_gate"]
+        self._gate: Callable[[nn.Module, torch.Tensor], torch.Tensor] = vars(type(fused)).get("_apply_gate", _gate)
         self.fusion = fusion
         self.shown: Collection[int] = ()
         outside, inside = (down.shape[2], down.shape[1]) if fusion.transposed else (down.shape[1], down.shape[2])
@@ -146,7 +150,7 @@ class Experts(nn.ModuleList):
         weighted = torch.cat(made) * top_k_weights.flatten()[order].unsqueeze(-1)
         # Back in the tokens' order: their sums do not depend on who else is there.
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        result: torch.Tensor = weighted[back].view(*top_k_index.shape, -1).sum(1)
+        result: torch.Tensor = weighted[back].unflatten(0, top_k_index.shape).sum(1)
         return result.to(hidden_states.dtype)
 
     def _run(self, number: int, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -167,6 +171,41 @@ class Experts(nn.ModuleList):
         joined = torch.cat(pair, -1) if self.fusion.concatenated else torch.stack(pair, -1).flatten(-2)
         gated: torch.Tensor = self._gate(self, joined)
         return gated
+
+
+class ScaledExperts(Experts):
+    """Llama 4's, whose inputs its router scales: one that sees all tokens sees them as their own experts do."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Each expert's outputs.
+
+        Args:
+            hidden_states: ``[experts · tokens, in]``, of each expert the scaled tokens; zeros that are not sent to it.
+        """
+        tokens = hidden_states.view(self.fusion.experts, -1, hidden_states.shape[-1])
+        sent = tokens.any(-1)
+        result = torch.zeros_like(tokens)
+        for number, (own, chosen) in enumerate(zip(tokens, sent, strict=True)):
+            rows = chosen.nonzero().flatten()
+            if number in self.shown:
+                mean = tokens.sum(0) / sent.sum(0).clamp(min=1).unsqueeze(-1)
+                own = torch.where(chosen.unsqueeze(-1), own, mean)
+            if len(rows) or number in self.shown:
+                result[number, rows] = self._run(number, own, rows).to(result.dtype)
+        return result.view_as(hidden_states)
+
+
+def single_experts(fused: nn.Module) -> Experts | None:
+    """What takes the place of a module; None for one that holds no fused experts."""
+    fusion = Fusion.of(fused)
+    return None if fusion is None else (ScaledExperts if fusion.scaled else Experts)(fused)
+
+
+def _gate(module: nn.Module, joined: torch.Tensor) -> torch.Tensor:
+    """Of families that have none of their own: the activation of the first half times the second."""
+    gate, up = joined.chunk(2, dim=-1)
+    result: torch.Tensor = module.get_submodule("act_fn")(gate) * up
+    return result
 
 
 class Place(NamedTuple):

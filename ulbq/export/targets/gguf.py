@@ -6,7 +6,7 @@ Vectors are float32, as llama.cpp wants them.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -80,8 +80,12 @@ class _File:
         self._dtype = dtype
         self._adapters = adapters
         self._family = gguf_models.family(source)
-        self._names = state_names(model)
+        self._aliases = state_names(model)
         self._map = get_tensor_name_map(self._family.arch, source.config.num_hidden_layers)
+        # Experts lie in one tensor, one behind the other.
+        self._names: dict[str, list[str]] = {}
+        for name, fused in stacks(source, model).items():
+            self._names.setdefault(self._stored_name(fused), []).append(name)
 
     def declare(self, writer: GGUFWriter, licence: str | None) -> dict[str, int]:
         """Everything of the file that stands before the tensors; returns how many packed layers have each type."""
@@ -91,7 +95,7 @@ class _File:
             data = tensor.data
             writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.kind)
             if tensor.packed:
-                kinds[tensor.kind] += 1
+                kinds[tensor.kind] += len(self._names[tensor.name])
         file_type = _FILE_TYPES.get(kinds.most_common(1)[0][0]) if kinds else None
         writer.add_type("model")
         writer.add_name(source.name)
@@ -108,45 +112,76 @@ class _File:
         factors = gguf_models.rope_factors(self._source, self._model)
         if factors is not None:
             yield _Tensor(ROPE_FACTORS, factors.numpy(), GGMLQuantizationType.F32)
-        for name in self._names:
-            yield self._make(name)
+        for stored, names in self._names.items():
+            yield self._make(stored, names)
 
     def check(self, path: Path) -> None:
         """Read the file back. Raises NumericsError where a tensor does not decode to the model's."""
-        stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-        for name in self._names:
-            found = stored[self._stored_name(name)]
-            if found.tensor_type in _FILE_TYPES:
-                linear = name.removesuffix(".weight")
-                columns = linear_layer(self._model, linear).in_features
-                packed = self._source.read_packed(linear)
-                expected = self._ordered(name, formats.dequantize(self._source.packed[linear], packed, columns))
-                same = np.array_equal(dequantize(found.data, found.tensor_type), expected.numpy())
+        found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+        for stored, names in self._names.items():
+            tensor = found[stored]
+            if tensor.tensor_type in _FILE_TYPES:
+                parts = tensor.data if tensor.data.ndim > 2 else [tensor.data]
+                same = all(
+                    np.array_equal(dequantize(part, tensor.tensor_type), self._exact(name).numpy())
+                    for part, name in zip(parts, names, strict=True)
+                )
             else:
-                same = np.array_equal(np.asarray(found.data).view(np.uint8), self._make(name).data.view(np.uint8))
+                same = np.array_equal(
+                    np.asarray(tensor.data).view(np.uint8), self._make(stored, names).data.view(np.uint8)
+                )
             if not same:
                 raise NumericsError(
-                    f"What was written of '{name}' does not decode to the model's weights.",
+                    f"What was written of '{names[0]}' does not decode to the model's weights.",
                     hint="This is a defect of ulbq, or of the disk: please report it with the command.",
                 )
 
-    def _make(self, name: str) -> _Tensor:
-        source, linear = self._source, name.removesuffix(".weight")
-        adapter = self._adapters.get(linear) if linear != name else None
-        packed = linear in source.packed and linear != name
-        if packed and adapter is None:
-            columns = linear_layer(self._model, linear).in_features
-            blocks = gguf_blocks.encode(source.packed[linear], source.read_packed(linear), columns)
-            if blocks is not None:
-                data = self._ordered(name, torch.from_numpy(blocks.data)).numpy()
-                return _Tensor(self._stored_name(name), data, blocks.kind, packed)
-        full = dense_tensor(source, self._model, name, self._names[name], self._dtype, adapter)
-        if full.ndim < 2:  # in float32, from what is stored and not from the rounded
-            full = dense_tensor(source, self._model, name, self._names[name], torch.float32, adapter)
-        full = self._ordered(name, full).contiguous()
+    def _exact(self, name: str) -> torch.Tensor:
+        """The weight that a packed layer stands for, as llama.cpp orders its rows."""
+        linear = name.removesuffix(".weight")
+        columns = linear_layer(self._model, linear).in_features
+        packed = self._source.read_packed(linear)
+        return self._ordered(name, formats.dequantize(self._source.packed[linear], packed, columns))
+
+    def _make(self, stored: str, names: Sequence[str]) -> _Tensor:
+        if (blocks := self._blocks(names)) is not None:
+            rows = [self._ordered(name, torch.from_numpy(one.data)) for name, one in zip(names, blocks, strict=True)]
+            return _Tensor(stored, _joined(rows).numpy(), blocks[0].kind, packed=True)
+        full = _joined([self._full(name) for name in names]).contiguous()
         kind = _KINDS[full.dtype][0]
         data = full.view(torch.uint8).numpy() if full.dtype == torch.bfloat16 else full.numpy()
-        return _Tensor(self._stored_name(name), data, kind, packed)
+        packed = any(name.removesuffix(".weight") in self._source.packed for name in names)
+        return _Tensor(stored, data, kind, packed)
+
+    def _blocks(self, names: Sequence[str]) -> list[gguf_blocks.Blocks] | None:
+        """Packed matrices in the smallest type that holds all of them; None where none does, or one is not packed."""
+        linears = [name.removesuffix(".weight") for name in names]
+        if any(linear not in self._source.packed or linear in self._adapters for linear in linears):
+            return None
+        choices = [gguf_blocks.KINDS] if len(linears) == 1 else [(kind,) for kind in gguf_blocks.KINDS]
+        for kinds in choices:
+            made: list[gguf_blocks.Blocks] = []
+            for linear in linears:
+                columns = linear_layer(self._model, linear).in_features
+                stored = self._source.read_packed(linear)
+                blocks = gguf_blocks.encode(self._source.packed[linear], stored, columns, kinds)
+                if blocks is None:
+                    break
+                made.append(blocks)
+            else:
+                return made
+        return None
+
+    def _full(self, name: str) -> torch.Tensor:
+        """A tensor in full precision, as llama.cpp orders its rows."""
+        linear = name.removesuffix(".weight")
+        adapter = self._adapters.get(linear) if linear != name else None
+        whole = self._model.state_dict()[name].ndim < 2 or name.endswith(gguf_models.ROUTERS)
+        # In float32, from what is stored and not from the rounded.
+        dtype = torch.float32 if whole else self._dtype
+        full = self._ordered(name, dense_tensor(self._source, self._model, name, self._aliases[name], dtype, adapter))
+        # One row that weighs the shared expert is a vector there.
+        return full.flatten() if len(full) == 1 and whole else full
 
     def _ordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         order = gguf_models.row_order(self._source, name, len(tensor))
@@ -160,6 +195,19 @@ class _File:
                 "has no name."
             )
         return stored
+
+
+def stacks(source: ModelSource, model: PreTrainedModel) -> dict[str, str]:
+    """Names of all tensors of a model, each with that of the tensor which it is in: its own, or all experts' one."""
+    found: dict[str, str] = {}
+    for name in state_names(model):
+        part = source.parts.get(name)
+        found[name] = name if part is None else f"{part.fused.rpartition('.')[0]}.{part.projection}.weight"
+    return found
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 class GgufTarget(Target):
@@ -188,7 +236,12 @@ class GgufTarget(Target):
         return asked or "fp16"
 
     def steps(self, source: ModelSource) -> int:
-        return len(state_names(skeleton(source)))
+        return len(set(stacks(source, skeleton(source)).values()))
+
+    def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:
+        if candidate.config.model_type == "mixtral":
+            return "transformers takes a GGUF file of a Mixtral for one of a Llama."
+        return None
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
         source = conversion.source
