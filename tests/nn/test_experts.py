@@ -89,6 +89,19 @@ def test_a_token_gets_the_same_whoever_else_is_there() -> None:
     torch.testing.assert_close(alone, whole[3:4], atol=1e-6, rtol=1e-6)
 
 
+def test_a_token_alone_gets_the_same_bits() -> None:
+    experts = single_experts(fused_module("concatenated")).to(torch.bfloat16)
+    hidden, index, weights = routed(EXPERTS - 1)
+    alone = experts(hidden[:1].bfloat16(), index[:1], weights[:1].bfloat16())
+    with showing({experts: (-1,)}):  # none of them, and nothing is cut short
+        assert torch.equal(experts(hidden[:1].bfloat16(), index[:1], weights[:1].bfloat16()), alone)
+    index[0, 1] = EXPERTS
+    without = weights[:1].clone()
+    without[0, 1] = 0
+    expected = experts(hidden[:1].bfloat16(), torch.where(index == EXPERTS, 0, index)[:1], without.bfloat16())
+    torch.testing.assert_close(experts(hidden[:1].bfloat16(), index[:1], weights[:1].bfloat16()), expected)
+
+
 def test_a_choice_beyond_the_experts_counts_for_nothing() -> None:
     experts = single_experts(fused_module("concatenated"))
     hidden, index, weights = routed()

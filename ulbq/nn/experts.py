@@ -136,6 +136,12 @@ class Experts(nn.ModuleList):
             top_k_weights: ``[tokens, k]`` how much each counts.
         """
         chosen = top_k_index.flatten()
+        if len(hidden_states) == 1 and not self.shown and max(numbers := chosen.tolist()) < self.fusion.experts:
+            # As below, where there is nothing to sort.
+            weighted = torch.cat([self._outputs(number, hidden_states[:]) for number in numbers])
+            weighted = weighted * top_k_weights.flatten().unsqueeze(-1)
+            only: torch.Tensor = weighted.unflatten(0, top_k_index.shape).sum(1)
+            return only.to(hidden_states.dtype)
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.fusion.experts).tolist()
         rows = (order // top_k_index.shape[-1]).split(counts)
@@ -155,13 +161,15 @@ class Experts(nn.ModuleList):
 
     def _run(self, number: int, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """What one expert makes of some tokens."""
-        expert, shown = self[number], number in self.shown
         # A tensor of its own each time: who watches tells by it which layers read the same.
-        inner = self._inner(expert, hidden_states[:] if shown else hidden_states[rows])
-        out: torch.Tensor = expert.get_submodule("down_proj")(inner)
-        if self.has_post_expert_norm:
-            out = self.post_expert_norm(out)
-        return out[rows] if shown else out
+        if number in self.shown:
+            return self._outputs(number, hidden_states[:])[rows]
+        return self._outputs(number, hidden_states[rows])
+
+    def _outputs(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        expert = self[number]
+        out: torch.Tensor = expert.get_submodule("down_proj")(self._inner(expert, x))
+        return self.post_expert_norm(out) if self.has_post_expert_norm else out
 
     def _inner(self, expert: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What an expert's last layer reads."""
