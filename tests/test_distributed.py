@@ -87,7 +87,7 @@ def different_codes(one: Path, two: Path) -> float:
     return sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
 
 
-@work("gptq")
+@pytest.mark.parametrize("pair", ["gptq", "drift"], indirect=True)
 def test_second_moments_are_summed(pair: tuple[Path, Path]) -> None:
     one, two = map(quantized, pair)
     assert (one.processes, two.processes) == (1, 2)

@@ -231,7 +231,7 @@ def test_weights_make_good_what_the_blocks_before_have_changed(tmp_path: Path) -
         met.update({name: asked.weight(name) for name in linears})
         return {name: asked.weight(name) for name in linears}
 
-    solve_in_sequence(asked, keep, one_by_one=True)
+    solve_in_sequence(asked, keep, one_by_one=True, full_inputs=True)
 
     moved = {name for name in LINEARS if not torch.equal(met[name], linear_layer(reference, name).weight)}
     # Other tokens may call an expert in the quantized model: nothing tells which belong together.
@@ -250,6 +250,25 @@ def test_weights_make_good_what_the_blocks_before_have_changed(tmp_path: Path) -
         assert errors[0] < 0.6 * errors[1], name
 
 
+def test_moments_to_judge_by_are_of_the_samples_held_out_alone(tmp_path: Path) -> None:
+    asked = task(tmp_path)
+    assert asked.data is not None
+    met: dict[str, HessianSum] = {}
+
+    def keep(linears, inputs):  # type: ignore[no-untyped-def]
+        met.update(dict.fromkeys(linears, inputs))
+        return {name: asked.weight(name) for name in linears}
+
+    solve_in_sequence(asked, keep, one_by_one=True, weighting=TokenWeighting.UNIFORM, judged=True)
+    for name in ("query", "out", "experts.1.up"):
+        for given, part in ((met[name], slice(0, SAMPLES)), (met[name].heldout, slice(SAMPLES, None))):
+            rows = inputs_of(asked.block, name, asked.data.inputs.get(part))
+            assert given is not None
+            assert given.tokens == len(rows)
+            torch.testing.assert_close(given.matrix, 2 / max(len(rows), 1) * rows.T @ rows)
+    assert solved(task(tmp_path), one_by_one=True)[0][1].heldout is None
+
+
 def test_what_has_not_changed_is_solved_as_it_is(tmp_path: Path) -> None:
     asked = task(tmp_path)
     assert asked.data is not None
@@ -259,5 +278,5 @@ def test_what_has_not_changed_is_solved_as_it_is(tmp_path: Path) -> None:
     def keep(linears, inputs):  # type: ignore[no-untyped-def]
         return {name: both.weight(name) for name in linears}
 
-    solve_in_sequence(both, keep, one_by_one=True)
+    solve_in_sequence(both, keep, one_by_one=True, full_inputs=True)
     assert all(torch.equal(both.weight(name), weight) for name, weight in weights.items())

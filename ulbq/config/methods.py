@@ -166,7 +166,8 @@ class SequenceOptions(TokenSettings, MethodOptions):
     @property
     def gathering(self) -> dict[str, Any]:
         """How second moments are gathered, by the names of :func:`~ulbq.methods.in_sequence.solve_in_sequence`."""
-        return {"weighting": self.token_weighting, "all_experts": self.all_experts}
+        full_inputs = self.target_inputs == "full"
+        return {"weighting": self.token_weighting, "all_experts": self.all_experts, "full_inputs": full_inputs}
 
     def idle(self) -> dict[str, str]:
         """Gradients say how much a token counts."""

@@ -57,7 +57,7 @@ class Claq:
         self.needs = dataclasses.replace(
             trained,
             full_precision=full or trained.epochs > 0 or trained.adapter is not None,
-            originals=full or trained.originals,
+            drifts=full,
             hessians="sequence" if options.true_sequential and not options.surveyed else "block",
             saliency=options.saliency if options.surveyed and options.saliency != "none" else trained.saliency,
             survey=options.surveyed,
