@@ -230,6 +230,16 @@ class CodebookOptions(BudgetOptions):
         ),
     ] = None
     refit: Annotated[bool, Option("Fit all codebooks together after the pass.", CODEBOOKS)] = True
+    sweeps: Annotated[
+        int,
+        Field(ge=0, le=MOST),
+        Option(
+            "How often codes may move after the fit, column by column, and the codebooks be fitted anew; as long as it "
+            "lowers a layer's error on the samples held out.",
+            CODEBOOKS,
+            "N",
+        ),
+    ] = 0
     as_published: Annotated[
         bool,
         Option(
@@ -250,8 +260,9 @@ class CodebookOptions(BudgetOptions):
         return self.allocated and self.allocation == "global"
 
     def idle(self) -> dict[str, str]:
-        """A budget that is not there is not given out."""
-        return super().idle() | ({} if self.allocated else {"allocation": "`target_bits`"})
+        """A budget that is not there is not given out; codes move once the codebooks are fitted."""
+        off = super().idle() | ({} if self.allocated else {"allocation": "`target_bits`"})
+        return off if self.refit else off | {"sweeps": "`refit`"}
 
     @model_validator(mode="before")
     @classmethod
