@@ -11,6 +11,7 @@ from torch import nn
 from ulbq.blockwise.activations import ActivationStore
 from ulbq.config.methods import ClaqOptions, GptqOptions
 from ulbq.config.training import TokenWeighting
+from ulbq.methods import in_sequence
 from ulbq.methods.base import BlockTask
 from ulbq.methods.claq import Claq
 from ulbq.methods.gptq import Gptq
@@ -248,6 +249,40 @@ def test_weights_make_good_what_the_blocks_before_have_changed(tmp_path: Path) -
         wanted = made(reference, asked.data.originals)
         errors = [(made(block, asked.data.inputs) - wanted).square().mean() for block in (asked.block, plain)]
         assert errors[0] < 0.6 * errors[1], name
+
+
+def test_the_full_precision_block_runs_no_farther_than_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights as where all of it runs, in fewer calls of its layers."""
+    calls: list[int] = []
+
+    def moved() -> dict[str, torch.Tensor]:
+        asked, met = drifting(tmp_path), dict[str, torch.Tensor]()
+
+        def keep(linears, inputs):  # type: ignore[no-untyped-def]
+            met.update({name: asked.weight(name) for name in linears})
+            return {name: asked.weight(name) for name in linears}
+
+        before, forward = 0, nn.Linear.forward
+
+        def counted(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+            nonlocal before
+            before += 1
+            return forward(self, x)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Linear, "forward", counted)
+            solve_in_sequence(asked, keep, one_by_one=True, full_inputs=True)
+        calls.append(before)
+        return met
+
+    early, wanted = moved(), in_sequence._wanted
+    # Inputs that nobody counts: then no call is the last.
+    monkeypatch.setattr(in_sequence, "_wanted", lambda *given: wanted(*given[:3], dict.fromkeys(given[3], 0), given[4]))
+    whole = moved()
+    assert all(torch.equal(early[name], whole[name]) for name in LINEARS)
+    assert calls[0] < 0.8 * calls[1]
 
 
 def test_moments_to_judge_by_are_of_the_samples_held_out_alone(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def scales(
 def _even(scales: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """Scales ``[n]`` that leave one variance in all blocks that the transform mixes, of rows of these norms."""
     width = len(scales) if trellis.is_mixed(len(scales)) else trellis.block_width(len(scales))
-    left = (norms / scales).square().unflatten(0, (-1, width)).mean(1).sqrt()
+    left: torch.Tensor = (norms / scales).square().unflatten(0, (-1, width)).mean(1).sqrt()
     return scales * left.masked_fill(left < _TINY, 1.0).repeat_interleave(width)
 
 
@@ -141,7 +141,8 @@ def _left(upper: torch.Tensor) -> float:
     """What errors of variance 1 in all rows cost when those after them have made good what they can."""
     blocks = torch.stack([upper[..., i : i + TILE, i : i + TILE] for i in range(0, upper.shape[-1], TILE)])
     identity = torch.eye(TILE, device=upper.device).expand_as(blocks)
-    return torch.linalg.solve_triangular(blocks, identity, upper=True).square().sum().item()
+    inverse: torch.Tensor = torch.linalg.solve_triangular(blocks, identity, upper=True)
+    return inverse.square().sum().item()
 
 
 def allocate(demands: Sequence[Demand], scheme: TrellisScheme, budget: float) -> list[TrellisScheme]:
