@@ -37,6 +37,8 @@ _CLAQ: dict[str, tuple[str, ...]] = {
     "2-no-refit": ("--no-refit",),
     "2.12-published": (*_PUBLISHED, "--target-bits", "2.12"),
     "2.12": (*_GLOBAL, "--target-bits", "2.12"),
+    "2-sweeps": ("--sweeps", "8"),
+    "2.3-sweeps": ("--target-bits", "2.3", "--sweeps", "8"),
     "2.3-outlier": ("--target-bits", "2.3", "--allocation", "outlier", "--outlier-bits", "0.1"),
     "2.3-hessian": ("--target-bits", "2.3", "--allocation", "hessian", "--outlier-bits", "0.1"),
     "2.3": ("--target-bits", "2.3"),

@@ -97,6 +97,13 @@ def test_second_moments_are_summed(pair: tuple[Path, Path]) -> None:
     assert [layer.error for layer in two.layers] == pytest.approx([layer.error for layer in one.layers], rel=0.02)
 
 
+@work("drift")
+def test_what_has_become_of_inputs_is_summed(pair: tuple[Path, Path], two: Path) -> None:
+    # Of the first block: a code that a sum in another order turns moves the weights of all layers after it.
+    assert different_codes(*pair) < 0.02
+    assert different_codes(two / "drift", two / "gptq") > 0.1
+
+
 @pytest.mark.parametrize("pair", ["efficientqat", "uniform", "apiq", "ulb-sapr"], indirect=True)
 def test_blocks_train_as_in_one_process(pair: tuple[Path, Path]) -> None:
     one, two = map(quantized, pair)

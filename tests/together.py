@@ -163,6 +163,7 @@ def primitives(inputs: Path, folder: Path) -> None:
 
 WORK: dict[str, Callable[[Path, Path], None]] = {
     "gptq": _quantized(method="gptq"),
+    "drift": _quantized(method="gptq", target_inputs="full"),
     "efficientqat": _quantized(**_TRAINING, fit_temperature=True),
     "uniform": _quantized(**_TRAINING, micro_batch=2, token_weighting="uniform"),
     "apiq": _quantized(method="apiq", epochs=2, batch_size=3, granularity="layer", adapter=True, rank=4),

@@ -113,6 +113,7 @@ def _options() -> Iterator[Case]:
         (claq, "--outlier-bits", ("nan", "1e300", "-1", "5")),
         (claq, "--damping", ("nan", "2", "-1", "inf")),
         (claq, "--column-block", ("0", "-1", "99999999999999999999")),
+        (claq, "--sweeps", ("-1", "1.5", "nan", "99999999999999999999")),
         (coded, "--target-bits", ("0", "2", "nan", "inf", "1e300", "-2", "16")),
         (coded, "--state-bits", ("0", "13", "-12", "1e2", "99999999999999999999", "")),
         (tuned, "--rank", ("0", "-1", "99999999999", "1e2")),

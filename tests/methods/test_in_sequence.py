@@ -11,6 +11,7 @@ from torch import nn
 from ulbq.blockwise.activations import ActivationStore
 from ulbq.config.methods import ClaqOptions, GptqOptions
 from ulbq.config.training import TokenWeighting
+from ulbq.methods import in_sequence
 from ulbq.methods.base import BlockTask
 from ulbq.methods.claq import Claq
 from ulbq.methods.gptq import Gptq
@@ -231,7 +232,7 @@ def test_weights_make_good_what_the_blocks_before_have_changed(tmp_path: Path) -
         met.update({name: asked.weight(name) for name in linears})
         return {name: asked.weight(name) for name in linears}
 
-    solve_in_sequence(asked, keep, one_by_one=True)
+    solve_in_sequence(asked, keep, one_by_one=True, full_inputs=True)
 
     moved = {name for name in LINEARS if not torch.equal(met[name], linear_layer(reference, name).weight)}
     # Other tokens may call an expert in the quantized model: nothing tells which belong together.
@@ -250,6 +251,59 @@ def test_weights_make_good_what_the_blocks_before_have_changed(tmp_path: Path) -
         assert errors[0] < 0.6 * errors[1], name
 
 
+def test_the_full_precision_block_runs_no_farther_than_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights as where all of it runs, in fewer calls of its layers."""
+    calls: list[int] = []
+
+    def moved() -> dict[str, torch.Tensor]:
+        asked, met = drifting(tmp_path), dict[str, torch.Tensor]()
+
+        def keep(linears, inputs):  # type: ignore[no-untyped-def]
+            met.update({name: asked.weight(name) for name in linears})
+            return {name: asked.weight(name) for name in linears}
+
+        before, forward = 0, nn.Linear.forward
+
+        def counted(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+            nonlocal before
+            before += 1
+            return forward(self, x)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Linear, "forward", counted)
+            solve_in_sequence(asked, keep, one_by_one=True, full_inputs=True)
+        calls.append(before)
+        return met
+
+    early, wanted = moved(), in_sequence._wanted
+    # Inputs that nobody counts: then no call is the last.
+    monkeypatch.setattr(in_sequence, "_wanted", lambda *given: wanted(*given[:3], dict.fromkeys(given[3], 0), given[4]))
+    whole = moved()
+    assert all(torch.equal(early[name], whole[name]) for name in LINEARS)
+    assert calls[0] < 0.8 * calls[1]
+
+
+def test_moments_to_judge_by_are_of_the_samples_held_out_alone(tmp_path: Path) -> None:
+    asked = task(tmp_path)
+    assert asked.data is not None
+    met: dict[str, HessianSum] = {}
+
+    def keep(linears, inputs):  # type: ignore[no-untyped-def]
+        met.update(dict.fromkeys(linears, inputs))
+        return {name: asked.weight(name) for name in linears}
+
+    solve_in_sequence(asked, keep, one_by_one=True, weighting=TokenWeighting.UNIFORM, judged=True)
+    for name in ("query", "out", "experts.1.up"):
+        for given, part in ((met[name], slice(0, SAMPLES)), (met[name].heldout, slice(SAMPLES, None))):
+            rows = inputs_of(asked.block, name, asked.data.inputs.get(part))
+            assert given is not None
+            assert given.tokens == len(rows)
+            torch.testing.assert_close(given.matrix, 2 / max(len(rows), 1) * rows.T @ rows)
+    assert solved(task(tmp_path), one_by_one=True)[0][1].heldout is None
+
+
 def test_what_has_not_changed_is_solved_as_it_is(tmp_path: Path) -> None:
     asked = task(tmp_path)
     assert asked.data is not None
@@ -259,5 +313,5 @@ def test_what_has_not_changed_is_solved_as_it_is(tmp_path: Path) -> None:
     def keep(linears, inputs):  # type: ignore[no-untyped-def]
         return {name: both.weight(name) for name in linears}
 
-    solve_in_sequence(both, keep, one_by_one=True)
+    solve_in_sequence(both, keep, one_by_one=True, full_inputs=True)
     assert all(torch.equal(both.weight(name), weight) for name, weight in weights.items())

@@ -134,6 +134,18 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert shards(resumed) == shards(straight)
 
 
+def test_sweeps_leave_the_bits_and_go_on_to_the_same_bytes(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    _, plain = quantize(asked(tiny_llama, tmp_path / "plain", samples))
+    straight, manifest = quantize(asked(tiny_llama, tmp_path / "straight", samples, sweeps=2))
+    assert manifest.bits == plain.bits
+    assert shards(straight) != shards(tmp_path / "plain")
+    out = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(asked(tiny_llama, out, samples, sweeps=2), StopAt(out, 2))
+    resumed, _ = quantize(asked(tiny_llama, out, samples, sweeps=2))
+    assert shards(resumed) == shards(straight)
+
+
 @pytest.mark.parametrize("train_weights", [False, True])
 def test_training_lowers_the_errors_and_leaves_the_bits(
     train_weights: bool,

@@ -1,5 +1,6 @@
 """The search for trellis codes against exhaustive search and torch, and the solver around it."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,6 +12,7 @@ from ulbq.formats import trellis
 from ulbq.formats.trellis import TrellisScheme
 from ulbq.kernels import solvers, trellis_launch, triton_launch
 from ulbq.solvers import trellis as solver
+from ulbq.solvers.hessian import make_good
 
 needs_compiler = pytest.mark.skipif(
     solvers.slow_reason(torch.device("cpu")) is not None, reason="no compiled solvers here"
@@ -160,17 +162,61 @@ def test_damping_is_raised_where_inputs_are_singular_and_told():
     assert found.weight.isfinite().all()
 
 
-def test_rows_that_cost_nothing_together_are_coded_as_ever():
-    weight, hessian, scheme = gaussian(48, 64), moments(64), TrellisScheme(bits=2)
-    _, sv = solver.scales(weight, 2, torch.Generator().manual_seed(0))
-    # Between the transforms that is an identity.
+def output_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor) -> float:
+    left = (weight - found).double()
+    return ((left @ hessian.double()) * left).sum().item()
+
+
+@pytest.mark.parametrize("rows", [48, 256], ids=["mixed", "blocks"])
+def test_rows_of_other_scales_make_good_what_earlier_ones_leave(rows: int):
+    weight, hessian, scheme = gaussian(rows, 64) * gaussian(rows, 1, seed=3).exp(), moments(64), TrellisScheme(bits=2)
+    _, sv = solver.scales(weight, hessian, 2, torch.Generator().manual_seed(0))
+    # Between the transforms that is an identity: rows that know nothing of each other.
     alone = sv.square().reciprocal().diag()
-    plain, other = (
-        solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(0), outputs=outputs)
+    together, apart = (
+        solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(0), outputs=outputs).weight
         for outputs in (None, alone)
     )
-    assert torch.equal(plain.trellis.codes, other.trellis.codes)
-    torch.testing.assert_close(plain.trellis.sv, other.trellis.sv, rtol=1e-3, atol=0)
+    assert output_error(weight, together, hessian) < 0.93 * output_error(weight, apart, hessian)
+
+
+def test_scales_follow_what_columns_cost(monkeypatch: pytest.MonkeyPatch):
+    weight, hessian, scheme = gaussian(64, 128), moments(128), TrellisScheme(bits=2)
+    sizes = torch.logspace(-2, 2, 128)[torch.randperm(128, generator=torch.Generator().manual_seed(9))]
+    hessian = hessian * sizes * sizes.unsqueeze(1)
+
+    def error() -> float:
+        found = solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(0))
+        return output_error(weight, found.weight, hessian)
+
+    known, scales = error(), solver.scales
+    monkeypatch.setattr(solver, "scales", lambda weight, _, *rest: scales(weight, torch.eye(128), *rest))
+    assert known < 0.8 * error()
+
+
+def test_every_tile_makes_good_what_all_before_it_leave():
+    inner, scheme = gaussian(32, 48), TrellisScheme(bits=2)
+    costs, between = (solver.factorize(moments(size, seed=seed)) for size, seed in ((48, 1), (32, 2)))
+    rows = solver._Rows(between.upper.unsqueeze(0), between.order)
+    codes, _ = solver._by_tiles(inner, costs, rows, scheme)
+
+    # The same as one vector of 6 tiles, whose errors cost what the Kronecker product says.
+    tiles = [(row, column) for column in range(3) for row in range(2)]
+    places = torch.cat(
+        [(torch.arange(16) + 16 * row).unsqueeze(1) * 48 + torch.arange(16) + 16 * column for row, column in tiles]
+    ).view(-1)
+    upper = torch.kron(between.upper, costs.upper)[places][:, places]
+    seen: list[torch.Tensor] = []
+
+    def solve(tile: torch.Tensor) -> torch.Tensor:
+        own, values = solver.search(trellis.sequences(tile.view(16, 16))[0], scheme)
+        seen.append(own[0])
+        return trellis.from_sequences(values.unsqueeze(0)).reshape(-1, 1)
+
+    whole = dataclasses.replace(costs, upper=upper, order=torch.arange(len(upper)))
+    make_good(inner.reshape(-1, 1)[places], whole, 256, solve)
+    expected = torch.stack(seen).view(3, 2, 256)
+    assert torch.equal(codes, expected)
 
 
 def test_later_rows_make_good_what_earlier_ones_leave():

@@ -167,7 +167,8 @@ class SequenceOptions(TokenSettings, MethodOptions):
     @property
     def gathering(self) -> dict[str, Any]:
         """How second moments are gathered, by the names of :func:`~ulbq.methods.in_sequence.solve_in_sequence`."""
-        return {"weighting": self.token_weighting, "all_experts": self.all_experts}
+        full_inputs = self.target_inputs == "full"
+        return {"weighting": self.token_weighting, "all_experts": self.all_experts, "full_inputs": full_inputs}
 
     def idle(self) -> dict[str, str]:
         """Gradients say how much a token counts."""
@@ -230,6 +231,16 @@ class CodebookOptions(BudgetOptions):
         ),
     ] = None
     refit: Annotated[bool, Option("Fit all codebooks together after the pass.", CODEBOOKS)] = True
+    sweeps: Annotated[
+        int,
+        Field(ge=0, le=MOST),
+        Option(
+            "How often codes may move after the fit, column by column, and the codebooks be fitted anew; as long as it "
+            "lowers a layer's error on the samples held out.",
+            CODEBOOKS,
+            "N",
+        ),
+    ] = 0
     as_published: Annotated[
         bool,
         Option(
@@ -250,8 +261,9 @@ class CodebookOptions(BudgetOptions):
         return self.allocated and self.allocation == "global"
 
     def idle(self) -> dict[str, str]:
-        """A budget that is not there is not given out."""
-        return super().idle() | ({} if self.allocated else {"allocation": "`target_bits`"})
+        """A budget that is not there is not given out; codes move once the codebooks are fitted."""
+        off = super().idle() | ({} if self.allocated else {"allocation": "`target_bits`"})
+        return off if self.refit else off | {"sweeps": "`refit`"}
 
     @model_validator(mode="before")
     @classmethod

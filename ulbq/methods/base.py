@@ -125,8 +125,8 @@ class Needs:
     Attributes:
         epochs: training epochs a block, for progress and prediction; 0 for methods that do not train.
         augmented: the full-precision block's output on the quantized stream.
-        originals: the full-precision stream before the block.
         layerwise: training of one layer after the other.
+        drifts: closed forms that make good what the blocks before have changed of a layer's inputs.
         full_precision: the full-precision stream at all: what training aims at, and the importance of columns.
         adapter: form of the adapter that it trains; None without.
         saliency: scores of the weights: an artifact's path, a kind, or None.
@@ -145,12 +145,13 @@ class Needs:
         layer_bytes: memory that the closed form of a layer takes at its peak, for each of its weights beside itself.
         stacked: whether layers that read the same input are solved as one.
         rounds_few: whether second moments of too few tokens are not factored.
+        judged: second moments of the samples held out, too.
     """
 
     epochs: int = 0
     augmented: bool = False
-    originals: bool = False
     layerwise: bool = False
+    drifts: bool = False
     full_precision: bool = True
     adapter: AdapterConfig | None = None
     saliency: str | None = None
@@ -167,6 +168,12 @@ class Needs:
     layer_bytes: float = 0.0
     stacked: bool = False
     rounds_few: bool = False
+    judged: bool = False
+
+    @property
+    def originals(self) -> bool:
+        """Whether the full-precision stream before the block is wanted."""
+        return self.layerwise or self.drifts
 
     @property
     def stores(self) -> int:

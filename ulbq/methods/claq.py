@@ -52,15 +52,16 @@ class Claq:
         self._training = BlockTraining(
             options, self.scheme, partial(CodebookQuantizer.from_packed, train_weights=options.train_weights)
         )
-        self._settings = ClaqSettings(options.column_block, options.refit, options.as_published)
+        self._settings = ClaqSettings(options.column_block, options.refit, options.sweeps, options.as_published)
         trained, full = self._training.needs, options.target_inputs == "full"
         self.needs = dataclasses.replace(
             trained,
             full_precision=full or trained.epochs > 0 or trained.adapter is not None,
-            originals=full or trained.originals,
+            drifts=full,
             hessians="sequence" if options.true_sequential and not options.surveyed else "block",
             saliency=options.saliency if options.surveyed and options.saliency != "none" else trained.saliency,
             survey=options.surveyed,
+            judged=options.sweeps > 0,
             target_bits=None if options.as_published else options.target_bits,
             extra_bits=_extra_bits(options),
             layer_bytes=_REFIT_BYTES if options.refit else _LAYER_BYTES,
@@ -132,13 +133,15 @@ class Claq:
                 weight = task.weight(linear)
                 plan = self._plan(task.prefix + linear, weight, factor, budgets[linear])
                 plan = ColumnPlan(plan.widths.to(weight.device), plan.outliers.to(weight.device))
-                columns = claq(weight, hessian, factor, plan, self._settings).columns
+                heldout = None if inputs.heldout is None else inputs.heldout.matrix
+                columns = claq(weight, hessian, factor, plan, self._settings, heldout).columns
                 scheme = schemes[linear] = allocation.scheme_of(plan, self.options.bits)
                 packed[linear] = codebook.pack(scheme, columns)
                 made[linear] = formats.dequantize(scheme, packed[linear], weight.shape[1])
             return made
 
-        solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, **self.options.gathering)
+        judged, one_by_one = self.options.sweeps > 0, self.options.true_sequential
+        solve_in_sequence(task, solve, one_by_one=one_by_one, judged=judged, **self.options.gathering)
         for linear, weight in originals.items():
             linear_layer(task.block, linear).weight = nn.Parameter(weight, requires_grad=False)
         return BlockResult({linear: packed[linear] for linear in task.linears}, schemes=schemes, notes=tuple(notes))

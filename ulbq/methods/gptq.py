@@ -47,7 +47,7 @@ class Gptq:
         full = options.target_inputs == "full"
         self.needs = Needs(
             full_precision=full,
-            originals=full,
+            drifts=full,
             searches=True,
             hessians=hessians,
             output_groups={"plain": 0, "guided": GROUPS, "two-sided": 1}[options.hessian],

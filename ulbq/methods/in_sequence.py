@@ -48,15 +48,14 @@ def solve_in_sequence(
     one_by_one: bool,
     weighting: TokenWeighting = TokenWeighting.ENERGY,
     all_experts: bool = False,
+    full_inputs: bool = False,
+    judged: bool = False,
 ) -> None:
     """Solve every layer of a block. Layers that are called with the very same tensor are solved together.
 
     Args:
-        task: with activations. The block is left with the weights that ``solve`` gave. Where there are those of the
-            full-precision model, too, ``solve`` finds weights that make good how far the others are from them
-            (:mod:`ulbq.solvers.drift`). Members of a list are left out: other tokens may call them. Where the task
-            tells what errors at the outputs of a layer cost, the tokens count by that too, and each layer is solved by
-            itself.
+        task: with activations. The block is left with the weights that ``solve`` gave. Where it tells what errors at
+            the outputs of a layer cost, the tokens count by that too, and each layer is solved by itself.
         solve: called once for every distinct input, or for every layer.
         one_by_one: what a layer reads comes from the quantized layers before it (GPTQ's true-sequential), in as many
             passes over the samples as there are inputs. Members of one list, a mixture's experts, are solved from the
@@ -64,6 +63,10 @@ def solve_in_sequence(
         weighting: how much each token counts in the second moments.
         all_experts: show every expert of a mixture every token. Otherwise it sees those that are sent to it, and
             second moments over all tokens stand in where these are few, as :func:`_lend` has it.
+        full_inputs: ``solve`` finds weights that make good how far the inputs are from those of the full-precision
+            model (:mod:`ulbq.solvers.drift`), whose activations the task has. Members of a list are left out: other
+            tokens may call them.
+        judged: give ``solve`` second moments of the samples that are held out, too.
     """
     stages: dict[str, list[Input]] = {}
     known: dict[str, str] = {}
@@ -75,11 +78,11 @@ def solve_in_sequence(
         stage = known.get(places[0], places[0]) if one_by_one else ""
         known |= dict.fromkeys(places, stage)
         stages.setdefault(stage, []).append(one)
-    reference = None if _activations(task).originals is None else copy.deepcopy(task.block)
+    reference = copy.deepcopy(task.block) if full_inputs and _activations(task).originals is not None else None
     mixtures = [module for module in task.block.modules() if isinstance(module, Experts)]
     for together in stages.values():
         with showing({mixture: range(len(mixture)) for mixture in mixtures} if all_experts else {}):
-            sums = _gather(task, together, weighting, reference)
+            sums = _gather(task, together, weighting, reference, judged)
         members = {name: place for name in sums if (place := place_of(task.block, name)) is not None}
         task.tokens.update({name: sums[name].hessian.tokens for name in members})
         if not all_experts:
@@ -146,61 +149,84 @@ def _place(block: nn.Module, name: str) -> str:
 
 
 def _gather(
-    task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting, reference: nn.Module | None
+    task: BlockTask,
+    inputs: Sequence[Input],
+    weighting: TokenWeighting,
+    reference: nn.Module | None,
+    judged: bool = False,
 ) -> dict[str, _InputSums]:
     """Sums over the samples that train, of some inputs, by the first layer that reads them."""
     samples, originals = _activations(task).training, _activations(task).originals
-    costs, device = task.outputs, task.precision.device
-    relative = weighting is TokenWeighting.ENERGY
-    sums: dict[str, _InputSums] = {}
-    for one in inputs:
-        name = one.layers[0]
-        width = linear_layer(task.block, name).in_features
-        drifts = reference is not None and _place(task.block, name) == name
-        drift = Drift(width, device, relative=relative) if drifts else None
-        groups = {} if costs is None else {layer: costs[layer].tokens.shape[2] for layer in one.layers}
-        own = {layer: HessianSum(width, device, groups=count) for layer, count in groups.items()}
-        sums[name] = _InputSums(HessianSum(width, device, relative=relative), drift, own)
+    costs = task.outputs
+    sums = _empty(task, inputs, weighting, drifts=reference is not None, judged=judged)
     # Where a layer was missed, as experts are, another sample may well call it, and no call is known to be the last.
     expected = sum(one.calls for one in inputs) if all(one.calls for one in inputs) else 0
-    drifting = [name for name, one in sums.items() if one.drift is not None]
+    drifting = {one.layers[0]: one.calls for one in inputs if sums[one.layers[0]].drift is not None}
     wanted: dict[str, list[torch.Tensor]] = {}
     seen, sample = 0, 0
 
     def add(name: str, tensor: torch.Tensor) -> None:
         nonlocal seen
         hessian, drift, own = sums[name]
-        hessian.add(tensor)
-        if drift is not None:
-            drift.add(wanted[name].pop(0), tensor)
-        for layer, total in own.items():
-            total.add(tensor, None if costs is None else costs[layer].tokens[sample])
+        if sample < samples:
+            hessian.add(tensor)
+            if drift is not None:
+                drift.add(wanted[name].pop(0), tensor)
+            for layer, total in own.items():
+                total.add(tensor, None if costs is None else costs[layer].tokens[sample])
+        elif hessian.heldout is not None:
+            hessian.heldout.add(tensor)
         seen += 1
         if seen == expected:
             raise Enough
 
+    count = int(distributed.total(len(_activations(task).inputs))[0]) if judged else samples
     with watching(_layers(task.block, list(sums)), add):
-        for sample in distributed.own(range(samples)):
+        for sample in distributed.own(range(count)):
             row = sample // distributed.size()
-            if reference is not None and originals is not None and drifting:
+            if sample < samples and reference is not None and originals is not None and drifting:
                 wanted = _wanted(task, reference, originals, drifting, row)
             seen = 0
             with suppress(Enough):
                 _run(task, row)
     for hessian, drift, own in sums.values():
-        for total in (hessian, *own.values()):
+        for total in filter(None, (hessian, hessian.heldout, *own.values())):
             total.reduce()
         if drift is not None:
             drift.reduce()
     return sums
 
 
+def _empty(
+    task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting, *, drifts: bool, judged: bool
+) -> dict[str, _InputSums]:
+    """Sums of nothing yet."""
+    device, relative = task.precision.device, weighting is TokenWeighting.ENERGY
+    sums: dict[str, _InputSums] = {}
+    for one in inputs:
+        name = one.layers[0]
+        width = linear_layer(task.block, name).in_features
+        drift = Drift(width, device, relative=relative) if drifts and _place(task.block, name) == name else None
+        costs = {} if task.outputs is None else {layer: task.outputs[layer] for layer in one.layers}
+        own = {layer: HessianSum(width, device, groups=cost.tokens.shape[2]) for layer, cost in costs.items()}
+        hessian = HessianSum(width, device, relative=relative)
+        hessian.heldout = HessianSum(width, device, relative=relative) if judged else None
+        sums[name] = _InputSums(hessian, drift, own)
+    return sums
+
+
 def _wanted(
-    task: BlockTask, reference: nn.Module, originals: ActivationStore, names: Sequence[str], row: int
+    task: BlockTask, reference: nn.Module, originals: ActivationStore, calls: Mapping[str, int], row: int
 ) -> dict[str, list[torch.Tensor]]:
-    """What some layers read in the full-precision model at every call, for one sample."""
-    found: dict[str, list[torch.Tensor]] = {}
-    with watching(_layers(reference, names), lambda name, tensor: found.setdefault(name, []).append(tensor)):
+    """What some layers read in the full-precision model at every one of so many calls, for one sample."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in calls}
+
+    def keep(name: str, tensor: torch.Tensor) -> None:
+        found[name].append(tensor)
+        if all(calls.values()) and all(len(found[one]) == count for one, count in calls.items()):
+            raise Enough  # what comes after in the block is of no interest
+
+    with watching(_layers(reference, list(calls)), keep), suppress(Enough):
         _pass(task, reference, originals, row)
     return found
 

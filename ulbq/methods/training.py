@@ -51,7 +51,6 @@ class BlockTraining:
         return Needs(
             epochs=sum(stage.epochs for stage in self._stages(0)),
             augmented=options.augmented_loss,
-            originals=options.granularity == "layer",
             layerwise=options.granularity == "layer",
             continues=True,
             adapter=self._adapter,

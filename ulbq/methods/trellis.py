@@ -40,7 +40,7 @@ class TrellisMethod:
         self._widths = widths
         self.needs = Needs(
             full_precision=options.target_inputs == "full",
-            originals=options.target_inputs == "full",
+            drifts=options.target_inputs == "full",
             searches=True,
             hessians="sequence" if options.true_sequential and not budget else "block",
             saliency=options.saliency if budget and options.saliency != "none" else None,

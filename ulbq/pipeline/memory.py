@@ -165,11 +165,13 @@ def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int) -> int:
         place = ".".join("*" if part.isdigit() else part for part in key[0].split(".")[-2:])
         stages.setdefault(f"{place} {key[1]}" if needs.hessians == "sequence" else "", []).append(key)
     # Where inputs shall do what those of the full-precision model do, its block runs beside the one that is solved.
-    drifts = needs.originals and not needs.layerwise
+    drifts = needs.drifts
     solved = most = 0
     for keys in stages.values():
         # Of an input, how far it has drifted, and of each layer that reads it its own.
-        sums = [(1 + drifts + needs.output_groups * len(groups[key])) * FLOAT * key[1] ** 2 for key in keys]
+        sums = [
+            (1 + drifts + needs.judged + needs.output_groups * len(groups[key])) * FLOAT * key[1] ** 2 for key in keys
+        ]
         live = sum(sums)
         for key, own in zip(keys, sums, strict=True):
             layers, columns = groups[key], key[1]

@@ -316,7 +316,7 @@ def _bits_per_weight(method: Method, found: ModelStructure) -> float:
 
 
 _DECIDED = (
-    *("target_bits", "allocation", "outlier_bits", "refit", "as_published"),
+    *("target_bits", "allocation", "outlier_bits", "refit", "sweeps", "as_published"),
     *("hessian", "target_inputs", "damping", "act_order", "true_sequential", "column_block", "start"),
 )
 _CHOSEN = ("skip", "only")

@@ -12,10 +12,11 @@ import torch
 
 from ulbq.formats.codebook import Columns, Outliers
 from ulbq.formats.levels import assign
+from ulbq.solvers.descent import descend
 from ulbq.solvers.gptq import compensate
 from ulbq.solvers.hessian import HessianFactor
 from ulbq.solvers.kmeans import kmeans_1d, refine
-from ulbq.solvers.refit import refit
+from ulbq.solvers.refit import matrix_of, refit
 
 _STEPS = 2
 """Lloyd's steps that follow what earlier columns of the same block have changed in a column."""
@@ -40,11 +41,13 @@ class ClaqSettings:
     Attributes:
         block_size: as :func:`~ulbq.solvers.gptq.compensate` takes it; also how many columns are clustered at once.
         refit: fit all codebooks together afterwards, the codes fixed.
+        sweeps: how often codes may move after that, and the codebooks be fitted to them anew.
         whole_fit: cluster a column with its outliers in it, as the published code does.
     """
 
     block_size: int = 128
     refit: bool = True
+    sweeps: int = 0
     whole_fit: bool = False
 
 
@@ -62,7 +65,12 @@ class ClaqSolution(NamedTuple):
 
 @torch.no_grad()
 def claq(
-    weight: torch.Tensor, hessian: torch.Tensor, factor: HessianFactor, plan: ColumnPlan, settings: ClaqSettings
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    factor: HessianFactor,
+    plan: ColumnPlan,
+    settings: ClaqSettings,
+    heldout: torch.Tensor | None = None,
 ) -> ClaqSolution:
     """Quantize a matrix.
 
@@ -72,6 +80,8 @@ def claq(
         factor: of the same, with the order of the columns.
         plan: of the columns.
         settings: of the passes.
+        heldout: ``[in, in]`` second moments of other samples' inputs. Sweeps end with the first that does not lower
+            the error on them; without, with the first that does not lower the loss.
 
     Raises:
         NumericsError: a column is not finite.
@@ -82,7 +92,20 @@ def claq(
     if not settings.refit:
         return found
     # Rounded to float16 a fit may come out worse than the pass, if it had nothing to gain.
-    return min(found, ClaqSolution(*refit(weight, hessian, factor, found.columns)), key=lambda solution: solution.loss)
+    found = min(found, ClaqSolution(*refit(weight, hessian, factor, found.columns)), key=lambda solution: solution.loss)
+    for _ in range(settings.sweeps):
+        moved = descend(weight, hessian, factor, found.columns)
+        fitted = ClaqSolution(*refit(weight, hessian, factor, moved))
+        if fitted.loss >= found.loss or (heldout is not None and not _better(weight, fitted, found, heldout)):
+            break
+        found = fitted
+    return found
+
+
+def _better(weight: torch.Tensor, one: ClaqSolution, other: ClaqSolution, hessian: torch.Tensor) -> bool:
+    """Whether the first has the lower error, by second moments ``[in, in]``."""
+    first, second = (((left := weight - matrix_of(each.columns).T) @ hessian * left).sum() for each in (one, other))
+    return bool(first < second)
 
 
 class _Codebooks:

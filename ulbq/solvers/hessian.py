@@ -34,6 +34,7 @@ class HessianSum:
 
     Attributes:
         tokens: how many rows of X it is made of.
+        heldout: the same of samples that nothing is fitted to; None where nothing has to be judged.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class HessianSum:
         self._sums = torch.zeros(groups, columns, columns, device=device)
         self._whole = True
         self.tokens = 0
+        self.heldout: HessianSum | None = None
         self._lent = 0
 
     @property

@@ -38,15 +38,20 @@ def refit(weight: torch.Tensor, hessian: torch.Tensor, factor: HessianFactor, co
     damped = hessian.clone()
     damped.diagonal().copy_(damped_diagonal(hessian, factor.damping))
     system = _System(columns, damped)
-    error = weight.T.contiguous() - system.matrix(columns.codebooks)
-    if columns.outliers is not None:
-        # They are right already but for what float16 and the codes of the pass made of them.
-        error.view(-1)[columns.outliers.positions] -= columns.outliers.values
+    error = weight.T - matrix_of(columns)
     change = system.solve(damped @ error)
     books = (columns.codebooks + change).half().float()
     error = error - system.matrix(books - columns.codebooks)
     loss = (error * (damped @ error)).sum(dtype=torch.float64).item()
     return Refitted(ascending(columns._replace(codebooks=books)), loss)
+
+
+def matrix_of(columns: Columns) -> torch.Tensor:
+    """``[in, out]`` what columns stand for."""
+    values: torch.Tensor = columns.codebooks.gather(1, columns.codes.long())
+    if columns.outliers is not None:
+        values.view(-1)[columns.outliers.positions] = columns.outliers.values
+    return values
 
 
 class _System:

@@ -2,8 +2,10 @@
 
 The weight is searched where the format stores it, between the two transforms (:mod:`ulbq.formats.trellis`), and the
 Hessian goes along: ``H' = H_in · diag(su) · H · diag(su) · H_in``. With ``H'⁻¹ = UᵀU`` and a block of 16 columns
-``B``, the error ``E`` of its tiles is made good by ``W_j −= E · U_BB⁻¹ U_Bj`` in all later columns, which is what GPTQ
-does with blocks of one. Within a tile the search takes plain squares: the transforms leave little between neighbours.
+``B``, the error ``E`` of its tiles is made good by ``W_j −= E · U_BB⁻¹ U_Bj`` in all later columns, which GPTQ does
+with blocks of one. Rows are coupled too: an error in a row of the weight costs what ``sv`` makes of it. Between the
+transforms that is ``H_out · diag(sv²) · H_out``, and later rows make errors good in the same way. Within a tile the
+search takes plain squares: the transforms leave little between neighbours.
 """
 
 import heapq
@@ -14,9 +16,9 @@ import torch
 
 from ulbq.formats import trellis
 from ulbq.formats.bits import stored_bits
-from ulbq.formats.trellis import TILE, Trellis, TrellisScheme
+from ulbq.formats.trellis import LENGTH, TILE, Trellis, TrellisScheme
 from ulbq.kernels import solvers, trellis_launch
-from ulbq.solvers.hessian import HessianFactor, factorize, make_good
+from ulbq.solvers.hessian import HessianFactor, damped_diagonal, factorize
 
 _BEST_SCALE = {1: 1.1, 2: 0.96, 3: 0.91, 4: 0.88}
 """Standard deviation of what is coded, by the bits: the values of the states have 1, and a Gaussian's error is least
@@ -25,7 +27,12 @@ _ERRORS = {1: 0.33, 2: 0.0724, 3: 0.0187, 4: 0.0052}
 """Mean squared error of a Gaussian of variance 1, by the bits, with states of 12 bits (the same script). A single bit's
 is 0.28; what it hands on to later tiles, which are coded too, adds a sixth. With states of 16 bits all are a few
 percent less, which changes no allocation."""
+_ALONE = 1 / 3
+"""How far scales go by columns that know nothing of each other. On other text the errors of the default model's layers
+at 2 bits are least from 1/4 to 1/2 (``benchmarks/layer_errors.py``)."""
 _TINY = 1e-12
+_LEAST_COST = 0.01
+"""Of a column beside the mean, where scales are chosen."""
 _RIDGE = 1e-6
 _MOST_ORIGINS = 1 << 28
 """Bytes of back pointers that the search with torch holds at once."""
@@ -76,35 +83,42 @@ def solve(
         damping: share of the mean diagonal that is added to the diagonal.
         outputs: ``[out, out]``, what errors of two outputs cost together; None for nothing.
     """
-    su, sv = scales(weight, scheme.bits, generator)
+    su, sv = scales(weight, hessian, scheme.bits, generator)
     factor, inner = _factored(hessian, su, damping), inverse_between(weight, su, sv)
-    if outputs is None:
-        codes, found = _by_blocks(inner, factor, scheme)
-    else:
-        codes, found = _by_tiles(inner, factor, _factored(outputs, sv, damping), scheme)
+    codes, found = _by_tiles(inner, factor, _between_rows(sv, outputs, damping), scheme)
     sv = fitted(weight, hessian, found, su, sv, outputs)
     return TrellisSolution(Trellis(codes, su, sv), trellis.between(found, su, sv), factor.damping)
 
 
-def scales(weight: torch.Tensor, bits: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def scales(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Signs and scales ``su [in]`` and ``sv [out]`` that leave blocks of one variance between the transforms.
 
-    With the same rate everywhere, the error of a mixture of columns is least where all have one norm; that of a
-    mixture of rows, which all cost the same, where their norms are the roots of what they were. Both are rounded to
-    float16, as they will be stored.
+    All that is coded has the same error there. With columns of norm ``n`` whose squared errors cost ``h``, that of the
+    layer is least with ``su = n^½ h^−¼`` where no error is made good in other columns, and with ``su = n`` where all
+    that can be is: a third of the way from the second to the first is taken (:data:`_ALONE`). The same holds of rows,
+    which cost the same. Both are rounded to float16, as they will be stored.
     """
     rows, columns = weight.shape
-    sv = weight.square().mean(1).sqrt().clamp_min(_TINY).sqrt()
-    su = (weight / sv.unsqueeze(1)).square().mean(0).sqrt()
-    su = torch.where(su > 1e-4 * su.mean(), su, su.mean().clamp_min(_TINY))
-    width = trellis.block_width(rows)
-    left = (weight / su).square().mean(1) / sv.square()
-    sv = sv * left.unflatten(0, (-1, width)).mean(1).sqrt().clamp_min(_TINY).repeat_interleave(width)
+    sv = weight.square().mean(1).sqrt().clamp_min(_TINY).pow(1 - _ALONE / 2)
+    costs = damped_diagonal(hessian, _LEAST_COST).float()
+    norms = (weight / sv.unsqueeze(1)).square().mean(0).sqrt()
+    su = norms.pow(1 - _ALONE / 2) * (costs / costs.mean()).pow(-_ALONE / 4)
+    su = _even(torch.where(su > 1e-4 * su.mean(), su, su.mean().clamp_min(_TINY)), norms)
+    sv = _even(sv, (weight / su).square().mean(1).sqrt())
     signs = [(torch.rand(count, generator=generator) < 0.5).to(weight.device) for count in (columns, rows)]
     norm = su.square().mean().sqrt()
     su, sv = su / norm, sv * norm / _BEST_SCALE[bits]
     su, sv = (torch.where(sign, -one, one) for sign, one in zip(signs, (su, sv), strict=True))
     return su.half().float(), sv.half().float()
+
+
+def _even(scales: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Scales ``[n]`` that leave one variance in all blocks that the transform mixes, of rows of these norms."""
+    width = len(scales) if trellis.is_mixed(len(scales)) else trellis.block_width(len(scales))
+    left: torch.Tensor = (norms / scales).square().unflatten(0, (-1, width)).mean(1).sqrt()
+    return scales * left.masked_fill(left < _TINY, 1.0).repeat_interleave(width)
 
 
 @torch.no_grad()
@@ -117,13 +131,18 @@ def demand(weight: torch.Tensor, hessian: torch.Tensor, cost: float, damping: fl
         cost: of a squared output error, in a unit that all layers share.
         damping: as :func:`solve` takes it.
     """
-    su, sv = scales(weight, 1, torch.Generator().manual_seed(0))
-    upper = _factored(hessian, su, damping).upper
-    blocks = [upper[i : i + TILE, i : i + TILE] for i in range(0, len(upper), TILE)]
-    identity = torch.eye(TILE, device=weight.device).expand(len(blocks), -1, -1)
-    shared = torch.linalg.solve_triangular(torch.stack(blocks), identity, upper=True).square().sum().item()
-    variance = (inverse_between(weight, su, sv).square().mean() * sv.square().sum()).item()
+    su, sv = scales(weight, hessian, 1, torch.Generator().manual_seed(0))
+    shared = _left(_factored(hessian, su, damping).upper) * _left(_between_rows(sv, None, damping).upper)
+    variance = inverse_between(weight, su, sv).square().mean().item()
     return Demand((weight.shape[0], weight.shape[1]), cost * shared * variance)
+
+
+def _left(upper: torch.Tensor) -> float:
+    """What errors of variance 1 in all rows cost when those after them have made good what they can."""
+    blocks = torch.stack([upper[..., i : i + TILE, i : i + TILE] for i in range(0, upper.shape[-1], TILE)])
+    identity = torch.eye(TILE, device=upper.device).expand_as(blocks)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(blocks, identity, upper=True)
+    return inverse.square().sum().item()
 
 
 def allocate(demands: Sequence[Demand], scheme: TrellisScheme, budget: float) -> list[TrellisScheme]:
@@ -155,8 +174,12 @@ def _gain(one: Demand, bits: int) -> float:
 
 
 def inverse_between(weight: torch.Tensor, su: torch.Tensor, sv: torch.Tensor) -> torch.Tensor:
-    """``T`` of a weight ``[out, in]``: what :func:`ulbq.formats.trellis.between` makes the weight of."""
-    return trellis.transform(trellis.transform(weight / su / sv.unsqueeze(1)).T).T
+    """``T`` of a weight ``[out, in]``: what :func:`ulbq.formats.trellis.between` makes the weight of.
+
+    A row whose scale float16 stores as 0 is one of zeros.
+    """
+    scaled = (weight / su / sv.unsqueeze(1)).nan_to_num(0.0, 0.0, 0.0)
+    return trellis.transform(trellis.transform(scaled).T).T
 
 
 def _factored(hessian: torch.Tensor, su: torch.Tensor, damping: float) -> HessianFactor:
@@ -173,41 +196,79 @@ def _order(hessian: torch.Tensor) -> torch.Tensor:
     return order.flatten()
 
 
-def _by_blocks(inner: torch.Tensor, factor: HessianFactor, scheme: TrellisScheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes ``[in/16, out/16, 256]`` of ``T``, and what they stand for, ``[out, in]``."""
-    codes, found = [], []
+class _Rows(NamedTuple):
+    """What errors of rows of ``T`` cost together.
 
-    def solve(columns: torch.Tensor) -> torch.Tensor:
-        own, values = search(trellis.sequences(columns.T)[0], scheme)
-        codes.append(own)
-        found.append(values)
-        return trellis.from_sequences(values.unsqueeze(0)).T
+    Attributes:
+        upper: ``[blocks, n, n]``, the factors of blocks of rows that know nothing of each other.
+        order: ``[out]``, the rows in processing order, block by block.
+    """
 
-    make_good(inner.T, factor, TILE, solve)
-    places = _places(factor)
-    return torch.stack(codes)[places], trellis.from_sequences(torch.stack(found)[places])
+    upper: torch.Tensor
+    order: torch.Tensor
+
+
+def _between_rows(sv: torch.Tensor, outputs: torch.Tensor | None, damping: float) -> _Rows:
+    """The costs of errors of outputs, ``diag(sv) · H_out · diag(sv)``, between the transforms, factored.
+
+    Where outputs cost nothing together they all cost the same; then the blocks of the transform are left.
+    """
+    if outputs is not None:
+        factor = _factored(outputs, sv, damping)
+        return _Rows(factor.upper.unsqueeze(0), factor.order)
+    width = len(sv) if trellis.is_mixed(len(sv)) else trellis.block_width(len(sv))
+    moved = trellis.transform(trellis.transform(sv.square().unflatten(0, (-1, width)).diag_embed()).mT)
+    factors = [factorize(block, damping=damping).upper for block in moved]
+    return _Rows(torch.stack(factors), torch.arange(len(sv), device=sv.device))
 
 
 def _by_tiles(
-    inner: torch.Tensor, factor: HessianFactor, outputs: HessianFactor, scheme: TrellisScheme
+    inner: torch.Tensor, factor: HessianFactor, rows: _Rows, scheme: TrellisScheme
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same tile by tile, errors made good in later outputs as well (YAQA)."""
-    codes, found = [], []
+    """Codes ``[in/16, out/16, 256]`` of ``T``, and what they stand for, ``[out, in]``.
 
-    def solve(rows: torch.Tensor) -> torch.Tensor:
-        own, values = _by_blocks(rows, factor, scheme)
-        codes.append(own)
-        found.append(values)
-        return values
+    A tile waits for those before it in its rows and in its columns. All whose turn it is are searched at once: those
+    of the first rows of every block lead, and each step they are a tile ahead of the next ones (YAQA's order, along
+    diagonals).
+    """
+    blocks, size, _ = rows.upper.shape
+    turns, steps = size // TILE, inner.shape[1] // TILE
+    tile = torch.arange(size, device=inner.device) // TILE
+    lower = rows.upper.mT
+    inside = lower * (tile == tile.unsqueeze(1))
+    # [blocks, n, n]: what is added to a row for the errors of the rows before it.
+    later = torch.linalg.solve_triangular(lower, inside, upper=False, left=False)
+    # [turns, in, blocks · 16]: what is still to be made, and the errors of what has been.
+    work = inner[rows.order][:, factor.order].unflatten(0, (blocks, turns, TILE)).permute(1, 3, 0, 2).flatten(2)
+    codes = torch.empty(steps, blocks, turns, LENGTH, dtype=torch.uint8, device=inner.device)
+    found = torch.empty(codes.shape, device=inner.device)
+    for ahead in range(steps + turns - 1):
+        front = [(turn, ahead - turn) for turn in range(max(0, ahead - steps + 1), min(turns, ahead + 1))]
+        wanted = [_wanted(work[: turn + 1, TILE * step : TILE * (step + 1)], later) for turn, step in front]
+        own, values = search(torch.cat([trellis.sequences(tiles.T)[0] for tiles in wanted]), scheme)
+        for (turn, step), one, value in zip(front, own.split(blocks), values.split(blocks), strict=True):
+            codes[step, :, turn], found[step, :, turn] = one, value
+            first, last = TILE * step, TILE * (step + 1)
+            errors = work[turn, first:last].sub_(trellis.from_sequences(value.unsqueeze(0)).T)
+            shared = torch.linalg.solve_triangular(factor.upper[first:last, first:last].T, errors, upper=False)
+            work[turn, last:].addmm_(factor.upper[first:last, last:].T, shared, alpha=-1)
+    columns, places = _places(factor.order), _places(rows.order)
+    return codes.flatten(1, 2)[columns][:, places], trellis.from_sequences(found.flatten(1, 2)[columns][:, places])
 
-    make_good(inner, outputs, TILE, solve)
-    places = _places(outputs)
-    return torch.cat(codes, 1)[:, places], torch.stack(found)[places].flatten(0, 1)
+
+def _wanted(tiles: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    """The last of ``[turns, 16, blocks · 16]`` with the errors of those before it made good in it."""
+    if len(tiles) == 1:
+        return tiles[0]
+    blocks, done = len(later), TILE * (len(tiles) - 1)
+    errors = tiles[:-1].unflatten(2, (blocks, TILE)).permute(2, 1, 0, 3).flatten(2)
+    made: torch.Tensor = errors @ later[:, done : done + TILE, :done].mT
+    return tiles[-1] + made.transpose(0, 1).flatten(1)
 
 
-def _places(factor: HessianFactor) -> torch.Tensor:
+def _places(order: torch.Tensor) -> torch.Tensor:
     """``[tiles]`` when each tile's turn came."""
-    return (factor.order[::TILE] // TILE).argsort()
+    return (order[::TILE] // TILE).argsort()
 
 
 def fitted(
