@@ -26,8 +26,9 @@ REQUESTS = (QuantizeRequest, SaliencyRequest, EvaluateRequest, GenerateRequest, 
 # What a command names itself.
 BY_HAND = {"source", "sources", "recipe", "prompt", "task"}
 
-# A method of one option beside rtn's, registered before a request is put together.
+# A method of one option beside rtn's, registered before a request is put together; then commands, one after the other.
 TOY = """
+import json
 import sys
 from typing import Annotated, ClassVar
 from ulbq.config import methods
@@ -48,29 +49,42 @@ class Toy(Rtn):
 METHODS["toy"] = Toy
 
 from ulbq.commands.app import main
-sys.exit(main())
+
+for words in json.loads(sys.argv[1]):
+    if code := main(words):
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        stream.write(chr(12))
+        stream.flush()
 """
 
 
-def toy(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", TOY, *words], capture_output=True, text=True, check=True)
+def toy(*commands: list[str]) -> tuple[list[str], list[str]]:
+    """What commands wrote to standard output, and to standard error."""
+    words = [sys.executable, "-c", TOY, json.dumps(commands)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return done.stdout.split(chr(12)), done.stderr.split(chr(12))
 
 
 def test_a_new_option_is_one_field(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "m")
-    shown = toy("quantize", "--method", "toy", "--help-all").stdout
-    assert "--sweetness N" in shown
-    assert " ".join(["How", "sweet", "the", "toy", "is.", "[default:", "3]"]) in " ".join(shown.split())
-    assert "--sweetness" not in toy("quantize", "--method", "rtn", "--help-all").stdout
     recipe = tmp_path / "toy.yaml"
     recipe.write_text("options: {method: toy, group_size: 32, sweetness: 5}\n")
-    planned = toy("quantize", str(source), "--recipe", str(recipe), "--dry-run", "--json")
-    assert "sweetness 5" in planned.stderr
-    assert json.loads(planned.stdout)["request"]["sweetness"] == 5
-    for given in (["--sweetness", "7"], ["--set", "sweetness=7"]):
-        out = tmp_path / given[0].strip("-")
-        toy("quantize", str(source), "--recipe", str(recipe), *given, "-o", str(out), "-q")
-        assert json.loads((out / "manifest.json").read_text())["request"]["sweetness"] == 7
+    run = ["quantize", str(source), "--recipe", str(recipe)]
+    given = {"flag": ["--sweetness", "7"], "set": ["--set", "sweetness=7"]}
+    (of_toy, of_rtn, planned, *_), (_, _, told, *_) = toy(
+        ["quantize", "--method", "toy", "--help-all"],
+        ["quantize", "--method", "rtn", "--help-all"],
+        [*run, "--dry-run", "--json"],
+        *([*run, *words, "-o", str(tmp_path / name), "-q"] for name, words in given.items()),
+    )
+    assert "--sweetness N" in of_toy
+    assert " ".join(["How", "sweet", "the", "toy", "is.", "[default:", "3]"]) in " ".join(of_toy.split())
+    assert "--sweetness" not in of_rtn
+    assert "sweetness 5" in told
+    assert json.loads(planned)["request"]["sweetness"] == 5
+    for name in given:
+        assert json.loads((tmp_path / name / "manifest.json").read_text())["request"]["sweetness"] == 7
 
 
 @pytest.mark.parametrize("request_class", REQUESTS, ids=lambda one: one.__name__)
