@@ -53,7 +53,9 @@ def main() -> None:
         if options.moments is not None:
             torch.save(found, options.moments)
     columns = [
-        f"{name}{text}" for name in ("trellis", "claq", f"claq --sweeps {options.sweeps}") for text in TEXTS.values()
+        f"{name}{text}"
+        for name in ("trellis", "trellis --row-feedback", "claq", f"claq --sweeps {options.sweeps}")
+        for text in TEXTS.values()
     ]
     print(f"| layer | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}")
     errors: dict[str, dict[str, float]] = {}
@@ -101,14 +103,19 @@ def _reader(name: str) -> str:
 
 
 def solved(weight: torch.Tensor, hessian: torch.Tensor, sweeps: int) -> list[torch.Tensor]:
-    """Weights ``[out, in]`` as ``trellis`` and ``claq`` store them, the latter without sweeps and with them."""
+    """Weights ``[out, in]`` as ``trellis`` and ``claq`` store them, without feedback of rows or sweeps and with them."""
     scheme, columns = TrellisScheme(bits=2), weight.shape[1]
-    coded = solve(weight, hessian, scheme, torch.Generator().manual_seed(0)).trellis
+    coded = [
+        trellis.pack(
+            scheme, solve(weight, hessian, scheme, torch.Generator().manual_seed(0), row_feedback=rows).trellis
+        )
+        for rows in (False, True)
+    ]
     factor = factorize(hessian, order=activation_order(hessian))
     plan = ColumnPlan(torch.full((columns,), 2), torch.zeros(columns, dtype=torch.int64))
     books = [claq(weight, hessian, factor, plan, ClaqSettings(sweeps=count)).columns for count in (0, sweeps)]
     made = [matrix_of(one).T for one in books]
-    return [formats.dequantize(scheme, trellis.pack(scheme, coded), columns), *made]
+    return [*(formats.dequantize(scheme, one, columns) for one in coded), *made]
 
 
 def error(weight: torch.Tensor, made: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -192,9 +192,9 @@ def _trellis() -> dict[str, Setting]:
     found = {}
     for seed in ("0", "1", "2"):
         for budget, bits in budgets.items():
-            for suffix, inputs in (("", ()), (_FULL, _FULL_INPUTS)):
+            for suffix, chosen in (("", ()), (_FULL, _FULL_INPUTS), ("-rows", ("--row-feedback",))):
                 name = f"trellis-{budget}-s{seed}{suffix}"
-                found[name] = Setting((*trellis, *bits, *inputs, "--seed", seed))
+                found[name] = Setting((*trellis, *bits, *chosen, "--seed", seed))
                 # An artifact's bits stay what they are.
                 found[f"{name}-ce"] = Setting((*trellis, *phase, "--seed", seed), start=name)
     return found

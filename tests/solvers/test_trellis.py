@@ -167,14 +167,29 @@ def output_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tenso
     return ((left @ hessian.double()) * left).sum().item()
 
 
+def test_rows_that_cost_nothing_together_are_coded_as_ever():
+    weight, hessian, scheme = gaussian(48, 64), moments(64), TrellisScheme(bits=2)
+    _, sv = solver.scales(weight, hessian, 2, torch.Generator().manual_seed(0))
+    # Between the transforms that is an identity.
+    alone = sv.square().reciprocal().diag()
+    plain, other = (
+        solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(0), outputs=outputs)
+        for outputs in (None, alone)
+    )
+    assert torch.equal(plain.trellis.codes, other.trellis.codes)
+    torch.testing.assert_close(plain.trellis.sv, other.trellis.sv, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("rows", [48, 256], ids=["mixed", "blocks"])
 def test_rows_of_other_scales_make_good_what_earlier_ones_leave(rows: int):
     weight, hessian, scheme = gaussian(rows, 64) * gaussian(rows, 1, seed=3).exp(), moments(64), TrellisScheme(bits=2)
-    _, sv = solver.scales(weight, hessian, 2, torch.Generator().manual_seed(0))
+    _, sv = solver.scales(weight, hessian, 2, torch.Generator().manual_seed(0), coupled=True)
     # Between the transforms that is an identity: rows that know nothing of each other.
     alone = sv.square().reciprocal().diag()
     together, apart = (
-        solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(0), outputs=outputs).weight
+        solver.solve(
+            weight, hessian, scheme, torch.Generator().manual_seed(0), outputs=outputs, row_feedback=True
+        ).weight
         for outputs in (None, alone)
     )
     assert output_error(weight, together, hessian) < 0.93 * output_error(weight, apart, hessian)
@@ -186,11 +201,13 @@ def test_scales_follow_what_columns_cost(monkeypatch: pytest.MonkeyPatch):
     hessian = hessian * sizes * sizes.unsqueeze(1)
 
     def error() -> float:
-        found = solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(0))
+        found = solver.solve(weight, hessian, scheme, torch.Generator().manual_seed(0), row_feedback=True)
         return output_error(weight, found.weight, hessian)
 
     known, scales = error(), solver.scales
-    monkeypatch.setattr(solver, "scales", lambda weight, _, *rest: scales(weight, torch.eye(128), *rest))
+    monkeypatch.setattr(
+        solver, "scales", lambda weight, _, *rest, **named: scales(weight, torch.eye(128), *rest, **named)
+    )
     assert known < 0.8 * error()
 
 

@@ -759,8 +759,17 @@ class TrellisOptions(EndToEndOptions, RateSettings, BudgetOptions, SaliencyOptio
     state_bits: Annotated[
         Literal[12, 16], Option("Of a trellis's state: 16 are better, and take 20 times as long.", FORMAT)
     ] = 12
+    row_feedback: Annotated[
+        bool,
+        Option("Make errors good in later rows too, with smaller scales for inputs of high energy.", COLUMNS),
+    ] = False
     saliency: str = "fisher"
     end_to_end_train: Literal["scales"] = "scales"
+
+    @property
+    def feedback(self) -> dict[str, Any]:
+        """How errors are made good, by the names of :func:`~ulbq.solvers.trellis.solve`."""
+        return {"damping": self.damping, "row_feedback": self.row_feedback}
 
     def idle(self) -> dict[str, str]:
         """Scores weigh the layers that share a budget, and rates are those of the end-to-end phase."""

@@ -69,7 +69,7 @@ class TrellisMethod:
                 weight = task.weight(linear)
                 scores = None if task.saliency is None else task.saliency[linear]
                 cost = output_cost(weight, hessian, inputs.tokens, scores)
-                found[task.prefix + linear] = demand(weight, hessian, cost, self.options.damping)
+                found[task.prefix + linear] = demand(weight, hessian, cost, **self.options.feedback)
             return {}
 
         solve_in_sequence(task, look, one_by_one=False, **self.options.gathering)
@@ -101,7 +101,8 @@ class TrellisMethod:
                 weight = task.weight(linear)
                 generator = torch.Generator().manual_seed(task.seed ^ zlib.crc32(linear.encode()))
                 scheme = schemes[linear] = self._scheme(task.prefix + linear)
-                found = solve(weight, hessian, scheme, generator, self.options.damping, task.between(linear))
+                between = task.between(linear)
+                found = solve(weight, hessian, scheme, generator, outputs=between, **self.options.feedback)
                 if found.damping > self.options.damping:
                     notes.append((linear, f"damping raised to {found.damping:g}, its inputs are singular."))
                 packed[linear] = trellis.pack(scheme, found.trellis)

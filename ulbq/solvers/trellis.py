@@ -4,8 +4,8 @@ The weight is searched where the format stores it, between the two transforms (:
 Hessian goes along: ``H' = H_in · diag(su) · H · diag(su) · H_in``. With ``H'⁻¹ = UᵀU`` and a block of 16 columns
 ``B``, the error ``E`` of its tiles is made good by ``W_j −= E · U_BB⁻¹ U_Bj`` in all later columns, which GPTQ does
 with blocks of one. Rows are coupled too: an error in a row of the weight costs what ``sv`` makes of it. Between the
-transforms that is ``H_out · diag(sv²) · H_out``, and later rows make errors good in the same way. Within a tile the
-search takes plain squares: the transforms leave little between neighbours.
+transforms that is ``H_out · diag(sv²) · H_out``, and later rows make errors good in the same way where that is asked
+for. Within a tile the search takes plain squares: the transforms leave little between neighbours.
 """
 
 import heapq
@@ -27,9 +27,10 @@ _ERRORS = {1: 0.33, 2: 0.0724, 3: 0.0187, 4: 0.0052}
 """Mean squared error of a Gaussian of variance 1, by the bits, with states of 12 bits (the same script). A single bit's
 is 0.28; what it hands on to later tiles, which are coded too, adds a sixth. With states of 16 bits all are a few
 percent less, which changes no allocation."""
-_ALONE = 1 / 3
-"""How far scales go by columns that know nothing of each other. On other text the errors of the default model's layers
-at 2 bits are least from 1/4 to 1/2 (``benchmarks/layer_errors.py``)."""
+_COUPLED = 1 / 3
+"""How far scales go by columns, and by rows, that know nothing of each other where errors are made good in both. On
+other text the errors of the default model's layers at 2 bits are least from 1/4 to 1/2
+(``benchmarks/layer_errors.py``)."""
 _TINY = 1e-12
 _LEAST_COST = 0.01
 """Of a column beside the mean, where scales are chosen."""
@@ -72,6 +73,7 @@ def solve(
     generator: torch.Generator,
     damping: float = 0.01,
     outputs: torch.Tensor | None = None,
+    row_feedback: bool = False,
 ) -> TrellisSolution:
     """Codes and scales of one matrix.
 
@@ -82,59 +84,73 @@ def solve(
         generator: of the signs, on the CPU.
         damping: share of the mean diagonal that is added to the diagonal.
         outputs: ``[out, out]``, what errors of two outputs cost together; None for nothing.
+        row_feedback: make errors good in later rows too, as far as the scales of rows couple them.
     """
-    su, sv = scales(weight, hessian, scheme.bits, generator)
+    su, sv = scales(weight, hessian, scheme.bits, generator, coupled=row_feedback)
     factor, inner = _factored(hessian, su, damping), inverse_between(weight, su, sv)
-    codes, found = _by_tiles(inner, factor, _between_rows(sv, outputs, damping), scheme)
+    rows = _between_rows(sv, damping, outputs) if row_feedback or outputs is not None else _apart(sv)
+    codes, found = _by_tiles(inner, factor, rows, scheme)
     sv = fitted(weight, hessian, found, su, sv, outputs)
     return TrellisSolution(Trellis(codes, su, sv), trellis.between(found, su, sv), factor.damping)
 
 
 def scales(
-    weight: torch.Tensor, hessian: torch.Tensor, bits: int, generator: torch.Generator
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, generator: torch.Generator, *, coupled: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Signs and scales ``su [in]`` and ``sv [out]`` that leave blocks of one variance between the transforms.
 
     All that is coded has the same error there. With columns of norm ``n`` whose squared errors cost ``h``, that of the
-    layer is least with ``su = n^½ h^−¼`` where no error is made good in other columns, and with ``su = n`` where all
-    that can be is: a third of the way from the second to the first is taken (:data:`_ALONE`). The same holds of rows,
-    which cost the same. Both are rounded to float16, as they will be stored.
+    layer is least with ``su = n`` where all errors are made good in other columns, and with ``su = n^½ h^−¼`` where
+    none is; the same holds of rows, which cost the same. So ``su = n`` and ``sv = n^½``. ``coupled``, where rows make
+    errors good too, takes both a third of the way from the first to the second (:data:`_COUPLED`). Both are rounded to
+    float16, as they will be stored.
     """
-    rows, columns = weight.shape
-    sv = weight.square().mean(1).sqrt().clamp_min(_TINY).pow(1 - _ALONE / 2)
-    costs = damped_diagonal(hessian, _LEAST_COST).float()
-    norms = (weight / sv.unsqueeze(1)).square().mean(0).sqrt()
-    su = norms.pow(1 - _ALONE / 2) * (costs / costs.mean()).pow(-_ALONE / 4)
-    su = _even(torch.where(su > 1e-4 * su.mean(), su, su.mean().clamp_min(_TINY)), norms)
-    sv = _even(sv, (weight / su).square().mean(1).sqrt())
-    signs = [(torch.rand(count, generator=generator) < 0.5).to(weight.device) for count in (columns, rows)]
+    of_columns, of_rows = (_COUPLED, _COUPLED) if coupled else (0.0, 1.0)
+    sv = weight.square().mean(1).sqrt().clamp_min(_TINY).pow(1 - of_rows / 2)
+    squares = (weight / sv.unsqueeze(1)).square().mean(0)
+    su = squares.sqrt().pow(1 - of_columns / 2)
+    if coupled:
+        costs = damped_diagonal(hessian, _LEAST_COST).float()
+        su = su * (costs / costs.mean()).pow(-of_columns / 4)
+    su = torch.where(su > 1e-4 * su.mean(), su, su.mean().clamp_min(_TINY))
+    if coupled:
+        su = _even(su, squares, _reach(len(su)))
+    sv = _even(sv, (weight / su).square().mean(1), _reach(len(sv)) if coupled else trellis.block_width(len(sv)))
+    signs = [(torch.rand(len(one), generator=generator) < 0.5).to(weight.device) for one in (su, sv)]
     norm = su.square().mean().sqrt()
     su, sv = su / norm, sv * norm / _BEST_SCALE[bits]
     su, sv = (torch.where(sign, -one, one) for sign, one in zip(signs, (su, sv), strict=True))
     return su.half().float(), sv.half().float()
 
 
-def _even(scales: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Scales ``[n]`` that leave one variance in all blocks that the transform mixes, of rows of these norms."""
-    width = len(scales) if trellis.is_mixed(len(scales)) else trellis.block_width(len(scales))
-    left: torch.Tensor = (norms / scales).square().unflatten(0, (-1, width)).mean(1).sqrt()
+def _reach(count: int) -> int:
+    """How many of so many elements the transform mixes with each other."""
+    return count if trellis.is_mixed(count) else trellis.block_width(count)
+
+
+def _even(scales: torch.Tensor, squares: torch.Tensor, width: int) -> torch.Tensor:
+    """Scales ``[n]`` that leave one variance in all blocks of so many, of elements of these mean squares."""
+    left: torch.Tensor = (squares / scales.square()).unflatten(0, (-1, width)).mean(1).sqrt()
     return scales * left.masked_fill(left < _TINY, 1.0).repeat_interleave(width)
 
 
 @torch.no_grad()
-def demand(weight: torch.Tensor, hessian: torch.Tensor, cost: float, damping: float = 0.01) -> Demand:
+def demand(
+    weight: torch.Tensor, hessian: torch.Tensor, cost: float, damping: float = 0.01, *, row_feedback: bool = False
+) -> Demand:
     """What bits would do for a matrix ``[out, in]``, from the factor alone.
 
     Args:
         weight: float32.
         hessian: ``[in, in]``.
         cost: of a squared output error, in a unit that all layers share.
-        damping: as :func:`solve` takes it.
+        damping, row_feedback: as :func:`solve` takes them.
     """
-    su, sv = scales(weight, hessian, 1, torch.Generator().manual_seed(0))
-    shared = _left(_factored(hessian, su, damping).upper) * _left(_between_rows(sv, None, damping).upper)
+    su, sv = scales(weight, hessian, 1, torch.Generator().manual_seed(0), coupled=row_feedback)
+    shared = _left(_factored(hessian, su, damping).upper)
+    rows = _left(_between_rows(sv, damping).upper) if row_feedback else sv.square().sum().item()
     variance = inverse_between(weight, su, sv).square().mean().item()
-    return Demand((weight.shape[0], weight.shape[1]), cost * shared * variance)
+    return Demand((weight.shape[0], weight.shape[1]), cost * shared * rows * variance)
 
 
 def _left(upper: torch.Tensor) -> float:
@@ -208,7 +224,7 @@ class _Rows(NamedTuple):
     order: torch.Tensor
 
 
-def _between_rows(sv: torch.Tensor, outputs: torch.Tensor | None, damping: float) -> _Rows:
+def _between_rows(sv: torch.Tensor, damping: float, outputs: torch.Tensor | None = None) -> _Rows:
     """The costs of errors of outputs, ``diag(sv) · H_out · diag(sv)``, between the transforms, factored.
 
     Where outputs cost nothing together they all cost the same; then the blocks of the transform are left.
@@ -216,10 +232,15 @@ def _between_rows(sv: torch.Tensor, outputs: torch.Tensor | None, damping: float
     if outputs is not None:
         factor = _factored(outputs, sv, damping)
         return _Rows(factor.upper.unsqueeze(0), factor.order)
-    width = len(sv) if trellis.is_mixed(len(sv)) else trellis.block_width(len(sv))
-    moved = trellis.transform(trellis.transform(sv.square().unflatten(0, (-1, width)).diag_embed()).mT)
+    moved = trellis.transform(trellis.transform(sv.square().unflatten(0, (-1, _reach(len(sv)))).diag_embed()).mT)
     factors = [factorize(block, damping=damping).upper for block in moved]
     return _Rows(torch.stack(factors), torch.arange(len(sv), device=sv.device))
+
+
+def _apart(sv: torch.Tensor) -> _Rows:
+    """Rows of which no tile makes errors of another good."""
+    upper = torch.eye(TILE, device=sv.device).expand(len(sv) // TILE, -1, -1)
+    return _Rows(upper, torch.arange(len(sv), device=sv.device))
 
 
 def _by_tiles(
