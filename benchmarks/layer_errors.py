@@ -103,7 +103,7 @@ def _reader(name: str) -> str:
 
 
 def solved(weight: torch.Tensor, hessian: torch.Tensor, sweeps: int) -> list[torch.Tensor]:
-    """Weights ``[out, in]`` as ``trellis`` and ``claq`` store them, without feedback of rows or sweeps and with them."""
+    """Weights ``[out, in]`` as ``trellis`` and ``claq`` store them, without feedback of rows or sweeps and with."""
     scheme, columns = TrellisScheme(bits=2), weight.shape[1]
     coded = [
         trellis.pack(
