@@ -12,13 +12,12 @@ from 0.5 on. With ``--folder`` the artifacts stay, and what is finished there is
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from quality import ulbq
 
 from ulbq.artifacts import QuantizedManifest, read_manifest
 from ulbq.runtime import describe_device, versions
@@ -51,8 +50,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Quantize, unless it is done, and say how the blocks ended."""
     if not (folder / name).is_dir():
-        command = [sys.executable, "-m", "ulbq", "quantize", *RUNS[name], "-o", name, "--quiet"]
-        subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+        ulbq("quantize", *RUNS[name], "-o", name, folder=folder)
     made = read_manifest(folder / name)
     assert isinstance(made, QuantizedManifest)
     worst = max(made.blocks, key=lambda block: block.end_error)

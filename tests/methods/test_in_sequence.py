@@ -294,7 +294,7 @@ def test_moments_to_judge_by_are_of_the_samples_held_out_alone(tmp_path: Path) -
         met.update(dict.fromkeys(linears, inputs))
         return {name: asked.weight(name) for name in linears}
 
-    solve_in_sequence(asked, keep, one_by_one=True, weighting=TokenWeighting.UNIFORM, judged=True)
+    solve_in_sequence(asked, keep, one_by_one=True, weighting=TokenWeighting.UNIFORM, heldout=True)
     for name in ("query", "out", "experts.1.up"):
         for given, part in ((met[name], slice(0, SAMPLES)), (met[name].heldout, slice(SAMPLES, None))):
             rows = inputs_of(asked.block, name, asked.data.inputs.get(part))

@@ -11,8 +11,11 @@ from tests.models.tiny import FAMILIES, save_tiny
 from tests.pipeline.runs import StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.whole import verify
+from ulbq.config.options import COLUMNS, options
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, UsageError
+from ulbq.methods import METHODS
+from ulbq.pipeline.quantization_plan import plan
 from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent
 
@@ -135,6 +138,15 @@ def test_few_tokens_are_told(tiny_llama: Path, samples: Path, tmp_path: Path) ->
     short = {"samples": 1, "sequence_length": 8}
     quantize(asked(tiny_llama, tmp_path / "q", samples).model_copy(update=short), Listening())
     assert any("errors are not made good in other tiles" in message for message in told)
+
+
+def test_how_codes_were_found_means_nothing_to_an_artifact(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    start, _ = quantize(asked(tiny_llama, tmp_path / "start", samples))
+    solving = {name for name, _, option in options(QuantizeRequest) if option.section == COLUMNS}
+    for name in sorted(solving & METHODS["trellis"].Options.taken()):
+        default = METHODS["trellis"].Options.model_fields[name].default
+        with pytest.raises(UsageError, match=f"`{name}` means nothing to an artifact"):
+            plan(asked(start, tmp_path / "q", samples, end_to_end="ce", **{name: default}))
 
 
 def test_an_artifact_is_not_solved_again(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ class Needs:
         layer_bytes: memory that the closed form of a layer takes at its peak, for each of its weights beside itself.
         stacked: whether layers that read the same input are solved as one.
         rounds_few: whether second moments of too few tokens are not factored.
-        judged: second moments of the samples held out, too.
+        heldout_moments: second moments of the samples held out, too.
     """
 
     epochs: int = 0
@@ -168,7 +168,7 @@ class Needs:
     layer_bytes: float = 0.0
     stacked: bool = False
     rounds_few: bool = False
-    judged: bool = False
+    heldout_moments: bool = False
 
     @property
     def originals(self) -> bool:

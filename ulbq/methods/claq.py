@@ -61,7 +61,7 @@ class Claq:
             hessians="sequence" if options.true_sequential and not options.surveyed else "block",
             saliency=options.saliency if options.surveyed and options.saliency != "none" else trained.saliency,
             survey=options.surveyed,
-            judged=options.sweeps > 0,
+            heldout_moments=options.sweeps > 0,
             target_bits=None if options.as_published else options.target_bits,
             extra_bits=_extra_bits(options),
             layer_bytes=_REFIT_BYTES if options.refit else _LAYER_BYTES,
@@ -140,8 +140,8 @@ class Claq:
                 made[linear] = formats.dequantize(scheme, packed[linear], weight.shape[1])
             return made
 
-        judged, one_by_one = self.options.sweeps > 0, self.options.true_sequential
-        solve_in_sequence(task, solve, one_by_one=one_by_one, judged=judged, **self.options.gathering)
+        one_by_one, heldout = self.options.true_sequential, self.needs.heldout_moments
+        solve_in_sequence(task, solve, one_by_one=one_by_one, heldout=heldout, **self.options.gathering)
         for linear, weight in originals.items():
             linear_layer(task.block, linear).weight = nn.Parameter(weight, requires_grad=False)
         return BlockResult({linear: packed[linear] for linear in task.linears}, schemes=schemes, notes=tuple(notes))

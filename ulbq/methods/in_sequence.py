@@ -49,7 +49,7 @@ def solve_in_sequence(
     weighting: TokenWeighting = TokenWeighting.ENERGY,
     all_experts: bool = False,
     full_inputs: bool = False,
-    judged: bool = False,
+    heldout: bool = False,
 ) -> None:
     """Solve every layer of a block. Layers that are called with the very same tensor are solved together.
 
@@ -66,7 +66,7 @@ def solve_in_sequence(
         full_inputs: ``solve`` finds weights that make good how far the inputs are from those of the full-precision
             model (:mod:`ulbq.solvers.drift`), whose activations the task has. Members of a list are left out: other
             tokens may call them.
-        judged: give ``solve`` second moments of the samples that are held out, too.
+        heldout: give ``solve`` second moments of the samples that are held out, too.
     """
     stages: dict[str, list[Input]] = {}
     known: dict[str, str] = {}
@@ -82,7 +82,7 @@ def solve_in_sequence(
     mixtures = [module for module in task.block.modules() if isinstance(module, Experts)]
     for together in stages.values():
         with showing({mixture: range(len(mixture)) for mixture in mixtures} if all_experts else {}):
-            sums = _gather(task, together, weighting, reference, judged)
+            sums = _gather(task, together, weighting, reference, heldout)
         members = {name: place for name in sums if (place := place_of(task.block, name)) is not None}
         task.tokens.update({name: sums[name].hessian.tokens for name in members})
         if not all_experts:
@@ -153,12 +153,12 @@ def _gather(
     inputs: Sequence[Input],
     weighting: TokenWeighting,
     reference: nn.Module | None,
-    judged: bool = False,
+    heldout: bool = False,
 ) -> dict[str, _InputSums]:
     """Sums over the samples that train, of some inputs, by the first layer that reads them."""
     samples, originals = _activations(task).training, _activations(task).originals
     costs = task.outputs
-    sums = _empty(task, inputs, weighting, drifts=reference is not None, judged=judged)
+    sums = _empty(task, inputs, weighting, drifts=reference is not None, heldout=heldout)
     # Where a layer was missed, as experts are, another sample may well call it, and no call is known to be the last.
     expected = sum(one.calls for one in inputs) if all(one.calls for one in inputs) else 0
     drifting = {one.layers[0]: one.calls for one in inputs if sums[one.layers[0]].drift is not None}
@@ -180,7 +180,7 @@ def _gather(
         if seen == expected:
             raise Enough
 
-    count = int(distributed.total(len(_activations(task).inputs))[0]) if judged else samples
+    count = int(distributed.total(len(_activations(task).inputs))[0]) if heldout else samples
     with watching(_layers(task.block, list(sums)), add):
         for sample in distributed.own(range(count)):
             row = sample // distributed.size()
@@ -198,7 +198,7 @@ def _gather(
 
 
 def _empty(
-    task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting, *, drifts: bool, judged: bool
+    task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting, *, drifts: bool, heldout: bool
 ) -> dict[str, _InputSums]:
     """Sums of nothing yet."""
     device, relative = task.precision.device, weighting is TokenWeighting.ENERGY
@@ -210,7 +210,7 @@ def _empty(
         costs = {} if task.outputs is None else {layer: task.outputs[layer] for layer in one.layers}
         own = {layer: HessianSum(width, device, groups=cost.tokens.shape[2]) for layer, cost in costs.items()}
         hessian = HessianSum(width, device, relative=relative)
-        hessian.heldout = HessianSum(width, device, relative=relative) if judged else None
+        hessian.heldout = HessianSum(width, device, relative=relative) if heldout else None
         sums[name] = _InputSums(hessian, drift, own)
     return sums
 

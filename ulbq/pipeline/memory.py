@@ -170,7 +170,8 @@ def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int) -> int:
     for keys in stages.values():
         # Of an input, how far it has drifted, and of each layer that reads it its own.
         sums = [
-            (1 + drifts + needs.judged + needs.output_groups * len(groups[key])) * FLOAT * key[1] ** 2 for key in keys
+            (1 + drifts + needs.heldout_moments + needs.output_groups * len(groups[key])) * FLOAT * key[1] ** 2
+            for key in keys
         ]
         live = sum(sums)
         for key, own in zip(keys, sums, strict=True):

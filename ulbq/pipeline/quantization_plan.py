@@ -11,6 +11,7 @@ from ulbq import distributed, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import Coverage, RotationRecord
 from ulbq.blockwise.walk import check_length
+from ulbq.config.options import CODEBOOKS, COLUMNS, options
 from ulbq.config.quantize import (
     PresetName,
     Quantization,
@@ -316,8 +317,8 @@ def _bits_per_weight(method: Method, found: ModelStructure) -> float:
 
 
 _DECIDED = (
-    *("target_bits", "allocation", "outlier_bits", "refit", "sweeps", "as_published"),
-    *("hessian", "target_inputs", "damping", "act_order", "true_sequential", "column_block", "start"),
+    *(name for name, _, option in options(QuantizeRequest) if option.section in (COLUMNS, CODEBOOKS)),
+    "start",
 )
 _CHOSEN = ("skip", "only")
 
