@@ -1,6 +1,5 @@
 """Runs a function once another library's module is imported, and imports nothing itself."""
 
-import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ def after_import(name: str, action: Callable[[], object]) -> None:
         sys.meta_path.insert(0, _Watch(name, action))
 
 
-class _Watch(importlib.abc.MetaPathFinder):
+class _Watch:
     """Lets the other finders find one module, and adds the action to its loading; then it is gone."""
 
     def __init__(self, name: str, action: Callable[[], object]) -> None:

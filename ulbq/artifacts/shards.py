@@ -29,6 +29,7 @@ from ulbq.errors import InputError, ResourceError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+GUARD_NAME = "model-guard.safetensors"
 
 _CARRIED = re.compile(r"model-carried-\d{5}\.safetensors")
 _CARRIED_AT_ONCE = 1 << 30  # bytes a shard
@@ -68,6 +69,9 @@ class LazyTensors:
         files: whose headers are read at once.
         sums: SHA-256 of files by name; such a file is hashed, once, before the first tensor of it is given out.
 
+    Attributes:
+        guards: names of empty weights of layers that are packed, see :func:`write_guard`.
+
     Raises:
         InputError: a file is missing, corrupt or truncated, or two files hold the same tensor.
     """
@@ -80,6 +84,9 @@ class LazyTensors:
                 if name in self._stored:
                     raise InputError(f"'{name}' is both in '{self._stored[name].file}' and in '{file}'.")
                 self._stored[name] = stored
+        empty = {name for name, stored in self._stored.items() if stored.shape == (0,)}
+        self.guards = frozenset(name for name in empty if name.removesuffix(".weight") + ".codes" in self._stored)
+        self._names = frozenset(self._stored) - self.guards
 
     @classmethod
     def folder(cls, path: Path, sums: Mapping[str, str] = {}) -> "LazyTensors":
@@ -116,8 +123,8 @@ class LazyTensors:
 
     @property
     def names(self) -> frozenset[str]:
-        """All tensor names."""
-        return frozenset(self._stored)
+        """All tensor names, without the guards."""
+        return self._names
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -126,7 +133,7 @@ class LazyTensors:
     @property
     def files(self) -> list[Path]:
         """The files that hold them."""
-        return sorted({stored.file for stored in self._stored.values()})
+        return sorted({self._stored[name].file for name in self._names})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
@@ -210,6 +217,25 @@ def store_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise OSError(int(number[1]), str(error), str(path)) from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def guarded(linears: Iterable[str]) -> str:
+    """The packed layer whose dense weight a guard stands for: no expert, since those lie fused in dense models."""
+    return min(linears, key=lambda name: (".experts." in name, name))
+
+
+def write_guard(folder: Path, linears: Iterable[str]) -> dict[str, list[str]]:
+    """Write a shard that makes a reader fail who does not know packed layers; returns its tensor's name by shard.
+
+    transformers skips a ``quant_method`` that it does not know, and draws the weights that it misses at random. An
+    empty dense weight of a packed layer is one that it does not miss, and whose shape it refuses.
+
+    Args:
+        linears: names of the packed layers.
+    """
+    guard = f"{guarded(linears)}.weight"
+    write_shard(folder / GUARD_NAME, {guard: torch.empty(0, dtype=torch.bfloat16)})
+    return {GUARD_NAME: [guard]}
 
 
 def is_carried(file: Path) -> bool:

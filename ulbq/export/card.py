@@ -140,7 +140,7 @@ def quantized_card(
     opener = auto_class(source.config).__name__
     loads = {
         "ulbq": "`ulbq generate DIR` hears it, `ulbq eval DIR` scores it, `ulbq inspect DIR` looks into it.",
-        "transformers": f"after `import ulbq`, `{opener}.from_pretrained(DIR)` loads it packed.",
+        "transformers": f"with ulbq installed, `{opener}.from_pretrained(DIR)` loads it packed.",
     }
     for engine, target in loaders(candidate):
         loads[ENGINES[engine] + (", without ulbq" if engine == "transformers" else "")] = (

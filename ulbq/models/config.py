@@ -19,6 +19,10 @@ from transformers import (
     AutoConfig,
     PreTrainedConfig,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from ulbq import limits
 from ulbq.artifacts.small_files import parse_json, read_small
@@ -98,6 +102,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         ) from error
     config.name_or_path = str(folder)
     check_causal(config, str(folder))
+    _name_class(config)
     return config
 
 
@@ -183,6 +188,7 @@ def read_gguf_config(file: Path, header: GgufHeader) -> PreTrainedConfig:
             setattr(config, name, stated)  # of some architectures transformers takes its own default
     config.name_or_path = str(file.parent)
     check_causal(config, str(file))
+    _name_class(config)
     _scale_frequencies(config, file, header)
     return config
 
@@ -261,6 +267,13 @@ def check_causal(config: PreTrainedConfig, where: str) -> None:
             f"'{where}' is not a causal language model ({what}).",
             hint="ulbq quantizes decoder-only causal language models.",
         )
+
+
+def _name_class(config: PreTrainedConfig) -> None:
+    """Say in ``architectures`` which class the model is, where its source did not: engines load what that names."""
+    if not config.architectures:
+        names = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+        config.architectures = [names[config.model_type]] if config.model_type in names else None
 
 
 def _what_lies_there(folder: Path) -> str:

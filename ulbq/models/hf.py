@@ -4,6 +4,7 @@ This module is imported while transformers itself is on its way in, so that ever
 loaded: what is imported here at the top is transformers' own, and loaded by then.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,8 @@ class UlbqQuantizer(HfQuantizer):
                 hint="Its config.json belongs to another model.",
             )
         self._packed = frozenset(found)
+        guards = {re.escape(f"{name}.weight") for name, key in found.items() if f"{key}.weight" in stored.guards}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *guards}
         # What is saved from here on has no manifest to look it up in.
         for field, value in (shared.model_dump(mode="json") if shared is not None else {}).items():
             setattr(self.quantization_config, field, value)
@@ -195,15 +198,27 @@ class UlbqQuantizer(HfQuantizer):
         config.adapter = True
         return attach_adapter(model, adapter)
 
-    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
-        """Nothing special: packed layers give their stored tensors. Raises UsageError where an adapter is attached."""
+    def get_state_dict_and_metadata(
+        self, model: "PreTrainedModel"
+    ) -> "tuple[dict[str, torch.Tensor] | None, dict[str, str]]":
+        """The stored tensors of packed layers, and a guard as in the artifact; peft's adapter alone where one trains.
+
+        Raises:
+            UsageError: the artifact's own adapter is attached.
+        """
         if self.quantization_config.adapter:
             raise UsageError(
                 "A model with its adapter attached cannot be saved as one: an artifact holds them apart.",
                 hint="Copy the artifact's folder; or load the base alone, with quantization_config['adapter'] = False "
                 "in its configuration, and save peft's adapter and the base one after the other.",
             )
-        return None, {}
+        if getattr(model, "_hf_peft_config_loaded", False) or not self._packed:
+            return None, {}
+        import torch
+
+        from ulbq.artifacts.shards import guarded
+
+        return model.state_dict() | {f"{guarded(self._packed)}.weight": torch.empty(0, dtype=torch.bfloat16)}, {}
 
     def _dequantize(self, model: "PreTrainedModel", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
         raise UsageError(

@@ -156,7 +156,7 @@ def _card(job: FinetuneJob, manifest: QuantizedManifest, record: FinetuneRecord)
     kind, opener = "DoRA" if job.adapter.dora else "LoRA", auto_class(job.source.config).__name__
     loads = {
         "ulbq": "`ulbq generate DIR` hears it, `ulbq eval DIR` scores it, `ulbq inspect DIR` looks into it.",
-        "transformers": f"after `import ulbq`, `{opener}.from_pretrained(DIR)` loads it packed, adapter attached.",
+        "transformers": f"with ulbq installed, `{opener}.from_pretrained(DIR)` loads it packed, adapter attached.",
     }
     if target("dense").unsupported_reason(Candidate.of(job.source)) is None:
         loads["Everything else"] = "`ulbq convert DIR --to dense --merge-adapter` writes a plain half-precision model."

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.records import BitsReport, LayerRecord
-from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_shard
+from ulbq.artifacts.shards import GUARD_NAME, INDEX_NAME, LazyTensors, write_guard, write_index, write_shard
 from ulbq.config.adapter import AdapterConfig
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult
@@ -201,7 +201,8 @@ def write_folder(
     Returns:
         Names of what was written.
     """
-    write_index(folder, {name: sorted(LazyTensors([folder / name]).names) for name in sorted(shards)})
+    guard = write_guard(folder, [layer.name for layer in layers])
+    write_index(folder, guard | {name: sorted(LazyTensors([folder / name]).names) for name in sorted(shards)})
     with writing(folder):
         config = source.config.to_dict()
         # As `half` leaves them: what came as float16 is still float16.
@@ -216,4 +217,4 @@ def write_folder(
         updated.save_pretrained(folder)
         beside = source.save_tokenizer_files(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return [INDEX_NAME, "config.json", "README.md", *beside]
+    return [INDEX_NAME, GUARD_NAME, "config.json", "README.md", *beside]

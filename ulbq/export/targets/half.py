@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from ulbq.artifacts.disk import changed, sha256_file, writing
-from ulbq.artifacts.shards import INDEX_NAME, write_index, write_shard
+from ulbq.artifacts.shards import INDEX_NAME, write_guard, write_index, write_shard
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.export.fit import Candidate
@@ -51,7 +51,7 @@ class HalfTarget(Target):
     name = "half"
     is_artifact = True
     library = "ulbq"
-    readers: ClassVar = {"transformers": Reader(f"after `import ulbq`, {AUTO_MODEL}.", rank=None)}
+    readers: ClassVar = {"transformers": Reader(f"with ulbq installed, {AUTO_MODEL}.", rank=None)}
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return None if candidate.layers else FULL_PRECISION
@@ -97,6 +97,7 @@ class HalfTarget(Target):
                 # Who opened the source looked at all that is read of it, and samples are not.
                 if name in _SAMPLES and sha256_file(folder / name) != files[name].sha256:
                     raise changed(source.path / name)
+        shards |= write_guard(folder, source.packed)
         write_index(folder, shards)
         names = [*copied, *shards, INDEX_NAME]
         if not wide:
