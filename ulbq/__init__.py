@@ -44,7 +44,7 @@ def __dir__() -> list[str]:
 def _register() -> None:
     try:
         import ulbq.models.hf  # noqa: F401 - registers itself
-    except Exception as error:  # transformers must stay usable for those who want nothing of ulbq
+    except (ImportError, AttributeError) as error:  # transformers must stay usable for those who want nothing of ulbq
         import warnings
 
         warnings.warn(
