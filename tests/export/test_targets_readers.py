@@ -119,6 +119,23 @@ def test_llama_cpp_computes_each_family(family: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, logits.log_softmax(-1).numpy(), atol=5e-3)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_llama_cpp_computes_packed_experts(family: str, tmp_path: Path) -> None:
+    environment("llama-cpp")
+    dense = save_tiny(family, tmp_path / "dense", **({"norm_topk_prob": True} if family == "qwen3_moe" else {}))
+    packed = QuantizeRequest(
+        source=str(dense), out=tmp_path / "q", method="rtn", bits=3, group_size=32, device="cpu", offline=True
+    )
+    source, _ = quantize(packed)
+    path, _ = convert(ConvertRequest(source=str(source), engine="llama.cpp", dtype="fp32", out=tmp_path / "g"))
+    with torch.no_grad():
+        ours = load_model(resolve(source), dtype=torch.float32)(TOKENS).logits[:, -1].log_softmax(-1).numpy()
+    found = read("llama-cpp", "llama_cpp_logits.py", path, str(ours.shape[-1]))
+    # It rounds the inputs of packed layers to eight bits.
+    np.testing.assert_allclose(found, ours, atol=0.15)
+    assert np.abs(found - ours).mean() < 0.03
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_exllamav3_on_a_cpu(bits: int, tmp_path: Path) -> None:
     environment("exllamav3")
