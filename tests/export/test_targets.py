@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType, dequantize
+from gguf import GGMLQuantizationType
 
 from tests.models.stored import pack_some
 from ulbq import formats
 from ulbq.export import gguf_blocks
 from ulbq.export.targets import compressed_tensors, gptq
 from ulbq.formats import AffineScheme, DualBinaryScheme, TrellisScheme, affine
+from ulbq.models.gguf_types import dequantize
 
 WIDTHS = [2, 3, 4, 8]
 
@@ -99,7 +100,12 @@ def test_v1_has_no_word_for_a_zero_point_of_zero() -> None:
     ("bits", "symmetric", "group_size", "kind"),
     [
         (1, True, 32, "Q4_0"),
-        (2, True, 64, "Q4_0"),
+        (1, True, 64, "Q2_0"),
+        (1, True, 128, "Q1_0"),
+        (1, True, -1, "Q1_0"),
+        (2, True, 32, "Q4_0"),
+        (2, True, 64, "Q2_0"),
+        (2, True, -1, "Q2_0"),
         (2, False, 32, "Q4_0"),
         (3, False, 64, "Q4_0"),
         (4, True, 32, "Q4_0"),

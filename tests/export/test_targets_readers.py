@@ -16,6 +16,7 @@ from tests.models.tiny import save_tiny
 from ulbq.config.convert import ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.formats import TrellisScheme
+from ulbq.models.gguf_header import read_header
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline.convert import convert
@@ -117,6 +118,26 @@ def test_llama_cpp_computes_each_family(family: str, tmp_path: Path) -> None:
     found = read("llama-cpp", "llama_cpp_logits.py", path, str(logits.shape[-1]))
     # Its cache holds keys and values in half precision.
     np.testing.assert_allclose(found, logits.log_softmax(-1).numpy(), atol=5e-3)
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(2, "Q2_0"), (1, "Q1_0")])
+def test_llama_cpp_computes_few_bits(bits: int, kind: str, tmp_path: Path) -> None:
+    environment("llama-cpp")
+    dense = save_tiny("llama", tmp_path / "dense", hidden_size=256, intermediate_size=384, head_dim=64)
+    packed = {"method": "rtn", "bits": bits, "group_size": 128, "symmetric": True}
+    asked = QuantizeRequest(source=str(dense), out=tmp_path / "q", device="cpu", offline=True, **packed)
+    source, _ = quantize(asked)
+    path, _ = convert(ConvertRequest(source=str(source), engine="llama.cpp", dtype="fp32", out=tmp_path / "g"))
+    header = read_header(path / "model.gguf")
+    assert {tensor.kind.name for name, tensor in header.tensors.items() if ".ffn_" in name and "norm" not in name} == {
+        kind
+    }
+    with torch.no_grad():
+        ours = load_model(resolve(source), dtype=torch.float32)(TOKENS).logits[:, -1].log_softmax(-1).numpy()
+    found = read("llama-cpp", "llama_cpp_logits.py", path, str(ours.shape[-1]))
+    # It rounds the inputs of packed layers to eight bits.
+    np.testing.assert_allclose(found, ours, atol=0.3)
+    assert np.abs(found - ours).mean() < 0.06
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])

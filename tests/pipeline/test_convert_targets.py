@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
 from ulbq.artifacts import ConvertedManifest, QuantizedManifest, read_manifest, verify
-from ulbq.artifacts.shards import LazyTensors
+from ulbq.artifacts.shards import GUARD_NAME, LazyTensors
 from ulbq.config.adapter import AdapterConfig
 from ulbq.config.convert import ENGINES, TARGETS, ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
@@ -40,6 +40,8 @@ class Notes(Silent):
 
     def note(self, text: str) -> None:
         self.said.append(text)
+
+    warn = note
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_a_gguf_file_reads_back_as_the_artifact(parent: Path, tmp_path: Path) ->
     shutil.copyfile(parent / "README.md", source / "README.md")
     notes = Notes()
     path, manifest = convert(ask(source, tmp_path / "g", to="gguf", dtype="fp32"), notes)
-    assert "Stored: 21 layers as Q4_0, to the bit." in notes.said
+    assert "Stored: 21 layers as Q4_0 (4.5 bits), to the bit." in notes.said
     assert manifest.files.keys() >= SIDE
     # transformers' own tables undo the order of the rows.
     ours, read = (
@@ -138,6 +140,27 @@ def test_a_gguf_file_reads_back_as_the_artifact(parent: Path, tmp_path: Path) ->
     said = {name: reader.get_field(name).contents() for name in ("general.license", "tokenizer.ggml.pre")}
     assert said == {"general.license": "apache-2.0", "tokenizer.ggml.pre": "gpt-2"}
     assert "message['role']" in reader.get_field("tokenizer.chat_template").contents()
+
+
+@pytest.mark.parametrize(("types", "kind", "bits"), [("smallest", "Q2_0", "2.25"), ("fastest", "Q4_0", "4.5")])
+def test_two_bits_take_the_type_that_was_asked_for(
+    tmp_path: Path, parent: Path, types: str, kind: str, bits: str
+) -> None:
+    source = artifact(parent, tmp_path / "q", AffineScheme(bits=2, group_size=64, symmetric=True))
+    notes = Notes()
+    path, _ = convert(ask(source, tmp_path / "g", to="gguf", dtype="fp32", block_types=types), notes)
+    assert f"Stored: 21 layers as {kind} ({bits} bits), to the bit." in notes.said
+    assert any("block_types=fastest" in said for said in notes.said) == (kind == "Q2_0")
+    # Packed or not, it is a SOURCE.
+    ours, read = (load_model(resolve(one), dtype=torch.float32) for one in (source, path / "model.gguf"))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(TOKENS).logits, read(TOKENS).logits, atol=1e-4, rtol=0)
+
+
+def test_block_types_are_ggufs_alone(parent: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="`block_types` is for GGUF files, and this becomes dense"):
+        convert(ask(artifact(parent, tmp_path / "q"), tmp_path / "d", to="dense", block_types="fastest"))
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_gguf_file_of_an_artifact_is_compared_with_its_hash(parent: Path, tmp_path: Path) -> None:
@@ -236,7 +259,8 @@ class TestHalf:
     def test_a_copy_within_the_artifact_does_not_hold_itself(self, parent: Path, tmp_path: Path) -> None:
         source = artifact(parent, tmp_path / "q", adapter=AdapterConfig(rank=2))
         path, manifest = convert(ask(source, source / "h", to="half"))
-        assert manifest.files.keys() == resolve(source).manifest.files.keys()
+        # A guard comes to what was made without one.
+        assert manifest.files.keys() == resolve(source).manifest.files.keys() | {GUARD_NAME}
         assert (path / "adapter" / "adapter_config.json").exists()
         assert not [entry for entry in path.iterdir() if entry.name.startswith("h")]
 

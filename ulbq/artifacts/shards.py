@@ -86,7 +86,6 @@ class LazyTensors:
                 self._stored[name] = stored
         empty = {name for name, stored in self._stored.items() if stored.shape == (0,)}
         self.guards = frozenset(name for name in empty if name.removesuffix(".weight") + ".codes" in self._stored)
-        self._names = frozenset(self._stored) - self.guards
 
     @classmethod
     def folder(cls, path: Path, sums: Mapping[str, str] = {}) -> "LazyTensors":
@@ -124,7 +123,7 @@ class LazyTensors:
     @property
     def names(self) -> frozenset[str]:
         """All tensor names, without the guards."""
-        return self._names
+        return frozenset(self._stored) - self.guards
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -133,7 +132,7 @@ class LazyTensors:
     @property
     def files(self) -> list[Path]:
         """The files that hold them."""
-        return sorted({self._stored[name].file for name in self._names})
+        return sorted({self._stored[name].file for name in self.names})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""

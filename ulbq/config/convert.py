@@ -57,6 +57,12 @@ class ConvertRequest(Settings):
         bool,
         Option("Make the adapter part of the weights; else it is copied beside them.", flag="--merge-adapter"),
     ] = False
+    block_types: Annotated[
+        Literal["smallest", "fastest"],
+        Option(
+            "Of GGUF: the type that takes the fewest bits, or one that every CPU computes fast.", flag="--block-types"
+        ),
+    ] = "smallest"
     offline: Offline = False
     verify: Verify = True
     out: Out = None

@@ -1,17 +1,21 @@
 """GGUF's simple block types, as far as they hold our integer codes without loss.
 
-All of them cut rows into blocks of 32 weights with one float16 factor ``d``:
+All of them cut rows into blocks of 32 weights, of 64 or of 128, with one float16 factor ``d``:
 
-* ``Q4_0``  ``d · q``,     q from −8 to 7: 4.5 bits a weight;
+* ``Q1_0``  ``±d``, 128 weights: 1.125 bits a weight;
+* ``Q2_0``  ``d · q``,     q from −1 to 2, 64 weights: 2.25 bits;
+* ``Q4_0``  ``d · q``,     q from −8 to 7: 4.5 bits;
 * ``Q4_1``  ``d · q + m``, q from 0 to 15, ``m`` a second float16: 5 bits;
 * ``Q5_0``  ``d · q``,     q from −16 to 15: 5.5 bits;
 * ``Q8_0``  ``d · q``,     q from −128 to 127: 8.5 bits.
 
 Our weights are ``s · (q − z)``. So what counts is the range of the *steps* ``q − z`` and not the width of the codes:
-2 and 3 bits always fit into Q4_0, with zero points or without, 4 bits without zero points into Q4_0 and with them into
-Q5_0, 8 bits without into Q8_0. A grid without a level at zero has odd multiples of half a step, twice as far: 1 to 3
-bits fit into Q4_0, 4 bits into Q5_0. Q4_1 takes 4 bits with zero points only where every ``−s·z`` is a float16. Groups
-that are longer than a block repeat their scale. Types with blocks of 256 (the K and IQ types) round their scales.
+2 bits without zero points fit into Q2_0 where 64 divides the groups, by a negative ``d``; 2 and 3 bits always fit into
+Q4_0, with zero points or without, 4 bits without zero points into Q4_0 and with them into Q5_0, 8 bits without into
+Q8_0. A grid without a level at zero has odd multiples of half a step, twice as far: 1 bit fits into Q1_0 where 128
+divides the groups, 1 to 3 bits fit into Q4_0, 4 bits into Q5_0. Q4_1 takes 4 bits with zero points only where every
+``−s·z`` is a float16. Groups that are longer than a block repeat their scale. Types with blocks of 256 (the K and IQ
+types) round their scales.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,77 +23,98 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, dequantize
+from gguf import GGMLQuantizationType
 
 from ulbq import formats
 from ulbq.formats import AffineScheme, AnyScheme, affine
+from ulbq.models.gguf_types import SIZES, AnyType, NewType, dequantize
 
-BLOCK = 32
-
-_RANGES = {GGMLQuantizationType.Q4_0: 8, GGMLQuantizationType.Q5_0: 16, GGMLQuantizationType.Q8_0: 128}
-"""How far below zero the steps of a type reach; above it, one less."""
+_REACH: dict[AnyType, tuple[int, int]] = {
+    NewType.Q2_0: (-1, 2),
+    GGMLQuantizationType.Q4_0: (-8, 7),
+    GGMLQuantizationType.Q5_0: (-16, 15),
+    GGMLQuantizationType.Q8_0: (-128, 127),
+}
+"""The least and the greatest step of a type."""
 
 
 class Blocks(NamedTuple):
     """A matrix in one of the types: uint8 ``[out, bytes a row]``."""
 
     data: np.ndarray
-    kind: GGMLQuantizationType
+    kind: AnyType
 
 
-KINDS = (
+KINDS: tuple[AnyType, ...] = (
+    GGMLQuantizationType.Q1_0,
+    NewType.Q2_0,
     GGMLQuantizationType.Q4_0,
     GGMLQuantizationType.Q4_1,
     GGMLQuantizationType.Q5_0,
     GGMLQuantizationType.Q8_0,
 )
 """From the smallest on."""
+FAST_KINDS = tuple(kind for kind in KINDS if kind != NewType.Q2_0)
+"""Those that llama.cpp computes with vectors on every processor: for Q2_0 its x86 code is plain C in 2026."""
 
 
 def encode(
-    scheme: AnyScheme,
-    packed: Mapping[str, torch.Tensor],
-    in_features: int,
-    kinds: Sequence[GGMLQuantizationType] = KINDS,
+    scheme: AnyScheme, packed: Mapping[str, torch.Tensor], in_features: int, kinds: Sequence[AnyType] = KINDS
 ) -> Blocks | None:
     """A packed matrix in the first of these types that decodes to the same weights, to the bit; None for none."""
     if not isinstance(scheme, AffineScheme):
         return None
     group = in_features if scheme.group_size == -1 else scheme.group_size
-    if in_features % BLOCK or group % BLOCK:
-        return None
     codes, scales, zeros = affine.unpack(scheme, packed, in_features)
+    offsets = None
     if not scheme.has_zero:  # odd multiples of s/2, in whole steps
         steps, scales = codes.float() * 2 - 2 * scheme.centre, scales * 0.5
     else:
         steps = (codes.view(*zeros.shape, -1).float() - zeros.unsqueeze(-1)).flatten(1)
-    factors = scales.repeat_interleave(group // BLOCK, 1)
+        offsets = scales * -zeros
     exact = formats.dequantize(scheme, packed, in_features).numpy()
-    blocks = steps.view(*factors.shape, BLOCK).to(torch.int16).numpy()
     for kind in kinds:
+        block = SIZES[kind][0]
+        if in_features % block or group % block:
+            continue
+        factors = scales.repeat_interleave(group // block, 1)
         if kind == GGMLQuantizationType.Q4_1:
-            offsets = (scales * -zeros).repeat_interleave(group // BLOCK, 1).numpy()
-            found = _offset(codes.view(*factors.shape, BLOCK).numpy(), factors.numpy(), offsets)
+            found = (
+                None
+                if offsets is None
+                else _offset(
+                    codes.view(*factors.shape, block).numpy(),
+                    factors.numpy(),
+                    offsets.repeat_interleave(group // block, 1).numpy(),
+                )
+            )
         else:
-            found = _centred(blocks, factors.numpy(), kind)
+            found = _centred(steps.view(*factors.shape, block).to(torch.int16).numpy(), factors.numpy(), kind)
         if found is not None and np.array_equal(dequantize(found, kind), exact):
             return Blocks(found, kind)
     return None
 
 
-def _centred(steps: np.ndarray, factors: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray | None:
-    """``[out, blocks, 32]`` steps as Q4_0, Q5_0 or Q8_0; None where they reach too far."""
-    reach = _RANGES[kind]
-    # A block that reaches to +reach is stored mirrored.
-    sign = np.where(steps.max(-1) >= reach, -1, 1).astype(np.int16)
+def _centred(steps: np.ndarray, factors: np.ndarray, kind: AnyType) -> np.ndarray | None:
+    """``[out, blocks, block]`` steps in a type with one factor a block; None where they reach too far."""
+    if kind == GGMLQuantizationType.Q1_0:
+        if not (np.abs(steps) == 1).all():
+            return None
+        parts = [factors.astype("<f2")[..., None].view(np.uint8), np.packbits(steps > 0, axis=-1, bitorder="little")]
+        return np.concatenate(parts, axis=-1).reshape(len(steps), -1)
+    least, greatest = _REACH[kind]
+    # A block that reaches too far one way is stored mirrored.
+    sign = np.where((steps.max(-1) > greatest) | (steps.min(-1) < least), -1, 1).astype(np.int16)
     steps, d = steps * sign[..., None], (factors * sign).astype("<f2")
-    if steps.min() < -reach or steps.max() >= reach:
+    if steps.min() < least or steps.max() > greatest:
         return None
     parts = [d[..., None].view(np.uint8)]
+    unsigned = (steps - least).astype(np.uint8)
     if kind == GGMLQuantizationType.Q8_0:
         parts.append(steps.astype(np.int8).view(np.uint8))
+    elif kind == NewType.Q2_0:
+        parts.append(_quarters(unsigned))
     else:
-        unsigned = (steps + reach).astype(np.uint8)
         if kind == GGMLQuantizationType.Q5_0:
             parts.append(np.packbits(unsigned >> 4, axis=-1, bitorder="little"))
         parts.append(_nibbles(unsigned & 15))
@@ -109,3 +134,10 @@ def _nibbles(values: np.ndarray) -> np.ndarray:
     low, high = np.split(values, 2, axis=-1)
     both: np.ndarray = low | (high << 4)
     return both
+
+
+def _quarters(values: np.ndarray) -> np.ndarray:
+    """Four two-bit values a byte, one behind the other from the lowest bits on."""
+    apart = values.reshape(*values.shape[:-1], -1, 4) << np.array([0, 2, 4, 6], np.uint8)
+    together: np.ndarray = np.bitwise_or.reduce(apart, axis=-1)
+    return together

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import dequantize
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
@@ -23,6 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from ulbq.artifacts.disk import check_unchanged, stamp_of
 from ulbq.errors import InputError
 from ulbq.models.gguf_header import MAGIC, GgufHeader, read_header
+from ulbq.models.gguf_types import dequantize
 
 _FULL = frozenset({"F32", "F16", "BF16", "F64"})
 _QUANTIZATION_SUFFIX = re.compile(r"[.-](?:I?Q\d\w*|TQ\d\w*|MXFP4|BF16|F(?:P)?(?:16|32))$", re.IGNORECASE)

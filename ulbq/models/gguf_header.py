@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
+
+from ulbq.models.gguf_types import SIZES, AnyType, type_of
 
 MAGIC = b"GGUF"
 _TOKENIZER = "tokenizer."
@@ -40,14 +42,14 @@ Value = int | float | str | list[int | float | str]
 class StoredTensor:
     """Where a tensor lies and how: ``offset`` in bytes from the file's start, ``shape`` in torch's order."""
 
-    kind: GGMLQuantizationType
+    kind: AnyType
     shape: tuple[int, ...]
     offset: int
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
         """Shape of its bytes. Raises ValueError where rows are no whole blocks."""
-        weights, size = GGML_QUANT_SIZES[self.kind]
+        weights, size = SIZES[self.kind]
         if self.shape[-1] % weights:
             raise ValueError(f"a row of {self.shape[-1]} weights is no whole number of {self.kind.name} blocks")
         return (*self.shape[:-1], self.shape[-1] // weights * size)
@@ -76,7 +78,7 @@ class GgufHeader:
         return str(self.values["general.architecture"])
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
-        """Bytes of a tensor, a view of the file, as :func:`gguf.dequantize` takes them."""
+        """Bytes of a tensor, a view of the file, as :func:`~ulbq.models.gguf_types.dequantize` takes them."""
         tensor = self.tensors[name]
         shape = tensor.byte_shape
         return self.blob[tensor.offset : tensor.offset + prod(shape)].reshape(shape)
@@ -187,12 +189,12 @@ def _read_array(header: GgufHeader, walk: _Walk, key: str, element: GGUFValueTyp
         header.values[key] = [*walk.unpack(f"{count}{_FORMATS[element]}")]
 
 
-def _read_tensor(walk: _Walk) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
+def _read_tensor(walk: _Walk) -> tuple[str, AnyType, tuple[int, ...], int]:
     """One row of the tensor table, its offset from the start of the data."""
     name = walk.text()
     shape = walk.unpack(f"{walk.unpack('I')[0]}Q")[::-1]  # the file has the fastest dimension first
     kind, offset = walk.unpack("IQ")
-    return name, GGMLQuantizationType(kind), shape or (1,), offset
+    return name, type_of(kind), shape or (1,), offset
 
 
 def _text(text: str) -> bytes:

@@ -9,7 +9,7 @@ from ulbq.artifacts.manifest import ConvertedManifest, Manifest, QuantizedManife
 from ulbq.artifacts.records import BitsReport
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 from ulbq.config.convert import ConvertRequest
-from ulbq.errors import InputError
+from ulbq.errors import InputError, UsageError
 from ulbq.export import card, engines, fit
 from ulbq.export.fit import Candidate
 from ulbq.export.targets import target
@@ -46,6 +46,7 @@ def convert(
             "merge_adapter": job.merge_adapter,
             "untie": job.untie,
         }
+        | ({"fast_types": True} if job.fast_types else {})
     )
     stem = f"{source.name}-{'merged-' if job.merge_adapter else ''}{into.name}"
     out = request.out or free_output(DEFAULT_ROOT, f"{stem}-{job.dtype}" if into.name == "dense" else stem, identity)
@@ -55,6 +56,8 @@ def convert(
             written = into.write(job, writer.path, lambda name: phase.advance(detail=name))
             writer.plan(*written.names)
         progress.note(f"Stored: {written.stored}.")
+        if written.warning:
+            progress.warn(written.warning)
         if not into.is_artifact:
             _write_beside(into, job, written, writer, progress)
         check = proof(progress, None if into.is_artifact else into, job.candidate)
@@ -77,8 +80,12 @@ def _plan(request: ConvertRequest, source: ModelSource, progress: Progress) -> t
     fit.check(candidate, into, merge_adapter=request.merge_adapter)
     if (warning := into.check(source)) is not None:
         progress.warn(warning)
-    untie = engine is not None and into.readers[engine].untie
-    return into, Conversion(source, candidate, into.dtype(source, request.dtype), request.merge_adapter, untie)
+    if "block_types" in request.model_fields_set and into.name != "gguf":
+        raise UsageError(
+            f"`block_types` is for GGUF files, and this becomes {into.name}.", hint="Leave out `block_types`."
+        )
+    untie, fast = engine is not None and into.readers[engine].untie, request.block_types == "fastest"
+    return into, Conversion(source, candidate, into.dtype(source, request.dtype), request.merge_adapter, untie, fast)
 
 
 def _write_beside(into: Target, job: Conversion, written: Written, writer: ArtifactWriter, progress: Progress) -> None:

@@ -32,6 +32,7 @@ class Conversion:
         dtype: of the tensors that are not packed.
         merge_adapter: make the adapter a part of the weights; else it is copied beside them.
         untie: store a tied head by itself too.
+        fast_types: of types that hold the same weights, take one that is fast everywhere, not the smallest.
     """
 
     source: ModelSource
@@ -39,6 +40,7 @@ class Conversion:
     dtype: Dtype
     merge_adapter: bool = False
     untie: bool = False
+    fast_types: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class Written:
         stored: how the weights are stored, for people.
         names: of all files.
         saved: bits less than in the artifact, by part of its accounting.
+        warning: what whoever loads it should know.
     """
 
     stored: str
     names: list[str]
     saved: Mapping[str, int] = field(default_factory=dict)
+    warning: str | None = None
 
 
 class Target(ABC):

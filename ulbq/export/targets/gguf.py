@@ -15,10 +15,8 @@ import torch
 from gguf import (
     MODEL_ARCH_NAMES,
     GGMLQuantizationType,
-    GGUFReader,
     GGUFWriter,
     LlamaFileType,
-    dequantize,
     get_tensor_name_map,
 )
 from transformers import PreTrainedModel
@@ -34,6 +32,8 @@ from ulbq.export.gguf_vocab import add_tokenizer, check_tokenizer
 from ulbq.export.rules import Reader
 from ulbq.export.targets.base import DTYPES, Conversion, Dtype, Target, Written, layer_reason
 from ulbq.models.blocks import skeleton
+from ulbq.models.gguf_header import read_header
+from ulbq.models.gguf_types import SIZES, AnyType, NewType, dequantize
 from ulbq.models.load import load_model
 from ulbq.models.names import state_names
 from ulbq.models.rope_factors import ROPE_FACTORS
@@ -48,7 +48,9 @@ _KINDS = {
     torch.bfloat16: (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
 }
-_FILE_TYPES = {
+_FILE_TYPES: dict[AnyType, int] = {
+    GGMLQuantizationType.Q1_0: LlamaFileType.MOSTLY_Q1_0,
+    NewType.Q2_0: 41,  # MOSTLY_Q2_0
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
     GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
     GGMLQuantizationType.Q5_0: LlamaFileType.MOSTLY_Q5_0,
@@ -65,7 +67,7 @@ class _Tensor(NamedTuple):
 
     name: str
     data: np.ndarray
-    kind: GGMLQuantizationType
+    kind: AnyType
     packed: bool = False
 
 
@@ -73,12 +75,18 @@ class _File:
     """One model on its way into a file. Each tensor is made twice: for its size and type, and to be written."""
 
     def __init__(
-        self, source: ModelSource, model: PreTrainedModel, dtype: torch.dtype, adapters: Mapping[str, Adapter]
+        self,
+        source: ModelSource,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        adapters: Mapping[str, Adapter],
+        kinds: Sequence[AnyType],
     ) -> None:
         self._source = source
         self._model = model
         self._dtype = dtype
         self._adapters = adapters
+        self._kinds = kinds
         self._family = gguf_models.family(source)
         self._aliases = state_names(model)
         self._map = get_tensor_name_map(self._family.arch, source.config.num_hidden_layers)
@@ -90,10 +98,15 @@ class _File:
     def declare(self, writer: GGUFWriter, licence: str | None) -> dict[str, int]:
         """Everything of the file that stands before the tensors; returns how many packed layers have each type."""
         source = self._source
-        kinds: Counter[GGMLQuantizationType] = Counter()
+        kinds: Counter[AnyType] = Counter()
         for tensor in self.tensors():
             data = tensor.data
-            writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.kind)
+            # Of bytes the writer takes the shape for that of the blocks, and knows no block that is new.
+            shape, dtype = data.shape, data.dtype
+            if dtype == np.uint8:
+                weights, size = SIZES[tensor.kind]
+                shape, dtype = (*shape[:-1], shape[-1] // size * weights), np.dtype(np.float32)
+            writer.add_tensor_info(tensor.name, shape, dtype, data.nbytes, tensor.kind)  # type: ignore[arg-type]
             if tensor.packed:
                 kinds[tensor.kind] += len(self._names[tensor.name])
         file_type = _FILE_TYPES.get(kinds.most_common(1)[0][0]) if kinds else None
@@ -117,19 +130,17 @@ class _File:
 
     def check(self, path: Path) -> None:
         """Read the file back. Raises NumericsError where a tensor does not decode to the model's."""
-        found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+        header = read_header(path)
         for stored, names in self._names.items():
-            tensor = found[stored]
-            if tensor.tensor_type in _FILE_TYPES:
-                parts = tensor.data if tensor.data.ndim > 2 else [tensor.data]
+            kind, data = header.tensors[stored].kind, header.data(stored)
+            if kind in _FILE_TYPES:
+                parts = data if data.ndim > 2 else [data]
                 same = all(
-                    np.array_equal(dequantize(part, tensor.tensor_type), self._exact(name).numpy())
+                    np.array_equal(dequantize(part, kind), self._exact(name).numpy())
                     for part, name in zip(parts, names, strict=True)
                 )
             else:
-                same = np.array_equal(
-                    np.asarray(tensor.data).view(np.uint8), self._make(stored, names).data.view(np.uint8)
-                )
+                same = np.array_equal(data, self._make(stored, names).data.view(np.uint8))
             if not same:
                 raise NumericsError(
                     f"What was written of '{names[0]}' does not decode to the model's weights.",
@@ -158,7 +169,7 @@ class _File:
         linears = [name.removesuffix(".weight") for name in names]
         if any(linear not in self._source.packed or linear in self._adapters for linear in linears):
             return None
-        choices = [gguf_blocks.KINDS] if len(linears) == 1 else [(kind,) for kind in gguf_blocks.KINDS]
+        choices = [self._kinds] if len(linears) == 1 else [(kind,) for kind in self._kinds]
         for kinds in choices:
             made: list[gguf_blocks.Blocks] = []
             for linear in linears:
@@ -247,7 +258,8 @@ class GgufTarget(Target):
         source = conversion.source
         family, model = gguf_models.family(source), skeleton(source)
         adapters = adapters_to_merge(source, model) if conversion.merge_adapter else {}
-        job = _File(source, model, DTYPES[conversion.dtype], adapters)
+        types = gguf_blocks.FAST_KINDS if conversion.fast_types else gguf_blocks.KINDS
+        job = _File(source, model, DTYPES[conversion.dtype], adapters, types)
         path, licence = folder / FILE_NAME, front_of(source).get("license")
         scratch = temporary(path)
         with writing(folder):
@@ -265,7 +277,7 @@ class GgufTarget(Target):
             job.check(scratch)
             replace_synced(scratch, path)
             beside = source.save_tokenizer_files(folder)
-        return Written(_words(kinds, conversion.dtype), [FILE_NAME, *beside])
+        return Written(_words(kinds, conversion.dtype), [FILE_NAME, *beside], warning=_warning(kinds))
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(resolve(folder / FILE_NAME, verify=False), dtype=dtype)  # it was hashed just now
@@ -275,10 +287,26 @@ def _words(kinds: Mapping[str, int], dtype: str) -> str:
     """How the weights are stored, for people: ``kinds`` counts the packed layers of each type."""
     rounded = {"F16", "BF16", "F32"}
     parts = [
-        f"{count} layers as {kind}" + (", rounded (no block type holds them)" if kind in rounded else ", to the bit")
+        f"{count} layers as {kind}"
+        + (", rounded (no block type holds them)" if kind in rounded else f" ({_bits(kind):g} bits), to the bit")
         for kind, count in kinds.items()
     ]
     return "; ".join(parts) or f"all matrices in {dtype}"
+
+
+def _bits(kind: str) -> float:
+    """Bits a weight of a block type."""
+    weights, size = next(SIZES[known] for known in SIZES if known.name == kind)
+    return 8 * size / weights
+
+
+def _warning(kinds: Mapping[str, int]) -> str | None:
+    if NewType.Q2_0.name not in kinds:
+        return None
+    return (
+        "On x86 CPUs llama.cpp computes Q2_0 several times slower than Q4_0, and builds from before mid-2026 do not "
+        "know it; `block_types=fastest` stores the same weights as Q4_0."
+    )
 
 
 TARGET = GgufTarget()
