@@ -13,9 +13,10 @@ import torch
 
 from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
+from ulbq.config.adapter import AdapterConfig
 from ulbq.config.convert import ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
-from ulbq.formats import TrellisScheme
+from ulbq.formats import AffineScheme, TrellisScheme
 from ulbq.models.gguf_header import read_header
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
@@ -118,6 +119,24 @@ def test_llama_cpp_computes_each_family(family: str, tmp_path: Path) -> None:
     found = read("llama-cpp", "llama_cpp_logits.py", path, str(logits.shape[-1]))
     # Its cache holds keys and values in half precision.
     np.testing.assert_allclose(found, logits.log_softmax(-1).numpy(), atol=5e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_llama_cpp_applies_an_adapter(family: str, tmp_path: Path) -> None:
+    environment("llama-cpp")
+    dense = resolve(save_tiny(family, tmp_path / "dense"))
+    form = AdapterConfig(rank=4, alpha=12)
+    source = write_quantized(dense, tmp_path / "q", AffineScheme(bits=3, group_size=32), form)
+    path, _ = convert(ConvertRequest(source=str(source), to="gguf", dtype="fp32", out=tmp_path / "g"))
+    found = read("llama-cpp", "llama_cpp_logits.py", path, "256")
+    with torch.no_grad():
+        with_it, without = (
+            load_model(resolve(source), dtype=torch.float32, adapter=adapter)(TOKENS).logits[:, -1].log_softmax(-1)
+            for adapter in (True, False)
+        )
+    # It rounds the inputs of packed layers to eight bits.
+    np.testing.assert_allclose(found, with_it.numpy(), atol=0.3)
+    assert np.abs(found - with_it.numpy()).mean() < 0.1 * (with_it - without).abs().mean()
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(2, "Q2_0"), (1, "Q1_0")])

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,6 +25,8 @@ from ulbq.export.engines import judge, targets_of
 from ulbq.export.fit import Candidate
 from ulbq.export.targets import compressed_tensors, gptq, target
 from ulbq.formats import AffineScheme, BinaryMosScheme, DualBinaryScheme
+from ulbq.models.adapter_files import read_adapter
+from ulbq.models.gguf_header import read_header
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline.convert import convert
@@ -198,9 +201,6 @@ def test_an_adapter_is_merged_into_gguf_and_copied_beside_gptq(parent: Path, tmp
     card = (path / "README.md").read_text()
     assert "in `adapter/`, for peft" in card
     assert "**The adapter**: `PeftModel.from_pretrained" in card
-    with pytest.raises(InputError, match=r"llama\.cpp reads no adapter") as caught:
-        convert(ask(source, tmp_path / "x", to="gguf"))
-    assert caught.value.hint == "Add `merge_adapter`."
     merged, _ = convert(ask(source, tmp_path / "m", to="gguf", dtype="fp32", merge_adapter=True))
     with torch.no_grad():
         ours = load_model(resolve(source), dtype=torch.float32)(TOKENS).logits
@@ -209,6 +209,51 @@ def test_an_adapter_is_merged_into_gguf_and_copied_beside_gptq(parent: Path, tmp
     with pytest.raises(UsageError, match="cannot be merged"):
         convert(ask(source, tmp_path / "y", to="gptq", merge_adapter=True))
     assert not list(tmp_path.glob("[xy]*"))
+
+
+def test_an_adapter_lies_beside_gguf_as_llama_cpp_takes_it(parent: Path, tmp_path: Path) -> None:
+    source = artifact(parent, tmp_path / "q", adapter=AdapterConfig(rank=2, alpha=6, targets=("q_proj", "up_proj")))
+    path, manifest = convert(ask(source, tmp_path / "g", to="gguf"))
+    assert "adapter.gguf" in manifest.files
+    assert "`--lora DIR/adapter.gguf` beside `-m DIR/model.gguf`" in (path / "README.md").read_text()
+    fields = GGUFReader(path / "adapter.gguf").fields
+    said = {name: fields[name].contents() for name in ("general.type", "adapter.type", "adapter.lora.alpha")}
+    assert said == {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 6.0}
+    header = read_header(path / "adapter.gguf")
+    assert {name for name in header.tensors if ".1." in name} == {
+        f"blk.1.{layer}.weight.lora_{part}" for layer in ("attn_q", "ffn_up") for part in "ab"
+    }
+    assert header.tensors["blk.0.ffn_up.weight.lora_a"].shape == (2, 64)
+    _, adapters = read_adapter(source / "adapter")
+    up = adapters["model.layers.0.mlp.up_proj"]["lora_B.weight"]
+    assert header.data("blk.0.ffn_up.weight.lora_b").view(np.float16).tolist() == up.half().tolist()
+
+
+def test_a_dora_and_an_adapter_of_experts_are_merged_into_gguf_or_nothing(parent: Path, tmp_path: Path) -> None:
+    source = artifact(parent, tmp_path / "q", adapter=AdapterConfig(rank=2, dora=True))
+    with pytest.raises(InputError, match=r"llama\.cpp applies LoRA only") as caught:
+        convert(ask(source, tmp_path / "x", to="gguf"))
+    assert caught.value.hint == "Add `merge_adapter`."
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_size_is_said_as_llama_cpp_says_it(parent: Path, tmp_path: Path) -> None:
+    path, _ = convert(ask(artifact(parent, tmp_path / "q"), tmp_path / "g", to="gguf"))
+    fields = GGUFReader(path / "model.gguf").fields
+    weights = sum(parameter.numel() for parameter in load_model(resolve(parent), dtype=torch.float32).parameters())
+    assert fields["general.size_label"].contents() == f"{weights / 1000:.0f}K"
+    assert fields["general.quantized_by"].contents() == "ulbq"
+    mixtral = save_tiny("mixtral", tmp_path / "mixtral")
+    dense, _ = convert(ask(mixtral, tmp_path / "m", to="gguf"))
+    fields = GGUFReader(dense / "model.gguf").fields
+    sizes = {
+        name: tensor.numel() for name, tensor in load_model(resolve(mixtral), dtype=torch.float32).named_parameters()
+    }
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    one = sum(sizes.values()) - experts + experts // 4
+    assert fields["general.size_label"].contents() == f"4x{one / 1000:.0f}K"
+    assert fields["general.basename"].contents() == "mixtral"
+    assert "general.quantized_by" not in fields
 
 
 class TestHalf:

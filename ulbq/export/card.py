@@ -205,7 +205,7 @@ def converted_card(
         )
         tags.append(manifest.method)
     if candidate.adapter:
-        place = "is a part of the weights" if merged else "lies beside the weights, in `adapter/`, for peft"
+        place = "is a part of the weights" if merged else f"lies beside the weights, {target.adapter_place}"
         made.append(f"Its {candidate.adapter} adapter {place}")
     loads = {
         ENGINES[engine]: reader.command(candidate, reader.load_command)
@@ -213,11 +213,8 @@ def converted_card(
         if reader.obstacle(candidate, ENGINES[engine]) is None
     }
     if candidate.adapter and not merged:
-        loads["The adapter"] = (
-            '`PeftModel.from_pretrained(model, "DIR/adapter")` on the model that transformers loaded; vLLM takes '
-            "`--enable-lora --lora-modules tuned=DIR/adapter`, with `--max-lora-rank` for ranks above 16. Without it "
-            "the weights are those of the quantized model alone."
-        )
+        alone = "Without it the weights are those of the quantized model alone."
+        loads["The adapter"] = f"{target.adapter_command} {alone}"
     card = Card(
         name=f"{base_of(source)}, {target.name}",
         base=base_of(source),

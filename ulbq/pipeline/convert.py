@@ -92,7 +92,7 @@ def _write_beside(into: Target, job: Conversion, written: Written, writer: Artif
     """The card of what other tools load, and a word on its adapter."""
     if adapter_folder(job.source) and not job.merge_adapter:
         more = "" if into.name != "dense" else "; `merge_adapter` makes it part of them"
-        progress.note(f"The adapter lies beside the weights, for peft to load{more}.")
+        progress.note(f"The adapter lies beside the weights, {into.adapter_place}{more}.")
     near = {DEFAULT_ROOT, writer.out.parent, job.source.path.parent}
     text = card.converted_card(
         job.source,

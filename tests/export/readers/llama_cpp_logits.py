@@ -1,11 +1,13 @@
 """Log-probabilities of the next token by llama.cpp: ``llama_cpp_logits.py DIR TOKENS.npy OUT.npy VOCABULARY``.
 
-The server gives probabilities and no logits: they compare after a softmax. One request a row. What is sampled is pushed
-to a printable token, since the server drops the probabilities of half a character; they are those before the push.
+An ``adapter.gguf`` in DIR is applied. The server gives probabilities and no logits: they compare after a softmax. One
+request a row. What is sampled is pushed to a printable token, since the server drops the probabilities of half a
+character; they are those before the push.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import xllamacpp
@@ -19,6 +21,10 @@ params.warmup = False
 params.cpuparams.n_threads = 1
 params.cpuparams_batch.n_threads = 1
 params.verbosity = 0
+if Path(folder, "adapter.gguf").exists():
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = f"{folder}/adapter.gguf", 1.0
+    params.lora_adapters = [adapter]
 server = xllamacpp.Server(params)
 rows = []
 for row in np.load(tokens):

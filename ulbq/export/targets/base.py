@@ -70,6 +70,8 @@ class Target(ABC):
         is_artifact: whether that is an artifact of ulbq's own again, with its manifest and its card.
         library: for the Hub.
         opened: what is said once transformers has opened what was written, the begin of a sentence.
+        adapter_place: where an adapter lies that is not merged, and for whom.
+        adapter_command: how it is taken, for the card.
     """
 
     name: ClassVar[str]
@@ -78,6 +80,11 @@ class Target(ABC):
     is_artifact: ClassVar[bool] = False
     library: ClassVar[str] = "transformers"
     opened: ClassVar[str] = "Opened again"
+    adapter_place: ClassVar[str] = "in `adapter/`, for peft"
+    adapter_command: ClassVar[str] = (
+        '`PeftModel.from_pretrained(model, "DIR/adapter")` on the model that transformers loaded; vLLM takes '
+        "`--enable-lora --lora-modules tuned=DIR/adapter`, with `--max-lora-rank` for ranks above 16."
+    )
 
     @abstractmethod
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:

@@ -18,14 +18,15 @@ from gguf import (
     GGUFWriter,
     LlamaFileType,
     get_tensor_name_map,
+    size_label,
 )
 from transformers import PreTrainedModel
 
 from ulbq import formats
 from ulbq.artifacts.disk import replace_synced, temporary, writing
 from ulbq.errors import InputError, NumericsError
-from ulbq.export import dense, gguf_blocks, gguf_models
-from ulbq.export.card import front_of
+from ulbq.export import dense, gguf_adapter, gguf_blocks, gguf_models
+from ulbq.export.card import base_of, front_of
 from ulbq.export.dense import adapters_to_merge, dense_tensor
 from ulbq.export.fit import Candidate
 from ulbq.export.gguf_vocab import add_tokenizer, check_tokenizer
@@ -93,7 +94,7 @@ class _File:
         # Experts lie in one tensor, one behind the other.
         self._names: dict[str, list[str]] = {}
         for name, fused in stacks(source, model).items():
-            self._names.setdefault(self._stored_name(fused), []).append(name)
+            self._names.setdefault(self.stored_name(fused), []).append(name)
 
     def declare(self, writer: GGUFWriter, licence: str | None) -> dict[str, int]:
         """Everything of the file that stands before the tensors; returns how many packed layers have each type."""
@@ -112,6 +113,10 @@ class _File:
         file_type = _FILE_TYPES.get(kinds.most_common(1)[0][0]) if kinds else None
         writer.add_type("model")
         writer.add_name(source.name)
+        writer.add_basename(base_of(source))
+        writer.add_size_label(self._size_label())
+        if kinds:
+            writer.add_quantized_by("ulbq")
         writer.add_quantization_version(2)
         writer.add_file_type(file_type or _KINDS[self._dtype][1])
         if licence:
@@ -119,6 +124,14 @@ class _File:
         gguf_models.add_hyperparameters(writer, source)
         add_tokenizer(writer, source, source.config.vocab_size)
         return {kind.name: count for kind, count in kinds.items()}
+
+    def _size_label(self) -> str:
+        """As llama.cpp's own converter words it: 135M, or 8x160M of experts."""
+        sizes = {name: tensor.numel() for name, tensor in self._model.state_dict().items() if name in self._aliases}
+        experts = sum(size for name, size in sizes.items() if name in self._source.parts)
+        count = max((len(names) for names in self._names.values()), default=1)
+        shared = sum(sizes.values()) - experts
+        return size_label(shared + experts, shared, experts // count, count if experts else 0)
 
     def tensors(self) -> Iterator[_Tensor]:
         """All of the file, one at a time."""
@@ -152,11 +165,11 @@ class _File:
         linear = name.removesuffix(".weight")
         columns = linear_layer(self._model, linear).in_features
         packed = self._source.read_packed(linear)
-        return self._ordered(name, formats.dequantize(self._source.packed[linear], packed, columns))
+        return self.ordered(name, formats.dequantize(self._source.packed[linear], packed, columns))
 
     def _make(self, stored: str, names: Sequence[str]) -> _Tensor:
         if (blocks := self._blocks(names)) is not None:
-            rows = [self._ordered(name, torch.from_numpy(one.data)) for name, one in zip(names, blocks, strict=True)]
+            rows = [self.ordered(name, torch.from_numpy(one.data)) for name, one in zip(names, blocks, strict=True)]
             return _Tensor(stored, _joined(rows).numpy(), blocks[0].kind, packed=True)
         full = _joined([self._full(name) for name in names]).contiguous()
         kind = _KINDS[full.dtype][0]
@@ -190,15 +203,17 @@ class _File:
         whole = self._model.state_dict()[name].ndim < 2 or name.endswith(gguf_models.ROUTERS)
         # In float32, from what is stored and not from the rounded.
         dtype = torch.float32 if whole else self._dtype
-        full = self._ordered(name, dense_tensor(self._source, self._model, name, self._aliases[name], dtype, adapter))
+        full = self.ordered(name, dense_tensor(self._source, self._model, name, self._aliases[name], dtype, adapter))
         # One row that weighs the shared expert is a vector there.
         return full.flatten() if len(full) == 1 and whole else full
 
-    def _ordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def ordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor whose rows are those of a weight, as llama.cpp orders them."""
         order = gguf_models.row_order(self._source, name, len(tensor))
         return tensor if order is None else tensor[order]
 
-    def _stored_name(self, name: str) -> str:
+    def stored_name(self, name: str) -> str:
+        """llama.cpp's name. Raises InputError where it has none."""
         stored = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise InputError(
@@ -228,13 +243,15 @@ class GgufTarget(Target):
     merges = True
     library = "gguf"
     opened = "Opened again by transformers' reader of GGUF files"
+    adapter_place = f"in `{gguf_adapter.FILE_NAME}`, for llama.cpp"
+    adapter_command = f"`--lora DIR/{gguf_adapter.FILE_NAME}` beside `-m DIR/{FILE_NAME}`."
     readers: ClassVar = {"llama.cpp": Reader("`llama-cli -m DIR/model.gguf`, `llama-server -m DIR/model.gguf`.")}
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         if (why := gguf_models.unsupported_reason(candidate.config)) is not None:
             return why
-        if candidate.adapter and not merge_adapter:
-            return "llama.cpp reads no adapter that lies beside the file"
+        if candidate.adapter == "DoRA" and not merge_adapter:
+            return "its adapter is a DoRA, and llama.cpp applies LoRA only"
         return layer_reason(candidate, dense.unsupported_reason)
 
     def check(self, source: ModelSource) -> str | None:
@@ -257,9 +274,11 @@ class GgufTarget(Target):
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
         source = conversion.source
         family, model = gguf_models.family(source), skeleton(source)
-        adapters = adapters_to_merge(source, model) if conversion.merge_adapter else {}
+        adapters = adapters_to_merge(source, model) if conversion.candidate.adapter else {}
+        merged, beside = (adapters, {}) if conversion.merge_adapter else ({}, adapters)
+        gguf_adapter.check_adapter(source.given, beside, source.parts)
         types = gguf_blocks.FAST_KINDS if conversion.fast_types else gguf_blocks.KINDS
-        job = _File(source, model, DTYPES[conversion.dtype], adapters, types)
+        job = _File(source, model, DTYPES[conversion.dtype], merged, types)
         path, licence = folder / FILE_NAME, front_of(source).get("license")
         scratch = temporary(path)
         with writing(folder):
@@ -276,8 +295,11 @@ class GgufTarget(Target):
                 writer.close()
             job.check(scratch)
             replace_synced(scratch, path)
-            beside = source.save_tokenizer_files(folder)
-        return Written(_words(kinds, conversion.dtype), [FILE_NAME, *beside], warning=_warning(kinds))
+            names = [FILE_NAME, *source.save_tokenizer_files(folder)]
+        if beside:
+            gguf_adapter.write_adapter(folder, MODEL_ARCH_NAMES[family.arch], beside, job.stored_name, job.ordered)
+            names.append(gguf_adapter.FILE_NAME)
+        return Written(_words(kinds, conversion.dtype), names, warning=_warning(kinds))
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(resolve(folder / FILE_NAME, verify=False), dtype=dtype)  # it was hashed just now
