@@ -244,7 +244,7 @@ class GgufTarget(Target):
     library = "gguf"
     opened = "Opened again by transformers' reader of GGUF files"
     adapter_place = f"in `{gguf_adapter.FILE_NAME}`, for llama.cpp"
-    adapter_command = f"`--lora DIR/{gguf_adapter.FILE_NAME}` beside `-m DIR/{FILE_NAME}`."
+    adapter_command = "`llama-cli -m DIR/model.gguf --lora DIR/adapter.gguf`, and `llama-server` alike."
     readers: ClassVar = {"llama.cpp": Reader("`llama-cli -m DIR/model.gguf`, `llama-server -m DIR/model.gguf`.")}
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
