@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 
 from ulbq import formats
-from ulbq.config.methods import Zeros
+from ulbq.config.groups import Zeros
 from ulbq.formats import BinaryMosScheme, binary_mos, read_scheme
 from ulbq.formats.binary_mos import Mixture
 from ulbq.formats.bits import stored_bits

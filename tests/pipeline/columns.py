@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from ulbq.config.methods import MethodOptions
+from ulbq.config.groups import MethodOptions
 from ulbq.formats import CodebookScheme, codebook
 from ulbq.formats.codebook import Columns, Outliers
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed

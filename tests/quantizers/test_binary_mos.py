@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ulbq import formats
-from ulbq.config.methods import Zeros
+from ulbq.config.groups import Zeros
 from ulbq.formats import AffineScheme, BinaryMosScheme, binary_mos
 from ulbq.quantizers.binary_mos import STE_BOUND, BinaryMosQuantizer, closed_form_start, rank_one
 

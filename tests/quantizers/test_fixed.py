@@ -3,7 +3,7 @@ import torch
 
 from tests.kernels.matrices import random_matrix
 from ulbq import formats
-from ulbq.config.methods import Zeros
+from ulbq.config.groups import Zeros
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, TrellisScheme, affine, dual_binary
 from ulbq.kernels import build, fake_quantize, trellis
 from ulbq.methods.rtn import pack_codes

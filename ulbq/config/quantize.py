@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from ulbq.config.methods import METHOD_OPTIONS, EndToEndOptions, MethodOptions, TrainOptions, method_options
+from ulbq.config.groups import MethodOptions, TrainOptions
+from ulbq.config.methods import METHOD_OPTIONS, method_options
 from ulbq.config.options import (
     CALIBRATION,
     END_TO_END,
@@ -31,6 +32,7 @@ from ulbq.config.run import (
     RecipeRecord,
     Seed,
 )
+from ulbq.config.trained import EndToEndOptions
 from ulbq.errors import UsageError
 
 PresetName = Literal["quick", "balanced", "best"]

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from ulbq.config.methods import Zeros
+from ulbq.config.groups import Zeros
 from ulbq.formats.bits import BaseScheme, Format, TensorSpec, pack_planes, packed_length, unpack_planes
 
 

@@ -12,7 +12,8 @@ from typing import ClassVar, Self
 
 import torch
 
-from ulbq.config.methods import ApiQOptions, MethodOptions
+from ulbq.config.groups import MethodOptions
+from ulbq.config.methods import ApiQOptions
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask
 from ulbq.methods.rtn import affine_scheme

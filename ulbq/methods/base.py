@@ -11,7 +11,7 @@ from torch import nn
 from ulbq import formats
 from ulbq.config.adapter import AdapterConfig
 from ulbq.config.finetuning import FinetuneSettings
-from ulbq.config.methods import MethodOptions
+from ulbq.config.groups import MethodOptions
 from ulbq.errors import NumericsError
 from ulbq.formats import AnyScheme
 from ulbq.formats.rounding import SMALLEST_MATRIX

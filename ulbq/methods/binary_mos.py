@@ -10,7 +10,8 @@ from typing import ClassVar, Self
 
 import torch
 
-from ulbq.config.methods import BinaryMosOptions, MethodOptions
+from ulbq.config.groups import MethodOptions
+from ulbq.config.methods import BinaryMosOptions
 from ulbq.formats.binary_mos import BinaryMosScheme
 from ulbq.methods.base import BlockResult, BlockTask
 from ulbq.methods.training import BlockTraining

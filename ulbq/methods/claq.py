@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ulbq import formats
-from ulbq.config.methods import ClaqOptions, MethodOptions
+from ulbq.config.groups import MethodOptions
+from ulbq.config.methods import ClaqOptions
 from ulbq.formats import AnyScheme, codebook
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Packed

@@ -12,7 +12,8 @@ from typing import ClassVar, Self
 
 import torch
 
-from ulbq.config.methods import DbLlmOptions, MethodOptions
+from ulbq.config.groups import MethodOptions
+from ulbq.config.methods import DbLlmOptions
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.methods.base import BlockResult, BlockTask
 from ulbq.methods.training import BlockTraining

@@ -14,12 +14,8 @@ from typing import ClassVar, Self
 import torch
 from torch import nn
 
-from ulbq.config.methods import (
-    BlockTrained,
-    EfficientQatOptions,
-    GptqOptions,
-    MethodOptions,
-)
+from ulbq.config.groups import MethodOptions
+from ulbq.config.methods import BlockTrained, EfficientQatOptions, GptqOptions
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Needs
 from ulbq.methods.gptq import Gptq

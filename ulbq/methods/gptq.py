@@ -13,7 +13,8 @@ from typing import ClassVar, Literal, Self
 import torch
 
 from ulbq import formats
-from ulbq.config.methods import GptqOptions, MethodOptions
+from ulbq.config.groups import MethodOptions
+from ulbq.config.methods import GptqOptions
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence

@@ -4,7 +4,8 @@ from typing import ClassVar, Self
 
 import torch
 
-from ulbq.config.methods import AffineOptions, MethodOptions, RtnOptions
+from ulbq.config.groups import AffineOptions, MethodOptions
+from ulbq.config.methods import RtnOptions
 from ulbq.formats import affine
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed

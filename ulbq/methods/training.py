@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ulbq import distributed, runtime
-from ulbq.config.methods import EfficientQatOptions, WeightOptions
+from ulbq.config.methods import EfficientQatOptions
 from ulbq.config.stages import Stage
+from ulbq.config.trained import WeightOptions
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
 from ulbq.nn.adapter import Adapter

@@ -11,7 +11,8 @@ from typing import ClassVar, Self
 
 import torch
 
-from ulbq.config.methods import MethodOptions, TrellisOptions
+from ulbq.config.groups import MethodOptions
+from ulbq.config.methods import TrellisOptions
 from ulbq.formats import AnyScheme, trellis
 from ulbq.formats.trellis import TrellisScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed

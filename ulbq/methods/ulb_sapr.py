@@ -8,7 +8,8 @@ does not grow with the model.
 
 from typing import ClassVar
 
-from ulbq.config.methods import MethodOptions, UlbSaprOptions
+from ulbq.config.groups import MethodOptions
+from ulbq.config.methods import UlbSaprOptions
 from ulbq.methods.apiq import ApiQ
 
 

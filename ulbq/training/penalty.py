@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ulbq.config.methods import Penalized
+from ulbq.config.trained import Penalized
 from ulbq.training.linear import TrainedLinear
 
 
