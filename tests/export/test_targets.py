@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType
 from tests.models.stored import pack_some
 from ulbq import formats
 from ulbq.export import gguf_blocks
-from ulbq.export.targets import compressed_tensors, gptq
+from ulbq.export.targets import compressed_tensors, gptq, mlx
 from ulbq.formats import AffineScheme, DualBinaryScheme, TrellisScheme, affine
 from ulbq.models.gguf_types import dequantize
 
@@ -120,6 +120,36 @@ def test_the_smallest_gguf_type_that_holds_a_matrix(bits: int, symmetric: bool, 
     assert blocks is not None
     assert blocks.kind.name == kind
     assert torch.equal(torch.from_numpy(dequantize(blocks.data, blocks.kind)), weight)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("form", ["asymmetric", "symmetric", "mid-rise"])
+@pytest.mark.parametrize(("group_size", "theirs"), [(32, 32), (64, 64), (-1, 128), (256, 128)])
+def test_mlx_holds_the_weights_themselves(bits: int, form: str, group_size: int, theirs: int) -> None:
+    scheme = AffineScheme(bits=bits, group_size=group_size, symmetric=form != "asymmetric", mid_rise=form == "mid-rise")
+    columns = 256 if group_size == 256 else 128
+    packed = pack_some(scheme, 64, columns)
+    assert mlx.unsupported_reason(scheme, (64, columns)) is None
+    tensors = mlx.encode(scheme, packed, (64, columns))
+    assert tensors["weight"].shape == (64, columns * bits // 32)
+    assert tensors["weight"].dtype == torch.uint32
+    assert tensors["scales"].shape == tensors["biases"].shape == (64, columns // theirs)
+    assert tensors["scales"].dtype == tensors["biases"].dtype
+    if form == "symmetric":
+        assert tensors["scales"].dtype == torch.float16
+    assert torch.equal(mlx.decode(tensors, bits), formats.dequantize(scheme, packed, columns))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "why"),
+    [
+        (AffineScheme(bits=1, symmetric=True), "2, 3, 4 and 8 bits, not 1"),
+        (AffineScheme(bits=2, group_size=16), "groups of 32, 64 and 128"),
+        (DualBinaryScheme(group_size=32), "integer codes"),
+    ],
+)
+def test_mlx_refuses(scheme: AffineScheme | DualBinaryScheme, why: str) -> None:
+    assert why in str(mlx.unsupported_reason(scheme, (64, 128)))
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(2, "Q4_0"), (3, "Q4_0"), (4, "Q5_0")])

@@ -121,6 +121,28 @@ def test_llama_cpp_computes_each_family(family: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, logits.log_softmax(-1).numpy(), atol=5e-3)
 
 
+def test_mlx(case: tuple[Path, np.ndarray, bool, int], tmp_path: Path) -> None:
+    source, logits, _, _ = case
+    environment("mlx")
+    path, _ = convert(ConvertRequest(source=str(source), engine="mlx", dtype="fp32", out=tmp_path / "g"))
+    np.testing.assert_allclose(read("mlx", "mlx_logits.py", path), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("group_size", [64, -1])
+def test_mlx_computes_each_family(family: str, group_size: int, tmp_path: Path) -> None:
+    environment("mlx")
+    dense = save_tiny(family, tmp_path / "dense", **({"sliding_window": None} if family == "mistral" else {}))
+    packed = {"method": "rtn", "bits": 3, "group_size": group_size}
+    source, _ = quantize(
+        QuantizeRequest(source=str(dense), out=tmp_path / "q", device="cpu", offline=True, allow_partial=True, **packed)
+    )
+    path, _ = convert(ConvertRequest(source=str(source), to="mlx", dtype="fp32", out=tmp_path / "g"))
+    with torch.no_grad():
+        logits = load_model(resolve(source), dtype=torch.float32)(TOKENS).logits.numpy()
+    np.testing.assert_allclose(read("mlx", "mlx_logits.py", path), logits, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_llama_cpp_applies_an_adapter(family: str, tmp_path: Path) -> None:
     environment("llama-cpp")

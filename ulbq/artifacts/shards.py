@@ -47,6 +47,7 @@ _DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U32": torch.uint32,
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,

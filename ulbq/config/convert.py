@@ -12,6 +12,7 @@ TARGETS: dict[str, str] = {
     "compressed-tensors": "packed for other libraries",
     "gguf": "for llama.cpp",
     "exl3": "for exllamav3",
+    "mlx": "for MLX",
     "half": "the artifact itself, norms in half precision",
 }
 """What each target writes, by the name that ``--to`` takes; :mod:`ulbq.export.targets` has a module for each."""
@@ -25,6 +26,7 @@ ENGINES: dict[str, str] = {
     "llama.cpp": "llama.cpp",
     "exllamav2": "exllamav2",
     "exllamav3": "exllamav3",
+    "mlx": "MLX",
 }
 """As their makers write them, by the name that ``--for`` takes."""
 

@@ -13,6 +13,7 @@ from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ulbq.errors import InputError
+from ulbq.models.rope_factors import rope_type
 from ulbq.models.source import ModelSource
 
 
@@ -85,12 +86,6 @@ def family(source: ModelSource) -> Family:
     if why is not None:
         raise InputError(f"'{source.given}' cannot be written as GGUF: {why}.")
     return FAMILIES[source.config.model_type]
-
-
-def rope_type(config: PreTrainedConfig) -> str:
-    """Transformers' name of the rotary embedding."""
-    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    return str(parameters.get("rope_type", "default"))
 
 
 def head_width(config: PreTrainedConfig) -> int:

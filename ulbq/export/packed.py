@@ -31,12 +31,13 @@ class PackedLayout(NamedTuple):
     Attributes:
         encode: a layer's tensors by short name, from its scheme, our tensors and ``(out, in)``.
         decode: its float32 weight ``[out, in]``, from nothing but what is stored and the bits.
-        configuration: the ``quantization_config``.
+        configuration: what ``config.json`` says of it, and by which ``key``.
     """
 
     encode: Callable[..., dict[str, torch.Tensor]]
     decode: Callable[[Mapping[str, torch.Tensor], int], torch.Tensor]
     configuration: dict[str, Any]
+    key: str = "quantization_config"
 
 
 def stored_layers(conversion: Conversion) -> tuple[dict[str, AffineScheme], tuple[str, ...]]:
@@ -134,7 +135,7 @@ def write_folder(
     changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
     if layout is not None:
         tied = bool(getattr(source.config, "tie_word_embeddings", False)) and not conversion.untie
-        changes = {"tie_word_embeddings": tied, **changes, "quantization_config": layout.configuration}
+        changes = {"tie_word_embeddings": tied, **changes, layout.key: layout.configuration}
     return [*shards, INDEX_NAME, *write_beside(source, folder, changes, adapter=not merge)]
 
 

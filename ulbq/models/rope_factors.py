@@ -1,6 +1,7 @@
 """The rotary frequencies of newer Llamas, which a GGUF file holds as factors, and a configuration as four numbers."""
 
 import math
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -68,3 +69,9 @@ def _fitted(plain: torch.Tensor, factors: torch.Tensor, most: float) -> list[tup
     if not (start < 0 < slope) or not math.isfinite(slope / start):
         return []
     return [(-slope / start, 1.0, 1 - 1 / start)]
+
+
+def rope_type(config: PreTrainedConfig) -> str:
+    """Transformers' name of the rotary embedding."""
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    return str(parameters.get("rope_type", "default"))

@@ -2,9 +2,10 @@
 
     python tests/export/readers/environments.py FOLDER [NAME ...]
 
-makes ``FOLDER/gptqmodel`` (with optimum and compressed-tensors), ``FOLDER/auto-gptq`` (0.7.1, with the transformers of
-its time), ``FOLDER/llama-cpp`` and ``FOLDER/exllamav3`` (1.6.5, of which the code for CPUs alone is compiled, in three
-minutes): virtual environments that borrow torch, and what else they do not pin, from the one that runs this.
+makes ``FOLDER/mlx``, ``FOLDER/gptqmodel`` (with optimum and compressed-tensors), ``FOLDER/auto-gptq`` (0.7.1, with the
+transformers of its time), ``FOLDER/llama-cpp`` and ``FOLDER/exllamav3`` (1.6.5, of which the code for CPUs alone is
+compiled, in three minutes): virtual environments that borrow torch, and what else they do not pin, from the one that
+runs this.
 ``ULBQ_READERS=FOLDER pytest -m slow tests/export/test_targets_readers.py`` then runs them.
 """
 
@@ -28,6 +29,7 @@ PACKAGES: dict[str, tuple[list[str], ...]] = {
     ),
     "llama-cpp": (["xllamacpp"],),
     "exllamav3": (["exllamav3==1.6.5", "ninja"],),
+    "mlx": (["mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"],),
 }
 
 

@@ -1,0 +1,144 @@
+"""MLX's affine layout, which mlx-lm reads.
+
+A layer ``[out, in]`` with ``G`` groups a row is stored as
+
+* ``weight`` uint32 ``[out, in·b/32]``, the codes packed along the inputs as one stream of bits;
+* ``scales`` and ``biases`` ``[out, G]``; a weight is ``scale · code + bias``.
+
+A bias is our ``−scale · zero``. Without zero points that is a float16; with them it has more digits, and both are
+float32, in which MLX then computes. Groups that are longer than MLX's repeat what they have. Layout and names were read
+from mlx 0.32 and mlx-lm 0.32 (``mlx_lm/utils.py``, ``mlx_lm/models``).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedConfig
+
+from ulbq.export import packed
+from ulbq.export.fit import Candidate
+from ulbq.export.rules import Reader
+from ulbq.export.targets.base import Conversion, Dtype, Target, Written
+from ulbq.formats import AffineScheme, AnyScheme, affine
+from ulbq.formats.streams import pack_stream, unpack_stream
+from ulbq.models.rope_factors import rope_type
+from ulbq.models.source import ModelSource
+
+BITS = (2, 3, 4, 8)
+"""Widths of ours that the layout has."""
+GROUPS = (128, 64, 32)
+"""Columns of a group in MLX."""
+MODELS = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
+"""Model types that were run."""
+
+
+def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
+    """Why a layer ``(out, in)`` cannot be stored so; None where it can."""
+    if not isinstance(scheme, AffineScheme):
+        return "MLX's affine layout stores integer codes with one scale and bias a group"
+    if scheme.bits not in BITS:
+        return f"MLX has 2, 3, 4 and 8 bits, not {scheme.bits}"
+    if not group_of(scheme, shape[1]):
+        return "MLX has groups of 32, 64 and 128 weights"
+    return None
+
+
+def group_of(scheme: AffineScheme, in_features: int) -> int:
+    """The longest of MLX's groups that divides ours; 0 for none."""
+    group = in_features if scheme.group_size == -1 else scheme.group_size
+    return next((size for size in GROUPS if group % size == 0), 0)
+
+
+def encode(
+    scheme: AffineScheme, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    """A layer ``(out, in)`` in this layout; ``scheme`` is one that :func:`unsupported_reason` lets through."""
+    codes, scales, zeros = affine.unpack(scheme, tensors, shape[1])
+    biases = scales * -(zeros.float() if scheme.has_zero else scheme.centre)
+    dtype = torch.float16 if torch.equal(biases.half().float(), biases) else torch.float32
+    repeats = shape[1] // scales.shape[1] // group_of(scheme, shape[1])
+    return {
+        "weight": pack_stream(codes.T, scheme.bits).T.contiguous().view(torch.uint32),
+        "scales": scales.to(dtype).repeat_interleave(repeats, 1),
+        "biases": biases.to(dtype).repeat_interleave(repeats, 1),
+    }
+
+
+def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
+    """``[out, in]`` float32 weights, by the layout's own rule and from nothing but what is stored."""
+    words, scales = tensors["weight"].view(torch.int32), tensors["scales"].float()
+    codes = unpack_stream(words.T.contiguous(), bits, words.shape[1] * 32 // bits).T.float()
+    grouped = codes.reshape(*scales.shape, -1) * scales.unsqueeze(-1) + tensors["biases"].float().unsqueeze(-1)
+    return grouped.flatten(1)
+
+
+def configuration(layers: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """What ``config.json`` says as ``quantization``: the width and group that most layers have, and those of others.
+
+    Args:
+        layers: group size and bits by the layer's stored name.
+    """
+    (group, bits), _ = Counter(layers.values()).most_common(1)[0]
+    others = {name: {"group_size": g, "bits": b} for name, (g, b) in layers.items() if (g, b) != (group, bits)}
+    return {"group_size": group, "bits": bits, "mode": "affine"} | others
+
+
+def model_reason(config: PreTrainedConfig) -> str | None:
+    """Why mlx-lm would not compute a model as transformers does; None where it does."""
+    kind = config.model_type
+    if kind not in MODELS:
+        return f"models of the type '{kind}' were not run in mlx-lm ({', '.join(MODELS)} were)"
+    rope = rope_type(config)
+    if rope not in (("default",) if kind == "mixtral" else ("default", "linear", "llama3")):
+        return f"its rotary embedding is of the type '{rope}'"
+    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
+        return f"its activation is '{config.hidden_act}', and mlx-lm's is silu"
+    if kind == "qwen3" and getattr(config, "attention_bias", False):
+        return "its attention has biases, which mlx-lm does not read for 'qwen3'"
+    width = config.hidden_size // config.num_attention_heads
+    if kind in ("mixtral", "qwen2") and (getattr(config, "head_dim", None) or width) != width:
+        return f"its heads have {config.head_dim} values, and mlx-lm's {width}"
+    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    if windowed and windowed < config.max_position_embeddings:
+        return f"its attention slides over {windowed} tokens, and mlx-lm's reaches over all for '{kind}'"
+    return None
+
+
+class MlxTarget(Target):
+    """The artifact's own codes for mlx-lm."""
+
+    name = "mlx"
+    library = "mlx"
+    readers: ClassVar = {"mlx": Reader("`mlx_lm.generate --model DIR --prompt …`, `mlx_lm.server --model DIR`.")}
+
+    def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
+        if (why := model_reason(candidate.config)) is not None:
+            return why
+        if candidate.adapter:
+            return "it has an adapter, and mlx-lm reads none in peft's form"
+        if candidate.routers and len(candidate.schemes) > 1:
+            return "its layers have several widths, and mlx-lm stacks experts of one"
+        return packed.unsupported_reason(candidate, unsupported_reason)
+
+    def check(self, source: ModelSource) -> str | None:
+        packed.check_names(source)
+        return None
+
+    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+        return asked or "fp16"
+
+    def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
+        schemes, _ = packed.stored_layers(conversion)
+        stored = zip(schemes.items(), conversion.candidate.layers.values(), strict=True)
+        layers = {name: (group_of(scheme, layer.shape[1]), scheme.bits) for (name, scheme), layer in stored}
+        layout = packed.PackedLayout(encode, decode, configuration(layers), key="quantization")
+        return packed.write_packed(conversion, folder, layout, on_step)
+
+    def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:
+        return f"{packed.READ_BACK}; not run, for transformers does not read MLX's layout."
+
+
+TARGET = MlxTarget()
