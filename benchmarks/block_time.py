@@ -30,6 +30,7 @@ from ulbq.models.load import load_model
 from ulbq.models.source import default_model
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.samples import draw
+from ulbq.progress import Silent
 from ulbq.runtime import calm_threads, versions
 
 METHOD: dict[str, Any] = {"method": "efficientqat"}
@@ -146,7 +147,7 @@ def race(names: dict[str, str], options: argparse.Namespace, folder: Path) -> di
     """Rows by contestant."""
     source = default_model()
     request = QuantizeRequest(method="rtn", calibration="wikitext2", sequence_length=options.length)
-    tokens = draw(request, source, options.samples + heldout_samples(options.samples)).tokens
+    tokens = draw(request, source, options.samples + heldout_samples(options.samples), Silent()).tokens
     torch.save(tokens, folder / "tokens.pt")
     model = load_model(source, dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32)
     model.save_pretrained(folder / "model")

@@ -38,6 +38,7 @@ from ulbq.config.quantize import QuantizeRequest
 from ulbq.models.source import default_model
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.samples import draw
+from ulbq.progress import Silent
 from ulbq.runtime import calm_threads, describe_device, versions
 
 
@@ -146,7 +147,9 @@ class Race:
         if not path.with_suffix(".pt").exists():
             request = QuantizeRequest(method="gptq", calibration="wikitext2", sequence_length=work.length)
             # Those that are held out stand behind the others.
-            tokens = draw(request, default_model(offline=True), work.samples + heldout_samples(work.samples)).tokens
+            tokens = draw(
+                request, default_model(offline=True), work.samples + heldout_samples(work.samples), Silent()
+            ).tokens
             save_file({"tokens": tokens.to(torch.int32)}, path.with_suffix(".safetensors"))
             torch.save(tokens, path.with_suffix(".pt"))
         return path

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ulbq.blockwise.samples import Samples
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.data.registry import texts
 from ulbq.data.windows import token_stream
@@ -97,7 +98,9 @@ def scores(job: Job, tokens: torch.Tensor, folder: Path) -> Saliency:
     """Fisher information on the samples that train."""
     settings = SaliencySettings(kind="fisher", precision=job.precision)
     folder.mkdir()
-    found = compute_saliency(job.model, job.source, job.found, tokens[:32], settings, folder, scratch=folder.parent)
+    found = compute_saliency(
+        job.model, job.source, job.found, Samples(tokens[:32]), settings, folder, scratch=folder.parent
+    )
     return Saliency(folder, [layer for block in found for layer in block.layers])
 
 
@@ -108,11 +111,11 @@ def run(
     size = {"device": "cpu", "calibration": str(text), "samples": 32, "sequence_length": 512, "epochs": 4}
     job = prepare(QuantizeRequest(**{**size, **changes}), Silent())
     seed_everything(0)
-    tokens = draw(job.request, job.source, 36).tokens
+    tokens = draw(job.request, job.source, 36, Silent()).tokens
     if job.method.needs.saliency is not None and not saliency:
         saliency.append(scores(job, tokens, folder / "fisher"))
     started = time.monotonic()
-    streams = Streams(job, tokens, folder)
+    streams = Streams(job, Samples(tokens), folder)
     model = load_model(job.source, dtype=torch.bfloat16)
     error = 0.0
     for index in range(BLOCKS):

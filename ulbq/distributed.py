@@ -13,15 +13,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
 from ulbq.errors import NumericsError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
+
+class Rows(Protocol):
+    """What rows are taken out of."""
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
 P = ParamSpec("P")
-S = TypeVar("S", bound="Sequence[Any] | torch.Tensor")
+S = TypeVar("S", bound=Rows)
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -157,7 +164,7 @@ def check_device(device: "torch.device") -> None:
 
 
 def own(items: S) -> S:
-    """This process's share of some samples: every ``size()``-th element, or row of a tensor."""
+    """This process's share of some samples: every ``size()``-th element or row."""
     return cast(S, items[rank() :: size()])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lap import Done, Laps
 
+from ulbq.blockwise.samples import Samples
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.methods.base import BlockTask
 from ulbq.pipeline import layout
@@ -43,7 +44,7 @@ def main() -> None:
     _time_training(laps)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        streams = Streams(job, tokens, folder)
+        streams = Streams(job, Samples(tokens), folder)
         try:
             for index in range(job.found.n_blocks):
                 laps.start(index)

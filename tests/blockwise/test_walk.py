@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.models.tiny import FAMILIES, save_tiny
 from ulbq.blockwise import walk as walk_module
 from ulbq.blockwise.activations import ActivationStore
-from ulbq.blockwise.walk import BlockWalk, run_block
+from ulbq.blockwise.arguments import run_block
+from ulbq.blockwise.samples import Samples
+from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import InputError, ResourceError
 from ulbq.models.blocks import block_list, load_block, load_outer, skeleton
 from ulbq.models.source import ModelSource, resolve
@@ -27,7 +29,7 @@ def some_tokens(samples: int = 5, length: int = 32, vocabulary: int = 256) -> to
 
 def open_stream(source: ModelSource, tokens: torch.Tensor, directory: Path, **options: Any) -> BlockWalk:
     chosen = {"dtype": torch.float32, "device": _CPU, "limit": 0, "directory": directory, "batch_size": 2} | options
-    return BlockWalk(skeleton(source), source, tokens, **chosen)
+    return BlockWalk(skeleton(source), source, Samples(tokens), **chosen)
 
 
 def through_all_blocks(source: ModelSource, tokens: torch.Tensor, directory: Path) -> torch.Tensor:
@@ -37,7 +39,7 @@ def through_all_blocks(source: ModelSource, tokens: torch.Tensor, directory: Pat
     hidden = stream.hidden.get(slice(None))
     with torch.no_grad():
         for index, kwargs in enumerate(stream.block_kwargs):
-            hidden = run_block(load_block(model, source, index, torch.float32), hidden, kwargs)
+            hidden = run_block(load_block(model, source, index, torch.float32), hidden, kwargs, range(len(hidden)))
     return hidden
 
 
@@ -134,7 +136,9 @@ def test_skeleton_stays_a_skeleton(tiny_llama: Path, tmp_path: Path) -> None:
     source = resolve(tiny_llama)
     model = skeleton(source)
     forwards = [block.forward for block in block_list(model)[1]]
-    BlockWalk(model, source, some_tokens(), dtype=torch.float32, device=_CPU, limit=1 << 20, directory=tmp_path)
+    BlockWalk(
+        model, source, Samples(some_tokens()), dtype=torch.float32, device=_CPU, limit=1 << 20, directory=tmp_path
+    )
     assert all(parameter.is_meta for parameter in model.parameters())
     assert [block.forward for block in block_list(model)[1]] == forwards
 
@@ -166,7 +170,7 @@ def test_gradients_flow_through_a_block(tiny_llama: Path, tmp_path: Path) -> Non
     block = load_block(skeleton(source), source, 0, torch.float32).requires_grad_(True)
 
     def loss() -> torch.Tensor:
-        return run_block(block, stream.hidden.get([0, 3]), stream.block_kwargs[0]).square().mean()
+        return run_block(block, stream.hidden.get([0, 3]), stream.block_kwargs[0], [0, 3]).square().mean()
 
     loss().backward()
     for name, parameter in block.named_parameters():
@@ -209,7 +213,7 @@ def test_model_that_works_between_its_blocks_is_refused(
     monkeypatch.setattr(type(model), "forward", scaled_between)
     monkeypatch.setattr(walk_module, "load_block", lambda model, *_: _Fixed(torch.zeros(1)))
     with pytest.raises(InputError, match="straight from block to block"):
-        BlockWalk(model, source, some_tokens(), dtype=torch.float32, device=_CPU, limit=0, directory=tmp_path)
+        BlockWalk(model, source, Samples(some_tokens()), dtype=torch.float32, device=_CPU, limit=0, directory=tmp_path)
 
 
 def test_arguments_tied_to_the_batch_are_refused(tmp_path: Path) -> None:

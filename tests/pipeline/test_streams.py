@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.models.tiny import FAMILIES, save_tiny
+from ulbq.blockwise.samples import Samples
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.kernels import attention, between, build
 from ulbq.pipeline.quantization_plan import prepare
@@ -24,7 +25,7 @@ def passed(source: Path, folder: Path, precision: str) -> dict[str, torch.Tensor
         source=str(source), method="gptq", group_size=32, calibration=str(tokens), samples=4, sequence_length=32,
         device="cpu", precision=precision, offline=True,
     )  # fmt: skip
-    streams = Streams(prepare(request, Silent()), TOKENS, folder)
+    streams = Streams(prepare(request, Silent()), Samples(TOKENS), folder)
     for index in range(2):
         streams.advance_full_precision(index, streams.load(index))
     return {"output": streams.ends()[0].get(slice(0, 6)), **streams.importance}

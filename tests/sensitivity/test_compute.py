@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.models.tiny import FAMILIES, save_tiny
 from ulbq.artifacts import BlockScores
+from ulbq.blockwise.samples import Samples
 from ulbq.errors import InputError, NumericsError
 from ulbq.models.blocks import materialize, skeleton, structure
 from ulbq.models.load import load_model
@@ -33,11 +34,12 @@ def compute(source: ModelSource, folder: Path, kind: str = "fisher", **changes: 
     names = {"dtype", "precision", "batch_size", "activation_memory"}
     settings: dict[str, Any] = {"kind": kind, "precision": FP32, **{k: v for k, v in changes.items() if k in names}}
     rest = {"tokens": None if kind == "magnitude" else TOKENS, "scratch": folder / "scratch", **changes}
+    tokens = rest.pop("tokens")
     return compute_saliency(
         model,
         source,
         structure(model),
-        rest.pop("tokens"),
+        None if tokens is None else Samples(tokens),
         SaliencySettings(**settings),
         folder,
         **{name: value for name, value in rest.items() if name not in names},

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.models.tiny import save_tiny
+from ulbq.blockwise.samples import Samples
 from ulbq.models.blocks import skeleton, structure
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
@@ -31,7 +32,7 @@ def compute(
         model,
         source,
         found,
-        TOKENS,
+        Samples(TOKENS),
         settings,
         folder,
         scratch=folder,

@@ -1,17 +1,18 @@
 """One walk over the blocks of a model: each is read once, and all samples pass it before the next is read."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ulbq.blockwise.activations import ActivationStore, Hidden
+from ulbq.blockwise.arguments import Arguments, OnDevice, joined, moved, outputs_of
+from ulbq.blockwise.recording import check_broadcast, embed, no_chain, record
+from ulbq.blockwise.samples import Samples
 from ulbq.errors import InputError
 from ulbq.models.blocks import block_list, empty_copy, load_block, materialize
 from ulbq.models.source import ModelSource
@@ -22,7 +23,7 @@ class BlockWalk:
 
     Args:
         model: a skeleton; it stays as it is.
-        tokens: int64 ``[samples, length]``, no padding.
+        samples: those of this process.
         dtype: of the embeddings, the stored activations and the arguments of the blocks.
         device: where the embeddings are computed and the arguments of the blocks lie.
         limit: bytes of activations that may stay in memory.
@@ -32,12 +33,13 @@ class BlockWalk:
 
     Attributes:
         hidden: output of the embeddings, the input of block 0.
-        block_kwargs: keyword arguments of each block (attention mask, position embeddings, …), of batch size 1 so
-            that they broadcast over any batch. Blocks of one layer type share their tensors.
+        block_kwargs: keyword arguments of each block (attention mask, position embeddings, …): one for all samples of
+            text, and one for each sample of images. Blocks of one layer type share their tensors.
         extras: values that the block which ran last returned behind the hidden states; None where it returned no tuple.
 
     Raises:
-        InputError: tokens beyond the vocabulary or the model's positions, or a model whose blocks are no plain chain.
+        InputError: tokens beyond the vocabulary or the model's positions, or a model whose blocks are no plain chain,
+            or that cannot take the samples' images.
         ResourceError: the disk has no room for the activations.
     """
 
@@ -45,7 +47,7 @@ class BlockWalk:
         self,
         model: PreTrainedModel,
         source: ModelSource,
-        tokens: torch.Tensor,
+        samples: Samples,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -54,26 +56,54 @@ class BlockWalk:
         batch_size: int = 8,
         embeddings: bool = True,
     ) -> None:
+        tokens = samples.tokens
         _check_tokens(model, tokens)
         self._model, self._source, self._dtype, self._device = model, source, dtype, device
         self.extras: int | None = None
+        self.block_kwargs: list[Arguments]
+        self._between: dict[int, ActivationStore] = {}
         outer = _without_head(model, source, dtype, device, embeddings)
         blocks = list(block_list(outer)[1])
         with torch.no_grad():
             # Where there are more processes than samples some have none: any tokens tell what blocks are called with.
-            sample = (tokens[:1] if len(tokens) else tokens.new_zeros(1, tokens.shape[1])).to(device)
+            plain = samples.inputs is None and len(tokens) > 0
+            sample = (tokens[:1] if plain else tokens.new_zeros(1, tokens.shape[1])).to(device)
             first = load_block(model, source, 0, dtype, device)
-            self.block_kwargs = _arguments(outer, blocks, first, sample)
-            _check_broadcast(outer, self.block_kwargs[0], _arguments(outer, blocks, first, sample.repeat(2, 1))[0])
+            recorded = record(outer, blocks, first, sample)
             self._first: nn.Module | None = first
-            embed = partial(_embed, outer, blocks[0])
-            states = embed(sample)
-            if states.shape[:-1] != sample.shape:  # several streams side by side, as in Gemma 3n, or a prompt before
-                raise _no_chain(outer)
-            shape = (tokens.shape[0], tokens.shape[1], states.shape[-1])
+            if recorded.hidden.shape[:-1] != sample.shape:  # several streams, as in Gemma 3n, or a prompt before
+                raise no_chain(outer)
+            shape = (tokens.shape[0], tokens.shape[1], recorded.hidden.shape[-1])
             self.hidden = ActivationStore(shape, dtype, limit=limit, directory=directory)
+            if samples.inputs is not None:
+                self.block_kwargs = self._record_each(outer, blocks, first, samples, directory)
+                return
+            self.block_kwargs = [*recorded.arguments]
+            twice = record(outer, blocks, first, sample.repeat(2, 1))
+            check_broadcast(outer, recorded.arguments[0], twice.arguments[0])
             for start in range(0, len(tokens), batch_size):
-                self.hidden.set(start, embed(tokens[start : start + batch_size].to(device)))
+                self.hidden.set(start, embed(outer, blocks[0], tokens[start : start + batch_size].to(device)))
+
+    def _record_each(
+        self, outer: PreTrainedModel, blocks: Sequence[nn.Module], first: nn.Module, samples: Samples, directory: Path
+    ) -> list[Arguments]:
+        """Run every sample up to the blocks with its images; gives what each block is called with, by sample."""
+        own: list[list[dict[str, Any]]] = [[] for _ in blocks]
+        for row, inputs in enumerate(samples.inputs or ()):
+            tokens = samples.tokens[row : row + 1].to(self._device)
+            recorded = record(outer, blocks, first, tokens, inputs())
+            if recorded.hidden.shape[:-1] != tokens.shape:
+                raise no_chain(outer)
+            self.hidden.set(row, recorded.hidden)
+            seen: dict[int, torch.Tensor] = {}
+            for calls, arguments in zip(own, recorded.arguments, strict=True):
+                calls.append(moved(arguments, torch.device("cpu"), seen))
+            for index, added in recorded.between.items():
+                if index not in self._between:
+                    # On disk: there may be several, each as large as the activations.
+                    self._between[index] = ActivationStore(self.hidden.shape, self._dtype, limit=0, directory=directory)
+                self._between[index].set(row, added)
+        return [OnDevice(calls, self._device) for calls in own]
 
     def load(self, index: int) -> nn.Module:
         """A block in full precision, on the device. The first was read before, and is not read again.
@@ -86,12 +116,22 @@ class BlockWalk:
             return first
         return load_block(self._model, self._source, index, self._dtype, self._device)
 
-    def call(self, index: int, block: nn.Module, hidden: Hidden) -> Hidden:
-        """Output of a block on hidden states of any device, ``[batch, length, hidden]``."""
-        output = block(hidden.to(self._device), **self.block_kwargs[index])
-        self.extras = len(output) - 1 if isinstance(output, tuple) else None
-        result: Hidden = output if self.extras is None else output[0]
-        return result
+    def call(self, index: int, block: nn.Module, hidden: Hidden, first: int = 0) -> Hidden:
+        """Output of a block on hidden states of any device, ``[batch, length, hidden]``; ``first`` is their sample."""
+        rows = range(first, first + len(hidden))
+        outputs = outputs_of(block, hidden.to(self._device), self.block_kwargs[index], rows)
+        self.extras = len(outputs[0]) - 1 if isinstance(outputs[0], tuple) else None
+        return joined(outputs)
+
+    def add_between(self, index: int, *stores: ActivationStore) -> None:
+        """Add, in place, what the model itself adds to the hidden states of images behind a block (DeepStack)."""
+        added = self._between.pop(index, None)
+        if added is None:
+            return
+        for row in range(len(added)):
+            one = slice(row, row + 1)
+            for store in stores:
+                store.set(row, store.get(one) + added.get(one))
 
     @torch.no_grad()
     def advance(
@@ -116,23 +156,8 @@ class BlockWalk:
         """
         for start in range(0, len(inputs), batch_size):
             with context():
-                result = self.call(index, block, inputs.get(slice(start, start + batch_size)))
+                result = self.call(index, block, inputs.get(slice(start, start + batch_size)), start)
             outputs.set(start, result.float())
-
-
-def run_block(block: nn.Module, hidden: Hidden, kwargs: dict[str, Any]) -> Hidden:
-    """Output ``[batch, length, hidden]`` of a block, whether it returns a tensor or a tuple that starts with it."""
-    output = block(hidden, **kwargs)
-    result: Hidden = output[0] if isinstance(output, tuple) else output
-    return result
-
-
-class _Arrived(Exception):
-    """Carries hidden states out of a model's forward."""
-
-    def __init__(self, hidden: Hidden) -> None:
-        super().__init__()
-        self.hidden = hidden
 
 
 def _check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
@@ -171,92 +196,3 @@ def _without_head(
     heads = [f"{name}." for name, module in outer.named_modules() if head is not None and module is head]
     materialize(outer, source, dtype, device=device, without=(f"{block_list(outer)[0]}.", *heads))
     return outer
-
-
-def _arguments(
-    outer: PreTrainedModel, blocks: Sequence[nn.Module], first: nn.Module, tokens: torch.Tensor
-) -> list[dict[str, Any]]:
-    """What each block is called with beside the hidden states, from one run in which no block does anything.
-
-    ``first``, the real first block, is asked once what a block returns: some architectures take a tensor from their
-    blocks, others a tuple. Everything else of the blocks, attributes included, stays in place.
-    """
-    recorded: list[dict[str, Any]] = []
-    handed: Hidden | None = None
-    rest: tuple[Any, ...] | None = None
-
-    def take(index: int, *args: Any, **kwargs: Any) -> Any:
-        nonlocal handed, rest
-        hidden, call = _split(first, args, kwargs)
-        passed_on = handed is None or hidden is handed or torch.equal(hidden, handed)
-        if index != len(recorded) or not passed_on:
-            raise _no_chain(outer)
-        recorded.append(call)
-        handed = hidden
-        if len(recorded) == len(blocks):
-            raise _Arrived(hidden)
-        if index == 0:
-            output = first(hidden, **call)
-            rest = output[1:] if isinstance(output, tuple) else None
-        return hidden if rest is None else (hidden, *rest)
-
-    for index, block in enumerate(blocks):
-        block.forward = partial(take, index)
-    try:
-        _run(outer, tokens)
-    finally:
-        # `take` knows `outer`: left in place it would be a cycle that keeps the embeddings in memory.
-        for block in blocks:
-            del block.forward
-    return recorded
-
-
-def _embed(outer: PreTrainedModel, first: nn.Module, tokens: torch.Tensor) -> Hidden:
-    """Hidden states ``[batch, length, hidden]`` as the first block gets them."""
-
-    def arrive(*args: Any, **kwargs: Any) -> NoReturn:
-        raise _Arrived(_split(first, args, kwargs)[0])
-
-    first.forward = arrive
-    return _run(outer, tokens)
-
-
-def _split(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hidden, dict[str, Any]]:
-    """A block's call as its hidden states and everything else by name."""
-    names = list(inspect.signature(type(block).forward).parameters)[1:]
-    call = dict(zip(names, args, strict=False)) | kwargs
-    hidden: Hidden = call.pop(names[0])
-    return hidden, call
-
-
-def _check_broadcast(outer: PreTrainedModel, single: dict[str, Any], double: dict[str, Any]) -> None:
-    """Refuse arguments that depend on the batch in another way than by a leading dimension of 1.
-
-    Bloom is such a case: it folds the batch into the heads of its position biases.
-    """
-    for name, one in single.items():
-        two = double[name]
-        if not (isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)):
-            continue
-        if one.ndim != two.ndim or any(a not in (1, b) for a, b in zip(one.shape, two.shape, strict=True)):
-            raise InputError(
-                f"Blocks of the model type '{outer.config.model_type}' take an argument, '{name}', whose shape "
-                "is tied to the batch.",
-                hint="ulbq cannot stream this architecture.",
-            )
-
-
-def _run(outer: PreTrainedModel, tokens: torch.Tensor) -> Hidden:
-    """Run a model whose forward ends in :class:`_Arrived`."""
-    try:
-        outer(input_ids=tokens, use_cache=False)
-    except _Arrived as arrived:
-        return arrived.hidden
-    raise _no_chain(outer)
-
-
-def _no_chain(model: PreTrainedModel) -> InputError:
-    return InputError(
-        f"The model type '{model.config.model_type}' does not pass its hidden states straight from block to block.",
-        hint="ulbq quantizes models whose decoder blocks form a plain chain.",
-    )

@@ -23,6 +23,7 @@ import torch
 
 from ulbq import distributed
 from ulbq.artifacts.disk import write_atomically, writing
+from ulbq.blockwise.samples import Samples
 from ulbq.data import registry
 from ulbq.data.files import TEXT_SUFFIXES, read_text_file, require_file, suffix_of
 from ulbq.data.windows import draw_windows, leading_tokens, token_stream
@@ -30,6 +31,8 @@ from ulbq.errors import InputError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ulbq.data.images import ImageSample
 
 CALIBRATION_FILE = "calibration.safetensors"
 """Where an artifact holds its samples."""
@@ -53,31 +56,42 @@ class Calibration:
         tokens: int64 ``[samples, length]``, on the CPU.
         seed: what the windows, the examples or the model's own words were drawn with.
         mask: bool ``[samples, length]``, the tokens that are to be learnt; None for all.
+        images: what each sample shows; None for text.
     """
 
     name: str
     tokens: torch.Tensor
     seed: int
     mask: torch.Tensor | None = None
+    images: "tuple[ImageSample, ...] | None" = None
+
+    @property
+    def drawn(self) -> Samples:
+        """The samples as a model takes them."""
+        return Samples(self.tokens, self.images)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the shape, of the tokens as little-endian int32, and of which are learnt as bytes."""
+        """Hash of the shape, the tokens as little-endian int32, which are learnt as bytes, and what images show."""
         digest = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
         digest.update(self.tokens.numpy().astype("<i4").tobytes())
         if self.mask is not None:
             digest.update(self.mask.numpy().tobytes())
+        for sample in self.images or ():
+            digest.update(f"{sample.settings} {' '.join(sample.sha256)}\n".encode())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """What a manifest notes: name, samples, sequence_length, seed, sha256; and how many tokens are learnt."""
+        """What a manifest notes: name, samples, sequence_length, seed, sha256; how many tokens are learnt; images."""
         samples, length = self.tokens.shape
         learnt = {} if self.mask is None else {"taught_tokens": int(self.mask.sum())}
+        images = {} if self.images is None else {"images": sum(len(sample.sha256) for sample in self.images)}
         return {
             "name": self.name,
             "samples": samples,
             "sequence_length": length,
             **learnt,
+            **images,
             "seed": self.seed,
             "sha256": self.sha256,
         }
@@ -214,13 +228,15 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
     """Write samples as safetensors, whole or not at all.
 
     The file holds ``tokens``, int32 ``[samples, length]``, and ``taught`` bool where not all are to be learnt, with
-    name, seed and hash as metadata.
+    name, seed and hash as metadata. Of images it holds the SHA-256 of each file, by sample.
 
     Raises:
         ResourceError: the disk is full, or the folder cannot be written.
     """
     # One metadata entry: safetensors writes several in an order that changes from file to file.
-    origin = {"name": calibration.name, "seed": calibration.seed, "sha256": calibration.sha256}
+    origin: dict[str, Any] = {"name": calibration.name, "seed": calibration.seed, "sha256": calibration.sha256}
+    if calibration.images is not None:
+        origin["images"] = [sample.sha256 for sample in calibration.images]
     tensors = {"tokens": calibration.tokens.to(torch.int32)}
     if calibration.mask is not None:
         tensors["taught"] = calibration.mask
@@ -235,7 +251,8 @@ def load_calibration(path: Path) -> Calibration:
     A flat ``[n]`` tensor counts as one long sample. ``taught`` is read where it is there.
 
     Raises:
-        InputError: no such file, not safetensors, no integer ``tokens``, or not the tokens that were saved.
+        InputError: no such file, not safetensors, no integer ``tokens``, not the tokens that were saved, or samples of
+            images.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -251,6 +268,11 @@ def load_calibration(path: Path) -> Calibration:
         raise InputError(f"{path} holds no samples.", hint="It needs an integer tensor 'tokens' [samples, length].")
     if not isinstance(origin, dict):
         origin = {}  # another tool's note
+    if "images" in origin:
+        raise InputError(
+            f"The samples in {path} show images, of which the file holds the hashes alone.",
+            hint="Give the file that names the images.",
+        )
     tokens = tokens.to(torch.int64).reshape(-1, tokens.shape[-1])
     if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape):
         raise InputError(f"'taught' in {path} does not fit its tokens.", hint="It needs booleans [samples, length].")

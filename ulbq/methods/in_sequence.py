@@ -10,7 +10,7 @@ from torch import nn
 
 from ulbq import distributed
 from ulbq.blockwise.activations import ActivationStore
-from ulbq.blockwise.walk import run_block
+from ulbq.blockwise.arguments import run_block
 from ulbq.config.training import TokenWeighting
 from ulbq.methods.base import BlockTask
 from ulbq.models.watch import Enough, Input, distinct_inputs, watching
@@ -242,7 +242,8 @@ def _run(task: BlockTask, row: int) -> None:
 
 def _pass(task: BlockTask, block: nn.Module, inputs: ActivationStore, row: int) -> None:
     with task.precision.autocast():
-        run_block(block, inputs.get(slice(row, row + 1)).to(task.precision.device), _activations(task).kwargs)
+        hidden = inputs.get(slice(row, row + 1)).to(task.precision.device)
+        run_block(block, hidden, _activations(task).kwargs, [row])
 
 
 def _activations(task: BlockTask) -> BlockData:

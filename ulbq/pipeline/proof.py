@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ulbq import runtime
+from ulbq.blockwise.samples import Samples
 from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import InputError, NumericsError
 from ulbq.export.dense import open_again
@@ -98,12 +99,12 @@ def _check_blocks(job: Job, source: ModelSource, folder: Path) -> None:
 
 def _walk(model: PreTrainedModel, source: ModelSource) -> BlockWalk | None:
     """What blocks of a model are called with; None where they cannot be run by themselves."""
-    tokens = torch.full((1, _TOKENS), _first_token(model))
+    samples = Samples(torch.full((1, _TOKENS), _first_token(model)))
     try:
         return BlockWalk(
             model,
             source,
-            tokens,
+            samples,
             dtype=torch.float32,
             device=torch.device("cpu"),
             limit=1 << 30,

@@ -43,7 +43,7 @@ from ulbq.pipeline.finish import (
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare, replanned
-from ulbq.pipeline.samples import draw, draw_text, written_samples
+from ulbq.pipeline.samples import check_images, draw, draw_text, written_samples
 from ulbq.pipeline.streams import Streams
 from ulbq.pipeline.survey import survey
 from ulbq.pipeline.temperature import check_temperature, fit_temperature
@@ -51,6 +51,7 @@ from ulbq.pipeline.warned import Recording, gathered
 from ulbq.progress import Phase, Progress, Silent
 from ulbq.sensitivity import KINDS, Saliency, SaliencySettings, block_file, compute_saliency
 from ulbq.sensitivity.outputs import OutputCosts, OutputSettings, output_file, read_outputs, weigh_outputs
+from ulbq.sensitivity.settings import BACKWARD
 from ulbq.training.block import TrainOutcome
 
 __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]
@@ -122,7 +123,7 @@ def _drawn(job: Job, watch: runtime.Stopwatch, progress: Progress) -> tuple[Cali
     drawn = text = None
     if job.calibrated and job.request.calibration != "self":
         with watch.phase("calibration"):
-            drawn = _draw(job)
+            drawn = _draw(job, progress)
     if job.request.text not in (None, "self"):
         with watch.phase("text"):
             text = _draw_text(job, progress)
@@ -154,7 +155,7 @@ def _work(
         # First: a source that is damaged here would show only after hours.
         outer = _write_outer(job, writer, None)
         if job.request.fit_temperature and calibration is not None:
-            check_temperature(job, writer.scratch, calibration.tokens)
+            check_temperature(job, writer.scratch, calibration.drawn)
         run = _Run(job, writer, progress, saliency)
         run.walk(calibration)
         run.warn()
@@ -172,10 +173,21 @@ def _work(
         return distributed.on_main(finish, job, writer, drawn, outer, watch, tuned, warned)
 
 
-def _draw(job: Job) -> Calibration:
+def _draw(job: Job, progress: Progress) -> Calibration:
     samples = job.request.drawn_samples
     with _telling_of_others(samples):
-        return draw(job.request, job.source, samples + heldout_samples(samples))
+        drawn = draw(job.request, job.source, samples + heldout_samples(samples), progress)
+    if drawn.images is not None:
+        needs, request = job.method.needs, job.request
+        check_images(
+            {
+                "end_to_end": needs.end_to_end is not None and request.text is None,
+                "fit_temperature": request.fit_temperature,
+                f"hessian={request.record.hessian}": bool(needs.output_groups) and job.start is None,
+                f"saliency={needs.saliency}": needs.saliency in BACKWARD and not job.blocks_stay,
+            }
+        )
+    return drawn
 
 
 def _draw_text(job: Job, progress: Progress) -> Calibration:
@@ -186,7 +198,8 @@ def _draw_text(job: Job, progress: Progress) -> Calibration:
 def _share(drawn: Calibration, samples: int) -> Calibration:
     """The first samples, which train, and of those that are held out behind them all as many as they want."""
     held = heldout_samples(samples)
-    return dataclasses.replace(drawn, tokens=torch.cat([drawn.tokens[:samples], drawn.tokens[-held:]]))
+    images = None if drawn.images is None else (*drawn.images[:samples], *drawn.images[-held:])
+    return dataclasses.replace(drawn, tokens=torch.cat([drawn.tokens[:samples], drawn.tokens[-held:]]), images=images)
 
 
 @contextmanager
@@ -235,7 +248,7 @@ def _score(job: Job, writer: ArtifactWriter, calibration: Calibration | None, pr
         job.model,
         job.source,
         job.found,
-        None if calibration is None else calibration.tokens[: job.request.samples],
+        None if calibration is None else calibration.drawn[: job.request.samples],
         settings,
         folder,
         scratch=writer.scratch,
@@ -261,7 +274,7 @@ def _weigh_outputs(job: Job, writer: ArtifactWriter, calibration: Calibration, p
         job.model,
         job.source,
         job.found,
-        calibration.tokens[: job.request.samples],
+        calibration.drawn[: job.request.samples],
         settings,
         folder,
         scratch=folder,
@@ -285,7 +298,7 @@ def _decided(
     shard = writer.scratch / "decisions.safetensors"
     if _DECISIONS not in writer.journal:
         scores, outputs = partial(_scores, saliency, job.precision.device), partial(_outputs, job, writer.scratch)
-        write_shard(shard, survey(job, calibration.tokens, scores, outputs, writer.scratch, progress))
+        write_shard(shard, survey(job, calibration.drawn, scores, outputs, writer.scratch, progress))
         writer.record(_DECISIONS, {}, files=[shard])
     stored = LazyTensors([shard])
     return cast(SurveyingMethod, job.method).decided({name: stored.read(name) for name in stored.names})
@@ -318,7 +331,7 @@ def _write_outer(job: Job, writer: ArtifactWriter, temperature: TemperatureRecor
 def _temperature(job: Job, writer: ArtifactWriter, calibration: Calibration, progress: Progress) -> TemperatureRecord:
     """What was fitted, now or by the run that this one resumes."""
     if TEMPERATURE not in writer.journal:
-        held = calibration.tokens[job.request.samples :]
+        held = calibration.drawn[job.request.samples :]
         record = fit_temperature(job, writer.path, writer.scratch, writer.journal, held, progress)
         writer.record(TEMPERATURE, record)
     return TemperatureRecord.model_validate(writer.journal[TEMPERATURE])
@@ -359,7 +372,7 @@ class _Run:
             return
         streams = None
         if calibration is not None and not job.blocks_stay:
-            streams = Streams(job, calibration.tokens, self._writer.scratch)
+            streams = Streams(job, calibration.drawn, self._writer.scratch)
         steps = job.found.n_blocks * (job.method.needs.epochs + 1)
         with self._progress.phase("Quantizing", steps, rounds=job.found.n_blocks) as phase:
             for index in range(job.found.n_blocks):

@@ -12,9 +12,10 @@ from ulbq.config.saliency import SaliencyRequest
 from ulbq.data.calibration import CALIBRATION_FILE, Calibration, save_calibration
 from ulbq.pipeline.saliency_page import page
 from ulbq.pipeline.saliency_plan import NOT_IN_FINGERPRINT, SaliencyJob, SaliencyPlan, prepare
-from ulbq.pipeline.samples import draw, written_samples
+from ulbq.pipeline.samples import check_images, draw, written_samples
 from ulbq.progress import Progress, Silent
 from ulbq.sensitivity import Saliency, Spectrum, block_file, compute_saliency
+from ulbq.sensitivity.settings import BACKWARD
 
 __all__ = ["SaliencyPlan", "SaliencyRequest", "plan", "saliency"]
 
@@ -53,7 +54,9 @@ def saliency(
     drawn = None
     if job.request.calibration not in (None, "self"):
         with watch.phase("calibration"):
-            drawn = draw(job.request, job.source, job.request.samples or 0)
+            drawn = draw(job.request, job.source, job.request.samples or 0, progress)
+            if drawn.images is not None:
+                check_images({f"kind={job.request.kind}": job.request.kind in BACKWARD})
     identity = _fingerprint(job, drawn)
     out = request.out or free_output(DEFAULT_ROOT, f"{job.source.name}-saliency-{job.request.kind}", identity)
     with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
@@ -109,7 +112,7 @@ def _score(
         job.model,
         job.source,
         job.found,
-        None if calibration is None else calibration.tokens,
+        None if calibration is None else calibration.drawn,
         job.settings,
         writer.path,
         scratch=writer.scratch,

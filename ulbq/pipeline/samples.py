@@ -1,5 +1,6 @@
 """The calibration samples of a run, drawn from text or written by the model itself."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -9,9 +10,12 @@ from ulbq.config.quantize import Quantization
 from ulbq.data.calibration import CALIBRATION_FILE, Calibration, calibration_samples, load_calibration, save_calibration
 from ulbq.data.examples import training_text
 from ulbq.data.generate import self_samples
+from ulbq.data.image_rows import names_images
+from ulbq.data.images import image_samples
 from ulbq.data.registry import available
 from ulbq.errors import InputError
 from ulbq.models.load import load_model
+from ulbq.models.processor import load_processor, placeholders
 from ulbq.models.source import ModelSource
 from ulbq.progress import Progress
 from ulbq.training.precision import Precision
@@ -42,8 +46,20 @@ def default_calibration(request: Sampled, progress: Progress) -> str:
     return "self"
 
 
-def draw(request: Sampled, source: ModelSource, samples: int) -> Calibration:
-    """Samples of the text that a completed request names. Raises InputError, ResourceError."""
+def draw(request: Sampled, source: ModelSource, samples: int, progress: Progress) -> Calibration:
+    """Samples of the text, or of the images, that a completed request names. Raises InputError, ResourceError."""
+    path = Path(str(request.calibration))
+    if names_images(path):
+        processor = load_processor(source)
+        return image_samples(
+            path,
+            processor,
+            placeholders(source, processor),
+            samples=samples,
+            length=request.sequence_length or 0,
+            seed=request.seed,
+            progress=progress,
+        )
     drawn = calibration_samples(
         str(request.calibration),
         source.tokenizer(),
@@ -59,6 +75,22 @@ def draw(request: Sampled, source: ModelSource, samples: int) -> Calibration:
             hint="Calibrate on plain text; such samples are for `end_to_end_data`.",
         )
     return drawn
+
+
+def check_images(asked: Mapping[str, bool]) -> None:
+    """Refuse what goes by predictions, for samples of images: no model was taught to predict a part of an image.
+
+    Args:
+        asked: fields with their values, each with whether it goes by predictions here.
+
+    Raises:
+        InputError: names the first that does.
+    """
+    if field := next((name for name, found in asked.items() if found), None):
+        raise InputError(
+            f"`{field}` goes by what the model predicts, and the parts of images in the calibration are no words.",
+            hint="Leave it out, or give it text: `end_to_end_data`, or a `calibration` without images.",
+        )
 
 
 def draw_text(run: Quantization, source: ModelSource, samples: int, progress: Progress) -> Calibration:

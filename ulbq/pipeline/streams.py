@@ -10,6 +10,7 @@ from torch import nn
 
 from ulbq import distributed
 from ulbq.blockwise.activations import ActivationStore
+from ulbq.blockwise.samples import Samples
 from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import InputError
 from ulbq.formats import AnyScheme
@@ -28,7 +29,7 @@ class Streams:
 
     Args:
         job: the run.
-        tokens: int64 ``[samples, length]``, the held-out samples last.
+        samples: of all processes, the held-out ones last.
         scratch: for activations beyond the run's ``activation_memory``; the blocks' adapters lie there too.
 
     Attributes:
@@ -36,17 +37,17 @@ class Streams:
         tokens: how many of them each layer of its experts saw.
     """
 
-    def __init__(self, job: Job, tokens: torch.Tensor, scratch: Path) -> None:
+    def __init__(self, job: Job, samples: Samples, scratch: Path) -> None:
         self._job = job
         self._scratch = scratch
         self._training = job.request.samples
         self._batch = job.request.batch_size
         needs = job.method.needs
-        self._positions = tokens.numel()
+        self._positions = samples.tokens.numel()
         self._walk = BlockWalk(
             job.model,
             job.source,
-            distributed.own(tokens),
+            distributed.own(samples),
             dtype=torch.float32,
             device=job.precision.device,
             limit=job.request.activation_memory // needs.stores,
@@ -111,7 +112,10 @@ class Streams:
             self._run(block, index, self._quantized, self._augmented, fused)
 
     def advance_quantized(self, index: int, shard: Path, schemes: Mapping[str, AnyScheme]) -> None:
-        """Run ``x_q`` through the packed block that a shard holds, in place; ``schemes`` of its packed layers."""
+        """Run ``x_q`` through the packed block that a shard holds, in place; ``schemes`` of its packed layers.
+
+        Then both streams stand before the next block.
+        """
         job, prefix = self._job, self._job.names(index)[0]
         block = layout.packed_block(job.model, index, shard, tuple(schemes), job.method.scheme, schemes)
         if job.method.needs.adapter is not None:
@@ -120,6 +124,7 @@ class Streams:
         block.to(job.precision.device)
         fused = FusedParts(block, self._job.precision)
         self._run(block, index, self._quantized, self._quantized, fused)
+        self._walk.add_between(index, self._full, self._quantized)
 
     def check_called(self, index: int, block: nn.Module, linears: tuple[str, ...], called: set[str]) -> None:
         """Refuse a block with a layer that no sample calls; for methods that do without the full-precision stream.

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 
 from ulbq import distributed
+from ulbq.blockwise.samples import Samples
 from ulbq.blockwise.walk import BlockWalk
 from ulbq.methods.base import BlockTask, SurveyingMethod
 from ulbq.pipeline.quantization_plan import Job
@@ -22,13 +23,13 @@ Outputs = Callable[[int], dict[str, OutputCosts] | None]
 
 @torch.no_grad()
 def survey(
-    job: Job, tokens: torch.Tensor, scores: Scores, outputs: Outputs, scratch: Path, progress: Progress
+    job: Job, samples: Samples, scores: Scores, outputs: Outputs, scratch: Path, progress: Progress
 ) -> dict[str, torch.Tensor]:
     """Walk the full-precision model once; gives what the method decides by it.
 
     Args:
         job: of a method that surveys.
-        tokens: int64 ``[samples, length]``, the held-out samples last; those that train are looked at.
+        samples: the held-out ones last; those that train are looked at.
         scores: where the method weighs layers by them.
         outputs: where the method's second moments weigh tokens by them.
         scratch: for activations beyond the run's ``activation_memory``.
@@ -39,7 +40,7 @@ def survey(
     walk = BlockWalk(
         job.model,
         job.source,
-        distributed.own(tokens[:training]),
+        distributed.own(samples[:training]),
         dtype=torch.float32,
         device=device,
         limit=job.request.activation_memory,
@@ -66,5 +67,6 @@ def survey(
             found |= method.survey_block(task)
             if index + 1 < job.found.n_blocks:
                 walk.advance(index, task.block, hidden, hidden, batch_size=1, context=job.precision.autocast)
+                walk.add_between(index, hidden)
             phase.advance(1, f"block {index}")
     return method.decide(found)

@@ -13,6 +13,7 @@ import torch
 from ulbq import distributed
 from ulbq.artifacts.records import TemperatureRecord
 from ulbq.blockwise.activations import ActivationStore
+from ulbq.blockwise.samples import Samples
 from ulbq.errors import InputError
 from ulbq.pipeline import layout
 from ulbq.pipeline.finish import recorded_schemes
@@ -28,7 +29,7 @@ _TRIED = 16
 
 
 def fit_temperature(
-    job: Job, folder: Path, scratch: Path, journal: dict[str, object], tokens: torch.Tensor, progress: Progress
+    job: Job, folder: Path, scratch: Path, journal: dict[str, object], samples: Samples, progress: Progress
 ) -> TemperatureRecord:
     """Find the factor of the logits that brings the quantized model's predictions closest to the original's.
 
@@ -37,13 +38,13 @@ def fit_temperature(
         folder: of the blocks' shards.
         scratch: of the adapters' shards, and for activations.
         journal: the blocks' records.
-        tokens: int64 ``[samples, length]`` that trained nothing.
+        samples: that trained nothing.
         progress: told how far it is.
 
     Raises:
         InputError: nothing scales this model's logits.
     """
-    streams, count = Streams(job, tokens, scratch), job.found.n_blocks
+    streams, count = Streams(job, samples, scratch), job.found.n_blocks
     with progress.phase("Fitting the temperature", count) as phase:
         for index in range(count):
             streams.advance_full_precision(index, streams.load(index))
@@ -55,15 +56,15 @@ def fit_temperature(
     return TemperatureRecord(factor=factor, vectors=names, start_error=start_error, end_error=end_error)
 
 
-def check_temperature(job: Job, scratch: Path, tokens: torch.Tensor) -> None:
+def check_temperature(job: Job, scratch: Path, samples: Samples) -> None:
     """Refuse a model whose logits nothing scales, before its blocks take hours. Raises InputError.
 
     Args:
         job: the run.
         scratch: for activations.
-        tokens: int64 ``[samples, length]``, any.
+        samples: any.
     """
-    streams = Streams(job, tokens[:1], scratch)
+    streams = Streams(job, samples[:1], scratch)
     streams.advance_full_precision(0, streams.load(0))
     _head(job, streams)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ulbq import distributed
 from ulbq.artifacts import BlockScores
+from ulbq.blockwise.samples import Samples
 from ulbq.errors import NumericsError
 from ulbq.models.blocks import Linear, ModelStructure, load_block
 from ulbq.models.source import ModelSource
@@ -35,7 +36,7 @@ def compute_saliency(
     model: PreTrainedModel,
     source: ModelSource,
     found: ModelStructure,
-    tokens: torch.Tensor | None,
+    samples: Samples | None,
     settings: SaliencySettings,
     folder: Path,
     *,
@@ -49,7 +50,7 @@ def compute_saliency(
     Args:
         model: a skeleton of the source's model.
         found: its structure.
-        tokens: int64 ``[samples, length]``; None for ``magnitude``.
+        samples: of text or of images; None for ``magnitude``.
         folder: for the files.
         scratch: for activations beyond the settings' ``activation_memory``.
         progress: told how it goes.
@@ -68,12 +69,12 @@ def compute_saliency(
     if len(run.done) < found.n_blocks:
         steps = found.n_blocks * (1 + (BACK if settings.kind in BACKWARD else 0))
         with (progress or Silent()).phase(f"Scoring ({settings.kind})", steps) as phase:
-            if tokens is None:
+            if samples is None:
                 run.magnitudes(phase)
             elif settings.kind in BACKWARD:
-                run.gradients(Passing(model, source, tokens, settings, scratch), phase)
+                run.gradients(Passing(model, source, samples, settings, scratch), phase)
             else:
-                run.inputs(Passing(model, source, tokens, settings, scratch), phase)
+                run.inputs(Passing(model, source, samples, settings, scratch), phase)
     return tuple(run.done[index] for index in range(found.n_blocks))
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ulbq import distributed
 from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.blockwise.samples import Samples
 from ulbq.errors import NumericsError
 from ulbq.models.blocks import ModelStructure
 from ulbq.models.source import ModelSource
@@ -82,7 +83,7 @@ def weigh_outputs(
     model: PreTrainedModel,
     source: ModelSource,
     found: ModelStructure,
-    tokens: torch.Tensor,
+    samples: Samples,
     settings: OutputSettings,
     folder: Path,
     *,
@@ -96,7 +97,7 @@ def weigh_outputs(
     Args:
         model: a skeleton of the source's model.
         found: its structure; every layer reads every token.
-        tokens: int64 ``[samples, length]``.
+        samples: of text.
         folder: for the files.
         scratch: for activations beyond the settings' ``activation_memory``.
         progress: told how it goes.
@@ -112,7 +113,7 @@ def weigh_outputs(
     if not left:
         return
     with progress.phase("Weighing outputs", found.n_blocks * (1 + BACK)) as phase:
-        passing = Passing(model, source, tokens, settings, scratch)
+        passing = Passing(model, source, samples, settings, scratch)
         for index in range(found.n_blocks):
             passing.forward(index, passing.walk.load(index), keep=True)
             phase.advance(detail=f"block {index} forward")
@@ -124,7 +125,9 @@ def weigh_outputs(
             with _watching_outputs({name: linear_layer(block, name) for name in names}, settings) as sums:
                 passing.backward(index, block)
             if index not in done:
-                tensors = {key: part for name in names for key, part in sums[name].tensors(name, tokens.shape).items()}
+                tensors = {
+                    key: part for name in names for key, part in sums[name].tensors(name, samples.tokens.shape).items()
+                }
                 if bad := next((name for name, part in tensors.items() if not part.isfinite().all()), None):
                     raise NumericsError(
                         f"The gradients at '{prefix}{bad.rpartition('.')[0]}' are not finite.",

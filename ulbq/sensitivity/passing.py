@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ulbq import distributed
 from ulbq.blockwise.activations import ActivationStore
+from ulbq.blockwise.samples import Samples
 from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import NumericsError
 from ulbq.models.source import ModelSource
@@ -22,7 +23,7 @@ class Passing:
 
     Args:
         model: a skeleton of the source's model.
-        tokens: int64 ``[samples, length]``, those of all processes.
+        samples: those of all processes.
         settings: of the passes.
         scratch: for activations beyond the settings' ``activation_memory``.
 
@@ -32,17 +33,18 @@ class Passing:
     """
 
     def __init__(
-        self, model: PreTrainedModel, source: ModelSource, tokens: torch.Tensor, settings: PassSettings, scratch: Path
+        self, model: PreTrainedModel, source: ModelSource, samples: Samples, settings: PassSettings, scratch: Path
     ) -> None:
         self._model, self._source, self._settings = model, source, settings
-        self.samples = len(tokens)
-        tokens = self._tokens = distributed.own(tokens)
+        self.samples = len(samples)
+        samples = distributed.own(samples)
+        self._tokens = samples.tokens
         self._scratch = scratch
         self._room = settings.activation_memory
         self.walk = BlockWalk(
             model,
             source,
-            tokens,
+            samples,
             dtype=torch.float32,
             device=settings.precision.device,
             limit=self._room,
@@ -58,6 +60,7 @@ class Passing:
         self.walk.advance(
             index, block, inputs, outputs, batch_size=settings.batch_size, context=settings.precision.autocast
         )
+        self.walk.add_between(index, outputs)
         if keep:
             self._stores.append(outputs)
 
@@ -91,7 +94,7 @@ class Passing:
             one = slice(row, row + 1)
             hidden = inputs.get(one).to(self._settings.precision.device).requires_grad_()
             with self._settings.precision.autocast():
-                output = self.walk.call(index, block, hidden)
+                output = self.walk.call(index, block, hidden, row)
             if output.requires_grad:
                 torch.autograd.backward(output, gradients.get(one).to(output))
             if hidden.grad is not None:

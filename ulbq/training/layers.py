@@ -7,14 +7,13 @@ full-precision stream.
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import nn
 
 from ulbq import distributed
 from ulbq.blockwise.activations import ActivationStore
-from ulbq.blockwise.walk import run_block
+from ulbq.blockwise.arguments import Arguments, run_block
 from ulbq.config.stages import Stage
 from ulbq.config.training import TrainSettings
 from ulbq.errors import InputError
@@ -111,8 +110,8 @@ class LayerwiseTrainer:
     def _capture(self, block: nn.Module, names: Sequence[str], hidden: ActivationStore) -> ActivationStore:
         """What the layers of a group read for every sample, ``[samples, length, in]``."""
 
-        def run(rows: torch.Tensor) -> torch.Tensor:
-            found = _inputs_of(block, names, rows, self._data.kwargs, self._precision)
+        def run(rows: torch.Tensor, sample: int) -> torch.Tensor:
+            found = _inputs_of(block, names, rows, sample, self._data.kwargs, self._precision)
             for name in names:
                 if name not in found or found[name].shape[:-1] != rows.shape[:-1]:
                     raise _partial(name)
@@ -121,7 +120,7 @@ class LayerwiseTrainer:
         return _store(hidden, run)
 
     def _outputs(self, group: nn.Module, inputs: ActivationStore) -> ActivationStore:
-        def run(rows: torch.Tensor) -> torch.Tensor:
+        def run(rows: torch.Tensor, sample: int) -> torch.Tensor:
             with self._precision.autocast():
                 result: torch.Tensor = group(rows.to(self._precision.device))
             return result
@@ -133,7 +132,7 @@ class LayerwiseTrainer:
 def input_groups(
     block: nn.Module,
     hidden: ActivationStore,
-    kwargs: dict[str, Any],
+    kwargs: Arguments,
     linears: Sequence[str],
     precision: Precision,
 ) -> list[list[str]]:
@@ -145,7 +144,7 @@ def input_groups(
 
     def run() -> None:
         with precision.autocast():
-            run_block(block, hidden.get(slice(0, 1)).to(precision.device), kwargs)
+            run_block(block, hidden.get(slice(0, 1)).to(precision.device), kwargs, [0])
 
     found = distinct_inputs({name: block.get_submodule(name) for name in linears}, run)
     for one in found:
@@ -162,7 +161,7 @@ def _partial(name: str) -> InputError:
 
 
 def _inputs_of(
-    block: nn.Module, names: Sequence[str], rows: torch.Tensor, kwargs: dict[str, Any], precision: Precision
+    block: nn.Module, names: Sequence[str], rows: torch.Tensor, sample: int, kwargs: Arguments, precision: Precision
 ) -> dict[str, torch.Tensor]:
     """What layers inside a block are called with, those that are; the block runs no further than the last of them."""
     caught: dict[str, torch.Tensor] = {}
@@ -174,16 +173,16 @@ def _inputs_of(
 
     layers = {name: block.get_submodule(name) for name in names}
     with watching(layers, catch), precision.autocast(), suppress(Enough):
-        run_block(block, rows.to(precision.device), kwargs)
+        run_block(block, rows.to(precision.device), kwargs, [sample])
     return caught
 
 
 @torch.no_grad()
-def _store(inputs: ActivationStore, run: Callable[[torch.Tensor], torch.Tensor]) -> ActivationStore:
+def _store(inputs: ActivationStore, run: Callable[[torch.Tensor, int], torch.Tensor]) -> ActivationStore:
     """What ``run`` makes of every sample, stored as ``inputs`` are."""
     made: ActivationStore | None = None
     for start in range(len(inputs)):
-        rows = run(inputs.get(slice(start, start + 1))).float()
+        rows = run(inputs.get(slice(start, start + 1)), start).float()
         if made is None:
             made = inputs.alike(rows.shape[1], rows.shape[2])
         made.set(start, rows)

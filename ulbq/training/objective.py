@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ulbq import distributed
 from ulbq.blockwise.activations import ActivationStore
-from ulbq.blockwise.walk import run_block
+from ulbq.blockwise.arguments import Arguments, run_block
 from ulbq.config.stages import Stage
 from ulbq.config.training import TrainSettings
 from ulbq.training.attention import chunked_attention
@@ -32,7 +32,7 @@ class BlockData:
         inputs: ``x_q [samples, length, hidden]``, the stream through the quantized blocks before.
         targets: ``f_fp(x_fp)``, the full-precision stream behind this block.
         augmented: ``f_fp(x_q)``, for the augmented loss; None without it.
-        kwargs: the block's other arguments (position embeddings, mask), made for a batch of one.
+        kwargs: the block's other arguments (position embeddings, mask).
         training: the first so many samples train, the rest are held out; of all processes together.
         originals: ``x_fp``, the full-precision stream before this block; None unless the method asks for it.
     """
@@ -40,7 +40,7 @@ class BlockData:
     inputs: ActivationStore
     targets: ActivationStore
     augmented: ActivationStore | None
-    kwargs: dict[str, Any]
+    kwargs: Arguments
     training: int
     originals: ActivationStore | None = None
 
@@ -165,7 +165,8 @@ class Objective:
         """What the block makes of some of this process's samples, ``[batch, length, hidden]``."""
         settings = self._adapters_set(adapted=adapted, training=training)
         with settings, chunked_attention(self._precision), self._fused.active(), self._precision.autocast():
-            return run_block(self._block, self._data.inputs.get(own).to(self._precision.device), self._data.kwargs)
+            hidden = self._data.inputs.get(own).to(self._precision.device)
+            return run_block(self._block, hidden, self._data.kwargs, own)
 
     def _distance(
         self, outputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, own: torch.Tensor
