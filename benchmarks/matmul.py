@@ -120,7 +120,7 @@ def case(outs: int, columns: int, scheme: AnyScheme, repeats: int, index: int, c
         for name, (calls, size, same) in peers.calls(scheme, stored, weight, turns).items():
             contenders[name], sizes[name] = calls, size
             foreign |= set() if same else {name}
-    torch_own = int4.Int4()
+    torch_own = int4.Int4Layout()
     if torch_own.unsupported_reason(scheme, outs, columns) is None:
         packed = torch_own.pack(scheme, stored, outs, columns)
         contenders["int4"] = packed_call(scheme, outs, kernels.Ready(torch_own, packed))

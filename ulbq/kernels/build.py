@@ -40,9 +40,14 @@ _WIDE = (("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("avx2", "fma"))
 _AT, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _MATRIX = (_AT, _INT, _INT, _LONG, _LONG, _AT, _AT, _FLOAT, _LONG)
 _PLACED = (_AT, _INT, _LONG, _LONG, _LONG)
+_ROUTES = (_AT, _LONG, _AT, _LONG, _LONG)  # jobs and how many, order, places, rows that share an input
+_TABLE = (_AT, _INT, _INT, _LONG, _LONG, _FLOAT, _LONG, *_ROUTES)
 _TRELLIS = (_AT, _INT, _INT, ctypes.c_uint32, _FLOAT, _FLOAT, _LONG, _LONG)
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_multiply": (*_MATRIX, _AT, _INT, _LONG, _AT, _INT),
+    "ulbq_multiply_each": (*_TABLE, _AT, _INT, _AT, _INT),
+    "ulbq_columns_each": (_AT, _LONG, _LONG, _AT, *_ROUTES, _AT, _INT, _AT, _INT),
+    "ulbq_trellis_each": (*_TRELLIS, _LONG, _AT, _LONG, _AT, *_ROUTES, _AT, _INT, _INT, _AT, _INT),
     "ulbq_widen": (*_MATRIX, _LONG, _LONG, _AT, _INT, _INT),
     "ulbq_to_tiles": (_AT, _INT, _LONG, _LONG, _AT, _LONG, _INT),
     "ulbq_columns": (_AT, _LONG, _LONG, _AT, _AT, _AT, _AT, _AT, _AT, _AT, _INT, _LONG, _AT, _INT),
@@ -66,6 +71,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
 }
 _SIGNATURES_OF_PAIRS: dict[str, tuple[type, ...]] = {
     "ulbq_dots": (*_MATRIX, _AT, _LONG, _AT, _INT),
+    "ulbq_dots_each": (*_TABLE, _AT, _AT, _INT),
+    "ulbq_column_dots_each": (_AT, _LONG, _LONG, _AT, *_ROUTES, _AT, _AT, _INT),
     "ulbq_attend": (*(_AT,) * 5, *(_LONG,) * 5, _FLOAT, _AT, _INT),
     "ulbq_attend_back": (*(_AT,) * 9, *(_LONG,) * 5, _FLOAT, _AT, _INT),
     "ulbq_column_dots": (_AT, _LONG, _LONG, _AT, _AT, _AT, _AT, _AT, _AT, _AT, _LONG, _AT, _INT),

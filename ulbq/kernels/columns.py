@@ -51,6 +51,12 @@ def outliers_by_output(found: codebook.Columns, outs: int, padded: int) -> dict[
     }
 
 
+def plane_counts(scheme: CodebookScheme, columns: int) -> torch.Tensor:
+    """How many columns have each of the four planes, int64 ``[4]``."""
+    widths = scheme.columns(columns)
+    return torch.tensor([sum(n for width, n in widths.items() if width > plane) for plane in range(4)])
+
+
 def takes(dtype: torch.dtype, rows: int) -> bool:
     """Whether :func:`multiply` serves so many rows better than a dense weight."""
     return dtype in FLOATS and (rows <= FEW_ROWS or takes_pairs(dtype, rows))
@@ -70,8 +76,7 @@ def multiply(
         derived: what :func:`derive` made, in its order.
     """
     x, outs = x.contiguous(), 8 * codes.shape[1]
-    widths = scheme.columns(x.shape[1])
-    counts = torch.tensor([sum(n for width, n in widths.items() if width > plane) for plane in range(4)])
+    counts = plane_counts(scheme, x.shape[1])
     y = torch.empty(len(x), outs, dtype=x.dtype)
     order, *outliers = (tensor.data_ptr() for tensor in derived)
     matrix = (codes.data_ptr(), outs, x.shape[1], counts.data_ptr(), levels.data_ptr(), order)

@@ -42,7 +42,7 @@ def scaled_transform(
     result = torch.empty_like(x, dtype=dtype)
     threads = torch.get_num_threads() if x.numel() > _WORTH_A_THREAD_TURNING else 1
     width = x.shape[1]
-    vectors = (None if one is None else one.data_ptr() for one in (_mixing(width), before, after))
+    vectors = (None if one is None else one.data_ptr() for one in (mixing(width), before, after))
     library().ulbq_turn(
         x.data_ptr(), FLOATS[x.dtype], len(x), width, trellis.block_width(width), *vectors, result.data_ptr(),
         FLOATS[dtype], threads,
@@ -51,7 +51,7 @@ def scaled_transform(
 
 
 @functools.cache
-def _mixing(width: int) -> torch.Tensor | None:
+def mixing(width: int) -> torch.Tensor | None:
     """What mixes the Hadamard blocks of a dimension, float32 ``[n, n]``; None where they stay apart."""
     return trellis.hartley(width // trellis.block_width(width)).float() if trellis.is_mixed(width) else None
 
@@ -167,6 +167,10 @@ def inner_matrix(scheme: TrellisScheme, codes: torch.Tensor, dtype: torch.dtype)
 def _matrix(scheme: TrellisScheme, codes: torch.Tensor) -> tuple[Any, ...]:
     """The arguments with which every function of the library begins that reads a matrix."""
     columns, outs = (count * trellis.TILE for count in codes.shape[:2])
+    return codes.data_ptr(), *facts(scheme), outs, columns
+
+
+def facts(scheme: TrellisScheme) -> tuple[Any, ...]:
+    """Bits of codes and states, and what makes values of states, as the library takes them."""
     multiplier = trellis.MULTIPLIERS[scheme.state_bits]
-    value = (multiplier, trellis.VALUE_SCALE, trellis.VALUE_SHIFT)
-    return codes.data_ptr(), scheme.bits, scheme.state_bits, *value, outs, columns
+    return scheme.bits, scheme.state_bits, multiplier, trellis.VALUE_SCALE, trellis.VALUE_SHIFT

@@ -6,10 +6,14 @@ So nobody who quantizes, packs, adapts or exports linear layers has to know of e
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
+
+from ulbq.kernels.banks import Routes
+from ulbq.kernels.ops.linear import is_plain
+from ulbq.nn.together import Together
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Experts(nn.ModuleList):
         self._gate: Callable[[nn.Module, torch.Tensor], torch.Tensor] = vars(type(fused)).get("_apply_gate", _gate)
         self.fusion = fusion
         self.shown: Collection[int] = ()
+        self._together: dict[str, Together] = {}
         outside, inside = (down.shape[2], down.shape[1]) if fusion.transposed else (down.shape[1], down.shape[2])
         for number in range(fusion.experts):
             expert = nn.Module()
@@ -124,6 +129,15 @@ class Experts(nn.ModuleList):
                 linear = nn.Linear(columns, rows, bias=fusion.biased, device=down.device, dtype=down.dtype)
                 expert.add_module(name, linear.requires_grad_(down.requires_grad))
             self.add_module(str(number), expert)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies have matrices of their own.
+        return vars(self) | {"_together": {}}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._together.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -136,28 +150,64 @@ class Experts(nn.ModuleList):
             top_k_weights: ``[tokens, k]`` how much each counts.
         """
         chosen = top_k_index.flatten()
-        if len(hidden_states) == 1 and not self.shown and max(numbers := chosen.tolist()) < self.fusion.experts:
-            # As below, where there is nothing to sort.
-            weighted = torch.cat([self._outputs(number, hidden_states[:]) for number in numbers])
-            weighted = weighted * top_k_weights.flatten().unsqueeze(-1)
-            only: torch.Tensor = weighted.unflatten(0, top_k_index.shape).sum(1)
-            return only.to(hidden_states.dtype)
-        order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=self.fusion.experts).tolist()
-        rows = (order // top_k_index.shape[-1]).split(counts)
+        alone = len(hidden_states) == 1 and not self.shown
+        if alone and max(numbers := chosen.tolist()) < self.fusion.experts:
+            # Nothing to sort.
+            routes = Routes([(number, at, at + 1) for at, number in enumerate(numbers)], None, len(numbers))
+        else:
+            routes = Routes.of(chosen, self.fusion.experts)
+        made = self._at_once(hidden_states, chosen, routes)
+        if made is None:
+            made = self._in_turn(hidden_states, routes)
+        weighted = made * top_k_weights.flatten().unsqueeze(-1)
+        # In the tokens' order: their sums do not depend on who else is there.
+        result: torch.Tensor = weighted.unflatten(0, top_k_index.shape).sum(1)
+        return result.to(hidden_states.dtype)
+
+    def _at_once(self, x: torch.Tensor, chosen: torch.Tensor, routes: Routes) -> torch.Tensor | None:
+        """What each choice gives, ``[choices, out]``, by one product a projection; None where experts go in turn."""
+        whole = bool(routes.jobs) and routes.jobs[-1][2] == routes.places
+        if self.shown or not whole or not is_plain(x):
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not all(self._is_together(projection, x, routes) for projection in self.fusion.projections):
+            return None
+        *entering, last = (self._together[name] for name in self.fusion.projections)
+        out = last(self._gated([one(x, chosen, routes) for one in entering]), chosen, routes)
+        return self.post_expert_norm(out) if self.has_post_expert_norm else out
+
+    def _is_together(self, projection: str, x: torch.Tensor, routes: Routes) -> bool:
+        """Whether one call makes a projection of all chosen experts; it is looked at anew where their layers are."""
+        found = self._together.get(projection)
+        if found is None or not all(found.is_current(n, self._layer(n, projection)) for n, *_ in routes.jobs):
+            found = Together([self._layer(number, projection) for number in range(self.fusion.experts)])
+            self._together[projection] = found
+        return found.takes(x, routes)
+
+    def _layer(self, number: int, projection: str) -> nn.Module:
+        # Not by names joined and taken apart: this is done for every expert of every token.
+        expert: Any = self._modules[str(number)]
+        layer: nn.Module = expert._modules[projection]
+        return layer
+
+    def _in_turn(self, hidden_states: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """What each choice gives, ``[choices, out]``, one expert after the other."""
+        if routes.order is None:
+            return torch.cat([self._outputs(number, hidden_states[:]) for number, *_ in routes.jobs])
+        tokens = routes.order // max(1, routes.places // max(1, len(hidden_states)))
+        rows = {number: tokens[begin:end] for number, begin, end in routes.jobs}
         made = [
-            self._run(number, hidden_states, rows[number])
+            self._run(number, hidden_states, rows.get(number, tokens[:0]))
             for number in range(self.fusion.experts)
-            if counts[number] or number in self.shown
+            if number in rows or number in self.shown
         ]
-        none = sum(counts[self.fusion.experts :])
+        none = routes.places - sum(map(len, rows.values()))
         if none or not made:
             made.append(hidden_states.new_zeros(none, hidden_states.shape[-1]))
-        weighted = torch.cat(made) * top_k_weights.flatten()[order].unsqueeze(-1)
-        # Back in the tokens' order: their sums do not depend on who else is there.
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        result: torch.Tensor = weighted[back].unflatten(0, top_k_index.shape).sum(1)
-        return result.to(hidden_states.dtype)
+        back = torch.empty_like(routes.order)
+        back.scatter_(0, routes.order, torch.arange(routes.places, device=back.device))
+        return torch.cat(made)[back]
 
     def _run(self, number: int, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """What one expert makes of some tokens."""
@@ -173,7 +223,9 @@ class Experts(nn.ModuleList):
 
     def _inner(self, expert: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What an expert's last layer reads."""
-        pair = [expert.get_submodule(name)(x) for name in self.fusion.projections[:-1]]
+        return self._gated([expert.get_submodule(name)(x) for name in self.fusion.projections[:-1]])
+
+    def _gated(self, pair: list[torch.Tensor]) -> torch.Tensor:
         if not self.fusion.gated:
             return self.act_fn(pair[0])
         joined = torch.cat(pair, -1) if self.fusion.concatenated else torch.stack(pair, -1).flatten(-2)

@@ -83,15 +83,15 @@ struct Activations {
 
     const int8_t* digit(int64_t row, int which) const { return digits.get() + (row * Digits + which) * chunks * kChunk; }
 
-    // Round one row; what is not finite makes its factor, and with it the row's results, NaN.
-    void round_row(const void* x, int type, int64_t row) {
+    // Round row `from` of x; what is not finite makes its factor, and with it the row's results, NaN.
+    void round_row(const void* x, int type, int64_t from, int64_t row) {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             __m512 value[4];
             __m512 largest = _mm512_setzero_ps();
             __mmask16 strange = 0;
             for (int part = 0; part < 4; ++part) {
                 const int64_t column = chunk * kChunk + part * 16;
-                value[part] = load_floats(x, type, row * columns + column, first(columns - column));
+                value[part] = load_floats(x, type, from * columns + column, first(columns - column));
                 largest = _mm512_max_ps(largest, _mm512_abs_ps(value[part]));
                 // x - x is zero for whatever is finite.
                 const __m512 zero = _mm512_sub_ps(value[part], value[part]);

@@ -1,7 +1,9 @@
 // Column codebooks as they are stored. Columns are sorted by width, the widest first; `order` says which each is.
 #pragma once
 
-#include "activations.h"
+#include <vector>
+
+#include "routes.h"
 
 namespace ulbq {
 
@@ -15,6 +17,19 @@ struct Columns {
     const int32_t* outlier_columns;
     const float* deltas;       // an outlier's value less the level that its code names
 };
+
+// The matrix of each job, at the addresses of a table [matrices][codes, levels, order, starts, outlier columns, deltas].
+inline std::vector<Columns> of_jobs(const int64_t* table, int64_t outs, int64_t columns, const int64_t* counts,
+                                    const int64_t* jobs, int64_t count) {
+    std::vector<Columns> found;
+    found.reserve(count);
+    for (int64_t job = 0; job < count; ++job) {
+        const int64_t* own = table + 6 * jobs[3 * job];
+        found.push_back({address<uint8_t>(own, 0), outs, columns, counts, address<uint16_t>(own, 1), address<int32_t>(own, 2),
+                         address<int32_t>(own, 3), address<int32_t>(own, 4), address<float>(own, 5)});
+    }
+    return found;
+}
 
 inline int width(const Columns& w, int64_t column) {
     return column < w.counts[3] ? 4 : column < w.counts[2] ? 3 : 2;

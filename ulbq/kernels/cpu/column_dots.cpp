@@ -44,9 +44,9 @@ inline __attribute__((always_inline)) void weights(const uint64_t (&words)[4], c
 struct Widener {
     const Columns& w;
     const Planes planes;
-    const Buffer<uint16_t> levels;
+    const Buffer<uint16_t>& levels;
 
-    explicit Widener(const Columns& w) : w(w), planes(w), levels(rounded_levels(w)) {}
+    Widener(const Columns& w, const Buffer<uint16_t>& levels) : w(w), planes(w), levels(levels) {}
 
     // Weights of a column for up to 64 outputs from `begin` on; zeros behind the last column.
     void column(int64_t column, int64_t begin, __m512i (&to)[2]) const {
@@ -93,12 +93,14 @@ inline void straighten(float* result) {
     _mm512_store_ps(result + 16, _mm512_permutex2var_ps(low, back, high));
 }
 
-// Activations as float32, [columns][rows] with rows filled up to whole vectors: what outliers are multiplied with.
+// Activations as float32, [columns][places] with places filled up to whole vectors: what outliers are multiplied with.
 struct Upright {
-    Upright(const uint16_t* x, int64_t rows, int64_t columns) : stride((rows + 15) / 16 * 16), values(buffer<float>(columns * stride)) {
+    Upright(const uint16_t* x, const Routes& routes, int64_t columns)
+        : stride((routes.places + 31) / 16 * 16), values(buffer<float>(columns * stride)) {
         std::memset(values.get(), 0, columns * stride * sizeof(float));
-        for (int64_t row = 0; row < rows; ++row) {
-            for (int64_t column = 0; column < columns; ++column) values[column * stride + row] = value(x, kBFloat16, row * columns + column);
+        for (int64_t place = 0; columns && place < routes.places; ++place) {
+            const int64_t from = routes.input(place) * columns;
+            for (int64_t column = 0; column < columns; ++column) values[column * stride + place] = value(x, kBFloat16, from + column);
         }
     }
 
@@ -123,6 +125,47 @@ inline void add_outliers(const Columns& w, const Upright& x, int64_t out, int64_
     }
 }
 
+// The matrix of every job with the job's rows.
+void dots(const Columns* matrices, const Routes& routes, const uint16_t* x, uint16_t* y, int threads) {
+    const int64_t outs = matrices->outs, columns = matrices->columns;
+    const Upright upright(x, routes, matrices->starts ? columns : 0);
+    Rows ordered(routes.places, columns, kChunk);
+    std::vector<Buffer<uint16_t>> levels(routes.count);
+    const int64_t blocks = (routes.most() + kRows - 1) / kRows, tiles = (outs + kTile - 1) / kTile;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t job = 0; job < routes.count; ++job) levels[job] = rounded_levels(matrices[job]);
+#pragma omp for schedule(static)
+        for (int64_t place = 0; place < routes.places; ++place) {
+            const int64_t job = routes.owner[place];
+            if (job >= 0) ordered.take_in_order(x, routes.input(place), place, matrices[job].order);
+        }
+        const Buffer<float> result = buffer<float>(kRows * kTile);
+        const Buffer<uint32_t> wide = buffer<uint32_t>(kPairs * kTile);
+#pragma omp for schedule(dynamic, 1) collapse(3) nowait
+        for (int64_t job = 0; job < routes.count; ++job) {
+            for (int64_t block = 0; block < blocks; ++block) {
+                for (int64_t tile = 0; tile < tiles; ++tile) {
+                    const int64_t begin = routes.begin(job) + block * kRows, last = routes.end(job);
+                    const int64_t end = begin + kRows < last ? begin + kRows : last;
+                    if (begin >= end) continue;
+                    const Columns& w = matrices[job];
+                    const Widener widener(w, levels[job]);
+                    std::memset(result.get(), 0, (end - begin) * kTile * sizeof(float));
+                    for (int64_t chunk = 0; chunk < ordered.chunks; ++chunk) {
+                        widener.chunk(chunk, tile * kTile, wide.get());
+                        add_chunk(wide.get(), 0, kPairs, ordered, chunk, 0, begin, end, Rounded{}, result.get());
+                    }
+                    for (int64_t at = 0; at < (end - begin) * kTile; at += 32) straighten(result.get() + at);
+                    if (w.starts) add_outliers(w, upright, tile * kTile, begin, end, result.get());
+                    store_tile(result.get(), routes, begin, end, tile, outs, y);
+                }
+            }
+        }
+    }
+}
+
 }  // namespace ulbq
 
 using namespace ulbq;
@@ -133,31 +176,15 @@ extern "C" void ulbq_column_dots(const uint8_t* codes, int64_t outs, int64_t col
                                  const int32_t* outlier_columns, const float* deltas, const uint16_t* x, int64_t rows,
                                  uint16_t* y, int threads) {
     const Columns w{codes, outs, columns, counts, levels, order, starts, outlier_columns, deltas};
-    const Widener widener(w);
-    const Upright upright(x, starts ? rows : 0, starts ? columns : 0);
-    Rows ordered(rows, columns, kChunk);
-    const int64_t blocks = (rows + kRows - 1) / kRows, tiles = (outs + kTile - 1) / kTile;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) ordered.take_in_order(x, row, order);
-        const Buffer<float> result = buffer<float>(kRows * kTile);
-        const Buffer<uint32_t> wide = buffer<uint32_t>(kPairs * kTile);
-#pragma omp for schedule(dynamic, 1) collapse(2) nowait
-        for (int64_t block = 0; block < blocks; ++block) {
-            for (int64_t tile = 0; tile < tiles; ++tile) {
-                const int64_t begin = block * kRows, end = begin + kRows < rows ? begin + kRows : rows;
-                std::memset(result.get(), 0, (end - begin) * kTile * sizeof(float));
-                for (int64_t chunk = 0; chunk < ordered.chunks; ++chunk) {
-                    widener.chunk(chunk, tile * kTile, wide.get());
-                    add_chunk(wide.get(), 0, kPairs, ordered, chunk, 0, begin, end, Rounded{}, result.get());
-                }
-                for (int64_t at = 0; at < (end - begin) * kTile; at += 32) straighten(result.get() + at);
-                if (starts) add_outliers(w, upright, tile * kTile, begin, end, result.get());
-                store_tile(result.get(), begin, end, tile, outs, y);
-            }
-        }
-    }
+    ulbq::dots(&w, Routes(rows), x, y, threads);
+}
+
+// y [places][outs]: of matrices of one shape, at the addresses of a table, each with the rows of its jobs (routes.h).
+extern "C" void ulbq_column_dots_each(const int64_t* table, int64_t outs, int64_t columns, const int64_t* counts,
+                                      const int64_t* jobs, int64_t count, const int64_t* order, int64_t places,
+                                      int64_t share, const uint16_t* x, uint16_t* y, int threads) {
+    const std::vector<Columns> matrices = of_jobs(table, outs, columns, counts, jobs, count);
+    ulbq::dots(matrices.data(), Routes(jobs, count, order, places, share), x, y, threads);
 }
 
 #endif

@@ -11,6 +11,7 @@
 namespace ulbq {
 
 constexpr int64_t kBlock = 256;  // outputs at a time
+constexpr int64_t kPlaces = 64;  // rows whose tables exist at a time, where no matrix has more
 constexpr int64_t kFlush = 64;   // lookups that are added up before they join the total, to keep rounding small
 
 // One lookup: up to four planes, the least significant bit of the index first.
@@ -118,6 +119,58 @@ inline void block(const Columns& w, const Lookup* all, int64_t count, const floa
     }
 }
 
+// Outputs begin to begin + 256 of one place.
+inline void finish(const Columns& w, const Routes& routes, int64_t place, int64_t begin, const void* x, int type,
+                   float* result, void* y) {
+    for (int64_t out = 0; w.starts && out < kBlock && begin + out < w.outs; ++out) {
+        for (int32_t index = w.starts[begin + out]; index < w.starts[begin + out + 1]; ++index) {
+            result[out] += w.deltas[index] * value(x, type, routes.input(place) * w.columns + w.outlier_columns[index]);
+        }
+    }
+    for (int64_t out = 0; out < kBlock; out += 16) {
+        const __m512 sixteen = _mm512_load_ps(result + out);
+        store_floats(y, type, routes.output(place) * w.outs + begin + out, first(w.outs - begin - out), sixteen);
+    }
+}
+
+// The matrix of every job with the job's rows, some jobs at a time.
+void multiply(const Columns* matrices, const Routes& routes, const void* x, int type, void* y, int threads) {
+    const int64_t blocks = (matrices->outs + kBlock - 1) / kBlock, rows = routes.most(), most = rows < kPlaces ? kPlaces : rows;
+    const Buffer<Lookup> all = buffer<Lookup>(matrices->columns);
+    const int64_t count = lookups(*matrices, all.get());
+    const Buffer<float> tables = buffer<float>((routes.places < most ? routes.places : most) * count * 16);
+#pragma omp parallel num_threads(threads)
+    {
+        const Buffer<float> result = buffer<float>(kBlock);
+        for (int64_t from = 0, to = 0; from < routes.count; from = to) {
+            const int64_t begin = routes.begin(from);
+            while (to < routes.count && routes.end(to) - begin <= most) ++to;
+            const int64_t end = routes.end(to - 1);
+#pragma omp for schedule(static) collapse(2)
+            for (int64_t place = begin; place < end; ++place) {
+                for (int64_t index = 0; index < count; ++index) {
+                    const int64_t job = routes.owner[place];
+                    if (job < 0) continue;
+                    float* table = tables.get() + ((place - begin) * count + index) * 16;
+                    fill_table(matrices[job], all[index], x, type, routes.input(place), table);
+                }
+            }
+#pragma omp for schedule(dynamic, 1) collapse(3)
+            for (int64_t job = from; job < to; ++job) {
+                for (int64_t at = 0; at < blocks; ++at) {
+                    for (int64_t row = 0; row < rows; ++row) {
+                        const int64_t place = routes.begin(job) + row;
+                        if (place >= routes.end(job)) continue;
+                        const float* own = tables.get() + (place - begin) * count * 16;
+                        block(matrices[job], all.get(), count, own, at * kBlock, result.get());
+                        finish(matrices[job], routes, place, at * kBlock, x, type, result.get(), y);
+                    }
+                }
+            }
+        }
+    }
+}
+
 }  // namespace ulbq
 
 using namespace ulbq;
@@ -128,33 +181,13 @@ extern "C" void ulbq_columns(const uint8_t* codes, int64_t outs, int64_t columns
                              const int32_t* outlier_columns, const float* deltas, const void* x, int type, int64_t rows,
                              void* y, int threads) {
     const Columns w{codes, outs, columns, counts, levels, order, starts, outlier_columns, deltas};
-    const Buffer<Lookup> all = buffer<Lookup>(columns);
-    const int64_t count = lookups(w, all.get()), blocks = (outs + kBlock - 1) / kBlock;
-    const Buffer<float> tables = buffer<float>(rows * count * 16);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t row = 0; row < rows; ++row) {
-            for (int64_t index = 0; index < count; ++index) {
-                fill_table(w, all[index], x, type, row, tables.get() + (row * count + index) * 16);
-            }
-        }
-        const Buffer<float> result = buffer<float>(kBlock);
-#pragma omp for schedule(dynamic, 1) collapse(2) nowait
-        for (int64_t at = 0; at < blocks; ++at) {
-            for (int64_t row = 0; row < rows; ++row) {
-                const int64_t begin = at * kBlock;
-                block(w, all.get(), count, tables.get() + row * count * 16, begin, result.get());
-                for (int64_t out = 0; starts && out < kBlock && begin + out < outs; ++out) {
-                    for (int32_t index = starts[begin + out]; index < starts[begin + out + 1]; ++index) {
-                        result[out] += deltas[index] * value(x, type, row * columns + outlier_columns[index]);
-                    }
-                }
-                for (int64_t out = 0; out < kBlock; out += 16) {
-                    const __m512 sixteen = _mm512_load_ps(result.get() + out);
-                    store_floats(y, type, row * outs + begin + out, first(outs - begin - out), sixteen);
-                }
-            }
-        }
-    }
+    ulbq::multiply(&w, Routes(rows), x, type, y, threads);
+}
+
+// y [places][outs]: of matrices of one shape, at the addresses of a table, each with the rows of its jobs (routes.h).
+extern "C" void ulbq_columns_each(const int64_t* table, int64_t outs, int64_t columns, const int64_t* counts,
+                                  const int64_t* jobs, int64_t count, const int64_t* order, int64_t places, int64_t share,
+                                  const void* x, int type, void* y, int threads) {
+    const std::vector<Columns> matrices = of_jobs(table, outs, columns, counts, jobs, count);
+    ulbq::multiply(matrices.data(), Routes(jobs, count, order, places, share), x, type, y, threads);
 }

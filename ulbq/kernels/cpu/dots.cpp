@@ -88,44 +88,65 @@ inline void widen_planes(const Tiles& w, int64_t tile, int64_t chunk, uint32_t* 
     }
 }
 
+// One tile of a matrix and the rows from `begin` to `end`, to `result` [end - begin][64]; `wide` has a chunk's weights.
 template <int Bits>
-void dots(const Tiles& w, const uint16_t* x, int64_t rows, uint16_t* y, int threads) {
-    Rows ordered(rows, w.columns, w.unit());
-    const int64_t blocks = (rows + kRows - 1) / kRows;
+void dots_of_tile(const Tiles& w, const Rows& x, int64_t tile, int64_t begin, int64_t end, uint32_t* wide, float* result) {
+    const __m512i table = integers<Bits>();
     const int steps = static_cast<int>(w.unit() / 2);
+    std::memset(result, 0, (end - begin) * kTile * sizeof(float));
+    for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
+        if (w.parts == 2) {
+            widen_planes(w, tile, chunk, wide);
+            add_chunk(wide, 0, kPairs, x, chunk, 0, begin, end, Rounded{}, result);
+            continue;
+        }
+        widen_integers<Bits>(w.chunk(tile, chunk, 0), table, wide);
+        for (int64_t which = 0; which < x.units; ++which) {
+            const int64_t group = w.group_of[chunk * x.units + which];
+            Exact finish;
+            for (int v = 0; v < kVectors; ++v) {
+                finish.scale[v] = w.load_scale(tile, 0, group, v);
+                finish.zero[v] = w.load_zero(tile, group, v);
+            }
+            add_chunk(wide, static_cast<int>(which) * steps, steps, x, chunk, which, begin, end, finish, result);
+        }
+    }
+}
+
+// The matrix of every job with the job's rows.
+template <int Bits>
+void dots(const Tiles* matrices, const Routes& routes, const uint16_t* x, uint16_t* y, int threads) {
+    Rows ordered(routes.places, matrices->columns, matrices->unit());
+    const int64_t blocks = (routes.most() + kRows - 1) / kRows, tiles = matrices->tiles();
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) ordered.take_steps(x, row);
+        for (int64_t place = 0; place < routes.places; ++place) {
+            if (routes.owner[place] >= 0) ordered.take_steps(x, routes.input(place), place);
+        }
         const Buffer<float> result = buffer<float>(kRows * kTile);
         const Buffer<uint32_t> wide = buffer<uint32_t>(kPairs * kTile);
-        const __m512i table = integers<Bits>();
-#pragma omp for schedule(dynamic, 1) collapse(2) nowait
-        for (int64_t block = 0; block < blocks; ++block) {
-            for (int64_t tile = 0; tile < w.tiles(); ++tile) {
-                const int64_t begin = block * kRows, end = begin + kRows < rows ? begin + kRows : rows;
-                std::memset(result.get(), 0, (end - begin) * kTile * sizeof(float));
-                for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
-                    if (w.parts == 2) {
-                        widen_planes(w, tile, chunk, wide.get());
-                        add_chunk(wide.get(), 0, kPairs, ordered, chunk, 0, begin, end, Rounded{}, result.get());
-                        continue;
-                    }
-                    widen_integers<Bits>(w.chunk(tile, chunk, 0), table, wide.get());
-                    for (int64_t which = 0; which < ordered.units; ++which) {
-                        const int64_t group = w.group_of[chunk * ordered.units + which];
-                        Exact finish;
-                        for (int v = 0; v < kVectors; ++v) {
-                            finish.scale[v] = w.load_scale(tile, 0, group, v);
-                            finish.zero[v] = w.load_zero(tile, group, v);
-                        }
-                        add_chunk(wide.get(), static_cast<int>(which) * steps, steps, ordered, chunk, which, begin, end,
-                                  finish, result.get());
-                    }
+#pragma omp for schedule(dynamic, 1) collapse(3) nowait
+        for (int64_t job = 0; job < routes.count; ++job) {
+            for (int64_t block = 0; block < blocks; ++block) {
+                for (int64_t tile = 0; tile < tiles; ++tile) {
+                    const int64_t begin = routes.begin(job) + block * kRows, last = routes.end(job);
+                    const int64_t end = begin + kRows < last ? begin + kRows : last;
+                    if (begin >= end) continue;
+                    dots_of_tile<Bits>(matrices[job], ordered, tile, begin, end, wide.get(), result.get());
+                    store_tile(result.get(), routes, begin, end, tile, matrices->outs, y);
                 }
-                store_tile(result.get(), begin, end, tile, w.outs, y);
             }
         }
+    }
+}
+
+void dots(const Tiles* matrices, const Routes& routes, const uint16_t* x, uint16_t* y, int threads) {
+    switch (matrices->bits) {
+        case 1: return dots<1>(matrices, routes, x, y, threads);
+        case 2: return dots<2>(matrices, routes, x, y, threads);
+        case 3: return dots<3>(matrices, routes, x, y, threads);
+        case 4: return dots<4>(matrices, routes, x, y, threads);
     }
 }
 
@@ -136,12 +157,16 @@ extern "C" void ulbq_dots(const uint8_t* codes, int bits, int parts, int64_t out
                           const uint8_t* zeros, float centre, int64_t group, const uint16_t* x, int64_t rows, uint16_t* y,
                           int threads) {
     const ulbq::Tiles w(codes, bits, parts, outs, columns, scales, zeros, centre, group);
-    switch (bits) {
-        case 1: return ulbq::dots<1>(w, x, rows, y, threads);
-        case 2: return ulbq::dots<2>(w, x, rows, y, threads);
-        case 3: return ulbq::dots<3>(w, x, rows, y, threads);
-        case 4: return ulbq::dots<4>(w, x, rows, y, threads);
-    }
+    ulbq::dots(&w, ulbq::Routes(rows), x, y, threads);
+}
+
+// y [places][outs]: of matrices of one shape, at the addresses of a table, each with the rows of its jobs (routes.h).
+extern "C" void ulbq_dots_each(const int64_t* table, int bits, int parts, int64_t outs, int64_t columns, float centre,
+                               int64_t group, const int64_t* jobs, int64_t count, const int64_t* order, int64_t places,
+                               int64_t share, const uint16_t* x, uint16_t* y, int threads) {
+    const std::vector<ulbq::Tiles> matrices =
+        ulbq::of_jobs(table, {nullptr, bits, parts, outs, columns, nullptr, nullptr, centre, group}, jobs, count);
+    ulbq::dots(matrices.data(), ulbq::Routes(jobs, count, order, places, share), x, y, threads);
 }
 
 #endif

@@ -25,14 +25,14 @@ struct Rows {
         return reinterpret_cast<const uint32_t*>(values.get() + (chunk * rows + row) * kChunk);
     }
 
-    // The columns of each step of a tile: the first and third, the second and fourth.
-    void take_steps(const uint16_t* x, int64_t row) {
+    // Row `from` of x, the columns of each step of a tile: the first and third, the second and fourth.
+    void take_steps(const uint16_t* x, int64_t from, int64_t row) {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             uint16_t* to = values.get() + (chunk * rows + row) * kChunk;
             float total[2] = {0.0f, 0.0f};
             for (int64_t index = 0; index < kChunk; ++index) {
                 const int64_t column = chunk * kChunk + index;
-                const uint16_t value = column < columns ? x[row * columns + column] : 0;
+                const uint16_t value = column < columns ? x[from * columns + column] : 0;
                 to[index / 4 * 4 + index % 2 * 2 + index / 2 % 2] = value;
                 total[index / unit] += as_float(value);
             }
@@ -40,10 +40,10 @@ struct Rows {
         }
     }
 
-    void take_in_order(const uint16_t* x, int64_t row, const int32_t* order) {
+    void take_in_order(const uint16_t* x, int64_t from, int64_t row, const int32_t* order) {
         for (int64_t at = 0; at < chunks * kChunk; ++at) {
             const int64_t chunk = at / kChunk;
-            values[(chunk * rows + row) * kChunk + at % kChunk] = at < columns ? x[row * columns + order[at]] : 0;
+            values[(chunk * rows + row) * kChunk + at % kChunk] = at < columns ? x[from * columns + order[at]] : 0;
         }
     }
 
@@ -122,13 +122,14 @@ void add_chunk(const uint32_t* wide, int first, int steps, const Rows& x, int64_
     }
 }
 
-// Writes rows `begin` to `end` of a tile's outputs.
-inline void store_tile(const float* result, int64_t begin, int64_t end, int64_t tile, int64_t outs, uint16_t* y) {
+// Writes a tile's outputs of the places `begin` to `end`.
+inline void store_tile(const float* result, const Routes& routes, int64_t begin, int64_t end, int64_t tile, int64_t outs,
+                       uint16_t* y) {
     for (int64_t row = begin; row < end; ++row) {
         for (int64_t out = 0; out < kTile; out += 16) {
             const int64_t at = tile * kTile + out;
             const __m512 value = _mm512_load_ps(result + (row - begin) * kTile + out);
-            store_floats(y, kBFloat16, row * outs + at, first(outs - at), value);
+            store_floats(y, kBFloat16, routes.output(row) * outs + at, first(outs - at), value);
         }
     }
 }

@@ -46,7 +46,7 @@ inline __attribute__((always_inline)) void accumulate(const uint8_t* chunk, cons
     }
 }
 
-// Adds what one unit of columns contributes to `result` [rows][64].
+// Adds what one unit of columns contributes to `result` [Rows][64].
 template <int Bits, int Digits, int Rows, int Count>
 inline __attribute__((always_inline)) void add_unit(const Tiles& w, const Activations<Digits>& x, int64_t tile, int part,
                                                     int64_t chunk, int first_step, int64_t row, float* result) {
@@ -65,7 +65,7 @@ inline __attribute__((always_inline)) void add_unit(const Tiles& w, const Activa
         for (int r = 0; r < Rows; ++r) {
             const __m512 factor = _mm512_set1_ps(x.factors[(row + r) * x.units + unit]);
             const __m512 total = _mm512_set1_ps(x.sums[(row + r) * x.units + unit]);
-            float* to = result + (row + r) * kTile + 16 * vector;
+            float* to = result + r * kTile + 16 * vector;
             const __m512 centred = _mm512_fnmadd_ps(zero, total, _mm512_mul_ps(product[r][vector], factor));
             _mm512_store_ps(to, _mm512_fmadd_ps(scale, centred, _mm512_load_ps(to)));
         }
@@ -84,30 +84,44 @@ inline void add_chunk(const Tiles& w, const Activations<Digits>& x, int64_t tile
     }
 }
 
+// One tile of a matrix and the rows from `begin` to `end`, to `result` [end - begin][64].
 template <int Bits, int Digits>
-void multiply(const Tiles& w, const void* x, int type, int64_t rows, void* y, int threads) {
-    Activations<Digits> rounded(rows, w.columns, w.unit());
+void multiply_tile(const Tiles& w, const Activations<Digits>& x, int64_t tile, int64_t begin, int64_t end, float* result) {
+    std::memset(result, 0, (end - begin) * kTile * sizeof(float));
+    for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
+        int64_t row = begin;
+        float* to = result;
+        if (Digits == 2) {
+            for (; row + 3 <= end; row += 3, to += 3 * kTile) add_chunk<Bits, Digits, 3>(w, x, tile, chunk, row, to);
+        }
+        for (; row + 2 <= end; row += 2, to += 2 * kTile) add_chunk<Bits, Digits, 2>(w, x, tile, chunk, row, to);
+        if (row < end) add_chunk<Bits, Digits, 1>(w, x, tile, chunk, row, to);
+    }
+}
+
+// The matrix of every job with the job's rows.
+template <int Bits, int Digits>
+void multiply(const Tiles* matrices, const Routes& routes, const void* x, int type, void* y, int threads) {
+    const int64_t outs = matrices->outs, tiles = matrices->tiles();
+    Activations<Digits> rounded(routes.places, matrices->columns, matrices->unit());
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) rounded.round_row(x, type, row);
-        const Buffer<float> result = buffer<float>(rows * kTile);
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t tile = 0; tile < w.tiles(); ++tile) {
-            std::memset(result.get(), 0, rows * kTile * sizeof(float));
-            for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
-                int64_t row = 0;
-                if (Digits == 2) {
-                    for (; row + 3 <= rows; row += 3) add_chunk<Bits, Digits, 3>(w, rounded, tile, chunk, row, result.get());
-                }
-                for (; row + 2 <= rows; row += 2) add_chunk<Bits, Digits, 2>(w, rounded, tile, chunk, row, result.get());
-                if (row < rows) add_chunk<Bits, Digits, 1>(w, rounded, tile, chunk, row, result.get());
-            }
-            for (int64_t row = 0; row < rows; ++row) {
-                for (int64_t out = 0; out < kTile; out += 16) {
-                    const int64_t at = tile * kTile + out;
-                    const __m512 value = _mm512_load_ps(result.get() + row * kTile + out);
-                    store_floats(y, type, row * w.outs + at, first(w.outs - at), value);
+        for (int64_t place = 0; place < routes.places; ++place) {
+            if (routes.owner[place] >= 0) rounded.round_row(x, type, routes.input(place), place);
+        }
+        const Buffer<float> result = buffer<float>(routes.most() * kTile);
+#pragma omp for schedule(dynamic, 1) collapse(2) nowait
+        for (int64_t job = 0; job < routes.count; ++job) {
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t begin = routes.begin(job), end = routes.end(job);
+                multiply_tile<Bits>(matrices[job], rounded, tile, begin, end, result.get());
+                for (int64_t place = begin; place < end; ++place) {
+                    for (int64_t out = 0; out < kTile; out += 16) {
+                        const int64_t at = tile * kTile + out;
+                        const __m512 value = _mm512_load_ps(result.get() + (place - begin) * kTile + out);
+                        store_floats(y, type, routes.output(place) * outs + at, first(outs - at), value);
+                    }
                 }
             }
         }
@@ -115,11 +129,20 @@ void multiply(const Tiles& w, const void* x, int type, int64_t rows, void* y, in
 }
 
 template <int Bits>
-void multiply(const Tiles& w, const void* x, int type, int64_t rows, void* y, int threads) {
+void multiply(const Tiles* matrices, const Routes& routes, const void* x, int type, void* y, int threads) {
     if (type == kFloat32) {
-        multiply<Bits, 3>(w, x, type, rows, y, threads);
+        multiply<Bits, 3>(matrices, routes, x, type, y, threads);
     } else {
-        multiply<Bits, 2>(w, x, type, rows, y, threads);
+        multiply<Bits, 2>(matrices, routes, x, type, y, threads);
+    }
+}
+
+void multiply(const Tiles* matrices, const Routes& routes, const void* x, int type, void* y, int threads) {
+    switch (matrices->bits) {
+        case 1: return multiply<1>(matrices, routes, x, type, y, threads);
+        case 2: return multiply<2>(matrices, routes, x, type, y, threads);
+        case 3: return multiply<3>(matrices, routes, x, type, y, threads);
+        case 4: return multiply<4>(matrices, routes, x, type, y, threads);
     }
 }
 
@@ -175,12 +198,16 @@ extern "C" void ulbq_multiply(const uint8_t* codes, int bits, int parts, int64_t
                               const uint16_t* scales, const uint8_t* zeros, float centre, int64_t group, const void* x,
                               int type, int64_t rows, void* y, int threads) {
     const Tiles w(codes, bits, parts, outs, columns, scales, zeros, centre, group);
-    switch (bits) {
-        case 1: return ulbq::multiply<1>(w, x, type, rows, y, threads);
-        case 2: return ulbq::multiply<2>(w, x, type, rows, y, threads);
-        case 3: return ulbq::multiply<3>(w, x, type, rows, y, threads);
-        case 4: return ulbq::multiply<4>(w, x, type, rows, y, threads);
-    }
+    ulbq::multiply(&w, ulbq::Routes(rows), x, type, y, threads);
+}
+
+// y [places][outs]: of matrices of one shape, at the addresses of a table, each with the rows of its jobs (routes.h).
+extern "C" void ulbq_multiply_each(const int64_t* table, int bits, int parts, int64_t outs, int64_t columns, float centre,
+                                   int64_t group, const int64_t* jobs, int64_t count, const int64_t* order, int64_t places,
+                                   int64_t share, const void* x, int type, void* y, int threads) {
+    const std::vector<Tiles> matrices =
+        ulbq::of_jobs(table, {nullptr, bits, parts, outs, columns, nullptr, nullptr, centre, group}, jobs, count);
+    ulbq::multiply(matrices.data(), ulbq::Routes(jobs, count, order, places, share), x, type, y, threads);
 }
 
 // dense [columns][count]: the weights of outputs `begin` to `begin + count`, transposed; `begin` is a multiple of 64.

@@ -13,7 +13,9 @@
 // nibbles [tiles][groups][32], the low ones those of outputs 0 to 31. Outputs and columns are padded with zeros.
 #pragma once
 
-#include "activations.h"
+#include <vector>
+
+#include "routes.h"
 
 namespace ulbq {
 
@@ -35,7 +37,16 @@ struct Tiles {
     const uint8_t* zeros;  // null where they are fixed
     float centre;          // the fixed zero point
     int64_t group;         // columns
-    const Buffer<int32_t> group_of = groups_of_units();  // which group a unit is in; padding counts to the last
+    std::shared_ptr<const int32_t[]> group_of = groups_of_units();  // of a unit; padding counts to the last
+
+    // The matrix of this shape at number `which` of a table [matrices][codes, scales, zeros].
+    Tiles at(const int64_t* table, int64_t which) const {
+        Tiles other = *this;
+        other.codes = address<uint8_t>(table, 3 * which);
+        other.scales = address<uint16_t>(table, 3 * which + 1);
+        other.zeros = address<uint8_t>(table, 3 * which + 2);
+        return other;
+    }
 
     int64_t tiles() const { return (outs + kTile - 1) / kTile; }
     int64_t chunks() const { return (columns + kChunk - 1) / kChunk; }
@@ -62,7 +73,7 @@ struct Tiles {
     }
 
   private:
-    Buffer<int32_t> groups_of_units() const {
+    std::shared_ptr<const int32_t[]> groups_of_units() const {
         const int64_t units = chunks() * kChunk / unit();
         Buffer<int32_t> found = buffer<int32_t>(units);
         for (int64_t index = 0; index < units; ++index) {
@@ -72,6 +83,14 @@ struct Tiles {
         return found;
     }
 };
+
+// The matrix of each job.
+inline std::vector<Tiles> of_jobs(const int64_t* table, const Tiles& shape, const int64_t* jobs, int64_t count) {
+    std::vector<Tiles> found;
+    found.reserve(count);
+    for (int64_t job = 0; job < count; ++job) found.push_back(shape.at(table, jobs[3 * job]));
+    return found;
+}
 
 inline __m512i load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
 

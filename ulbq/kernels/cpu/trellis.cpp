@@ -10,6 +10,7 @@
 
 #include <cmath>
 
+#include "routes.h"
 #include "vectors.h"
 
 namespace ulbq::trellis {
@@ -276,10 +277,10 @@ struct Product {
     explicit Product(const Trellis& w)
         : w(w), rest((kMiddle + kHalfway) * double(w.scale) + w.shift), value(w.multiplier, w.state_bits) {}
 
-    Stripe stripe(int64_t output, int64_t chunk) const {
+    Stripe stripe(const uint8_t* codes, int64_t output, int64_t chunk) const {
         const int64_t bytes = 32 * Bits, row = chunk * kTilesOfChunk, left = w.columns / kSide - row;
         const int64_t stride = w.outs / kSide * bytes;
-        return {w.codes + row * stride + output / kSide * bytes, stride, left < kTilesOfChunk ? left : kTilesOfChunk,
+        return {codes + row * stride + output / kSide * bytes, stride, left < kTilesOfChunk ? left : kTilesOfChunk,
                 output + kGroup <= w.outs};
     }
 
@@ -304,19 +305,19 @@ struct Product {
 
     // One row: nothing that is decoded is stored.
     template <int Parts>
-    void one_row(const Inputs<kSteps, Parts>& x, const Stripe& at, int64_t chunk, float* result) const {
+    void one_row(const Inputs<kSteps, Parts>& x, const Stripe& at, int64_t chunk, int64_t row, float* result) const {
         __m512i sum[Parts][2];
-        for (int part = 0; part < Parts; ++part) sum[part][0] = sum[part][1] = x.start(0, chunk, part);
+        for (int part = 0; part < Parts; ++part) sum[part][0] = sum[part][1] = x.start(row, chunk, part);
         for (int64_t tile = 0; tile < at.count; ++tile) {
             decode(at, tile, [&](int step, __m512i element) {
 #pragma GCC unroll 2
                 for (int part = 0; part < Parts; ++part) {
                     __m512i& to = sum[part][decoder.half(step)];
-                    to = _mm512_dpwssd_epi32(to, element, x.lanes(0, chunk, part, tile, decoder.inputs(step)));
+                    to = _mm512_dpwssd_epi32(to, element, x.lanes(row, chunk, part, tile, decoder.inputs(step)));
                 }
             });
         }
-        add(x, 0, chunk, sum, result);
+        add(x, row, chunk, sum, result);
     }
 
     // A few rows and what was decoded of `count` tiles.
@@ -373,33 +374,49 @@ struct Product {
         _mm512_storeu_ps(to, _mm512_add_ps(both, shift));
     }
 
+    // `kUnit` outputs of a matrix and the rows from `begin` to `end`, [end - begin][outs] of y; `result` is for its sums.
     template <int Parts>
-    void multiply(const float* inputs, int64_t rows, float* y, int threads) const {
-        Inputs<kSteps, Parts> x(inputs, rows, w.columns);
-        const int64_t blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce, most = rows < kRowsAtOnce ? rows : kRowsAtOnce;
+    void multiply_unit(const uint8_t* codes, const Inputs<kSteps, Parts>& x, int64_t unit, int64_t begin, int64_t end,
+                       float* result, float* y) const {
+        const int64_t last = unit + kUnit < w.outs ? unit + kUnit : w.outs, size = 32 * (end - begin);
+        std::memset(result, 0, kGroups * size * sizeof(float));
+        for (int64_t chunk = 0; chunk < x.chunks; ++chunk) {
+            float* to = result;
+            for (int64_t output = unit; output < last; output += kGroup, to += size) {
+                if (end - begin == 1) {
+                    one_row(x, stripe(codes, output, chunk), chunk, begin, to);
+                } else {
+                    many_rows(x, stripe(codes, output, chunk), chunk, begin, end, to);
+                }
+            }
+        }
+        for (int64_t row = begin; row < end; ++row) {
+            store_row(result + 32 * (row - begin), size, x.totals[row], unit, last, y + (row - begin) * w.outs);
+        }
+    }
+
+    // The matrix of every job, its codes at the first of `kinds` addresses of a table, with the rows at the job's places.
+    template <int Parts>
+    void multiply(const int64_t* table, int64_t kinds, const Routes& routes, const float* inputs, float* y, int threads) const {
+        Inputs<kSteps, Parts> x(inputs, routes.places, w.columns);
+        const int64_t rows = routes.most(), blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+        const int64_t most = rows < kRowsAtOnce ? rows : kRowsAtOnce;
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; ++row) x.round_row(row);
+            for (int64_t place = 0; place < routes.places; ++place) {
+                if (routes.owner[place] >= 0) x.round_row(place);
+            }
             const Buffer<float> result = buffer<float>(kGroups * most * 32);
-#pragma omp for schedule(dynamic, 1) collapse(2) nowait
-            for (int64_t block = 0; block < blocks; ++block) {
-                for (int64_t unit = 0; unit < w.outs; unit += kUnit) {
-                    const int64_t begin = block * kRowsAtOnce, end = begin + kRowsAtOnce < rows ? begin + kRowsAtOnce : rows;
-                    const int64_t last = unit + kUnit < w.outs ? unit + kUnit : w.outs, size = 32 * (end - begin);
-                    std::memset(result.get(), 0, kGroups * size * sizeof(float));
-                    for (int64_t chunk = 0; chunk < x.chunks; ++chunk) {
-                        float* to = result.get();
-                        for (int64_t output = unit; output < last; output += kGroup, to += size) {
-                            if (rows == 1) {
-                                one_row(x, stripe(output, chunk), chunk, to);
-                            } else {
-                                many_rows(x, stripe(output, chunk), chunk, begin, end, to);
-                            }
-                        }
-                    }
-                    for (int64_t row = begin; row < end; ++row) {
-                        store_row(result.get() + 32 * (row - begin), size, x.totals[row], unit, last, y + row * w.outs);
+#pragma omp for schedule(dynamic, 1) collapse(3) nowait
+            for (int64_t job = 0; job < routes.count; ++job) {
+                for (int64_t block = 0; block < blocks; ++block) {
+                    for (int64_t unit = 0; unit < w.outs; unit += kUnit) {
+                        const int64_t begin = routes.begin(job) + block * kRowsAtOnce, last = routes.end(job);
+                        const int64_t end = begin + kRowsAtOnce < last ? begin + kRowsAtOnce : last;
+                        if (begin >= end) continue;
+                        const uint8_t* codes = address<uint8_t>(table, kinds * routes.matrix(job));
+                        multiply_unit(codes, x, unit, begin, end, result.get(), y + begin * w.outs);
                     }
                 }
             }
@@ -450,7 +467,7 @@ struct Product {
     inline __attribute__((always_inline)) void widen_group(int64_t row, int64_t output, void* to) const {
         const __m512i lanes = places();
         __m512i element[kSteps];
-        decode(stripe(output, row / kTilesOfChunk), row % kTilesOfChunk, [&](int step, __m512i found) { element[step] = found; });
+        decode(stripe(w.codes, output, row / kTilesOfChunk), row % kTilesOfChunk, [&](int step, __m512i found) { element[step] = found; });
 #pragma GCC unroll 16
         for (int r = 0; r < kSide; ++r) {
             // Which of the four inputs of a thread, and of which thread of four.
@@ -528,6 +545,56 @@ inline void mix_blocks(const float* mix, const float* blocks, int64_t count, int
     }
 }
 
+// One end of a product: a transform of each row, of `width` columns in blocks of `block`.
+struct Turn {
+    struct End {
+        int64_t from, to;  // rows; from -1 where there is nothing to do
+        const uint16_t *before, *after;
+    };
+
+    int64_t width, block;
+    const float* mix;  // [width / block][width / block], null where blocks are not mixed
+
+    int64_t span() const { return mix ? width : block; }
+
+    // Columns `begin` to `begin + span()` of a row: to = (x * before) · H * after; `turned` and `mixed` are for one span.
+    template <int Type>
+    void run(const void* x, const End& end, void* to, int to_type, int64_t begin, float* turned, float* mixed) const {
+        const __m512 norm = all(1.0f / std::sqrt(static_cast<float>(block)));
+        for (int64_t at = 0; at < span(); at += 16) {
+            __m512 some = load_floats(x, Type, end.from * width + begin + at, 0xffff);
+            if (end.before) some = _mm512_mul_ps(some, load_floats(end.before, kFloat16, begin + at, 0xffff));
+            _mm512_store_ps(turned + at, some);
+        }
+        for (int64_t at = 0; at < span(); at += block) hadamard(turned + at, block);
+        if (mix) mix_blocks(mix, turned, width / block, block, mixed);
+        for (int64_t at = 0; at < span(); at += 16) {
+            __m512 some = _mm512_mul_ps(_mm512_load_ps((mix ? mixed : turned) + at), norm);
+            if (end.after) some = _mm512_mul_ps(some, load_floats(end.after, kFloat16, begin + at, 0xffff));
+            store_floats(to, to_type, end.to * width + begin + at, 0xffff, some);
+        }
+    }
+
+    // Rows in turn; `find` tells where it is read, where it is written, and what it is multiplied with on either side.
+    template <class Find>
+    void run(const void* x, int type, void* to, int to_type, int64_t rows, const Find& find, int threads) const {
+        by_type(type, [&](auto from_type) {
+#pragma omp parallel num_threads(threads)
+            {
+                const Buffer<float> turned = buffer<float>(span()), mixed = buffer<float>(mix ? span() : 0);
+#pragma omp for schedule(static) collapse(2)
+                for (int64_t row = 0; row < rows; ++row) {
+                    for (int64_t begin = 0; begin < width; begin += span()) {
+                        const End end = find(row);
+                        if (end.from < 0) continue;
+                        run<decltype(from_type)::value>(x, end, to, to_type, begin, turned.get(), mixed.get());
+                    }
+                }
+            }
+        });
+    }
+};
+
 }  // namespace ulbq::trellis
 
 using namespace ulbq;
@@ -538,8 +605,38 @@ using namespace ulbq::trellis;
 extern "C" void ulbq_multiply_trellis(const uint8_t* codes, int bits, int state_bits, uint32_t multiplier, float scale, float shift,
                              int64_t outs, int64_t columns, const float* x, int64_t rows, int parts, float* y, int threads) {
     by_bits({codes, outs, columns, multiplier, state_bits, scale, shift}, bits, [&](const auto& product) {
-        parts == 1 ? product.template multiply<1>(x, rows, y, threads) : product.template multiply<2>(x, rows, y, threads);
+        const Routes routes(rows);
+        const int64_t table[1] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(codes))};
+        parts == 1 ? product.template multiply<1>(table, 1, routes, x, y, threads) : product.template multiply<2>(table, 1, routes, x, y, threads);
     });
+}
+
+// y [places][outs]: x · diag(su) · H, times the transpose of the inner matrix, · H · diag(sv), of matrices of one shape,
+// at the addresses of a table [matrices][codes, su, sv], each with the rows of its jobs (routes.h). The transforms are
+// those of ulbq_turn.
+extern "C" void ulbq_trellis_each(const int64_t* table, int bits, int state_bits, uint32_t multiplier, float scale, float shift,
+                                  int64_t outs, int64_t columns, int64_t in_block, const float* in_mix, int64_t out_block,
+                                  const float* out_mix, const int64_t* jobs, int64_t count, const int64_t* order, int64_t places,
+                                  int64_t share, const void* x, int type, int parts, void* y, int threads) {
+    const Routes routes(jobs, count, order, places, share);
+    const Buffer<float> inner = buffer<float>(places * columns), found = buffer<float>(places * outs);
+    const auto vector = [&](int64_t place, int kind) {
+        return address<uint16_t>(table, 3 * routes.matrix(routes.owner[place]) + kind);
+    };
+    const auto entering = [&](int64_t place) -> Turn::End {
+        if (routes.owner[place] < 0) return {-1, -1, nullptr, nullptr};
+        return {routes.input(place), place, vector(place, 1), nullptr};
+    };
+    Turn{columns, in_block, in_mix}.run(x, type, inner.get(), kFloat32, places, entering, threads);
+    by_bits({nullptr, outs, columns, multiplier, state_bits, scale, shift}, bits, [&](const auto& product) {
+        parts == 1 ? product.template multiply<1>(table, 3, routes, inner.get(), found.get(), threads)
+                   : product.template multiply<2>(table, 3, routes, inner.get(), found.get(), threads);
+    });
+    const auto leaving = [&](int64_t place) -> Turn::End {
+        if (routes.owner[place] < 0) return {-1, -1, nullptr, nullptr};
+        return {place, routes.output(place), nullptr, vector(place, 2)};
+    };
+    Turn{outs, out_block, out_mix}.run(found.get(), kFloat32, y, type, places, leaving, threads);
 }
 
 // dense [columns][count]: the inner matrix's rows `begin` to `begin + count`, transposed; both are multiples of 32, or the
@@ -555,30 +652,6 @@ extern "C" void ulbq_widen_trellis(const uint8_t* codes, int bits, int state_bit
 // [width / block][width / block], the blocks are mixed by it, too. Either vector of float16 may be null.
 extern "C" void ulbq_turn(const void* x, int type, int64_t rows, int64_t width, int64_t block, const float* mix,
                           const uint16_t* before, const uint16_t* after, void* to, int to_type, int threads) {
-    const __m512 norm = all(1.0f / std::sqrt(static_cast<float>(block)));
-    const int64_t span = mix ? width : block;
-    by_type(type, [&](auto from) {
-#pragma omp parallel num_threads(threads)
-        {
-            const Buffer<float> turned = buffer<float>(span), mixed = buffer<float>(mix ? span : 0);
-            const float* result = mix ? mixed.get() : turned.get();
-#pragma omp for schedule(static) collapse(2)
-            for (int64_t row = 0; row < rows; ++row) {
-                for (int64_t begin = 0; begin < width; begin += span) {
-                    for (int64_t at = 0; at < span; at += 16) {
-                        __m512 some = load_floats(x, decltype(from)::value, row * width + begin + at, 0xffff);
-                        if (before) some = _mm512_mul_ps(some, load_floats(before, kFloat16, begin + at, 0xffff));
-                        _mm512_store_ps(turned.get() + at, some);
-                    }
-                    for (int64_t at = 0; at < span; at += block) hadamard(turned.get() + at, block);
-                    if (mix) mix_blocks(mix, turned.get(), width / block, block, mixed.get());
-                    for (int64_t at = 0; at < span; at += 16) {
-                        __m512 some = _mm512_mul_ps(_mm512_load_ps(result + at), norm);
-                        if (after) some = _mm512_mul_ps(some, load_floats(after, kFloat16, begin + at, 0xffff));
-                        store_floats(to, to_type, row * width + begin + at, 0xffff, some);
-                    }
-                }
-            }
-        }
-    });
+    const auto find = [&](int64_t row) -> Turn::End { return {row, row, before, after}; };
+    Turn{width, block, mix}.run(x, type, to, to_type, rows, find, threads);
 }

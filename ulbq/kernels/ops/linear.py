@@ -93,13 +93,13 @@ def multiply(
 ) -> torch.Tensor:
     """``[..., out]`` of inputs ``[..., in]`` and a matrix by the tensors of a form."""
     given = arguments(scheme, form, tensors, x.shape[-1])
-    if _is_plain(x):
+    if is_plain(x):
         return _product(x, *given, out_features)
     product: torch.Tensor = torch.ops.ulbq.packed_linear(x, *given, out_features)
     return product
 
 
-def _is_plain(x: torch.Tensor) -> bool:
+def is_plain(x: torch.Tensor) -> bool:
     """Whether nobody traces or differentiates: torch's way to an operator is then half of what a vector takes."""
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         return False
