@@ -33,7 +33,7 @@ from rich.table import Table
 
 from ulbq import formats, kernels
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, TrellisScheme
-from ulbq.kernels import build
+from ulbq.kernels import build, dispatch
 from ulbq.kernels.layouts import int4
 
 SCHEMES: list[AnyScheme] = [
@@ -121,7 +121,7 @@ def case(outs: int, columns: int, scheme: AnyScheme, repeats: int, index: int, c
             contenders[name], sizes[name] = calls, size
             foreign |= set() if same else {name}
     torch_own = int4.Int4Layout()
-    if torch_own.unsupported_reason(scheme, outs, columns) is None:
+    if dispatch.unsupported_reason(torch_own, scheme, outs, columns, "cpu") is None:
         packed = torch_own.pack(scheme, stored, outs, columns)
         contenders["int4"] = packed_call(scheme, outs, kernels.Ready(torch_own, packed))
         sizes["int4"] = sum(packed[name].nbytes for name in packed.keys() - stored.keys())

@@ -64,7 +64,7 @@ def far_apart(matrices: list[tuple[AnyScheme, kernels.Ready]], name: str) -> lis
 
 
 def gathered(matrices: list[tuple[AnyScheme, kernels.Ready]]) -> list[banks.Bank]:
-    return banks.gathered([(own, ready.layout.name, ready.tensors) for own, ready in matrices], OUTS, COLUMNS)
+    return kernels.gathered(matrices, OUTS, COLUMNS)
 
 
 def routed(tokens: int) -> torch.Tensor:

@@ -243,7 +243,7 @@ def test_a_broken_kernel_does_not_pass(broken: str, rows: int, monkeypatch: pyte
     scheme, columns = AffineScheme(bits=3, group_size=64), 192
     stored = random_matrix(scheme, OUTS, columns)
     check(scheme, stored, columns, "cpu", rows)
-    whole, cut = triton_launch.part, triton_launch._cut
+    whole, cut = triton_launch.part, triton_launch.cut_of
 
     def spoiled(*arguments: object) -> triton_launch.Part:
         made = whole(*arguments)  # type: ignore[arg-type]
@@ -261,7 +261,7 @@ def test_a_broken_kernel_does_not_pass(broken: str, rows: int, monkeypatch: pyte
 
     monkeypatch.setattr(triton_launch, "part", spoiled)
     if broken == "last span":
-        monkeypatch.setattr(triton_launch, "_cut", lambda *a: (found := cut(*a))._replace(spans=found.spans - 1))
+        monkeypatch.setattr(triton_launch, "cut_of", lambda *a: (found := cut(*a))._replace(spans=found.spans - 1))
     with pytest.raises(AssertionError):
         check(scheme, stored, columns, "cpu", rows)
     with pytest.raises(AssertionError):

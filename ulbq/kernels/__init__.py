@@ -4,7 +4,7 @@
 format computes stands in its module of :mod:`ulbq.formats`, who computes it where in :mod:`~ulbq.kernels.dispatch`.
 """
 
-from ulbq.kernels.dispatch import LAYOUTS, STORED, Choice, Ready, choose, prepare
+from ulbq.kernels.dispatch import LAYOUTS, STORED, Choice, Ready, choose, gathered, prepare
 from ulbq.kernels.layouts.base import Case, Layout
 
-__all__ = ["LAYOUTS", "STORED", "Case", "Choice", "Layout", "Ready", "choose", "prepare"]
+__all__ = ["LAYOUTS", "STORED", "Case", "Choice", "Layout", "Ready", "choose", "gathered", "prepare"]

@@ -5,11 +5,11 @@ the kernel for one matrix gives it with the rows that go the same way (``cpu/rou
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ulbq.formats import AnyScheme, CodebookScheme, TrellisScheme, trellis
+from ulbq.formats import CodebookScheme, TrellisScheme, trellis
 from ulbq.kernels import columns, tiles
 from ulbq.kernels import trellis as trellis_products
 from ulbq.kernels.build import library
@@ -63,9 +63,11 @@ class Bank:
 
     Attributes:
         names: of the tensors whose addresses the kernels take, in their order.
+        lone: whether it writes all places, so that no other bank can have some of them.
     """
 
-    names: tuple[str, ...]
+    names: ClassVar[tuple[str, ...]]
+    lone: ClassVar[bool] = False
 
     def __init__(self, scheme: Any, matrices: Mapping[int, Tensors], outs: int, columns: int) -> None:
         self.scheme, self.matrices, self.outs, self.columns = scheme, matrices, outs, columns
@@ -93,12 +95,12 @@ def multiply(banks: Sequence[Bank], x: Tensor, routes: Routes, share: int) -> Te
 
     Args:
         banks: of matrices of one shape; each matrix is in one of them.
-        x: ``[rows, in]`` on the CPU.
+        x: ``[rows, in]``.
         routes: whose places are ``share`` times as many as the rows; what is in no job is not written.
         share: results that have one row of inputs, one behind the other: the choices of one token.
     """
     x = x.contiguous()
-    y = torch.empty(routes.places, banks[0].outs, dtype=x.dtype)
+    y = x.new_empty(routes.places, banks[0].outs)
     for bank in banks:
         jobs = routes.jobs if len(banks) == 1 else [job for job in routes.jobs if job[0] in bank.matrices]
         if jobs:
@@ -188,21 +190,3 @@ def _way(jobs: list[Job], routes: Routes, share: int) -> tuple[Tensor, tuple[Any
     table = torch.tensor(jobs, dtype=torch.int64)
     order = None if routes.order is None else routes.order.data_ptr()
     return table, (table.data_ptr(), len(jobs), order, routes.places, share)
-
-
-BANKS: dict[str, type[Bank]] = {"tiles": TilesBank, "columns": ColumnsBank, "trellis": TrellisBank}
-"""By the name of the layout whose tensors they take. BinaryMoS has none: what goes around its signs is a router, scales
-and a sum for each matrix, which cost more calls than the product."""
-
-
-def gathered(readies: Sequence[tuple[AnyScheme, str, Tensors]], outs: int, columns: int) -> list[Bank]:
-    """Banks of matrices, each given by its scheme, layout and tensors; none where one of them has no bank."""
-    found: list[tuple[AnyScheme, str, dict[int, Tensors]]] = []
-    for number, (scheme, layout, tensors) in enumerate(readies):
-        if layout not in BANKS or scheme.format == "binary_mos":
-            return []
-        same = next((each for each in found if each[:2] == (scheme, layout)), None)
-        if same is None:
-            found.append(same := (scheme, layout, {}))
-        same[2][number] = tensors
-    return [BANKS[layout](scheme, matrices, outs, columns) for scheme, layout, matrices in found]

@@ -3,12 +3,13 @@
 A layout takes a case or tells why it does not. ``dense`` takes all, so there is always an answer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ulbq.formats import AnyScheme
+from ulbq.kernels.banks import Bank
 from ulbq.kernels.layouts.base import Case, Layout
 from ulbq.kernels.layouts.columns import ColumnsLayout
 from ulbq.kernels.layouts.humming import HummingLayout
@@ -68,6 +69,24 @@ def prepare(scheme: AnyScheme, stored: Mapping[str, torch.Tensor], out_features:
     """Bring stored tensors into the layout of the best backend for this matrix and machine."""
     layout = best(scheme, out_features, in_features, next(iter(stored.values())).device.type)
     return Ready(layout, layout.pack(scheme, stored, out_features, in_features))
+
+
+def gathered(matrices: Sequence[tuple[AnyScheme, Ready]], outs: int, columns: int) -> list[Bank]:
+    """Banks of matrices of one shape, whose products are made in one call; none where one of them can be in no bank."""
+    found: list[tuple[AnyScheme, Layout, dict[int, Mapping[str, torch.Tensor]]]] = []
+    for number, (scheme, (layout, tensors)) in enumerate(matrices):
+        same = next((each for each in found if each[:2] == (scheme, layout)), None)
+        if same is None:
+            found.append(same := (scheme, layout, {}))
+        same[2][number] = tensors
+    kinds = [layout.bank(scheme) for scheme, layout, _ in found]
+    if any(kind is None or (kind.lone and len(kinds) > 1) for kind in kinds):
+        return []
+    return [
+        kind(scheme, tensors, outs, columns)
+        for kind, (scheme, _, tensors) in zip(kinds, found, strict=True)
+        if kind is not None
+    ]
 
 
 def unsupported_reason(

@@ -4,6 +4,7 @@ Two transforms go around each product; the second one adds up the shares of the 
 product.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +15,13 @@ from ulbq.kernels.triton_launch import SPLIT_ROWS, VECTOR_ROWS, device_facts, on
 
 Tensor = torch.Tensor
 
-_DEEP = 4
+DEEP = 4
 """Rows of tiles that a program of a matrix product takes at a time: 64 columns."""
 # A thread of the vector kernel has an accumulator for every row and for two elements of each tile.
 _VECTOR_TILES = 8
 
 
-class _TrellisCut(NamedTuple):
+class TrellisCut(NamedTuple):
     """How a product is divided: rows of a program, tiles across, rows of tiles of a share, shares, options."""
 
     block_m: int
@@ -37,18 +38,18 @@ def multiply(x: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tensor, sv: Te
     vector = len(x) <= VECTOR_ROWS
     inner = scaled_transform(x, torch.float32 if vector else x.dtype, before=su)
     rows, columns, outs = len(x), len(su), len(sv)
-    cut = _cut("vector" if vector else "small" if rows <= SPLIT_ROWS else "large", scheme, codes, rows)
+    cut = cut_of("vector" if vector else "small" if rows <= SPLIT_ROWS else "large", scheme, codes, [rows])
     partial = x.new_empty(cut.splits, rows, outs, dtype=torch.float32)
     across = -(-codes.shape[1] // cut.tiles)
     sizes = (rows, columns, outs, cut.each)
     with on(x):
         if vector:
             _kernels().vector_kernel[(across, cut.splits)](
-                inner, codes, partial, *sizes, **_constants(scheme), ROWS=cut.block_m, TILES=cut.tiles, **cut.start
+                inner, codes, partial, *sizes, **constants(scheme), ROWS=cut.block_m, TILES=cut.tiles, **cut.start
             )
         else:
             _kernels().matrix_kernel[(-(-rows // cut.block_m), across, cut.splits)](
-                inner, codes, partial, *sizes, **_constants(scheme), DEEP=_DEEP, BLOCK_M=cut.block_m, TILES=cut.tiles,
+                inner, codes, partial, *sizes, **constants(scheme), DEEP=DEEP, BLOCK_M=cut.block_m, TILES=cut.tiles,
                 **cut.start,
             )  # fmt: skip
     return scaled_transform(partial, x.dtype, after=sv)
@@ -59,11 +60,11 @@ def input_gradient(grad: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tenso
     if not len(grad):
         return grad.new_empty(0, len(su))
     inner = scaled_transform(grad, grad.dtype, before=sv)
-    cut = _cut("gradient", scheme, codes, len(grad))
+    cut = cut_of("gradient", scheme, codes, [len(grad)])
     result = grad.new_empty(len(grad), len(su), dtype=torch.float32)
     with on(grad):
-        _kernels().gradient_kernel[(-(-len(grad) // cut.block_m), -(-codes.shape[0] // _DEEP))](
-            inner, codes, result, len(grad), len(su), len(sv), **_constants(scheme), DEEP=_DEEP, BLOCK_M=cut.block_m,
+        _kernels().gradient_kernel[(-(-len(grad) // cut.block_m), -(-codes.shape[0] // DEEP))](
+            inner, codes, result, len(grad), len(su), len(sv), **constants(scheme), DEEP=DEEP, BLOCK_M=cut.block_m,
             TILES=cut.tiles, **cut.start,
         )  # fmt: skip
     return scaled_transform(result, grad.dtype, after=su)
@@ -107,8 +108,8 @@ def scaled_transform(
         before, after: ``[n]`` float16; ones where not given.
     """
     if trellis.is_mixed(x.shape[-1]):
-        return mix(_scaled_transform(x, torch.float32, before, None), dtype, after)
-    return _scaled_transform(x, dtype, before, after)
+        return mix(blocks_transform(x, torch.float32, before, None), dtype, after)
+    return blocks_transform(x, dtype, before, after)
 
 
 def mix(x: Tensor, dtype: torch.dtype, after: Tensor | None) -> Tensor:
@@ -117,39 +118,48 @@ def mix(x: Tensor, dtype: torch.dtype, after: Tensor | None) -> Tensor:
     return (mixed if after is None else mixed * after).to(dtype)
 
 
-def _scaled_transform(x: Tensor, dtype: torch.dtype, before: Tensor | None, after: Tensor | None) -> Tensor:
+def blocks_transform(
+    x: Tensor, dtype: torch.dtype, before: Tensor | None, after: Tensor | None, own: Tensor | None = None
+) -> Tensor:
+    """The same for a dimension whose blocks are not mixed.
+
+    ``own`` is int64 ``[rows]`` where each row has vectors of its own, so many elements behind those given.
+    """
     x = x.contiguous()
     rows, width = x.shape[-2:]
     result = x.new_empty(rows, width, dtype=dtype)
     block = trellis.block_width(width)
     with on(x):
         _kernels().transform_kernel[(-(-rows // 16), width // block)](
-            x, before, after, result, rows, width, x.numel() // result.numel(), block**-0.5, BLOCK_M=16, BLOCK_N=block,
-            num_warps=4,
+            x, before, after, own, result, rows, width, x.numel() // result.numel(), block**-0.5, BLOCK_M=16,
+            BLOCK_N=block, num_warps=4,
         )  # fmt: skip
     return result
 
 
-def _cut(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: int) -> _TrellisCut:
+def cut_of(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: Sequence[int]) -> TrellisCut:
+    """How matrices of these words are divided of which each is multiplied with so many rows."""
     name, processors = device_facts(codes.device)
     size = blocks(name, kernel, scheme.bits)
     down, across = codes.shape[:2]
     tiles = min(size.block_n // trellis.TILE, 1 << (across - 1).bit_length())
     start = {"num_warps": size.warps, "num_stages": size.stages}
-    block_m = min(size.block_m, 1 << (rows - 1).bit_length())
+    usual = max(rows) if kernel == "vector" else -(-sum(rows) // len(rows))
+    block_m = min(size.block_m, 1 << (usual - 1).bit_length())
     if kernel == "vector":
         tiles, deep = min(tiles, _VECTOR_TILES), 1
     else:
-        block_m, deep = max(16, block_m), _DEEP
-    programs = -(-across // tiles) * -(-rows // block_m)
+        block_m, deep = max(16, block_m), DEEP
+    programs = -(-across // tiles) * sum(-(-count // block_m) for count in rows)
     # As for other codes: large batches have programs enough.
     shares = 1 if kernel in ("large", "gradient") else max(1, -(-processors * size.programs // programs))
     spans = -(-down // deep)
     each = -(-spans // min(shares, spans)) * deep
-    return _TrellisCut(block_m, tiles, each, -(-down // each), start)
+    return TrellisCut(block_m, tiles, each, -(-down // each), start)
 
 
-def _constants(scheme: TrellisScheme) -> dict[str, Any]:
+def constants(scheme: TrellisScheme) -> dict[str, Any]:
+    """What is compiled into the kernels of a scheme."""
     return {
         "MULTIPLIER": trellis.MULTIPLIERS[scheme.state_bits],
         "SCALE": trellis.VALUE_SCALE,

@@ -34,8 +34,6 @@ def _fields(
     order,
     levels,
     at,
-    row,
-    rows,
     columns,
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
@@ -43,8 +41,12 @@ def _fields(
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Add the products with all codes of one word to ``sums``, for each row ``[BLOCK_N]``; x alone to ``totals``."""
+    """Add the products with all codes of one word to ``sums``, for each row ``[BLOCK_N]``; x alone to ``totals``.
+
+    ``x`` are four rows, of which ``ROWS`` count.
+    """
     upper = word >> 16
+    x0, x1, x2, x3 = x
     half: tl.constexpr = 16 // WIDTH
     mask: tl.constexpr = (1 << BITS) - 1
     s0, s1, s2, s3 = sums
@@ -60,31 +62,103 @@ def _fields(
             inside = column < columns
             weight = _field(word, j * WIDTH, mask) if j < half else _field(upper, (j - half) * WIDTH, mask)
         # A scalar each: a vector of the rows would be loaded once for every output of a thread.
-        v0 = _activation(x, row, 0, rows, columns, column, inside, EVEN)
+        v0 = _activation(x0 + column, inside, EVEN)
         s0 += weight * v0
         t0 += v0
         if ROWS > 1:
-            v1 = _activation(x, row, 1, rows, columns, column, inside, EVEN)
+            v1 = _activation(x1 + column, inside, EVEN)
             s1 += weight * v1
             t1 += v1
         if ROWS > 2:
-            v2 = _activation(x, row, 2, rows, columns, column, inside, EVEN)
+            v2 = _activation(x2 + column, inside, EVEN)
             s2 += weight * v2
             t2 += v2
-            v3 = _activation(x, row, 3, rows, columns, column, inside, EVEN)
+            v3 = _activation(x3 + column, inside, EVEN)
             s3 += weight * v3
             t3 += v3
     return (s0, s1, s2, s3), (t0, t1, t2, t3)
 
 
 @triton.jit
-def _activation(x, row, further, rows, columns, column, inside, EVEN: tl.constexpr):
-    """One activation, float32; beyond the last row that of the last, which is stored nowhere."""
-    where = x + tl.minimum(row + further, rows - 1) * columns + column
+def _activation(where, inside, EVEN: tl.constexpr):
+    """One activation, float32."""
     if EVEN:
         return tl.load(where).to(tl.float32)
     else:
         return tl.load(where, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _vectors(
+    x,
+    words,
+    scales,
+    zeros,
+    order,
+    levels,
+    n,
+    split,
+    columns,
+    outs,
+    group,
+    spans,
+    spans_each,
+    part_words,
+    part_scales,
+    CENTRE: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Products of four rows, of which ``ROWS`` count, with a share of the columns, for outputs ``n`` ``[BLOCK_N]``.
+
+    A thread has some outputs to itself, goes down the columns, and reads an activation as the same number as its
+    neighbours do: nothing passes between threads. Scales are loaded once for ``SPAN`` columns.
+    """
+    inside = n < outs
+    none = tl.zeros([BLOCK_N], tl.float32)
+    nil = tl.full([], 0.0, tl.float32)
+    r0, r1, r2, r3 = none, none, none, none
+    for span in range(split * spans_each, tl.minimum((split + 1) * spans_each, spans)):
+        for part in tl.static_range(PARTS):
+            sums = none, none, none, none
+            totals = nil, nil, nil, nil
+            for chunk in tl.static_range(SPAN // 32):
+                at = span * SPAN + chunk * 32
+                here = words + part * part_words + (at // 32 * BITS) * outs + n
+                if BITS == 3:
+                    high = tl.load(here + 2 * outs, mask=inside, other=0)
+                    for m in tl.static_range(4):
+                        low = tl.load(here + (m // 2) * outs, mask=inside, other=0) >> (m % 2 * 2)
+                        word = (low & 0x33333333) | (((high >> m) & 0x11111111) << 2)
+                        sums, totals = _fields(
+                            sums, totals, word, x, order, levels, at + m * 8, columns, 4, 3, LOOKUP, EVEN, ROWS,
+                        )  # fmt: skip
+                else:
+                    for m in tl.static_range(BITS):
+                        word = tl.load(here + m * outs, mask=inside, other=0)
+                        sums, totals = _fields(
+                            sums, totals, word, x, order, levels, at + m * (32 // BITS), columns, BITS, BITS, LOOKUP,
+                            EVEN, ROWS,
+                        )  # fmt: skip
+            s0, s1, s2, s3 = sums
+            t0, t1, t2, t3 = totals
+            if LOOKUP:
+                r0, r1, r2, r3 = r0 + s0, r1 + s1, r2 + s2, r3 + s3
+            else:
+                where = span * SPAN // group * outs + n
+                scale = tl.load(scales + part * part_scales + where, mask=inside, other=0.0).to(tl.float32)
+                zero = tl.load(zeros + where, mask=inside, other=0).to(tl.float32) if HAS_ZEROS else CENTRE
+                r0 += scale * (s0 - zero * t0)
+                r1 += scale * (s1 - zero * t1)
+                r2 += scale * (s2 - zero * t2)
+                r3 += scale * (s3 - zero * t3)
+    return r0, r1, r2, r3
 
 
 @triton.jit
@@ -114,53 +188,21 @@ def vector_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Products of 1, 2 or up to 4 rows with a share of the columns: ``partial`` float32 ``[splits, rows, outs]``.
-
-    A thread has some outputs to itself, goes down the columns, and reads an activation as the same number as its
-    neighbours do: nothing passes between threads. Scales are loaded once for ``SPAN`` columns.
-    """
+    """Products of 1, 2 or up to 4 rows with a share of the columns: ``partial`` float32 ``[splits, rows, outs]``."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < outs
     split = tl.program_id(1)
     row = tl.program_id(2) * ROWS
-    none = tl.zeros([BLOCK_N], tl.float32)
-    nil = tl.full([], 0.0, tl.float32)
-    r0, r1, r2, r3 = none, none, none, none
-    for span in range(split * spans_each, tl.minimum((split + 1) * spans_each, spans)):
-        for part in tl.static_range(PARTS):
-            sums = none, none, none, none
-            totals = nil, nil, nil, nil
-            for chunk in tl.static_range(SPAN // 32):
-                at = span * SPAN + chunk * 32
-                here = words + part * part_words + (at // 32 * BITS) * outs + n
-                if BITS == 3:
-                    high = tl.load(here + 2 * outs, mask=inside, other=0)
-                    for m in tl.static_range(4):
-                        low = tl.load(here + (m // 2) * outs, mask=inside, other=0) >> (m % 2 * 2)
-                        word = (low & 0x33333333) | (((high >> m) & 0x11111111) << 2)
-                        sums, totals = _fields(
-                            sums, totals, word, x, order, levels, at + m * 8, row, rows, columns, 4, 3, LOOKUP, EVEN,
-                            ROWS,
-                        )  # fmt: skip
-                else:
-                    for m in tl.static_range(BITS):
-                        word = tl.load(here + m * outs, mask=inside, other=0)
-                        sums, totals = _fields(
-                            sums, totals, word, x, order, levels, at + m * (32 // BITS), row, rows, columns, BITS, BITS,
-                            LOOKUP, EVEN, ROWS,
-                        )  # fmt: skip
-            s0, s1, s2, s3 = sums
-            t0, t1, t2, t3 = totals
-            if LOOKUP:
-                r0, r1, r2, r3 = r0 + s0, r1 + s1, r2 + s2, r3 + s3
-            else:
-                where = span * SPAN // group * outs + n
-                scale = tl.load(scales + part * part_scales + where, mask=inside, other=0.0).to(tl.float32)
-                zero = tl.load(zeros + where, mask=inside, other=0).to(tl.float32) if HAS_ZEROS else CENTRE
-                r0 += scale * (s0 - zero * t0)
-                r1 += scale * (s1 - zero * t1)
-                r2 += scale * (s2 - zero * t2)
-                r3 += scale * (s3 - zero * t3)
+    # Beyond the last row the last, whose products are stored nowhere.
+    last = rows - 1
+    x0 = x + row * columns
+    x1 = x + tl.minimum(row + 1, last) * columns
+    x2 = x + tl.minimum(row + 2, last) * columns
+    x3 = x + tl.minimum(row + 3, last) * columns
+    r0, r1, r2, r3 = _vectors(
+        (x0, x1, x2, x3), words, scales, zeros, order, levels, n, split, columns, outs, group, spans, spans_each,
+        part_words, part_scales, CENTRE, BITS, PARTS, HAS_ZEROS, LOOKUP, EVEN, SPAN, ROWS, BLOCK_N,
+    )  # fmt: skip
     where = partial + (split * rows + row).to(tl.int64) * outs + n
     tl.store(where, r0, mask=inside)
     if ROWS > 1:
@@ -231,6 +273,60 @@ def _weights(
 
 
 @triton.jit
+def _matrix(
+    x,
+    words,
+    scales,
+    zeros,
+    order,
+    levels,
+    m,
+    there,
+    n,
+    split,
+    columns,
+    outs,
+    group,
+    spans,
+    spans_each,
+    part_words,
+    part_scales,
+    CENTRE: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Products ``[BLOCK_M, BLOCK_N]`` of the rows ``m`` that are there with a share of the columns.
+
+    Weights exist for one tile.
+    """
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for span in range(split * spans_each, tl.minimum((split + 1) * spans_each, spans)):
+        at = span * SPAN
+        k = at + tl.arange(0, SPAN)[None, :]
+        if LOOKUP:
+            k = tl.load(order + k)
+        tile = tl.load(x + m * columns + k, mask=there & (k >= 0) & (k < columns), other=0.0)
+        if LOOKUP or PARTS == 2:
+            weight = _weights(
+                words, scales, zeros, levels, at, n, outs, group, part_words, part_scales,
+                CENTRE, BITS, PARTS, HAS_ZEROS, LOOKUP, SPAN,
+            )  # fmt: skip
+            total = tl.dot(tile, weight.to(tile.dtype), total, input_precision="ieee")
+        else:
+            product = tl.dot(tile, _codes(words, at, n, outs, BITS, SPAN).to(tile.dtype), input_precision="ieee")
+            where = at // group * outs + n
+            scale = tl.load(scales + where, mask=n < outs, other=0.0).to(tl.float32)
+            zero = tl.load(zeros + where, mask=n < outs, other=0).to(tl.float32) if HAS_ZEROS else CENTRE
+            total += scale * (product - zero * tl.sum(tile.to(tl.float32), 1)[:, None])
+    return total
+
+
+@triton.jit
 def matrix_kernel(
     x,
     words,
@@ -259,32 +355,139 @@ def matrix_kernel(
 ):
     """Products of many rows by the tensor cores, a share of the columns each: ``[splits, rows, width]``.
 
-    ``result`` is float32 where other shares are to be added, else of the type of ``x``. Weights exist for one tile.
+    ``result`` is float32 where other shares are to be added, else of the type of ``x``.
     """
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
     n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     split = tl.program_id(2)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for span in range(split * spans_each, tl.minimum((split + 1) * spans_each, spans)):
-        at = span * SPAN
-        k = at + tl.arange(0, SPAN)[None, :]
-        if LOOKUP:
-            k = tl.load(order + k)
-        tile = tl.load(x + m * columns + k, mask=(m < rows) & (k >= 0) & (k < columns), other=0.0)
-        if LOOKUP or PARTS == 2:
-            weight = _weights(
-                words, scales, zeros, levels, at, n, outs, group, part_words, part_scales,
-                CENTRE, BITS, PARTS, HAS_ZEROS, LOOKUP, SPAN,
-            )  # fmt: skip
-            total = tl.dot(tile, weight.to(tile.dtype), total, input_precision="ieee")
-        else:
-            product = tl.dot(tile, _codes(words, at, n, outs, BITS, SPAN).to(tile.dtype), input_precision="ieee")
-            where = at // group * outs + n
-            scale = tl.load(scales + where, mask=n < outs, other=0.0).to(tl.float32)
-            zero = tl.load(zeros + where, mask=n < outs, other=0).to(tl.float32) if HAS_ZEROS else CENTRE
-            total += scale * (product - zero * tl.sum(tile.to(tl.float32), 1)[:, None])
+    total = _matrix(
+        x, words, scales, zeros, order, levels, m, m < rows, n, split, columns, outs, group, spans, spans_each,
+        part_words, part_scales, CENTRE, BITS, PARTS, HAS_ZEROS, LOOKUP, SPAN, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     where = (split * rows + m) * width + n
     tl.store(result + where, total.to(result.dtype.element_ty), mask=(m < rows) & (n < width))
+
+
+@triton.jit
+def _place(places, at, there):
+    """Row of the results at a place; ``places`` None where they come in order."""
+    if places is None:
+        return at
+    else:
+        return tl.load(places + at, mask=there, other=0)
+
+
+@triton.jit
+def vectors_each_kernel(
+    x,
+    words,
+    scales,
+    zeros,
+    table,
+    jobs,
+    places,
+    partial,
+    rows,
+    share,
+    columns,
+    outs,
+    group,
+    spans,
+    spans_each,
+    part_words,
+    part_scales,
+    CENTRE: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    EVEN: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What ``vector_kernel`` does, for several matrices. A program finds its own and up to ``ROWS`` rows in ``jobs``.
+
+    ``jobs`` int64 ``[jobs, 3]``: a matrix, and from which place to which its rows lie. ``table`` int64
+    ``[matrices, 3]``: how many elements behind those given its words, scales and zero points begin.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < outs
+    split = tl.program_id(1)
+    job = jobs + 3 * tl.program_id(2)
+    own = table + 3 * tl.load(job)
+    begin = tl.load(job + 1)
+    last = tl.load(job + 2) - 1
+    p0 = _place(places, begin, True)
+    p1 = _place(places, tl.minimum(begin + 1, last), True)
+    p2 = _place(places, tl.minimum(begin + 2, last), True)
+    p3 = _place(places, tl.minimum(begin + 3, last), True)
+    x0 = x + p0 // share * columns
+    x1 = x + p1 // share * columns
+    x2 = x + p2 // share * columns
+    x3 = x + p3 // share * columns
+    words += tl.multiple_of(tl.load(own), 16)
+    scales += tl.multiple_of(tl.load(own + 1), 16)
+    if HAS_ZEROS:
+        zeros += tl.multiple_of(tl.load(own + 2), 16)
+    r0, r1, r2, r3 = _vectors(
+        (x0, x1, x2, x3), words, scales, zeros, None, None, n, split, columns, outs, group, spans, spans_each,
+        part_words, part_scales, CENTRE, BITS, PARTS, HAS_ZEROS, False, EVEN, SPAN, ROWS, BLOCK_N,
+    )  # fmt: skip
+    where = partial + split.to(tl.int64) * rows * outs + n
+    tl.store(where + p0 * outs, r0, mask=inside)
+    if ROWS > 1:
+        tl.store(where + p1 * outs, r1, mask=inside & (begin < last))
+    if ROWS > 2:
+        tl.store(where + p2 * outs, r2, mask=inside & (begin + 1 < last))
+        tl.store(where + p3 * outs, r3, mask=inside & (begin + 2 < last))
+
+
+@triton.jit
+def matrix_each_kernel(
+    x,
+    words,
+    scales,
+    zeros,
+    table,
+    jobs,
+    places,
+    result,
+    rows,
+    share,
+    columns,
+    outs,
+    width,
+    group,
+    spans,
+    spans_each,
+    part_words,
+    part_scales,
+    CENTRE: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What ``matrix_kernel`` does, for several matrices, as ``vectors_each_kernel``: up to ``BLOCK_M`` rows a job."""
+    job = jobs + 3 * tl.program_id(0)
+    own = table + 3 * tl.load(job)
+    at = (tl.load(job + 1) + tl.arange(0, BLOCK_M))[:, None]
+    there = at < tl.load(job + 2)
+    m = _place(places, at, there)
+    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    split = tl.program_id(2)
+    words += tl.multiple_of(tl.load(own), 16)
+    scales += tl.multiple_of(tl.load(own + 1), 16)
+    if HAS_ZEROS:
+        zeros += tl.multiple_of(tl.load(own + 2), 16)
+    total = _matrix(
+        x, words, scales, zeros, None, None, m // share, there, n, split, columns, outs, group, spans, spans_each,
+        part_words, part_scales, CENTRE, BITS, PARTS, HAS_ZEROS, False, SPAN, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    where = (split * rows + m) * width + n
+    tl.store(result + where, total.to(result.dtype.element_ty), mask=there & (n < width))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +136,7 @@ def multiply(
         return result
     with on(x):
         kernel: Kernel = "vector" if len(x) <= VECTOR_ROWS else "small" if len(x) <= SPLIT_ROWS else "large"
-        cuts = [_cut(part, kernel, len(x), outs, x.device) for part in matrix]
+        cuts = [cut_of(part, kernel, [len(x)], outs, x.device) for part in matrix]
         splits = sum(-(-cut.spans // cut.each) for cut in cuts)
         if splits == 1 and kernel != "vector" and not outliers and mixture is None and dtype == x.dtype:
             _matrix(x, matrix[0], cuts[0], result, words.padded(outs), outs)
@@ -148,7 +148,7 @@ def multiply(
             share = partial[begin : begin + -(-cut.spans // cut.each)]
             (_vector if kernel == "vector" else _matrix)(x, part, cut, share, wide, wide)
             begin += len(share)
-        _reduce(partial, result, x, outliers, mixture)
+        reduce(partial, result, x, outliers, mixture)
     return result
 
 
@@ -161,11 +161,11 @@ def input_gradient(grad: Tensor, matrix: list[Part], columns: int, dtype: torch.
     outs = grad.shape[1]
     with on(grad):
         for part in matrix:
-            cut = _cut(part, "gradient", len(grad), outs, grad.device)
+            cut = cut_of(part, "gradient", [len(grad)], outs, grad.device)
             _kernels().gradient_kernel[(-(-len(grad) // cut.block_m), cut.spans)](
                 grad, *_operands(part), result, len(grad), columns, words.padded(outs), outs, part.group,
-                *_strides(part), **_constants(part), SPAN=cut.span, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
-                **cut.start,
+                *strides(part), **constants(part), LOOKUP=part.levels is not None,
+                SPAN=cut.span, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, **cut.start,
             )  # fmt: skip
     return result
 
@@ -196,7 +196,7 @@ def gate(x: Tensor, in_scales: Tensor, router: Tensor | None, zeros: Tensor | No
     return scaled, gates, sums
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """How a part is divided: columns of a span, spans, how many of them each program takes, blocks, options."""
 
     span: int
@@ -207,41 +207,50 @@ class _Cut(NamedTuple):
     start: dict[str, int]
 
 
-def _cut(part: Part, kernel: Kernel, rows: int, outs: int, device: torch.device) -> _Cut:
+def cut_of(part: Part, kernel: Kernel, rows: Sequence[int], outs: int, device: torch.device) -> Cut:
+    """How matrices like a part are divided of which each is multiplied with so many rows."""
     name, processors = device_facts(device)
     size: BlockSizes = blocks(name, kernel, part.bits)
     span = 32 if part.group % 64 else 64
     spans = -(-part.places // span)
     block_n = min(size.block_n, 1 << (words.padded(outs) - 1).bit_length())
-    block_m = min(size.block_m, 1 << (rows - 1).bit_length())
+    usual = max(rows) if kernel == "vector" else -(-sum(rows) // len(rows))
+    block_m = min(size.block_m, 1 << (usual - 1).bit_length())
     block_m = block_m if kernel == "vector" else max(16, block_m)
-    programs = -(-words.padded(outs) // block_n) * -(-rows // block_m)
+    programs = -(-words.padded(outs) // block_n) * sum(-(-count // block_m) for count in rows)
     # Large batches have programs enough, and shares of theirs would cost more to add up than they save.
     shares = 1 if kernel in ("large", "gradient") else max(1, -(-processors * size.programs // programs))
     start = {"num_warps": size.warps, "num_stages": size.stages}
-    return _Cut(span, spans, -(-spans // min(shares, spans)), block_m, block_n, start)
+    return Cut(span, spans, -(-spans // min(shares, spans)), block_m, block_n, start)
 
 
-def _vector(x: Tensor, part: Part, cut: _Cut, share: Tensor, outs: int, _: int) -> None:
+def _vector(x: Tensor, part: Part, cut: Cut, share: Tensor, outs: int, _: int) -> None:
     grid = (-(-outs // cut.block_n), len(share), -(-len(x) // cut.block_m))
     _kernels().vector_kernel[grid](
         x, *_operands(part), share, len(x), x.shape[1], outs, part.group, cut.spans, cut.each,
-        *_strides(part), **_constants(part), EVEN=part.order is None and part.places % cut.span == 0, SPAN=cut.span,
-        ROWS=cut.block_m, BLOCK_N=cut.block_n, **cut.start,
+        *strides(part), **constants(part), LOOKUP=part.levels is not None,
+        EVEN=part.order is None and part.places % cut.span == 0, SPAN=cut.span, ROWS=cut.block_m,
+        BLOCK_N=cut.block_n, **cut.start,
     )  # fmt: skip
 
 
-def _matrix(x: Tensor, part: Part, cut: _Cut, result: Tensor, outs: int, width: int) -> None:
+def _matrix(x: Tensor, part: Part, cut: Cut, result: Tensor, outs: int, width: int) -> None:
     grid = (-(-len(x) // cut.block_m), -(-outs // cut.block_n), -(-cut.spans // cut.each))
     _kernels().matrix_kernel[grid](
         x, *_operands(part), result, len(x), x.shape[1], outs, width, part.group, cut.spans, cut.each,
-        *_strides(part), **_constants(part), SPAN=cut.span, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, **cut.start,
+        *strides(part), **constants(part), LOOKUP=part.levels is not None,
+        SPAN=cut.span, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, **cut.start,
     )  # fmt: skip
 
 
-def _reduce(
-    partial: Tensor, result: Tensor, x: Tensor, outliers: list[Tensor] | None, mixture: GatedMixture | None
+def reduce(
+    partial: Tensor,
+    result: Tensor,
+    x: Tensor,
+    outliers: list[Tensor] | None = None,
+    mixture: GatedMixture | None = None,
 ) -> None:
+    """Add shares float32 ``[splits, rows, padded out]`` up, and what is to be added besides, into ``[rows, out]``."""
     splits, rows, outs = partial.shape
     gates, sums, out_scales, zeros = mixture or (None, None, None, None)
     _kernels().reduce_kernel[(rows, -(-result.shape[1] // 256))](
@@ -255,20 +264,20 @@ def _operands(part: Part) -> tuple[Tensor | None, ...]:
     return part.codes, part.scales, part.zeros, part.order, part.levels
 
 
-def _strides(part: Part) -> tuple[int, int]:
+def strides(part: Part) -> tuple[int, int]:
     """From the first plane of dual binary to the second: of words, and of scales."""
     if part.planes == 1 or part.scales is None:
         return 0, 0
     return part.codes[0].numel(), part.scales[0].numel()
 
 
-def _constants(part: Part) -> dict[str, Any]:
+def constants(part: Part) -> dict[str, Any]:
+    """What is compiled into the kernels of a part."""
     return {
         "CENTRE": part.centre,
         "BITS": part.bits,
         "PARTS": part.planes,
         "HAS_ZEROS": part.zeros is not None,
-        "LOOKUP": part.levels is not None,
     }
 
 

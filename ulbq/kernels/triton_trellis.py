@@ -47,6 +47,41 @@ def _inputs():
 
 
 @triton.jit
+def _vectors(
+    x,
+    words,
+    split,
+    columns,
+    outs,
+    each,
+    MULTIPLIER: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    STATE_BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Products of four rows, of which ``ROWS`` count, with a share of the columns, as the threads have them."""
+    n = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    across = outs // 16
+    inputs = _inputs()
+    x0, x1, x2, x3 = x
+    s0 = tl.zeros([TILES, 32, 8], tl.float32)
+    s1, s2, s3 = s0, s0, s0
+    for k in range(split * each, tl.minimum((split + 1) * each, columns // 16)):
+        value = _values(words, k * across + n, n < across, MULTIPLIER, SCALE, SHIFT, BITS, STATE_BITS)
+        here = k * 16 + inputs
+        s0 += value * tl.load(x0 + here)[None, :, :]
+        if ROWS > 1:
+            s1 += value * tl.load(x1 + here)[None, :, :]
+        if ROWS > 2:
+            s2 += value * tl.load(x2 + here)[None, :, :]
+            s3 += value * tl.load(x3 + here)[None, :, :]
+    return s0, s1, s2, s3
+
+
+@triton.jit
 def vector_kernel(
     x,
     words,
@@ -67,22 +102,14 @@ def vector_kernel(
 
     ``each`` rows of tiles are a share. Products stay with the thread that decodes; they are added up once, at the end.
     """
-    n = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    across = outs // 16
     split = tl.program_id(1)
-    inputs = _inputs()
-    s0 = tl.zeros([TILES, 32, 8], tl.float32)
-    s1, s2, s3 = s0, s0, s0
     last = rows - 1
-    for k in range(split * each, tl.minimum((split + 1) * each, columns // 16)):
-        value = _values(words, k * across + n, n < across, MULTIPLIER, SCALE, SHIFT, BITS, STATE_BITS)
-        here = x + k * 16 + inputs
-        s0 += value * tl.load(here)[None, :, :]
-        if ROWS > 1:
-            s1 += value * tl.load(here + tl.minimum(1, last) * columns)[None, :, :]
-        if ROWS > 2:
-            s2 += value * tl.load(here + tl.minimum(2, last) * columns)[None, :, :]
-            s3 += value * tl.load(here + tl.minimum(3, last) * columns)[None, :, :]
+    x1 = x + tl.minimum(1, last) * columns
+    x2 = x + tl.minimum(2, last) * columns
+    x3 = x + tl.minimum(3, last) * columns
+    s0, s1, s2, s3 = _vectors(
+        (x, x1, x2, x3), words, split, columns, outs, each, MULTIPLIER, SCALE, SHIFT, BITS, STATE_BITS, ROWS, TILES,
+    )  # fmt: skip
     where = partial + split * rows * outs
     _store_vector(where, s0, outs, TILES, True)
     if ROWS > 1:
@@ -90,6 +117,62 @@ def vector_kernel(
     if ROWS > 2:
         _store_vector(where + 2 * outs, s2, outs, TILES, rows > 2)
         _store_vector(where + 3 * outs, s3, outs, TILES, rows > 3)
+
+
+@triton.jit
+def _place(places, at, there):
+    """Row of the results at a place; ``places`` None where they come in order."""
+    if places is None:
+        return at
+    else:
+        return tl.load(places + at, mask=there, other=0)
+
+
+@triton.jit
+def vectors_each_kernel(
+    x,
+    words,
+    table,
+    jobs,
+    places,
+    partial,
+    rows,
+    columns,
+    outs,
+    each,
+    MULTIPLIER: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    STATE_BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """What ``vector_kernel`` does, for several matrices. A program finds its own and up to ``ROWS`` rows in ``jobs``.
+
+    ``jobs`` int64 ``[jobs, 3]``: a matrix, and from which place to which its rows lie. ``table`` int64
+    ``[matrices, 3]``: how many words behind those given its own begin. Rows of ``x`` are those of the results.
+    """
+    split = tl.program_id(1)
+    job = jobs + 3 * tl.program_id(2)
+    words += tl.multiple_of(tl.load(table + 3 * tl.load(job)), 16)
+    begin = tl.load(job + 1)
+    last = tl.load(job + 2) - 1
+    p0 = _place(places, begin, True)
+    p1 = _place(places, tl.minimum(begin + 1, last), True)
+    p2 = _place(places, tl.minimum(begin + 2, last), True)
+    p3 = _place(places, tl.minimum(begin + 3, last), True)
+    s0, s1, s2, s3 = _vectors(
+        (x + p0 * columns, x + p1 * columns, x + p2 * columns, x + p3 * columns), words, split, columns, outs, each,
+        MULTIPLIER, SCALE, SHIFT, BITS, STATE_BITS, ROWS, TILES,
+    )  # fmt: skip
+    where = partial + split.to(tl.int64) * rows * outs
+    _store_vector(where + p0 * outs, s0, outs, TILES, True)
+    if ROWS > 1:
+        _store_vector(where + p1 * outs, s1, outs, TILES, begin < last)
+    if ROWS > 2:
+        _store_vector(where + p2 * outs, s2, outs, TILES, begin + 1 < last)
+        _store_vector(where + p3 * outs, s3, outs, TILES, begin + 2 < last)
 
 
 @triton.jit
@@ -128,6 +211,37 @@ def _weights(
 
 
 @triton.jit
+def _matrix(
+    x,
+    words,
+    m,
+    there,
+    split,
+    columns,
+    outs,
+    each,
+    MULTIPLIER: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    STATE_BITS: tl.constexpr,
+    DEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Products ``[BLOCK_M, 16 · TILES]`` of the rows ``m`` that are there with a share of the columns."""
+    total = tl.zeros([BLOCK_M, 16 * TILES], tl.float32)
+    for at in range(split * each, tl.minimum((split + 1) * each, columns // 16), DEEP):
+        k = at * 16 + tl.arange(0, 16 * DEEP)[None, :]
+        tile = tl.load(x + m * columns + k, mask=there & (k < columns), other=0.0)
+        weight = _weights(
+            words, at, tl.program_id(1) * TILES, columns, outs, MULTIPLIER, SCALE, SHIFT, BITS, STATE_BITS, DEEP, TILES,
+        )  # fmt: skip
+        total = tl.dot(tile, weight.to(tile.dtype), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def matrix_kernel(
     x,
     words,
@@ -152,15 +266,47 @@ def matrix_kernel(
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
     n = (tl.program_id(1) * (16 * TILES) + tl.arange(0, 16 * TILES))[None, :]
     split = tl.program_id(2)
-    total = tl.zeros([BLOCK_M, 16 * TILES], tl.float32)
-    for at in range(split * each, tl.minimum((split + 1) * each, columns // 16), DEEP):
-        k = at * 16 + tl.arange(0, 16 * DEEP)[None, :]
-        tile = tl.load(x + m * columns + k, mask=(m < rows) & (k < columns), other=0.0)
-        weight = _weights(
-            words, at, tl.program_id(1) * TILES, columns, outs, MULTIPLIER, SCALE, SHIFT, BITS, STATE_BITS, DEEP, TILES,
-        )  # fmt: skip
-        total = tl.dot(tile, weight.to(tile.dtype), total, input_precision="ieee")
+    total = _matrix(
+        x, words, m, m < rows, split, columns, outs, each, MULTIPLIER, SCALE, SHIFT, BITS, STATE_BITS, DEEP, BLOCK_M,
+        TILES,
+    )  # fmt: skip
     tl.store(partial + (split * rows + m) * outs + n, total, mask=(m < rows) & (n < outs))
+
+
+@triton.jit
+def matrix_each_kernel(
+    x,
+    words,
+    table,
+    jobs,
+    places,
+    partial,
+    rows,
+    columns,
+    outs,
+    each,
+    MULTIPLIER: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    STATE_BITS: tl.constexpr,
+    DEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """What ``matrix_kernel`` does, for several matrices, as ``vectors_each_kernel``: up to ``BLOCK_M`` rows a job."""
+    job = jobs + 3 * tl.program_id(0)
+    words += tl.multiple_of(tl.load(table + 3 * tl.load(job)), 16)
+    at = (tl.load(job + 1) + tl.arange(0, BLOCK_M))[:, None]
+    there = at < tl.load(job + 2)
+    m = _place(places, at, there)
+    n = (tl.program_id(1) * (16 * TILES) + tl.arange(0, 16 * TILES))[None, :]
+    split = tl.program_id(2)
+    total = _matrix(
+        x, words, m, there, split, columns, outs, each, MULTIPLIER, SCALE, SHIFT, BITS, STATE_BITS, DEEP, BLOCK_M,
+        TILES,
+    )  # fmt: skip
+    tl.store(partial + (split * rows + m) * outs + n, total, mask=there & (n < outs))
 
 
 @triton.jit
@@ -200,6 +346,7 @@ def transform_kernel(
     x,
     before,
     after,
+    own,
     result,
     rows,
     width,
@@ -208,15 +355,19 @@ def transform_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``(Σ x ⊙ before) · H ⊙ after``: ``[rows, width]`` of ``[splits, rows, width]``, ``BLOCK_N`` columns a program."""
+    """``(Σ x ⊙ before) · H ⊙ after``: ``[rows, width]`` of ``[splits, rows, width]``, ``BLOCK_N`` columns a program.
+
+    With ``own`` int64 ``[rows]`` each row has vectors of its own, so many elements behind those given.
+    """
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
     index = tl.arange(0, BLOCK_N)
     n = (tl.program_id(1) * BLOCK_N + index)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for split in range(0, splits):
         total += tl.load(x + (split * rows + m) * width + n, mask=m < rows, other=0.0).to(tl.float32)
+    begin = n if own is None else tl.load(own + m, mask=m < rows, other=0) + n
     if before is not None:
-        total *= tl.load(before + n).to(tl.float32)
+        total *= tl.load(before + begin).to(tl.float32)
     # An element is negative where row and column share an odd number of bits.
     shared = index[:, None] & index[None, :]
     shared = shared ^ (shared >> 4)
@@ -225,5 +376,5 @@ def transform_kernel(
     sign = (1 - 2 * (shared & 1)).to(tl.float32)
     transformed = tl.dot(total, sign, input_precision="ieee") * norm
     if after is not None:
-        transformed *= tl.load(after + n).to(tl.float32)
+        transformed *= tl.load(after + begin).to(tl.float32)
     tl.store(result + m * width + n, transformed.to(result.dtype.element_ty), mask=m < rows)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ulbq import kernels
 from ulbq.kernels import banks
 from ulbq.nn.quant_linear import QuantLinear
 
@@ -56,12 +57,9 @@ class Together:
 
 
 def _banks(layers: Sequence[QuantLinear], outs: int, columns: int) -> list[banks.Bank]:
-    readies = []
     for layer in layers:
         layer.prepare()
-        layout, tensors = layer._ready()
-        readies.append((layer.scheme, layout.name, tensors))
-    return banks.gathered(readies, outs, columns)
+    return kernels.gathered([(layer.scheme, layer._ready()) for layer in layers], outs, columns)
 
 
 def _layout(layer: nn.Module) -> object:

@@ -8,6 +8,7 @@ import torch
 from ulbq import formats
 from ulbq.formats import AnyScheme
 from ulbq.kernels import ops
+from ulbq.kernels.banks import Bank
 from ulbq.kernels.ops.dense import Dense
 
 Tensors = Mapping[str, torch.Tensor]
@@ -85,6 +86,10 @@ class Layout:
     def prefers_dense(self, x: torch.Tensor) -> bool:
         """Whether one who kept the dense weight does better with it than :meth:`multiply` does."""
         return True
+
+    def bank(self, scheme: AnyScheme) -> type[Bank] | None:
+        """What multiplies several of its matrices in one call; None for nothing."""
+        return None
 
     def multiply(self, scheme: AnyScheme, tensors: Tensors, x: torch.Tensor, out_features: int) -> torch.Tensor:
         """The product ``[..., out]`` of inputs ``[..., in]``, in their dtype, without a bias."""

@@ -4,6 +4,7 @@ import torch
 
 from ulbq.formats import AnyScheme, CodebookScheme
 from ulbq.kernels import build, columns
+from ulbq.kernels.banks import Bank, ColumnsBank
 from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
 from ulbq.kernels.tiles import FLOATS
 
@@ -31,6 +32,9 @@ class ColumnsLayout(Layout):
         self, scheme: CodebookScheme, stored: Tensors, out_features: int, in_features: int
     ) -> dict[str, torch.Tensor]:
         return {**stored, **columns.derive(scheme, stored, out_features, in_features)}
+
+    def bank(self, scheme: AnyScheme) -> type[Bank] | None:
+        return ColumnsBank
 
     def prefers_dense(self, x: torch.Tensor) -> bool:
         return not (x.dtype in FLOATS and x.numel() <= columns.FEW_ROWS * x.shape[-1])

@@ -147,6 +147,10 @@ class HummingLayout(WordsLayout):
         few = f"{case.rows} rows: up to {VECTOR_ROWS} our kernel for vectors takes them"
         return one_of(case.dtype, torch.bfloat16) or (few if case.rows <= VECTOR_ROWS else None)
 
+    def bank(self, scheme: AnyScheme) -> None:
+        # It has the batches of one matrix.
+        return None
+
     def pack(
         self, scheme: AffineScheme, stored: Tensors, out_features: int, in_features: int
     ) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import torch
 
 from ulbq.formats import AnyScheme, BinaryMosScheme
 from ulbq.kernels import build, tiles
+from ulbq.kernels.banks import Bank, TilesBank
 from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
 
 # What a mixture has beside its signs, and keeps as it is.
@@ -37,6 +38,10 @@ class TilesLayout(Layout):
     def unpack(self, scheme: AnyScheme, tensors: Tensors, out_features: int, in_features: int) -> Tensors:
         found = {**tensors, **tiles.unpack(scheme, tensors, out_features, in_features)}
         return super().unpack(scheme, found, out_features, in_features)
+
+    def bank(self, scheme: AnyScheme) -> type[Bank] | None:
+        # What goes around the signs of BinaryMoS, a router and two scales a matrix, takes more calls than they do.
+        return None if isinstance(scheme, BinaryMosScheme) else TilesBank
 
     def prefers_dense(self, x: torch.Tensor) -> bool:
         return not (x.dtype in tiles.FLOATS and x.numel() < tiles.MANY_ROWS * x.shape[-1])

@@ -4,6 +4,7 @@ import torch
 
 from ulbq.formats import AnyScheme, TrellisScheme
 from ulbq.kernels import build, trellis
+from ulbq.kernels.banks import Bank, TrellisBank
 from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
 from ulbq.kernels.tiles import FLOATS
 
@@ -22,6 +23,9 @@ class TrellisLayout(Layout):
 
     def call_reason(self, case: Case) -> str | None:
         return one_of(case.dtype, *FLOATS)
+
+    def bank(self, scheme: AnyScheme) -> type[Bank] | None:
+        return TrellisBank
 
     def matrix(
         self, scheme: AnyScheme, tensors: Tensors, out_features: int, in_features: int, dtype: torch.dtype

@@ -6,7 +6,9 @@ import torch
 
 from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme
 from ulbq.kernels import triton_launch, words
+from ulbq.kernels.banks import Bank
 from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
+from ulbq.kernels.word_banks import TrellisWordsBank, WordsBank
 
 
 class WordsLayout(Layout):
@@ -36,6 +38,11 @@ class WordsLayout(Layout):
     def unpack(self, scheme: AnyScheme, tensors: Tensors, out_features: int, in_features: int) -> Tensors:
         found = {**tensors, **words.unpack(scheme, tensors, out_features, in_features)}
         return super().unpack(scheme, found, out_features, in_features)
+
+    def bank(self, scheme: AnyScheme) -> type[Bank] | None:
+        # Column codebooks are several parts and outliers, each of another size in every matrix; signs as for tiles.
+        kinds: dict[str, type[Bank]] = {"affine": WordsBank, "dual_binary": WordsBank, "trellis": TrellisWordsBank}
+        return kinds.get(scheme.format)
 
     def prefers_dense(self, x: torch.Tensor) -> bool:
         return x.dtype not in triton_launch.FLOATS
