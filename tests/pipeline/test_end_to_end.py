@@ -17,6 +17,7 @@ from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.artifacts.whole import verify
+from ulbq.blockwise.samples import Samples
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.finetuning.examples import Examples
@@ -513,9 +514,9 @@ def test_blocks_and_the_whole_may_train_on_other_numbers_of_the_same_samples(
             super().__init__(tokens, training, taught)
 
     class Walked(Streams):
-        def __init__(self, job: Job, tokens: torch.Tensor, scratch: Path) -> None:
-            seen["blocks"] = tokens.tolist()
-            super().__init__(job, tokens, scratch)
+        def __init__(self, job: Job, drawn: Samples, scratch: Path) -> None:
+            seen["blocks"] = drawn.tokens.tolist()
+            super().__init__(job, drawn, scratch)
 
     monkeypatch.setattr("ulbq.pipeline.end_to_end.Examples", Noted)
     monkeypatch.setattr("ulbq.pipeline.quantize.Streams", Walked)

@@ -60,11 +60,13 @@ class ConvertRequest(Settings):
         Option("Make the adapter part of the weights; else it is copied beside them.", flag="--merge-adapter"),
     ] = False
     block_types: Annotated[
-        Literal["smallest", "fastest"],
+        Literal["smallest", "fastest"] | None,
         Option(
-            "Of GGUF: the type that takes the fewest bits, or one that every CPU computes fast.", flag="--block-types"
+            "Of GGUF: the type that takes the fewest bits, or one that every CPU computes fast.",
+            flag="--block-types",
+            default="smallest",
         ),
-    ] = "smallest"
+    ] = None
     offline: Offline = False
     verify: Verify = True
     out: Out = None

@@ -80,7 +80,7 @@ def _plan(request: ConvertRequest, source: ModelSource, progress: Progress) -> t
     fit.check(candidate, into, merge_adapter=request.merge_adapter)
     if (warning := into.check(source)) is not None:
         progress.warn(warning)
-    if "block_types" in request.model_fields_set and into.name != "gguf":
+    if request.block_types is not None and into.name != "gguf":
         raise UsageError(
             f"`block_types` is for GGUF files, and this becomes {into.name}.", hint="Leave out `block_types`."
         )
