@@ -13,7 +13,7 @@ import yaml
 from gguf import GGUFReader
 
 from tests.models.stored import write_quantized
-from tests.models.tiny import save_tiny
+from tests.models.tiny import save_tiny, tiny_config
 from ulbq.artifacts import ConvertedManifest, QuantizedManifest, read_manifest, verify
 from ulbq.artifacts.shards import GUARD_NAME, LazyTensors
 from ulbq.config.adapter import AdapterConfig
@@ -23,7 +23,7 @@ from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.export import packed as packed_module
 from ulbq.export.engines import judge, targets_of
 from ulbq.export.fit import Candidate
-from ulbq.export.targets import compressed_tensors, gptq, target
+from ulbq.export.targets import compressed_tensors, gptq, mlx, target
 from ulbq.formats import AffineScheme, BinaryMosScheme, DualBinaryScheme
 from ulbq.models.adapter_files import read_adapter
 from ulbq.models.gguf_header import read_header
@@ -254,6 +254,47 @@ def test_the_size_is_said_as_llama_cpp_says_it(parent: Path, tmp_path: Path) -> 
     assert fields["general.size_label"].contents() == f"4x{one / 1000:.0f}K"
     assert fields["general.basename"].contents() == "mixtral"
     assert "general.quantized_by" not in fields
+
+
+def test_a_folder_for_mlx_says_how_it_is_packed(parent: Path, tmp_path: Path) -> None:
+    path, _ = convert(ask(artifact(parent, tmp_path / "q"), tmp_path / "m", engine="mlx"))
+    config = json.loads((path / "config.json").read_text())
+    assert config["quantization"] == {"group_size": 32, "bits": 3, "mode": "affine"}
+    assert "quantization_config" not in config
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]  # all that mlx-lm's Llama reads
+    stored = LazyTensors.folder(path)
+    assert stored.shape("model.layers.1.mlp.down_proj.biases") == stored.shape("model.layers.1.mlp.down_proj.scales")
+    with pytest.raises(InputError, match=r"converted for other engines \(mlx\)"):
+        quantize(QuantizeRequest(source=str(path), out=tmp_path / "x", method="rtn", device="cpu", offline=True))
+
+
+def test_mlx_is_told_of_layers_of_another_width() -> None:
+    layers = {"a": (64, 2), "b": (64, 2), "c": (128, 4)}
+    assert mlx.configuration(layers) == {
+        **{"group_size": 64, "bits": 2, "mode": "affine"},
+        "c": {"group_size": 128, "bits": 4},
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        ("gemma2", {}, "were not run in mlx-lm"),
+        ("qwen3", {"attention_bias": True}, "biases, which mlx-lm does not read"),
+        ("mistral", {"sliding_window": 8}, "slides over 8 tokens, and mlx-lm's"),
+        ("mixtral", {"head_dim": 8}, "its heads have 8 values"),
+        ("llama", {"hidden_act": "gelu"}, "its activation is 'gelu', and mlx-lm's is silu"),
+    ],
+)
+def test_what_mlx_lm_computes_otherwise_is_refused(family: str, changes: dict[str, object], why: str) -> None:
+    assert why in str(mlx.model_reason(tiny_config(family, **changes)))
+
+
+def test_mlx_takes_no_adapter(parent: Path, tmp_path: Path) -> None:
+    source = artifact(parent, tmp_path / "q", adapter=AdapterConfig(rank=2))
+    with pytest.raises(InputError, match="mlx-lm reads none in peft's form"):
+        convert(ask(source, tmp_path / "x", to="mlx"))
+    assert not (tmp_path / "x").exists()
 
 
 class TestHalf:

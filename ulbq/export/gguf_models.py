@@ -13,6 +13,7 @@ from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ulbq.errors import InputError
+from ulbq.export.rules import plain_reason
 from ulbq.models.rope_factors import rope_type
 from ulbq.models.source import ModelSource
 
@@ -59,13 +60,10 @@ def unsupported_reason(config: PreTrainedConfig) -> str | None:
     rope = rope_type(config)
     if rope != "default" and not (rope == "linear" or (family.factors and rope == "llama3")):
         return f"its rotary embedding is of the type '{rope}'"
-    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
-        return f"its activation is '{config.hidden_act}', and llama.cpp's is silu"
+    if (why := plain_reason(config, "llama.cpp")) is not None:
+        return why
     if config.model_type in _WITHOUT_OUTPUT_BIAS and getattr(config, "attention_bias", False):
         return f"its attention's output has a bias, which llama.cpp does not read for '{config.model_type}'"
-    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    if windowed and windowed < config.max_position_embeddings:
-        return f"its attention slides over {windowed} tokens, and llama.cpp's reaches over all for this architecture"
     return None if family.normalized is None else _of_experts(config, normalized=family.normalized)
 
 

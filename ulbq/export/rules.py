@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from transformers import PreTrainedConfig
+
 from ulbq.export.fit import Candidate, affine_schemes
 from ulbq.models.skeleton import auto_class
 
@@ -62,6 +64,17 @@ class Reader:
         narrow = any(scheme.bits in (2, 3) for scheme in affine_schemes(candidate))
         load = load.replace("AutoModelForCausalLM", auto_class(candidate.config).__name__)
         return " ".join(text for text in (load, self.start, self.narrow if narrow else "") if text)
+
+
+def plain_reason(config: PreTrainedConfig, name: str) -> str | None:
+    """Why an engine's form of Llama and its like does not compute a model: another activation, a window."""
+    activation = getattr(config, "hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        return f"its activation is '{activation}', and {name}'s is silu"
+    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    if windowed and windowed < config.max_position_embeddings:
+        return f"its attention slides over {windowed} tokens, and {name}'s reaches over all for this architecture"
+    return None
 
 
 def bits(*allowed: int) -> Rule:

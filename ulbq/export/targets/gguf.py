@@ -96,7 +96,7 @@ class _File:
         for name, fused in stacks(source, model).items():
             self._names.setdefault(self.stored_name(fused), []).append(name)
 
-    def declare(self, writer: GGUFWriter, licence: str | None) -> dict[str, int]:
+    def declare(self, writer: GGUFWriter, licence: str | None) -> Counter[AnyType]:
         """Everything of the file that stands before the tensors; returns how many packed layers have each type."""
         source = self._source
         kinds: Counter[AnyType] = Counter()
@@ -123,7 +123,7 @@ class _File:
             writer.add_license(licence)
         gguf_models.add_hyperparameters(writer, source)
         add_tokenizer(writer, source, source.config.vocab_size)
-        return {kind.name: count for kind, count in kinds.items()}
+        return kinds
 
     def _size_label(self) -> str:
         """As llama.cpp's own converter words it: 135M, or 8x160M of experts."""
@@ -305,25 +305,19 @@ class GgufTarget(Target):
         return load_model(resolve(folder / FILE_NAME, verify=False), dtype=dtype)  # it was hashed just now
 
 
-def _words(kinds: Mapping[str, int], dtype: str) -> str:
+def _words(kinds: Mapping[AnyType, int], dtype: str) -> str:
     """How the weights are stored, for people: ``kinds`` counts the packed layers of each type."""
-    rounded = {"F16", "BF16", "F32"}
-    parts = [
-        f"{count} layers as {kind}"
-        + (", rounded (no block type holds them)" if kind in rounded else f" ({_bits(kind):g} bits), to the bit")
-        for kind, count in kinds.items()
-    ]
+    parts = []
+    for kind, count in kinds.items():
+        weights, size = SIZES[kind]
+        exact = f" ({8 * size / weights:g} bits), to the bit"
+        how = exact if kind in _FILE_TYPES else ", rounded (no block type holds them)"
+        parts.append(f"{count} layers as {kind.name}{how}")
     return "; ".join(parts) or f"all matrices in {dtype}"
 
 
-def _bits(kind: str) -> float:
-    """Bits a weight of a block type."""
-    weights, size = next(SIZES[known] for known in SIZES if known.name == kind)
-    return 8 * size / weights
-
-
-def _warning(kinds: Mapping[str, int]) -> str | None:
-    if NewType.Q2_0.name not in kinds:
+def _warning(kinds: Mapping[AnyType, int]) -> str | None:
+    if NewType.Q2_0 not in kinds:
         return None
     return (
         "On x86 CPUs llama.cpp computes Q2_0 several times slower than Q4_0, and builds from before mid-2026 do not "

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from ulbq.export import packed
 from ulbq.export.fit import Candidate
-from ulbq.export.rules import Reader
+from ulbq.export.rules import Reader, plain_reason
 from ulbq.export.targets.base import Conversion, Dtype, Target, Written
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.streams import pack_stream, unpack_stream
@@ -94,17 +94,12 @@ def model_reason(config: PreTrainedConfig) -> str | None:
     rope = rope_type(config)
     if rope not in (("default",) if kind == "mixtral" else ("default", "linear", "llama3")):
         return f"its rotary embedding is of the type '{rope}'"
-    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
-        return f"its activation is '{config.hidden_act}', and mlx-lm's is silu"
     if kind == "qwen3" and getattr(config, "attention_bias", False):
         return "its attention has biases, which mlx-lm does not read for 'qwen3'"
     width = config.hidden_size // config.num_attention_heads
     if kind in ("mixtral", "qwen2") and (getattr(config, "head_dim", None) or width) != width:
         return f"its heads have {config.head_dim} values, and mlx-lm's {width}"
-    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    if windowed and windowed < config.max_position_embeddings:
-        return f"its attention slides over {windowed} tokens, and mlx-lm's reaches over all for '{kind}'"
-    return None
+    return plain_reason(config, "mlx-lm")
 
 
 class MlxTarget(Target):
