@@ -4,6 +4,7 @@ A bank holds the addresses of its matrices, which stay where they are. On the CP
 the kernel for one matrix gives it with the rows that go the same way (``cpu/routes.h``).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -53,7 +54,7 @@ class Routes(NamedTuple):
         return max((end - begin for _, begin, end in self.jobs), default=0)
 
 
-class Bank:
+class Bank(ABC):
     """Matrices of one scheme and shape.
 
     Args:
@@ -81,9 +82,9 @@ class Bank:
         """Whether one call serves inputs of a dtype best, up to so many rows a matrix."""
         return dtype in tiles.FLOATS
 
+    @abstractmethod
     def fill(self, y: Tensor, x: Tensor, routes: Routes, jobs: list[Job], share: int) -> None:
         """Write the rows of jobs; see :func:`multiply`."""
-        raise NotImplementedError
 
     def _threads(self, jobs: list[Job]) -> int:
         rows = sum(end - begin for _, begin, end in jobs)
