@@ -7,7 +7,8 @@ default model, GPTQ from 32 × 512 tokens; ``six blocks`` are the first of it, t
 process of its own with the same samples (WikiText-2 ``train``), 2 bits in groups of 64 and the same threads; they take
 turns, round by round, and the medians are shown. Of ulbq the whole command counts, from its start to its exit, opening,
 writing and reading back included; of llm-compressor the quantization alone. ``blocks`` are the seconds of the blocks
-alone, as the run itself noted them. ``cpu`` is processor time, which other programs disturb least. An earlier tree is a
+alone, as the run itself noted them, and ``copying`` those of what is no block, which trees before this one counted among
+the blocks. ``cpu`` is processor time, which other programs disturb least. An earlier tree is a
 checkout that runs with this environment's packages; ``gptq`` runs beside llm-compressor, everything else beside the
 earlier tree. ``start`` says how long a command takes to open the model (``--dry-run``).
 
@@ -135,7 +136,9 @@ class Race:
         found, _ = timed(words, {"OMP_NUM_THREADS": str(self._options.threads)})
         if (out / "manifest.json").is_file():
             phases = json.loads((out / "manifest.json").read_text())["phases"]
-            found["blocks"] = sum(phase["seconds"] for phase in phases if phase["name"] == "blocks")
+            for name in ("copying", "blocks"):
+                seconds = [phase["seconds"] for phase in phases if phase["name"] == name]
+                found |= {name: sum(seconds)} if seconds else {}
             shutil.rmtree(out)
         return found
 

@@ -6,6 +6,7 @@ Imported when a command runs, not before: rich alone costs a third of the time o
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from statistics import mean
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
@@ -39,8 +40,9 @@ class Pace:
     """How far a phase is, and when it will end.
 
     What a round takes is told by the later half of the rounds so far: the first ones load, compile and warm up, and an
-    estimate that kept them would be wrong to the end. Rounds that arrive within the first second count as done before:
-    a resumed run skips its finished steps at once, and they say nothing about the speed of the rest.
+    estimate that kept them would be wrong to the end. What is left of a round is told by the same rounds from the same
+    step on. Rounds that arrive within the first second count as done before: a resumed run skips its finished steps at
+    once, and they say nothing about the speed of the rest.
 
     Args:
         total: steps; None where nobody knows.
@@ -50,6 +52,7 @@ class Pace:
 
     _HEAD_START = 1.0  # seconds
     _FEW = 10  # rounds, of which the first alone tells the speed
+    _LIKE_THE_FIRST = 0.5  # of what a round's first step takes, those behind it: it loads what all of them work on
 
     def __init__(
         self, total: int | None, rounds: int | None = None, clock: Callable[[], float] = time.monotonic
@@ -60,19 +63,16 @@ class Pace:
         self._clock = clock
         self._started = clock()
         self._head_start = 0
-        self._advanced_at = 0.0
-        self._marks = [0.0]  # when so many whole rounds were done
+        self._marks = [0.0]  # when so many steps were done
 
     def advance(self, steps: int) -> None:
         """Count ``steps`` finished steps."""
+        before, now = self._marks[-1], self.elapsed
         self.done += steps
-        self._advanced_at = self.elapsed
-        if self._advanced_at < self._HEAD_START:
+        if now < self._HEAD_START:
             self._head_start = self.done
-        whole = self.done * self._rounds // self.total if self.total else 0
-        before, new = self._marks[-1], whole + 1 - len(self._marks)
-        # Several at once took alike.
-        self._marks += [before + (self._advanced_at - before) * (i + 1) / new for i in range(new)]
+        # Several at once took alike. None at all is a word about a step that goes on.
+        self._marks += [now - (now - before) * i / steps for i in reversed(range(steps))]
 
     @property
     def elapsed(self) -> float:
@@ -84,18 +84,42 @@ class Pace:
         """Seconds until the end, or None while nothing is known about the speed."""
         if self.total is None or self.done <= self._head_start:
             return None
-        whole = len(self._marks) - 1
-        before = self._head_start * self._rounds // self.total
-        if whole > before and (whole > before + 1 or self._rounds <= self._FEW):
-            since = max(before, whole // 2)
-            each = (self._marks[whole] - self._marks[since]) / (whole - since)
-            # However long this round takes, those after it are still to come.
-            present = max(each - (self.elapsed - self._marks[whole]), 0.0)
-            return present + each * (self._rounds - whole - 1) if whole < self._rounds else 0.0
-        if whole > before or self._rounds == self.total:
+        whole, before = (steps * self._rounds // self.total for steps in (self.done, self._head_start))
+        if whole == self._rounds:
+            return 0.0
+        if whole > before:
+            if whole == before + 1 and self._rounds > self._FEW:
+                return None
+            present, each = self._by_rounds(max(before, whole // 2), whole)
+        elif self._rounds == self.total:
             return None
-        ahead = self._advanced_at / (self.done - self._head_start) * (self.total - self.done)
-        return max(ahead - (self.elapsed - self._advanced_at), 0.0)
+        else:
+            present, each = self._by_steps(whole)
+        # However long this round takes, those after it are still to come.
+        return max(present - (self.elapsed - self._marks[-1]), 0.0) + each * (self._rounds - whole - 1)
+
+    def _by_rounds(self, since: int, whole: int) -> tuple[float, float]:
+        """What is left of the present round, and what one takes, by those between two numbers of whole rounds."""
+        first, last = (self._marks[self._steps(number)] for number in (since, whole))
+        each = (last - first) / (whole - since)
+        inside = self.done - self._steps(whole)
+        if not inside:
+            return each, each
+        alike = range(since, whole)
+        rest = (self._marks[self._steps(number + 1)] - self._marks[self._steps(number) + inside] for number in alike)
+        return mean(rest), each
+
+    def _by_steps(self, whole: int) -> tuple[float, float]:
+        """The same by the steps of the first round alone."""
+        passed, own = self._marks[-1] - self._marks[self._head_start], self.done - self._head_start
+        after_first = passed - (self._marks[self._head_start + 1] - self._marks[self._head_start])
+        step = after_first / (own - 1) if own > 1 else passed * self._LIKE_THE_FIRST
+        present = (self._steps(whole + 1) - self.done) * step
+        return present, passed + present
+
+    def _steps(self, rounds: int) -> int:
+        """Steps that are done when so many rounds are."""
+        return -(-rounds * (self.total or 0) // self._rounds)
 
     def __str__(self) -> str:
         return str(self.done) if self.total is None else f"{self.done}/{self.total}"

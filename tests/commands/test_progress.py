@@ -92,9 +92,41 @@ def test_pace_counts_rounds_where_steps_differ():
             pace.advance(1)
             if block:
                 assert pace.left == pytest.approx(20 * (4 - block) - 11 - epoch)
+            elif epoch:  # nothing says yet that the last step takes five seconds and not one
+                assert pace.left == pytest.approx(4 * 16 - 11 - epoch)
         clock.now += 5
         pace.advance(1)
         assert pace.left == pytest.approx(20 * (3 - block))
+
+
+def test_pace_takes_half_of_a_first_step_for_loading():
+    # Two steps a block: the first loads, runs the samples through and trains, the second packs.
+    clock = _Clock()
+    pace = Pace(4, 2, clock)
+    clock.now += 16
+    pace.advance(1)
+    assert pace.left == 8 + 24
+    clock.now += 3
+    assert pace.left == 5 + 24
+    pace.advance(1)
+    assert pace.left == 19
+    clock.now += 20
+    pace.advance(1)
+    assert pace.left == 3  # as in the first block, though this one is late already
+    clock.now += 3
+    pace.advance(1)
+    assert pace.left == 0
+
+
+def test_pace_is_not_moved_by_a_word_about_a_step_that_goes_on():
+    clock = _Clock()
+    pace = Pace(8, 2, clock)
+    for _ in range(2):
+        clock.now += 10
+        pace.advance(1)
+    clock.now += 4
+    pace.advance(0)
+    assert pace.left == 6 + 10 + 40
 
 
 def test_pace_ignores_steps_of_an_earlier_run():

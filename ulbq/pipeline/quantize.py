@@ -151,9 +151,10 @@ def _work(
         with watch.phase("survey"):
             method = _decided(job, writer, calibration, saliency, progress)
         job = dataclasses.replace(job, method=method)
-    with watch.phase("blocks"):
+    with watch.phase("copying"):
         # First: a source that is damaged here would show only after hours.
         outer = _write_outer(job, writer, None)
+    with watch.phase("blocks"):
         if job.request.fit_temperature and calibration is not None:
             check_temperature(job, writer.scratch, calibration.drawn)
         run = _Run(job, writer, progress, saliency)
