@@ -65,8 +65,7 @@ def from_fields(
         function.__annotations__ = {one.name: one.annotation for one in whole}
         function.check = partial(_check, settings)  # type: ignore[attr-defined]
         function.former = {  # type: ignore[attr-defined]
-            f"--{old.replace('_', '-')}": typed(name, fields[name][1], switch=False)[0]
-            for old, name in former_names(settings).items()
+            f"--{old.replace('_', '-')}": name for old, name in former_names(settings).items()
         }
         function.options = {name: option for name, (_, option) in fields.items()}  # type: ignore[attr-defined]
         function.taken = taken  # type: ignore[attr-defined]

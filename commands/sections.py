@@ -24,9 +24,16 @@ class SectionedCommand(TyperCommand):
     those that most people need, and ``--help-all`` all of them.
     """
 
+    def make_parser(self, ctx: Any) -> Any:
+        """The parser of the command line, which knows flags of before too; no help page shows them."""
+        parser = super().make_parser(ctx)
+        own = {one.name: one for one in self.params}
+        for flag, name in getattr(self.callback, "former", {}).items():
+            parser.add_option(obj=own[name], opts=[flag], dest=name, nargs=own[name].nargs)
+        return parser
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Show all options where that is asked for: before anything is required, and whatever the order of words."""
-        args = self._by_flags_of_today(args)
         if "--help-all" in args:
             words = self.make_parser(ctx).parse_args(list(args))[0]
             if words.get("help_all"):
@@ -63,13 +70,6 @@ class SectionedCommand(TyperCommand):
             with formatter.section(f"{len(more)} more options, by section"):
                 method = "" if getattr(self.callback, "taken", None) is None else " [--method NAME]"
                 formatter.write_text(f"{ctx.command_path}{method} --help-all")
-
-    def _by_flags_of_today(self, args: list[str]) -> list[str]:
-        """What was typed, with the flags that options have today in place of those of before."""
-        former: Mapping[str, str] = getattr(self.callback, "former", {})
-        end = args.index("--") if "--" in args else len(args)
-        parted = [word.partition("=") for word in args[:end]]
-        return [former.get(flag, flag) + equals + value for flag, equals, value in parted] + args[end:]
 
     @property
     def _options(self) -> Mapping[str, Any]:

@@ -123,6 +123,11 @@ def test_flags_of_before(ulbq: Ulbq) -> None:
     assert "--weight-lr is given twice" in twice.refused(2)
 
 
+def test_a_value_that_looks_like_a_flag_of_before_stays(ulbq: Ulbq) -> None:
+    words = ["quantize", GOLDEN / "dense", "--method", "rtn", "--output", "--weight-rate", "--dry-run", "--json"]
+    assert json.loads(ulbq(*words).out)["request"]["out"] == "--weight-rate"
+
+
 def test_flags_of_before_of_finetuning(ulbq: Ulbq) -> None:
     words = ["finetune", GOLDEN / "affine", "--task", "end-to-end", "--data", "self", "--samples", 4, "--device", "cpu"]
     words += ["--sequence-length", 16, "--rate", 0.5, "--accumulation", 3, "--scale-rate", 0.25, "--dry-run", "--json"]

@@ -129,7 +129,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         raise AssertionError("the decisions are on disk")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ulbq.pipeline.quantize.survey", again)
+        patch.setattr("ulbq.pipeline.sensitivity.survey", again)
         resumed, _ = quantize(asked(tiny_llama, out, samples, **options))
     assert shards(resumed) == shards(straight)
 

@@ -472,7 +472,7 @@ def test_an_artifact_trains_without_a_walk_over_its_blocks(
     tiny_llama: Path, samples: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = quantize(request(tiny_llama, tmp_path / "first", samples, end_to_end="none", **_NONE))
-    monkeypatch.setattr("ulbq.pipeline.quantize.Streams", None)
+    monkeypatch.setattr("ulbq.pipeline.blocks.Streams", None)
     path, manifest = quantize(request(first, tmp_path / "second", samples))
     assert manifest.blocks == ()
     assert manifest.calibration["name"] == "tokens.safetensors"
@@ -519,7 +519,7 @@ def test_blocks_and_the_whole_may_train_on_other_numbers_of_the_same_samples(
             super().__init__(job, drawn, scratch)
 
     monkeypatch.setattr("ulbq.pipeline.end_to_end.Examples", Noted)
-    monkeypatch.setattr("ulbq.pipeline.quantize.Streams", Walked)
+    monkeypatch.setattr("ulbq.pipeline.blocks.Streams", Walked)
     asked = request(tiny_llama, tmp_path / "q", samples, end_to_end_samples=end_to_end)
     path, manifest = quantize(asked.model_copy(update={"samples": blocks}))
     given = load_file(samples)["tokens"].tolist()
