@@ -7,10 +7,10 @@ default model, GPTQ from 32 × 512 tokens; ``six blocks`` are the first of it, t
 process of its own with the same samples (WikiText-2 ``train``), 2 bits in groups of 64 and the same threads; they take
 turns, round by round, and the medians are shown. Of ulbq the whole command counts, from its start to its exit, opening,
 writing and reading back included; of llm-compressor the quantization alone. ``blocks`` are the seconds of the blocks
-alone, as the run itself noted them, and ``copying`` those of what is no block, which trees before this one counted among
-the blocks. ``cpu`` is processor time, which other programs disturb least. An earlier tree is a
-checkout that runs with this environment's packages; ``gptq`` runs beside llm-compressor, everything else beside the
-earlier tree. ``start`` says how long a command takes to open the model (``--dry-run``).
+alone, as the run itself noted them, and ``copying`` those of what is no block, which earlier trees counted among the
+blocks. ``cpu`` is processor time, which other programs disturb least. An earlier tree is a checkout that runs with this
+environment's packages; ``gptq`` runs beside llm-compressor, everything else beside the earlier tree. ``start`` says how
+long a command takes to open the model (``--dry-run``).
 
 At 8 × 256 tokens ``gptq`` rounds ``down_proj`` to nearest: 2,048 tokens say too little about 11,008 columns.
 llm-compressor solves it all the same. ``gptq, block, all solved`` has 48 × 256 tokens, and both solve every layer.

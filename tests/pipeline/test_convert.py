@@ -22,6 +22,7 @@ from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "artifacts"
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
 
 
@@ -51,6 +52,24 @@ def test_every_tensor_and_the_configuration_have_the_dtype(
     original = resolve(tiny_llama)
     assert stored.keys() == original.names
     assert all(torch.equal(tensor, original.read(n).to(dtype)) for n, tensor in stored.items())
+
+
+@pytest.mark.parametrize("target", ["dense", "gptq", "compressed-tensors"])
+def test_what_is_not_packed_keeps_its_dtype_unless_one_is_asked_for(target: str, tmp_path: Path) -> None:
+    artifact = resolve(GOLDEN / "adapted")  # trained norms in float16, embeddings in bfloat16
+    unpacked = {
+        name: artifact.read(name) for name in artifact.names if name.endswith(("norm.weight", "embed_tokens.weight"))
+    }
+    assert {tensor.dtype for tensor in unpacked.values()} == {torch.float16, torch.bfloat16}
+    for asked in (None, "bf16"):
+        request = ConvertRequest(source=str(GOLDEN / "adapted"), to=target, dtype=asked, out=tmp_path / str(asked))
+        stored = {n: t for file in convert(request)[0].glob("*.safetensors") for n, t in load_file(file).items()}
+        for name, tensor in unpacked.items():
+            wanted = tensor if asked is None else tensor.bfloat16()
+            assert stored[name].dtype == wanted.dtype
+            assert torch.equal(stored[name], wanted)
+        packed_ones = {tensor.dtype for name, tensor in stored.items() if name.endswith("q_proj.weight")}
+        assert packed_ones == ({torch.bfloat16} if target == "dense" else set())
 
 
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:

@@ -53,7 +53,10 @@ class ConvertRequest(Settings):
     ] = None
     dtype: Annotated[
         DtypeName | None,
-        Option("Of the tensors that are not packed.", default="bf16 for dense, fp16 for gguf and exl3, else as is"),
+        Option(
+            "Of dense weights and of the tensors that are not packed.",
+            default="bf16 for dense weights, fp16 for gguf, exl3 and mlx, else as they are stored",
+        ),
     ] = None
     merge_adapter: Annotated[
         bool,

@@ -99,6 +99,8 @@ def dense_tensor(
     aliases: tuple[str, ...],
     dtype: torch.dtype,
     adapter: Adapter | None = None,
+    *,
+    keeps: bool = False,
 ) -> torch.Tensor:
     """One tensor of a model's state, dense.
 
@@ -106,6 +108,8 @@ def dense_tensor(
         name: as the model has it; ``aliases`` are the other names that it is tied to.
         dtype: that it is rounded to, once; integers stay.
         adapter: made a part of the weight.
+        keeps: leave what is not packed as it is stored, save a matrix in more than half precision. A trained norm in
+            float16 loses more in bfloat16 than the model that it is in loses in float32.
 
     Raises:
         InputError: there is no such tensor.
@@ -120,6 +124,8 @@ def dense_tensor(
         tensor = formats.dequantize(scheme, source.read_packed(linear), columns, exact)
     else:
         tensor = read_state(source, name, aliases)
+        if keeps and adapter is None and (tensor.dim() < 2 or tensor.dtype.itemsize <= 2):
+            dtype = tensor.dtype
     if adapter is not None and linear != name:
         with torch.no_grad():
             tensor = adapter.merged(tensor)

@@ -120,7 +120,9 @@ def write_folder(
                 found = layout.encode(packed[linear].scheme, source.read_packed(linear), packed[linear].shape)
                 encoded |= {f"{naming.layer(linear)}.{short}": tensor for short, tensor in found.items()}
             else:
-                tensors[name] = dense_tensor(source, model, name, aliases[name], dtype, adapters.get(linear))
+                tensors[name] = dense_tensor(
+                    source, model, name, aliases[name], dtype, adapters.get(linear), keeps=conversion.keeps
+                )
                 if conversion.untie:
                     tensors |= {alias: tensors[name].clone() for alias in aliases[name]}
         written = encoded | naming.dense(tensors)
@@ -144,7 +146,8 @@ def write_packed(
 ) -> Written:
     """:func:`write_folder` with packed layers, and how they are stored."""
     names = write_folder(conversion, folder, on_shard, layout)
-    return Written(f"the artifact's own codes, to the bit; what is not packed in {conversion.dtype}", names)
+    rest = "as it is stored there" if conversion.keeps else f"in {conversion.dtype}"
+    return Written(f"the artifact's own codes, to the bit; what is not packed {rest}", names)
 
 
 def _read_back(

@@ -85,7 +85,8 @@ def _plan(request: ConvertRequest, source: ModelSource, progress: Progress) -> t
             f"`block_types` is for GGUF files, and this becomes {into.name}.", hint="Leave out `block_types`."
         )
     untie, fast = engine is not None and into.readers[engine].untie, request.block_types == "fastest"
-    return into, Conversion(source, candidate, into.dtype(source, request.dtype), request.merge_adapter, untie, fast)
+    dtype, keeps = into.dtype(source, request.dtype), into.keeps and request.dtype is None and bool(candidate.layers)
+    return into, Conversion(source, candidate, dtype, keeps, request.merge_adapter, untie, fast)
 
 
 def _write_beside(into: Target, job: Conversion, written: Written, writer: ArtifactWriter, progress: Progress) -> None:

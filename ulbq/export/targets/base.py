@@ -30,6 +30,7 @@ class Conversion:
     Attributes:
         source: the model; ``candidate`` says what it is made of.
         dtype: of the tensors that are not packed.
+        keeps: leave those in the dtype that they are stored in, save matrices in more than half precision.
         merge_adapter: make the adapter a part of the weights; else it is copied beside them.
         untie: store a tied head by itself too.
         fast_types: of types that hold the same weights, take one that is fast everywhere, not the smallest.
@@ -38,6 +39,7 @@ class Conversion:
     source: ModelSource
     candidate: Candidate
     dtype: Dtype
+    keeps: bool = False
     merge_adapter: bool = False
     untie: bool = False
     fast_types: bool = False
@@ -66,6 +68,7 @@ class Target(ABC):
     Attributes:
         name: that ``--to`` takes.
         readers: the engines that read it, by their names in :data:`ulbq.export.targets.ENGINES`.
+        keeps: whether its readers cast what they load, so that tensors which are not packed keep their stored dtypes.
         merges: whether an adapter can become a part of what is written.
         is_artifact: whether that is an artifact of ulbq's own again, with its manifest and its card.
         library: for the Hub.
@@ -77,6 +80,7 @@ class Target(ABC):
     name: ClassVar[str]
     readers: ClassVar[Mapping[str, Reader]] = {}
     merges: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
     is_artifact: ClassVar[bool] = False
     library: ClassVar[str] = "transformers"
     opened: ClassVar[str] = "Opened again"

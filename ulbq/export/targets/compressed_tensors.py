@@ -132,6 +132,7 @@ class CompressedTensorsTarget(Target):
     """The artifact's own codes as ``pack-quantized``."""
 
     name = "compressed-tensors"
+    keeps = True
     opened = packed.OPENED
     readers: ClassVar = {
         "vllm": Reader(rules.VLLM, 0, rules.SERVED, narrow=rules.HUMMING),

@@ -17,9 +17,10 @@ from ulbq.models.source import ModelSource
 
 
 class DenseTarget(Target):
-    """Every tensor in one dtype; packed layers are computed in float32 and rounded once."""
+    """Every weight dense; packed layers are computed in float32 and rounded once."""
 
     name = "dense"
+    keeps = True
     merges = True
     readers: ClassVar = {
         "transformers": Reader(f"{AUTO_MODEL}.", 2),
@@ -34,7 +35,9 @@ class DenseTarget(Target):
         return asked or "bf16"
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
-        return Written(f"all weights in {conversion.dtype}", write_folder(conversion, folder, on_step))
+        keeps, dtype = conversion.keeps, conversion.dtype
+        stored = f"what was packed in {dtype}, the rest as it is stored there" if keeps else f"all weights in {dtype}"
+        return Written(stored, write_folder(conversion, folder, on_step))
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         open_again(folder)

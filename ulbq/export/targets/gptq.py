@@ -152,6 +152,7 @@ class GptqTarget(Target):
     """The artifact's own codes in GPTQ's layout."""
 
     name = "gptq"
+    keeps = True
     opened = packed.OPENED
     readers: ClassVar = {
         "gptqmodel": Reader("`GPTQModel.load(DIR)`.", rules=(rules.groups(-1, 16, 32, 64, 128, 256, 512, 1024),)),
