@@ -230,6 +230,22 @@ def _folder(path: Path, name: str) -> Path:
     return path / name
 
 
+@pytest.mark.parametrize("keep_best", [True, False])
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4])
+def test_states_tell_how_many_files_lie_there_at_once(
+    epochs: int, keep_best: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, make_student(), epochs=epochs, keep_best=keep_best)
+    # The first epoch is the best: its state stays beside the last one and that which is being written.
+    losses = iter([5.0, 1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda bar: next(losses))
+    lying = [0]
+    with Silent().phase("training") as bar:
+        trainer.train(None, bar, lambda _, files: lying.append(len(list(tmp_path.glob("step-*")))))
+    settings = FinetuneSettings(epochs=epochs, batch_size=2, keep_best=keep_best)
+    assert max(lying) == settings.states(4) == min(epochs, 3 if keep_best else 2)
+
+
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = make_student()
     trainer = make_trainer(tmp_path, student)

@@ -151,6 +151,12 @@ class FinetuneSettings(FinetuneForm):
         """Optimizer steps of the whole run; the last step of an epoch may have fewer examples."""
         return self.epochs * math.ceil(examples / self.batch_size)
 
+    def states(self, examples: int) -> int:
+        """Checkpoints that lie on disk at once: the last and the best one, and that which is being written."""
+        steps = self.steps(examples)
+        written = math.ceil(steps / (self.save_every or math.ceil(examples / self.batch_size)))
+        return min(written, 2 + self.keep_best)
+
     def together(self, length: int) -> int:
         """Examples of up to ``length`` tokens that run at once."""
         most = self.micro_batch

@@ -282,8 +282,9 @@ class _Sizes:
         logits = logits_memory(sizes.vocabulary, copies, tokens)
         heads = (1 + (teacher > 0)) * sizes.head_at_work(self.itemsize)
         training = teacher + student + self._step(settings, tokens) + logits + heads
-        # Values and moments, of the best epoch and of the last one.
-        return _Need(_TRAINING_LIBRARY + max(asking, reading, training), 2 * 12 * trained + cached)
+        # Values and moments.
+        states = settings.states(self.request.text_samples) * 3 * FLOAT * trained
+        return _Need(_TRAINING_LIBRARY + max(asking, reading, training), states + cached)
 
     def _step(self, settings: FinetuneSettings, tokens: int) -> int:
         """Bytes that an end-to-end step keeps of the blocks for the way back."""
