@@ -71,6 +71,8 @@ class Pace:
         self.done += steps
         if now < self._HEAD_START:
             self._head_start = self.done
+        if not self.done:
+            self._marks = [now]  # a word before the first step tells of what is none: a validation, for one
         # Several at once took alike. None at all is a word about a step that goes on.
         self._marks += [now - (now - before) * i / steps for i in reversed(range(steps))]
 

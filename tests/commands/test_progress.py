@@ -129,6 +129,16 @@ def test_pace_is_not_moved_by_a_word_about_a_step_that_goes_on():
     assert pace.left == 6 + 10 + 40
 
 
+def test_pace_does_not_count_what_comes_before_the_first_step():
+    clock = _Clock()
+    pace = Pace(4, clock=clock)
+    clock.now += 30
+    pace.advance(0)
+    clock.now += 10
+    pace.advance(1)
+    assert pace.left == 30
+
+
 def test_pace_ignores_steps_of_an_earlier_run():
     clock = _Clock()
     pace = Pace(30, clock=clock)
