@@ -20,4 +20,9 @@ def convert(
 
     from ulbq.pipeline.convert import convert
 
-    emit(*convert(request, progress))
+    path, manifest = convert(request, progress)
+    if not quiet:
+        from .results import show_converted
+
+        show_converted(manifest)
+    emit(path, manifest)

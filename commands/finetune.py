@@ -73,4 +73,9 @@ def finetune(
         if json:
             write(planned.model_dump_json(indent=2))
         return
-    emit(*finetune(job, progress, on_plan=(lambda planned: None) if quiet else show))
+    path, manifest = finetune(job, progress, on_plan=(lambda planned: None) if quiet else show)
+    if not quiet:
+        from .results import show_finetuned
+
+        show_finetuned(manifest)
+    emit(path, manifest)

@@ -30,6 +30,7 @@ from ulbq.pipeline.inspect import Ancestor, Inspection, State
 from . import scores
 from .fields import as_typed
 from .progress import duration
+from .results import losses
 from .saliency_table import each, summary
 from .tables import add, columns, grid
 
@@ -139,18 +140,7 @@ def _particulars(manifest: AnyManifest) -> dict[str, str]:
             rows["weights"] = manifest.coverage.words
         if manifest.rotation is not None:
             rows["rotation"] = manifest.rotation.label
-        if (fitted := manifest.temperature) is not None:
-            divergences = f"held-out divergence {fitted.start_error:.4f} to {fitted.end_error:.4f}"
-            rows["temperature"] = f"logits times {fitted.factor:.4f}, {divergences}"
-        if (after := manifest.end_to_end) is not None:
-            text = f" on {after.data['name']}" if after.data else ""
-            losses = f"held-out loss {after.start_error:.4f} to {after.end_error:.4f}"
-            rows["end to end"] = f"{after.loss}{text}, {losses} in epoch {after.epochs}"
-        if (learnt := manifest.finetune) is not None:
-            of = f"{learnt.data.get('samples'):,} samples of {', '.join(learnt.data.get('sources', ()))}"
-            losses = f"held-out loss {learnt.start_loss:.4f} to {learnt.end_loss:.4f}"
-            layout = learnt.template or "plain text"
-            rows["fine-tuned"] = f"{learnt.task}, {learnt.train}, on {of}, layout {layout}; {losses}"
+        rows |= losses(manifest)
     else:
         return {}
     if data := manifest.calibration:

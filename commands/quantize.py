@@ -67,4 +67,9 @@ def quantize(
         if json:
             write(planned.model_dump_json(indent=2))
         return
-    emit(*quantize(request, progress, on_plan=(lambda planned: None) if quiet else show_plan))
+    path, manifest = quantize(request, progress, on_plan=(lambda planned: None) if quiet else show_plan)
+    if not quiet:
+        from .results import show_quantized
+
+        show_quantized(path, manifest)
+    emit(path, manifest)

@@ -27,7 +27,7 @@ class SectionedCommand(TyperCommand):
     def make_parser(self, ctx: Any) -> Any:
         """The parser of the command line, which knows flags of before too; no help page shows them."""
         parser = super().make_parser(ctx)
-        own = {one.name: one for one in self.params}
+        own: dict[Any, Any] = {one.name: one for one in self.params}
         for flag, name in getattr(self.callback, "former", {}).items():
             parser.add_option(obj=own[name], opts=[flag], dest=name, nargs=own[name].nargs)
         return parser
