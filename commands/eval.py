@@ -22,7 +22,7 @@ def eval(  # the command's name; nothing here evaluates expressions
         list[str] | None,
         typer.Argument(
             metavar="SOURCE",
-            help="Hub id, model folder, GGUF file or artifact; '-' reads one path from standard input.",
+            help="Hub id, model folder, GGUF file, artifact or smollm2-135m; '-' reads one path from standard input.",
             show_default=False,
         ),
     ] = None,

@@ -40,7 +40,7 @@ Source = Annotated[
     str | None,
     typer.Argument(
         metavar="SOURCE",
-        help="Hub id, model folder, GGUF file or artifact; '-' reads one path from standard input.",
+        help="Hub id, model folder, GGUF file, artifact or smollm2-135m; '-' reads one path from standard input.",
         show_default=False,
     ),
 ]

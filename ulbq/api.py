@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ulbq.progress import Progress
 
 Source = str | os.PathLike[str]
-"""Hub id, model folder, GGUF file or artifact."""
+"""Hub id, model folder, GGUF file, artifact or smollm2-135m."""
 Written = TypeVar("Written")
 
 

@@ -272,6 +272,16 @@ class TestDefaultModel:
         monkeypatch.setattr(hub, "snapshot_download", lambda repo_id, **options: str(tiny_llama))
         assert resolve(None).given == DEFAULT_HUB_ID
 
+    @pytest.mark.parametrize("name", ["smollm2-135m", "SmolLM2-135M"])
+    def test_has_a_name_that_what_lies_here_comes_before(
+        self, name: str, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(hub, "snapshot_download", lambda repo_id, **options: str(tiny_llama))
+        monkeypatch.chdir(tmp_path)
+        assert resolve(name).given == DEFAULT_HUB_ID
+        shutil.copytree(tiny_llama, tmp_path / name)
+        assert resolve(name).given == name
+
     def test_neither_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(ResourceError) as caught:

