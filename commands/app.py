@@ -34,7 +34,7 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 DEFECT = 1
 
-_UNDIVIDED = frozenset({"generate", "convert", "inspect"})
+_UNDIVIDED = frozenset({"generate", "convert", "inspect", "list"})
 
 _COMMANDS = {
     "saliency": "Score every weight of a model by how much the model depends on it.",
@@ -43,6 +43,7 @@ _COMMANDS = {
     "generate": "Let a model go on from a prompt, and tell its speed and memory.",
     "finetune": "Teach a quantized artifact, packed as it is.",
     "convert": "Write a model in a layout that other tools load.",
+    "list": "Show the artifacts under a folder, with bits, size, scores and ancestry.",
     "inspect": "Show an artifact: where its bits went, its errors by block and layer, its ancestry.",
 }
 
