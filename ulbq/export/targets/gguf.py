@@ -255,10 +255,11 @@ class GgufTarget(Target):
         return layer_reason(candidate, dense.unsupported_reason)
 
     def check(self, source: ModelSource) -> str | None:
-        check_tokenizer(source)
-        if not source.carried:
-            return None
-        return f"A GGUF file has no place for the {len(source.carried)} tensors beside the model: they stay behind."
+        notes = [check_tokenizer(source)]
+        if source.carried:
+            count = len(source.carried)
+            notes.append(f"A GGUF file has no place for the {count} tensors beside the model: they stay behind.")
+        return " ".join(note for note in notes if note) or None
 
     def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
         return asked or "fp16"
