@@ -25,7 +25,7 @@ NAMES = list({pre: name for name, pre in reversed(PRE_TOKENIZERS.items())}.value
 WORDS = ("αΒγ", "हिन्दी", "e\u0301")  # noqa: RUF001
 DEPARTURES = {"tekken": WORDS, "gpt-4o": WORDS}
 
-WRITTEN = [name for name in NAMES if name not in ("falcon", "bloom", "default")]
+WRITTEN = [name for name in NAMES if name not in ("falcon", "bloom", "viking", "default")]
 
 
 def gguf(path: Path, pre: str | None, words: Vocabulary | None = None, **options: object) -> Path:

@@ -23,6 +23,8 @@ _WORDS = rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|%s| ?[^\s\p{{L}}\p{{N}}]+[\r
 _LLAMA3, _QWEN2 = _WORDS % r"\p{N}{1,3}", _WORDS % r"\p{N}"
 _QWEN35 = rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 
+_SEED = rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
+
 # A word ends where capitals follow small letters.
 _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = rf"{_UPPER}*{_LOWER}+%s|{_UPPER}+{_LOWER}*%s|%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
@@ -70,12 +72,15 @@ _KINDS = {
     "smaug-bpe dbrx glm4 chatglm-bpe": PreTokenizer((_LLAMA3,)),
     "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2": PreTokenizer((_QWEN2,)),
     "qwen35": PreTokenizer((_QWEN35,)),
+    "seed-coder": PreTokenizer((_SEED,)),
+    "minicpm5": PreTokenizer((r"\p{N}{1,3}", _WORDS % r"\p{N}+"), ignore_merges=True),
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
     "gpt-4o llama4 kanana2 talkie minimax-m2": PreTokenizer((_GPT4O,)),
     "deepseek-v3 hunyuan-dense joyai-llm hy_v4": PreTokenizer(_DEEPSEEK_V3),
     "deepseek-coder": PreTokenizer(_DEEPSEEK_CODER),
     "falcon": PreTokenizer(_FALCON),
     "bloom poro-chat gpt3-finnish": PreTokenizer(_BLOOM),
+    "viking": PreTokenizer((*_BLOOM, DIGIT)),
     "default": PreTokenizer(_DEFAULT),
 }
 
