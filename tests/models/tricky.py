@@ -16,6 +16,8 @@ GOLDEN = Path(__file__).with_name("tricky.json")
 
 SPECIAL = ("<|begin|>", "<|im_end|>", "<|im_start|>", "<｜fim▁hole｜>")
 OWN = ("<think>", "</think>")
+WHOLE = ("ĠHTTPServer", "Ġcomment")
+"""Words that no merges make: a token each where ``ignore_merges`` holds."""
 
 PAGE = (
     "List:\n\n1. One\n2. Two\n",
@@ -61,7 +63,7 @@ def vocabulary(merges: list[str]) -> Vocabulary:
     """Bytes, what the merges make, and tokens that are found in text as they are."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = (merge.replace(" ", "") for merge in merges)
-    normal = [*dict.fromkeys([*letters, *made])]
+    normal = [*dict.fromkeys([*letters, *made, *WHOLE])]
     kinds = ((SPECIAL, TokenType.CONTROL), (OWN, TokenType.USER_DEFINED), (normal, TokenType.NORMAL))
     return Vocabulary([*SPECIAL, *OWN, *normal], merges, [kind for tokens, kind in kinds for _ in tokens])
 
