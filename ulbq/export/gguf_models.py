@@ -45,7 +45,7 @@ class Family:
     read: bool = True
 
 
-_LLAMAS = {"permuted": True, "ropes": ("linear", "llama3")}
+_LLAMA = Family(MODEL_ARCH.LLAMA, permuted=True, ropes=("linear", "llama3"))
 _SCALES = {
     "embedding_multiplier": "add_embedding_scale",
     "residual_multiplier": "add_residual_scale",
@@ -60,8 +60,8 @@ _CAPS = {
 _GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "attention_bias": False}
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(MODEL_ARCH.LLAMA, **_LLAMAS),
-    "mistral": Family(MODEL_ARCH.LLAMA, **_LLAMAS),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
     "qwen2": Family(MODEL_ARCH.QWEN2),
     "qwen3": Family(MODEL_ARCH.QWEN3),
     "gemma2": Family(MODEL_ARCH.GEMMA2, ropes=(), period=2, shifted=True, numbers=_WINDOW | _CAPS, needs=_GEMMA),
@@ -203,8 +203,8 @@ def _add_rope(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     parameters = _rope(config)
     writer.add_rope_dimension_count(_rope_width(config))
     writer.add_rope_freq_base(float(parameters.get("rope_theta", 10000.0)))
-    if (theta := _rope(config, "sliding_attention").get("rope_theta")) != parameters.get("rope_theta"):
-        writer.add_rope_freq_base_swa(float(theta))
+    if (windowed := _rope(config, "sliding_attention")) != parameters:
+        writer.add_rope_freq_base_swa(float(windowed["rope_theta"]))
     match parameters.get("rope_type"):
         case "linear":
             writer.add_rope_scaling_type(RopeScalingType.LINEAR)
