@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from tests.models.tiny import tiny_config, tiny_model
 from tests.models.tiny_gguf import Vocabulary, write_tiny_gguf
-from tests.models.tricky import GOLDEN, PAGE, golden, learned_merges, vocabulary
+from tests.models.tricky import GOLDEN, PAGE, golden, learned_merges, sentencepiece, vocabulary
 from ulbq.config.convert import ConvertRequest
 from ulbq.errors import InputError
 from ulbq.models.gguf_header import read_header
@@ -20,6 +20,8 @@ from ulbq.pipeline.convert import convert
 
 NAMES = list({pre: name for name, pre in reversed(PRE_TOKENIZERS.items())}.values())
 """One name of each kind of split, the one that is written."""
+
+SPACED = {"sentencepiece": None, "sentencepiece, no space first": False}
 
 # llama.cpp's forms of these know no capitals but ASCII's, and no marks.
 WORDS = ("αΒγ", "हिन्दी", "e\u0301")  # noqa: RUF001
@@ -32,6 +34,11 @@ def gguf(path: Path, pre: str | None, words: Vocabulary | None = None, **options
     words = vocabulary(golden()["merges"]) if words is None else words
     config = tiny_config("llama", tied=False, vocab=max(len(words.tokens), 8), num_hidden_layers=1)
     return write_tiny_gguf(tiny_model(config), path, pre=pre, vocabulary=words, **options)
+
+
+def spaced(path: Path, *, add_space: bool | None = None) -> Path:
+    """A file with a tokenizer of SentencePiece's kind."""
+    return gguf(path, None, sentencepiece(), add_space=add_space)
 
 
 def tokens(source: ModelSource) -> list[list[int]]:
@@ -57,8 +64,17 @@ def test_a_page_has_the_tokens_that_llama_cpp_makes_of_it(name: str, tmp_path: P
 
 def test_the_page_tells_all_splits_apart() -> None:
     found = golden()["tokens"]
-    assert found.keys() == {*NAMES, "default model"}
+    assert found.keys() == {*NAMES, "default model", *SPACED}
     assert all(found[one] != found[other] for one, other in combinations(found, 2))
+
+
+@pytest.mark.parametrize("name", SPACED)
+def test_sentencepiece_has_llama_cpps_tokens(name: str, tmp_path: Path) -> None:
+    source = resolve(spaced(tmp_path / "m.gguf", add_space=SPACED[name]))
+    assert source.notes == ()
+    assert tokens(source) == golden()["tokens"][name]
+    folder, _ = convert(ConvertRequest(source=str(source.path), to="dense", out=tmp_path / "d"))
+    assert tokens(resolve(folder)) == tokens(source)
 
 
 @pytest.mark.real
@@ -118,23 +134,29 @@ def test_bos_comes_first_where_the_file_or_its_split_says_so(
     assert (tokenizer("a").input_ids[0] == tokenizer.bos_token_id) is starts
 
 
+def file_of(name: str, path: Path) -> Path:
+    """The file whose golden tokens have this name."""
+    if name == "default model":
+        return default_model(offline=True).path
+    return spaced(path, add_space=SPACED[name]) if name in SPACED else gguf(path, name)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*NAMES, "default model"])
+@pytest.mark.parametrize("name", [*NAMES, *SPACED, "default model"])
 def test_the_tokens_are_llama_cpps(name: str, tmp_path: Path) -> None:
     from tests.export.test_targets_readers import environment
 
-    python = environment("llama-cpp")
-    model = default_model(offline=True).path if name == "default model" else gguf(tmp_path / "m.gguf", name)
-    assert of_llama_cpp(python, model, tmp_path) == golden()["tokens"][name]
+    model = file_of(name, tmp_path / "m.gguf")
+    assert of_llama_cpp(environment("llama-cpp"), model, tmp_path) == golden()["tokens"][name]
 
 
 def _write_golden(python: Path, folder: Path) -> None:
-    merges = learned_merges(1000)
-    words = vocabulary(merges)
-    found = {name: of_llama_cpp(python, gguf(folder / f"{name}.gguf", name, words), folder) for name in NAMES}
-    found["default model"] = of_llama_cpp(python, default_model(offline=True).path, folder)
+    GOLDEN.write_text(json.dumps({"merges": learned_merges(1000)}), encoding="utf-8")
+    names = [*NAMES, *SPACED, "default model"]
+    found = {name: of_llama_cpp(python, file_of(name, folder / "m.gguf"), folder) for name in names}
     rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(ids, separators=(',', ':'))}" for name, ids in found.items())
-    GOLDEN.write_text(f'{{"merges": {json.dumps(merges)},\n"tokens": {{\n{rows}\n}}}}\n', encoding="utf-8")
+    merges = json.dumps(golden()["merges"])
+    GOLDEN.write_text(f'{{"merges": {merges},\n"tokens": {{\n{rows}\n}}}}\n', encoding="utf-8")
 
 
 if __name__ == "__main__":

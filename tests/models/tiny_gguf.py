@@ -22,11 +22,12 @@ _NAMES = {
 
 
 class Vocabulary(NamedTuple):
-    """A byte-level tokenizer as a GGUF file has it; ``types`` may be shorter than ``tokens``."""
+    """A byte-level tokenizer as a GGUF file has it, or with scores one of SentencePiece's kind."""
 
     tokens: Sequence[str]
-    merges: Sequence[str]
+    merges: Sequence[str] = ()
     types: Sequence[int] = ()
+    scores: Sequence[float] = ()
 
 
 def write_tiny_gguf(
@@ -40,6 +41,7 @@ def write_tiny_gguf(
     pre: str | None = "gpt-2",
     vocabulary: Vocabulary | None = None,
     add_bos: bool | None = None,
+    add_space: bool | None = None,
 ) -> Path:
     """Write a tiny Llama with an untied head; linear weights as Q8_0, all else, and ``more`` tensors, as float32."""
     config = model.config
@@ -57,17 +59,22 @@ def write_tiny_gguf(
         writer.add_vocab_size(config.vocab_size)
     if vocabulary is None:
         vocabulary = Vocabulary([*(f"<{i}>" for i in range(config.vocab_size - 3)), "a", "b", "ab"], ["a b"])
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if vocabulary.scores else "gpt2")
     if pre is not None:
         writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary.tokens)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    else:
+        writer.add_token_merges(vocabulary.merges)
     if vocabulary.types:
         writer.add_token_types(vocabulary.types)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)
+    if add_space is not None:
+        writer.add_add_space_prefix(add_space)
     if parts > 1:
         writer.add_uint16("split.count", parts)
     for name, tensor in model.state_dict().items():

@@ -68,6 +68,22 @@ def vocabulary(merges: list[str]) -> Vocabulary:
     return Vocabulary([*SPECIAL, *OWN, *normal], merges, [kind for tokens, kind in kinds for _ in tokens])
 
 
+def sentencepiece() -> Vocabulary:
+    """Bytes, runs of spaces, and the beginnings of all words with and without a space before them."""
+    words = [space + word for text in PAGE if "\0" not in text for word in text.split() for space in ("", "▁")]
+    runs = ["▁" * count for count in range(1, 9)]
+    pieces = dict.fromkeys([*runs, *(word[:end] for word in words for end in range(1, len(word) + 1)), *"".join(words)])
+    marked = (
+        (SPECIAL, TokenType.CONTROL),
+        (OWN, TokenType.USER_DEFINED),
+        ([f"<0x{byte:02X}>" for byte in range(256)], TokenType.BYTE),
+        ([piece for piece in pieces if piece not in SPECIAL + OWN], TokenType.NORMAL),
+    )
+    tokens = [token for group, _ in marked for token in group]
+    types = [kind for group, kind in marked for _ in group]
+    return Vocabulary(tokens, (), types, [-float(index) for index in range(len(tokens))])
+
+
 def golden() -> dict[str, Any]:
     """What stands in the file."""
     found: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
 """The tokenizer in a GGUF file.
 
 A byte-level one is built here, and splits text as llama.cpp does for the name that the file gives
-(see :mod:`ulbq.models.pre_tokenizers`); SentencePiece's kinds split nothing, and transformers builds them.
+(see :mod:`ulbq.models.pre_tokenizers`). SentencePiece's kinds split nothing, and transformers builds them, but for the
+space that comes before text.
 """
 
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
-from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import TOKENIZER_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase, TokenizersBackend
 
@@ -18,7 +19,7 @@ from ulbq.models.gguf_header import GgufHeader, read_header
 from ulbq.models.pre_tokenizers import PRE_TOKENIZERS
 
 _KEY = "tokenizer.ggml."
-_BYTE_LEVEL = "gpt2"
+_BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -51,7 +52,16 @@ def read_tokenizer(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerB
         ValueError, TypeError, KeyError, OSError: it is damaged, or of a kind that transformers does not know.
     """
     header = read_header(path)
-    return _byte_level(header) if header.values.get(f"{_KEY}model") == _BYTE_LEVEL else _built(path, config)
+    kind = header.values.get(f"{_KEY}model")
+    if kind == _BYTE_LEVEL:
+        return _byte_level(header)
+    built = _built(path, config)
+    if kind == _SENTENCEPIECE and type(built) is TokenizersBackend:
+        # Before any text, one that begins with a space too, and behind special tokens; transformers only leads words.
+        space = [normalizers.Prepend("▁")] if header.values.get(f"{_KEY}add_space_prefix", True) else []
+        built.backend_tokenizer.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
+        built.backend_tokenizer.pre_tokenizer = None
+    return built
 
 
 def _byte_level(header: GgufHeader) -> TokenizersBackend:
