@@ -98,13 +98,18 @@ _LIKE_LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {"head_dim": 16}),
 }
 
+# Half of each head is rotated, in pairs that lie side by side.
+_OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4": ("glm4", {"head_dim": 16}),
+}
+
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 MIXTURES: tuple[str, ...] = tuple(_MIXTURES)
 
 
 def tiny_config(family: str, *, tied: bool | None = None, vocab: int = 256, **changes: Any) -> PreTrainedConfig:
     """Configuration of a model with three blocks and hidden size 64; ``tied`` None: as the family does."""
-    model_type, special = (_FAMILIES | _MIXTURES | _HYBRIDS | _LIKE_LLAMA)[family]
+    model_type, special = (_FAMILIES | _MIXTURES | _HYBRIDS | _LIKE_LLAMA | _OTHERS)[family]
     values = {**_COMMON, "vocab_size": vocab, **special, **changes}
     if tied is not None:
         values["tie_word_embeddings"] = tied

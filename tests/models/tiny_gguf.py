@@ -1,7 +1,8 @@
 """Writes a tiny Llama as a GGUF file, laid out as llama.cpp's own converter does it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import torch
@@ -20,6 +21,15 @@ _NAMES = {
 }
 
 
+class Vocabulary(NamedTuple):
+    """A byte-level tokenizer as a GGUF file has it, or with scores one of SentencePiece's kind."""
+
+    tokens: Sequence[str]
+    merges: Sequence[str] = ()
+    types: Sequence[int] = ()
+    scores: Sequence[float] = ()
+
+
 def write_tiny_gguf(
     model: PreTrainedModel,
     path: Path,
@@ -28,6 +38,10 @@ def write_tiny_gguf(
     parts: int = 1,
     says_vocabulary: bool = True,
     more: Mapping[str, torch.Tensor] = {},
+    pre: str | None = "gpt-2",
+    vocabulary: Vocabulary | None = None,
+    add_bos: bool | None = None,
+    add_space: bool | None = None,
 ) -> Path:
     """Write a tiny Llama with an untied head; linear weights as Q8_0, all else, and ``more`` tensors, as float32."""
     config = model.config
@@ -43,11 +57,24 @@ def write_tiny_gguf(
     writer.add_rope_freq_base(10000.0)
     if says_vocabulary:
         writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*(f"<{i}>" for i in range(config.vocab_size - 3)), "a", "b", "ab"])
-    writer.add_token_merges(["a b"])
+    if vocabulary is None:
+        vocabulary = Vocabulary([*(f"<{i}>" for i in range(config.vocab_size - 3)), "a", "b", "ab"], ["a b"])
+    writer.add_tokenizer_model("llama" if vocabulary.scores else "gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(vocabulary.tokens)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    else:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.types:
+        writer.add_token_types(vocabulary.types)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
+    if add_space is not None:
+        writer.add_add_space_prefix(add_space)
     if parts > 1:
         writer.add_uint16("split.count", parts)
     for name, tensor in model.state_dict().items():

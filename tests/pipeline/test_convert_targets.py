@@ -12,6 +12,7 @@ import torch
 import yaml
 from gguf import GGUFReader
 
+from tests.export.families import GGUF_FAMILIES
 from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny, tiny_config
 from ulbq.artifacts import ConvertedManifest, QuantizedManifest, read_manifest, verify
@@ -176,11 +177,9 @@ def test_a_gguf_file_of_an_artifact_is_compared_with_its_hash(parent: Path, tmp_
     resolve(alone)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
 def test_other_families_as_gguf(family: str, tmp_path: Path) -> None:
-    # transformers' reader takes Qwen 3's heads to be 128 wide.
-    more = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 128}}.get(family, {})
-    dense = save_tiny(family, tmp_path / "dense", **more)
+    dense = save_tiny(family, tmp_path / "dense", **GGUF_FAMILIES[family])
     path, _ = convert(ask(dense, tmp_path / "g", to="gguf", dtype="fp32"))
     with torch.no_grad():
         a, b = (load_model(resolve(p), dtype=torch.float32)(TOKENS).logits for p in (dense, path / "model.gguf"))
@@ -417,7 +416,7 @@ class TestRefusals:
         assert not list(tmp_path.glob("x*"))
 
     def test_an_unknown_architecture_or_window_in_gguf(self, tmp_path: Path) -> None:
-        for family, words in (("gemma2", "llama, mistral, qwen2, qwen3"), ("mistral", "slides over 8 tokens")):
+        for family, words in (("gemma", "llama, mistral, qwen2, qwen3"), ("mistral", "slides over 8 tokens")):
             with pytest.raises(InputError, match=words):
                 convert(ask(save_tiny(family, tmp_path / family), tmp_path / "x", to="gguf"))
 

@@ -5,16 +5,17 @@ transformers' logits; another architecture is refused, however like one of them 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ulbq.errors import InputError
 from ulbq.export.rules import plain_reason
-from ulbq.models.rope_factors import rope_type
+from ulbq.models.rope_factors import ROPE_FACTORS
 from ulbq.models.source import ModelSource
 
 
@@ -24,21 +25,60 @@ class Family:
 
     Attributes:
         permuted: rows of queries and keys are stored with the two halves of a head's rotary pairs interleaved.
-        factors: its rotary frequencies can be divided by factors, one each, stored as ``rope_freqs.weight``.
+        ropes: rotary embeddings that it computes beside the plain one, by transformers' names.
         normalized: whether llama.cpp scales what a token's experts count to a sum of one; None without experts.
+        period: of blocks whose attention reaches over a window, each such block reaches over all; 0 without windows.
+        shifted: what norms multiply by is stored with the one added that transformers adds.
+        numbers: what llama.cpp must know beside the common numbers: GGUFWriter's methods by names in the configuration.
+        needs: values in the configuration that llama.cpp's code has as a matter of course.
+        read: whether transformers has tables to read a file of it.
     """
 
     arch: MODEL_ARCH
     permuted: bool = False
-    factors: bool = False
+    ropes: tuple[str, ...] = ("linear",)
     normalized: bool | None = None
+    period: int = 0
+    shifted: bool = False
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    read: bool = True
 
+
+_LLAMA = Family(MODEL_ARCH.LLAMA, permuted=True, ropes=("linear", "llama3"))
+_SCALES = {
+    "embedding_multiplier": "add_embedding_scale",
+    "residual_multiplier": "add_residual_scale",
+    "attention_multiplier": "add_attention_scale",
+    "logits_scaling": "add_logit_scale",
+}
+_WINDOW = {"sliding_window": "add_sliding_window"}
+_CAPS = {
+    "attn_logit_softcapping": "add_attn_logit_softcapping",
+    "final_logit_softcapping": "add_final_logit_softcapping",
+}
+_GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "attention_bias": False}
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(MODEL_ARCH.LLAMA, permuted=True, factors=True),
-    "mistral": Family(MODEL_ARCH.LLAMA, permuted=True, factors=True),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
     "qwen2": Family(MODEL_ARCH.QWEN2),
     "qwen3": Family(MODEL_ARCH.QWEN3),
+    "gemma2": Family(MODEL_ARCH.GEMMA2, ropes=(), period=2, shifted=True, numbers=_WINDOW | _CAPS, needs=_GEMMA),
+    "gemma3_text": Family(
+        MODEL_ARCH.GEMMA3,
+        period=6,
+        shifted=True,
+        numbers=_WINDOW,
+        needs=_GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "phi3": Family(MODEL_ARCH.PHI3, ropes=("longrope",)),
+    "smollm3": Family(
+        MODEL_ARCH.SMOLLM3, permuted=True, needs={"attention_bias": False, "mlp_bias": False}, read=False
+    ),
+    "olmo2": Family(MODEL_ARCH.OLMO2, needs={"attention_bias": False, "tie_word_embeddings": False}, read=False),
+    "granite": Family(MODEL_ARCH.GRANITE, permuted=True, numbers=_SCALES, read=False),
+    "glm4": Family(MODEL_ARCH.GLM4, read=False),
     "mixtral": Family(MODEL_ARCH.LLAMA, permuted=True, normalized=True),
     "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, normalized=False),
     "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, normalized=True),
@@ -57,14 +97,57 @@ def unsupported_reason(config: PreTrainedConfig) -> str | None:
     family = FAMILIES.get(config.model_type)
     if family is None:
         return f"llama.cpp's form of '{config.model_type}' is none of those written here ({', '.join(FAMILIES)})"
-    rope = rope_type(config)
-    if rope != "default" and not (rope == "linear" or (family.factors and rope == "llama3")):
-        return f"its rotary embedding is of the type '{rope}'"
+    kind = _rope(config).get("rope_type", "default")
+    if kind != "default" and kind not in family.ropes:
+        return f"its rotary embedding is of the type '{kind}'"
+    for name, needed in family.needs.items():
+        if getattr(config, name, needed) != needed:
+            return f"it has {name}={getattr(config, name)!r}, and llama.cpp's '{config.model_type}' {needed!r}"
+    if family.period:
+        return _of_windows(config, family.period)
     if (why := plain_reason(config, "llama.cpp")) is not None:
         return why
     if config.model_type in _WITHOUT_OUTPUT_BIAS and getattr(config, "attention_bias", False):
         return f"its attention's output has a bias, which llama.cpp does not read for '{config.model_type}'"
+    positions = getattr(config, "no_rope_layers", None) or []
+    if positions != [int((index + 1) % 4 != 0) for index in range(len(positions))]:
+        return "other blocks than every fourth go without rotary positions"
     return None if family.normalized is None else _of_experts(config, normalized=family.normalized)
+
+
+def _of_windows(config: PreTrainedConfig, period: int) -> str | None:
+    """Why a Gemma cannot be written."""
+    kinds = ["full_attention" if (block + 1) % period == 0 else "sliding_attention" for block in range(1000)]
+    if list(config.layer_types) != kinds[: config.num_hidden_layers]:
+        return f"the blocks that attend to all tokens are not one in {period}"
+    if config.use_bidirectional_attention:
+        return "its attention looks ahead"
+    # By the number of blocks llama.cpp knows the largest of each generation, and that it scales by another width.
+    largest = config.num_hidden_layers == {2: 46, 6: 62}[period]
+    scalar = config.hidden_size // config.num_attention_heads if largest else head_width(config)
+    if config.query_pre_attn_scalar != scalar:
+        return f"its query_pre_attn_scalar is {config.query_pre_attn_scalar}, and llama.cpp takes {scalar}"
+    if period == 2 and (config.attn_logit_softcapping is None or config.final_logit_softcapping is None):
+        return "its logits have no bounds, and llama.cpp's do"
+    return None
+
+
+def _rope(config: PreTrainedConfig, kind: str = "full_attention") -> dict[str, Any]:
+    """Transformers' parameters of the rotary embedding, of blocks of a kind where these have their own."""
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    found: dict[str, Any] = parameters.get(kind, parameters)
+    return found
+
+
+def unread_reason(config: PreTrainedConfig) -> str | None:
+    """Why transformers does not read the file of a model, as a sentence; None where it does."""
+    if config.model_type == "mixtral":
+        return "transformers takes a GGUF file of a Mixtral for one of a Llama."
+    if not FAMILIES[config.model_type].read:
+        return f"transformers reads no GGUF file of a '{config.model_type}' model."
+    if _rope(config).get("rope_type") == "longrope":
+        return "transformers reads no factors for long text in a GGUF file."
+    return None
 
 
 def _of_experts(config: PreTrainedConfig, *, normalized: bool) -> str | None:
@@ -104,7 +187,6 @@ def add_hyperparameters(writer: GGUFWriter, source: ModelSource) -> None:
     writer.add_value_length(width)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(width)
     if FAMILIES[config.model_type].normalized is not None:
         writer.add_expert_count(getattr(config, "num_experts", None) or config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
@@ -112,22 +194,50 @@ def add_hyperparameters(writer: GGUFWriter, source: ModelSource) -> None:
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if hasattr(config, "shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    for name, add in FAMILIES[config.model_type].numbers.items():
+        getattr(writer, add)(getattr(config, name))
+    _add_rope(writer, config)
+
+
+def _add_rope(writer: GGUFWriter, config: PreTrainedConfig) -> None:
+    parameters = _rope(config)
+    writer.add_rope_dimension_count(_rope_width(config))
     writer.add_rope_freq_base(float(parameters.get("rope_theta", 10000.0)))
-    if rope_type(config) == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(parameters["factor"]))
+    if (windowed := _rope(config, "sliding_attention")) != parameters:
+        writer.add_rope_freq_base_swa(float(windowed["rope_theta"]))
+    match parameters.get("rope_type"):
+        case "linear":
+            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(float(parameters["factor"]))
+        case "longrope":
+            writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+            writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
+            _, scale = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+            writer.add_rope_scaling_attn_factors(scale)
 
 
-def rope_factors(source: ModelSource, model: PreTrainedModel) -> torch.Tensor | None:
-    """float32 ``[head_dim / 2]``: by what Llama 3 divides the rotary frequencies; None where it divides none."""
-    if rope_type(source.config) != "llama3":
-        return None
+def _rope_width(config: PreTrainedConfig) -> int:
+    """How many values of a head are rotated."""
+    return int(head_width(config) * _rope(config).get("partial_rotary_factor", 1.0))
+
+
+def rope_tensors(source: ModelSource, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """By what rotary frequencies are divided: float32 ``[rotary width / 2]`` by llama.cpp's names; mostly none."""
+    parameters = _rope(source.config)
+    if parameters.get("rope_type") == "longrope":
+        names = ("long", "short")
+        return {f"rope_factors_{name}.weight": torch.tensor(parameters[f"{name}_factor"]).float() for name in names}
+    if parameters.get("rope_type") != "llama3":
+        return {}
     scaled = next(buffer for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq"))
     width = head_width(source.config)
-    base = float(source.config.rope_parameters["rope_theta"])
-    plain = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-    return plain / scaled.float()
+    plain = 1.0 / float(parameters["rope_theta"]) ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    return {ROPE_FACTORS: plain / scaled.float()}
+
+
+def shift(source: ModelSource, name: str) -> float:
+    """What llama.cpp has added to a parameter."""
+    return float(FAMILIES[source.config.model_type].shifted and name.endswith("norm.weight"))
 
 
 def row_order(source: ModelSource, name: str, rows: int) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """The tokenizer's part of a GGUF file.
 
-llama.cpp has tokenizers of its own; a file names one of them and gives it tokens and merges. Which regular expression
-splits text before the merges is not in the file: llama.cpp knows a list of them by name (``tokenizer.ggml.pre``). A
+llama.cpp has tokenizers of its own; a file names one of them and gives it tokens and merges. Which regular expressions
+split text before the merges is not in the file: llama.cpp knows a list of them by name (``tokenizer.ggml.pre``). A
 tokenizer whose split is not known here is refused, because a file with another one's would tokenize wrongly and say
 nothing.
 """
@@ -10,20 +10,26 @@ import json
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ulbq.errors import InputError
+from ulbq.models.pre_tokenizers import DIGIT, GPT2, PRE_TOKENIZERS
 from ulbq.models.source import ModelSource
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
-"""llama.cpp's names by the pattern of a ``Split`` step."""
 
-
-def check_tokenizer(source: ModelSource) -> None:
-    """Refuse a tokenizer that llama.cpp cannot be given. Raises InputError."""
-    _kind(source, _backend(source))
+def check_tokenizer(source: ModelSource) -> str | None:
+    """What a person must know of how llama.cpp tokenizes otherwise. Raises InputError: llama.cpp cannot be given it."""
+    backend = _backend(source)
+    _, split = _kind(source, backend)
+    whole = bool(backend["model"].get("ignore_merges"))
+    if not split or whole == PRE_TOKENIZERS[split].ignore_merges or not (words := _unmerged(backend)):
+        return None
+    here, there = ("takes whole", "merges") if whole else ("merges", "takes whole")
+    return (
+        f"llama.cpp's '{split}' {there} words that the tokenizer of '{source.given}' {here}: {len(words)} of the "
+        f"vocabulary, such as {words[0]!r}."
+    )
 
 
 def add_tokenizer(writer: GGUFWriter, source: ModelSource, vocab_size: int) -> None:
@@ -98,28 +104,54 @@ def _kind(source: ModelSource, backend: dict[str, Any]) -> tuple[str, str]:
     # Composed characters: llama.cpp leaves the normal form to whoever writes the text, for every file of Qwen's.
     if any(name != "NFC" for name in normalizers):
         raise _unknown(source, f"it normalizes text ({', '.join(normalizers)})")
-    match steps:
-        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
-            return "gpt2", "gpt-2"
-        case [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False},
-        ]:
-            return "gpt2", "smollm"
-        case [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
-        ] if pattern in _SPLITS:
-            # For this name llama.cpp takes whole words from the vocabulary first.
-            if (_SPLITS[pattern] == "llama-bpe") == bool(model.get("ignore_merges")):
-                return "gpt2", _SPLITS[pattern]
-    raise _unknown(source, "it splits text in a way that is not among those known here")
+    patterns, whole = _patterns(steps), bool(model.get("ignore_merges"))
+    fitting = [name for name, pre in PRE_TOKENIZERS.items() if pre.patterns == patterns]
+    if not fitting:
+        raise _unknown(source, "it splits text in a way that is not among those known here")
+    return "gpt2", next((name for name in fitting if PRE_TOKENIZERS[name].ignore_merges == whole), fitting[0])
+
+
+def _patterns(steps: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Regular expressions that text is split by, one after the other; none where the steps do anything else."""
+    found: list[str] = []
+    for step in steps[:-1]:
+        match step:
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+                found.append(pattern)
+            # Only what matches is kept, and that is all: these are written for patterns that match any text.
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True} if (
+                len(steps) == 2
+            ):
+                found.append(pattern)
+            case {"type": "Digits", "individual_digits": True}:
+                found.append(DIGIT)
+            case _:
+                return ()
+    match steps[-1:]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": splits}]:
+            found += [GPT2] if splits else []
+        case _:
+            return ()
+    return tuple(pattern.replace("\r", r"\r").replace("\n", r"\n") for pattern in found)
+
+
+def _unmerged(backend: dict[str, Any]) -> list[str]:
+    """Words of the vocabulary that merges alone do not make: ``ignore_merges`` is told by them."""
+    merging = Tokenizer.from_str(json.dumps(backend | {"model": backend["model"] | {"ignore_merges": False}}))
+    added = {token["content"] for token in backend["added_tokens"]}
+    apart = [
+        token for token in backend["model"]["vocab"] if token not in added and len(merging.model.tokenize(token)) != 1
+    ]
+    words = [merging.decoder.decode([token]) for token in apart]
+    # No word is what the split takes apart, nor a part of a character.
+    splits = merging.pre_tokenizer.pre_tokenize_str
+    return [word for word in words if "\ufffd" not in word and len(splits(word)) == 1]
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     if part is None:
         return []
-    return list(part.get("pretokenizers") or part.get("normalizers") or [part])
+    return list(part.get("pretokenizers", part.get("normalizers", [part])))
 
 
 def _type(index: int, known: dict[int, str], added: dict[int, Any], unknown: int | None, *, spaced: bool) -> TokenType:

@@ -1,7 +1,7 @@
 """What a GGUF file says of itself before its data, read in one walk.
 
 gguf's own reader makes a numpy array of every token and merge of the vocabulary, which takes seconds. The tokenizer's
-arrays are stepped over here: only transformers, when it builds the tokenizer, wants them.
+arrays are stepped over here: only who builds the tokenizer wants them.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -83,6 +83,15 @@ class GgufHeader:
         shape = tensor.byte_shape
         return self.blob[tensor.offset : tensor.offset + prod(shape)].reshape(shape)
 
+    def array(self, key: str) -> list[int | float | str]:
+        """Values of one of the tokenizer's arrays; none where the file has no such. Raises ValueError: damaged ones."""
+        if key not in self.lengths:
+            return []
+        walk = _Walk(self.blob.data, self._extents[key][0])
+        walk.text()
+        _, code, count = walk.unpack("IIQ")
+        return _values(walk, GGUFValueType(code), count)
+
     @property
     def uncounted(self) -> int | None:
         """Tokens in the vocabulary, where no value of the file says it."""
@@ -135,8 +144,8 @@ def read_header(path: Path) -> GgufHeader:
 class _Walk:
     """A place in a file that moves on with what is read; all numbers are little-endian."""
 
-    def __init__(self, blob: memoryview) -> None:
-        self.at = 0
+    def __init__(self, blob: memoryview, at: int = 0) -> None:
+        self.at = at
         self._blob = blob
 
     def unpack(self, layout: str) -> tuple[int, ...]:
@@ -176,17 +185,20 @@ def _read_entry(header: GgufHeader, walk: _Walk) -> None:
 
 def _read_array(header: GgufHeader, walk: _Walk, key: str, element: GGUFValueType, count: int) -> None:
     """The values of a key; of the tokenizer's, only how many there are."""
-    texts = element == GGUFValueType.STRING
-    if key.startswith(_TOKENIZER):
-        header.lengths[key] = count
-        if texts:
-            walk.skip_texts(count)
-        else:
-            walk.take(count * struct.calcsize("<" + _FORMATS[element]))
-    elif texts:
-        header.values[key] = [walk.text() for _ in range(count)]
+    if not key.startswith(_TOKENIZER):
+        header.values[key] = _values(walk, element, count)
+        return
+    header.lengths[key] = count
+    if element == GGUFValueType.STRING:
+        walk.skip_texts(count)
     else:
-        header.values[key] = [*walk.unpack(f"{count}{_FORMATS[element]}")]
+        walk.take(count * struct.calcsize("<" + _FORMATS[element]))
+
+
+def _values(walk: _Walk, element: GGUFValueType, count: int) -> list[int | float | str]:
+    if element == GGUFValueType.STRING:
+        return [walk.text() for _ in range(count)]
+    return [*walk.unpack(f"{count}{_FORMATS[element]}")]
 
 
 def _read_tensor(walk: _Walk) -> tuple[str, AnyType, tuple[int, ...], int]:

@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers import (
-    TOKENIZER_MAPPING,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    TokenizersBackend,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import (
@@ -55,6 +48,7 @@ from ulbq.models.config import (
 from ulbq.models.exl3 import METHOD, Exl3Tensors
 from ulbq.models.experts import ExpertPart, expert_parts
 from ulbq.models.gguf import GgufTensors, is_gguf, model_name, open_gguf
+from ulbq.models.gguf_tokenizer import check_pre_tokenizer, read_tokenizer
 from ulbq.models.rope_factors import ROPE_FACTORS
 from ulbq.models.scaled import METHODS, ScaledTensors
 from ulbq.models.side_files import check_folder, copy_side_files, copy_tree, side_files, write_tokenizer
@@ -226,7 +220,7 @@ class ModelSource:
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             if self.path.is_file():
-                return _tokenizer_within(self.path, self.config)
+                return read_tokenizer(self.path, self.config)
             check_tokenizer(self.path, self.given)
             found = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
             check_loaded(found, self.given)
@@ -259,20 +253,6 @@ class ModelSource:
             write_tokenizer(self.tokenizer(), Path(scratch))
             GenerationConfig.from_model_config(self.config).save_pretrained(scratch)
             return copy_tree(Path(scratch), destination)
-
-
-def _tokenizer_within(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file, out of sight of files beside it, with which transformers would mix it.
-
-    Its class is the one that ``AutoTokenizer`` finds, which first derives the configuration anew, for seconds.
-    """
-    kind: Any = TOKENIZER_MAPPING.get(type(config), TokenizersBackend)
-    if kind is None or kind.__name__ == "MistralCommonBackend":
-        kind = TokenizersBackend  # the other one reads Mistral's own files alone
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, path.name).symlink_to(path.resolve())
-        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, gguf_file=path.name)
-    return tokenizer
 
 
 def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = True) -> ModelSource:
@@ -378,12 +358,14 @@ def _open_file(path: Path, given: str) -> ModelSource:
         )
     header = open_gguf(path)
     check_gguf_counts(header, given)
+    note = check_pre_tokenizer(header, given)
     config = read_gguf_config(path, header)
     model = empty_model(config)
     tensors = GgufTensors(path, header, model)
     if lost := tensors.unplaced - {ROPE_FACTORS}:
         raise placement.without_a_place(given, lost, type(model).__name__)
-    return ModelSource(model_name(path), given, path, "gguf", config, tensors, parts=expert_parts(model))
+    notes = () if note is None else (note,)
+    return ModelSource(model_name(path), given, path, "gguf", config, tensors, parts=expert_parts(model), notes=notes)
 
 
 def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelSource:

@@ -37,7 +37,6 @@ from ulbq.models.gguf_header import read_header
 from ulbq.models.gguf_types import SIZES, AnyType, NewType, dequantize
 from ulbq.models.load import load_model
 from ulbq.models.names import state_names
-from ulbq.models.rope_factors import ROPE_FACTORS
 from ulbq.models.source import ModelSource, resolve
 from ulbq.nn.adapter import Adapter
 from ulbq.nn.quant_linear import linear_layer
@@ -135,9 +134,8 @@ class _File:
 
     def tensors(self) -> Iterator[_Tensor]:
         """All of the file, one at a time."""
-        factors = gguf_models.rope_factors(self._source, self._model)
-        if factors is not None:
-            yield _Tensor(ROPE_FACTORS, factors.numpy(), GGMLQuantizationType.F32)
+        for name, factors in gguf_models.rope_tensors(self._source, self._model).items():
+            yield _Tensor(name, factors.numpy(), GGMLQuantizationType.F32)
         for stored, names in self._names.items():
             yield self._make(stored, names)
 
@@ -204,6 +202,7 @@ class _File:
         # In float32, from what is stored and not from the rounded.
         dtype = torch.float32 if whole else self._dtype
         full = self.ordered(name, dense_tensor(self._source, self._model, name, self._aliases[name], dtype, adapter))
+        full = full + shift if (shift := gguf_models.shift(self._source, name)) else full
         # One row that weighs the shared expert is a vector there.
         return full.flatten() if len(full) == 1 and whole else full
 
@@ -255,10 +254,11 @@ class GgufTarget(Target):
         return layer_reason(candidate, dense.unsupported_reason)
 
     def check(self, source: ModelSource) -> str | None:
-        check_tokenizer(source)
-        if not source.carried:
-            return None
-        return f"A GGUF file has no place for the {len(source.carried)} tensors beside the model: they stay behind."
+        notes = [check_tokenizer(source)]
+        if source.carried:
+            count = len(source.carried)
+            notes.append(f"A GGUF file has no place for the {count} tensors beside the model: they stay behind.")
+        return " ".join(note for note in notes if note) or None
 
     def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
         return asked or "fp16"
@@ -267,9 +267,7 @@ class GgufTarget(Target):
         return len(set(stacks(source, skeleton(source)).values()))
 
     def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:
-        if candidate.config.model_type == "mixtral":
-            return "transformers takes a GGUF file of a Mixtral for one of a Llama."
-        return None
+        return gguf_models.unread_reason(candidate.config)
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
         source = conversion.source
