@@ -54,12 +54,14 @@ class Written:
         names: of all files.
         saved: bits less than in the artifact, by part of its accounting.
         warning: what whoever loads it should know.
+        bits: that the artifact's packed layers take now; None where they are all dense.
     """
 
     stored: str
     names: list[str]
     saved: Mapping[str, int] = field(default_factory=dict)
     warning: str | None = None
+    bits: int | None = None
 
 
 class Target(ABC):
@@ -93,6 +95,13 @@ class Target(ABC):
     @abstractmethod
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         """Why the target cannot hold a model, as the end of a sentence; None where it can."""
+
+    @abstractmethod
+    def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
+        """What the packed layers of a model take that the target holds.
+
+        It follows from schemes and shapes. Layers whose codes happen to need less than any of their scheme take less.
+        """
 
     @abstractmethod
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
