@@ -44,8 +44,8 @@ def test_what_the_card_of_an_artifact_says() -> None:
 | transformers (`transformers`) | `AutoModelForCausalLM.from_pretrained(OUT)`. It needs the packages optimum and \
 gptqmodel. | CPU or GPU | 2.41 |
 | gptqmodel (`gptqmodel`) | `GPTQModel.load(OUT)` | CPU or GPU | 2.41 |
-| llama.cpp (`llama.cpp`) | `llama-server -m OUT/model.gguf` | CPU or GPU | 4.5 |
-| MLX (`mlx`) | `mlx_lm.server --model OUT` | Apple silicon | 3 |""",
+| llama.cpp (`llama.cpp`) | `llama-server -m OUT/model.gguf` | CPU or GPU | at most 4.5 |
+| MLX (`mlx`) | `mlx_lm.server --model OUT` | Apple silicon | at most 3 |""",
         "**Not for** AutoGPTQ: it has zero points, and AutoGPTQ reads GPTQ symmetric only; exllamav2: it has 2 bits, "
         "and exllamav2 reads 4 in this layout; exllamav3: 'model.layers.0.mlp.up_proj' is affine w2g64, and EXL3 "
         "stores trellis codes.",
@@ -71,7 +71,9 @@ def test_bits_are_those_of_what_is_written(scheme: AnyScheme, parent: Path, tmp_
     for engine in able:
         path, _ = convert(ConvertRequest(source=str(source.path), engine=engine, out=tmp_path / engine))
         command, hardware, bits = rows((path / "README.md").read_text())[ENGINES[engine]]
-        assert promised[f"{ENGINES[engine]} (`{engine}`)"] == [command.replace("DIR", "OUT"), hardware, bits]
+        *said, limit = promised[f"{ENGINES[engine]} (`{engine}`)"]
+        assert said == [command.replace("DIR", "OUT"), hardware]
+        assert limit in (bits, f"at most {bits}")
 
 
 def test_the_bits_of_a_vllm_folder_on_a_gpu_are_the_artifacts_own_but_for_words() -> None:

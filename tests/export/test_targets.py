@@ -11,7 +11,7 @@ from ulbq import formats
 from ulbq.export import gguf_blocks
 from ulbq.export.targets import compressed_tensors, gptq, mlx
 from ulbq.formats import AffineScheme, DualBinaryScheme, TrellisScheme, affine
-from ulbq.models.gguf_types import dequantize
+from ulbq.models.gguf_types import NewType, dequantize
 
 WIDTHS = [2, 3, 4, 8]
 
@@ -203,6 +203,17 @@ def test_bits_are_those_of_what_is_encoded(bits: int, form: str, group_size: int
             assert layout.stored_bits(scheme, shape) == 8 * sum(tensor.nbytes for tensor in stored)
     blocks = gguf_blocks.encode(scheme, packed, 256)
     assert gguf_blocks.kind_of([scheme], 256) == (None if blocks is None else blocks.kind)
+
+
+def test_zero_points_that_happen_to_fit_take_less_than_their_scheme() -> None:
+    scheme = AffineScheme(bits=2, group_size=64)
+    packed = affine.pack(scheme, torch.arange(4).repeat(32, 32), torch.full((32, 2), 0.1), torch.ones(32, 2))
+    blocks = gguf_blocks.encode(scheme, packed, 128)
+    assert blocks is not None
+    assert blocks.kind == NewType.Q2_0
+    assert gguf_blocks.kind_of([scheme], 128) == GGMLQuantizationType.Q4_0
+    stored = mlx.encode(scheme, packed, (32, 128)).values()
+    assert 8 * sum(tensor.nbytes for tensor in stored) < mlx.stored_bits(scheme, (32, 128))
 
 
 def test_matrices_of_one_tensor_have_the_type_that_holds_them_all() -> None:

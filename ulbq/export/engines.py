@@ -56,12 +56,13 @@ class Service(NamedTuple):
 
     Attributes:
         reader: how the engine reads what the model is converted to.
-        bits: that a packed weight takes there.
+        bits: that a packed weight takes there; ``at_most`` where it may take less.
         merged: the model's adapter has to become a part of the weights.
     """
 
     reader: Reader
     bits: float
+    at_most: bool
     merged: bool
 
 
@@ -75,7 +76,8 @@ def services(candidate: Candidate) -> tuple[dict[str, Service], dict[str, str]]:
             name, found = _first(engine, candidate, readers, merge_adapter=merged)
             if name is not None:
                 bits = target(name).bits(candidate, merge_adapter=merged) / candidate.weights
-                able[engine] = Service(readers[name], bits, merged)
+                at_most = target(name).varies and not all(one.symmetric for one in fit.affine_schemes(candidate))
+                able[engine] = Service(readers[name], bits, at_most and not merged, merged)
                 break
             reasons += [why.reason for why in found]
         else:

@@ -21,7 +21,7 @@ class _Row(NamedTuple):
 
     engine: str
     reader: Reader
-    bits: float
+    bits: str
     folder: str = "DIR"
     more: str = ""
 
@@ -36,7 +36,13 @@ def of_artifact(candidate: Candidate) -> list[str]:
     ]
     able, unable = services(candidate)
     rows = [
-        _Row(f"{ENGINES[engine]} ({code(engine)})", one.reader, one.bits, "OUT", _MERGED if one.merged else "")
+        _Row(
+            f"{ENGINES[engine]} ({code(engine)})",
+            one.reader,
+            ("at most " if one.at_most else "") + _number(one.bits),
+            "OUT",
+            _MERGED if one.merged else "",
+        )
         for engine, one in able.items()
     ]
     if rows:
@@ -61,7 +67,7 @@ def of_artifact(candidate: Candidate) -> list[str]:
 def of_converted(candidate: Candidate, target: Target, bits: float, *, merged: bool) -> list[str]:
     """Paragraphs for what was converted to a target, whose packed weights take so many ``bits`` now."""
     rows = [
-        _Row(ENGINES[engine], reader, bits)
+        _Row(ENGINES[engine], reader, _number(bits))
         for engine, reader in target.readers.items()
         if reader.obstacle(candidate, ENGINES[engine]) is None
     ]
@@ -77,7 +83,7 @@ def _table(candidate: Candidate, rows: Iterable[_Row]) -> str:
     for row in rows:
         command = code(row.reader.start(candidate).replace("DIR", row.folder))
         told = " ".join(text for text in (row.reader.needs, row.more) if text)
-        cells = (row.engine, f"{command}. {told}" if told else command, row.reader.hardware, _number(row.bits))
+        cells = (row.engine, f"{command}. {told}" if told else command, row.reader.hardware, row.bits)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join((*_HEAD, *lines))
 

@@ -71,6 +71,7 @@ class Target(ABC):
         name: that ``--to`` takes.
         readers: the engines that read it, by their names in :data:`ulbq.export.targets.ENGINES`.
         keeps: whether its readers cast what they load, so that tensors which are not packed keep their stored dtypes.
+        varies: whether layers with zero points take less than :meth:`bits` says where those happen to allow it.
         merges: whether an adapter can become a part of what is written.
         is_artifact: whether that is an artifact of ulbq's own again, with its manifest and its card.
         library: for the Hub.
@@ -81,6 +82,7 @@ class Target(ABC):
 
     name: ClassVar[str]
     readers: ClassVar[Mapping[str, Reader]] = {}
+    varies: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
     is_artifact: ClassVar[bool] = False
@@ -98,10 +100,7 @@ class Target(ABC):
 
     @abstractmethod
     def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
-        """What the packed layers of a model take that the target holds.
-
-        It follows from schemes and shapes. Layers whose codes happen to need less than any of their scheme take less.
-        """
+        """What the packed layers of a model take that the target holds, by their schemes and shapes."""
 
     @abstractmethod
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:

@@ -248,6 +248,7 @@ class GgufTarget(Target):
     """One file for llama.cpp, and the side files."""
 
     name = "gguf"
+    varies = True
     merges = True
     library = "gguf"
     opened = "Opened again by transformers' reader of GGUF files"

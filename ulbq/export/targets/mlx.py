@@ -53,9 +53,9 @@ def group_of(scheme: AffineScheme, in_features: int) -> int:
 
 
 def stored_bits(scheme: AffineScheme, shape: tuple[int, int]) -> int:
-    """What :func:`encode` makes of a layer ``(out, in)``."""
+    """What :func:`encode` makes of a layer ``(out, in)``, or more than that where zero points happen to allow less."""
     out, columns = shape
-    # A bias of −scale · 2ⁿ is a float16, and one of any other multiple of a scale mostly not.
+    # A bias of −scale · 2ⁿ is a float16, and one of any other multiple of a scale by chance alone.
     each = 32 if scheme.symmetric and scheme.has_zero else 64
     return out * columns * scheme.bits + out * columns // group_of(scheme, columns) * each
 
@@ -114,6 +114,7 @@ class MlxTarget(Target):
     """The artifact's own codes for mlx-lm."""
 
     name = "mlx"
+    varies = True
     library = "mlx"
     readers: ClassVar = {"mlx": Reader("mlx_lm.server --model DIR", "Apple silicon")}
 
