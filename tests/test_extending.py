@@ -151,10 +151,13 @@ class Norms(base.Target):
     """The norms and nothing else."""
 
     name = "norms"
-    readers: ClassVar = {"transformers": Reader("`load_norms(DIR)`.", rank=9)}
+    readers: ClassVar = {"transformers": Reader("load_norms(DIR)", rank=9)}
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return None if candidate.config.model_type == "llama" else "its norms are none of Llama's"
+
+    def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
+        return 0
 
     def write(self, conversion: base.Conversion, folder: Path, on_step: Callable[[str], None]) -> base.Written:
         source = conversion.source
@@ -196,7 +199,7 @@ def test_a_target_of_ones_own(tmp_path: Path) -> None:
     kept = {name for name in resolve(tiny).names if name.endswith("norm.weight")}
     assert LazyTensors.folder(path).names == kept
     card = (path / "README.md").read_text()
-    assert "**transformers**: `load_norms(DIR)`." in card
+    assert "| transformers | `load_norms(DIR)` | CPU or GPU | 16 |" in card
     assert f"Stored as norms: {len(kept)} norms" in card
     assert "norms, bf16" in shown(path)
     with pytest.raises(InputError, match=r"cannot be converted to norms: its norms are none of Llama's") as caught:

@@ -23,7 +23,7 @@ def read(text: str) -> ModelCard:
 
 
 def card(**changes: Any) -> Card:
-    return Card(**({"name": "tiny", "base": "full", "front": {}, "made": ["x"], "loads": {"ulbq": "so"}} | changes))
+    return Card(**({"name": "tiny", "base": "full", "front": {}, "made": ["x"], "loads": ["so"]} | changes))
 
 
 def test_the_head_is_what_the_hub_reads() -> None:
@@ -53,7 +53,7 @@ def test_a_licence_of_any_shape(licence: Any, shown: str, tiny_llama: Path, tmp_
     out = write_quantized(resolve(tiny_llama), tmp_path / "q", AffineScheme(bits=4, group_size=32))
     (out / "README.md").write_text(f"---\nlicense: {json.dumps(licence)}\n---\n# x\n")
     source = resolve(out)
-    text = converted_card(source, Candidate.of(source), target("dense"), stored="bfloat16")
+    text = converted_card(source, Candidate.of(source), target("dense"), stored="bfloat16", bits=16)
     assert f"- Licence: {shown}" in text
     assert read(text).data.license == front_of(source).get("license")
 

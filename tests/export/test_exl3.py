@@ -45,6 +45,7 @@ def test_a_layer_is_what_the_kernels_read(bits: int) -> None:
         "mul1": (torch.int32, ()),
     }
     assert stored["mul1"].item() & 0xFFFFFFFF == MUL1
+    assert exl3.stored_bits(scheme, (128, 256)) == 8 * sum(tensor.nbytes for tensor in stored.values())
     ours = trellis.inner_matrix(scheme, trellis.unpack(scheme, packed).codes)
     assert torch.equal(inner(stored["trellis"], "mul1").T, ours.half())
     weight, read = dequantize(scheme, packed, 256, torch.float64), dense(stored)

@@ -1,5 +1,7 @@
 """GPTQ's, compressed-tensors' and GGUF's layouts of single matrices."""
 
+import functools
+
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -9,7 +11,7 @@ from ulbq import formats
 from ulbq.export import gguf_blocks
 from ulbq.export.targets import compressed_tensors, gptq, mlx
 from ulbq.formats import AffineScheme, DualBinaryScheme, TrellisScheme, affine
-from ulbq.models.gguf_types import dequantize
+from ulbq.models.gguf_types import NewType, dequantize
 
 WIDTHS = [2, 3, 4, 8]
 
@@ -185,3 +187,36 @@ def test_offsets_that_are_float16_go_into_q4_1() -> None:
 def test_no_gguf_type_holds_these(scheme: AffineScheme | DualBinaryScheme | TrellisScheme) -> None:
     torch.manual_seed(0)
     assert gguf_blocks.encode(scheme, pack_some(scheme, 64, 128), 128) is None
+
+
+@pytest.mark.parametrize("bits", [1, *WIDTHS])
+@pytest.mark.parametrize("form", ["asymmetric", "symmetric", "mid-rise"])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256, -1])
+def test_bits_are_those_of_what_is_encoded(bits: int, form: str, group_size: int) -> None:
+    torch.manual_seed(bits)
+    scheme = AffineScheme(bits=bits, group_size=group_size, symmetric=form != "asymmetric", mid_rise=form == "mid-rise")
+    shape, packed = (64, 256), pack_some(scheme, 64, 256)
+    v1 = functools.partial(gptq.encode, v1=scheme.symmetric)
+    for layout, encode in ((gptq, v1), (compressed_tensors, compressed_tensors.encode), (mlx, mlx.encode)):
+        if layout.unsupported_reason(scheme, shape) is None:
+            stored = encode(scheme, packed, shape).values()
+            assert layout.stored_bits(scheme, shape) == 8 * sum(tensor.nbytes for tensor in stored)
+    blocks = gguf_blocks.encode(scheme, packed, 256)
+    assert gguf_blocks.kind_of([scheme], 256) == (None if blocks is None else blocks.kind)
+
+
+def test_zero_points_that_happen_to_fit_take_less_than_their_scheme() -> None:
+    scheme = AffineScheme(bits=2, group_size=64)
+    packed = affine.pack(scheme, torch.arange(4).repeat(32, 32), torch.full((32, 2), 0.1), torch.ones(32, 2))
+    blocks = gguf_blocks.encode(scheme, packed, 128)
+    assert blocks is not None
+    assert blocks.kind == NewType.Q2_0
+    assert gguf_blocks.kind_of([scheme], 128) == GGMLQuantizationType.Q4_0
+    stored = mlx.encode(scheme, packed, (32, 128)).values()
+    assert 8 * sum(tensor.nbytes for tensor in stored) < mlx.stored_bits(scheme, (32, 128))
+
+
+def test_matrices_of_one_tensor_have_the_type_that_holds_them_all() -> None:
+    two, four = (AffineScheme(bits=bits, group_size=64, symmetric=True) for bits in (2, 4))
+    assert gguf_blocks.kind_of([two, four], 128) == GGMLQuantizationType.Q4_0
+    assert gguf_blocks.kind_of([two, DualBinaryScheme(group_size=64)], 128) is None

@@ -23,7 +23,7 @@ from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.export import packed as packed_module
 from ulbq.export.engines import judge, targets_of
-from ulbq.export.fit import Candidate
+from ulbq.export.fit import Candidate, Layer
 from ulbq.export.targets import compressed_tensors, gptq, mlx, target
 from ulbq.formats import AffineScheme, BinaryMosScheme, DualBinaryScheme
 from ulbq.models.adapter_files import read_adapter
@@ -423,6 +423,7 @@ class TestRefusals:
 
 _W2, _W2S = AffineScheme(bits=2, group_size=32), AffineScheme(bits=2, group_size=32, symmetric=True)
 _W4, _W4S = AffineScheme(bits=4, group_size=32), AffineScheme(bits=4, group_size=32, symmetric=True)
+_W8, _W4_16 = AffineScheme(bits=8, group_size=32), AffineScheme(bits=4, group_size=16)
 _ODD = DualBinaryScheme(group_size=32)
 
 
@@ -433,7 +434,12 @@ class TestEngines:
             ("vllm", _W2, "compressed-tensors"),
             ("vllm", _W4S, "compressed-tensors"),
             ("vllm", _ODD, "dense"),
-            ("sglang", _W2S, "gptq"),
+            ("vllm", _W4_16, "compressed-tensors"),
+            ("vllm-cpu", _W2, "dense"),
+            ("vllm-cpu", _W4, "compressed-tensors"),
+            ("vllm-cpu", _W8, "dense"),
+            ("sglang", _W2, "compressed-tensors"),
+            ("sglang", _W2S, "compressed-tensors"),
             ("sglang", _W4, "compressed-tensors"),
             ("transformers", _W2, "gptq"),
             ("gptqmodel", _W2, "gptq"),
@@ -465,17 +471,52 @@ class TestEngines:
         assert isinstance(manifest, ConvertedManifest)
         assert manifest.target == "compressed-tensors"
         assert notes.said[0] == (
-            "vLLM loads this as compressed-tensors (2 bits, groups of 32, asymmetric). "
-            "Its 2 and 3 bits run through the Humming kernels, on a GPU."
+            "vLLM loads this as compressed-tensors (2 bits, groups of 32, asymmetric). Hardware: NVIDIA GPU. "
+            "Its CPU build takes 4 bits or dense weights: `engine=vllm-cpu`."
         )
+
+    @pytest.mark.parametrize(
+        ("engine", "to", "scheme", "said"),
+        [
+            ("vllm", None, _W2, ""),
+            ("vllm", None, _W4_16, ""),
+            ("vllm", "gptq", _W2, "Start it with --quantization humming."),
+            ("vllm", "gptq", _W4S, ""),
+            ("vllm", "gptq", _W4, "Start it with --quantization humming."),
+            ("vllm-cpu", None, _W4, "Without VLLM_CPU_INT4_W4A8=0 it rounds activations to 8 bits"),
+            ("sglang", None, _W2, "Start it with --quantization humming."),
+            ("sglang", None, _W8, ""),
+            ("sglang", None, _W4_16, "Start it with --quantization humming."),
+        ],
+    )
+    def test_what_its_command_needs(self, engine: str, to: str | None, scheme: object, said: str, parent: Path) -> None:
+        layers = {"model.layers.0.mlp.up_proj": Layer(scheme, (64, 64))}
+        _, sentence = judge(engine, Candidate("q", tiny_config("llama"), layers), to)
+        assert said in sentence
+        assert ("humming" in sentence) == ("humming" in said)
+
+    @pytest.mark.parametrize("groups", [-1, 8])
+    def test_humming_takes_groups_of_16_and_more(self, groups: int) -> None:
+        layers = {"model.layers.0.mlp.up_proj": Layer(AffineScheme(bits=2, group_size=groups), (64, 64))}
+        chosen, sentence = judge("sglang", Candidate("q", tiny_config("llama"), layers))
+        assert chosen.name == "dense"
+        assert "its groups " in sentence
+
+    def test_humming_takes_one_width(self) -> None:
+        layers = {
+            f"model.layers.{index}.mlp.up_proj": Layer(scheme, (64, 64)) for index, scheme in enumerate((_W2, _W4))
+        }
+        candidate = Candidate("q", tiny_config("llama"), layers)
+        assert judge("vllm", candidate)[0].name == "compressed-tensors"  # layer by layer, without the option
+        assert judge("sglang", candidate)[0].name == "dense"
 
     def test_a_target_that_the_engine_does_not_read(self, parent: Path, tmp_path: Path) -> None:
         source = artifact(parent, tmp_path / "q", _W2)
         with pytest.raises(InputError, match=r"exllamav2 does not read gguf") as caught:
             convert(ask(source, tmp_path / "x", engine="exllamav2", to="gguf"))
         assert "gptq" in caught.value.hint
-        with pytest.raises(InputError, match="reads 4 or 8"):
-            convert(ask(source, tmp_path / "x", engine="vllm", to="gptq"))
+        with pytest.raises(InputError, match="it has 2 bits, and vLLM on a CPU reads 4 in this layout"):
+            convert(ask(source, tmp_path / "x", engine="vllm-cpu", to="gptq"))
 
     def test_auto_gptq_gets_a_head_of_its_own(self, tmp_path: Path) -> None:
         source = artifact(save_tiny("llama", tmp_path / "tied", tied=True), tmp_path / "q", _W2S)

@@ -76,6 +76,7 @@ def test_engines_get_packed_experts_under_the_names_of_the_hub(to: str, tmp_path
     dense = save_tiny("mixtral", tmp_path / "dense")
     path, _ = quantize(request(dense, tmp_path / "q", method="rtn", bits=4, group_size=32, symmetric=True))
     out, _ = convert(ConvertRequest(source=str(path), to=to, out=tmp_path / "out"))
+    assert "| vLLM (`vllm`) | `vllm serve OUT` | NVIDIA GPU | 4." in (path / "README.md").read_text()
     stored = {name for file in out.glob("*.safetensors") for name in load_file(file)}
     prefix, short = "model.layers.1.block_sparse_moe.", "qweight" if to == "gptq" else "weight_packed"
     assert {f"{prefix}experts.{number}.{name}.{short}" for number in range(4) for name in ("w1", "w2", "w3")} < stored
@@ -91,6 +92,9 @@ def test_a_family_that_stores_experts_as_one_has_no_names_for_packed_ones(tmp_pa
         convert(ConvertRequest(source=str(path), to="gptq", out=tmp_path / "out"))
     with pytest.raises(InputError, match="none of those written here"):
         convert(ConvertRequest(source=str(path), to="gguf", out=tmp_path / "out"))
+    # What cannot be packed goes dense, and the card says so.
+    assert convert(ConvertRequest(source=str(path), engine="vllm", out=tmp_path / "out"))[1].target == "dense"
+    assert "| vLLM (`vllm`) | `vllm serve OUT` | GPU | 16 |" in (path / "README.md").read_text()
 
 
 def test_all_experts_are_packed_layers(tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def test_an_artifact_learns_and_its_packed_weights_stay(folder: Path, tmp_path: 
     assert card.startswith("---\nlibrary_name: ulbq\n")
     assert "license: apache-2.0\n" in card  # the model's own, by way of the base's card
     assert "on 16 samples of" in card
+    assert "loads it packed, adapter attached." in card
+    assert "| vLLM (`vllm`) | `vllm serve OUT` | NVIDIA GPU |" in card
     report = (path / "finetune.html").read_text()
     assert report.count("<polyline") == 3
     assert report.count("<circle") == 3

@@ -133,7 +133,7 @@ def test_model_cards(packed: Path) -> None:
 
     def converted(one: QuantizedManifest) -> str:
         spoiled = type(source)(one.name, EVIL, packed, "artifact", source.config, source.tensors, source.stored, one)
-        return rendered(converted_card(spoiled, Candidate.of(source), target("dense"), stored=plain(EVIL)))
+        return rendered(converted_card(spoiled, Candidate.of(source), target("dense"), stored=plain(EVIL), bits=16))
 
     every(source.manifest, converted, 2)
     counts = Coverage(quantized=1, in_blocks=1, embeddings=0, total=1, bits=2)

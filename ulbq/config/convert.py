@@ -19,6 +19,7 @@ TARGETS: dict[str, str] = {
 
 ENGINES: dict[str, str] = {
     "vllm": "vLLM",
+    "vllm-cpu": "vLLM on a CPU",
     "sglang": "SGLang",
     "transformers": "transformers",
     "gptqmodel": "gptqmodel",

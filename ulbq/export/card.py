@@ -15,17 +15,14 @@ from ulbq.artifacts.names import leads_out
 from ulbq.artifacts.records import Coverage
 from ulbq.artifacts.small_files import read_small
 from ulbq.artifacts.yaml_files import parse_yaml
-from ulbq.config.convert import ENGINES
 from ulbq.errors import InputError
 from ulbq.evaluation.metrics import METRICS
 from ulbq.evaluation.results import Results
-from ulbq.export.engines import loaders
+from ulbq.export import loading
 from ulbq.export.fit import Candidate, describe
 from ulbq.export.markdown import code, plain
-from ulbq.export.targets import target as target_of
 from ulbq.export.targets.base import Target
 from ulbq.models.gguf import open_gguf
-from ulbq.models.skeleton import auto_class
 from ulbq.models.source import FULL_PRECISION, ModelSource
 
 NAME = "README.md"
@@ -51,7 +48,7 @@ class Card:
         base: the full-precision model that it was made from, for people.
         front: fields for the Hub: ``license``, ``base_model``, ``language``.
         made: how, one line of Markdown for each fact; what they quote went through :mod:`ulbq.export.markdown`.
-        loads: how to load it, Markdown by the engine's name.
+        loads: how to load it, paragraphs of Markdown.
         scores: by what was measured, plain text.
         tags: for the Hub.
         library: for the Hub.
@@ -61,7 +58,7 @@ class Card:
     base: str
     front: Mapping[str, Any]
     made: Sequence[str]
-    loads: Mapping[str, str]
+    loads: Sequence[str]
     scores: Mapping[str, Score] = field(default_factory=dict)
     tags: Sequence[str] = ()
     library: str = "ulbq"
@@ -87,8 +84,7 @@ class Card:
         if self.scores:
             rows = [f"| {plain(what)} | {plain(score.shown)} |" for what, score in self.scores.items()]
             parts.append("\n".join(["## Scores", "", "| measured | value |", "| --- | --- |", *rows]))
-        loads = [f"**{engine}**: {text}" for engine, text in self.loads.items()]
-        parts.append("\n\n".join(["## How to load it", *loads]))
+        parts.append("\n\n".join(["## How to load it", *self.loads]))
         return "\n\n".join(parts) + "\n"
 
 
@@ -137,17 +133,6 @@ def quantized_card(
         covered: how much of the model is quantized.
         warned: what the run warned of.
     """
-    opener = auto_class(source.config).__name__
-    loads = {
-        "ulbq": "`ulbq generate DIR` hears it, `ulbq eval DIR` scores it, `ulbq inspect DIR` looks into it.",
-        "transformers": f"with ulbq installed, `{opener}.from_pretrained(DIR)` loads it packed.",
-    }
-    for engine, target in loaders(candidate):
-        loads[ENGINES[engine] + (", without ulbq" if engine == "transformers" else "")] = (
-            f"`ulbq convert DIR --for {engine}` writes it as {target}."
-        )
-    if target_of("dense").unsupported_reason(candidate) is None:
-        loads["Everything else"] = "`ulbq convert DIR --to dense` writes a plain half-precision model."
     made = [
         f"Quantized with {code(f'ulbq quantize --method {method}')}" + (f", recipe {code(recipe)}" if recipe else ""),
         f"Weights: {describe(candidate)}; {bits_per_weight:.3f} true bits per linear weight "
@@ -163,7 +148,7 @@ def quantized_card(
         base=base_of(source),
         front=front_of(source),
         made=made,
-        loads=loads,
+        loads=loading.of_artifact(candidate),
         tags=[method, *formats],
     )
     return card.markdown()
@@ -175,6 +160,7 @@ def converted_card(
     target: Target,
     *,
     stored: str,
+    bits: float,
     merged: bool = False,
     scores_in: Sequence[Path] = (),
 ) -> str:
@@ -184,7 +170,7 @@ def converted_card(
         source: what was converted.
         candidate: the same.
         target: what it became.
-        stored: how the weights are stored now, for people.
+        stored: how the weights are stored now, for people; ``bits`` is what one of a packed layer takes.
         merged: its adapter is a part of the weights.
         scores_in: folders that may hold evaluations of the source.
     """
@@ -207,20 +193,12 @@ def converted_card(
     if candidate.adapter:
         place = "is a part of the weights" if merged else f"lies beside the weights, {target.adapter_place}"
         made.append(f"Its {candidate.adapter} adapter {place}")
-    loads = {
-        ENGINES[engine]: reader.command(candidate, reader.load_command)
-        for engine, reader in target.readers.items()
-        if reader.obstacle(candidate, ENGINES[engine]) is None
-    }
-    if candidate.adapter and not merged:
-        alone = "Without it the weights are those of the quantized model alone."
-        loads["The adapter"] = f"{target.adapter_command} {alone}"
     card = Card(
         name=f"{base_of(source)}, {target.name}",
         base=base_of(source),
         front=front_of(source),
         made=made,
-        loads=loads,
+        loads=loading.of_converted(candidate, target, bits, merged=merged),
         scores=scores(source, scores_in),
         tags=tags,
         library=target.library,

@@ -1,5 +1,8 @@
 """The engines that load models, late in 2026, and which target suits each."""
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from ulbq.config.convert import ENGINES, TARGETS
 from ulbq.errors import InputError
 from ulbq.export import fit
@@ -26,7 +29,7 @@ def judge(
         merge_adapter: the adapter becomes a part of the weights.
 
     Returns:
-        The target, and what becomes of the model in one sentence for people.
+        The target, and what becomes of the model in a few sentences for people.
 
     Raises:
         InputError: nothing that the engine reads can hold the model, or not ``to``; the hint says what to change.
@@ -37,14 +40,9 @@ def judge(
             f"{name} does not read {to}.",
             hint=f"It reads {' and '.join(readers)}: leave out `to`, and the one that fits is chosen.",
         )
-    found: list[Obstacle] = []
-    for each in readers if to is None else (to,):
-        if merge_adapter and not target(each).merges:
-            continue
-        why = _obstacle(engine, candidate, each, merge_adapter=merge_adapter)
-        if why is None:
-            return target(each), _sentence(engine, candidate, each, found)
-        found.append(why)
+    fitting, found = _first(engine, candidate, readers if to is None else (to,), merge_adapter=merge_adapter)
+    if fitting is not None:
+        return target(fitting), _sentence(engine, candidate, fitting, found)
     if not found:
         raise InputError(
             f"{name} reads packed weights alone, and an adapter cannot be merged into those.",
@@ -53,16 +51,53 @@ def judge(
     raise InputError(f"'{candidate.given}' does not fit {name}: {found[0].reason}.", hint=found[0].change)
 
 
-def loaders(candidate: Candidate) -> list[tuple[str, str]]:
-    """The engines that take a model packed or exactly, each with its target."""
-    pairs: list[tuple[str, str]] = []
+class Service(NamedTuple):
+    """How an engine runs a model.
+
+    Attributes:
+        reader: how the engine reads what the model is converted to.
+        bits: that a packed weight takes there; ``at_most`` where it may take less.
+        merged: the model's adapter has to become a part of the weights.
+    """
+
+    reader: Reader
+    bits: float
+    at_most: bool
+    merged: bool
+
+
+def services(candidate: Candidate) -> tuple[dict[str, Service], dict[str, str]]:
+    """How each engine runs a packed model, and why others do not, as the end of a sentence; both by the engine."""
+    able: dict[str, Service] = {}
+    unable: dict[str, str] = {}
     for engine in ENGINES:
-        for name in targets_of(engine):
-            merge = bool(candidate.adapter) and target(name).merges
-            if name != "dense" and _obstacle(engine, candidate, name, merge_adapter=merge) is None:
-                pairs.append((engine, name))
+        readers, reasons = targets_of(engine), list[str]()
+        for merged in (False, True) if candidate.adapter else (False,):
+            name, found = _first(engine, candidate, readers, merge_adapter=merged)
+            if name is not None:
+                bits = target(name).bits(candidate, merge_adapter=merged) / candidate.weights
+                at_most = target(name).varies and not all(one.symmetric for one in fit.affine_schemes(candidate))
+                able[engine] = Service(readers[name], bits, at_most and not merged, merged)
                 break
-    return pairs
+            reasons += [why.reason for why in found]
+        else:
+            unable[engine] = reasons[0]
+    return able, unable
+
+
+def _first(
+    engine: str, candidate: Candidate, names: Iterable[str], *, merge_adapter: bool
+) -> tuple[str | None, list[Obstacle]]:
+    """The first of these targets by which an engine takes a model, and what is in the way of those before."""
+    found: list[Obstacle] = []
+    for name in names:
+        if merge_adapter and not target(name).merges:
+            continue
+        why = _obstacle(engine, candidate, name, merge_adapter=merge_adapter)
+        if why is None:
+            return name, found
+        found.append(why)
+    return None, found
 
 
 def _obstacle(engine: str, candidate: Candidate, name: str, *, merge_adapter: bool) -> Obstacle | None:
@@ -75,8 +110,15 @@ def _obstacle(engine: str, candidate: Candidate, name: str, *, merge_adapter: bo
 
 
 def _sentence(engine: str, candidate: Candidate, name: str, found: list[Obstacle]) -> str:
+    reader = target(name).readers[engine]
     if name == "dense":
         why = f", since {found[0].reason}" if found and candidate.layers else ""
         return f"{ENGINES[engine]} gets it dense{why}."
-    loads = f"{ENGINES[engine]} loads this as {name} ({fit.describe(candidate)})."
-    return target(name).readers[engine].command(candidate, loads)
+    option = reader.option(candidate)
+    said = (
+        f"{ENGINES[engine]} loads this as {name} ({fit.describe(candidate)}). Hardware: {reader.hardware}.",
+        f"Start it with {option}." if option else "",
+        reader.needs,
+        reader.elsewhere,
+    )
+    return " ".join(text for text in said if text)

@@ -1,8 +1,10 @@
 """What a model is made of, as far as other layouts care, and which of them can hold it."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import nn
@@ -16,10 +18,14 @@ from ulbq.formats import AffineScheme, AnyScheme
 from ulbq.models.adapter_files import adapter_folder, read_config
 from ulbq.models.blocks import skeleton
 from ulbq.models.source import ModelSource
+from ulbq.models.stored_names import StoredNames
 from ulbq.nn.quant_linear import is_dense_linear
 
 if TYPE_CHECKING:
     from ulbq.export.targets.base import Target
+
+
+_EXPERT = re.compile(r".*\.experts\.\d+\.\w+")
 
 
 class Layer(NamedTuple):
@@ -61,10 +67,22 @@ class Candidate:
             return cls(source.given, source.config, {}, kind)
         packed = source.packed
         layers = {record.name: Layer(packed[record.name], record.shape) for record in manifest.layers}
-        inside = inside_blocks(manifest.skipped, layers)
-        routers = beside_experts(inside, layers)
-        unknown = nameless(tuple(name for name in inside if name not in routers), skeleton(source)) if inside else ()
-        return cls(source.given, source.config, layers, kind, unknown, routers)
+        inside, routers = left_dense(manifest.skipped, layers)
+        unpacked = nameless(inside, skeleton(source)) if inside else ()
+        return cls(source.given, source.config, layers, kind, unpacked, routers)
+
+    @cached_property
+    def fused_expert(self) -> str | None:
+        """A packed expert whose family has no names for single ones; None for none."""
+        if not any(_EXPERT.fullmatch(name) for name in self.layers):
+            return None
+        naming = StoredNames(self.config)
+        return next((name for name in self.layers if naming.layer(name) is None), None)
+
+    @property
+    def weights(self) -> int:
+        """How many the packed layers have."""
+        return sum(math.prod(layer.shape) for layer in self.layers.values())
 
     @property
     def schemes(self) -> tuple[AnyScheme, ...]:
@@ -72,16 +90,23 @@ class Candidate:
         return tuple(dict.fromkeys(layer.scheme for layer in self.layers.values()))
 
 
-def inside_blocks(skipped: tuple[str, ...], layers: Mapping[str, Layer]) -> tuple[str, ...]:
+def left_dense(skipped: tuple[str, ...], layers: Mapping[str, Layer]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those of the modules that stay dense which lie in the layers' blocks, and of those the routers apart."""
+    inside = _inside_blocks(skipped, layers)
+    routers = _beside_experts(inside, layers)
+    return tuple(name for name in inside if name not in routers), routers
+
+
+def _inside_blocks(skipped: tuple[str, ...], layers: Mapping[str, Layer]) -> tuple[str, ...]:
     """Those of the modules that stay dense which lie in the blocks that the layers lie in."""
     prefixes = {match[1] for name in layers if (match := re.match(r"(.*?\.)\d+\.", name))}
     return tuple(name for name in skipped if any(name.startswith(prefix) for prefix in prefixes))
 
 
-def beside_experts(names: tuple[str, ...], layers: Mapping[str, Layer]) -> tuple[str, ...]:
+def _beside_experts(names: tuple[str, ...], layers: Mapping[str, Layer]) -> tuple[str, ...]:
     """Those of the modules whose parent has packed experts."""
     # Of `mlp.experts.7.gate_proj`, the `mlp`.
-    owners = {name.rsplit(".", 3)[0] for name in layers if re.fullmatch(r".*\.experts\.\d+\.\w+", name)}
+    owners = {name.rsplit(".", 3)[0] for name in layers if _EXPERT.fullmatch(name)}
     return tuple(name for name in names if name.rpartition(".")[0] in owners)
 
 

@@ -18,7 +18,7 @@ divides the groups, 1 to 3 bits fit into Q4_0, 4 bits into Q5_0. Q4_1 takes 4 bi
 types) round their scales.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +56,32 @@ KINDS: tuple[AnyType, ...] = (
 """From the smallest on."""
 FAST_KINDS = tuple(kind for kind in KINDS if kind != NewType.Q2_0)
 """Those that llama.cpp computes with vectors on every processor: for Q2_0 its x86 code is plain C in 2026."""
+
+
+def kind_of(schemes: Collection[AnyScheme], in_features: int, kinds: Sequence[AnyType] = KINDS) -> AnyType | None:
+    """The first of these types that holds every matrix of these schemes, whatever its codes; None where none does."""
+    return next((kind for kind in kinds if all(_holds(kind, scheme, in_features) for scheme in schemes)), None)
+
+
+def _holds(kind: AnyType, scheme: AnyScheme, in_features: int) -> bool:
+    if not isinstance(scheme, AffineScheme):
+        return False
+    group, block = in_features if scheme.group_size == -1 else scheme.group_size, SIZES[kind][0]
+    if in_features % block or group % block:
+        return False
+    most = 2**scheme.bits - 1
+    if kind == GGMLQuantizationType.Q1_0:
+        return most == 1 and not scheme.has_zero
+    if kind not in _REACH:  # Q4_1's offsets are float16 by chance
+        return False
+    least, greatest = _REACH[kind]
+    if not scheme.has_zero:
+        return least <= -most and most <= greatest
+    zeros = [int(scheme.centre)] if scheme.symmetric else range(most + 1)
+    return all(
+        any(least <= -low and high <= greatest for low, high in ((zero, most - zero), (most - zero, zero)))
+        for zero in zeros
+    )
 
 
 def encode(

@@ -1,6 +1,7 @@
 """Model folders that other libraries load: dense, or with linear layers packed as GPTQ and compressed-tensors do."""
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +11,11 @@ from transformers import AutoConfig
 
 from ulbq import formats
 from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_shard
-from ulbq.errors import InputError, NumericsError
+from ulbq.errors import NumericsError
 from ulbq.export.dense import adapters_to_merge, dense_tensor, shard_names, write_beside
 from ulbq.export.fit import Candidate, Layer
 from ulbq.export.targets.base import DTYPES, FULL_PRECISION, Conversion, Written, layer_reason
-from ulbq.formats import AffineScheme
+from ulbq.formats import AffineScheme, AnyScheme
 from ulbq.models.blocks import skeleton
 from ulbq.models.names import state_names
 from ulbq.models.source import ModelSource
@@ -59,15 +60,14 @@ def stored_layers(conversion: Conversion) -> tuple[dict[str, AffineScheme], tupl
     return schemes, tuple(naming.layer(name) or name for name in dense)
 
 
-def check_names(source: ModelSource) -> None:
-    """Refuse a model with experts whose family has no names for single ones. Raises InputError."""
-    naming = StoredNames(source.config)
-    if lost := next((name for name in source.packed if naming.layer(name) is None), None):
-        raise InputError(
-            f"'{source.given}': models of the type '{source.config.model_type}' store their experts as one, so that "
-            f"'{lost}' has no name in this layout.",
-            hint="Use `to=dense`, or the artifact itself.",
-        )
+def bits(candidate: Candidate, stored_bits: Callable[..., int]) -> int:
+    """What the packed layers of a model take where ``stored_bits(scheme, shape)`` is what one does."""
+    return sum(stored_bits(layer.scheme, layer.shape) for layer in candidate.layers.values())
+
+
+def dense_bits(scheme: AnyScheme, shape: tuple[int, int]) -> int:
+    """What a layer ``(out, in)`` takes in half precision."""
+    return 16 * math.prod(shape)
 
 
 def unsupported_reason(candidate: Candidate, reason: Callable[..., str | None]) -> str | None:
@@ -76,6 +76,9 @@ def unsupported_reason(candidate: Candidate, reason: Callable[..., str | None]) 
         return FULL_PRECISION
     if candidate.unpacked:
         return f"'{candidate.unpacked[0]}' stays dense in it, which this layout has no name for"
+    if candidate.fused_expert is not None:
+        kind, lost = candidate.config.model_type, candidate.fused_expert
+        return f"models of the type '{kind}' store their experts as one, so that '{lost}' has no name in this layout"
     return layer_reason(candidate, reason)
 
 
@@ -145,9 +148,17 @@ def write_packed(
     conversion: Conversion, folder: Path, layout: PackedLayout, on_shard: Callable[[str], None]
 ) -> Written:
     """:func:`write_folder` with packed layers, and how they are stored."""
-    names = write_folder(conversion, folder, on_shard, layout)
+    stored = 0
+
+    def encode(*layer: Any) -> dict[str, torch.Tensor]:
+        nonlocal stored
+        tensors = layout.encode(*layer)
+        stored += 8 * sum(tensor.nbytes for tensor in tensors.values())
+        return tensors
+
+    names = write_folder(conversion, folder, on_shard, layout._replace(encode=encode))
     rest = "as it is stored there" if conversion.keeps else f"in {conversion.dtype}"
-    return Written(f"the artifact's own codes, to the bit; what is not packed {rest}", names)
+    return Written(f"the artifact's own codes, to the bit; what is not packed {rest}", names, bits=stored)
 
 
 def _read_back(

@@ -13,13 +13,14 @@ from transformers import PreTrainedConfig
 from ulbq.export.fit import Candidate, affine_schemes
 from ulbq.models.skeleton import auto_class
 
-AUTO_MODEL = "`AutoModelForCausalLM.from_pretrained(DIR)`"
-VLLM = "`vllm serve DIR`."
-SGLANG = "`python -m sglang.launch_server --model-path DIR`."
-HUMMING = "Its 2 and 3 bits run through the Humming kernels, on a GPU."
-"""What vLLM wants for narrow codes."""
-HUMMING_OPTION = "Start it with --quantization humming."
-"""What SGLang wants for them."""
+AUTO_MODEL = "AutoModelForCausalLM.from_pretrained(DIR)"
+VLLM = "vllm serve DIR"
+VLLM_CPU = f"VLLM_CPU_INT4_W4A8=0 {VLLM}"
+W4A8 = "Without VLLM_CPU_INT4_W4A8=0 it rounds activations to 8 bits where the processor has AMX."
+SGLANG = "python -m sglang.launch_server --model-path DIR"
+HUMMING = "--quantization humming"
+"""What vLLM and SGLang want where Marlin's kernels do not do, and they do not take Humming's by themselves."""
+ON_CPU = "Its CPU build takes 4 bits or dense weights: `engine=vllm-cpu`."
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that engines make one of."""
@@ -41,29 +42,38 @@ class Reader:
     """How an engine reads what a target writes.
 
     Attributes:
-        load_command: Markdown; ``DIR`` stands for the folder.
+        command: that serves or loads it, as it is typed; ``DIR`` stands for the folder.
+        hardware: what that runs on.
         rank: among the targets that the engine reads, the lowest is the best; None for one that is never chosen for it.
         rules: for models that the target can hold.
-        start: what else a user must do, as a whole sentence; ``narrow`` the same where a layer has 2 or 3 bits.
+        humming: which models the engine takes by :data:`HUMMING` alone.
+        needs: what else a user must do or know, as whole sentences.
+        elsewhere: what is said of other hardware when a model is converted.
         untie: the engine wants a tied head stored by itself too.
     """
 
-    load_command: str
+    command: str
+    hardware: str = "CPU or GPU"
     rank: int | None = 0
     rules: tuple[Rule, ...] = ()
-    start: str = ""
-    narrow: str = ""
+    humming: Callable[[Candidate], bool] | None = None
+    needs: str = ""
+    elsewhere: str = ""
     untie: bool = False
 
     def obstacle(self, candidate: Candidate, name: str) -> Obstacle | None:
         """The first thing in the way."""
-        return next((found for rule in self.rules if (found := rule(candidate, name)) is not None), None)
+        rules = (*self.rules, *(_HUMMING_RULES if self.option(candidate) else ()))
+        return next((found for rule in rules if (found := rule(candidate, name)) is not None), None)
 
-    def command(self, candidate: Candidate, load: str) -> str:
-        """The text ``load``, and what else a user must do."""
-        narrow = any(scheme.bits in (2, 3) for scheme in affine_schemes(candidate))
-        load = load.replace("AutoModelForCausalLM", auto_class(candidate.config).__name__)
-        return " ".join(text for text in (load, self.start, self.narrow if narrow else "") if text)
+    def option(self, candidate: Candidate) -> str:
+        """What the command needs for this model; empty for nothing."""
+        return HUMMING if self.humming is not None and self.humming(candidate) else ""
+
+    def start(self, candidate: Candidate) -> str:
+        """The whole command."""
+        command = self.command.replace("AutoModelForCausalLM", auto_class(candidate.config).__name__)
+        return f"{command} {self.option(candidate)}".rstrip()
 
 
 def plain_reason(config: PreTrainedConfig, name: str) -> str | None:
@@ -98,7 +108,8 @@ def groups(*allowed: int) -> Rule:
     def rule(candidate: Candidate, name: str) -> Obstacle | None:
         for odd in affine_schemes(candidate):
             if odd.group_size not in allowed:
-                reason = f"its groups have {odd.group_size} weights, and {name} reads {sizes}"
+                have = "are whole rows" if odd.group_size == -1 else f"have {odd.group_size} weights"
+                reason = f"its groups {have}, and {name} reads {sizes}"
                 return Obstacle(reason, f"Quantize with `group_size` {sizes}.")
         return None
 
@@ -139,6 +150,16 @@ def fused(candidate: Candidate, name: str) -> Obstacle | None:
     return None
 
 
-CUDA_GROUPS = groups(-1, 32, 64, 128)
-SERVED = (lora_only, fused, CUDA_GROUPS)
+def beyond_marlin(candidate: Candidate) -> bool:
+    """Whether a layer has a width or groups that Marlin's kernels have not."""
+    return any(scheme.bits in (2, 3) or scheme.group_size not in _OF_MARLIN for scheme in affine_schemes(candidate))
+
+
+_OF_MARLIN = (-1, 32, 64, 128)
+_OF_HUMMING = (16, 32, 64, 128, 256, 512, 1024)
+MARLIN_GROUPS = groups(*_OF_MARLIN)
+ANY_GROUPS = groups(-1, *_OF_HUMMING)
+_HUMMING_RULES = (uniform, groups(*_OF_HUMMING))
+"""Of the option. It takes one scheme for all layers, and finds no scales of whole rows."""
+SERVED = (lora_only, fused)
 """What vLLM and SGLang want in every packed layout."""

@@ -13,7 +13,7 @@ from ulbq.errors import InputError, UsageError
 from ulbq.export import card, engines, fit
 from ulbq.export.fit import Candidate
 from ulbq.export.targets import target
-from ulbq.export.targets.base import Conversion, Target, Written
+from ulbq.export.targets.base import DTYPES, Conversion, Target, Written
 from ulbq.models.adapter_files import adapter_folder
 from ulbq.models.source import ModelSource, resolve
 from ulbq.pipeline.proof import proof
@@ -100,12 +100,19 @@ def _write_beside(into: Target, job: Conversion, written: Written, writer: Artif
         job.candidate,
         into,
         stored=written.stored,
+        bits=_bits_per_weight(job, written),
         merged=job.merge_adapter,
         scores_in=sorted(near) if job.source.manifest is not None else (),
     )
     with writing(writer.path):
         (writer.path / card.NAME).write_text(text, encoding="utf-8")
     writer.plan(card.NAME)
+
+
+def _bits_per_weight(job: Conversion, written: Written) -> float:
+    """What a weight takes that was packed, or any where none was."""
+    weights = job.candidate.weights
+    return written.bits / weights if written.bits is not None and weights else 8 * DTYPES[job.dtype].itemsize
 
 
 def _manifest(

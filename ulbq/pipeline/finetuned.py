@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,13 +18,12 @@ from ulbq.artifacts.records import BitsReport, FinetuneRecord
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.config.adapter import AdapterConfig
+from ulbq.export import loading
 from ulbq.export.card import Card, base_of, front_of
 from ulbq.export.fit import Candidate
 from ulbq.export.markdown import code, plain
-from ulbq.export.targets import target
 from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, write_adapter
 from ulbq.models.side_files import check_link
-from ulbq.models.skeleton import auto_class
 from ulbq.pipeline.finetune_page import page
 from ulbq.pipeline.finetune_plan import FinetuneJob, side_files
 
@@ -153,13 +154,8 @@ def _write_config(folder: Path, base: Path) -> None:
 def _card(job: FinetuneJob, manifest: QuantizedManifest, record: FinetuneRecord) -> str:
     """The model card; licence, language and base model are those that the base's own card names."""
     data, bits = record.data, manifest.bits.bits_per_weight
-    kind, opener = "DoRA" if job.adapter.dora else "LoRA", auto_class(job.source.config).__name__
-    loads = {
-        "ulbq": "`ulbq generate DIR` hears it, `ulbq eval DIR` scores it, `ulbq inspect DIR` looks into it.",
-        "transformers": f"with ulbq installed, `{opener}.from_pretrained(DIR)` loads it packed, adapter attached.",
-    }
-    if target("dense").unsupported_reason(Candidate.of(job.source)) is None:
-        loads["Everything else"] = "`ulbq convert DIR --to dense --merge-adapter` writes a plain half-precision model."
+    kind: Literal["LoRA", "DoRA"] = "DoRA" if job.adapter.dora else "LoRA"
+    loads = loading.of_artifact(replace(Candidate.of(job.source), adapter=kind))
     return Card(
         name=f"{manifest.name}, {bits:.2f} bits",
         base=base_of(job.source),

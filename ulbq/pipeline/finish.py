@@ -23,7 +23,7 @@ from ulbq.artifacts.shards import LazyTensors
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration
 from ulbq.export.card import quantized_card
-from ulbq.export.fit import Candidate, Layer, inside_blocks, nameless
+from ulbq.export.fit import Candidate, Layer, left_dense, nameless
 from ulbq.formats import AnyScheme, read_scheme
 from ulbq.formats.bits import stored_bits
 from ulbq.formats.rounding import relative_error
@@ -157,12 +157,14 @@ def _card(job: Job, bits: BitsReport, covered: Coverage, layers: Sequence[LayerR
     """The model card."""
     packed = {layer.name: Layer(read_scheme(layer.scheme), layer.shape) for layer in layers}
     adapter = job.method.needs.adapter
+    inside, routers = left_dense(job.found.skipped, packed)
     candidate = Candidate(
         given=job.source.given,
         config=job.source.config,
         layers=packed,
         adapter="" if adapter is None else "DoRA" if adapter.dora else "LoRA",
-        unpacked=nameless(inside_blocks(job.found.skipped, packed), job.model),
+        unpacked=nameless(inside, job.model),
+        routers=routers,
     )
     recipe = job.request.recipe
     return quantized_card(

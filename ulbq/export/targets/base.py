@@ -54,12 +54,14 @@ class Written:
         names: of all files.
         saved: bits less than in the artifact, by part of its accounting.
         warning: what whoever loads it should know.
+        bits: that the artifact's packed layers take now; None where they are all dense.
     """
 
     stored: str
     names: list[str]
     saved: Mapping[str, int] = field(default_factory=dict)
     warning: str | None = None
+    bits: int | None = None
 
 
 class Target(ABC):
@@ -69,6 +71,7 @@ class Target(ABC):
         name: that ``--to`` takes.
         readers: the engines that read it, by their names in :data:`ulbq.export.targets.ENGINES`.
         keeps: whether its readers cast what they load, so that tensors which are not packed keep their stored dtypes.
+        varies: whether layers with zero points take less than :meth:`bits` says where those happen to allow it.
         merges: whether an adapter can become a part of what is written.
         is_artifact: whether that is an artifact of ulbq's own again, with its manifest and its card.
         library: for the Hub.
@@ -79,6 +82,7 @@ class Target(ABC):
 
     name: ClassVar[str]
     readers: ClassVar[Mapping[str, Reader]] = {}
+    varies: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
     is_artifact: ClassVar[bool] = False
@@ -93,6 +97,10 @@ class Target(ABC):
     @abstractmethod
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         """Why the target cannot hold a model, as the end of a sentence; None where it can."""
+
+    @abstractmethod
+    def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
+        """What the packed layers of a model take that the target holds, by their schemes and shapes."""
 
     @abstractmethod
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:

@@ -23,8 +23,8 @@ from ulbq.export.fit import Candidate, affine_schemes
 from ulbq.export.rules import Obstacle, Reader
 from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.formats import AffineScheme, AnyScheme, affine
+from ulbq.formats.bits import groups_of
 from ulbq.formats.streams import pack_stream, unpack_stream
-from ulbq.models.source import ModelSource
 
 BITS = (2, 3, 4, 8)
 """Widths of ours that the layout has."""
@@ -41,6 +41,13 @@ def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     if any(size % 32 for size in shape):
         return f"engines read whole words of 32 values, and {shape[0]}×{shape[1]} does not divide"
     return None
+
+
+def stored_bits(scheme: AffineScheme, shape: tuple[int, int]) -> int:
+    """What :func:`encode` makes of a layer ``(out, in)``."""
+    out, columns = shape
+    of_group = 16 if scheme.symmetric else 16 + scheme.bits
+    return out * columns * scheme.bits + groups_of(columns, scheme.group_size) * out * of_group + 128
 
 
 def encode(
@@ -135,19 +142,19 @@ class CompressedTensorsTarget(Target):
     keeps = True
     opened = packed.OPENED
     readers: ClassVar = {
-        "vllm": Reader(rules.VLLM, 0, rules.SERVED, narrow=rules.HUMMING),
+        "vllm": Reader(rules.VLLM, "NVIDIA GPU", 0, (*rules.SERVED, rules.ANY_GROUPS), elsewhere=rules.ON_CPU),
+        "vllm-cpu": Reader(rules.VLLM_CPU, "CPU", 0, (rules.bits(4), *rules.SERVED), needs=rules.W4A8),
         "transformers": Reader(
-            f"{rules.AUTO_MODEL}.", 1, (_no_zero_points,), "It needs the package compressed-tensors."
+            rules.AUTO_MODEL, rank=1, rules=(_no_zero_points,), needs="It needs the package compressed-tensors."
         ),
-        "sglang": Reader(rules.SGLANG, 0, (rules.bits(4, 8), *rules.SERVED), narrow=rules.HUMMING_OPTION),
+        "sglang": Reader(rules.SGLANG, "NVIDIA GPU", 0, rules.SERVED, humming=rules.beyond_marlin),
     }
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return packed.unsupported_reason(candidate, unsupported_reason)
 
-    def check(self, source: ModelSource) -> str | None:
-        packed.check_names(source)
-        return None
+    def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
+        return packed.bits(candidate, stored_bits)
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
         layers, dense = packed.stored_layers(conversion)

@@ -7,10 +7,9 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from ulbq.export import dense
+from ulbq.export import dense, packed
 from ulbq.export.dense import open_again
 from ulbq.export.fit import Candidate
-from ulbq.export.packed import write_folder
 from ulbq.export.rules import AUTO_MODEL, SGLANG, VLLM, Reader
 from ulbq.export.targets.base import Conversion, Dtype, Target, Written, layer_reason
 from ulbq.models.source import ModelSource
@@ -23,13 +22,17 @@ class DenseTarget(Target):
     keeps = True
     merges = True
     readers: ClassVar = {
-        "transformers": Reader(f"{AUTO_MODEL}.", 2),
-        "vllm": Reader(VLLM, 2),
-        "sglang": Reader(SGLANG, 2),
+        "transformers": Reader(AUTO_MODEL, rank=2),
+        "vllm": Reader(VLLM, "GPU", 2),
+        "vllm-cpu": Reader(VLLM, "CPU", 2),
+        "sglang": Reader(SGLANG, "GPU", 2),
     }
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return layer_reason(candidate, dense.unsupported_reason)
+
+    def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
+        return packed.bits(candidate, packed.dense_bits)
 
     def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
         return asked or "bf16"
@@ -37,7 +40,7 @@ class DenseTarget(Target):
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
         keeps, dtype = conversion.keeps, conversion.dtype
         stored = f"what was packed in {dtype}, the rest as it is stored there" if keeps else f"all weights in {dtype}"
-        return Written(stored, write_folder(conversion, folder, on_step))
+        return Written(stored, packed.write_folder(conversion, folder, on_step))
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         open_again(folder)

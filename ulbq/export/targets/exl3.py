@@ -39,6 +39,11 @@ def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     return None
 
 
+def stored_bits(scheme: AnyScheme, shape: tuple[int, int]) -> int:
+    """What :func:`encode` makes of a layer ``(out, in)``: what the artifact has, and one word for the code."""
+    return sum(spec.bits for spec in scheme.tensors(*shape).values()) + 32
+
+
 def encode(scheme: AnyScheme, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
     """A layer ``(out, in)`` in this layout; ``scheme`` is one that :func:`unsupported_reason` lets through."""
     return exl3.to_tensors(tensors)
@@ -89,15 +94,14 @@ class Exl3Target(Target):
     library = "exllamav3"
     opened = f"{packed.READ_BACK}; opened again"
     readers: ClassVar = {
-        "exllamav3": Reader("`Config.from_directory(DIR)`, on an NVIDIA GPU.", rules=(_known, rules.lora_only))
+        "exllamav3": Reader("Config.from_directory(DIR)", "NVIDIA GPU", rules=(_known, rules.lora_only))
     }
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return packed.unsupported_reason(candidate, unsupported_reason)
 
-    def check(self, source: ModelSource) -> str | None:
-        packed.check_names(source)
-        return None
+    def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
+        return packed.bits(candidate, stored_bits)
 
     def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
         return asked or "fp16"

@@ -5,6 +5,8 @@ Packed layers are stored in the smallest block type that decodes to the same wei
 Vectors are float32, as llama.cpp wants them.
 """
 
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,10 +27,10 @@ from transformers import PreTrainedModel
 from ulbq import formats
 from ulbq.artifacts.disk import replace_synced, temporary, writing
 from ulbq.errors import InputError, NumericsError
-from ulbq.export import dense, gguf_adapter, gguf_blocks, gguf_models
+from ulbq.export import dense, gguf_adapter, gguf_blocks, gguf_models, packed
 from ulbq.export.card import base_of, front_of
 from ulbq.export.dense import adapters_to_merge, dense_tensor
-from ulbq.export.fit import Candidate
+from ulbq.export.fit import Candidate, Layer
 from ulbq.export.gguf_vocab import add_tokenizer, check_tokenizer
 from ulbq.export.rules import Reader
 from ulbq.export.targets.base import DTYPES, Conversion, Dtype, Target, Written, layer_reason
@@ -72,7 +74,11 @@ class _Tensor(NamedTuple):
 
 
 class _File:
-    """One model on its way into a file. Each tensor is made twice: for its size and type, and to be written."""
+    """One model on its way into a file. Each tensor is made twice: for its size and type, and to be written.
+
+    Attributes:
+        bits: that the packed layers take, once :meth:`declare` has been called.
+    """
 
     def __init__(
         self,
@@ -87,6 +93,7 @@ class _File:
         self._dtype = dtype
         self._adapters = adapters
         self._kinds = kinds
+        self.bits = 0
         self._family = gguf_models.family(source)
         self._aliases = state_names(model)
         self._map = get_tensor_name_map(self._family.arch, source.config.num_hidden_layers)
@@ -109,6 +116,7 @@ class _File:
             writer.add_tensor_info(tensor.name, shape, dtype, data.nbytes, tensor.kind)  # type: ignore[arg-type]
             if tensor.packed:
                 kinds[tensor.kind] += len(self._names[tensor.name])
+                self.bits += 8 * data.nbytes
         file_type = _FILE_TYPES.get(kinds.most_common(1)[0][0]) if kinds else None
         writer.add_type("model")
         writer.add_name(source.name)
@@ -239,12 +247,13 @@ class GgufTarget(Target):
     """One file for llama.cpp, and the side files."""
 
     name = "gguf"
+    varies = True
     merges = True
     library = "gguf"
     opened = "Opened again by transformers' reader of GGUF files"
     adapter_place = f"in `{gguf_adapter.FILE_NAME}`, for llama.cpp"
     adapter_command = "`llama-cli -m DIR/model.gguf --lora DIR/adapter.gguf`, and `llama-server` alike."
-    readers: ClassVar = {"llama.cpp": Reader("`llama-cli -m DIR/model.gguf`, `llama-server -m DIR/model.gguf`.")}
+    readers: ClassVar = {"llama.cpp": Reader("llama-server -m DIR/model.gguf")}
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         if (why := gguf_models.unsupported_reason(candidate.config)) is not None:
@@ -252,6 +261,15 @@ class GgufTarget(Target):
         if candidate.adapter == "DoRA" and not merge_adapter:
             return "its adapter is a DoRA, and llama.cpp applies LoRA only"
         return layer_reason(candidate, dense.unsupported_reason)
+
+    def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
+        if merge_adapter:
+            return packed.bits(candidate, packed.dense_bits)
+        # Experts of one projection lie in one tensor, of one type.
+        stacks: dict[str, list[Layer]] = {}
+        for name, layer in candidate.layers.items():
+            stacks.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(layer)
+        return sum(_stack_bits(layers) for layers in stacks.values())
 
     def check(self, source: ModelSource) -> str | None:
         notes = [check_tokenizer(source)]
@@ -297,10 +315,16 @@ class GgufTarget(Target):
         if beside:
             gguf_adapter.write_adapter(folder, MODEL_ARCH_NAMES[family.arch], beside, job.stored_name, job.ordered)
             names.append(gguf_adapter.FILE_NAME)
-        return Written(_words(kinds, conversion.dtype), names, warning=_warning(kinds))
+        return Written(_words(kinds, conversion.dtype), names, warning=_warning(kinds), bits=job.bits)
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(resolve(folder / FILE_NAME, verify=False), dtype=dtype)  # it was hashed just now
+
+
+def _stack_bits(layers: Sequence[Layer]) -> int:
+    kind = gguf_blocks.kind_of({layer.scheme for layer in layers}, layers[0].shape[1])
+    weights, size = SIZES[kind or GGMLQuantizationType.F16]
+    return sum(8 * size * math.prod(layer.shape) // weights for layer in layers)
 
 
 def _words(kinds: Mapping[AnyType, int], dtype: str) -> str:

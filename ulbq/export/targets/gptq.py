@@ -27,14 +27,13 @@ import torch
 from ulbq import __version__
 from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.export import packed, rules
-from ulbq.export.fit import Candidate
+from ulbq.export.fit import Candidate, affine_schemes
 from ulbq.export.rules import Obstacle, Reader
 from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.bits import groups_of
 from ulbq.formats.streams import pack_stream, unpack_stream
 from ulbq.models.blocks import block_list, skeleton
-from ulbq.models.source import ModelSource
 
 BITS = (2, 3, 4, 8)
 """Widths that the layout has."""
@@ -54,6 +53,12 @@ def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     if any(size % _MULTIPLE for size in shape):
         return f"GPTQ fills words of {_MULTIPLE} values, and {shape[0]}×{shape[1]} does not divide"
     return None
+
+
+def stored_bits(scheme: AffineScheme, shape: tuple[int, int]) -> int:
+    """What :func:`encode` makes of a layer ``(out, in)``."""
+    out, columns = shape
+    return out * columns * scheme.bits + groups_of(columns, scheme.group_size) * out * (16 + scheme.bits) + 32 * columns
 
 
 def encode(
@@ -145,7 +150,13 @@ def _known_to_auto_gptq(candidate: Candidate, name: str) -> Obstacle | None:
     return Obstacle(f"{name} 0.7.1 has no '{kind}'", "Use gptqmodel, which succeeds it: `engine=gptqmodel`.")
 
 
+def _wants_humming(candidate: Candidate) -> bool:
+    return rules.beyond_marlin(candidate) or not all(scheme.symmetric for scheme in affine_schemes(candidate))
+
+
 _ALIKE = (rules.symmetric, rules.uniform)
+_FOUR = (rules.bits(4), *_ALIKE, rules.MARLIN_GROUPS)
+_SERVED = (rules.uniform, *rules.SERVED)
 
 
 class GptqTarget(Target):
@@ -155,27 +166,27 @@ class GptqTarget(Target):
     keeps = True
     opened = packed.OPENED
     readers: ClassVar = {
-        "gptqmodel": Reader("`GPTQModel.load(DIR)`.", rules=(rules.groups(-1, 16, 32, 64, 128, 256, 512, 1024),)),
+        "gptqmodel": Reader("GPTQModel.load(DIR)", rules=(rules.ANY_GROUPS,)),
         "transformers": Reader(
-            f"{rules.AUTO_MODEL}.", rules=(rules.uniform,), start="It needs the packages optimum and gptqmodel."
+            rules.AUTO_MODEL, rules=(rules.uniform,), needs="It needs the packages optimum and gptqmodel."
         ),
-        "vllm": Reader(rules.VLLM, 1, (rules.bits(4, 8), *_ALIKE, *rules.SERVED), narrow=rules.HUMMING),
-        "sglang": Reader(rules.SGLANG, 1, (*_ALIKE, *rules.SERVED), narrow=rules.HUMMING_OPTION),
+        "vllm": Reader(rules.VLLM, "NVIDIA GPU", 1, _SERVED, humming=_wants_humming, elsewhere=rules.ON_CPU),
+        "vllm-cpu": Reader(rules.VLLM_CPU, "CPU", 1, (*_FOUR, *rules.SERVED), needs=rules.W4A8),
+        "sglang": Reader(rules.SGLANG, "NVIDIA GPU", 1, _SERVED, humming=_wants_humming),
         # AutoGPTQ computes with an empty head where that is tied.
         "auto-gptq": Reader(
-            "`AutoGPTQForCausalLM.from_quantized(DIR, use_safetensors=True)`.",
+            "AutoGPTQForCausalLM.from_quantized(DIR, use_safetensors=True)",
             rules=(_known_to_auto_gptq, *_ALIKE),
             untie=True,
         ),
-        "exllamav2": Reader("`ExLlamaV2Config(DIR)`.", rules=(rules.bits(4), *_ALIKE, rules.CUDA_GROUPS)),
+        "exllamav2": Reader("ExLlamaV2Config(DIR)", "NVIDIA GPU", 0, _FOUR),
     }
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return packed.unsupported_reason(candidate, unsupported_reason)
 
-    def check(self, source: ModelSource) -> str | None:
-        packed.check_names(source)
-        return None
+    def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
+        return packed.bits(candidate, stored_bits)
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
         layers, beside = packed.stored_layers(conversion)

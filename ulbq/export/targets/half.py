@@ -15,9 +15,11 @@ from ulbq.artifacts.disk import changed, sha256_file, writing
 from ulbq.artifacts.shards import INDEX_NAME, write_guard, write_index, write_shard
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.errors import InputError, NumericsError, UsageError
+from ulbq.export import packed
 from ulbq.export.fit import Candidate
 from ulbq.export.rules import AUTO_MODEL, Reader
 from ulbq.export.targets.base import DTYPES, FULL_PRECISION, Conversion, Dtype, Target, Written
+from ulbq.formats import AnyScheme
 from ulbq.formats.rounding import vanishes
 from ulbq.models.adapter_files import ADAPTER_FOLDER
 from ulbq.models.blocks import skeleton, structure
@@ -40,6 +42,10 @@ def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
     return {name: dtype for name, dtype in found.items() if dtype.is_floating_point and dtype.itemsize > 2}
 
 
+def _own_bits(scheme: AnyScheme, shape: tuple[int, int]) -> int:
+    return sum(spec.bits for spec in scheme.tensors(*shape).values())
+
+
 def _is_copied(name: str) -> bool:
     """Whether a file of an artifact is one that ulbq itself writes, or of a kind that travels with a model."""
     return name in _OWN | _SAMPLES or name.startswith(f"{ADAPTER_FOLDER}/") or is_side_file(name)
@@ -51,10 +57,13 @@ class HalfTarget(Target):
     name = "half"
     is_artifact = True
     library = "ulbq"
-    readers: ClassVar = {"transformers": Reader(f"with ulbq installed, {AUTO_MODEL}.", rank=None)}
+    readers: ClassVar = {"transformers": Reader(AUTO_MODEL, rank=None, needs="It needs ulbq.")}
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return None if candidate.layers else FULL_PRECISION
+
+    def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
+        return packed.bits(candidate, _own_bits)
 
     def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
         if asked == "fp32":

@@ -52,6 +52,14 @@ def group_of(scheme: AffineScheme, in_features: int) -> int:
     return next((size for size in GROUPS if group % size == 0), 0)
 
 
+def stored_bits(scheme: AffineScheme, shape: tuple[int, int]) -> int:
+    """What :func:`encode` makes of a layer ``(out, in)``, or more than that where zero points happen to allow less."""
+    out, columns = shape
+    # A bias of −scale · 2ⁿ is a float16, and one of any other multiple of a scale by chance alone.
+    each = 32 if scheme.symmetric and scheme.has_zero else 64
+    return out * columns * scheme.bits + out * columns // group_of(scheme, columns) * each
+
+
 def encode(
     scheme: AffineScheme, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
@@ -106,8 +114,9 @@ class MlxTarget(Target):
     """The artifact's own codes for mlx-lm."""
 
     name = "mlx"
+    varies = True
     library = "mlx"
-    readers: ClassVar = {"mlx": Reader("`mlx_lm.generate --model DIR --prompt …`, `mlx_lm.server --model DIR`.")}
+    readers: ClassVar = {"mlx": Reader("mlx_lm.server --model DIR", "Apple silicon")}
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         if (why := model_reason(candidate.config)) is not None:
@@ -118,9 +127,8 @@ class MlxTarget(Target):
             return "its layers have several widths, and mlx-lm stacks experts of one"
         return packed.unsupported_reason(candidate, unsupported_reason)
 
-    def check(self, source: ModelSource) -> str | None:
-        packed.check_names(source)
-        return None
+    def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
+        return packed.bits(candidate, stored_bits)
 
     def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
         return asked or "fp16"
