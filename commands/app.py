@@ -34,7 +34,7 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 DEFECT = 1
 
-_UNDIVIDED = frozenset({"generate", "convert", "inspect", "list"})
+_UNDIVIDED = frozenset({"generate", "convert", "inspect", "list", "doctor"})
 
 _COMMANDS = {
     "saliency": "Score every weight of a model by how much the model depends on it.",
@@ -45,6 +45,7 @@ _COMMANDS = {
     "convert": "Write a model in a layout that other tools load.",
     "list": "Show the artifacts under a folder, with bits, size, scores and ancestry.",
     "inspect": "Show an artifact: where its bits went, its errors by block and layer, its ancestry.",
+    "doctor": "Show what runs on this machine, and what to install for the rest.",
 }
 
 
