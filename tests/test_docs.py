@@ -39,6 +39,8 @@ _WORK = {
     "finetune": ("finetune.prepare",),
     "convert": ("convert.convert",),
     "inspect": ("inspect.inspect", "reseal.reseal"),
+    "list": ("listing.artifacts",),
+    "doctor": ("doctor.checks",),
 }
 """What each command calls for its work, in ``ulbq.pipeline``."""
 
@@ -197,7 +199,7 @@ def _check_values(name: str, context: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
     command = importlib.import_module(f"ulbq.commands.{name}")
     with monkeypatch.context() as patch:
-        patch.setattr(command, "read_source", lambda source, *_, **__: source or "q2")
+        patch.setattr(command, "read_source", lambda source, *_, **__: source or "q2", raising=False)
         patch.setattr(command, "check_out", lambda *_, **__: None, raising=False)
         patch.setattr(command, "_read_prompt", lambda: "Once", raising=False)
         for module, _, function in (path.partition(".") for path in _WORK[name]):
