@@ -4,7 +4,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -14,6 +14,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
@@ -21,6 +23,10 @@ from transformers.generation.streamers import BaseStreamer
 from ulbq.errors import NumericsError, UsageError
 from ulbq.models.attention import own_attention
 from ulbq.models.source import ModelSource
+from ulbq.models.stop_strings import StopStrings
+
+Ending = Literal["stop", "length"]
+"""Why a text ended: the model or a string said so, or there was room for no more."""
 
 # Tokens of the prompt that the first new ones are spelled after: some tokenizers drop a space that stands first.
 _BEFORE = 8
@@ -134,19 +140,26 @@ class TextStream(BaseStreamer):
     Args:
         tokenizer: the model's own.
         on_text: called with every piece.
+        stops: strings at whose first the text ends; it does not hold that one.
 
     Attributes:
         text: all pieces so far.
+        stopped: one of ``stops`` came. Whoever has heard enough sets it, from any thread: at most one token follows.
         times: when the prompt and each new token came, in seconds of :func:`time.perf_counter`.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], object] = lambda text: None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        on_text: Callable[[str], object] = lambda text: None,
+        stops: Sequence[str] = (),
     ) -> None:
         self.text = ""
+        self.stopped = False
         self.times: list[float] = []
         self._tokenizer = tokenizer
         self._on_text = on_text
+        self._stops = StopStrings(stops)
         self._tokens: list[int] = []
         # Tokens from `start` on are decoded together, those before `said` have been handed out.
         self._start = self._said = 0
@@ -155,6 +168,11 @@ class TextStream(BaseStreamer):
     def new_tokens(self) -> int:
         """Tokens so far; one that ended the text counts."""
         return len(self.times) - 1
+
+    @property
+    def last_token(self) -> int:
+        """The newest token, or the prompt's last."""
+        return self._tokens[-1]
 
     @property
     def prefill_seconds(self) -> float:
@@ -186,7 +204,7 @@ class TextStream(BaseStreamer):
 
     def end(self) -> None:
         """Hand out what is left."""
-        self._say(self._piece())
+        self._say(self._piece(), last=True)
         self._said = len(self._tokens)
 
     def _piece(self) -> str:
@@ -197,7 +215,9 @@ class TextStream(BaseStreamer):
         text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def _say(self, piece: str) -> None:
+    def _say(self, piece: str, *, last: bool = False) -> None:
+        piece = self._stops.let_through(piece, last=last)
+        self.stopped |= self._stops.found
         if piece:
             self.text += piece
             self._on_text(piece)
@@ -210,8 +230,8 @@ def write_on(
     tokens: Sequence[int],
     settings: dict[str, Any],
     stream: TextStream,
-) -> None:
-    """Go on from a prompt until the model ends the text, or ``settings`` do.
+) -> Ending:
+    """Go on from a prompt until the model, ``settings`` or ``stream`` end the text.
 
     Args:
         model: in eval mode, on its device.
@@ -220,23 +240,37 @@ def write_on(
         settings: options of transformers' ``GenerationConfig``, as of :func:`greedy`.
         stream: gets the prompt and every new token.
 
+    Returns:
+        Why the text ended.
+
     Raises:
         NumericsError: the model's predictions are not finite.
     """
     own = model.generation_config
     ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
-    first = ends[0] if isinstance(ends, list) else ends
+    all_ends = ends if isinstance(ends, list) else [ends]
+    padding = all_ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = torch.tensor([list(tokens)], device=model.device)
-    config = GenerationConfig(
-        **settings, eos_token_id=ends, pad_token_id=first if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    )
+    config = GenerationConfig(**settings, eos_token_id=ends, pad_token_id=padding)
     model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
         logits_processor=LogitsProcessorList([_Finite()]),
+        stopping_criteria=StoppingCriteriaList([_Stopped(stream)]),
         streamer=stream,
     )
+    return "stop" if stream.stopped or stream.last_token in all_ends else "length"
+
+
+class _Stopped(StoppingCriteria):
+    """Ends the text where its reader has heard enough."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self._stream = stream
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return input_ids.new_full((len(input_ids),), self._stream.stopped, dtype=torch.bool)
 
 
 class _Finite(LogitsProcessor):
