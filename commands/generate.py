@@ -6,23 +6,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ulbq.config.generate import GenerateRequest
+from ulbq.config.generate import ConverseRequest, GenerateRequest
 from ulbq.errors import InputError, UsageError
+from ulbq.progress import Progress
 
 from . import console
+from .conversation import Questions
 from .fields import asked, from_fields
-from .options import Debug, Quiet, Source, read_source
+from .options import Debug, Quiet, Source, input_is_piped, read_source
 from .streams import write
 
 if TYPE_CHECKING:
+    from ulbq.pipeline.converse import Answer
     from ulbq.pipeline.generate import Generation
 
 _KINDS = ("quantized", "converted")
 _LONGEST_PROMPT = 64 << 20  # bytes
 
 Prompt = Annotated[
-    str,
-    typer.Option("--prompt", "-p", metavar="TEXT", help="Go on from this text; '-' reads standard input."),
+    str | None,
+    typer.Option(
+        "--prompt", "-p", metavar="TEXT", help="Go on from this text; '-' reads standard input.", show_default=False
+    ),
 ]
 Json = Annotated[
     bool,
@@ -38,7 +43,7 @@ Json = Annotated[
 def generate(
     source: Source = None,
     *,
-    prompt: Prompt,
+    prompt: Prompt = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -47,9 +52,13 @@ def generate(
     """Let a model go on from a prompt, and tell its speed and memory.
 
     Without SOURCE, the newest quantized or converted model under ./artifacts. Standard output carries the new text
-    alone, as it comes; the figures go to standard error.
+    alone, as it comes; the figures go to standard error. --chat without --prompt is a conversation: every line of
+    standard input is a message, and Ctrl-D ends it.
     """
     progress, _ = console.session(quiet=quiet, debug=debug)
+    if prompt is None:
+        _converse(source, given, progress, json=json)
+        return
     typed = prompt != "-"
     if not typed and source == "-":
         raise UsageError("Standard input is either the SOURCE or the prompt.", hint="Name the SOURCE.")
@@ -74,6 +83,33 @@ def generate(
         progress.warn(_nothing_said(done.new_tokens, chat=request.chat))
     for line in _summary(done):
         progress.note(line)
+
+
+def _converse(source: str | None, given: dict[str, Any], progress: Progress, *, json: bool) -> None:
+    """Answer the lines of standard input, which a terminal or a pipe brings."""
+    if not given.pop("chat"):
+        raise UsageError("Missing option '--prompt'.", hint="Give one, or --chat for a conversation.")
+    if json:
+        raise UsageError("--json tells of one prompt, and there is no --prompt.", hint="Leave it out.")
+    if source == "-" or (source is None and input_is_piped()):
+        raise UsageError("Standard input is either the SOURCE or the conversation.", hint="Name the SOURCE.")
+    chosen = read_source(source, "newest", progress, _KINDS, piped=False)
+
+    from ulbq.pipeline.converse import converse
+
+    def told(answer: "Answer") -> None:
+        if not answer.text.endswith("\n"):
+            _write("\n")
+        if answer.ending == "length":
+            progress.note(f"(cut after {answer.new_tokens:,} tokens; --max-new-tokens allows more)")
+        elif not answer.text.strip() and answer.ending == "stop":
+            progress.warn(_nothing_said(answer.new_tokens, chat=True))
+
+    request = ConverseRequest(source=chosen, **asked(given))
+    try:
+        converse(request, Questions(progress), _write, told, progress)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 def _summary(done: "Generation") -> Iterator[str]:

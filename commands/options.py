@@ -91,7 +91,7 @@ def read_source(
     Raises:
         InputError: the pipe brought nothing, or something other than one path; no artifact to take.
     """
-    if piped and (source == "-" or (source is None and _input_is_piped())):
+    if piped and (source == "-" or (source is None and input_is_piped())):
         return distributed.on_main(_read_path)
     if source is not None:
         return source
@@ -120,7 +120,7 @@ def check_out(out: Path | None, *, force: bool) -> None:
         check_output(out, force=force)
 
 
-def _input_is_piped() -> bool:
+def input_is_piped() -> bool:
     """Whether standard input is a pipe or a file; a terminal, ``/dev/null`` or a closed one is not."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode

@@ -35,7 +35,7 @@ _WORK = {
     "saliency": ("saliency.saliency", "saliency.plan"),
     "quantize": ("quantize.quantize", "quantize.plan"),
     "eval": ("evaluate.evaluate",),
-    "generate": ("generate.generate",),
+    "generate": ("generate.generate", "converse.converse"),
     "finetune": ("finetune.prepare",),
     "convert": ("convert.convert",),
     "inspect": ("inspect.inspect", "reseal.reseal"),

@@ -35,6 +35,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"methods"}),
     frozenset({"evaluation"}),
     frozenset({"export"}),
+    frozenset({"serving"}),
     frozenset({"pipeline"}),
     frozenset({"api"}),
     frozenset({"commands"}),

@@ -172,7 +172,7 @@ def test_what_was_typed_is_checked_before_a_pipe_is_waited_for(
     def wait() -> str:
         raise AssertionError("waited")
 
-    monkeypatch.setattr(options, "_input_is_piped", lambda: True)
+    monkeypatch.setattr(options, "input_is_piped", lambda: True)
     monkeypatch.setattr(options, "_read_path", wait)
     assert main(words) == 2
     first = capsys.readouterr().err.splitlines()[0]

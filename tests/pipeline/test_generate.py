@@ -165,6 +165,6 @@ def test_predictions_that_are_not_finite(
         model.lm_head.weight.data.fill_(float("nan"))
         return model
 
-    monkeypatch.setattr("ulbq.pipeline.generate.load_model", broken)
+    monkeypatch.setattr("ulbq.serving.generator.load_model", broken)
     with pytest.raises(NumericsError, match="not finite"):
         written(parent.path, temperature=temperature)

@@ -7,30 +7,22 @@ from pydantic import ConfigDict, Field
 from ulbq.config.options import HOW, SAMPLING, SAY, Option, Settings
 from ulbq.config.run import Device, DtypeName, Offline, PrefillCache, Seed, Verify
 
+_MOST_TOKENS = 2**31 - 1
 
-class GenerateRequest(Settings):
-    """One prompt to go on from.
+
+class GenerationSettings(Settings):
+    """A model that writes, and how it chooses its tokens.
 
     Repetitions are divided down as by Keskar et al. (2019, https://arxiv.org/abs/1909.05858). Small models of few bits
     answer in circles without.
 
     Attributes:
         source: as :func:`ulbq.models.source.resolve` takes it.
-        prompt: the text.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     source: str | None = None
-    prompt: str
-    chat: Annotated[
-        bool, Option("The prompt is a message: answer it, by the model's chat template.", SAY, flag="--chat")
-    ] = False
-    max_new_tokens: Annotated[
-        int,
-        Field(ge=1, le=2**31 - 1),
-        Option("Write at most so many tokens.", SAY, "N", flag="--max-new-tokens -n"),
-    ] = 256
     temperature: Annotated[
         Annotated[float, Field(ge=0)] | None,
         Option("Draw tokens; 0 takes the likeliest every time.", SAMPLING, "X", default="0; 1 with --top-p"),
@@ -45,7 +37,7 @@ class GenerateRequest(Settings):
             "Above 1, what was said already is less likely to be said again.",
             SAMPLING,
             "X",
-            default="1.1 with --chat, else 1",
+            default="1.1 in a chat, else 1",
         ),
     ] = None
     seed: Seed = 0
@@ -55,3 +47,31 @@ class GenerateRequest(Settings):
     prefill_cache: PrefillCache = False
     offline: Offline = False
     verify: Verify = True
+
+
+class ConverseRequest(GenerationSettings):
+    """A chat with a model, one message after the other."""
+
+    max_new_tokens: Annotated[
+        int,
+        Field(ge=1, le=_MOST_TOKENS),
+        Option("Write at most so many tokens.", SAY, "N", flag="--max-new-tokens -n"),
+    ] = 256
+
+
+class GenerateRequest(ConverseRequest):
+    """One prompt to go on from.
+
+    Attributes:
+        prompt: the text.
+    """
+
+    prompt: str
+    chat: Annotated[
+        bool,
+        Option(
+            "The prompt is a message: answer it, by the model's chat template. Without --prompt, a conversation.",
+            SAY,
+            flag="--chat",
+        ),
+    ] = False

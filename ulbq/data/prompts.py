@@ -219,7 +219,13 @@ def _messages(turns: Sequence[Turn], context: str) -> list[dict[str, str]]:
 
 
 def render_chat(
-    messages: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, ask: bool, where: str, hint: str = ""
+    messages: Sequence[dict[str, str]],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    ask: bool,
+    where: str,
+    hint: str = "",
+    alone: bool = True,
 ) -> str:
     """A chat as the tokenizer's own template writes it.
 
@@ -229,13 +235,14 @@ def render_chat(
         ask: open an answer behind the last message.
         where: the subject of the sentence where the template fails: file and line, or the model.
         hint: what to do then.
+        alone: no other thread of this process computes, so that memory can be bounded beforehand.
 
     Raises:
         InputError: the template refuses the chat, is broken, or takes too long or too much memory.
     """
     hint = hint or "Most want user and assistant in turns. `template=alpaca` does without it."
     try:
-        with bounded(f"{where}: the chat template", hint=hint, address_space=True):
+        with bounded(f"{where}: the chat template", hint=hint, address_space=alone):
             return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
     except _TEMPLATE_ERRORS as error:
         why = " ".join(f"{error}".split())[:200] or type(error).__name__

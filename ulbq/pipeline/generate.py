@@ -1,24 +1,16 @@
 """``generate``: a model goes on from a prompt, and tells how fast it was and what it held in memory."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from transformers import PreTrainedTokenizerBase
 
 from ulbq import runtime
 from ulbq.config.generate import GenerateRequest
-from ulbq.data.prompts import render_chat
-from ulbq.errors import InputError, UsageError
-from ulbq.models.decoding import TextStream, check_prompt, check_room, greedy, write_on
-from ulbq.models.load import load_model, model_memory
-from ulbq.models.source import ModelSource, resolve
+from ulbq.models.decoding import TextStream, check_room
+from ulbq.models.load import model_memory
 from ulbq.progress import Progress, Silent
-
-_CHAT_PENALTY = 1.1  # of repetitions in an answer
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from ulbq.serving.generator import TextGenerator
 
 
 class Generation(BaseModel):
@@ -71,24 +63,16 @@ def generate(
         NumericsError: the model's predictions are not finite.
     """
     progress = progress or Silent()
-    settings = _settings(request)
-    device = runtime.resolve_device(request.device)
-    source = resolve(request.source, offline=request.offline, verify=request.verify)
-    source.tell(progress)
-    tokenizer = source.tokenizer()
-    tokens = _encode(request, source, tokenizer)
+    generator = TextGenerator(request, progress)
+    if request.chat:
+        tokens = generator.chat_tokens([{"role": "user", "content": request.prompt}])
+    else:
+        tokens = generator.text_tokens(request.prompt)
+    source, device = generator.source, generator.device
     check_room(source, len(tokens), request.max_new_tokens)
-    with progress.phase(f"Loading {source.name}"):
-        model = load_model(
-            source,
-            dtype=DTYPES[request.dtype],
-            device=device,
-            adapter=request.adapter,
-            prefill_cache=request.prefill_cache,
-        )
-    stream = TextStream(tokenizer, on_text)
-    runtime.seed_everything(request.seed)
-    write_on(model, tokenizer, tokens, settings, stream)
+    model = generator.load(progress)
+    stream = TextStream(generator.tokenizer, on_text)
+    generator.write(tokens, generator.settings(request.max_new_tokens, chat=request.chat), stream)
     memory = model_memory(model)
     return Generation(
         model=source.name,
@@ -104,37 +88,3 @@ def generate(
         peak_memory=runtime.peak_memory(),
         device_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
-
-
-def _settings(request: GenerateRequest) -> dict[str, Any]:
-    """How many tokens, and how each is chosen; nothing else of a model's own generation settings has a say in it."""
-    temperature = request.temperature
-    if temperature == 0 and request.top_p is not None:
-        raise UsageError(
-            "`temperature=0` takes the likeliest token, and `top_p` has nothing to draw from.",
-            hint="Leave one of them out.",
-        )
-    penalty = request.repetition_penalty or (_CHAT_PENALTY if request.chat else 1.0)
-    plain = {**greedy(request.max_new_tokens), "repetition_penalty": penalty}
-    if not temperature and request.top_p is None:
-        return plain
-    return {
-        **plain,
-        "do_sample": True,
-        "temperature": 1.0 if temperature is None else temperature,
-        "top_p": 1.0 if request.top_p is None else request.top_p,
-    }
-
-
-def _encode(request: GenerateRequest, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    check_prompt(request.prompt)
-    if not request.chat:
-        return list(tokenizer.encode(request.prompt))
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"'{source.given}' has no chat template.", hint="Leave out `chat`: the model goes on from the bare text."
-        )
-    messages = [{"role": "user", "content": request.prompt}]
-    hint = "Leave out `chat`: the model goes on from the bare text."
-    text = render_chat(messages, tokenizer, ask=True, where=f"'{source.given}'", hint=hint)
-    return list(tokenizer.encode(text, add_special_tokens=False))
