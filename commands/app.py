@@ -34,13 +34,14 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 DEFECT = 1
 
-_UNDIVIDED = frozenset({"generate", "convert", "inspect", "list", "doctor"})
+_UNDIVIDED = frozenset({"generate", "serve", "convert", "inspect", "list", "doctor"})
 
 _COMMANDS = {
     "saliency": "Score every weight of a model by how much the model depends on it.",
     "quantize": "Quantize a model to 1 to 4 bits, one block at a time.",
     "eval": "Measure a model: size, perplexity, fidelity to its full-precision parent, tasks, words and speed.",
     "generate": "Let a model go on from a prompt, and tell its speed and memory.",
+    "serve": "Let a model answer over HTTP, by OpenAI's API.",
     "finetune": "Teach a quantized artifact, packed as it is.",
     "convert": "Write a model in a layout that other tools load.",
     "list": "Show the artifacts under a folder, with bits, size, scores and ancestry.",

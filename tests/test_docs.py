@@ -36,6 +36,7 @@ _WORK = {
     "quantize": ("quantize.quantize", "quantize.plan"),
     "eval": ("evaluate.evaluate",),
     "generate": ("generate.generate", "converse.converse"),
+    "serve": ("serve.serve",),
     "finetune": ("finetune.prepare",),
     "convert": ("convert.convert",),
     "inspect": ("inspect.inspect", "reseal.reseal"),

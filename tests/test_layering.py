@@ -199,7 +199,7 @@ def test_what_is_imported_is_declared(project):
     """Every third-party import stands in pyproject.toml, and every requirement is imported somewhere."""
     required = {_distribution(requirement) for requirement in project["project"]["dependencies"]}
     extras = project["project"]["optional-dependencies"]
-    extra = {_distribution(requirement) for name in ("eval", "gpu", "images") for requirement in extras[name]}
+    extra = {_distribution(requirement) for name in ("eval", "gpu", "images", "serve") for requirement in extras[name]}
     owners = metadata.packages_distributions()
     used, wrong = set(), []
     for path in [*LIBRARY, *COMMANDS]:

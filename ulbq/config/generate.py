@@ -1,10 +1,10 @@
-"""What ``generate`` is asked to do."""
+"""What ``generate`` and ``serve`` are asked to do."""
 
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from ulbq.config.options import HOW, SAMPLING, SAY, Option, Settings
+from ulbq.config.options import ADDRESS, HOW, SAMPLING, SAY, Option, Settings
 from ulbq.config.run import Device, DtypeName, Offline, PrefillCache, Seed, Verify
 
 _MOST_TOKENS = 2**31 - 1
@@ -75,3 +75,26 @@ class GenerateRequest(ConverseRequest):
             flag="--chat",
         ),
     ] = False
+
+
+class ServeRequest(GenerationSettings):
+    """A model that answers over HTTP. What a request says itself goes before the sampling options."""
+
+    host: Annotated[
+        str, Field(min_length=1), Option("Name or address to listen at; 0.0.0.0 is all of them.", ADDRESS, "NAME")
+    ] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535), Option("Port to listen at; 0 takes a free one.", ADDRESS, "N")] = 8000
+    model_name: Annotated[
+        Annotated[str, Field(min_length=1)] | None,
+        Option("What requests call the model.", ADDRESS, "NAME", default="the source's name"),
+    ] = None
+    max_new_tokens: Annotated[
+        Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None,
+        Option(
+            "Refuse requests for longer answers, and end others there.",
+            SAY,
+            "N",
+            flag="--max-new-tokens -n",
+            default="what the model's context leaves",
+        ),
+    ] = None

@@ -26,11 +26,12 @@ FORMAT, COLUMNS, CODEBOOKS, CALIBRATION = (
     "Calibration",
 )
 TRAINING, ADAPTER, STAGES, END_TO_END, COMPUTE = "Training", "Adapter", "Stages", "End to end", "Compute"
-LEARN, MEASURE, SAY, SAMPLING = "What to learn", "What to measure", "What to say", "Sampling"
+LEARN, MEASURE, ADDRESS = "What to learn", "What to measure", "Address"
+SAY, SAMPLING = "What to say", "Sampling"
 HOW, RATES, OF_END_TO_END_ALONE, RUN, TERMINAL = "How", "Rates", "Of end-to-end alone", "Run", "Terminal"
 SECTIONS = (
-    *("", FORMAT, COLUMNS, CODEBOOKS, LEARN, MEASURE, SAY, SAMPLING, HOW, RATES, CALIBRATION, TRAINING, ADAPTER),
-    *(STAGES, END_TO_END, OF_END_TO_END_ALONE, COMPUTE, RUN, TERMINAL),
+    *("", FORMAT, COLUMNS, CODEBOOKS, LEARN, MEASURE, ADDRESS, SAY, SAMPLING, HOW, RATES, CALIBRATION, TRAINING),
+    *(ADAPTER, STAGES, END_TO_END, OF_END_TO_END_ALONE, COMPUTE, RUN, TERMINAL),
 )
 """Headings in the order in which they are shown."""
 
