@@ -108,6 +108,7 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
         {STATE: as_bytes('{"shape": [64, 60], "blocksize": 64}')},
         {STATE: as_bytes('{"shape": [-64, -64], "blocksize": 64}')},
         {STATE: as_bytes('{"shape": 64, "blocksize": 64}')},
+        {STATE: as_bytes('{"shape": [64, Infinity], "blocksize": 64}')},
         {STATE: as_bytes(" " * 70000)},
         {"weight.nested_absmax": torch.ones(4)},
     ],

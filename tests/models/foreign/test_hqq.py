@@ -78,6 +78,7 @@ def test_codes_by_hand() -> None:
         ({"shape": torch.tensor([64, 0])}, "stored otherwise than HQQ"),
         ({"shape": torch.tensor([64])}, "stored otherwise than HQQ"),
         ({"group_size": torch.tensor([64, 64])}, "stored otherwise than HQQ"),
+        ({"group_size": torch.tensor(torch.inf)}, "stored otherwise than HQQ"),
         ({"axis": torch.tensor(2)}, "stored otherwise than HQQ"),
         ({"packing": torch.tensor([-1])}, "stored otherwise than HQQ"),
     ],

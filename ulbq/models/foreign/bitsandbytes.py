@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from ulbq.artifacts.shards import LazyTensors
-from ulbq.errors import InputError
 from ulbq.models.foreign.base import Packed, damaged, present, scaled
 
 _KIND = "bitsandbytes"
@@ -52,8 +51,9 @@ def decode(
     if largest.dtype == torch.uint8:
         nested = tensors["nested_absmax"].float().repeat_interleave(sizes[1])[: len(largest)]
         largest = tensors["nested_quant_map"].float()[largest.int()] * nested + offset
-    codes = torch.stack((packed >> 4, packed & 15), -1).flatten()[: prod(shape)]
-    made = tensors["quant_map"].float()[codes.int()]
+    values, both = tensors["quant_map"].float(), torch.arange(256)
+    pairs = torch.stack((values[both >> 4], values[both & 15]), -1)
+    made = pairs[packed.int()].flatten()[: prod(shape)]
     made *= largest.float().repeat_interleave(sizes[0])[: len(made)]
     return made.view(shape)
 
@@ -67,7 +67,7 @@ def _four_bits(stored: LazyTensors, weight: str, state: str, kind: str) -> Packe
         rows, columns = map(int, said["shape"])
         sizes = (int(said["blocksize"]), int(said.get("nested_blocksize") or 1))
         offset = float(said.get("nested_offset") or 0.0)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, InputError):
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise damaged(weight, _KIND) from None
     if min(rows, columns, *sizes) <= 0 or weight not in stored.names or not parts.keys() >= {"absmax", "quant_map"}:
         raise damaged(weight, _KIND)

@@ -52,19 +52,21 @@ def read(stored: LazyTensors, said: Mapping[str, Any]) -> Iterator[tuple[str, Pa
 def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
     """``[out, in]`` float32 weights of ``pack-quantized``, from nothing but what is stored."""
     rows, columns = tensors["weight_shape"].tolist()
-    codes = _unpacked(tensors["weight_packed"].T, bits, columns).T
+    # Zero points are packed as the codes are, and may be too few to tell how.
+    older = tensors["weight_packed"].shape[1] != _words(columns, bits)[0]
+    codes = _unpacked(tensors["weight_packed"].T, bits, columns, older=older).T
     scales, zeros = tensors["weight_scale"], tensors.get("weight_zero_point")
     middle = 2 ** (bits - 1)
     if zeros is not None and zeros.dtype != torch.int32:
         zeros = zeros.int() + middle
     elif zeros is not None:
-        zeros = _unpacked(zeros, bits, rows)
+        zeros = _unpacked(zeros, bits, rows, older=older)
     return _dequantized(codes, scales, float(middle) if zeros is None else zeros, tensors.get("weight_g_idx"))
 
 
-def _unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """uint8 ``[count, m]`` of int32 ``[words, m]``, packed in either way."""
-    if len(words) == _words(count, bits)[0]:
+def _unpacked(words: torch.Tensor, bits: int, count: int, *, older: bool) -> torch.Tensor:
+    """uint8 ``[count, m]`` of int32 ``[words, m]``: one stream, or in older versions whole values."""
+    if not older:
         return unpack_stream(words.contiguous(), bits, count)
     fields = 32 // bits
     shifts = torch.arange(fields, dtype=torch.int32).view(-1, 1) * bits
@@ -90,7 +92,7 @@ def _dequantized(
         zeros = zeros.expand(scales.shape)
     # It is stored as -1 throughout where nothing was reordered.
     if groups is not None and int(groups.max()) >= 0:
-        return scaled_by_index(codes, scales, zeros, groups)
+        return scaled_by_index(codes.T, scales.T, zeros.T if isinstance(zeros, torch.Tensor) else zeros, groups)
     return scaled(codes, scales, zeros)
 
 
@@ -116,7 +118,7 @@ def _packed(stored: LazyTensors, name: str, parts: Mapping[str, str], asked: Seq
     if zeros is None or stored.dtype(zeros) != torch.int32:
         fits = zeros is None or stored.shape(zeros) == stored.shape(parts["weight_scale"])
     else:
-        fits = stored.shape(zeros) in [(count, groups) for count in _words(rows, bits)]
+        fits = stored.shape(zeros) == (_words(rows, bits)[words[1] != _words(columns, bits)[0]], groups)
     if not fits:
         raise damaged(name, _KIND)
     own = {short: part for short, part in parts.items() if short != "weight"}
@@ -167,6 +169,6 @@ def _block_of(said: Any) -> tuple[int, int] | None:
     sizes = said.split("x") if isinstance(said, str) else said
     try:
         tall, wide = map(int, sizes)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return (tall, wide) if min(tall, wide) > 0 else None

@@ -21,7 +21,7 @@ import torch
 
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.formats.streams import pack_stream, unpack_stream
-from ulbq.models.foreign.base import FLOATS, Packed, damaged, label_of, present, scaled_by_index, table, unread
+from ulbq.models.foreign.base import FLOATS, Packed, damaged, label_of, present, scaled, scaled_by_index, table, unread
 
 _BITS = range(2, 9)
 _LAYOUTS = {"gptq": True, "gptq_v2": False}
@@ -73,18 +73,21 @@ def _weight(
     groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     at = tensors["g_idx"] if groups is None else groups
-    codes = unpack_stream(tensors["qweight"], bits, len(at)).T
-    zeros = float(2 ** (bits - 1)) if symmetric else _zeros(tensors, bits, v1=v1)
-    return scaled_by_index(codes, tensors["scales"].T, zeros, at)
+    codes = unpack_stream(tensors["qweight"], bits, len(at))
+    zeros, scales = float(2 ** (bits - 1)) if symmetric else _zeros(tensors, bits, v1=v1), tensors["scales"]
+    size, over = divmod(len(at), len(scales))
+    if not over and torch.equal(at, torch.arange(len(at), dtype=at.dtype) // size):
+        return scaled(codes.T, scales.T, zeros.T if isinstance(zeros, torch.Tensor) else zeros)
+    return scaled_by_index(codes, scales, zeros, at)
 
 
 def _zeros(tensors: Mapping[str, torch.Tensor], bits: int, *, v1: bool) -> torch.Tensor:
-    """Zero points ``[out, G]``, integers."""
+    """Zero points ``[G, out]``, integers."""
     words, outputs = tensors["qzeros"].T.contiguous(), tensors["scales"].shape[1]
     if v1 and 32 % bits == 0:
         words = words + pack_stream(torch.ones(outputs, 1), bits)
     zeros = unpack_stream(words, bits, outputs)
-    return zeros.add_(1).bitwise_and_(2**bits - 1) if v1 and 32 % bits else zeros
+    return (zeros.add_(1).bitwise_and_(2**bits - 1) if v1 and 32 % bits else zeros).T
 
 
 def _form(

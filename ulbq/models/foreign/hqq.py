@@ -56,7 +56,7 @@ def _layer(stored: LazyTensors, name: str, parts: Mapping[str, str]) -> Packed:
         nbits, size, axis = (int(stored.read(parts[short])) for short in _NUMBERS)
         packing = bytes(stored.read(parts["packing"]).flatten().tolist()).decode()
         out_features, in_features = map(int, stored.read(parts["shape"]).tolist())
-    except (ValueError, TypeError, RuntimeError):
+    except (OverflowError, RuntimeError, TypeError, ValueError):
         raise damaged(name, "HQQ") from None
     if packing not in _PACKINGS:
         raise unread(stored, "HQQ", packing)

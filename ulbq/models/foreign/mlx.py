@@ -13,7 +13,7 @@ import torch
 
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.formats.streams import unpack_stream
-from ulbq.models.foreign.base import FLOATS, Packed, damaged, label_of, present, unread
+from ulbq.models.foreign.base import FLOATS, Packed, damaged, label_of, present, scaled, unread
 
 
 def read(stored: LazyTensors, said: Mapping[str, Any]) -> Iterator[tuple[str, Packed]]:
@@ -34,10 +34,9 @@ def read(stored: LazyTensors, said: Mapping[str, Any]) -> Iterator[tuple[str, Pa
 
 def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
     """``[out, in]`` float32 weights, by the layout's own rule and from nothing but what is stored."""
-    words, scales = tensors["weight"].view(torch.int32), tensors["scales"].float()
-    codes = unpack_stream(words.T.contiguous(), bits, words.shape[1] * 32 // bits).T.float()
-    grouped = codes.reshape(*scales.shape, -1) * scales.unsqueeze(-1) + tensors["biases"].float().unsqueeze(-1)
-    return grouped.flatten(1)
+    words, biases = tensors["weight"].view(torch.int32), tensors["biases"].float().unsqueeze(-1)
+    codes = unpack_stream(words.T.contiguous(), bits, words.shape[1] * 32 // bits).T
+    return (scaled(codes, tensors["scales"]).view(*biases.shape[:2], -1) + biases).flatten(1)
 
 
 def _form(
