@@ -397,9 +397,7 @@ def _open_file(path: Path, given: str, manifest: ConvertedManifest | None = None
     if manifest is not None and _GGUF_ADAPTER in manifest.files:
         notes.append(f"'{given}' is read without the adapter beside it ('{_GGUF_ADAPTER}').")
     name, parts = model_name(path) if manifest is None else manifest.name, expert_parts(model)
-    return ModelSource(
-        name, given, path, "gguf", config, tensors, manifest=manifest, parts=parts, notes=tuple(notes)
-    )
+    return ModelSource(name, given, path, "gguf", config, tensors, manifest=manifest, parts=parts, notes=tuple(notes))
 
 
 def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelSource:
@@ -504,6 +502,8 @@ def _read_folder(
     if isinstance(stored, ForeignTensors):
         placement.check_orientation(given, stored.packed_weights, tensors, model)
         packed = {name.removesuffix(".bias") for name in tensors.unplaced if stored.is_no_bias(name)}
+        if stored.rounds_inputs:
+            notes.append(f"'{given}' was made for inputs that are rounded as well, and here they are not.")
     placement.check_types(given, stored, tensors, model)
     carried = placement.unplaced(given, stored, tensors, model, packed)
     if carried:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.foreign.packing import along, change, down, save_packed, some_codes, some_scales
+from tests.models.foreign.packing import along, change, down, save_packed, say, some_codes, some_scales
 from ulbq.errors import InputError
 from ulbq.models.foreign import compressed_tensors as reader
 from ulbq.models.source import resolve
@@ -135,6 +135,15 @@ def test_eight_bit_floats(grid: tuple[int, int] | None, tmp_path: Path) -> None:
         tmp_path, said("float-quantized", num_bits=8, type="float", **block), partial(floats, grid=grid)
     )
     assert check(tmp_path, weights, "FP8") == pytest.approx(8, rel=0.1)
+
+
+def test_inputs_that_are_rounded_elsewhere_are_told_of(tmp_path: Path) -> None:
+    config = said()
+    save_packed(tmp_path, config, packed)
+    assert not resolve(tmp_path).notes
+    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "int", "dynamic": True}
+    say(tmp_path, quantization_config=config)
+    assert "inputs that are rounded" in resolve(tmp_path).notes[0]
 
 
 def test_several_widths_tell_themselves_by_their_shapes(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.errors import InputError
 from ulbq.models.foreign import auto_round, awq, bitsandbytes, compressed_tensors, gptq, hqq, mlx
-from ulbq.models.foreign.base import Packed, damaged, folder_of
+from ulbq.models.foreign.base import Packed, damaged, folder_of, table
 
 MLX = "mlx"
 """What a ``quantization`` without a ``quant_method`` is."""
@@ -52,6 +52,9 @@ class ForeignTensors(LazyTensors):
         stored: as they lie there.
         quantization: the ``quantization_config``; its ``quant_method`` is one of :data:`READERS`.
 
+    Attributes:
+        rounds_inputs: whether the tool rounds what is multiplied with the weights too.
+
     Raises:
         InputError: a layout that is not read, parts of a weight that do not fit each other, or no packed weight at all.
     """
@@ -60,6 +63,7 @@ class ForeignTensors(LazyTensors):
         super().__init__(())
         self._packed, self._reader = stored, READERS[str(quantization["quant_method"])]
         self._weights = dict(self._reader.read(stored, quantization))
+        self.rounds_inputs = _rounds_inputs(quantization)
         if not self._weights:
             raise InputError(
                 f"'{folder_of(stored)}' says that it is quantized already, by {self._reader.name}, and no weight is "
@@ -104,3 +108,13 @@ class ForeignTensors(LazyTensors):
         """Whether a stored tensor is a packed layer's bias of zeros, as AutoGPTQ gave one to every layer."""
         known = name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in self._weights
         return known and not self.read(name).any()
+
+
+def _rounds_inputs(said: Mapping[str, Any]) -> bool:
+    bits = said.get("act_bits")
+    schemes = (one for one in table(said, "config_groups").values() if isinstance(one, dict))
+    return (
+        (isinstance(bits, int) and bits < 16)
+        or said.get("load_in_8bit") is True
+        or any(one.get("input_activations") for one in schemes)
+    )
