@@ -87,22 +87,22 @@ class TestEightBits:
     @pytest.mark.parametrize(
         "described",
         [
-            {"quantization_config": {"quant_method": "awq"}},
-            {"text_config": {"quantization_config": {"quant_method": "awq"}}},
-            {"thinker_config": {"text_config": {"compression_config": {"quant_method": "awq"}}}},
+            {"quantization_config": {"quant_method": "vptq"}},
+            {"text_config": {"quantization_config": {"quant_method": "vptq"}}},
+            {"thinker_config": {"text_config": {"compression_config": {"quant_method": "vptq"}}}},
         ],
     )
     def test_description_at_any_depth_is_seen(self, tmp_path: Path, described: dict[str, Any]) -> None:
         edit(save_tiny("llama", tmp_path), dict, **described)
-        with pytest.raises(InputError, match="quantized already, by 'awq'"):
+        with pytest.raises(InputError, match="quantized already, by 'vptq'"):
             resolve(tmp_path)
 
     @pytest.mark.parametrize(
         ("file", "content", "tool"),
         [
-            ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "modelopt"),
-            ("quantize_config.json", {"bits": 4}, "gptq"),
-            ("quant_config.json", {"w_bit": 4}, "awq"),
+            ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "'modelopt'"),
+            ("quantize_config.json", {"bits": 4}, "GPTQ"),
+            ("quant_config.json", {"w_bit": 4}, "AWQ"),
         ],
     )
     def test_description_beside_the_weights_is_seen(
@@ -110,7 +110,7 @@ class TestEightBits:
     ) -> None:
         save_tiny("llama", tmp_path)
         (tmp_path / file).write_text(json.dumps(content))
-        with pytest.raises(InputError, match=f"quantized already, by '{tool}'"):
+        with pytest.raises(InputError, match=f"quantized already, by {tool}"):
             resolve(tmp_path)
 
     def test_a_cache_in_eight_bits_leaves_weights_as_they_are(self, tmp_path: Path) -> None:

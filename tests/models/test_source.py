@@ -161,7 +161,12 @@ def configured(**changes: object) -> Callable[[Path], None]:
         (configured(model_type="t5"), "encoder-decoder", "decoder-only"),
         (configured(model_type="vit"), "not a causal language model", "decoder-only"),
         (configured(model_type="bert", architectures=["BertForMaskedLM"]), "BertForMaskedLM", "decoder-only"),
-        (configured(quantization_config={"quant_method": "gptq"}), "quantized already, by 'gptq'", "full-precision"),
+        (
+            configured(quantization_config={"quant_method": "gptq"}),
+            "quantized already, by GPTQ, and no",
+            "full-precision",
+        ),
+        (configured(quantization_config={"quant_method": "vptq"}), "quantized already, by 'vptq'", "full-precision"),
         (configured(quantization_config={"quant_method": "ulbq"}), "without its manifest.json", "whole folder"),
     ],
 )

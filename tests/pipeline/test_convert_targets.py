@@ -215,6 +215,7 @@ def test_an_adapter_lies_beside_gguf_as_llama_cpp_takes_it(parent: Path, tmp_pat
     path, manifest = convert(ask(source, tmp_path / "g", to="gguf"))
     assert "adapter.gguf" in manifest.files
     assert "`llama-cli -m DIR/model.gguf --lora DIR/adapter.gguf`" in (path / "README.md").read_text()
+    assert any("without the adapter beside it ('adapter.gguf')" in note for note in resolve(path).notes)
     fields = GGUFReader(path / "adapter.gguf").fields
     said = {name: fields[name].contents() for name in ("general.type", "adapter.type", "adapter.lora.alpha")}
     assert said == {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 6.0}

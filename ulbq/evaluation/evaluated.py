@@ -49,13 +49,13 @@ class EvaluatedModel:
         manifest = self.quantized
         kind: Literal["model", "quantized", "converted"] = "model"
         method, scheme, bits = None, None, None
-        if isinstance(self.source.manifest, ConvertedManifest):
-            kind = "converted"
-        elif manifest is not None:
+        if manifest is not None:
             kind = "quantized"
             method, scheme, bits = manifest.method, _label(manifest), manifest.bits.bits_per_weight
         elif self.source.stored_as is not None:
             scheme, bits = self.source.stored_as
+        if isinstance(self.source.manifest, ConvertedManifest):
+            kind = "converted"
         return Subject(
             name=self.name,
             path=self.source.given,
@@ -70,11 +70,11 @@ class EvaluatedModel:
     @property
     def template(self) -> Template:
         """How questions are laid out for it: as it was taught, before it was converted too, else as Alpaca's prompt."""
-        manifest, path = self.source.manifest, self.source.path
+        manifest, path = self.source.manifest, self.source.folder
         while isinstance(manifest, ConvertedManifest) and manifest.parents:
             try:
                 parent = resolve_parent(path, manifest.parents[0], offline=True)
-                manifest, path = parent.manifest, parent.path
+                manifest, path = parent.manifest, parent.folder
             except UlbqError:  # said when the full-precision parent was looked for
                 break
         taught = manifest.finetune.template if isinstance(manifest, QuantizedManifest) and manifest.finetune else None
@@ -150,7 +150,7 @@ def _recorded_parent(source: ModelSource, offline: bool, progress: Progress) -> 
             return None
         recorded = found.manifest.parents[0]
         try:
-            found = resolve_parent(found.path, recorded, offline=offline)
+            found = resolve_parent(found.folder, recorded, offline=offline)
         except UlbqError as error:
             progress.note(error.message)
             return None

@@ -112,7 +112,7 @@ class Subject(_Value):
         scheme: the format's short name, such as ``w2g64``; else what a quantized source is, such as
             ``GGUF Q4_1``.
         bits_per_weight: exact stored bits per quantized weight, those of the adapter too where it was scored; of a
-            GGUF file, per weight of all matrices; of EXL3's folders, of the packed ones.
+            GGUF file, per weight of all matrices; of folders that others quantized, of the packed ones.
         adapter: such as ``LoRA rank 16``; :data:`WITHOUT_ADAPTER` where the base was scored without the adapter that
             it has; None where it has none.
         parent: name of the full-precision parent, where it was measured too or compared with.

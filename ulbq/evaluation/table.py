@@ -56,7 +56,7 @@ def describe(subject: Subject) -> str:
     if subject.kind == "quantized":
         words = " ".join(part for part in (subject.method, subject.scheme) if part)
     else:
-        words = "converted" if subject.kind == "converted" else subject.scheme or "full precision"
+        words = subject.scheme or ("converted" if subject.kind == "converted" else "full precision")
     return words if subject.adapter is None else f"{words}, {subject.adapter}"
 
 

@@ -124,8 +124,8 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def quantized_by(folder: Path, raw: Mapping[str, Any]) -> str | None:
-    """The tool that packed a folder's weights; None where nothing says that any did.
+def packing(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What says how a folder's weights are packed; None where nothing says that they are.
 
     Looks at every depth of the configuration (multimodal models describe their text model inside) and at the files
     that older tools write beside it.
@@ -133,12 +133,23 @@ def quantized_by(folder: Path, raw: Mapping[str, Any]) -> str | None:
     Args:
         folder: of the model.
         raw: its ``config.json``.
+
+    Returns:
+        The description, with the tool that packed them as its ``quant_method``.
     """
-    described = quantization(raw)
-    found = None if described is None else str(described.get("quant_method") or "an unknown tool")
-    if found is None:
-        found = next((tool for name, tool in _QUANTIZATION_FILES.items() if _describes(folder / name)), None)
-    return found
+    if (said := quantization(raw)) is not None:
+        return {**said, "quant_method": str(said.get("quant_method") or _undersigned(said))}
+    for name, tool in _QUANTIZATION_FILES.items():
+        if (beside := _describes(folder / name)) is not None:
+            return {**beside, "quant_method": tool}
+    return None
+
+
+def _undersigned(said: Mapping[str, Any]) -> str:
+    """The tool behind a description that names none."""
+    if {"bits", "group_size"} <= said.keys():
+        return "mlx"
+    return "compressed-tensors" if "config_groups" in said else "an unknown tool"
 
 
 def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,16 +167,18 @@ def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next((found for value in inner if (found := quantization(value)) is not None), None)
 
 
-def _describes(file: Path) -> bool:
-    """Whether a file says that weights are packed; ModelOpt's may say that of the cache of keys and values alone."""
+def _describes(file: Path) -> dict[str, Any] | None:
+    """What a file says of packed weights; ModelOpt's may say nothing of them, but of the cache of keys and values."""
     if not file.is_file():
-        return False
+        return None
     try:
         said = parse_json(read_small(file, limits.SETTINGS_SIZE).decode("utf-8"))
     except (ValueError, OSError):
-        return True
+        return {}
     about = said.get("quantization") if isinstance(said, dict) else None
-    return not (isinstance(about, dict) and "quant_algo" in about and about["quant_algo"] is None)
+    if isinstance(about, dict) and "quant_algo" in about and about["quant_algo"] is None:
+        return None
+    return said if isinstance(said, dict) else {}
 
 
 def read_gguf_config(file: Path, header: GgufHeader) -> PreTrainedConfig:

@@ -24,6 +24,9 @@ from ulbq.errors import InputError
 from ulbq.models.gguf_header import MAGIC, GgufHeader, read_header
 from ulbq.models.gguf_types import dequantize
 
+GGUF_NAME = "model.gguf"
+"""What ulbq calls a file that it writes."""
+
 _FULL = frozenset({"F32", "F16", "BF16", "F64"})
 _QUANTIZATION_SUFFIX = re.compile(r"[.-](?:I?Q\d\w*|TQ\d\w*|MXFP4|BF16|F(?:P)?(?:16|32))$", re.IGNORECASE)
 
@@ -114,6 +117,12 @@ class GgufTensors:
                 size += prod(tensor.byte_shape)
         most = values.most_common(1)
         return None if not most or most[0][0] in _FULL else (f"GGUF {most[0][0]}", size * 8 / values.total())
+
+    @property
+    def quantized_by(self) -> str:
+        """Who says to have quantized the file; empty where nobody does."""
+        said = self._header.values.get("general.quantized_by", "")
+        return said if isinstance(said, str) else ""
 
     @property
     def types(self) -> tuple[str, ...]:

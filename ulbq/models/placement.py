@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ulbq.artifacts.shards import LazyTensors, is_carried
 from ulbq.errors import InputError
@@ -43,6 +44,17 @@ def check_types(where: str, stored: LazyTensors, checkpoint: Checkpoint, model: 
             raise InputError(
                 f"'{where}' holds '{key}' as {kind} ({str(dtype).removeprefix('torch.')}).",
                 hint="It is quantized already, or damaged: give the full-precision model.",
+            )
+
+
+def check_orientation(where: str, packed: Collection[str], checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Refuse packed weights, by stored name, of layers that keep theirs as ``[in, out]``. Raises InputError."""
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    for name in sorted(turned & checkpoint.names):
+        if not {*checkpoint.sources(name)}.isdisjoint(packed):
+            raise InputError(
+                f"'{where}' holds '{name}' packed, and a {type(model).__name__} keeps its weights the other way round.",
+                hint="Give the full-precision model it was made from.",
             )
 
 

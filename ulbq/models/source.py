@@ -39,15 +39,15 @@ from ulbq.models import hub, placement
 from ulbq.models.checkpoint import Checkpoint, TensorReader
 from ulbq.models.config import (
     check_gguf_counts,
-    quantization,
-    quantized_by,
+    packing,
     read_config,
     read_gguf_config,
     read_raw_config,
 )
 from ulbq.models.exl3 import METHOD, Exl3Tensors
 from ulbq.models.experts import ExpertPart, expert_parts
-from ulbq.models.gguf import GgufTensors, is_gguf, model_name, open_gguf
+from ulbq.models.foreign import READERS, ForeignTensors
+from ulbq.models.gguf import GGUF_NAME, GgufTensors, is_gguf, model_name, open_gguf
 from ulbq.models.gguf_tokenizer import check_pre_tokenizer, read_tokenizer
 from ulbq.models.rope_factors import ROPE_FACTORS
 from ulbq.models.scaled import METHODS, ScaledTensors
@@ -64,6 +64,11 @@ DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
 """Kinds of parents, in a manifest, that are full-precision models."""
 
+_PACKINGS = frozenset({METHOD, *METHODS, *READERS})
+"""What packs weights that are read."""
+
+_GGUF_ADAPTER = "adapter.gguf"
+
 _FUSED_KEPT = 4
 """Fused tensors that stay in memory: the weights and biases of a block's experts."""
 
@@ -79,7 +84,7 @@ class ModelSource:
         name: short name for people, ``SmolLM2-135M-Instruct``.
         given: the source as the user gave it: a path or a Hub id.
         path: the folder (of a Hub model: its snapshot in the cache), or the GGUF file.
-        kind: ``artifact`` is a quantized or converted model that ulbq wrote.
+        kind: ``artifact`` is a quantized or converted model that ulbq wrote, unless that is a GGUF file.
         config: without ``quantization_config``.
         tensors: the dense tensors by the model's own parameter names.
         stored: the tensors by their stored names; None for GGUF, and where they are rotated when read.
@@ -142,15 +147,39 @@ class ModelSource:
         return 0 if self.stored is None else sum(prod(self.stored.shape(name)) for name in self.carried)
 
     @property
+    def folder(self) -> Path:
+        """The folder that it lies in."""
+        return self.path.parent if self.path.is_file() else self.path
+
+    @property
     def gguf_size(self) -> int:
         """Bytes of the GGUF file, which stays mapped; 0 where the source is none."""
         return self.path.stat().st_size if self.kind == "gguf" else 0
 
     @property
     def stored_as(self) -> tuple[str, float] | None:
-        """What a GGUF file or a folder in EXL3, FP8 or MXFP4 is, and bits a value; None in full precision."""
-        told = self.stored if isinstance(self.stored, Exl3Tensors | ScaledTensors) else self.tensors
-        return told.stored_as if isinstance(told, GgufTensors | Exl3Tensors | ScaledTensors) else None
+        """What a GGUF file or a folder that others quantized is, and bits a value; None in full precision."""
+        for told in (self.stored, self.tensors):
+            if isinstance(told, GgufTensors | Exl3Tensors | ForeignTensors | ScaledTensors):
+                return told.stored_as
+        return None
+
+    def check_parent(self) -> None:
+        """Refuse what is only to be run and converted: another tool's codes, or ours in another tool's layout.
+
+        Raises:
+            InputError: it is one of them.
+        """
+        if self.stored_as is None:
+            return
+        if isinstance(self.manifest, ConvertedManifest):
+            raise _for_engines(self.given, self.manifest.target)
+        ours = isinstance(self.tensors, GgufTensors) and self.tensors.quantized_by == "ulbq"
+        if ours or isinstance(self.stored, ForeignTensors):
+            raise InputError(
+                f"'{self.given}' is quantized already ({self.stored_as[0]}{', by ulbq' if ours else ''}).",
+                hint="Give the full-precision model it was made from; 'ulbq eval', 'generate' and 'convert' take it.",
+            )
 
     @cached_property
     def packed(self) -> Mapping[str, AnyScheme]:
@@ -189,7 +218,8 @@ class ModelSource:
     def record(self) -> Parent:
         """How the manifest of what is made from it names it."""
         kind = self.manifest.kind if self.manifest else self.kind
-        absolute = "" if kind == "hub" else os.path.realpath(self.path)
+        # The artifact of a GGUF file is its folder.
+        absolute = "" if kind == "hub" else os.path.realpath(self.folder if self.manifest else self.path)
         return Parent(kind=kind, name=self.name, path=self.given, sha256=self.content_hash, absolute=absolute)
 
     @property
@@ -275,9 +305,7 @@ def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = 
     if path.is_dir():
         return _open_artifact(path, given, verify=verify) if is_artifact(path) else _open_folder(path, given)
     if path.is_file():
-        if verify:
-            _check_listed(path)
-        return _open_file(path, given)
+        return _open_file(path, given, _listing(path, verify=verify))
     if path.name and path.with_name(path.name + PARTIAL_SUFFIX).is_dir():
         raise InputError(
             f"'{given}' is not finished yet.",
@@ -342,15 +370,16 @@ def default_model(*, offline: bool = False) -> ModelSource:
         ) from error
 
 
-def _check_listed(path: Path) -> None:
-    """Compare a file with its hash, where it is one of an artifact. Raises InputError where it is another."""
-    folder = path.parent
-    entry = load_manifest(folder).files.get(path.name) if is_replaceable(folder) else None
-    if entry is not None and sha256_file(path) != entry.sha256:
+def _listing(path: Path, *, verify: bool) -> ConvertedManifest | None:
+    """The manifest of the artifact that a file is one of. Raises InputError where the file has another hash there."""
+    manifest = load_manifest(path.parent) if is_replaceable(path.parent) else None
+    entry = None if manifest is None else manifest.files.get(path.name)
+    if verify and entry is not None and sha256_file(path) != entry.sha256:
         raise changed(path)
+    return manifest if entry is not None and isinstance(manifest, ConvertedManifest) else None
 
 
-def _open_file(path: Path, given: str) -> ModelSource:
+def _open_file(path: Path, given: str, manifest: ConvertedManifest | None = None) -> ModelSource:
     if not is_gguf(path):
         raise InputError(
             f"'{given}' is a file, but not a GGUF one.",
@@ -364,8 +393,11 @@ def _open_file(path: Path, given: str) -> ModelSource:
     tensors = GgufTensors(path, header, model)
     if lost := tensors.unplaced - {ROPE_FACTORS}:
         raise placement.without_a_place(given, lost, type(model).__name__)
-    notes = () if note is None else (note,)
-    return ModelSource(model_name(path), given, path, "gguf", config, tensors, parts=expert_parts(model), notes=notes)
+    notes = [] if note is None else [note]
+    if manifest is not None and _GGUF_ADAPTER in manifest.files:
+        notes.append(f"'{given}' is read without the adapter beside it ('{_GGUF_ADAPTER}').")
+    name, parts = model_name(path) if manifest is None else manifest.name, expert_parts(model)
+    return ModelSource(name, given, path, "gguf", config, tensors, manifest=manifest, parts=parts, notes=tuple(notes))
 
 
 def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelSource:
@@ -374,21 +406,27 @@ def _open_folder(path: Path, given: str, *, hub_id: str | None = None) -> ModelS
             f"'{given}' is an unfinished run.", hint="Run the command that makes it again: it goes on where it stopped."
         )
     check_folder(path)
-    raw = read_raw_config(path)
-    method = quantized_by(path, raw)
-    if method not in (None, METHOD, *METHODS):
-        if method == "ulbq":
+    packed = packing(path, read_raw_config(path))
+    if packed is not None and packed["quant_method"] not in _PACKINGS:
+        if packed["quant_method"] == "ulbq":
             raise InputError(
                 f"'{given}' is an artifact of ulbq without its {MANIFEST_NAME}.",
                 hint="Copy the whole folder again; what transformers saved of one, transformers alone loads.",
             )
         raise InputError(
-            f"'{given}' is quantized already, by '{method}'.",
+            f"'{given}' is quantized already, by '{packed['quant_method']}'.",
             hint="Give the full-precision model it was made from.",
         )
     name = hub_id.rpartition("/")[2] if hub_id else path.resolve().name
-    read = _read_folder(path, given, packing=quantization(raw))
+    read = _read_folder(path, given, said=packed)
     return ModelSource(name, given, path, "hub" if hub_id else "folder", **read._asdict())
+
+
+def _for_engines(given: str, target: str) -> InputError:
+    return InputError(
+        f"'{given}' is a model converted for other engines ({target}).",
+        hint="Give the quantized artifact it was converted from.",
+    )
 
 
 def open_written(path: Path) -> ModelSource:
@@ -407,17 +445,16 @@ def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: 
             hint=f"Give the model that was scored{f': {manifest.parents[0].path}' if manifest.parents else ''}.",
         )
     target = manifest.target if isinstance(manifest, ConvertedManifest) else ""
-    if target not in ("", "dense", METHOD):
-        raise InputError(
-            f"'{given}' is a model converted for other engines ({target}).",
-            hint="Give the quantized artifact it was converted from.",
-        )
+    if target == "gguf" and GGUF_NAME in manifest.files:
+        return _open_file(path / GGUF_NAME, given, _listing(path / GGUF_NAME, verify=verify))
     packed = {layer.name for layer in manifest.layers} if isinstance(manifest, QuantizedManifest) else set()
     if verify:
         check_small_files(path, manifest)
+    said = packing(path, read_raw_config(path)) if target in _PACKINGS else None
+    if target not in ("", "dense") and (said is None or said["quant_method"] not in _PACKINGS):
+        raise _for_engines(given, target)
     sums = {name: entry.sha256 for name, entry in manifest.files.items()} if verify else {}
-    packing = {"quant_method": METHOD} if target == METHOD else None
-    read = _read_folder(path, given, packed, sums, packing)
+    read = _read_folder(path, given, packed, sums, said)
     name = manifest.name or path.resolve().name
     return ModelSource(name, given, path, "artifact", **read._asdict(), manifest=manifest)
 
@@ -438,16 +475,17 @@ def _read_folder(
     given: str,
     packed: Collection[str] = (),
     sums: Mapping[str, str] = {},
-    packing: Mapping[str, Any] | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> _Read:
-    """Read configuration and headers, and see that they fit each other. Raises InputError."""
+    """Read configuration and headers, and see that they fit each other; ``said`` is as of :func:`packing`.
+
+    Raises:
+        InputError: they do not.
+    """
     config = read_config(path)
     stored = LazyTensors.folder(path, sums)
-    method = None if packing is None else packing.get("quant_method")
-    if method == METHOD:
-        stored = Exl3Tensors(stored, config.get_text_config().vocab_size)
-    elif packing is not None and method in METHODS:
-        stored = ScaledTensors(stored, packing)
+    if said is not None:
+        stored = _unpacking(stored, config, said)
     model = empty_model(config)
     notes = []
     if type(model.config) is not type(config):
@@ -461,9 +499,21 @@ def _read_folder(
     if untied:
         tensors = Checkpoint(stored, model)
         notes.append(f"'{given}' stores a head of its own, though its config.json says it is tied: it is not.")
+    if isinstance(stored, ForeignTensors):
+        placement.check_orientation(given, stored.packed_weights, tensors, model)
+        packed = {name.removesuffix(".bias") for name in tensors.unplaced if stored.is_no_bias(name)}
+        if stored.rounds_inputs:
+            notes.append(f"'{given}' was made for inputs that are rounded as well, and here they are not.")
     placement.check_types(given, stored, tensors, model)
     carried = placement.unplaced(given, stored, tensors, model, packed)
     if carried:
         parts = placement.describe(carried, model)
         notes.append(f"'{given}' holds what a {type(model).__name__} does not run, carried along as it is: {parts}.")
     return _Read(config, tensors, stored, expert_parts(model), carried, tuple(notes))
+
+
+def _unpacking(stored: LazyTensors, config: PreTrainedConfig, said: Mapping[str, Any]) -> LazyTensors:
+    """The tensors of a folder as what they stand for. Raises InputError."""
+    if said["quant_method"] == METHOD:
+        return Exl3Tensors(stored, config.get_text_config().vocab_size)
+    return (ScaledTensors if said["quant_method"] in METHODS else ForeignTensors)(stored, said)

@@ -44,6 +44,7 @@ def open_origins(given: str | None, *, offline: bool) -> Origins:
     source = resolve(given, offline=offline)
     if isinstance(source.manifest, QuantizedManifest):
         return Origins(_parent(source.path, source.manifest, offline), start=source)
+    source.check_parent()
     return Origins(source)
 
 

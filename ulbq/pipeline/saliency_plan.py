@@ -101,6 +101,7 @@ def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
             f"'{source.given}' is quantized already: its weights have no gradients of their own.",
             hint=f"Give the full-precision model it was made from{f': {source.parent}' if source.parent else ''}.",
         )
+    source.check_parent()
     request = _complete(request, 128 if device.type == "cuda" else 32, progress)
     precision = Precision.choose(device, request.precision or "fp32")
     model = skeleton(source)

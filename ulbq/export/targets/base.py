@@ -19,7 +19,7 @@ from ulbq.models.source import ModelSource
 Dtype = Literal["fp16", "bf16", "fp32"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-FULL_PRECISION = "it is in full precision, and this target takes what is quantized already"
+FULL_PRECISION = "it is in full precision, or quantized by another tool, and this target takes artifacts"
 """Why a target that takes packed layers alone does not take a model without any."""
 
 

@@ -1,15 +1,7 @@
 """compressed-tensors' layout ``pack-quantized``, which vLLM, SGLang and transformers read.
 
-A layer ``[out, in]`` with ``G`` groups a row is stored as
-
-* ``weight_packed``     int32 ``[out, in·b/32]``, the codes packed along the inputs;
-* ``weight_scale``      float16 ``[out, G]``;
-* ``weight_zero_point`` int32 ``[out·b/32, G]``, the zero points packed along the outputs (asymmetric only);
-* ``weight_shape``      int64 ``[2]``.
-
-Codes and zero points are signed there, and ``2^(b−1)`` is added to both for storage: what lies in the words is our
-unsigned codes as they are. Values of 3 bits lie astride words, as the library packs them since June 2026 (before, ten
-to a word); 2, 4 and 8 bits are the same in every version.
+:mod:`ulbq.models.foreign.compressed_tensors` tells it. What lies in the words is our unsigned codes as they are, at 3
+bits as the library packs them since June 2026 (before, ten to a word); 2, 4 and 8 bits are the same in every version.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +16,8 @@ from ulbq.export.rules import Obstacle, Reader
 from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.bits import groups_of
-from ulbq.formats.streams import pack_stream, unpack_stream
+from ulbq.formats.streams import pack_stream
+from ulbq.models.foreign.compressed_tensors import decode
 
 BITS = (2, 3, 4, 8)
 """Widths of ours that the layout has."""
@@ -63,18 +56,6 @@ def encode(
     if not scheme.symmetric:
         stored["weight_zero_point"] = pack_stream(zeros, scheme.bits)
     return stored
-
-
-def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
-    """``[out, in]`` float32 weights, by the layout's own rule and from nothing but what is stored."""
-    outputs, inputs = tensors["weight_shape"].tolist()
-    scales = tensors["weight_scale"].float().unsqueeze(-1)
-    codes = unpack_stream(tensors["weight_packed"].T.contiguous(), bits, inputs).T.float()
-    stored = tensors.get("weight_zero_point")
-    zeros: torch.Tensor | float = float(2 ** (bits - 1))
-    if stored is not None:
-        zeros = unpack_stream(stored, bits, outputs).float().unsqueeze(-1)
-    return ((codes.reshape(*scales.shape[:2], -1) - zeros) * scales).flatten(1)
 
 
 def configuration(layers: Mapping[str, AffineScheme], dense: Sequence[str]) -> dict[str, Any]:

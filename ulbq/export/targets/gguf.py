@@ -35,6 +35,7 @@ from ulbq.export.gguf_vocab import add_tokenizer, check_tokenizer
 from ulbq.export.rules import Reader
 from ulbq.export.targets.base import DTYPES, Conversion, Dtype, Target, Written, layer_reason
 from ulbq.models.blocks import skeleton
+from ulbq.models.gguf import GGUF_NAME
 from ulbq.models.gguf_header import read_header
 from ulbq.models.gguf_types import SIZES, AnyType, NewType, dequantize
 from ulbq.models.load import load_model
@@ -42,8 +43,6 @@ from ulbq.models.names import state_names
 from ulbq.models.source import ModelSource, resolve
 from ulbq.nn.adapter import Adapter
 from ulbq.nn.quant_linear import linear_layer
-
-FILE_NAME = "model.gguf"
 
 _KINDS = {
     torch.float16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -295,7 +294,7 @@ class GgufTarget(Target):
         gguf_adapter.check_adapter(source.given, beside, source.parts)
         types = gguf_blocks.FAST_KINDS if conversion.fast_types else gguf_blocks.KINDS
         job = _File(source, model, DTYPES[conversion.dtype], merged, types)
-        path, licence = folder / FILE_NAME, front_of(source).get("license")
+        path, licence = folder / GGUF_NAME, front_of(source).get("license")
         scratch = temporary(path)
         with writing(folder):
             writer = GGUFWriter(scratch, MODEL_ARCH_NAMES[family.arch])
@@ -311,14 +310,14 @@ class GgufTarget(Target):
                 writer.close()
             job.check(scratch)
             replace_synced(scratch, path)
-            names = [FILE_NAME, *source.save_tokenizer_files(folder)]
+            names = [GGUF_NAME, *source.save_tokenizer_files(folder)]
         if beside:
             gguf_adapter.write_adapter(folder, MODEL_ARCH_NAMES[family.arch], beside, job.stored_name, job.ordered)
             names.append(gguf_adapter.FILE_NAME)
         return Written(_words(kinds, conversion.dtype), names, warning=_warning(kinds), bits=job.bits)
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-        return load_model(resolve(folder / FILE_NAME, verify=False), dtype=dtype)  # it was hashed just now
+        return load_model(resolve(folder / GGUF_NAME, verify=False), dtype=dtype)  # it was hashed just now
 
 
 def _stack_bits(layers: Sequence[Layer]) -> int:

@@ -1,16 +1,10 @@
 """GPTQ's layout: what AutoGPTQ wrote first, and gptqmodel, transformers, vLLM, SGLang and exllamav2 read.
 
-A layer ``[out, in]`` with ``G`` groups a row is stored as
-
-* ``qweight`` int32 ``[in·b/32, out]``, the codes packed along the inputs;
-* ``qzeros``  int32 ``[G, out·b/32]``, the zero points packed along the outputs;
-* ``scales``  float16 ``[G, out]``;
-* ``g_idx``   int32 ``[in]``, the group of each input: ``0 … 0 1 … 1 …``, nothing is reordered.
-
-``Ŵ = scales · (q − zero)``, as ours. There are two readings of ``qzeros``. The older, ``checkpoint_format:
-gptq`` ("v1"), stores ``zero − 1``; a zero point of 0 has no such word, and loaders disagree on what its wrapped around
-bits mean (AutoGPTQ's own 3-bit path takes them for 8). ``gptq_v2`` stores ``zero``. So what is symmetric is written as
-v1, which everything reads and where the zero point is always ``2^(b−1)``, and what is asymmetric as v2.
+:mod:`ulbq.models.foreign.gptq` tells it. ``scales`` are float16 here, and ``g_idx`` is ``0 … 0 1 … 1 …``: nothing is
+reordered. There are two readings of ``qzeros``. The older, ``checkpoint_format: gptq`` ("v1"), stores ``zero − 1``; a
+zero point of 0 has no such word, and loaders disagree on what its wrapped around bits mean (AutoGPTQ's own 3-bit path
+takes them for 8). ``gptq_v2`` stores ``zero``. So what is symmetric is written as v1, which everything reads and where
+the zero point is always ``2^(b−1)``, and what is asymmetric as v2.
 
 A symmetric grid of ours keeps its codes and scales as they are. Where it is mirrored its scale is negative, which the
 layout stores and every reader multiplies by.
@@ -32,8 +26,9 @@ from ulbq.export.rules import Obstacle, Reader
 from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.bits import groups_of
-from ulbq.formats.streams import pack_stream, unpack_stream
+from ulbq.formats.streams import pack_stream
 from ulbq.models.blocks import block_list, skeleton
+from ulbq.models.foreign.gptq import decode
 
 BITS = (2, 3, 4, 8)
 """Widths that the layout has."""
@@ -86,15 +81,6 @@ def encode(
         "scales": tensors["scales"].T.contiguous(),
         "g_idx": torch.arange(groups, dtype=torch.int32).repeat_interleave(shape[1] // groups),
     }
-
-
-def decode(tensors: Mapping[str, torch.Tensor], bits: int, *, v1: bool) -> torch.Tensor:
-    """``[out, in]`` float32 weights, by the layout's own rule and from nothing but what is stored."""
-    groups = tensors["g_idx"].long()
-    inputs, outputs = len(groups), tensors["scales"].shape[1]
-    codes = unpack_stream(tensors["qweight"], bits, inputs).float()
-    zeros = unpack_stream(tensors["qzeros"].T.contiguous(), bits, outputs).T.float() + int(v1)
-    return ((codes - zeros[groups]) * tensors["scales"].float()[groups]).T.contiguous()
 
 
 def configuration(layers: Mapping[str, AffineScheme], dense: tuple[str, ...]) -> dict[str, Any]:

@@ -1,9 +1,6 @@
 """MLX's affine layout, which mlx-lm reads.
 
-A layer ``[out, in]`` with ``G`` groups a row is stored as
-
-* ``weight`` uint32 ``[out, in·b/32]``, the codes packed along the inputs as one stream of bits;
-* ``scales`` and ``biases`` ``[out, G]``; a weight is ``scale · code + bias``.
+:mod:`ulbq.models.foreign.mlx` tells it: a weight is ``scale · code + bias``.
 
 A bias is our ``−scale · zero``. Without zero points that is a float16; with them it has more digits, and both are
 float32, in which MLX then computes. Groups that are longer than MLX's repeat what they have. Layout and names were read
@@ -23,7 +20,8 @@ from ulbq.export.fit import Candidate
 from ulbq.export.rules import Reader, plain_reason
 from ulbq.export.targets.base import Conversion, Dtype, Target, Written
 from ulbq.formats import AffineScheme, AnyScheme, affine
-from ulbq.formats.streams import pack_stream, unpack_stream
+from ulbq.formats.streams import pack_stream
+from ulbq.models.foreign.mlx import decode
 from ulbq.models.rope_factors import rope_type
 from ulbq.models.source import ModelSource
 
@@ -73,14 +71,6 @@ def encode(
         "scales": scales.to(dtype).repeat_interleave(repeats, 1),
         "biases": biases.to(dtype).repeat_interleave(repeats, 1),
     }
-
-
-def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
-    """``[out, in]`` float32 weights, by the layout's own rule and from nothing but what is stored."""
-    words, scales = tensors["weight"].view(torch.int32), tensors["scales"].float()
-    codes = unpack_stream(words.T.contiguous(), bits, words.shape[1] * 32 // bits).T.float()
-    grouped = codes.reshape(*scales.shape, -1) * scales.unsqueeze(-1) + tensors["biases"].float().unsqueeze(-1)
-    return grouped.flatten(1)
 
 
 def configuration(layers: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
