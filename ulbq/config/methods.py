@@ -22,7 +22,7 @@ from ulbq.config.groups import (
 )
 from ulbq.config.options import COLUMNS, FORMAT, MOST, TRAINING, Count, Number, Option, Positive
 from ulbq.config.trained import EndToEndOptions, TrainedOptions, WeightOptions
-from ulbq.config.training import RateSettings
+from ulbq.config.training import PassSettings, RateSettings, TrainSettings
 from ulbq.errors import UsageError
 
 BlockApStart = Literal["min-max", "search", "gptq"]
@@ -124,11 +124,21 @@ class EfficientQatOptions(TrainedOptions, AffineOptions):
         return off
 
 
-class TrellisOptions(EndToEndOptions, RateSettings, BudgetOptions, SaliencyOptions, SequenceOptions):
-    """Options of ``trellis``. Codes stay as they are found; what trains end to end are the vectors around them."""
+_OF_PASSES = ("batch_size", "micro_batch", "optimizer", "weight_lr", "patience", "retries")
+
+
+class TrellisOptions(EndToEndOptions, PassSettings, BudgetOptions, SaliencyOptions, SequenceOptions):
+    """Options of ``trellis``. Codes stay as they are found.
+
+    What trains are the vectors around them, and in a block, while it is solved, the weights that have none yet.
+    """
 
     grouped: ClassVar[bool] = False
+    preset_epochs: ClassVar[bool] = False
 
+    epochs: Annotated[int, Field(ge=0, le=MOST)] = 0
+    batch_size: Count = 2
+    weight_lr: Number = 0.002
     bits: Literal[1, 2, 3, 4] = 2
     state_bits: Annotated[
         Literal[12, 16], Option("Of a trellis's state: 16 are better, and take 20 times as long.", FORMAT)
@@ -145,11 +155,17 @@ class TrellisOptions(EndToEndOptions, RateSettings, BudgetOptions, SaliencyOptio
         """How errors are made good, by the names of :func:`~ulbq.solvers.trellis.solve`."""
         return {"damping": self.damping, "row_feedback": self.row_feedback}
 
+    def settings(self) -> TrainSettings:
+        """Of the training between the layers of a block."""
+        return TrainSettings.model_validate(self.model_dump(include=set(PassSettings.model_fields)))
+
     def idle(self) -> dict[str, str]:
-        """Scores weigh the layers that share a budget, and rates are those of the end-to-end phase."""
+        """Scores weigh the layers that share a budget, and rates are those of the trainings."""
         off = super().idle() | ({"saliency": "`target_bits`"} if self.target_bits is None else {})
-        if self.end_to_end == "none":
-            off |= dict.fromkeys(RateSettings.model_fields, "`end_to_end`")
+        if not self.epochs:
+            off |= dict.fromkeys(_OF_PASSES, "`epochs` 1 or more")
+        if not self.epochs and self.end_to_end == "none":
+            off |= dict.fromkeys(RateSettings.model_fields, "`epochs` or `end_to_end`")
         elif self.schedule == "constant":
             off["final_lr_factor"] = "`schedule=cosine`"
         return off

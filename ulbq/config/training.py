@@ -57,8 +57,8 @@ class RateSettings(Settings):
     clip: Annotated[Number, Option("Largest gradient norm; 0 for none.", TRAINING, "X")] = 1.0
 
 
-class TrainSettings(RateSettings, TokenSettings):
-    """Settings of block-wise training. Rates of 0 freeze their role."""
+class PassSettings(RateSettings, TokenSettings):
+    """Of passes over the samples with a block's weights."""
 
     epochs: Annotated[
         int,
@@ -78,6 +78,17 @@ class TrainSettings(RateSettings, TokenSettings):
     weight_lr: Annotated[
         Number, Option("Learning rate of the weights, in grid steps.", TRAINING, "X", formerly=("weight_rate",))
     ] = 0.015
+    patience: Annotated[Count, Option("Epochs without a better held-out loss before a block stops.", TRAINING, "N")] = 4
+    retries: Annotated[
+        int,
+        Field(ge=0, le=MOST),
+        Option("How often a block that got worse starts again at a quarter of the rates.", TRAINING, "N"),
+    ] = 2
+
+
+class TrainSettings(PassSettings):
+    """Settings of block-wise training. Rates of 0 freeze their role."""
+
     adapter_lr: Annotated[Number, Option("Learning rate of the adapter.", ADAPTER, "X", formerly=("adapter_rate",))] = (
         5e-3
     )
@@ -96,12 +107,6 @@ class TrainSettings(RateSettings, TokenSettings):
     base_share: Annotated[
         Part, Option("Share of the steps without the adapter, so that the base can stand alone.", ADAPTER, "X")
     ] = 0.0
-    patience: Annotated[Count, Option("Epochs without a better held-out loss before a block stops.", TRAINING, "N")] = 4
-    retries: Annotated[
-        int,
-        Field(ge=0, le=MOST),
-        Option("How often a block that got worse starts again at a quarter of the rates.", TRAINING, "N"),
-    ] = 2
 
     def learning_rates(self) -> dict[Role, float]:
         """Learning rates by role: AdamW moves a weight about as many grid steps in an update."""

@@ -50,6 +50,7 @@ def solve_in_sequence(
     all_experts: bool = False,
     full_inputs: bool = False,
     heldout: bool = False,
+    settle: Callable[[], None] | None = None,
 ) -> None:
     """Solve every layer of a block. Layers that are called with the very same tensor are solved together.
 
@@ -67,6 +68,7 @@ def solve_in_sequence(
             model (:mod:`ulbq.solvers.drift`), whose activations the task has. Members of a list are left out: other
             tokens may call them.
         heldout: give ``solve`` second moments of the samples that are held out, too.
+        settle: called after each pass, when what it served is solved.
     """
     stages: dict[str, list[Input]] = {}
     known: dict[str, str] = {}
@@ -100,6 +102,8 @@ def solve_in_sequence(
                 _put(task.block, solve(one.layers, hessian))
             for name in list(own):
                 _put(task.block, solve((name,), own.pop(name)))
+        if settle is not None:
+            settle()
 
 
 def _put(block: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

@@ -100,7 +100,7 @@ class BlockTraining:
                 stages=stages,
                 penalty=lambda names: self._penalty(task, originals, names, stages),
             )
-        with _own_randomness(task.seed, task.precision.device):
+        with own_randomness(task.seed, task.precision.device):
             outcome = trainer.train(task.seed, task.on_epoch)
         sizes = {linear: task.importance[linear].mean().sqrt().item() for linear in layers}
         packed = {linear: pack_layer(linear, layer.quantizer, sizes[linear]) for linear, layer in layers.items()}
@@ -188,7 +188,7 @@ def half_vector(value: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
     """Dropout draws from torch's global generators: seeded anew, a block does not depend on those before it.
 
     Each process of a run draws for its own samples.

@@ -1,12 +1,14 @@
-"""Trellis-coded weights (QTIP, https://arxiv.org/abs/2406.11235), solved layer by layer, no training.
+"""Trellis-coded weights (QTIP, https://arxiv.org/abs/2406.11235), solved layer by layer.
 
 Each layer's weight is moved between two Hadamard transforms, where its elements look like Gaussian noise, and coded
 there in tiles, errors made good in later tiles by the second moments of the layer's inputs in the quantized model.
 Beyond the paper, every token counts by its relative error, and rows are scaled so that their common error is least.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -17,6 +19,7 @@ from ulbq.formats import AnyScheme, trellis
 from ulbq.formats.trellis import TrellisScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
+from ulbq.methods.refinement import Refinement
 from ulbq.solvers.hessian import HessianSum, output_cost
 from ulbq.solvers.trellis import Demand, allocate, demand, solve
 
@@ -40,7 +43,10 @@ class TrellisMethod:
         budget = options.target_bits is not None
         self._widths = widths
         self.needs = Needs(
-            full_precision=options.target_inputs == "full",
+            epochs=options.epochs,
+            # As read, latents, gradients, two moments and two snapshots.
+            copies=7 if options.epochs else 0,
+            full_precision=options.target_inputs == "full" or options.epochs > 0,
             drifts=options.target_inputs == "full",
             searches=True,
             hessians="sequence" if options.true_sequential and not budget else "block",
@@ -51,7 +57,7 @@ class TrellisMethod:
             output_groups=int(options.hessian != "plain"),
             between_outputs=options.hessian == "two-sided",
             end_to_end=options.end_to_end_settings(),
-            continues=options.end_to_end != "none",
+            continues=options.end_to_end != "none" or options.epochs > 0,
             layer_bytes=_LAYER_BYTES,
         )
 
@@ -88,7 +94,10 @@ class TrellisMethod:
         return type(self)(self.options, widths)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
-        """Quantize one block from the inputs of its layers."""
+        """Quantize one block from the inputs of its layers, or take it from an artifact; train where asked to."""
+        refinement = Refinement(task, self.options.settings()) if self.options.epochs else None
+        if task.start is not None and refinement is not None:
+            return refinement.go_on(task.start, self.scheme)
         packed: dict[str, Packed] = {}
         schemes: dict[str, AnyScheme] = {}
         notes: list[tuple[str, str]] = []
@@ -111,9 +120,14 @@ class TrellisMethod:
                 made[linear] = found.weight
             return made
 
-        solve_in_sequence(task, solve_layers, one_by_one=self.options.true_sequential, **self.options.gathering)
+        settle = None if refinement is None else partial(refinement.train, packed, schemes)
+        one_by_one = self.options.true_sequential
+        solve_in_sequence(task, solve_layers, one_by_one=one_by_one, settle=settle, **self.options.gathering)
         ordered = {linear: packed[linear] for linear in task.linears}
-        return BlockResult(ordered, schemes=schemes if self._widths else {}, notes=tuple(notes))
+        found = BlockResult(ordered, schemes=schemes if self._widths else {}, notes=tuple(notes))
+        if refinement is None:
+            return found
+        return dataclasses.replace(found, dense=refinement.moved(), outcome=refinement.outcome)
 
     def _scheme(self, layer: str) -> TrellisScheme:
         """How a layer is stored, by its full name."""
