@@ -98,9 +98,48 @@ def test_vectors_and_norms_train_end_to_end_and_codes_stay(tiny_llama: Path, sam
     assert {"su", "sv"} <= changed
 
 
+def test_weights_that_are_not_coded_yet_make_good_what_is(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    tokens = load_file(samples)["tokens"][:8].long()
+    exact = logits(tiny_llama, tokens)
+    plain, _ = quantize(asked(tiny_llama, tmp_path / "plain", samples))
+    path, manifest = quantize(asked(tiny_llama, tmp_path / "q", samples, epochs=4, weight_lr=0.01))
+    assert (logits(path, tokens) - exact).norm() < 0.9 * (logits(plain, tokens) - exact).norm()
+    first, last = ({**load_file(next(one.glob("model-block-00001*")))} for one in (plain, path))
+    changed = {name.rpartition(".")[2] for name in first if not torch.equal(first[name], last[name])}
+    assert {"codes", "su", "sv", "weight"} <= changed
+    assert all(block.steps for block in manifest.blocks)
+    torch.testing.assert_close(logits(path), simulated_logits(tiny_llama, path), atol=1e-5, rtol=1e-5)
+    verify(path)
+
+
+def test_a_run_that_trains_between_layers_goes_on_to_the_same_bytes(
+    tiny_llama: Path, samples: Path, tmp_path: Path
+) -> None:
+    straight, _ = quantize(asked(tiny_llama, tmp_path / "straight", samples, epochs=1))
+    out = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(asked(tiny_llama, out, samples, epochs=1), StopAt(out, 1))
+    again, _ = quantize(asked(tiny_llama, out, samples, epochs=1))
+    assert shards(again) == shards(straight)
+
+
+def test_an_artifacts_vectors_train_block_by_block_and_codes_stay(
+    tiny_llama: Path, samples: Path, tmp_path: Path
+) -> None:
+    mixed, before = quantize(asked(tiny_llama, tmp_path / "mixed", samples, target_bits=3.0))
+    trained, after = quantize(asked(mixed, tmp_path / "trained", samples, epochs=2))
+    assert widths(after) == widths(before)
+    assert all(block.end_error < block.start_error for block in after.blocks)
+    for one in mixed.glob("model-block-*"):
+        old, new = load_file(one), load_file(trained / one.name)
+        assert all(torch.equal(old[name], new[name]) for name in old if name.endswith(".codes"))
+    verify(trained)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
+        ({"weight_lr": 0.1}, UsageError, "`epochs` 1 or more"),
         ({"target_bits": 2.0}, UsageError, "is not between"),
         ({"target_bits": 4.5}, UsageError, "is not between"),
         ({"target_bits": 2.01}, UsageError, "scales included"),
