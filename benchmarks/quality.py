@@ -27,6 +27,8 @@ SALIENCY = "fisher"
 _SAMPLES = ("--calibration", "wikitext2", "--samples", "32", "--sequence-length", "512")
 # Layers that shall give what they give in the full-precision model: the rows that end so.
 _FULL_INPUTS, _FULL = ("--target-inputs", "full"), "-full"
+# What is not coded yet trains while a block is solved.
+_PASSES = ("--epochs", "2")
 _QUICK = ("--samples", "32", "--sequence-length", "256", "--epochs", "5", "--calibration", "wikitext2")
 
 _PUBLISHED = ("--as-published", "--outlier-bits", "0.07")
@@ -189,10 +191,11 @@ def _efficientqat() -> dict[str, Setting]:
 def _trellis() -> dict[str, Setting]:
     trellis, phase = ("--method", "trellis", *_SAMPLES), ("--end-to-end", "ce", "--end-to-end-epochs", "2")
     budgets = {"w1": ("--bits", "1"), "w2": (), "2.3": ("--target-bits", "2.3"), "w3": ("--bits", "3")}
+    ways = {"": (), _FULL: _FULL_INPUTS, "-rows": ("--row-feedback",), "-trained": _PASSES}
     found = {}
     for seed in ("0", "1", "2"):
         for budget, bits in budgets.items():
-            for suffix, chosen in (("", ()), (_FULL, _FULL_INPUTS), ("-rows", ("--row-feedback",))):
+            for suffix, chosen in ways.items():
                 name = f"trellis-{budget}-s{seed}{suffix}"
                 found[name] = Setting((*trellis, *bits, *chosen, "--seed", seed))
                 # An artifact's bits stay what they are.

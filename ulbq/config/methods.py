@@ -138,7 +138,7 @@ class TrellisOptions(EndToEndOptions, PassSettings, BudgetOptions, SaliencyOptio
 
     epochs: Annotated[int, Field(ge=0, le=MOST)] = 0
     batch_size: Count = 2
-    weight_lr: Number = 0.002
+    weight_lr: Number = 0.006
     bits: Literal[1, 2, 3, 4] = 2
     state_bits: Annotated[
         Literal[12, 16], Option("Of a trellis's state: 16 are better, and take 20 times as long.", FORMAT)

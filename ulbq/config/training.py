@@ -76,7 +76,13 @@ class PassSettings(RateSettings, TokenSettings):
     ] = None
     optimizer: Annotated[OptimizerKind, Option("AdamW, or descent by the gradients' signs.", TRAINING)] = "adamw"
     weight_lr: Annotated[
-        Number, Option("Learning rate of the weights, in grid steps.", TRAINING, "X", formerly=("weight_rate",))
+        Number,
+        Option(
+            "Learning rate of the weights, in grid steps (trellis: in root mean squares of their row).",
+            TRAINING,
+            "X",
+            formerly=("weight_rate",),
+        ),
     ] = 0.015
     patience: Annotated[Count, Option("Epochs without a better held-out loss before a block stops.", TRAINING, "N")] = 4
     retries: Annotated[

@@ -17,7 +17,7 @@ class Unquantized(Quantizer):
         weight: ``[out, in]``, where it starts.
 
     Attributes:
-        latents: ``[out, in]`` float32, in ``step``.
+        latents: ``[out, in]`` float32, in units of ``step``.
         step: ``[out, 1]`` root mean square of each row at the start.
     """
 
