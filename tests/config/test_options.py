@@ -110,9 +110,9 @@ def test_an_option_that_is_declared_anew_keeps_its_words_and_kind() -> None:
 def test_the_defaults_of_all_methods_are_told() -> None:
     declared = {name: option for name, _, option in options(QuantizeRequest)}
     told = {name: default_words(name, option) for name, option in declared.items()}
-    assert told["weight_lr"] == "0.015; 0.02 for apiq and ulb-sapr; 0.09 for binary-mos"
+    assert told["weight_lr"] == "0.015; 0.02 for apiq and ulb-sapr; 0.09 for binary-mos; 0.006 for trellis"
     assert told["adapter"] == "no-adapter; adapter for apiq and ulb-sapr"
-    assert told["epochs"] == "preset; 0 for claq"
+    assert told["epochs"] == "preset; 0 for claq and trellis"
     assert told["bits"] == "2; 1 for binary-mos; 4 for gptq and rtn"
     for method, taken in METHOD_OPTIONS.items():
         for name in TrainSettings.model_fields.keys() & taken.taken() - {"epochs", "micro_batch"}:
