@@ -22,7 +22,7 @@ from ulbq.config.groups import (
 )
 from ulbq.config.options import COLUMNS, FORMAT, MOST, TRAINING, Count, Number, Option, Positive
 from ulbq.config.trained import EndToEndOptions, TrainedOptions, WeightOptions
-from ulbq.config.training import PassSettings, RateSettings, TrainSettings
+from ulbq.config.training import EpochSettings, RateSettings, TrainSettings
 from ulbq.errors import UsageError
 
 BlockApStart = Literal["min-max", "search", "gptq"]
@@ -127,7 +127,7 @@ class EfficientQatOptions(TrainedOptions, AffineOptions):
 _OF_PASSES = ("batch_size", "micro_batch", "optimizer", "weight_lr", "patience", "retries")
 
 
-class TrellisOptions(EndToEndOptions, PassSettings, BudgetOptions, SaliencyOptions, SequenceOptions):
+class TrellisOptions(EndToEndOptions, EpochSettings, BudgetOptions, SaliencyOptions, SequenceOptions):
     """Options of ``trellis``. Codes stay as they are found.
 
     What trains are the vectors around them, and in a block, while it is solved, the weights that have none yet.
@@ -157,7 +157,7 @@ class TrellisOptions(EndToEndOptions, PassSettings, BudgetOptions, SaliencyOptio
 
     def settings(self) -> TrainSettings:
         """Of the training between the layers of a block."""
-        return TrainSettings.model_validate(self.model_dump(include=set(PassSettings.model_fields)))
+        return TrainSettings.model_validate(self.model_dump(include=set(EpochSettings.model_fields)))
 
     def idle(self) -> dict[str, str]:
         """Scores weigh the layers that share a budget, and rates are those of the trainings."""

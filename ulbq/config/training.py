@@ -57,7 +57,7 @@ class RateSettings(Settings):
     clip: Annotated[Number, Option("Largest gradient norm; 0 for none.", TRAINING, "X")] = 1.0
 
 
-class PassSettings(RateSettings, TokenSettings):
+class EpochSettings(RateSettings, TokenSettings):
     """Of passes over the samples with a block's weights."""
 
     epochs: Annotated[
@@ -92,7 +92,7 @@ class PassSettings(RateSettings, TokenSettings):
     ] = 2
 
 
-class TrainSettings(PassSettings):
+class TrainSettings(EpochSettings):
     """Settings of block-wise training. Rates of 0 freeze their role."""
 
     adapter_lr: Annotated[Number, Option("Learning rate of the adapter.", ADAPTER, "X", formerly=("adapter_rate",))] = (
