@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ulbq.config.methods import method_options
 from ulbq.config.options import CALIBRATION, COMPUTE, RUN, SECTIONS, Option, options, typed, words
 from ulbq.config.quantize import QuantizeRequest, usual
 
@@ -93,6 +94,7 @@ def _what_is_done(request: QuantizeRequest) -> dict[str, str]:
         # Said by other rows already.
         told = option.section in ("", CALIBRATION, COMPUTE, RUN) or name in ("bits", "group_size", "rotate")
         value = getattr(request, name)
+        told = told or (name == "epochs" and not value and not method_options(request.method).preset_epochs)
         if not told and value is not None and (option.planned or value != usual(name)):
             parts.setdefault(option.section.partition(" (")[0].lower(), []).append(_said(name, option, value))
     return rows | {section: ", ".join(said) for section, said in parts.items()}
