@@ -90,6 +90,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "db-llm, own text": ("quantize", "--method", "db-llm", "--calibration", "self", *QUICK),
     "binary-mos": ("quantize", "--method", "binary-mos", *TEXT, *QUICK),
     "trellis": ("quantize", "--method", "trellis", *TEXT, *MANY),
+    "trellis, trained": ("quantize", "--method", "trellis", "--epochs", "1", *TEXT, *MANY),
     "trellis, budget": ("quantize", "--method", "trellis", "--target-bits", "2.3", *TEXT, *MANY),
     "trellis, end to end": ("quantize", "--method", "trellis", "--end-to-end", "kl", *TEXT, *SMALL),
     "artifact, end to end": (
