@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,10 @@ def test_bad_input_has_its_exit_code(folder, capsys, words, code, sentence):
 def test_from_the_address_to_the_interrupt(folder):
     pytest.importorskip("uvicorn")
     words = ["serve", "artifacts/q", "--port", "0", "--device", "cpu", "--offline"]
-    process = subprocess.Popen([*ULBQ, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # What a script starts in the background ignores the signal, and so do its tests.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*ULBQ, *words], preexec_fn=heard, **pipes)
     address = process.stdout.readline().strip()
     with urllib.request.urlopen(f"{address}/models") as answer:
         assert json.load(answer)["data"][0]["id"] == "q"

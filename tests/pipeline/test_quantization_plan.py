@@ -59,7 +59,7 @@ def test_the_defaults_are_the_methods(method: str) -> None:
 def test_a_preset_gives_way_to_what_is_explicit(method: str) -> None:
     full = completed(method=method, preset="best", samples=7)
     best = PRESETS["best"]
-    epochs = {"gptq": None, "trellis": None, "claq": 0}.get(method, best.epochs)
+    epochs = {"gptq": None, "trellis": 0, "claq": 0}.get(method, best.epochs)
     assert (full.samples, full.sequence_length, full.epochs) == (7, best.sequence_length, epochs)
     assert full.preset == "best"
 

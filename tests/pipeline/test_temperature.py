@@ -146,7 +146,7 @@ def test_a_model_that_caps_its_logits_is_refused_before_any_block(
     samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_tiny("gemma2", tmp_path / "gemma2")
-    monkeypatch.setattr(pipeline, "_Run", None)
+    monkeypatch.setattr(pipeline, "BlockQuantizer", None)
     with pytest.raises(InputError, match="scales the logits of the model type 'gemma2'"):
         quantize(request(folder, tmp_path / "out", samples))
     assert not (tmp_path / "out").exists()
