@@ -13,7 +13,7 @@ from ulbq import formats
 from ulbq.config.training import TrainSettings
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Packed
-from ulbq.methods.training import half_vector, own_randomness, pack_layer, vectors_beside
+from ulbq.methods.training import beginning_vectors, half_vector, own_randomness, pack_layer, vectors_beside
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.trainable import TRAINABLE
@@ -26,7 +26,7 @@ class Refinement:
     """Training between the layers of one block.
 
     Args:
-        task: with activations and what the block shall give.
+        task: with activations and what the block shall give. An artifact's vectors are put into the block.
         settings: of the training.
     """
 
@@ -36,7 +36,7 @@ class Refinement:
         self._task = task
         self._data = task.data
         self._settings = settings
-        self._before = {name: value.clone() for name, value in vectors_beside(task.block, task.linears).items()}
+        self._before = beginning_vectors(task)
         self._outcomes: list[TrainOutcome] = []
 
     def train(self, packed: dict[str, Packed], schemes: Mapping[str, AnyScheme]) -> None:
@@ -81,10 +81,6 @@ class Refinement:
             start: of the artifact.
             scheme: of every layer that has none of its own there.
         """
-        block = self._task.block
-        for name, value in start.vectors.items():
-            block.get_parameter(name).data.copy_(value)
-        self._before = {name: value.clone() for name, value in vectors_beside(block, self._task.linears).items()}
         packed = {linear: dict(tensors) for linear, tensors in start.packed.items()}
         self.train(packed, {linear: start.schemes.get(linear, scheme) for linear in packed})
         # An artifact's vectors that did not change are stored as they came, in their dtype.

@@ -11,6 +11,7 @@ from ulbq import distributed, runtime
 from ulbq.config.methods import EfficientQatOptions
 from ulbq.config.stages import Stage
 from ulbq.config.trained import WeightOptions
+from ulbq.config.training import OptimizerKind
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
 from ulbq.nn.adapter import Adapter
@@ -61,10 +62,10 @@ class BlockTraining:
         )
 
     def _copies(self) -> int:
-        """Copies of a block's weights: as read and as latents; of what trains gradients, moments and two snapshots."""
+        """Copies of a block's weights that live as it trains."""
         options = self._options
         trained = options.train_weights and (options.stages or (options.epochs and options.weight_lr))
-        return 2 + (1 + 2 * (options.optimizer == "adamw") + 2 if trained else 0)
+        return copies_of_weights(options.optimizer, trained=bool(trained))
 
     def quantize(self, task: BlockTask, make: MakeQuantizer | None = None) -> BlockResult:
         """Quantize one block.
@@ -82,7 +83,7 @@ class BlockTraining:
         reference = deepcopy(task.block) if layerwise else None
         originals = {linear: task.weight(linear) for linear in task.linears}
         # After the copy: the reference keeps the model's own norms, the block goes on from the artifact's.
-        beside = _vectors_beside(task)
+        beside = beginning_vectors(task)
         layers = {linear: self._install(task, linear, make) for linear in task.linears}
         stages, settings = self._stages(task.index), self._options.settings()
         if reference is None:
@@ -165,8 +166,13 @@ class BlockTraining:
         return WeightPenalty({name: originals[name] for name in names}, saliency, self._options.penalize)
 
 
+def copies_of_weights(optimizer: OptimizerKind, *, trained: bool) -> int:
+    """Copies of a block's weights: as read and as latents; of what trains gradients, moments and two snapshots."""
+    return 2 + (1 + 2 * (optimizer == "adamw") + 2 if trained else 0)
+
+
 @torch.no_grad()
-def _vectors_beside(task: BlockTask) -> dict[str, torch.Tensor]:
+def beginning_vectors(task: BlockTask) -> dict[str, torch.Tensor]:
     """Values of the vectors outside the linear layers (norms), which training may change; an artifact's are put in."""
     found = vectors_beside(task.block, task.linears)
     for name, value in (task.start.vectors if task.start else {}).items():

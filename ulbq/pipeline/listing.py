@@ -6,17 +6,8 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from ulbq.artifacts.manifest import (
-    MANIFEST_NAME,
-    PARTIAL_SUFFIX,
-    AnyManifest,
-    ConvertedManifest,
-    EvaluationManifest,
-    QuantizedManifest,
-    SaliencyManifest,
-    is_artifact,
-    read_manifest,
-)
+from ulbq.artifacts import ConvertedManifest, EvaluationManifest, QuantizedManifest, SaliencyManifest
+from ulbq.artifacts.manifest import MANIFEST_NAME, PARTIAL_SUFFIX, AnyManifest, is_artifact, read_manifest
 from ulbq.artifacts.records import Record
 from ulbq.errors import InputError
 from ulbq.evaluation.metrics import METRICS

@@ -129,5 +129,6 @@ class TextGenerator:
 
     def write(self, tokens: Sequence[int], settings: dict[str, Any], stream: TextStream) -> Ending:
         """Go on from a prompt, as :func:`~ulbq.models.decoding.write_on`; the model is loaded."""
-        assert self.model is not None
+        if self.model is None:
+            raise RuntimeError("the model is not loaded")
         return write_on(self.model, self.tokenizer, tokens, settings, stream)
