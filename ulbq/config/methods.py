@@ -61,6 +61,14 @@ class DbLlmOptions(WeightOptions, BitsOptions):
     """Options of ``db-llm``; ULB-SAPR's variant freezes the weights and trains α and an adapter."""
 
     bits: Literal[2] = 2
+    tied_scales: Annotated[
+        bool,
+        Option(
+            "One scale a group in place of two, with levels -1, 0, 1 and 2 times it: what llama.cpp's Q2_0 and vLLM "
+            "hold packed (db-llm).",
+            FORMAT,
+        ),
+    ] = False
 
 
 class BinaryMosOptions(ExpertOptions, WeightOptions):
