@@ -19,6 +19,7 @@ from ulbq.config.groups import (
     RoundingOptions,
     SaliencyOptions,
     SequenceOptions,
+    UniformOptions,
 )
 from ulbq.config.options import COLUMNS, FORMAT, MOST, TRAINING, Count, Number, Option, Positive
 from ulbq.config.trained import EndToEndOptions, TrainedOptions, WeightOptions
@@ -87,7 +88,7 @@ class BinaryMosOptions(ExpertOptions, WeightOptions):
         return super().idle() | ({"router_lr": "`experts` 2 or more"} if self.experts == 1 else {})
 
 
-class EfficientQatOptions(TrainedOptions, AffineOptions):
+class EfficientQatOptions(TrainedOptions, UniformOptions):
     """Options of ``efficientqat``; ``train=rounding`` with ``optimizer=sign`` is much what AutoRound does."""
 
     start: Annotated[
@@ -119,6 +120,18 @@ class EfficientQatOptions(TrainedOptions, AffineOptions):
     def train_weights(self) -> bool:
         """Whether weights move."""
         return self.train in {"rounding", "weights", "all"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _k_quants_have_grids_that_stay(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not data.get("k_quant"):
+            return data
+        if data.get("train", "weights") != "weights":
+            raise UsageError(
+                f"`train={data['train']}` moves scales, and those of `k_quant` stay while blocks train.",
+                hint="Take `train=weights`; `end_to_end` trains the factors of super-blocks.",
+            )
+        return {**data, "train": "weights"}
 
     def idle(self) -> dict[str, str]:
         """What does not train has no rate."""

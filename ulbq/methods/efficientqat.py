@@ -16,14 +16,16 @@ from torch import nn
 
 from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import BlockTrained, EfficientQatOptions, GptqOptions
-from ulbq.formats.affine import AffineScheme
+from ulbq.formats import KQuantScheme, UniformScheme
+from ulbq.formats.k_quant import KQuant
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Needs
 from ulbq.methods.gptq import Gptq
-from ulbq.methods.rtn import affine_scheme
+from ulbq.methods.rtn import uniform_scheme
 from ulbq.methods.training import BlockTraining
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.affine import AffineForm, AffineQuantizer
-from ulbq.solvers.rtn import round_to_nearest
+from ulbq.quantizers.k_quant import KQuantizer
+from ulbq.solvers.k_quant import find_grids
 
 _FORMS: dict[BlockTrained, AffineForm] = {
     "clipping": AffineForm(grid="ends"),
@@ -38,25 +40,24 @@ class EfficientQat:
     """Affine codes trained block by block from a start of choice.
 
     Args:
-        scheme: any affine scheme.
+        scheme: any affine scheme, or one with scales in two levels.
         options: of start and training.
     """
 
     name: ClassVar[str] = "efficientqat"
     Options: ClassVar[type[MethodOptions]] = EfficientQatOptions
 
-    def __init__(self, scheme: AffineScheme, options: EfficientQatOptions) -> None:
+    def __init__(self, scheme: UniformScheme, options: EfficientQatOptions) -> None:
         self.scheme = scheme
         self.options = options
         self._form = dataclasses.replace(_FORMS[options.train], unit=options.lr_unit)
-        self._training = BlockTraining(
-            options,
-            scheme,
-            partial(AffineQuantizer.from_packed, train_weights=options.train_weights, form=self._form),
-        )
+        affine = partial(AffineQuantizer.from_packed, train_weights=options.train_weights, form=self._form)
+        two_levels = isinstance(scheme, KQuantScheme)
+        self._training = BlockTraining(options, scheme, KQuantizer.from_packed if two_levels else affine)
         self._solver = None
         if options.start == "gptq":
-            given = {"bits": options.bits, "symmetric": options.symmetric, "token_weighting": options.token_weighting}
+            names = ("bits", "symmetric", "k_quant", "token_weighting")
+            given = {name: value for name, value in options.in_effect().items() if name in names}
             self._solver = Gptq(scheme, GptqOptions.model_validate(given))
         needs, solving = self._training.needs, Needs() if self._solver is None else self._solver.needs
         self.needs = dataclasses.replace(
@@ -72,7 +73,7 @@ class EfficientQat:
     @classmethod
     def from_options(cls, options: EfficientQatOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        return cls(affine_scheme(options, group_size), options)
+        return cls(uniform_scheme(options, group_size), options)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Find the start, train, pack."""
@@ -86,6 +87,8 @@ class EfficientQat:
         return dataclasses.replace(result, notes=solved.notes)
 
     def _round(self, weight: torch.Tensor, importance: torch.Tensor) -> AffineQuantizer:
-        start = round_to_nearest(weight, self.scheme, importance=importance, search=self.options.start == "search")
+        start = find_grids(weight, self.scheme, importance=importance, search=self.options.start == "search")
+        if isinstance(self.scheme, KQuantScheme) and isinstance(start, KQuant):
+            return KQuantizer(weight, start, self.scheme)
         train = self.options.train_weights
         return AffineQuantizer(weight, start.scales, start.zeros, self.scheme, train_weights=train, form=self._form)

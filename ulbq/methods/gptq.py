@@ -15,13 +15,13 @@ import torch
 from ulbq import formats
 from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import GptqOptions
-from ulbq.formats.affine import AffineScheme
+from ulbq.formats import UniformScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
-from ulbq.methods.rtn import affine_scheme, pack_codes
-from ulbq.solvers.gptq import GptqSettings, gptq
+from ulbq.methods.rtn import pack_codes, uniform_scheme
+from ulbq.solvers.gptq import GptqSettings, gptq, joined
 from ulbq.solvers.hessian import HessianSum
-from ulbq.solvers.rtn import AffineCodes, round_to_nearest
+from ulbq.solvers.k_quant import UniformCodes, find_grids
 
 _LAYER_BYTES = 18.5
 """Of each weight: columns in processing order, what they were at their turns in both passes, in both orders, codes."""
@@ -34,14 +34,14 @@ class Gptq:
     """Affine codes with errors made good in later columns.
 
     Args:
-        scheme: any affine scheme.
+        scheme: any affine scheme, or one with scales in two levels.
         options: order, damping and the rest.
     """
 
     name: ClassVar[str] = "gptq"
     Options: ClassVar[type[MethodOptions]] = GptqOptions
 
-    def __init__(self, scheme: AffineScheme, options: GptqOptions) -> None:
+    def __init__(self, scheme: UniformScheme, options: GptqOptions) -> None:
         self.scheme = scheme
         self.options = options
         hessians: Literal["sequence", "block"] = "sequence" if options.true_sequential else "block"
@@ -67,7 +67,7 @@ class Gptq:
     @classmethod
     def from_options(cls, options: GptqOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        return cls(affine_scheme(options, group_size), options)
+        return cls(uniform_scheme(options, group_size), options)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block from the inputs of its layers."""
@@ -82,22 +82,24 @@ class Gptq:
                 notes.append((", ".join(linears), f"{note}."))
             parts = [tensor.split([len(weight) for weight in weights]) for tensor in codes]
             for linear, *own in zip(linears, *parts, strict=True):
-                packed[linear] = pack_codes(linear, self.scheme, AffineCodes(*own))
+                packed[linear] = pack_codes(linear, self.scheme, type(codes)(*own))
             return {linear: formats.dequantize(self.scheme, packed[linear], weights[0].shape[1]) for linear in linears}
 
         solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, **self.options.gathering)
         return BlockResult({linear: packed[linear] for linear in task.linears}, notes=tuple(notes))
 
-    def _solve(self, weight: torch.Tensor, inputs: HessianSum, outputs: torch.Tensor | None) -> tuple[AffineCodes, str]:
+    def _solve(
+        self, weight: torch.Tensor, inputs: HessianSum, outputs: torch.Tensor | None
+    ) -> tuple[UniformCodes, str]:
         """Codes of a matrix, and what has to be said of them."""
         if inputs.known_by < FEWEST_TOKENS * weight.shape[1]:
             importance = inputs.matrix.diagonal()
             known = importance if importance.any() else None
-            codes = round_to_nearest(weight, self.scheme, importance=known, search=self.options.search)
-            return codes, f"rounded to nearest, {inputs.known_by} tokens are too few for {weight.shape[1]} columns"
+            rounded = find_grids(weight, self.scheme, importance=known, search=self.options.search)
+            return rounded, f"rounded to nearest, {inputs.known_by} tokens are too few for {weight.shape[1]} columns"
         groups = zip(weight.tensor_split(len(inputs.matrices)), inputs.matrices, strict=True)
         found = [gptq(rows, hessian, self.scheme, self._settings, outputs) for rows, hessian in groups]
-        codes = AffineCodes(*map(torch.cat, zip(*(one.codes for one in found), strict=True)))
+        codes = joined([one.codes for one in found])
         damping = max(one.damping for one in found)
         raised = damping > self.options.damping
         return codes, f"damping raised to {damping:g}, its inputs are singular" if raised else ""

@@ -4,12 +4,13 @@ from typing import ClassVar, Self
 
 import torch
 
-from ulbq.config.groups import AffineOptions, MethodOptions
+from ulbq.config.groups import AffineOptions, MethodOptions, UniformOptions
 from ulbq.config.methods import RtnOptions
-from ulbq.formats import affine
-from ulbq.formats.affine import AffineScheme
+from ulbq.formats import AffineScheme, KQuantScheme, UniformScheme, affine, k_quant
+from ulbq.formats.k_quant import KQuant
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
-from ulbq.solvers.rtn import AffineCodes, round_to_nearest
+from ulbq.solvers.k_quant import UniformCodes, find_grids
+from ulbq.solvers.rtn import AffineCodes
 
 PACKING_BYTES = 10.5
 """Of each weight, as a layer is packed: codes and what they were packed to, and as float32 before and after that."""
@@ -19,14 +20,14 @@ class Rtn:
     """Rounds every weight to an affine grid whose range is searched by squared error.
 
     Args:
-        scheme: any affine scheme.
+        scheme: any affine scheme, or one with scales in two levels.
         search: shrink each group's range where that lowers its error; without it, plain min-max rounding.
     """
 
     name: ClassVar[str] = "rtn"
     Options: ClassVar[type[MethodOptions]] = RtnOptions
 
-    def __init__(self, scheme: AffineScheme, *, search: bool = True) -> None:
+    def __init__(self, scheme: UniformScheme, *, search: bool = True) -> None:
         self.scheme = scheme
         self._search = search
         self.needs = Needs(searches=search, layer_bytes=PACKING_BYTES)
@@ -34,14 +35,14 @@ class Rtn:
     @classmethod
     def from_options(cls, options: RtnOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        return cls(affine_scheme(options, group_size), search=options.search)
+        return cls(uniform_scheme(options, group_size), search=options.search)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block; only its weights are looked at."""
         return BlockResult({linear: self._pack(linear, task.weight(linear)) for linear in task.linears})
 
     def _pack(self, linear: str, weight: torch.Tensor) -> Packed:
-        return pack_codes(linear, self.scheme, round_to_nearest(weight, self.scheme, search=self._search))
+        return pack_codes(linear, self.scheme, find_grids(weight, self.scheme, search=self._search))
 
 
 def affine_scheme(options: AffineOptions, group_size: int) -> AffineScheme:
@@ -51,13 +52,26 @@ def affine_scheme(options: AffineOptions, group_size: int) -> AffineScheme:
     )
 
 
-def pack_codes(linear: str, scheme: AffineScheme, found: AffineCodes) -> Packed:
+def uniform_scheme(options: UniformOptions, group_size: int) -> UniformScheme:
+    """The format that a method's options ask for, with scales of one level or of two."""
+    return (
+        KQuantScheme.model_validate({"bits": options.bits}) if options.k_quant else affine_scheme(options, group_size)
+    )
+
+
+def pack_codes(linear: str, scheme: UniformScheme, found: UniformCodes) -> Packed:
     """Pack what a solver found. Raises NumericsError where what is stored is not what was found."""
-    codes, scales, zeros = found
-    packed = affine.pack(scheme, codes, scales, None if scheme.symmetric else zeros)
-    stored = affine.unpack(scheme, packed, codes.shape[1])
-    # Codes take a quarter of the weights that they stand for; those are made to say how far off they are.
-    if not (scales.isfinite().all() and all(map(torch.equal, found, stored))):
-        steps = codes.view(*scales.shape, -1) - zeros.unsqueeze(-1)
-        check_packed(linear, scheme, packed, steps.mul_(scales.unsqueeze(-1)).flatten(1))
+    match scheme, found:
+        case KQuantScheme(), KQuant():
+            packed = k_quant.pack(scheme, found)
+            check_packed(linear, scheme, packed, found.values())
+        case AffineScheme(), AffineCodes(codes, scales, zeros):
+            packed = affine.pack(scheme, codes, scales, None if scheme.symmetric else zeros)
+            stored = affine.unpack(scheme, packed, codes.shape[1])
+            # Codes take a quarter of the weights that they stand for; those are made to say how far off they are.
+            if not (scales.isfinite().all() and all(map(torch.equal, found, stored))):
+                steps = codes.view(*scales.shape, -1) - zeros.unsqueeze(-1)
+                check_packed(linear, scheme, packed, steps.mul_(scales.unsqueeze(-1)).flatten(1))
+        case _:
+            raise TypeError(f"a grid that is not {scheme.format}")
     return packed
