@@ -15,7 +15,9 @@ from ulbq.evaluation.results import Measured, TaskScore, Writing
 from ulbq.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from ulbq.blockwise.streamed import AnyModel
 
 METRIC = "exact_match"
 KEPT = 20
@@ -67,7 +69,7 @@ class Answered(BaseModel):
 
 
 def run_generative(
-    model: "PreTrainedModel",
+    model: "AnyModel",
     tokenizer: "PreTrainedTokenizerBase",
     loaded: LoadedTask,
     *,

@@ -9,8 +9,7 @@ from ulbq.evaluation.metrics.base import Figure, Metric, Published, Shown
 from ulbq.evaluation.results import ModelScores, Perplexity, Results
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from ulbq.blockwise.streamed import AnyModel
     from ulbq.evaluation.evaluated import EvaluatedModel
     from ulbq.evaluation.measurer import Measurer
 
@@ -25,7 +24,7 @@ class PerplexityMetric(Metric):
     of_parents: ClassVar = "by default"
 
     def measure(
-        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]"
     ) -> dict[str, Perplexity]:
         from ulbq.data.registry import TEXT_SETS
         from ulbq.evaluation.perplexity import perplexity
