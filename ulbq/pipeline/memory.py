@@ -25,6 +25,8 @@ OPENED_COPIES = 2
 """Of an artifact's weights that live together while it is opened at the end of a run."""
 # A weight of a packed layer while it is made dense to be looked at: codes, float32, and the dtype that is asked for.
 DENSE_BYTES = 9
+# Of each weight of a matrix whose turn was, or is to come: itself as stacked, its code, and its share of a scale.
+_SOLVED_BYTES = 5.5
 # Values of a layer that are compared at a time with what is stored: both in float64, and their difference.
 _COMPARED, _COMPARED_BYTES = 1 << 20, 3 * 8
 # What oneDNN keeps of the products that it compiles for a text that grows (`runtime.calm_threads`).
@@ -209,7 +211,8 @@ def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int) -> int:
             layers, columns = groups[key], key[1]
             whole = sum(linear.out_features * linear.in_features for linear in layers)
             size = whole if needs.stacked else layer_size(layers)
-            solving = FLOAT * columns**2 + round(needs.layer_bytes * size)
+            at_once = min(size, needs.at_once or size)
+            solving = FLOAT * columns**2 + round(needs.layer_bytes * at_once + _SOLVED_BYTES * (size - at_once))
             correcting = 0
             enough = tokens >= FEWEST_TOKENS * columns
             if enough or not needs.rounds_few:
