@@ -208,9 +208,7 @@ def test_stacked_matrices_are_quantized_as_each_by_itself() -> None:
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-def test_rows_in_parts_are_quantized_as_all_together(
-    act_order: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_in_parts_are_quantized_as_all_together(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian, scheme = matrix(), moments(COLUMNS), AffineScheme(bits=3, group_size=16)
     settings = GptqSettings(act_order=act_order, search=False)
     whole = gptq(weight, hessian, scheme, settings)
