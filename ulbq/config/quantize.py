@@ -25,6 +25,7 @@ from ulbq.config.run import (
     DataDir,
     Device,
     Force,
+    LogTo,
     Offline,
     Out,
     Precision,
@@ -39,9 +40,10 @@ PresetName = Literal["quick", "balanced", "best"]
 Calibration = Annotated[
     str,
     Option(
-        "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a file: text, JSONL, Parquet or safetensors.",
+        "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a file: text, JSONL, Parquet or safetensors; "
+        "several with weights, as in a.jsonl:2,wikitext2:1.",
         CALIBRATION,
-        "NAME|FILE",
+        "NAME|FILE,…",
         default="wikitext2, else self",
         offers=TEXTS,
         primary=True,
@@ -120,6 +122,7 @@ class _OfAll(Settings):
     device: Device = "auto"
     data_dir: DataDir = None
     offline: Offline = False
+    log_to: LogTo = None
     out: Out = None
     force: Force = False
 
@@ -192,7 +195,7 @@ class QuantizeRequest(_Asked):
 NOT_IN_FINGERPRINT = frozenset(
     {
         *("source", "out", "force", "allow_partial", "data_dir", "offline", "activation_memory", "preset", "recipe"),
-        *("calibration", "end_to_end_data", "device", "precision", "saliency"),
+        *("calibration", "end_to_end_data", "device", "precision", "saliency", "log_to"),
     }
 )
 
