@@ -117,8 +117,8 @@ def task_figure(results: Results) -> Markup | None:
         if index:
             drawing.line((16, _row_y(index - 0.5, height)), (_WIDTH - _RIGHT, _row_y(index - 0.5, height)), "grid")
         if (chance := next(iter(row.values())).chance) is not None:
-            ends = (_row_y(index - 0.4, height), _row_y(index + 0.4, height))
-            drawing.line((scale(chance), ends[0]), (scale(chance), ends[1]), "chance")
+            top, bottom = _row_y(index - 0.4, height), _row_y(index + 0.4, height)
+            drawing.line((scale(chance), top), (scale(chance), bottom), "chance")
         for place, (name, value) in enumerate(row.items()):
             y = _row_y(index, height) + (place - (len(row) - 1) / 2) * 8
             low, high = _interval(value)

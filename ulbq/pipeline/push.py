@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import BaseModel, ConfigDict
 
 from ulbq.artifacts.manifest import MANIFEST_NAME, AnyManifest, ConvertedManifest, QuantizedManifest, read_manifest

@@ -4,7 +4,7 @@ from typing import Any
 
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.told import losses
-from ulbq.config.options import RUN, Option, options, typed, words
+from ulbq.config.options import COMPUTE, RUN, SECTIONS, Option, options, typed, words
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.evaluation.evaluated import format_label
 from ulbq.evaluation.page import render
@@ -48,8 +48,8 @@ def _settings(manifest: QuantizedManifest) -> list[tuple[str, str]]:
     asked = manifest.request
     rows = [
         (typed(name, option, switch=False)[0].partition("/")[0], _word(name, option, asked[name]))
-        for name, _, option in options(QuantizeRequest)
-        if option.section != RUN and asked.get(name) not in (None, [], "")
+        for name, _, option in sorted(options(QuantizeRequest), key=lambda one: SECTIONS.index(one[2].section))
+        if option.section not in (COMPUTE, RUN) and asked.get(name) not in (None, [], "")
     ]
     if data := manifest.calibration:
         rows.append(("samples", f"{data.get('name')}, {data.get('samples')} × {data.get('sequence_length')} tokens"))

@@ -88,7 +88,7 @@ def _columns(layers: Sequence[SaliencyLayer]) -> Iterator[tuple[str, Markup]]:
 
 def _raster(layers: Sequence[SaliencyLayer], title: str) -> Markup:
     """Shares of columns as a picture: one path a level of colour, which is a tenth of the size of one box a share."""
-    height, left, right = 6.0, 56.0, _WIDTH - _RIGHT
+    height, left, right = min(max(96 / len(layers), 6.0), 16.0), 56.0, _WIDTH - _RIGHT
     paths: dict[int, list[str]] = {}
     for row, layer in enumerate(layers):
         width = (right - left) / len(layer.columns)
@@ -107,8 +107,8 @@ def _raster(layers: Sequence[SaliencyLayer], title: str) -> Markup:
         drawing.text(across(tick), tall + 16, number(tick), style="muted", anchor="middle")
     drawing.text((left + right) / 2, tall + 36, "column", style="muted", anchor="middle")
     for row in dict.fromkeys((0, len(layers) - 1)):
-        drawing.text(left - 8, row * height + 8, str(layers[row].block), style="muted", anchor="end")
-    if len(layers) > 4:
+        drawing.text(left - 8, (row + 0.5) * height + 4, str(layers[row].block), style="muted", anchor="end")
+    if len(layers) > 5:
         drawing.text(left - 8, tall / 2 + 4, "block", style="muted", anchor="end")
     return drawing.markup()
 

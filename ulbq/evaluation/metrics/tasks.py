@@ -77,24 +77,23 @@ def _answered(
 ) -> TaskScore:
     from ulbq.evaluation.generative import Answered, run_generative
 
-    how = {
-        "template": measurer.request.template or candidate.template,
-        "new_tokens": measurer.request.max_new_tokens or loaded.task.new_tokens,
-    }
+    template = measurer.request.template or candidate.template
+    new_tokens = measurer.request.max_new_tokens or loaded.task.new_tokens
 
     def answer() -> Answered:
         return run_generative(
             model(),
             candidate.source.tokenizer(),
             loaded,
-            **how,
+            template=template,
+            new_tokens=new_tokens,
             batch_size=measurer.request.batch_size,
             progress=measurer.progress,
             label=candidate.name,
         )
 
-    asked = [[one.question, one.expected] for one in loaded.documents]
-    found = measurer.score(candidate, loaded.task.name, Answered, answer, of=lambda: how | {"documents": asked})
+    asked = [template, new_tokens, *([one.question, one.expected] for one in loaded.documents)]
+    found = measurer.score(candidate, loaded.task.name, Answered, answer, of=lambda: asked)
     measurer.samples += [(candidate.name, sample) for sample in found.samples]
     return found.score
 
@@ -102,8 +101,8 @@ def _answered(
 def _shown(task: str, metric: str, score: TaskScore, found: Measured) -> Shown:
     extent = f"{score.samples:,} document{'s' * (score.samples != 1)}"
     published = Published(f"{task}, {metric}", task, metric, extent)
-    beside = {"published": published, "chance": found.chance, "delta": "+.4f"}
-    return Shown(f"{task} {metric}", found.value, found.text, found.better, **beside)
+    name, better = f"{task} {metric}", found.better
+    return Shown(name, found.value, found.text, better, published=published, chance=found.chance, delta="+.4f")
 
 
 def _writing_notes(results: Results, documents: str) -> list[str]:
