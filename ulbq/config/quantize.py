@@ -40,8 +40,7 @@ PresetName = Literal["quick", "balanced", "best"]
 Calibration = Annotated[
     str,
     Option(
-        "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a file: text, JSONL, Parquet or safetensors; "
-        "several with weights, as in a.jsonl:2,wikitext2:1.",
+        "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self; text, JSONL, Parquet, safetensors; a.jsonl:2,c4:1.",
         CALIBRATION,
         "NAME|FILE,…",
         default="wikitext2, else self",
