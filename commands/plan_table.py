@@ -22,7 +22,7 @@ def show_plan(plan: "QuantizePlan") -> None:
     counts = f"{plan.blocks} blocks{experts}, {plan.layers:,} layers, {plan.weights / 1e6:,.1f} M weights"
     rows = {
         "model": f"{plan.model}: {counts}{stored}",
-        "method": f"{plan.request.method}, {plan.scheme}, {plan.bits_per_weight:.3f} bits per weight",
+        "method": f"{plan.request.method}, {plan.scheme}, {bits_words(plan.bits_per_weight, plan.adapter_bits)}",
         **({"rotation": plan.rotation.label} if plan.rotation is not None else {}),
         **_what_is_done(plan.request),
         "compute": f"{plan.device}, {plan.precision}{read_by_block(plan.reads)}",
@@ -57,6 +57,11 @@ def show_finetune_plan(plan: "FinetunePlan") -> None:
             f"{_binary(cost.training)}, activations {_binary(cost.activations)}; Python and its libraries the rest)",
         }
     )
+
+
+def bits_words(bits: float, adapter: float) -> str:
+    """True bits a weight, and those that are left without the adapter's."""
+    return f"{bits:.3f} bits per weight" + (f" ({bits - adapter:.3f} without its adapter)" if adapter else "")
 
 
 def predicted(peak_memory: int, disk: int, artifact: int) -> str:

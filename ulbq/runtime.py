@@ -124,6 +124,16 @@ def map_large_blocks() -> None:
         option(_MMAP_THRESHOLD, 16 << 20)
 
 
+def user_cache() -> Path:
+    """``ulbq`` under the user's cache; a relative ``XDG_CACHE_HOME`` counts for nothing, as its rules say.
+
+    Raises:
+        RuntimeError: this user has no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "ulbq"
+
+
 def available_memory() -> int:
     """Memory that this machine can give to processes now, in bytes; where it does not say, all that it has."""
     try:

@@ -83,6 +83,7 @@ class EvaluateRequest(Settings):
             flag="--prompt -p",
             primary=True,
             repeated=True,
+            default="'The capital of France is' if nothing else is asked",
         ),
     ] = ()
     template: Annotated[
@@ -112,9 +113,10 @@ class EvaluateRequest(Settings):
     parent: Annotated[
         str | None, Option("The full-precision parent.", MEASURE, "SOURCE", default="the one on record", primary=True)
     ] = None
-    parent_scores: Annotated[
-        bool | None, Option("Score the parent too.", MEASURE, default="its perplexity, not its tasks")
-    ] = None
+    parent_scores: Annotated[bool, Option("Score the parent too.", MEASURE)] = True
+    score_cache: Annotated[
+        bool, Option("Keep scores of full-precision models for later runs, and take those that are kept.", HOW)
+    ] = True
     context: Annotated[
         Annotated[int, Field(ge=2, le=_MOST)] | None,
         Option("Tokens a window of text.", HOW, "N", default="1024, or the longest that every model takes"),

@@ -25,6 +25,7 @@ from ulbq.config.run import (
     DataDir,
     Device,
     Force,
+    LogTo,
     Offline,
     Out,
     Precision,
@@ -40,9 +41,9 @@ PresetName = Literal["quick", "balanced", "best"]
 Calibration = Annotated[
     str,
     Option(
-        "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a file: text, JSONL, Parquet or safetensors.",
+        "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self; text, JSONL, Parquet, safetensors; a.jsonl:2,c4:1.",
         CALIBRATION,
-        "NAME|FILE",
+        "NAME|FILE,…",
         default="wikitext2, else self",
         offers=TEXTS,
         primary=True,
@@ -121,6 +122,7 @@ class _OfAll(Settings):
     device: Device = "auto"
     data_dir: DataDir = None
     offline: Offline = False
+    log_to: LogTo = None
     out: Out = None
     force: Force = False
 
@@ -195,7 +197,7 @@ NOT_IN_FINGERPRINT = frozenset(
     {
         *("source", "out", "force", "allow_partial", "data_dir", "offline", "activation_memory", "preset", "recipe"),
         "stream",
-        *("calibration", "end_to_end_data", "device", "precision", "saliency"),
+        *("calibration", "end_to_end_data", "device", "precision", "saliency", "log_to"),
     }
 )
 

@@ -71,6 +71,12 @@ Checkpointing = Annotated[
 ]
 
 
+LogTo = Annotated[
+    Literal["tensorboard", "wandb", "trackio", "mlflow"] | None,
+    Option("Send losses to a tracker as they come; TensorBoard's files go to ./runs.", RUN, default="nowhere"),
+]
+
+
 class RecipeRecord(BaseModel):
     """The recipe that a request was read from.
 

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from pydantic import TypeAdapter
 
-from ulbq import runtime
+from ulbq import distributed, runtime
 from ulbq.artifacts import ArtifactWriter
 from ulbq.blockwise.streamed import AnyModel, StreamedModel
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.data.registry import texts
+from ulbq.evaluation import kept
 from ulbq.evaluation.evaluated import EvaluatedModel
 from ulbq.evaluation.generative import Sample
 from ulbq.evaluation.generative_tasks import GenerativeTasks
@@ -81,6 +82,7 @@ class Measurer:
         self.samples: list[tuple[str, Sample]] = []
         self._writer = writer
         self._watch = watch
+        self._said: set[str] = set()
 
     def measure(self, candidate: EvaluatedModel, *, parent: bool = False) -> ModelScores:
         """Take the metrics of one model. It is loaded only if a step is missing.
@@ -95,15 +97,11 @@ class Measurer:
             with self.progress.phase(f"Loading {candidate.name}"):
                 return self.load(candidate)
 
-        wanted = ["always"]
-        if not parent or self.request.parent_scores is not False:
-            wanted.append("by default")
-        if not parent or self.request.parent_scores:
-            wanted.append("if asked")
+        every = not parent or self.request.parent_scores
         values: dict[str, Any] = {
             name: value
             for name, metric in METRICS.items()
-            if metric.of_parents in wanted and (value := metric.measure(self, candidate, model))
+            if (every or metric.always) and (value := metric.measure(self, candidate, model))
         }
         weights = self._weights(candidate, model) if values else None
         if self.request.prefill_cache and model.cache_info().currsize:
@@ -124,6 +122,20 @@ class Measurer:
             value = work()
         self._writer.record(key, value)
         return value
+
+    def score(
+        self, candidate: EvaluatedModel, what: str, kind: type[T], work: Callable[[], T], *, of: Callable[[], Any]
+    ) -> T:
+        """A step, whose value is kept for later runs where ulbq did not make the model.
+
+        Args:
+            candidate: the model.
+            what: is measured of it.
+            kind: type of the value.
+            work: measures it.
+            of: all that the value follows from besides the model, its dtype and the kind of device; for JSON.
+        """
+        return self.step(f"{candidate.name}: {what}", kind, lambda: self._kept(candidate, what, kind, work, of))
 
     def windows(self, candidate: EvaluatedModel, text: str, limit: int | None, *, bos: bool = False) -> torch.Tensor:
         """A text set in a model's tokens, int64 ``[n, context]``; see :func:`ulbq.evaluation.text.text_windows`."""
@@ -161,8 +173,32 @@ class Measurer:
         """Recorded like a step, so that a resumed run need not load the model; no work worth a line of its own."""
         key = f"{candidate.name}: weights"
         if key not in self._writer.journal:
-            self._writer.record(key, weight_size(candidate, model()))
+            found = self._kept(candidate, "weights", WeightSize, lambda: weight_size(candidate, model()), lambda: None)
+            self._writer.record(key, found)
         return WeightSize.model_validate(self._writer.journal[key])
+
+    def _kept(
+        self, candidate: EvaluatedModel, what: str, kind: type[T], work: Callable[[], T], of: Callable[[], Any]
+    ) -> T:
+        if candidate.source.manifest is not None or not self.request.score_cache:
+            return work()
+        measures = self.measures
+        how = {"dtype": str(measures.dtype), "device": measures.device.type, "of": of()}
+        name = kept.key({"model": candidate.source.content_hash, "what": what, **how})
+        found = distributed.on_main(kept.find, name, kind)
+        if found is not None:
+            self._note(f"{candidate.name}: scores of an earlier run are taken (`score_cache=False` measures again).")
+            return found
+        value = work()
+        if why := distributed.on_main(kept.keep, name, kind, value):
+            self._note(f"Scores of {candidate.name} are not kept for later runs: {why}.")
+        return value
+
+    def _note(self, text: str) -> None:
+        """Say something once."""
+        if text not in self._said:
+            self._said.add(text)
+            self.progress.note(text)
 
     def _forget(self) -> None:
         """Give the memory of models that nobody holds any more back at once; their modules refer to each other."""

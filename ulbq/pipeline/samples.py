@@ -1,6 +1,7 @@
 """The calibration samples of a run, drawn from text or written by the model itself."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,15 @@ from ulbq import distributed, runtime
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.blockwise.streamed import AnyModel, StreamedModel, whole_model
 from ulbq.config.quantize import Quantization
-from ulbq.data.calibration import CALIBRATION_FILE, Calibration, calibration_samples, load_calibration, save_calibration
+from ulbq.data.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    calibration_samples,
+    load_calibration,
+    save_calibration,
+    sources,
+)
+from ulbq.data.contents import contents
 from ulbq.data.examples import training_text
 from ulbq.data.generate import self_samples
 from ulbq.data.image_rows import names_images
@@ -53,8 +62,8 @@ def default_calibration(request: Sampled, progress: Progress) -> str:
 
 def draw(request: Sampled, source: ModelSource, samples: int, progress: Progress) -> Calibration:
     """Samples of the text, or of the images, that a completed request names. Raises InputError, ResourceError."""
-    path = Path(str(request.calibration))
-    if names_images(path):
+    path, *others = map(Path, sources(str(request.calibration)))
+    if not others and names_images(path):
         processor = load_processor(source)
         return image_samples(
             path,
@@ -79,7 +88,16 @@ def draw(request: Sampled, source: ModelSource, samples: int, progress: Progress
             f"'{request.calibration}' holds examples of an instruction set, filled up behind their ends.",
             hint="Calibrate on plain text; such samples are for `end_to_end_data`.",
         )
-    return drawn
+    return _looked_at(drawn, source, progress)
+
+
+def _looked_at(drawn: Calibration, source: ModelSource, progress: Progress) -> Calibration:
+    """The samples with what they hold, of which ``progress`` is told."""
+    found = drawn.contents or contents(drawn.tokens, source.tokenizer())
+    progress.note(f"Calibration on {drawn.name}: {found.words}.")
+    for sentence in found.warnings(getattr(source.config.get_text_config(), "hidden_size", 0)):
+        progress.warn(sentence)
+    return replace(drawn, contents=found)
 
 
 def check_images(asked: Mapping[str, bool]) -> None:
@@ -174,7 +192,7 @@ def written_samples(
     """Samples of the model's own, or those that the interrupted run wrote to ``file``: they follow from the seed."""
     saved, step = writer.path / file, f"{_WRITTEN}{file}"
     if step in writer.journal:
-        return load_calibration(saved)
+        return _looked_at(load_calibration(saved), source, progress)
 
     def write() -> Calibration:
         return self_samples(
@@ -191,4 +209,5 @@ def written_samples(
     written = distributed.on_main(write)
     save_calibration(saved, written)
     writer.record(step, {}, files=[saved])
-    return load_calibration(saved)  # what a model wrote while it kept no gradients takes none later
+    # Read back: what a model wrote while it kept no gradients takes none later.
+    return _looked_at(load_calibration(saved), source, progress)

@@ -17,7 +17,7 @@ class PromptsMetric(Metric):
 
     name = "continuations"
     section = "Speed"
-    of_parents: ClassVar = "always"
+    always: ClassVar = True
 
     def measure(
         self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]"
