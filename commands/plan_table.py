@@ -25,7 +25,7 @@ def show_plan(plan: "QuantizePlan") -> None:
         "method": f"{plan.request.method}, {plan.scheme}, {bits_words(plan.bits_per_weight, plan.adapter_bits)}",
         **({"rotation": plan.rotation.label} if plan.rotation is not None else {}),
         **_what_is_done(plan.request),
-        "compute": f"{plan.device}, {plan.precision}",
+        "compute": f"{plan.device}, {plan.precision}{read_by_block(plan.reads)}",
         "predicted": predicted(cost.peak_memory, cost.disk, cost.artifact),
     }
     rows["weights"] = plan.coverage.words
@@ -67,6 +67,12 @@ def bits_words(bits: float, adapter: float) -> str:
 def predicted(peak_memory: int, disk: int, artifact: int) -> str:
     """What a run will take, in words; Python and its libraries are part of the memory."""
     return f"peak memory {_binary(peak_memory)} in all, disk {_binary(disk)}, artifact {_binary(artifact)}"
+
+
+def read_by_block(times: int) -> str:
+    """What is said of a full-precision model that is not loaded."""
+    often = f"{times:,} times" if times > 1 else "once"
+    return f"; all of the full-precision model is read {often}, block by block" if times else ""
 
 
 def _binary(count: float) -> str:

@@ -143,6 +143,15 @@ def available_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def free_memory(device: "torch.device") -> int:
+    """Bytes that this process can take on a device now; on the CPU its share of what is free for all processes."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory() // distributed.size()
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide the numbers, where installed."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}

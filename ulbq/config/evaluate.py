@@ -141,6 +141,10 @@ class EvaluateRequest(Settings):
     ] = None
     dtype: Annotated[DtypeName, Option("What the models compute in.", HOW)] = "bf16"
     prefill_cache: PrefillCache = False
+    stream: Annotated[
+        bool | None,
+        Option("Read a model block by block as it runs, or load it.", HOW, default="by what memory has room for"),
+    ] = None
     seed: Seed = 0
     device: Device = "auto"
     data_dir: DataDir = None

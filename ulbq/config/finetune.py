@@ -183,7 +183,7 @@ OF_END_TO_END = {
         name: name
         for name in ("preset", "gradient_accumulation", "final_lr_factor", "base_share", "teacher", "teacher_top_k")
     },
-    **{name: name for name in ("weight_lr", "norm_lr", "router_lr", "activation_memory")},
+    **{name: name for name in ("weight_lr", "norm_lr", "router_lr", "activation_memory", "stream")},
 }
 """What means nothing to a task: fields of a quantization run, by what they are called here."""
 OF_TASKS = frozenset(

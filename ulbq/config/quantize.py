@@ -32,6 +32,7 @@ from ulbq.config.run import (
     PrecisionName,
     RecipeRecord,
     Seed,
+    Stream,
 )
 from ulbq.config.trained import EndToEndOptions
 from ulbq.errors import UsageError
@@ -164,6 +165,7 @@ class _OfCalibrated(BaseModel):
         ),
     ] = None
     activation_memory: ActivationMemory | None = None
+    stream: Stream = None
     precision: Precision | None = None
 
 
@@ -194,6 +196,7 @@ class QuantizeRequest(_Asked):
 NOT_IN_FINGERPRINT = frozenset(
     {
         *("source", "out", "force", "allow_partial", "data_dir", "offline", "activation_memory", "preset", "recipe"),
+        "stream",
         *("calibration", "end_to_end_data", "device", "precision", "saliency", "log_to"),
     }
 )
@@ -244,6 +247,7 @@ class Quantization(_OfAll):
     samples: int = 0
     sequence_length: int = 0
     activation_memory: int = 0
+    stream: bool | None = None
     fit_temperature: bool = False
 
     @property

@@ -49,6 +49,15 @@ Precision = Annotated[
 ActivationMemory = Annotated[
     Size, Option("Activations beyond this lie on disk (512M, 4G, …).", COMPUTE, "SIZE", default="4G")
 ]
+Stream = Annotated[
+    bool | None,
+    Option(
+        "Read the full-precision model block by block where all of it is wanted, as by teachers and for samples of its "
+        "own, or load it.",
+        COMPUTE,
+        default="by what memory has room for",
+    ),
+]
 PrefillCache = Annotated[
     bool,
     Option(

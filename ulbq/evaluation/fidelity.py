@@ -11,19 +11,19 @@ import torch
 from ulbq import distributed
 from ulbq.errors import InputError, NumericsError
 from ulbq.evaluation.results import Fidelity
-from ulbq.evaluation.text import batches, logits_of
+from ulbq.evaluation.text import predictions, tokens_per_batch
 from ulbq.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from ulbq.blockwise.streamed import AnyModel
 
 _CHUNK = 128  # positions compared at a time: two float32 distributions each
 
 
 @torch.inference_mode()
 def fidelity(
-    model: "PreTrainedModel",
-    parent: "PreTrainedModel",
+    model: "AnyModel",
+    parent: "AnyModel",
     windows: torch.Tensor,
     *,
     text: str,
@@ -50,9 +50,11 @@ def fidelity(
     divergences: list[torch.Tensor] = []
     agreeing = 0
     own = distributed.own(windows)
+    size = batch_size or max(1, tokens_per_batch(model) // windows.shape[1])
+    both = zip(*(predictions(one, own, size) for one in (model, parent)), strict=True)
     with (progress or Silent()).phase(label, len(own)) as phase:
-        for batch in batches(model, own, batch_size):
-            ours, theirs = logits_of(model, batch).flatten(0, 1), logits_of(parent, batch).flatten(0, 1)
+        for (batch, our_logits), (_, their_logits) in both:
+            ours, theirs = our_logits.flatten(0, 1), their_logits.flatten(0, 1)
             if ours.shape != theirs.shape:
                 raise InputError(
                     f"The model has {ours.shape[-1]:,} logits, its parent {theirs.shape[-1]:,}.",

@@ -16,7 +16,9 @@ from ulbq.evaluation.results import Measured, TaskScore, Writing
 from ulbq.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from ulbq.blockwise.streamed import AnyModel
 
 METRIC = "exact_match"
 KEPT = 20
@@ -68,7 +70,7 @@ class Answered(BaseModel):
 
 
 def run_generative(
-    model: "PreTrainedModel",
+    model: "AnyModel",
     tokenizer: "PreTrainedTokenizerBase",
     loaded: LoadedTask,
     *,

@@ -23,7 +23,9 @@ from ulbq.evaluation.task_data import member_tasks, mirrored
 from ulbq.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from ulbq.blockwise.streamed import AnyModel
 
 _FEWSHOT_SEED = 1234  # lm-eval's own: another would give other prompts, and scores that compare with nobody's
 
@@ -93,7 +95,7 @@ def load_tasks(
 
 
 def run_tasks(
-    model: "PreTrainedModel",
+    model: "AnyModel",
     tokenizer: "PreTrainedTokenizerBase",
     tasks: Tasks,
     *,

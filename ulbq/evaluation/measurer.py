@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter
-from transformers import PreTrainedModel
 
 from ulbq import distributed, runtime
 from ulbq.artifacts import ArtifactWriter
+from ulbq.blockwise.streamed import AnyModel, StreamedModel
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.data.registry import texts
 from ulbq.evaluation import kept
@@ -23,10 +23,12 @@ from ulbq.evaluation.metrics import METRICS
 from ulbq.evaluation.results import ModelScores, WeightSize
 from ulbq.evaluation.sizes import weight_size
 from ulbq.evaluation.text import text_windows
-from ulbq.models.load import load_model, model_memory
+from ulbq.models.load import load_model, loading_memory, model_memory
 from ulbq.progress import Progress
 
 T = TypeVar("T")
+
+_BESIDE = 1 << 30  # bytes beside a model's weights: a batch's activations and logits
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Measurer:
         """
 
         @cache
-        def model() -> PreTrainedModel:
+        def model() -> AnyModel:
             with self.progress.phase(f"Loading {candidate.name}"):
                 return self.load(candidate)
 
@@ -102,8 +104,11 @@ class Measurer:
             if (every or metric.always) and (value := metric.measure(self, candidate, model))
         }
         weights = self._weights(candidate, model) if values else None
-        if self.request.prefill_cache and model.cache_info().currsize and (held := model_memory(model()).cache):
-            self.progress.note(f"The prefill cache of {candidate.name} takes {held / 1e6:,.0f} MB.")
+        if self.request.prefill_cache and model.cache_info().currsize:
+            loaded = model()
+            if not isinstance(loaded, StreamedModel) and (held := model_memory(loaded).cache):
+                self.progress.note(f"The prefill cache of {candidate.name} takes {held / 1e6:,.0f} MB.")
+            del loaded
         model.cache_clear()
         self._forget()
         return ModelScores(subject=candidate.subject, weights=weights, **values)
@@ -138,17 +143,33 @@ class Measurer:
         tokenizer = candidate.source.tokenizer()
         return text_windows(read, tokenizer, context=self.measures.context, limit=limit, bos=bos, name=text)
 
-    def load(self, candidate: EvaluatedModel) -> PreTrainedModel:
-        """A model as it is measured."""
-        return load_model(
-            candidate.source,
-            dtype=self.measures.dtype,
-            device=self.measures.device,
-            adapter=candidate.adapter,
-            prefill_cache=self.request.prefill_cache,
-        )
+    def load(self, candidate: EvaluatedModel) -> AnyModel:
+        """A model as it is measured: whole, or one block at a time where memory has no room for it."""
+        options: dict[str, Any] = {
+            "dtype": self.measures.dtype,
+            "device": self.measures.device,
+            "adapter": candidate.adapter,
+            "prefill_cache": self.request.prefill_cache,
+        }
+        if not self._streams(candidate):
+            return load_model(candidate.source, **options)
+        return StreamedModel(candidate.source, directory=self._writer.scratch, progress=self.progress, **options)
 
-    def _weights(self, candidate: EvaluatedModel, model: Callable[[], PreTrainedModel]) -> WeightSize:
+    def _streams(self, candidate: EvaluatedModel) -> bool:
+        """Whether a model is streamed, by what was asked or by its size."""
+        if self.request.stream is not None:
+            return self.request.stream
+        needed = loading_memory(candidate.source, self.measures.dtype) + _BESIDE
+        free = runtime.free_memory(self.measures.device)
+        if needed <= free:
+            return False
+        self.progress.note(
+            f"{candidate.name} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: it is read block by "
+            "block (`stream`)."
+        )
+        return True
+
+    def _weights(self, candidate: EvaluatedModel, model: Callable[[], AnyModel]) -> WeightSize:
         """Recorded like a step, so that a resumed run need not load the model; no work worth a line of its own."""
         key = f"{candidate.name}: weights"
         if key not in self._writer.journal:

@@ -12,17 +12,18 @@ import torch
 
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
+from ulbq.blockwise.streamed import StreamedModel, whole_model
 from ulbq.config.finetuning import FinetuneSettings
 from ulbq.data.calibration import Calibration
 from ulbq.finetuning.checkpoint import TrainerCheckpoint, latest, note
 from ulbq.finetuning.examples import Examples
 from ulbq.finetuning.student import Student
-from ulbq.finetuning.teacher import CachedTeacher, StreamedTeacher, Teacher
+from ulbq.finetuning.teacher import Asked, CachedTeacher, PassedTeacher, StreamedTeacher, Teacher
 from ulbq.finetuning.trainer import Trainer
 from ulbq.formats import AnyScheme
-from ulbq.models.load import load_model
 from ulbq.pipeline.finish import TUNED, layer_record, recorded_schemes
 from ulbq.pipeline.quantization_plan import Job
+from ulbq.pipeline.samples import parent_model
 from ulbq.pipeline.student import Folders, build_student, write_tuned
 from ulbq.progress import Progress
 from ulbq.tracking import Log, nowhere
@@ -127,13 +128,18 @@ def _train(phase: _Phase, log: Log) -> TrainerCheckpoint:
 def _teacher(phase: _Phase) -> Teacher:
     """The full-precision model in the dtype of the run's products, or what a pass through it left."""
     job, settings, examples = phase.job, phase.settings, phase.examples
-    model = load_model(job.source, dtype=job.precision.dtype, device=job.precision.device)
-    streamed = StreamedTeacher(model, examples, job.precision, hidden=settings.loss == "kl-hidden")
+    model = parent_model(job.request, job.source, job.precision, phase.writer, phase.progress, streamed=job.streamed)
     if settings.teacher == "streamed":
-        return streamed
+        hidden = settings.loss == "kl-hidden"
+        return StreamedTeacher(whole_model(model), examples, job.precision, hidden=hidden)
+    asked: Asked
+    if isinstance(model, StreamedModel):
+        asked = PassedTeacher(model, examples)
+    else:
+        asked = StreamedTeacher(model, examples, job.precision)
     with phase.progress.phase("Asking the teacher", len(examples)) as bar:
         return CachedTeacher(
-            streamed,
+            asked,
             examples,
             top_k=settings.teacher_top_k,
             device=job.precision.device,

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
@@ -33,8 +34,8 @@ from ulbq.models.rotation import rotated
 from ulbq.models.selection import Selection, fitting, of_artifact, select
 from ulbq.models.source import ModelSource
 from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_saliency, rotation_seed
-from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
-from ulbq.pipeline.samples import default_calibration
+from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits, whole_memory, whole_passes
+from ulbq.pipeline.samples import choose_streamed, default_calibration
 from ulbq.progress import Progress, Silent
 from ulbq.sensitivity import Saliency
 from ulbq.tracking import check_tracker
@@ -52,6 +53,7 @@ class QuantizePlan(BaseModel):
         bits_per_weight: true bits of the linear weights, scales, zeros and adapter included.
         adapter_bits: those of them that are the adapter's.
         rotation: of the weights before they are quantized; None for none.
+        reads: how often all of the full-precision model is read, block by block; 0 where it is loaded, or not wanted.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +73,7 @@ class QuantizePlan(BaseModel):
     precision: str
     rotation: RotationRecord | None = None
     stored_as: tuple[str, float] | None = None
+    reads: int = 0
     cost: Cost
 
 
@@ -122,6 +125,11 @@ class Job:
     def text_samples(self) -> int:
         """Samples that train end to end, those held out not counted."""
         return self.request.text_samples
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the full-precision model is read block by block where all of it is wanted."""
+        return self.plan.reads > 0
 
     def names(self, index: int) -> tuple[str, tuple[str, ...]]:
         """A block's full name with the dot, and its linear layers' names relative to it."""
@@ -180,10 +188,14 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     found = selected.found
     _check_model(run, method, source, model, found)
     stay = _blocks_stay(run.fit_temperature, method.needs, start)
-    cost = predict(run, method, found, model, precision, gguf_size=source.gguf_size, blocks_stay=stay)
+    whole = whole_memory(run, method, found, model, precision)
+    streamed = choose_streamed(run.stream, whole, device, progress)
+    sized: dict[str, Any] = {"gguf_size": source.gguf_size, "blocks_stay": stay, "streamed": streamed}
+    cost = predict(run, method, found, model, precision, **sized)
+    reads = whole_passes(run, method, found, model, precision) if streamed else 0
     covered = coverage(model, selected, bits=_bits_per_weight(method, found), carried=source.carried_values)
     check_coverage(covered, found, progress, allow_partial=run.allow_partial or start is not None)
-    described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered)
+    described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered, reads)
     saliency = open_saliency(method.needs.saliency, source)
     if method.needs.survey:
         _check_score(method, saliency)
@@ -220,6 +232,7 @@ def _described(
     cost: Cost,
     stored_as: tuple[str, float] | None,
     covered: Coverage,
+    reads: int,
 ) -> QuantizePlan:
     layers = [linear for block in found.linears for linear in block]
     return QuantizePlan(
@@ -238,6 +251,7 @@ def _described(
         precision=str(precision.dtype).removeprefix("torch."),
         rotation=source.rotation,
         stored_as=stored_as,
+        reads=reads,
         cost=cost,
     )
 

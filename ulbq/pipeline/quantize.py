@@ -198,13 +198,24 @@ def _telling_of_others(samples: int) -> Iterator[None]:
 def _written_samples(job: Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
     samples = job.request.drawn_samples
     count = samples + heldout_samples(samples)
-    return written_samples(job.request, job.source, count, precision=job.precision, writer=writer, progress=progress)
+    return _written(job, writer, count, CALIBRATION_FILE, progress)
 
 
 def _written_text(job: Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
     count = job.text_samples + heldout_samples(job.text_samples)
+    return _written(job, writer, count, TEXT_FILE, progress)
+
+
+def _written(job: Job, writer: ArtifactWriter, count: int, file: str, progress: Progress) -> Calibration:
     return written_samples(
-        job.request, job.source, count, file=TEXT_FILE, precision=job.precision, writer=writer, progress=progress
+        job.request,
+        job.source,
+        count,
+        file=file,
+        precision=job.precision,
+        streamed=job.streamed,
+        writer=writer,
+        progress=progress,
     )
 
 

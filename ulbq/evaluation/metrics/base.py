@@ -10,8 +10,7 @@ from markupsafe import Markup
 from ulbq.evaluation.results import Measured, ModelScores, Results
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from ulbq.blockwise.streamed import AnyModel
     from ulbq.evaluation.evaluated import EvaluatedModel
     from ulbq.evaluation.measurer import Measurer
 
@@ -73,7 +72,7 @@ class Metric(ABC):
     always: ClassVar[bool] = False
 
     @abstractmethod
-    def measure(self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]") -> Any:
+    def measure(self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]") -> Any:
         """Take it, in steps that a resumed run need not repeat (:meth:`Measurer.step`, :meth:`Measurer.score`).
 
         Args:

@@ -8,8 +8,8 @@ from ulbq.evaluation.results import Fidelity, ModelScores, Results
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
+    from ulbq.blockwise.streamed import AnyModel
     from ulbq.evaluation.evaluated import EvaluatedModel
     from ulbq.evaluation.measurer import Measurer
 
@@ -24,7 +24,7 @@ class FidelityMetric(Metric):
     section = "Fidelity to full precision"
 
     def measure(
-        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]"
     ) -> Fidelity | None:
         from ulbq.evaluation.fidelity import fidelity
 
@@ -68,9 +68,10 @@ class FidelityMetric(Metric):
         ]
 
 
-def _windows(measurer: "Measurer", parent: "EvaluatedModel", original: "PreTrainedModel", text: str) -> "torch.Tensor":
+def _windows(measurer: "Measurer", parent: "EvaluatedModel", original: "AnyModel", text: str) -> "torch.Tensor":
     """What both read, int64 ``[n, t]``."""
     from ulbq import distributed
+    from ulbq.blockwise.streamed import whole_model
     from ulbq.data.generate import self_samples
 
     most = _OWN_WINDOWS if text == "self" else FIDELITY_WINDOWS
@@ -80,7 +81,7 @@ def _windows(measurer: "Measurer", parent: "EvaluatedModel", original: "PreTrain
     # One process writes for all: each word hangs on those before it.
     written = distributed.on_main(
         self_samples,
-        original,
+        whole_model(original),
         parent.source.tokenizer(),
         samples=count,
         length=min(measurer.measures.context, _OWN_LENGTH),

@@ -11,8 +11,8 @@ from ulbq.evaluation.results import ModelScores, Perplexity, Results
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
+    from ulbq.blockwise.streamed import AnyModel
     from ulbq.evaluation.evaluated import EvaluatedModel
     from ulbq.evaluation.measurer import Measurer
 
@@ -26,7 +26,7 @@ class PerplexityMetric(Metric):
     section = "Perplexity"
 
     def measure(
-        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]"
     ) -> dict[str, Perplexity]:
         from ulbq.data.registry import TEXT_SETS
         from ulbq.evaluation.perplexity import perplexity

@@ -8,8 +8,7 @@ from ulbq.evaluation.metrics.base import Figure, Metric, Published, Shown
 from ulbq.evaluation.results import Measured, ModelScores, Results, TaskScore
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from ulbq.blockwise.streamed import AnyModel
     from ulbq.evaluation.evaluated import EvaluatedModel
     from ulbq.evaluation.generative_tasks import LoadedTask
     from ulbq.evaluation.measurer import Measurer
@@ -22,7 +21,7 @@ class TasksMetric(Metric):
     section = "Tasks"
 
     def measure(
-        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]"
     ) -> dict[str, TaskScore]:
         from ulbq.evaluation.generative import with_groups
         from ulbq.evaluation.harness import run_tasks, told_apart
@@ -73,7 +72,7 @@ class TasksMetric(Metric):
 
 
 def _answered(
-    measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]", loaded: "LoadedTask"
+    measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]", loaded: "LoadedTask"
 ) -> TaskScore:
     from ulbq.evaluation.generative import Answered, run_generative
 
