@@ -14,6 +14,7 @@ from ulbq.config.options import (
     Count,
     Option,
     Settings,
+    TableBits,
     Texts,
     left_open,
     options,
@@ -115,6 +116,18 @@ class _OfAll(Settings):
         Texts,
         Option("Quantize no other layers than those; repeat for more.", FORMAT, "PATTERN", repeated=True),
     ] = ()
+    embedding_bits: Annotated[
+        TableBits | None,
+        Option(
+            "Of the table of tokens: 8, 6 or 4, rounded in groups. Where the head is that table it counts for both.",
+            FORMAT,
+            "N",
+            default="none, half precision",
+        ),
+    ] = None
+    head_bits: Annotated[
+        TableBits | None, Option("The same of the head.", FORMAT, "N", default="none, half precision")
+    ] = None
     allow_partial: Annotated[
         bool, Option("Go on though more than half of the blocks' weights stay in full precision.", FORMAT)
     ] = False

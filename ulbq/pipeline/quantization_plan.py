@@ -1,8 +1,8 @@
 """Everything about a quantization run that is settled before the first tensor is read."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -25,11 +25,13 @@ from ulbq.config.quantize import (
 from ulbq.data.calibration import check_calibration
 from ulbq.data.instructions import check_training_text
 from ulbq.errors import InputError, UsageError
+from ulbq.formats import AffineScheme
 from ulbq.methods import METHODS
 from ulbq.methods.base import Method, Needs
 from ulbq.models.blocks import Linear, ModelStructure, check_group, skeleton, structure
 from ulbq.models.coverage import check_coverage, coverage
 from ulbq.models.names import check_complete
+from ulbq.models.packed_tables import chosen_tables
 from ulbq.models.rotation import rotated
 from ulbq.models.selection import Selection, fitting, of_artifact, select
 from ulbq.models.source import ModelSource
@@ -87,6 +89,8 @@ class Job:
         selected: the layers that are quantized.
         start: the artifact to go on from; None for a fresh start.
         saliency: scores that are read; None where the method wants none, or they are computed first.
+        tables: of the table of tokens and the head, those that are stored in few bits.
+        embedded: ``source`` with these as they are stored; None without any, or before they are.
     """
 
     request: Quantization
@@ -98,6 +102,8 @@ class Job:
     plan: QuantizePlan
     start: Start | None = None
     saliency: Saliency | None = None
+    tables: Mapping[Linear, AffineScheme] = field(default_factory=dict)
+    embedded: ModelSource | None = None
 
     @property
     def found(self) -> ModelStructure:
@@ -184,22 +190,42 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     _check_processes(run, method)
     _check_tracking(run, method)
     model = skeleton(source, packed=None if start is None else start.source.packed)
-    selected = _selected(run, method, model, start)
+    tables = _tables(run, model, start)
+    selected = _selected(run, method, model, start).storing(tables)
     found = selected.found
     _check_model(run, method, source, model, found)
     stay = _blocks_stay(run.fit_temperature, method.needs, start)
     whole = whole_memory(run, method, found, model, precision)
     streamed = choose_streamed(run.stream, whole, device, progress)
-    sized: dict[str, Any] = {"gguf_size": source.gguf_size, "blocks_stay": stay, "streamed": streamed}
+    sized: dict[str, Any] = {"gguf_size": source.gguf_size, "blocks_stay": stay, "streamed": streamed, "tables": tables}
     cost = predict(run, method, found, model, precision, **sized)
     reads = whole_passes(run, method, found, model, precision) if streamed else 0
-    covered = coverage(model, selected, bits=_bits_per_weight(method, found), carried=source.carried_values)
+    bits = _bits_per_weight(method, found)
+    covered = coverage(model, selected, bits=bits, carried=source.carried_values, tables=tables)
     check_coverage(covered, found, progress, allow_partial=run.allow_partial or start is not None)
     described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered, reads)
     saliency = open_saliency(method.needs.saliency, source)
     if method.needs.survey:
         _check_score(method, saliency)
-    return Job(run, source, model, selected, method, precision, described, start, saliency)
+    return Job(run, source, model, selected, method, precision, described, start, saliency, tables)
+
+
+def _tables(run: Quantization, model: PreTrainedModel, start: Start | None) -> dict[Linear, AffineScheme]:
+    """Of the table of tokens and the head, those that are stored in few bits: the artifact's own, if it has any.
+
+    Raises:
+        UsageError, InputError: as :func:`chosen_tables`; or the artifact has some and others are asked for.
+    """
+    own = {} if start is None else start.source.tables
+    if not own:
+        return chosen_tables(model, run.embedding_bits, run.head_bits)
+    for name in ("embedding_bits", "head_bits"):
+        if getattr(run, name) is not None:
+            raise UsageError(
+                f"`{name}` means nothing to an artifact whose table of tokens or head is packed already.",
+                hint="Leave it out, or start from the full-precision model.",
+            )
+    return {Linear(record.name, *record.shape): AffineScheme.model_validate(record.scheme) for record in own.values()}
 
 
 def _selected(run: Quantization, method: Method, model: PreTrainedModel, start: Start | None) -> Selection:
@@ -265,7 +291,7 @@ def _experts(layers: Sequence[Linear]) -> int:
 def replanned(job: Job, selected: Selection) -> QuantizePlan:
     """The plan of a run that quantizes fewer layers than it was to."""
     bits = _bits_per_weight(job.method, selected.found)
-    covered = coverage(job.model, selected, bits=bits, carried=job.source.carried_values)
+    covered = coverage(job.model, selected, bits=bits, carried=job.source.carried_values, tables=job.tables)
     return job.plan.model_copy(
         update={"coverage": covered, "weights": covered.quantized, "skipped": selected.found.skipped}
     )

@@ -30,6 +30,7 @@ from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare, replanned
 from ulbq.pipeline.samples import check_images, draw, draw_text, written_samples
 from ulbq.pipeline.sensitivity import decided, score_weights, weigh_layer_outputs
+from ulbq.pipeline.tables import read_tables, with_tables
 from ulbq.pipeline.temperature import check_temperature, fit_temperature
 from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
@@ -121,6 +122,9 @@ def _work(
     """All phases that make weights, one after the other; gives the manifest of what they wrote."""
     calibration = None if drawn is None else _share(drawn, job.request.samples)
     saliency = job.saliency
+    if job.tables:
+        with watch.phase("tables"):
+            job = with_tables(job, writer, progress)
     if job.method.needs.saliency in KINDS and not job.blocks_stay:
         with watch.phase("saliency"):
             saliency = score_weights(job, writer, calibration, progress)
@@ -236,7 +240,7 @@ def _write_outer(job: Job, writer: ArtifactWriter, temperature: TemperatureRecor
     source = job.source if job.start is None or job.request.fit_temperature else job.start.source
     factors = {} if temperature is None else dict.fromkeys(temperature.vectors, temperature.factor)
     path = writer.path / layout.OUTER_SHARD
-    bits = layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors)
+    bits = layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors, read_tables(job))
     shards = distributed.on_main(job.source.write_carried, writer.path)
     writer.plan(layout.OUTER_SHARD, *shards)
     carried = sum(LazyTensors([writer.path / shard]).total_bytes for shard in shards) * 8
