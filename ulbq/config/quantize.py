@@ -116,6 +116,14 @@ class _OfAll(Settings):
         Texts,
         Option("Quantize no other layers than those; repeat for more.", FORMAT, "PATTERN", repeated=True),
     ] = ()
+    plan: Annotated[
+        str | None,
+        Option(
+            "Settings of single layers, by patterns as --skip has them: bits, group_size, skip; a YAML file.",
+            FORMAT,
+            "FILE",
+        ),
+    ] = None
     embedding_bits: Annotated[
         TableBits | None,
         Option(
@@ -210,7 +218,7 @@ NOT_IN_FINGERPRINT = frozenset(
     {
         *("source", "out", "force", "allow_partial", "data_dir", "offline", "activation_memory", "preset", "recipe"),
         "stream",
-        *("calibration", "end_to_end_data", "device", "precision", "saliency", "log_to"),
+        *("calibration", "end_to_end_data", "device", "precision", "saliency", "log_to", "plan"),
     }
 )
 

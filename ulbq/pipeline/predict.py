@@ -1,7 +1,7 @@
 """What a quantization run will cost, told before it starts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -164,8 +164,8 @@ class _Sizes:
     precision: Precision
     gguf_size: int
     streamed: bool
-    tables: Mapping[Linear, AnyScheme]
-    schemes: Mapping[str, AnyScheme]
+    tables: Mapping[Linear, AnyScheme] = field(default_factory=dict)
+    schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sizes = Sizes.of(self.model)

@@ -133,8 +133,7 @@ def _work(
             weigh_layer_outputs(job, writer, calibration, progress)
     if job.method.needs.survey and job.start is None and calibration is not None:
         with watch.phase("survey"):
-            method = decided(job, writer, calibration, saliency, progress)
-        job = dataclasses.replace(job, method=method)
+            job = decided(job, writer, calibration, saliency, progress)
     with watch.phase("copying"):
         # First: a source that is damaged here would show only after hours.
         outer = _write_outer(job, writer, None)
@@ -267,6 +266,8 @@ def _fingerprint(job: Job, drawn: Calibration | None, text: Calibration | None) 
             "precision": job.plan.precision,
             "calibration": drawn.sha256 if drawn else job.request.calibration,
             "text": text.sha256 if text else job.request.text,
+            "schemes": {name: scheme.model_dump(mode="json") for name, scheme in job.schemes.items()},
+            "layers": [linear.name for block in job.found.linears for linear in block] if job.request.plan else [],
             "start": job.start.source.content_hash if job.start else None,
             "saliency": job.saliency.digest if job.saliency else job.method.needs.saliency,
         }
