@@ -88,37 +88,59 @@ inline __attribute__((always_inline)) void look_up(const Lookup& one, const uint
     look_up<2>(one, codes, row_bytes, bytes, table, sum);
 }
 
-// `Parts` times 64 outputs from `begin` on of one row.
+// Adds some lookups, from `from` to `to`, of `Parts` times 64 outputs from `begin` on, as their lanes are.
 template <int Parts>
-inline void block(const Columns& w, const Lookup* all, int64_t count, const float* tables, int64_t begin, float* result) {
+inline void add(const Columns& w, const Lookup* all, int64_t from, int64_t to, const float* tables, int64_t begin, __m512 (&total)[Parts][4]) {
     const int64_t row_bytes = w.outs / 8;
     const uint8_t* codes = w.codes + begin / 8;
     const bool whole = begin + 64 * Parts <= w.outs;
-    std::memset(result, 0, 64 * Parts * sizeof(float));
-    for (int64_t from = 0; from < count; from += kFlush) {
-        __m512 sum[Parts][4] = {};
-        const int64_t to = from + kFlush < count ? from + kFlush : count;
-        for (int64_t index = from; index < to; ++index) {
-            if (whole) {
+    __m512 sum[Parts][4] = {};
+    for (int64_t index = from; index < to; ++index) {
+        // Planes lie where no processor guesses the next: those of the same lookup of the next ones are fetched.
+        for (int bit = 0; bit < all[index].bits; ++bit) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + (all[index].plane[bit] + kFlush) * row_bytes), _MM_HINT_T0);
+        }
+        if (whole) {
 #pragma GCC unroll 4
-                for (int part = 0; part < Parts; ++part) {
-                    look_up(all[index], codes + 8 * part, row_bytes, 8, tables + 16 * index, sum[part]);
-                }
-                continue;
-            }
             for (int part = 0; part < Parts; ++part) {
-                const int64_t left = row_bytes - begin / 8 - 8 * part;
-                if (left > 0) look_up(all[index], codes + 8 * part, row_bytes, left < 8 ? left : 8, tables + 16 * index, sum[part]);
+                look_up(all[index], codes + 8 * part, row_bytes, 8, tables + 16 * index, sum[part]);
             }
+            continue;
         }
         for (int part = 0; part < Parts; ++part) {
-            for (int s = 0; s < 4; ++s) {
-                float lane[16];
-                _mm512_storeu_ps(lane, sum[part][s]);
-                for (int l = 0; l < 16; ++l) result[64 * part + 4 * l + s] += lane[l];
-            }
+            const int64_t left = row_bytes - begin / 8 - 8 * part;
+            if (left > 0) look_up(all[index], codes + 8 * part, row_bytes, left < 8 ? left : 8, tables + 16 * index, sum[part]);
         }
     }
+    for (int part = 0; part < Parts; ++part) {
+        for (int s = 0; s < 4; ++s) total[part][s] = _mm512_add_ps(total[part][s], sum[part][s]);
+    }
+}
+
+// `Parts` times 64 outputs in their order.
+template <int Parts>
+inline void straighten(const __m512 (&total)[Parts][4], float* result) {
+    for (int part = 0; part < Parts; ++part) {
+        for (int s = 0; s < 4; ++s) {
+            float lane[16];
+            _mm512_storeu_ps(lane, total[part][s]);
+            for (int l = 0; l < 16; ++l) result[64 * part + 4 * l + s] = lane[l];
+        }
+    }
+}
+
+// `Halves` times `Parts` times 64 outputs from `begin` on of one row. Halves take turns, so that what one has brought
+// into the cache serves the other.
+template <int Parts, int Halves = 1>
+inline void block(const Columns& w, const Lookup* all, int64_t count, const float* tables, int64_t begin, float* result) {
+    __m512 total[Halves][Parts][4] = {};
+    for (int64_t from = 0; from < count; from += kFlush) {
+        const int64_t to = from + kFlush < count ? from + kFlush : count;
+        for (int half = 0; half < Halves && begin + 64 * Parts * half < w.outs; ++half) {
+            add(w, all, from, to, tables, begin + 64 * Parts * half, total[half]);
+        }
+    }
+    for (int half = 0; half < Halves; ++half) straighten(total[half], result + 64 * Parts * half);
 }
 
 // `size` outputs from `begin` on of one place.
@@ -190,17 +212,17 @@ struct ColumnsLinear : Linear {
 #pragma omp for schedule(static)
         for (int64_t index = 0; index < count; ++index) fill_table(w, places[index], x, kFloat32, 0, tables + 16 * index);
         // Few outputs in small pieces, so that each thread gets some.
-        outs < 8 * kBlock ? blocks<1>(x, tables, y) : blocks<kBlock / 64>(x, tables, y);
+        outs < 8 * kBlock ? blocks<1, 1>(x, tables, y) : blocks<kBlock / 64, 2>(x, tables, y);
     }
 
   private:
-    template <int Parts>
+    template <int Parts, int Halves>
     void blocks(const float* x, const float* tables, float* y) const {
-        constexpr int64_t kSize = 64 * Parts;
+        constexpr int64_t kSize = 64 * Parts * Halves;
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t begin = 0; begin < outs; begin += kSize) {
             alignas(64) float result[kSize];
-            block<Parts>(w, places.data(), static_cast<int64_t>(places.size()), tables, begin, result);
+            block<Parts, Halves>(w, places.data(), static_cast<int64_t>(places.size()), tables, begin, result);
             finish(w, lone, 0, begin, kSize, x, kFloat32, result, y);
             for (int64_t at = begin; bias && at < begin + kSize && at < outs; at += 16) put(y, at, load(y + at, first(outs - at)));
         }
