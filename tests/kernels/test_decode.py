@@ -23,10 +23,10 @@ SCHEMES: list[AnyScheme] = [
 ]
 
 
-@pytest.fixture(params=[1, 2])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
@@ -53,7 +53,6 @@ def token() -> torch.Tensor:
     return x / x.square().mean().sqrt()
 
 
-@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.format}-{s.label}")
 def test_products(scheme: AnyScheme, whole: bool) -> None:
@@ -65,7 +64,15 @@ def test_products(scheme: AnyScheme, whole: bool) -> None:
     assert_near(found, wanted, torch.float32, slack=4 if whole else 1200)
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("scheme", [SCHEMES[1], SCHEMES[8], SCHEMES[-3]], ids=lambda s: f"{s.format}-{s.label}")
+def test_products_by_two_threads(scheme: AnyScheme) -> None:
+    stored, x = random_matrix(scheme, OUTS, COLUMNS), token()
+    found = multiply(product_of(scheme, stored, None, whole=True), x)
+    assert_near(found, exact(scheme, stored, x), torch.float32, slack=4)
+
+
+@pytest.mark.usefixtures("_two_threads")
 @pytest.mark.parametrize("outliers", [0, 9])
 def test_products_with_codebooks(outliers: int) -> None:
     widths = [2 + index % 3 for index in range(COLUMNS)]
@@ -75,7 +82,6 @@ def test_products_with_codebooks(outliers: int) -> None:
     assert_near(found, exact(scheme, stored, x), torch.float32, slack=4)
 
 
-@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("outs", [64, 205])
 def test_dense_products(outs: int, dtype: torch.dtype) -> None:
