@@ -3,9 +3,9 @@
     python tests/export/readers/environments.py FOLDER [NAME ...]
 
 makes ``FOLDER/mlx``, ``FOLDER/gptqmodel`` (with optimum and compressed-tensors), ``FOLDER/auto-gptq`` (0.7.1, with the
-transformers of its time), ``FOLDER/llama-cpp`` and ``FOLDER/exllamav3`` (1.6.5, of which the code for CPUs alone is
-compiled, in three minutes): virtual environments that borrow torch, and what else they do not pin, from the one that
-runs this.
+transformers of its time), ``FOLDER/auto-round``, ``FOLDER/llama-cpp`` and ``FOLDER/exllamav3`` (1.6.5, of which the
+code for CPUs alone is compiled, in three minutes): virtual environments that borrow torch, and what else they do not
+pin, from the one that runs this.
 ``ULBQ_READERS=FOLDER pytest -m slow tests/export/test_targets_readers.py`` then runs them.
 """
 
@@ -27,6 +27,7 @@ PACKAGES: dict[str, tuple[list[str], ...]] = {
         ["transformers==4.38.2", "tokenizers==0.15.2", "huggingface-hub==0.25.2", "peft==0.9.0"],
         ["accelerate==0.27.2", "datasets==3.0.2", "fsspec==2024.9.0", "rouge", "gekko", "sentencepiece"],
     ),
+    "auto-round": (["auto-round==0.16.1", "py-cpuinfo==9.0.0"],),
     "llama-cpp": (["xllamacpp"],),
     "exllamav3": (["exllamav3==1.6.5", "ninja"],),
     "mlx": (["mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"],),
