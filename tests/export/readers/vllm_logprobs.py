@@ -1,17 +1,15 @@
-"""Greedy continuations by vLLM: ``vllm_logprobs.py DIR TOKENS.npy OUT.npy DTYPE STEPS MOST MODE``.
+"""Greedy continuations by vLLM: ``vllm_logprobs.py DIR TOKENS.npy OUT.npy DTYPE STEPS MOST``.
 
-For each row and each of STEPS tokens, what was taken and the MOST likeliest: pairs of token and log-probability. MODE
-is ``eager``, or ``compiled`` as ``vllm serve`` runs a model.
+For each row and each of STEPS tokens, what was taken and the MOST likeliest: pairs of token and log-probability.
 """
 
 import os
 import sys
 from typing import Any
 
+# Compiling takes minutes, and so do processes of its own.
+os.environ |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-if sys.argv[-1] == "eager":
-    # Compiling what vLLM compiles even then takes minutes, and so do its processes.
-    os.environ |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 import numpy as np
 from vllm import LLM, SamplingParams
@@ -23,10 +21,8 @@ def pairs(step: dict[int, Any], taken: int, most: int) -> list[tuple[int, float]
 
 
 def main() -> None:
-    folder, tokens, out, dtype, steps, most, mode = sys.argv[1:]
-    model = LLM(
-        folder, dtype=dtype, max_model_len=256, max_num_seqs=8, max_logprobs=int(most), enforce_eager=mode == "eager"
-    )
+    folder, tokens, out, dtype, steps, most = sys.argv[1:]
+    model = LLM(folder, dtype=dtype, max_model_len=256, max_num_seqs=8, max_logprobs=int(most), enforce_eager=True)
     asked = SamplingParams(temperature=0, max_tokens=int(steps), logprobs=int(most), ignore_eos=True)
     prompts = [{"prompt_token_ids": row} for row in np.load(tokens).tolist()]
     answers = [answer.outputs[0] for answer in model.generate(prompts, asked, use_tqdm=False)]
