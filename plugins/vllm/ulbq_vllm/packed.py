@@ -23,7 +23,7 @@ from ulbq.formats import AnyScheme
 from ulbq.models.hf import UlbqConfig, read_schemes
 from ulbq.nn.quant_linear import QuantLinear
 
-_SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
+_SHARDS: dict[str | None, int] = {"q": 0, "k": 1, "v": 2, None: 0}
 """Places of the parts that vLLM has letters for, or nothing where there is one."""
 
 
@@ -154,7 +154,7 @@ class PackedLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -184,14 +184,14 @@ class PackedLinearMethod(LinearMethodBase):
             layer.register_parameter(short, parameter)
         layer.params_dtype, layer.loading = params_dtype, (parts, dtypes.keys() - {"weight"})
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Put the parts in place of what was loaded. An empty ``weight`` stays, for those who ask it for its device."""
         parts, shorts = layer.loading
         layer.parts = nn.ModuleList(part.layer(layer.params_dtype, layer.weight.device) for part in parts)
         for short in (*shorts, "loading"):
             delattr(layer, short)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``[tokens, in]`` to ``[tokens, out]``."""
         found = [part(x) for part in layer.parts]
         product = found[0] if len(found) == 1 else torch.cat(found, -1)
@@ -203,4 +203,5 @@ def _keep(
 ) -> None:
     """Keep a copy of a loaded tensor with its part, since loaders use their memory again."""
     if tensor.numel() or short != "weight":  # an empty weight guards against readers that do not know the format
-        parts[_SHARDS.get(shard, shard)].tensors[short] = tensor.clone()
+        place = shard if isinstance(shard, int) else _SHARDS[shard]
+        parts[place].tensors[short] = tensor.clone()
