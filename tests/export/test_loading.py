@@ -87,7 +87,7 @@ def test_an_adapter_lies_beside_or_is_merged() -> None:
     scheme = AffineScheme(bits=4, group_size=64, symmetric=True)
     lora, dora = ("\n".join(of_artifact(of(scheme, kind))) for kind in ("LoRA", "DoRA"))
     assert "loads it packed, adapter attached." in lora
-    assert "that was not run. The adapter: `--enable-lora --lora-modules tuned=DIR/adapter`." in lora
+    assert "that was not run. For the adapter vLLM takes `--enable-lora --lora-modules tuned=DIR/adapter`." in lora
     assert "ulbq-vllm" not in dora  # vLLM applies LoRA only
     assert "Bits are those of the quantized layers, without the adapter; the card in OUT says" in lora
     assert rows(lora)["llama.cpp (`llama.cpp`)"] == ["`llama-server -m OUT/model.gguf`", "CPU or GPU", "4.5"]

@@ -36,7 +36,9 @@ def of_artifact(candidate: Candidate) -> list[str]:
     ]
     served = target_of("half").readers["vllm-cpu"]
     if served.obstacle(candidate, ENGINES["vllm-cpu"]) is None:
-        tuned = ". The adapter: `--enable-lora --lora-modules tuned=DIR/adapter`" if candidate.adapter else ""
+        tuned = (
+            ". For the adapter vLLM takes `--enable-lora --lora-modules tuned=DIR/adapter`" if candidate.adapter else ""
+        )
         paragraphs.append(
             f"**vLLM**: with the plug-in ulbq-vllm, {code(served.start(candidate))} loads it packed on a CPU; on a GPU "
             f"that was not run{tuned}."
