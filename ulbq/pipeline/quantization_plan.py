@@ -239,7 +239,7 @@ def _described(
 
 def _experts(layers: Sequence[Linear]) -> int:
     """How many experts the largest mixture has whose layers are among these."""
-    numbers = (re.search(r"\.experts\.(\d+)\.", layer.name) for layer in layers)
+    numbers = (re.search(r"\.(\d+)\.\w+$", layer.name) for layer in layers)
     return max((int(number[1]) + 1 for number in numbers if number is not None), default=0)
 
 
