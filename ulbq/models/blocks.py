@@ -77,14 +77,17 @@ def skeleton(
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Full name and modules of the decoder blocks: the longest list of modules that hold linear layers.
+    """Full name and modules of the decoder blocks: a list of modules with linear layers, as long as configured.
 
-    Lists inside blocks (experts) do not count, nor does anything outside the text decoder of a multimodal model.
+    Where none is, the longest one. Lists inside blocks (experts) do not count, nor does anything outside the text
+    decoder of a multimodal model.
 
     Raises:
         InputError: there is no such list.
     """
     decoder = model.get_decoder()
+    if isinstance(decoder, nn.Linear):
+        decoder = model.base_model  # ModernBERT calls its head so
     inside = {id(module) for module in decoder.modules()}
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -100,7 +103,9 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"The model type '{model.config.model_type}' has no blocks with linear layers.",
             hint="ulbq quantizes the torch.nn.Linear layers of transformer decoders.",
         )
-    prefix = max(found, key=lambda name: len(found[name]))
+    # Phi-4 has towers of images and sounds inside its decoder.
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    prefix = max(found, key=lambda name: (len(found[name]) == layers, len(found[name])))
     return prefix, found[prefix]
 
 
