@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import ulbq  # noqa: F401 - lets transformers load packed models
-from ulbq.models.blocks import block_list
+from ulbq.errors import InputError
+from ulbq.models.blocks import block_list, structure
 from ulbq.models.skeleton import empty_model
 from ulbq.models.source import resolve
 
@@ -52,6 +53,11 @@ def test_the_list_of_blocks_is_found(family: str, families: ModuleType) -> None:
     """Beside towers that have more layers, and where the class calls its head the decoder."""
     name, blocks = block_list(empty_model(families.tiny(family)))
     assert (name, len(blocks)) == ("model.layers", 2)
+
+
+def test_blocks_that_share_weights_are_refused(families: ModuleType) -> None:
+    with pytest.raises(InputError, match=r"Blocks 0 and 1 of the model type 'zamba2' share 'shared_transformer\."):
+        structure(empty_model(families.tiny("zamba2")))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "mistral3", "gemma3", "smolvlm", "llama4"])

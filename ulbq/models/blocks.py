@@ -110,8 +110,13 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def structure(model: PreTrainedModel) -> ModelStructure:
-    """Find blocks, linear layers, embeddings and head of a dense model. Raises InputError as :func:`block_list`."""
+    """Find blocks, linear layers, embeddings and head of a dense model.
+
+    Raises:
+        InputError: as :func:`block_list`; or blocks share weights.
+    """
     prefix, blocks = block_list(model)
+    _check_apart(model, prefix, blocks)
     linears = tuple(
         tuple(
             Linear(f"{prefix}.{index}.{name}", module.out_features, module.in_features)
@@ -142,6 +147,19 @@ def structure(model: PreTrainedModel) -> ModelStructure:
             if name not in quantizable and name not in embeddings and _has_matrix(module)
         ),
     )
+
+
+def _check_apart(model: PreTrainedModel, prefix: str, blocks: nn.ModuleList) -> None:
+    """Refuse blocks that have weights in common, as Zamba's: they are quantized one after the other."""
+    owners: dict[nn.Parameter, int] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            if owners.setdefault(parameter, index) != index:
+                raise InputError(
+                    f"Blocks {owners[parameter]} and {index} of the model type '{model.config.model_type}' share "
+                    f"'{name}', and ulbq quantizes one block after the other.",
+                    hint="'ulbq eval' and 'generate' run it in full precision.",
+                )
 
 
 def check_group(group_size: int) -> None:
