@@ -55,6 +55,13 @@ def test_the_list_of_blocks_is_found(family: str, families: ModuleType) -> None:
     assert (name, len(blocks)) == ("model.layers", 2)
 
 
+def test_a_family_that_draws_its_fused_experts_is_loaded_by_transformers(families: ModuleType, tmp_path: Path) -> None:
+    row = families.try_out("qwen3_omni_moe_thinker", tmp_path, short=True)
+    assert (row.quantize, row.lost) == ("", [])
+    assert row.difference < 1e-4
+    assert row.share > 0.9
+
+
 def test_blocks_that_share_weights_are_refused(families: ModuleType) -> None:
     with pytest.raises(InputError, match=r"Blocks 0 and 1 of the model type 'zamba2' share 'shared_transformer\."):
         structure(empty_model(families.tiny("zamba2")))
