@@ -186,7 +186,7 @@ _ENCODERS = (
     "moss_transcribe_diarize",
 )
 _NOT_TINY = (
-    *("chameleon", "deepseek_ocr2", "dots3_note", "emu3", "granite4_vision", "janus", "molmo2", "nemotron_h_omni"),
+    *("chameleon", "deepseek_ocr2", "dots3_note", "emu3", "granite4_vision", "janus", "nemotron_h_omni"),
     "unlimited_ocr",
 )
 LEFT_OUT: dict[str, str] = {
