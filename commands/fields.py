@@ -183,9 +183,17 @@ def _elsewhere() -> dict[str, tuple[list[str], list[str]]]:
     from ulbq.config.generate import GenerateRequest, ServeRequest
     from ulbq.config.quantize import QuantizeRequest
     from ulbq.config.saliency import SaliencyRequest
+    from ulbq.config.sweep import SweepRequest
 
     found: dict[str, tuple[list[str], list[str]]] = {}
-    requests = (ServeRequest, GenerateRequest, EvaluateRequest, ConvertRequest, QuantizeRequest)
+    requests = (
+        SweepRequest,
+        ServeRequest,
+        GenerateRequest,
+        EvaluateRequest,
+        ConvertRequest,
+        QuantizeRequest,
+    )
     for request in (FinetuneForm, SaliencyRequest, *requests):
         for name, field, option in options(request):
             pairs = [one.split("/") for one in typed(name, option, switch=bare(field)[0] is bool)]

@@ -9,7 +9,18 @@ from ulbq.import_hook import after_import
 
 TYPE_CHECKING = False  # as type checkers read it; the module typing is half of what this import would take
 if TYPE_CHECKING:
-    from ulbq.api import Artifact, Evaluation, Loaded, convert, evaluate, finetune, load, quantize, saliency
+    from ulbq.api import (
+        Artifact,
+        Evaluation,
+        Loaded,
+        convert,
+        evaluate,
+        finetune,
+        load,
+        quantize,
+        saliency,
+        sweep,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +34,7 @@ __all__ = [
     "load",
     "quantize",
     "saliency",
+    "sweep",
 ]
 
 

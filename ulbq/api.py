@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         EvaluationManifest,
         QuantizedManifest,
         SaliencyManifest,
+        SweepManifest,
     )
     from ulbq.config.run import PrecisionName
     from ulbq.evaluation.results import Results
@@ -108,6 +109,25 @@ def saliency(
 
     with _checked():
         request = SaliencyRequest.model_validate(_given("saliency", options, source=model, out=output))
+    return Artifact(*run(request, progress))
+
+
+def sweep(
+    model: Source | None = None, *, output: Source | None = None, progress: "Progress | None" = None, **options: Any
+) -> "Artifact[SweepManifest]":
+    """Quantize a model by many settings and compare them, as ``ulbq sweep`` does. A stopped one goes on where it was.
+
+    Args:
+        model: None for the default model.
+        output: folder for the sweep; None for a telling name under ``./artifacts``.
+        progress: told how it goes; None for silence.
+        options: fields of :class:`~ulbq.config.sweep.SweepRequest`; ``options`` are those of every run.
+    """
+    from ulbq.config.sweep import SweepRequest
+    from ulbq.pipeline.sweep import sweep as run
+
+    with _checked():
+        request = SweepRequest.model_validate(_given("sweep", options, source=model, out=output))
     return Artifact(*run(request, progress))
 
 

@@ -4,9 +4,13 @@ Unlike perplexity and task accuracy, which reward answers that are right by luck
 what its parent says ("Accuracy is Not All You Need", Dutta et al. 2024), and it needs no labelled data.
 """
 
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from ulbq import distributed
 from ulbq.errors import InputError, NumericsError
@@ -20,10 +24,52 @@ if TYPE_CHECKING:
 _CHUNK = 128  # positions compared at a time: two float32 distributions each
 
 
+class KeptLogits:
+    """What a parent says of windows, kept in a folder for the next model that is compared with it.
+
+    Args:
+        load: gives the parent, where something is not kept yet.
+        windows: gives what is read, from the parent: int64 ``[n, t]``.
+        folder: empty at first; takes ``n * t * vocabulary`` values in the parent's dtype.
+    """
+
+    def __init__(
+        self,
+        load: "Callable[[], PreTrainedModel]",
+        windows: "Callable[[PreTrainedModel], torch.Tensor]",
+        folder: Path,
+    ) -> None:
+        self._load = load
+        self._folder = folder
+        self._folder.mkdir(exist_ok=True)
+        self.windows = self._kept("windows", lambda: windows(self._model))
+
+    def logits(self, place: int, batch: torch.Tensor) -> torch.Tensor:
+        """Of a batch ``[b, t]`` that begins at a place among this process's windows: ``[b, t, vocabulary]``."""
+        rank = distributed.rank()
+        rows = [
+            self._kept(f"{rank}-{place + row}", lambda row=row: logits_of(self._model, batch[row : row + 1])[0])
+            for row in range(len(batch))
+        ]
+        return torch.stack(rows).to(batch.device)
+
+    @cached_property
+    def _model(self) -> "PreTrainedModel":
+        return self._load()
+
+    def _kept(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        path = self._folder / f"{name}.safetensors"
+        if path.exists():
+            return load_file(path)[name]
+        made = make().contiguous().cpu()
+        save_file({name: made}, path)
+        return made
+
+
 @torch.inference_mode()
 def fidelity(
     model: "PreTrainedModel",
-    parent: "PreTrainedModel",
+    parent: "PreTrainedModel | KeptLogits",
     windows: torch.Tensor,
     *,
     text: str,
@@ -35,7 +81,7 @@ def fidelity(
 
     Args:
         model: the compressed model, in eval mode.
-        parent: the model that it was made from, in eval mode, on the same device.
+        parent: the model that it was made from, in eval mode, on the same device; or what it says of the windows.
         windows: int64 ``[n, t]``, held-out text.
         text: what the windows are, for the record.
         batch_size: windows a batch; None: as many as the device's memory takes.
@@ -48,11 +94,13 @@ def fidelity(
         ResourceError: a batch does not fit into the device's memory.
     """
     divergences: list[torch.Tensor] = []
-    agreeing = 0
+    agreeing = place = 0
     own = distributed.own(windows)
     with (progress or Silent()).phase(label, len(own)) as phase:
         for batch in batches(model, own, batch_size):
-            ours, theirs = logits_of(model, batch).flatten(0, 1), logits_of(parent, batch).flatten(0, 1)
+            known = parent.logits(place, batch) if isinstance(parent, KeptLogits) else logits_of(parent, batch)
+            place += len(batch)
+            ours, theirs = logits_of(model, batch).flatten(0, 1), known.flatten(0, 1)
             if ours.shape != theirs.shape:
                 raise InputError(
                     f"The model has {ours.shape[-1]:,} logits, its parent {theirs.shape[-1]:,}.",

@@ -105,14 +105,17 @@ def block_figure(blocks: Mapping[str, Sequence[BlockRecord]], styles: Mapping[st
     return drawing.markup()
 
 
-def layer_figure(layers: Sequence[LayerRecord], span: tuple[float, float]) -> Markup | None:
+def layer_figure(
+    layers: Sequence[LayerRecord], span: tuple[float, float], unit: str = "of the weights' squared norm"
+) -> Markup | None:
     """A map of relative weight errors, kinds of layers by blocks; None where no layer's name tells its block.
 
     Args:
         layers: of one model.
         span: the errors shown in the faintest and the fullest colour; the same for all models of a report.
+        unit: what errors are told in.
     """
-    cells = {place: layer for layer in layers if (place := _place(layer.name))}
+    cells = {where: layer for layer in layers if (where := place(layer.name))}
     if not cells:
         return None
     low, high = span
@@ -120,7 +123,7 @@ def layer_figure(layers: Sequence[LayerRecord], span: tuple[float, float]) -> Ma
     return heat_map(
         {place: (shares[place], f"{layer.name}: {layer.error:.4f}") for place, layer in cells.items()},
         "Relative squared error of each layer's weights",
-        f"{number(low)} to {number(high)} of the weights' squared norm",
+        f"{number(low)} to {number(high)} {unit}",
     )
 
 
@@ -213,7 +216,7 @@ def _errors(record: BlockRecord) -> list[float]:
     return [error for error in (record.start_error, record.end_error) if 0 < error < float("inf")]
 
 
-def _place(name: str) -> tuple[str, int] | None:
+def place(name: str) -> tuple[str, int] | None:
     """Kind and block of a layer: ``("self_attn.q_proj", 3)`` of ``model.layers.3.self_attn.q_proj``."""
     found = _BLOCK.search(name)
     return (name[found.end() :], int(found.group(1))) if found else None

@@ -76,18 +76,27 @@ class Drawing:
         place = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": f"{radius:g}"}
         self._parts.append(element("circle", *_hint(hint), **place, class_=style))
 
-    def axes(self, across: "Scale", up: "Scale", label: str, *, told: Callable[[float], str] | None = None) -> None:
-        """A grid with the numbers of both scales; those along the bottom are whole, with a label below.
+    def axes(
+        self,
+        across: "Scale",
+        up: "Scale",
+        label: str,
+        *,
+        told: Callable[[float], str] | None = None,
+        whole: bool = True,
+    ) -> None:
+        """A grid with the numbers of both scales, and a label below.
 
         Args:
             told: writes the upward scale's numbers out; None for :func:`number`.
+            whole: leave out numbers along the bottom that are not whole.
         """
         (left, right), (bottom, _) = across.pixels, up.pixels
         for tick in up.ticks:
             self.line((left, up(tick)), (right, up(tick)), "grid")
             self.text(left - 8, up(tick) + 4, (told or number)(tick), style="muted", anchor="end")
         for tick in across.ticks:
-            if tick == int(tick):
+            if tick == int(tick) or not whole:
                 self.text(across(tick), bottom + 18, number(tick), style="muted", anchor="middle")
         self.text((left + right) / 2, bottom + 40, label, style="muted", anchor="middle")
 
