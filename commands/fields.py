@@ -182,11 +182,13 @@ def _elsewhere() -> dict[str, tuple[list[str], list[str]]]:
     from ulbq.config.finetuning import FinetuneForm
     from ulbq.config.generate import GenerateRequest, ServeRequest
     from ulbq.config.quantize import QuantizeRequest
+    from ulbq.config.recommend import RecommendRequest
     from ulbq.config.saliency import SaliencyRequest
     from ulbq.config.sweep import SweepRequest
 
     found: dict[str, tuple[list[str], list[str]]] = {}
     requests = (
+        RecommendRequest,
         SweepRequest,
         ServeRequest,
         GenerateRequest,

@@ -35,6 +35,7 @@ _WORK = {
     "saliency": ("saliency.saliency", "saliency.plan"),
     "quantize": ("quantize.quantize", "quantize.plan"),
     "sweep": ("sweep.sweep", "sweep.plan"),
+    "recommend": ("recommend.recommend",),
     "eval": ("evaluate.evaluate",),
     "generate": ("generate.generate", "converse.converse"),
     "serve": ("serve.serve",),

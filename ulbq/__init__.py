@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         finetune,
         load,
         quantize,
+        recommend,
         saliency,
         sweep,
     )
@@ -33,6 +34,7 @@ __all__ = [
     "finetune",
     "load",
     "quantize",
+    "recommend",
     "saliency",
     "sweep",
 ]

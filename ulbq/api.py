@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from ulbq.config.run import PrecisionName
     from ulbq.evaluation.results import Results
+    from ulbq.pipeline.recommend import Recommendation
     from ulbq.progress import Progress
 
 Source = str | os.PathLike[str]
@@ -129,6 +130,25 @@ def sweep(
     with _checked():
         request = SweepRequest.model_validate(_given("sweep", options, source=model, out=output))
     return Artifact(*run(request, progress))
+
+
+def recommend(model: Source | None = None, *, progress: "Progress | None" = None, **options: Any) -> "Recommendation":
+    """Find the setting that is expected to lose least within limits, as ``ulbq recommend`` does.
+
+    Args:
+        model: None for the default model.
+        progress: told how it goes; None for silence.
+        options: fields of :class:`~ulbq.config.recommend.RecommendRequest`.
+
+    Returns:
+        What to do: ``quantize(model, **found.best.options)``.
+    """
+    from ulbq.config.recommend import RecommendRequest
+    from ulbq.pipeline.recommend import recommend as run
+
+    with _checked():
+        request = RecommendRequest.model_validate(_given("recommend", options, source=model))
+    return run(request, progress)[0]
 
 
 def evaluate(
