@@ -3,8 +3,9 @@
 from rich.console import Console
 from rich.text import Text
 
+from ulbq.config.convert import ENGINES
 from ulbq.evaluation.table import size
-from ulbq.pipeline.recommend import Choice, Recommendation
+from ulbq.pipeline.recommend import Proposal, Recommendation
 
 from .progress import duration
 from .tables import add, columns, grid
@@ -14,6 +15,7 @@ def show(report: Console, told: Recommendation) -> None:
     """Print the setting, what it takes and what it is expected to lose; below it, others that would do."""
     best = told.best
     low, high = best.ratio_range
+    served = f"; {ENGINES[told.engine]} takes {best.served:.2f} bits a weight" if told.engine else ""
     on = (
         "on this very model"
         if best.sure == "this model"
@@ -23,11 +25,11 @@ def show(report: Console, told: Recommendation) -> None:
         "model": f"{told.model}, within {', '.join(told.limits).replace('_', ' ')}",
         "command": best.command,
         "size": f"{size(best.weights)} of weights, {best.bits:.3f} bits a quantized weight",
-        "running": f"{size(best.running)} with its cache" + (f"; {told.engine}" if told.engine else ""),
+        "running": f"{size(best.running)} with its cache{served}",
         "quantizing": f"{_time(best.seconds)}, {size(told.peak_memory)} of memory, {size(told.disk)} of disk",
         "expected": f"perplexity {best.ratio:.2f} times the full-precision model's ({low:.2f} to {high:.2f})",
         "how sure": f"measured {on}: {best.measured}",
-        "next": told.next,
+        "next": f"ulbq convert --for {told.engine}" if told.engine else "ulbq eval",
     }
     report.print(grid(rows))
     if told.others:
@@ -38,7 +40,7 @@ def show(report: Console, told: Recommendation) -> None:
         report.print(table)
 
 
-def _cells(one: Choice) -> tuple[str, ...]:
+def _cells(one: Proposal) -> tuple[str, ...]:
     return (one.name, f"{one.bits:.3f}", size(one.weights), size(one.running), _time(one.seconds), f"{one.ratio:.2f}")
 
 

@@ -98,8 +98,8 @@ def test_the_least_loss_within_the_limits_is_chosen(tiny_llama: Path) -> None:
 
 def test_an_engine_has_the_weights_packed(tiny_llama: Path) -> None:
     told = ask(tiny_llama, engine="vllm")
-    assert told.best.name == "gptq-w4-symmetric"
-    assert told.next == "ulbq convert --for vllm"
+    assert (told.best.name, told.engine) == ("gptq-w4-symmetric", "vllm")
+    assert told.best.served == pytest.approx(4.5, abs=0.1)
     assert ask(tiny_llama, engine="llama.cpp").best.options["method"] in ("gptq", "rtn")
 
 

@@ -327,7 +327,7 @@ def test_the_page_shows_every_setting(swept: Path) -> None:
         "rtn-w2",
         "gptq-w3",
         "Perplexity, wikitext2 over bits",
-        "Mean kl, nats over bits",
+        "Mean KL, nats over bits",
         "Which layers lose most",
     ):
         assert text in read.text

@@ -5,7 +5,7 @@ what its parent says ("Accuracy is Not All You Need", Dutta et al. 2024), and it
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,10 +48,13 @@ class KeptLogits:
         """Of a batch ``[b, t]`` that begins at a place among this process's windows: ``[b, t, vocabulary]``."""
         rank = distributed.rank()
         rows = [
-            self._kept(f"{rank}-{place + row}", lambda row=row: logits_of(self._model, batch[row : row + 1])[0])
+            self._kept(f"{rank}-{place + row}", partial(self._logits, batch[row : row + 1]))
             for row in range(len(batch))
         ]
         return torch.stack(rows).to(batch.device)
+
+    def _logits(self, window: torch.Tensor) -> torch.Tensor:
+        return logits_of(self._model, window)[0]
 
     @cached_property
     def _model(self) -> "PreTrainedModel":

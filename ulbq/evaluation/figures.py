@@ -13,7 +13,7 @@ _WIDTH = 800.0
 _RIGHT = 24.0
 _ROW = 26.0
 _CHARACTER = 6.6  # pixels, of the labels' 12-pixel type; errs on the wide side
-_SERIES = 6  # colours in the theme
+SERIES = 9  # colours in the theme
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
@@ -25,7 +25,7 @@ def series_styles(results: Results) -> dict[str, str]:
         if scores.subject.name in originals:
             styles[scores.subject.name] = "parent"
         else:
-            styles[scores.subject.name] = f"s{used % _SERIES}"
+            styles[scores.subject.name] = f"s{used % SERIES}"
             used += 1
     return styles
 

@@ -42,13 +42,13 @@ _FEW = 5  # others that are shown
 _SEED = 0.1  # by which single runs of one setting differ, relatively
 
 
-class Choice(BaseModel):
+class Proposal(BaseModel):
     """A setting on this model.
 
     Attributes:
         name: of the setting where it was measured.
         command: to type.
-        bits: true bits a quantized weight.
+        bits: true bits a quantized weight; ``served`` those that it takes in the engine that was asked for.
         weights: bytes of all stored weights.
         running: bytes where it runs: weights as the engine has them, cache and program.
         seconds: of quantizing here; None where nobody knows.
@@ -64,6 +64,7 @@ class Choice(BaseModel):
     options: dict[str, Any]
     command: str
     bits: float
+    served: float
     weights: int
     running: int
     seconds: float | None
@@ -80,8 +81,7 @@ class Recommendation(BaseModel):
         best: of what keeps the limits, what is expected to lose least.
         peak_memory: bytes that quantizing takes.
         disk: bytes that lie on disk meanwhile.
-        next: the command behind it, for the engine that was named.
-        engine: how that runs it, in sentences.
+        engine: that was asked for; None for none.
         others: what keeps the limits too.
         limits: in words.
     """
@@ -89,12 +89,11 @@ class Recommendation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    best: Choice
+    best: Proposal
     peak_memory: int
     disk: int
-    next: str
-    engine: str
-    others: tuple[Choice, ...]
+    engine: str | None
+    others: tuple[Proposal, ...]
     limits: tuple[str, ...]
 
 
@@ -103,7 +102,7 @@ class _Limit(NamedTuple):
 
     name: str
     most: float
-    of: Callable[[Choice], float]
+    of: Callable[[Proposal], float]
     told: Callable[[float], str]
 
 
@@ -150,7 +149,7 @@ def recommend(request: RecommendRequest, progress: Progress | None = None) -> tu
         )
     model = skeleton(source)
     of = _Model(request.source or DEFAULT_NAME, source, model, structure(model), _context(request, source.config))
-    found = list(_choices(of, request, device, progress))
+    found = list(_proposals(of, request, device, progress))
     if not found:
         name = ENGINES[request.engine] if request.engine else "ulbq"
         raise InputError(
@@ -177,20 +176,18 @@ def recommend(request: RecommendRequest, progress: Progress | None = None) -> tu
 
 def _told(
     source: ModelSource,
-    best: Choice,
-    others: Sequence[Choice],
+    best: Proposal,
+    others: Sequence[Proposal],
     planned: QuantizePlan,
     limits: Sequence[_Limit],
     request: RecommendRequest,
 ) -> Recommendation:
-    engine = f" --for {request.engine}" if request.engine else ""
     return Recommendation(
         model=source.name,
         best=best,
         peak_memory=planned.cost.peak_memory,
         disk=planned.cost.disk,
-        next=f"ulbq convert{engine}" if engine else "ulbq eval",
-        engine=f"{ENGINES[request.engine]} takes {best.bits:.2f} bits a weight packed." if request.engine else "",
+        engine=request.engine,
         others=tuple(others[:_FEW]),
         limits=tuple(f"{limit.name} {limit.told(limit.most)}" for limit in limits),
     )
@@ -201,7 +198,7 @@ def _context(request: RecommendRequest, config: PreTrainedConfig) -> int:
     return request.context or min(CONTEXT, int(longest))
 
 
-def _choices(of: _Model, request: RecommendRequest, device: torch.device, progress: Progress) -> Iterator[Choice]:
+def _proposals(of: _Model, request: RecommendRequest, device: torch.device, progress: Progress) -> Iterator[Proposal]:
     """Every setting that was measured, on this model; measurements on the model itself in place of others."""
     table = {_key(one.options): one for one in shipped()}
     own = list(swept(request.artifacts or DEFAULT_ROOT))
@@ -226,7 +223,7 @@ def _choices(of: _Model, request: RecommendRequest, device: torch.device, progre
                 services_of[key] = _packed_bits(of, selected, method, request.engine)
             if request.engine is None or services_of[key] is not None:
                 served = services_of.get(key) or 0.0
-                yield _choice(one, of, method, selected, max(served, _bits(method, selected)), mine, device)
+                yield _proposal(one, of, method, selected, max(served, _bits(method, selected)), mine, device)
 
 
 def _key(asked: Mapping[str, Any]) -> str:
@@ -255,7 +252,7 @@ def _packed_bits(of: _Model, selected: Selection, method: Method, engine: str) -
     return None if service is None or service.bits >= _DENSE else service.bits
 
 
-def _choice(
+def _proposal(
     one: Evidence,
     of: _Model,
     method: Method,
@@ -263,18 +260,19 @@ def _choice(
     served: float,
     mine: str,
     device: torch.device,
-) -> Choice:
+) -> Proposal:
     bits = _bits(method, selected)
     whole = coverage(of.model, selected, bits=bits, carried=of.source.carried_values)
     stored = round(whole.bits * whole.total / 8)
     running = stored + round((served - bits) * whole.quantized / 8) + of.cache + PROGRAM
     low, high = min(one.ratios), max(one.ratios)
     single = len(one.ratios) == 1
-    return Choice(
+    return Proposal(
         name=one.name,
         options=one.options,
         command=_command(one.options, of.given),
         bits=bits,
+        served=served,
         weights=stored,
         running=running,
         seconds=_seconds(one, whole.quantized, device),
@@ -340,11 +338,11 @@ def _memory(device: torch.device) -> int:
     return runtime.available_memory()
 
 
-def _kept(found: Sequence[Choice], limits: Sequence[_Limit]) -> list[Choice]:
+def _kept(found: Sequence[Proposal], limits: Sequence[_Limit]) -> list[Proposal]:
     return [one for one in found if all(limit.of(one) <= limit.most for limit in limits)]
 
 
-def _too_tight(found: Sequence[Choice], limits: Sequence[_Limit]) -> UsageError:
+def _too_tight(found: Sequence[Proposal], limits: Sequence[_Limit]) -> UsageError:
     """Why nothing is left, and the least that each limit would have to be."""
     least = {}
     for limit in limits:
@@ -355,7 +353,7 @@ def _too_tight(found: Sequence[Choice], limits: Sequence[_Limit]) -> UsageError:
     return UsageError(f"Nothing that was measured keeps {asked}.", hint=f"{'; '.join(least.values())}.")
 
 
-def _request(choice: Choice, request: RecommendRequest) -> QuantizeRequest:
+def _request(proposal: Proposal, request: RecommendRequest) -> QuantizeRequest:
     place = {name: getattr(request, name) for name in ("source", "device", "data_dir", "offline", "out", "force")}
-    asked = {name: value for name, value in choice.options.items() if (name, value) != ("calibration", "wikitext2")}
+    asked = {name: value for name, value in proposal.options.items() if (name, value) != ("calibration", "wikitext2")}
     return QuantizeRequest.model_validate({**asked, **place})

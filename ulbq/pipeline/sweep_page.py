@@ -8,7 +8,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from ulbq.artifacts import LayerRecord, SweepManifest
-from ulbq.evaluation.figures import heat_map, layer_figure, place
+from ulbq.evaluation.figures import SERIES, heat_map, layer_figure, place
 from ulbq.evaluation.page import render
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.svg import Drawing, Scale, number
@@ -17,7 +17,6 @@ from ulbq.pipeline.sweep_points import MEAN_ACCURACY, Point, by_setting, front, 
 
 _WIDTH, _RIGHT = 800.0, 24.0
 _LEFT, _TOP, _BOTTOM = 76.0, 16.0, 300.0
-_COLOURS = 6
 
 
 class Cell(NamedTuple):
@@ -41,7 +40,7 @@ def page(manifest: SweepManifest, results: Results, layers: Mapping[str, Sequenc
     better |= {name: -1 for point in points for name in point.values if name not in better}
     fronts = {name: front(points, name, sign) for name, sign in better.items()} if points else {}
     methods = list(dict.fromkeys(run.method for run in manifest.runs))
-    styles = {method: f"s{index % _COLOURS}" for index, method in enumerate(methods)}
+    styles = {method: f"s{index % SERIES}" for index, method in enumerate(methods)}
     shown = [name for name in better if name == MEAN_ACCURACY or name.startswith(("perplexity", "mean KL"))]
     if MEAN_ACCURACY not in better:
         shown = list(better)
@@ -51,7 +50,15 @@ def page(manifest: SweepManifest, results: Results, layers: Mapping[str, Sequenc
         title=f"{original.subject.name}: {len(points)} settings",
         told=f"{len(manifest.runs)} runs, {manifest.device}",
         created=f"{manifest.created[:16].replace('T', ' ')} UTC",
-        drawings=[(name, _figure(points, fronts[name], name, parent.get(name), styles)) for name in shown if points],
+        drawings=[
+            (
+                f"{name[0].upper()}{name[1:]} over bits",
+                _told(name in parent),
+                _figure(points, better[name], name, parent.get(name), styles),
+            )
+            for name in shown
+            if points
+        ],
         legend=list(styles.items()),
         heads=["setting", "bits", "size", *better, "time", "peak memory"],
         rows=[_row(point, fronts) for point in points],
@@ -63,10 +70,16 @@ def page(manifest: SweepManifest, results: Results, layers: Mapping[str, Sequenc
     )
 
 
-def _figure(
-    points: Sequence[Point], best: Sequence[Point], name: str, parent: float | None, styles: Mapping[str, str]
-) -> Markup:
+def _told(full: bool) -> str:
+    told = (
+        "A dot is a setting, its line reaches over its seeds. Large dots, named and joined, are the Pareto front: no "
+    )
+    return f"{told}other setting is better with as few bits.{' Dashed: the model in full precision.' * full}"
+
+
+def _figure(points: Sequence[Point], better: int, name: str, parent: float | None, styles: Mapping[str, str]) -> Markup:
     """A number over true bits: a dot a setting, a line from the least to the most of its seeds, the front joined."""
+    best = front(points, name, better)
     ends = [end for point in points for end in point.spread(name)] + ([] if parent is None else [parent])
     log = min(ends) > 0 and max(ends) / min(ends) > 2
     low, high = min(ends), max(ends)
@@ -88,7 +101,9 @@ def _figure(
             x, up(point.value(name)), f"fill {style}", hint=_hint(point, name), radius=6 if point in best else 4
         )
     for point in best:
-        drawing.text(across(point.bits), up(point.value(name)) - 10, point.setting, style="strong", anchor="middle")
+        # On the side where nothing is better.
+        y = up(point.value(name)) + (20 if better < 0 else -12)
+        drawing.text(across(point.bits), y, point.setting, style="strong", anchor="middle")
     return drawing.markup()
 
 
