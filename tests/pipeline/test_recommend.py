@@ -20,7 +20,7 @@ from ulbq.config.sweep import SweepRequest
 from ulbq.errors import InputError, UsageError
 from ulbq.pipeline import recommend as module
 from ulbq.pipeline.evidence import Evidence, shipped, swept
-from ulbq.pipeline.quantize import quantize
+from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.recommend import PROGRAM, Recommendation, recommend
 from ulbq.pipeline.sweep import sweep
 
@@ -158,6 +158,17 @@ def test_a_sweep_of_the_model_counts_before_the_table(tmp_path: Path) -> None:
     }
     assert next(one for one in told.others if one.name == "rtn-w2").ratio == pytest.approx(two.ratio)
     assert four.weights == two.weights > 0
+
+
+def test_the_table_is_sure_of_the_model_that_it_was_measured_on(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = plan(QuantizeRequest(source=str(tiny_llama), method="rtn", device="cpu", offline=True)).weights
+    own = TABLE[0].model_copy(update={"model": tiny_llama.name, "weights": weights})
+    other = TABLE[1].model_copy(update={"model": tiny_llama.name})
+    monkeypatch.setattr(module, "shipped", lambda: [own, other])
+    told = ask(tiny_llama, bits=8)
+    assert (told.best.sure, told.others[0].sure) == ("another model", "this model")
 
 
 def test_the_command_says_what_the_request_does(tiny_llama: Path) -> None:

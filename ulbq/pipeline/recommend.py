@@ -267,6 +267,9 @@ def _proposal(
     running = stored + round((served - bits) * whole.quantized / 8) + of.cache + PROGRAM
     low, high = min(one.ratios), max(one.ratios)
     single = len(one.ratios) == 1
+    # The package's table knows its model by name and size alone.
+    known = one.model == of.source.name and one.weights == whole.quantized
+    same = one.sha256 == mine if one.sha256 else known
     return Proposal(
         name=one.name,
         options=one.options,
@@ -279,7 +282,7 @@ def _proposal(
         ratio=one.ratio,
         ratio_range=(low * (1 - _SEED * single), high * (1 + _SEED * single)),
         measured=f"{one.model}, {len(one.ratios)} run{'s' * (not single)}",
-        sure="this model" if mine and one.sha256 == mine else "another model",
+        sure="this model" if same else "another model",
     )
 
 
