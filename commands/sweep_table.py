@@ -36,9 +36,9 @@ def show_sweep(path: Path, manifest: SweepManifest) -> None:
     report = console.terminal()
     report.print()
     report.print(settings_table(manifest))
-    run = next((run.name for run in manifest.runs), None)
-    if run is not None:
-        report.print(Text(f"Next: ulbq generate {shlex.quote(str(path / 'runs' / run))}"), soft_wrap=True)
+    if manifest.runs:
+        where = shlex.quote(str(path / "runs" / manifest.runs[0].name))
+        report.print(Text(f"Every run is an artifact, as in: ulbq generate {where}"), soft_wrap=True)
     report.print(Text(f"Report: {path / 'report.html'}"), soft_wrap=True)
 
 
@@ -60,5 +60,6 @@ def settings_table(manifest: SweepManifest) -> Table:
             spread = f" ({least:.4g} to {most:.4g})" if most > least else ""
             cells.append(Text(f"{point.value(name):.4g}{spread}", style="bold green" if point in best else ""))
         seconds = sum(run.seconds for run in point.runs) / len(point.runs)
-        add(table, *cells, duration(seconds), size(max(run.peak_memory for run in point.runs)))
+        part = "over " * any(run.resumed for run in point.runs)
+        add(table, *cells, f"{part}{duration(seconds)}", size(max(run.peak_memory for run in point.runs)))
     return table
