@@ -34,7 +34,7 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 DEFECT = 1
 
-_UNDIVIDED = frozenset({"generate", "serve", "convert", "inspect", "list", "doctor", "sweep", "recommend"})
+_UNDIVIDED = frozenset({"generate", "serve", "convert", "push", "inspect", "list", "doctor", "sweep", "recommend"})
 
 _COMMANDS = {
     "saliency": "Score every weight of a model by how much the model depends on it.",
@@ -46,6 +46,7 @@ _COMMANDS = {
     "serve": "Let a model answer over HTTP, by OpenAI's API.",
     "finetune": "Teach a quantized artifact, packed as it is.",
     "convert": "Write a model in a layout that other tools load.",
+    "push": "Upload an artifact with its model card to the Hugging Face Hub.",
     "list": "Show the artifacts under a folder, with bits, size, scores and ancestry.",
     "inspect": "Show an artifact: where its bits went, its errors by block and layer, its ancestry.",
     "doctor": "Show what runs on this machine, and what to install for the rest.",

@@ -23,6 +23,7 @@ from ulbq.artifacts import (
     SweepManifest,
 )
 from ulbq.artifacts.records import ExpertsRecord, experts_sentence
+from ulbq.artifacts.told import losses
 from ulbq.evaluation.figures import weight_parts
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.table import size
@@ -31,7 +32,6 @@ from ulbq.pipeline.inspect import Ancestor, Inspection, State
 from . import scores
 from .fields import as_typed
 from .progress import duration
-from .results import losses
 from .saliency_table import each, summary
 from .sweep_table import settings_table
 from .tables import add, columns, grid

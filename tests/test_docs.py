@@ -42,6 +42,7 @@ _WORK = {
     "finetune": ("finetune.prepare",),
     "convert": ("convert.convert",),
     "inspect": ("inspect.inspect", "reseal.reseal"),
+    "push": ("push.push", "push.plan"),
     "list": ("listing.artifacts",),
     "doctor": ("doctor.checks",),
 }

@@ -218,6 +218,34 @@ def finetune(
     return Artifact(*run(job, progress or Silent()))
 
 
+def push(
+    artifact: Source,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    progress: "Progress | None" = None,
+) -> str:
+    """Upload an artifact with its model card to the Hugging Face Hub, as ``ulbq push`` does.
+
+    Args:
+        artifact: its folder.
+        repo: ``owner/name``; a new one is made.
+        private: whether a new one is private.
+        revision: branch; None for ``main``.
+        progress: told how it goes; None for silence.
+
+    Returns:
+        The repository's address.
+    """
+    from ulbq.config.push import PushRequest
+    from ulbq.pipeline.push import push as run
+
+    with _checked():
+        request = PushRequest(source=os.fspath(artifact), repo=repo, private=private, revision=revision)
+    return run(request, progress)
+
+
 def load(model: Source, *, device: str = "auto", precision: "PrecisionName" = "auto", offline: bool = False) -> Loaded:
     """A model ready to run, its quantized layers packed as they are.
 

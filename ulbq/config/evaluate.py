@@ -115,6 +115,7 @@ class EvaluateRequest(ScoreOptions):
             flag="--prompt -p",
             primary=True,
             repeated=True,
+            default="'The capital of France is' if nothing else is asked",
         ),
     ] = ()
     template: Annotated[
@@ -144,10 +145,15 @@ class EvaluateRequest(ScoreOptions):
     parent: Annotated[
         str | None, Option("The full-precision parent.", MEASURE, "SOURCE", default="the one on record", primary=True)
     ] = None
-    parent_scores: Annotated[
-        bool | None, Option("Score the parent too.", MEASURE, default="its perplexity, not its tasks")
-    ] = None
+    parent_scores: Annotated[bool, Option("Score the parent too.", MEASURE)] = True
+    score_cache: Annotated[
+        bool, Option("Keep scores of full-precision models for later runs, and take those that are kept.", HOW)
+    ] = True
     prefill_cache: PrefillCache = False
+    stream: Annotated[
+        bool | None,
+        Option("Read a model block by block as it runs, or load it.", HOW, default="by what memory has room for"),
+    ] = None
     seed: Seed = 0
     device: Device = "auto"
     data_dir: DataDir = None

@@ -25,12 +25,14 @@ from ulbq.config.run import (
     DataDir,
     Device,
     Force,
+    LogTo,
     Offline,
     Out,
     Precision,
     PrecisionName,
     RecipeRecord,
     Seed,
+    Stream,
 )
 from ulbq.config.trained import EndToEndOptions
 from ulbq.errors import UsageError
@@ -39,9 +41,9 @@ PresetName = Literal["quick", "balanced", "best"]
 Calibration = Annotated[
     str,
     Option(
-        "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a file: text, JSONL, Parquet or safetensors.",
+        "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self; text, JSONL, Parquet, safetensors; a.jsonl:2,c4:1.",
         CALIBRATION,
-        "NAME|FILE",
+        "NAME|FILE,…",
         default="wikitext2, else self",
         offers=TEXTS,
         primary=True,
@@ -132,6 +134,7 @@ class _OfAll(Settings):
     device: Device = "auto"
     data_dir: DataDir = None
     offline: Offline = False
+    log_to: LogTo = None
     out: Out = None
     force: Force = False
 
@@ -160,6 +163,7 @@ class _OfCalibrated(BaseModel):
         ),
     ] = None
     activation_memory: ActivationMemory | None = None
+    stream: Stream = None
     precision: Precision | None = None
 
 
@@ -190,7 +194,8 @@ class QuantizeRequest(_Asked):
 NOT_IN_FINGERPRINT = frozenset(
     {
         *("source", "out", "force", "allow_partial", "data_dir", "offline", "activation_memory", "preset", "recipe"),
-        *("calibration", "end_to_end_data", "device", "precision", "saliency"),
+        "stream",
+        *("calibration", "end_to_end_data", "device", "precision", "saliency", "log_to"),
     }
 )
 
@@ -240,6 +245,7 @@ class Quantization(_OfAll):
     samples: int = 0
     sequence_length: int = 0
     activation_memory: int = 0
+    stream: bool | None = None
     fit_temperature: bool = False
 
     @property

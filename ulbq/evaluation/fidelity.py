@@ -4,8 +4,8 @@ Unlike perplexity and task accuracy, which reward answers that are right by luck
 what its parent says ("Accuracy is Not All You Need", Dutta et al. 2024), and it needs no labelled data.
 """
 
-from collections.abc import Callable
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from ulbq import distributed
 from ulbq.errors import InputError, NumericsError
 from ulbq.evaluation.results import Fidelity
-from ulbq.evaluation.text import batches, logits_of
+from ulbq.evaluation.text import predictions, tokens_per_batch
 from ulbq.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from ulbq.blockwise.streamed import AnyModel
 
 _CHUNK = 128  # positions compared at a time: two float32 distributions each
 
@@ -35,44 +35,47 @@ class KeptLogits:
 
     def __init__(
         self,
-        load: "Callable[[], PreTrainedModel]",
-        windows: "Callable[[PreTrainedModel], torch.Tensor]",
+        load: "Callable[[], AnyModel]",
+        windows: "Callable[[AnyModel], torch.Tensor]",
         folder: Path,
     ) -> None:
         self._load = load
         self._folder = folder
         self._folder.mkdir(exist_ok=True)
-        self.windows = self._kept("windows", lambda: windows(self._model))
+        if not self._path("windows").exists():
+            self._keep("windows", windows(self._model))
+        self.windows = self._load_kept("windows")
 
-    def logits(self, place: int, batch: torch.Tensor) -> torch.Tensor:
-        """Of a batch ``[b, t]`` that begins at a place among this process's windows: ``[b, t, vocabulary]``."""
-        rank = distributed.rank()
-        rows = [
-            self._kept(f"{rank}-{place + row}", partial(self._logits, batch[row : row + 1]))
-            for row in range(len(batch))
-        ]
-        return torch.stack(rows).to(batch.device)
-
-    def _logits(self, window: torch.Tensor) -> torch.Tensor:
-        return logits_of(self._model, window)[0]
+    def predictions(self, windows: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches ``[b, t]`` of this process's windows and the logits ``[b, t, vocabulary]`` of them, on the CPU."""
+        names = [f"{distributed.rank()}-{row}" for row in range(len(windows))]
+        if not all(self._path(name).exists() for name in names):
+            waiting = iter(names)
+            for _, logits in predictions(self._model, windows, batch_size):
+                for row in logits:
+                    self._keep(next(waiting), row)
+        for start in range(0, len(names), batch_size):
+            rows = [self._load_kept(name) for name in names[start : start + batch_size]]
+            yield windows[start : start + batch_size], torch.stack(rows)
 
     @cached_property
-    def _model(self) -> "PreTrainedModel":
+    def _model(self) -> "AnyModel":
         return self._load()
 
-    def _kept(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        path = self._folder / f"{name}.safetensors"
-        if path.exists():
-            return load_file(path)[name]
-        made = make().contiguous().cpu()
-        save_file({name: made}, path)
-        return made
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        save_file({name: tensor.contiguous().cpu()}, self._path(name))
+
+    def _load_kept(self, name: str) -> torch.Tensor:
+        return load_file(self._path(name))[name]
 
 
 @torch.inference_mode()
 def fidelity(
-    model: "PreTrainedModel",
-    parent: "PreTrainedModel | KeptLogits",
+    model: "AnyModel",
+    parent: "AnyModel | KeptLogits",
     windows: torch.Tensor,
     *,
     text: str,
@@ -97,13 +100,14 @@ def fidelity(
         ResourceError: a batch does not fit into the device's memory.
     """
     divergences: list[torch.Tensor] = []
-    agreeing = place = 0
+    agreeing = 0
     own = distributed.own(windows)
+    size = batch_size or max(1, tokens_per_batch(model) // windows.shape[1])
+    known = parent.predictions(own, size) if isinstance(parent, KeptLogits) else predictions(parent, own, size)
+    both = zip(predictions(model, own, size), known, strict=True)
     with (progress or Silent()).phase(label, len(own)) as phase:
-        for batch in batches(model, own, batch_size):
-            known = parent.logits(place, batch) if isinstance(parent, KeptLogits) else logits_of(parent, batch)
-            place += len(batch)
-            ours, theirs = logits_of(model, batch).flatten(0, 1), known.flatten(0, 1)
+        for (batch, our_logits), (_, their_logits) in both:
+            ours, theirs = our_logits.flatten(0, 1), their_logits.flatten(0, 1).to(our_logits.device)
             if ours.shape != theirs.shape:
                 raise InputError(
                     f"The model has {ours.shape[-1]:,} logits, its parent {theirs.shape[-1]:,}.",

@@ -1,6 +1,7 @@
 """What an evaluation is asked to do, and what that means in full: settled before the first model is loaded."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ from ulbq.progress import Progress
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_TEXT = "wikitext2"
 DEFAULT_CONTEXT = 1024
+DEFAULT_PROMPT = "The capital of France is"
+"""What models and their parents go on from where nothing was asked for."""
 CPU_WINDOWS = 32
 """Windows of text where nothing was asked for and there is no GPU: minutes instead of a quarter of an hour."""
 
@@ -105,13 +108,13 @@ def measures_of(
         limit = CPU_WINDOWS
         progress.note(f"On a CPU, nothing asked: the first {limit} windows of the text (`limit=0` reads all).")
     # What is ours to read comes first: it is quick, and lm-eval need not be there for it.
-    _check_prompts(request, candidates)
+    prompts = _prompts(request, candidates)
     generative = _generative(request, candidates, limit, progress)
     return Measures(
         perplexity=perplexity,
         tasks=_tasks(request, progress) if _of_lm_eval(request) else None,
         generative=generative,
-        prompts=tuple(dict.fromkeys(request.prompts)),
+        prompts=prompts,
         fidelity=fidelity,
         context=_context(request, candidates),
         limit=limit,
@@ -160,13 +163,28 @@ def _check_generative(request: EvaluateRequest) -> None:
             )
 
 
-def _check_prompts(request: EvaluateRequest, candidates: Sequence[EvaluatedModel]) -> None:
-    """See that every model holds every prompt and what is written on from it. Raises UsageError, InputError."""
+def _prompts(request: EvaluateRequest, candidates: Sequence[EvaluatedModel]) -> tuple[str, ...]:
+    """What models go on from, each once: what was asked, else one prompt beside the scores that nobody chose.
+
+    Raises:
+        UsageError, InputError: a model does not hold a prompt that was asked for, and what is written on from it.
+    """
+    if request.prompts:
+        return _held(tuple(dict.fromkeys(request.prompts)), request, candidates)
+    with suppress(UsageError):  # of a model that is too short for it
+        if not request.asks and request.fidelity is None and request.parent_scores:
+            return _held((DEFAULT_PROMPT,), request, candidates)
+    return ()
+
+
+def _held(prompts: tuple[str, ...], request: EvaluateRequest, candidates: Sequence[EvaluatedModel]) -> tuple[str, ...]:
+    """The prompts, where every model holds them and what is written on from them."""
     models = [one for candidate in candidates for one in (candidate.parent, candidate) if one is not None]
-    for prompt in request.prompts:
+    for prompt in prompts:
         for one in models:
             tokens = opening(prompt, one.source.tokenizer(), request.template)
             check_room(one.source, len(tokens), request.max_new_tokens or NEW_TOKENS)
+    return prompts
 
 
 def _of_lm_eval(request: EvaluateRequest) -> tuple[str, ...]:

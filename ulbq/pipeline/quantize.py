@@ -35,6 +35,7 @@ from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
 from ulbq.sensitivity import KINDS
 from ulbq.sensitivity.settings import BACKWARD
+from ulbq.tracking import Log, shifted, tracked
 
 __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]
 
@@ -94,7 +95,9 @@ def quantize(
             if samples is not None:
                 save_calibration(writer.path / file, samples)
                 writer.plan(file)
-        path = writer.finish(_work(job, writer, watch, progress, drawn, text), proof(progress, job=job))
+        with tracked(job.request.log_to, writer.name, job.request.record.model_dump(mode="json")) as log:
+            manifest = _work(job, writer, watch, progress, drawn, text, log)
+        path = writer.finish(manifest, proof(progress, job=job))
     return path, read_back(path, QuantizedManifest)
 
 
@@ -117,6 +120,7 @@ def _work(
     progress: Recording,
     drawn: Calibration | None,
     text: Calibration | None,
+    log: Log,
 ) -> QuantizedManifest:
     """All phases that make weights, one after the other; gives the manifest of what they wrote."""
     calibration = None if drawn is None else _share(drawn, job.request.samples)
@@ -137,7 +141,7 @@ def _work(
     with watch.phase("blocks"):
         if job.request.fit_temperature and calibration is not None:
             check_temperature(job, writer.scratch, calibration.drawn)
-        run = BlockQuantizer(job, writer, progress, saliency)
+        run = BlockQuantizer(job, writer, progress, saliency, log)
         run.walk(calibration)
         run.warn()
     job = _as_made(job, writer)
@@ -148,7 +152,9 @@ def _work(
     learnt = text or (None if drawn is None else _share(drawn, job.text_samples))
     if job.method.needs.end_to_end is not None and learnt is not None:
         with watch.phase("end to end"):
-            tuned = train_end_to_end(job, writer, learnt, progress)
+            # A tracker's steps go up: those of the blocks were before.
+            before = job.found.n_blocks * (job.method.needs.epochs + 1)
+            tuned = train_end_to_end(job, writer, learnt, progress, shifted(log, before))
     with watch.phase("finish"):
         warned = tuple(progress.warnings)
         return distributed.on_main(finish, job, writer, drawn, outer, watch, tuned, warned)
@@ -212,6 +218,7 @@ def _written(
         count,
         file=file,
         precision=job.precision,
+        streamed=job.streamed,
         writer=writer,
         shared=shared,
         progress=progress,

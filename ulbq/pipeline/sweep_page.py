@@ -89,7 +89,7 @@ def _figure(points: Sequence[Point], better: int, name: str, parent: float | Non
     room = 0.06 * (max(widths) - min(widths)) or 0.5
     across = Scale(min(widths) - room, max(widths) + room, (_LEFT, _WIDTH - _RIGHT))
     drawing = Drawing(_WIDTH, _BOTTOM + 52, f"{name} over true bits a weight")
-    drawing.axes(across, up, f"true bits a weight; up: {name}{', logarithmic' if log else ''}", whole=False)
+    drawing.axes(across, up, "true bits a weight", upward=f"{name}{', logarithmic' if log else ''}", whole=False)
     if parent is not None:
         drawing.path([(_LEFT, up(parent)), (_WIDTH - _RIGHT, up(parent))], "curve dashed parent")
     drawing.path([(across(point.bits), up(point.value(name))) for point in best], "curve parent")
@@ -155,8 +155,8 @@ def _blocks(manifest: SweepManifest, points: Sequence[Point]) -> Markup | None:
         for setting, row in rows.items()
         for block, error in enumerate(row)
     }
-    span = f"{number(min(errors))} to {number(max(errors))} of the weights' squared norm, logarithmic"
-    return heat_map(cells, "Mean relative squared error of each block's layers", span)
+    ends, label = (number(min(errors)), number(max(errors))), "of the weights' squared norm, logarithmic"
+    return heat_map(cells, "Mean relative squared error of each block's layers", ends, label)
 
 
 def _sensitive(runs: Sequence[Sequence[LayerRecord]]) -> Markup | None:
