@@ -129,10 +129,21 @@ def test_what_predicts_no_numbers_is_not_finished(tmp_path: Path, monkeypatch: p
 
 
 def test_what_memory_has_no_room_for_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = quantize(request(tmp_path))
     monkeypatch.setattr(runtime, "available_memory", lambda: 1000)
     notes = Notes()
-    quantize(request(tmp_path), notes)
+    convert(ConvertRequest(source=str(out), to="dense", out=tmp_path / "dense"), notes)
     assert notes.said[-1].startswith("Not opened again: that takes")
+
+
+def test_an_artifact_that_would_take_more_than_the_run_is_opened_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "peak_memory", lambda: 1000)
+    monkeypatch.setattr(proof, "load_model", lambda *given, **options: pytest.fail("it was loaded"))
+    notes = Notes()
+    quantize(request(tmp_path), notes)
+    assert notes.said[-1] == "Opened again, and ran 8 tokens."
 
 
 def make_infinite(shard: Path) -> None:

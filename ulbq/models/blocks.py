@@ -211,11 +211,16 @@ def _shared(model: PreTrainedModel) -> dict[int, Any]:
 
 
 def load_block(
-    model: PreTrainedModel, source: ModelSource, index: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    model: PreTrainedModel,
+    source: ModelSource,
+    index: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """An independent copy of one block with its parameters read from ``source``; drop it to evict it.
 
-    Parameters are frozen and in ``dtype``; packed layers of a quantized artifact are :class:`QuantLinear`.
+    Parameters are frozen and in ``dtype``, those of the skeleton where that is None; packed layers of a quantized
+    artifact are :class:`QuantLinear`.
 
     Raises:
         InputError: a parameter is missing or has another shape than the model's configuration says.
@@ -226,7 +231,7 @@ def load_block(
 
 
 def load_outer(
-    model: PreTrainedModel, source: ModelSource, dtype: torch.dtype, device: torch.device | str = "cpu"
+    model: PreTrainedModel, source: ModelSource, dtype: torch.dtype | None, device: torch.device | str = "cpu"
 ) -> None:
     """Fill in, in place, everything of a skeleton that is not a block: embeddings, final norm, head.
 

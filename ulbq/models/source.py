@@ -23,6 +23,7 @@ from ulbq.artifacts.manifest import (
     EvaluationManifest,
     QuantizedManifest,
     SaliencyManifest,
+    SweepManifest,
     is_artifact,
     is_replaceable,
     load_manifest,
@@ -440,6 +441,9 @@ def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: 
     manifest = read_manifest(path, unfinished=unfinished)
     if isinstance(manifest, EvaluationManifest):
         raise InputError(f"'{given}' holds the scores of a model, not a model.", hint="Give the model that was scored.")
+    if isinstance(manifest, SweepManifest):
+        best = f": '{path / 'runs' / manifest.runs[0].name}'" if manifest.runs else ""
+        raise InputError(f"'{given}' holds the runs of a sweep.", hint=f"Give one of them{best}.")
     if isinstance(manifest, SaliencyManifest):
         raise InputError(
             f"'{given}' holds saliency scores, not a model.",

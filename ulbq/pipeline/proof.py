@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ulbq import formats, runtime
 from ulbq.blockwise.samples import Samples
+from ulbq.blockwise.streamed import StreamedModel
 from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import InputError, NumericsError
 from ulbq.export.dense import open_again
@@ -25,6 +26,7 @@ from ulbq.models.skeleton import BUILD_ERRORS
 from ulbq.models.source import ModelSource
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline import layout
+from ulbq.pipeline.memory import OPENED_COPIES
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.progress import Progress
 
@@ -32,7 +34,6 @@ _TOKENS = 8
 _DTYPE = torch.bfloat16  # as `generate` and `eval` compute
 _ROWS = (1, 64)  # of inputs: kernels for one token, and for many
 _WRONG = 0.05  # relative error of products that no rounding explains
-_COPIES = 2  # of the weights that live together while they are loaded
 
 
 def proof(
@@ -61,15 +62,16 @@ def _look(
             _check_blocks(job, opened, folder)
             if job.precision.device.type != "cpu":
                 check_products(opened, job.precision.device)
-    needed = _COPIES * sum(
+    needed = OPENED_COPIES * sum(
         path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".gguf")
     )
-    if needed > (free := runtime.available_memory()):
+    free = runtime.available_memory()
+    if target is not None and needed > free:
         progress.note(f"Not opened again: that takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free.")
         return
     with progress.phase("Opening what was written"):
         try:
-            said = _run(folder, target, candidate, opened)
+            said = _run(folder, target, candidate, opened, streamed=needed > min(free, runtime.peak_memory()))
         except BUILD_ERRORS as error:
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(
@@ -160,10 +162,20 @@ def _answer(walk: BlockWalk | None, index: int, block: nn.Module) -> torch.Tenso
         return None
 
 
-def _run(folder: Path, target: Target | None, candidate: Candidate | None, opened: ModelSource | None) -> str:
-    """Run what was opened, or open the folder as its target does; what was done, in words."""
+def _run(
+    folder: Path, target: Target | None, candidate: Candidate | None, opened: ModelSource | None, *, streamed: bool
+) -> str:
+    """Run what was opened, or open the folder as its target does; what was done, in words.
+
+    An artifact is ``streamed`` where loading it would take more than the run has taken so far.
+    """
     if target is None or candidate is None:
-        _generate(load_model(opened or open_again(folder), dtype=_DTYPE))
+        source = opened or open_again(folder)
+        if streamed:
+            model = StreamedModel(source, dtype=_DTYPE, device=torch.device("cpu"), directory=folder).whole()
+        else:
+            model = load_model(source, dtype=_DTYPE)
+        _generate(model)
         return f"Opened again, and ran {_TOKENS} tokens."
     if (why := target.unopened_reason(candidate, folder)) is not None:
         return why

@@ -28,7 +28,7 @@ from ulbq.models.load import DTYPES
 from ulbq.models.side_files import check_link, is_side_file
 from ulbq.models.source import ModelSource
 
-_OWN = frozenset({"config.json", "README.md", "finetune.html"})
+_OWN = frozenset({"config.json", "README.md", "finetune.html", "report.html"})
 _SAMPLES = frozenset({CALIBRATION_FILE, TEXT_FILE})
 
 
