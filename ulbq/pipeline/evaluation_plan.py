@@ -19,10 +19,10 @@ from ulbq.evaluation.harness import Tasks, check_tasks, load_tasks
 from ulbq.evaluation.measurer import Measures
 from ulbq.evaluation.results import Protocol
 from ulbq.models.decoding import check_prompt, check_room
+from ulbq.models.load import DTYPES
 from ulbq.pipeline.recorded import Recorded, read_recorded
 from ulbq.progress import Progress
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_TEXT = "wikitext2"
 DEFAULT_CONTEXT = 1024
 DEFAULT_PROMPT = "The capital of France is"

@@ -80,7 +80,7 @@ def quantize(
     if job.source.kind == "gguf":
         job.source.tokenizer()  # written out at the end: better missed now
     if job.method.needs.searches and job.start is None and (reason := solvers.slow_reason(job.precision.device)):
-        progress.note(f"No compiled solvers ({reason}): the search for the best scales takes some 40 times as long.")
+        progress.note(f"No compiled solvers ({reason}): the search for the best scales takes {solvers.SLOWER}.")
     with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
         if writer.resumed:
             done = sum(key.isdigit() for key in writer.journal)
