@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,6 +106,12 @@ def peak_memory() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peak_memory() -> None:
+    """Have :func:`peak_memory` count from now on; without effect where the system cannot."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def give_back_memory() -> None:
     """Hand what was freed back to the system, where the C library keeps it: the next phase wants other sizes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -124,6 +130,16 @@ def map_large_blocks() -> None:
         option(_MMAP_THRESHOLD, 16 << 20)
 
 
+def user_cache() -> Path:
+    """``ulbq`` under the user's cache; a relative ``XDG_CACHE_HOME`` counts for nothing, as its rules say.
+
+    Raises:
+        RuntimeError: this user has no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "ulbq"
+
+
 def available_memory() -> int:
     """Memory that this machine can give to processes now, in bytes; where it does not say, all that it has."""
     try:
@@ -131,6 +147,15 @@ def available_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes that this process can take on a device now; on the CPU its share of what is free for all processes."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory() // distributed.size()
 
 
 def versions() -> dict[str, str]:

@@ -89,6 +89,10 @@ COMMANDS = {
         ("eval", "@affine", "--perplexity", "wikitext2", "--fidelity", "--context", "32", "--limit", "2", "--data-dir",
          "@mirror", *_SHOWN)
     ),
+    "sweep": Command(
+        ("sweep", "@dense", "--method", "rtn,gptq", "--bits", "3", "--set", "group_size=32", *_TEXT, "--context", "32",
+         "--limit", "2", "--data-dir", "@mirror", *_SHOWN)
+    ),
     "inspect --reseal": Command(("inspect", "--reseal", "-q"), in_place=True, prepare=_edited),
 }  # fmt: skip
 
@@ -113,6 +117,7 @@ ARTIFACTS = {
     "gguf": "convert gguf",
     "half": "convert half",
     "evaluation": "eval",
+    "sweep": "sweep",
 }
 """What lies in the world, by the command that makes it."""
 

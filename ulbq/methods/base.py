@@ -144,6 +144,7 @@ class Needs:
         copies: float32 copies of a block's weights that live as it trains; 0 for methods that do not train.
         layer_bytes: memory that the closed form of a layer takes at its peak, for each of its weights beside itself.
         stacked: whether layers that read the same input are solved as one.
+        at_once: weights of a matrix that are solved at a time; 0 for all.
         rounds_few: whether second moments of too few tokens are not factored.
         heldout_moments: second moments of the samples held out, too.
     """
@@ -167,6 +168,7 @@ class Needs:
     copies: int = 0
     layer_bytes: float = 0.0
     stacked: bool = False
+    at_once: int = 0
     rounds_few: bool = False
     heldout_moments: bool = False
 

@@ -65,6 +65,7 @@ class EfficientQat:
             searches=options.start in {"search", "gptq"},
             layer_bytes=solving.layer_bytes,
             stacked=solving.stacked,
+            at_once=solving.at_once,
             rounds_few=solving.rounds_few,
             copies=needs.copies + 2 * (self._form.reach is not None),  # how far the latents may go
         )

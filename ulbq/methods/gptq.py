@@ -19,7 +19,7 @@ from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
 from ulbq.methods.rtn import affine_scheme, pack_codes
-from ulbq.solvers.gptq import GptqSettings, gptq
+from ulbq.solvers.gptq import AT_ONCE, GptqSettings, gptq
 from ulbq.solvers.hessian import HessianSum
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
 
@@ -55,6 +55,7 @@ class Gptq:
             between_outputs=options.hessian == "two-sided",
             layer_bytes=_LAYER_BYTES,
             stacked=options.hessian == "plain",
+            at_once=0 if options.hessian == "two-sided" else AT_ONCE,
             rounds_few=True,
         )
         self._settings = GptqSettings(

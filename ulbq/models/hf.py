@@ -122,6 +122,7 @@ class UlbqQuantizer(HfQuantizer):
 
         from ulbq.artifacts.shards import LazyTensors
         from ulbq.models.experts import unfuse
+        from ulbq.nn.experts import Experts
         from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
         files = [Path(file) for file in checkpoint_files or ()]
@@ -136,6 +137,10 @@ class UlbqQuantizer(HfQuantizer):
         # Those that were left out too, which are stored one by one and in full.
         layers = {name.rpartition(".")[0] for name in stored.names}
         unfuse(model, {spelled for name in layers for spelled in (name, base + name, name.removeprefix(base))})
+        for module in model.modules():
+            if any(isinstance(child, Experts) for child in module.children()):
+                # Qwen3-Omni's would draw the fused weights that are not there any more.
+                module._is_hf_initialized = True  # type: ignore[assignment]
         found: dict[str, str] = {}
         for name, linear in list(model.named_modules()):
             spelled = (name, base + name, name.removeprefix(base))

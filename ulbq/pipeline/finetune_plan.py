@@ -42,6 +42,7 @@ from ulbq.pipeline.memory import (
 from ulbq.pipeline.recipe_files import Recipe
 from ulbq.pipeline.tasks import request_of, settings_of
 from ulbq.progress import Progress
+from ulbq.tracking import check_tracker
 from ulbq.training.precision import Precision
 
 # Float32 copies of what trains: itself, gradient, two moments.
@@ -145,6 +146,7 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
     source, manifest = _open(given, offline=bool(options.get("offline")))
     folder = adapter_folder(source)
     request = request_of(given, task, options, adapted=folder is not None)
+    check_tracker(request.log_to)
     model = skeleton(source)
     check_length(model, request.sequence_length)
     trained = None if request.fresh else folder

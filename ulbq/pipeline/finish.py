@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ulbq import formats, runtime
+from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import (
     BitsReport,
@@ -32,6 +33,7 @@ from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, write_adapt
 from ulbq.nn.experts import place_of
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
+from ulbq.pipeline.quantize_page import REPORT, page
 from ulbq.training.block import TrainOutcome
 
 TUNED = "tuned "
@@ -130,7 +132,8 @@ def finish(
     card = _card(job, bits, covered, layers, warned)
     weights = [shard.name for shard in shards] + [name for name in writer.planned if name.startswith("model-")]
     writer.plan(*layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers, card, weights))
-    return QuantizedManifest(
+    writer.plan(REPORT)
+    manifest = QuantizedManifest(
         name=writer.name,
         request=job.request.record.model_dump(mode="json"),
         seed=job.request.seed,
@@ -151,6 +154,9 @@ def finish(
         warnings=warned,
         calibration=calibration.record() if calibration else {},
     )
+    with writing(writer.out):
+        (folder / REPORT).write_text(page(manifest), encoding="utf-8")
+    return manifest
 
 
 def _card(job: Job, bits: BitsReport, covered: Coverage, layers: Sequence[LayerRecord], warned: tuple[str, ...]) -> str:

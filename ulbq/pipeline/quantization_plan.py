@@ -1,8 +1,8 @@
 """Everything about a quantization run that is settled before the first tensor is read."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ulbq import distributed, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import Coverage, RotationRecord
+from ulbq.artifacts.shards import EXPERT
 from ulbq.blockwise.walk import check_length
 from ulbq.config.options import CODEBOOKS, COLUMNS, options
 from ulbq.config.quantize import (
@@ -33,10 +34,11 @@ from ulbq.models.rotation import rotated
 from ulbq.models.selection import Selection, fitting, of_artifact, select
 from ulbq.models.source import ModelSource
 from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_saliency, rotation_seed
-from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
-from ulbq.pipeline.samples import default_calibration
+from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits, whole_memory, whole_passes
+from ulbq.pipeline.samples import choose_streamed, default_calibration
 from ulbq.progress import Progress, Silent
 from ulbq.sensitivity import Saliency
+from ulbq.tracking import check_tracker
 from ulbq.training.precision import Precision
 
 
@@ -48,8 +50,10 @@ class QuantizePlan(BaseModel):
         request: completed: presets, defaults and the calibration source filled in.
         experts: of a mixture; 0 without any.
         coverage: how much of the model is quantized, and why the rest is not.
-        bits_per_weight: true bits of the linear weights, scales and zeros included.
+        bits_per_weight: true bits of the linear weights, scales, zeros and adapter included.
+        adapter_bits: those of them that are the adapter's.
         rotation: of the weights before they are quantized; None for none.
+        reads: how often all of the full-precision model is read, block by block; 0 where it is loaded, or not wanted.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,10 +68,12 @@ class QuantizePlan(BaseModel):
     coverage: Coverage
     scheme: str
     bits_per_weight: float
+    adapter_bits: float = 0.0
     device: str
     precision: str
     rotation: RotationRecord | None = None
     stored_as: tuple[str, float] | None = None
+    reads: int = 0
     cost: Cost
 
 
@@ -120,6 +126,11 @@ class Job:
         """Samples that train end to end, those held out not counted."""
         return self.request.text_samples
 
+    @property
+    def streamed(self) -> bool:
+        """Whether the full-precision model is read block by block where all of it is wanted."""
+        return self.plan.reads > 0
+
     def names(self, index: int) -> tuple[str, tuple[str, ...]]:
         """A block's full name with the dot, and its linear layers' names relative to it."""
         prefix = f"{self.found.blocks_prefix}.{index}."
@@ -171,15 +182,20 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     run = resolve(request, preset, rotate=turn is not None, calibration=calibration)
     precision = Precision.choose(device, run.precision)
     _check_processes(run, method)
+    _check_tracking(run, method)
     model = skeleton(source, packed=None if start is None else start.source.packed)
     selected = _selected(run, method, model, start)
     found = selected.found
     _check_model(run, method, source, model, found)
     stay = _blocks_stay(run.fit_temperature, method.needs, start)
-    cost = predict(run, method, found, model, precision, gguf_size=source.gguf_size, blocks_stay=stay)
+    whole = whole_memory(run, method, found, model, precision)
+    streamed = choose_streamed(run.stream, whole, device, progress)
+    sized: dict[str, Any] = {"gguf_size": source.gguf_size, "blocks_stay": stay, "streamed": streamed}
+    cost = predict(run, method, found, model, precision, **sized)
+    reads = whole_passes(run, method, found, model, precision) if streamed else 0
     covered = coverage(model, selected, bits=_bits_per_weight(method, found), carried=source.carried_values)
     check_coverage(covered, found, progress, allow_partial=run.allow_partial or start is not None)
-    described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered)
+    described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered, reads)
     saliency = open_saliency(method.needs.saliency, source)
     if method.needs.survey:
         _check_score(method, saliency)
@@ -216,6 +232,7 @@ def _described(
     cost: Cost,
     stored_as: tuple[str, float] | None,
     covered: Coverage,
+    reads: int,
 ) -> QuantizePlan:
     layers = [linear for block in found.linears for linear in block]
     return QuantizePlan(
@@ -229,18 +246,20 @@ def _described(
         coverage=covered,
         scheme=f"{method.scheme.format} {method.scheme.label}",
         bits_per_weight=_bits_per_weight(method, found),
+        adapter_bits=_adapter_bits(method, found),
         device=runtime.describe_device(precision.device),
         precision=str(precision.dtype).removeprefix("torch."),
         rotation=source.rotation,
         stored_as=stored_as,
+        reads=reads,
         cost=cost,
     )
 
 
 def _experts(layers: Sequence[Linear]) -> int:
     """How many experts the largest mixture has whose layers are among these."""
-    numbers = (re.search(r"\.experts\.(\d+)\.", layer.name) for layer in layers)
-    return max((int(number[1]) + 1 for number in numbers if number is not None), default=0)
+    found = (EXPERT.search(layer.name) for layer in layers)
+    return max((int(one[1] or one[2]) + 1 for one in found if one is not None), default=0)
 
 
 def replanned(job: Job, selected: Selection) -> QuantizePlan:
@@ -263,6 +282,13 @@ def _check_without_model(request: QuantizeRequest, preset: PresetName) -> None:
         check_training_text(request.end_to_end_data, data_dir=request.data_dir, offline=request.offline)
     if request.saliency is not None:
         check_saliency(request.saliency)
+
+
+def _check_tracking(run: Quantization, method: Method) -> None:
+    """Refuse a tracker that has nothing to track, or cannot. Raises UsageError, ResourceError."""
+    if run.log_to is not None and not method.needs.epochs and method.needs.end_to_end is None:
+        raise UsageError("`log_to` means nothing where nothing trains.", hint="It shows the losses of a training.")
+    check_tracker(run.log_to)
 
 
 def _check_processes(run: Quantization, method: Method) -> None:
@@ -308,12 +334,16 @@ def _calibration(request: QuantizeRequest, method: Method, start: Start | None, 
 
 def _bits_per_weight(method: Method, found: ModelStructure) -> float:
     """True bits a weight that the layers will have, adapters included."""
-    layers = [linear for block in found.linears for linear in block]
-    packed, adapter = planned_bits(method, layers), method.needs.adapter
+    return planned_bits(method, [linear for block in found.linears for linear in block]) + _adapter_bits(method, found)
+
+
+def _adapter_bits(method: Method, found: ModelStructure) -> float:
+    """Bits a weight of the layers' adapters; 0 without any."""
+    layers, adapter = [linear for block in found.linears for linear in block], method.needs.adapter
     if adapter is None:
-        return packed
+        return 0.0
     adapted = sum(adapter.bits(x.out_features, x.in_features) for x in layers if adapter.matches(x.name))
-    return packed + adapted / sum(x.out_features * x.in_features for x in layers)
+    return adapted / sum(x.out_features * x.in_features for x in layers)
 
 
 _DECIDED = (

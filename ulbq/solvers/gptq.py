@@ -8,7 +8,7 @@ On a CPU with a compiler affine grids go another way: the columns of a block are
 (:mod:`ulbq.kernels.solvers`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -19,6 +19,9 @@ from ulbq.kernels import solvers
 from ulbq.quantizers.base import SCALE_FLOOR
 from ulbq.solvers.hessian import HessianFactor, activation_order, factorize, make_good
 from ulbq.solvers.rtn import AffineCodes, range_factors, round_to_nearest, scale_overflow
+
+AT_ONCE = 1 << 25
+"""Weights of rows that are quantized together, a matter of memory alone: a pass holds many copies of them."""
 
 _ROWS = 16
 """Rows of a block that is quantized at once where rows after it make its errors good."""
@@ -173,7 +176,8 @@ def gptq(
     order = activation_order(hessian) if settings.act_order else None
     factor = factorize(hessian, damping=settings.damping, order=order)
     if outputs is None:
-        return _solve(weight, factor, scheme, settings)
+        parts = weight.split(max(1, AT_ONCE // weight.shape[1]))
+        return _joined([_solve(part, factor, scheme, settings) for part in parts])
     order = activation_order(outputs) if settings.act_order else None
     rows = factorize(outputs, damping=settings.damping, order=order)
     found: list[Solution] = []
@@ -183,9 +187,16 @@ def gptq(
         return _values(found[-1].codes)
 
     make_good(weight, rows, _ROWS, solve)
-    places = rows.order.argsort()
-    codes = AffineCodes(*(torch.cat(parts)[places] for parts in zip(*(one.codes for one in found), strict=True)))
-    return Solution(codes, sum(one.loss for one in found), factor.damping)
+    places, whole = rows.order.argsort(), _joined(found)
+    return whole._replace(codes=AffineCodes(*(part[places] for part in whole.codes)))
+
+
+def _joined(found: Sequence[Solution]) -> Solution:
+    """What was found for the rows of a matrix, some after the others."""
+    if len(found) == 1:
+        return found[0]
+    codes = AffineCodes(*map(torch.cat, zip(*(one.codes for one in found), strict=True)))
+    return Solution(codes, sum(one.loss for one in found), found[0].damping)
 
 
 def _values(codes: AffineCodes) -> torch.Tensor:
