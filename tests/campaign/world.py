@@ -82,6 +82,7 @@ COMMANDS = {
     "convert dense": Command(("convert", "@affine", "--to", "dense", *_PLAIN)),
     "convert gptq": Command(("convert", "@affine", "--to", "gptq", *_PLAIN)),
     "convert compressed-tensors": Command(("convert", "@affine", "--to", "compressed-tensors", *_PLAIN)),
+    "convert auto-round": Command(("convert", "@affine", "--to", "auto-round", *_PLAIN)),
     "convert gguf": Command(("convert", "@affine", "--to", "gguf", *_PLAIN)),
     "convert half": Command(("convert", "@affine", "--to", "half", *_PLAIN)),
     "eval": Command(

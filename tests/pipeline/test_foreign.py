@@ -27,7 +27,7 @@ from ulbq.progress import Silent
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": True}
-PACKED = ("gptq", "compressed-tensors", "mlx", "gguf")
+PACKED = ("gptq", "compressed-tensors", "auto-round", "mlx", "gguf")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,12 @@ def test_what_we_export_is_the_artifact_again(to: str, made: Path) -> None:
     assert one.parent is not None
     assert one.parent.source.path == made / "base"
     # 2 bits and a scale of 16 for 64; GPTQ and MLX have zero points, or biases, and GPTQ an index of its inputs.
-    expected = {"gptq": ("GPTQ w2g64", 2.29), "mlx": ("MLX w2g64", 2.5), "gguf": ("GGUF Q2_0", None)}
+    expected = {
+        "gptq": ("GPTQ w2g64", 2.29),
+        "auto-round": ("AutoRound w2g64", 2.29),
+        "mlx": ("MLX w2g64", 2.5),
+        "gguf": ("GGUF Q2_0", None),
+    }
     name, bits = expected.get(to, ("compressed-tensors w2g64", 2.25))
     assert describe(one.subject) == name
     assert one.subject.kind == "converted"

