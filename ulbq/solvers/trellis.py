@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from ulbq import formats
 from ulbq.formats import trellis
-from ulbq.formats.bits import stored_bits
 from ulbq.formats.trellis import LENGTH, TILE, Trellis, TrellisScheme
 from ulbq.kernels import solvers, trellis_launch
 from ulbq.solvers.hessian import HessianFactor, damped_diagonal, factorize
@@ -170,7 +170,7 @@ def allocate(demands: Sequence[Demand], scheme: TrellisScheme, budget: float) ->
         budget: stored bits of all of them together.
     """
     widths: list[int] = [scheme.bits] * len(demands)
-    left = budget - sum(sum(stored_bits(scheme.tensors(*one.shape)).values()) for one in demands)
+    left = budget - sum(formats.total_bits(scheme, one.shape) for one in demands)
     waiting = [(-_gain(one, scheme.bits), index) for index, one in enumerate(demands)]
     heapq.heapify(waiting)
     while waiting:
