@@ -8,7 +8,7 @@ import typer
 from . import console
 from .options import Debug, Json, Quiet, read_source
 
-_KINDS = ("quantized", "evaluation", "converted", "saliency")
+_KINDS = ("quantized", "evaluation", "converted", "saliency", "sweep")
 
 
 def inspect(

@@ -20,6 +20,7 @@ from ulbq.artifacts import (
     LayerRecord,
     QuantizedManifest,
     SaliencyManifest,
+    SweepManifest,
 )
 from ulbq.artifacts.records import ExpertsRecord, experts_sentence
 from ulbq.artifacts.told import losses
@@ -32,6 +33,7 @@ from . import scores
 from .fields import as_typed
 from .progress import duration
 from .saliency_table import each, summary
+from .sweep_table import settings_table
 from .tables import add, columns, grid
 
 _OUTSIDE_PARTS = ("embeddings", "other")
@@ -60,6 +62,8 @@ def show(console: Console, inspection: Inspection, *, layers: bool = False) -> N
             sections.append(("In full precision", Text(kept or ", ".join(manifest.skipped))))
     elif isinstance(manifest, EvaluationManifest):
         sections.append(("Results", _results(manifest)))
+    elif isinstance(manifest, SweepManifest):
+        sections.append(("Settings", settings_table(manifest)))
     elif isinstance(manifest, SaliencyManifest):
         sections.append(("Scores", summary(manifest)))
         if layers:

@@ -53,8 +53,8 @@ def show_finetune_plan(plan: "FinetunePlan") -> None:
             "rates": f"adapter {request.adapter_lr:g}{scales}, {request.schedule}, warm-up {request.warmup:g}, "
             f"decay {request.adapter_weight_decay:g}, clip {request.clip:g}",
             "compute": f"{plan.device}, {plan.precision}",
-            "predicted": f"peak memory {_binary(cost.peak_memory)} (base {_binary(cost.base)}, what trains "
-            f"{_binary(cost.training)}, activations {_binary(cost.activations)}; Python and its libraries the rest)",
+            "predicted": f"peak memory {binary(cost.peak_memory)} (base {binary(cost.base)}, what trains "
+            f"{binary(cost.training)}, activations {binary(cost.activations)}; Python and its libraries the rest)",
         }
     )
 
@@ -66,7 +66,7 @@ def bits_words(bits: float, adapter: float) -> str:
 
 def predicted(peak_memory: int, disk: int, artifact: int) -> str:
     """What a run will take, in words; Python and its libraries are part of the memory."""
-    return f"peak memory {_binary(peak_memory)} in all, disk {_binary(disk)}, artifact {_binary(artifact)}"
+    return f"peak memory {binary(peak_memory)} in all, disk {binary(disk)}, artifact {binary(artifact)}"
 
 
 def read_by_block(times: int) -> str:
@@ -75,7 +75,7 @@ def read_by_block(times: int) -> str:
     return f"; all of the full-precision model is read {often}, block by block" if times else ""
 
 
-def _binary(count: float) -> str:
+def binary(count: float) -> str:
     """Bytes in powers of two: ``512 B``, ``15.2 MiB``, ``1.25 GiB``."""
     for unit in ("B", "KiB", "MiB"):
         if count < 999.5:

@@ -34,6 +34,8 @@ _LEFT_OUT = "…"
 _WORK = {
     "saliency": ("saliency.saliency", "saliency.plan"),
     "quantize": ("quantize.quantize", "quantize.plan"),
+    "sweep": ("sweep.sweep", "sweep.plan"),
+    "recommend": ("recommend.recommend",),
     "eval": ("evaluate.evaluate",),
     "generate": ("generate.generate", "converse.converse"),
     "serve": ("serve.serve",),

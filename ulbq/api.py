@@ -19,9 +19,11 @@ if TYPE_CHECKING:
         EvaluationManifest,
         QuantizedManifest,
         SaliencyManifest,
+        SweepManifest,
     )
     from ulbq.config.run import PrecisionName
     from ulbq.evaluation.results import Results
+    from ulbq.pipeline.recommend import Recommendation
     from ulbq.progress import Progress
 
 Source = str | os.PathLike[str]
@@ -109,6 +111,44 @@ def saliency(
     with _checked():
         request = SaliencyRequest.model_validate(_given("saliency", options, source=model, out=output))
     return Artifact(*run(request, progress))
+
+
+def sweep(
+    model: Source | None = None, *, output: Source | None = None, progress: "Progress | None" = None, **options: Any
+) -> "Artifact[SweepManifest]":
+    """Quantize a model by many settings and compare them, as ``ulbq sweep`` does. A stopped one goes on where it was.
+
+    Args:
+        model: None for the default model.
+        output: folder for the sweep; None for a telling name under ``./artifacts``.
+        progress: told how it goes; None for silence.
+        options: fields of :class:`~ulbq.config.sweep.SweepRequest`; ``options`` are those of every run.
+    """
+    from ulbq.config.sweep import SweepRequest
+    from ulbq.pipeline.sweep import sweep as run
+
+    with _checked():
+        request = SweepRequest.model_validate(_given("sweep", options, source=model, out=output))
+    return Artifact(*run(request, progress))
+
+
+def recommend(model: Source | None = None, *, progress: "Progress | None" = None, **options: Any) -> "Recommendation":
+    """Find the setting that is expected to lose least within limits, as ``ulbq recommend`` does.
+
+    Args:
+        model: None for the default model.
+        progress: told how it goes; None for silence.
+        options: fields of :class:`~ulbq.config.recommend.RecommendRequest`.
+
+    Returns:
+        What to do: ``quantize(model, **found.best.options)``.
+    """
+    from ulbq.config.recommend import RecommendRequest
+    from ulbq.pipeline.recommend import recommend as run
+
+    with _checked():
+        request = RecommendRequest.model_validate(_given("recommend", options, source=model))
+    return run(request, progress)[0]
 
 
 def evaluate(

@@ -15,7 +15,8 @@ from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.config.convert import ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError
-from ulbq.models.source import ModelSource
+from ulbq.models.source import ModelSource, resolve
+from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline import proof
 from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import quantize
@@ -74,6 +75,18 @@ def test_what_does_not_load_is_not_finished(
     for name in ("config.json", "tokenizer.json", "model-outer.safetensors"):
         (tmp_path / "q.partial" / name).unlink(missing_ok=True)
     quantize(request(tmp_path))
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_kernel_that_computes_something_else_is_loud(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve(quantize(request(tmp_path))[0])
+    proof.check_products(source, torch.device("cpu"))
+    forward = QuantLinear.forward
+    monkeypatch.setattr(QuantLinear, "forward", lambda layer, x: forward(layer, x) * (0.9 if len(x) == rows else 1.0))
+    with pytest.raises(InputError, match=r"kernels of cpu .*'model\.layers\.0\.self_attn\.q_proj'"):
+        proof.check_products(source, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from ulbq.artifacts.records import (
     Parent,
     Record,
     RotationRecord,
+    SweepRun,
     TemperatureRecord,
 )
 from ulbq.artifacts.saliency import SaliencyLayer
@@ -154,13 +155,29 @@ class SaliencyManifest(Manifest):
     calibration: dict[str, Any] = Field(default_factory=dict)
 
 
-M = TypeVar("M", QuantizedManifest, EvaluationManifest, ConvertedManifest, SaliencyManifest)
-AnyManifest = QuantizedManifest | EvaluationManifest | ConvertedManifest | SaliencyManifest
+class SweepManifest(Manifest):
+    """Runs of one model with different settings, which lie below ``runs``, and their scores.
+
+    Attributes:
+        runs: those that ended.
+        left_out: why others did not, by their names.
+        results: as of an evaluation; the full-precision model is among the models.
+    """
+
+    kind: Literal["sweep"] = "sweep"
+    runs: tuple[SweepRun, ...]
+    left_out: dict[str, str] = Field(default_factory=dict)
+    results: dict[str, Any]
+
+
+M = TypeVar("M", QuantizedManifest, EvaluationManifest, ConvertedManifest, SaliencyManifest, SweepManifest)
+AnyManifest = QuantizedManifest | EvaluationManifest | ConvertedManifest | SaliencyManifest | SweepManifest
 _CLASSES: dict[str, type[AnyManifest]] = {
     "quantized": QuantizedManifest,
     "evaluation": EvaluationManifest,
     "converted": ConvertedManifest,
     "saliency": SaliencyManifest,
+    "sweep": SweepManifest,
 }
 
 

@@ -94,6 +94,38 @@ def sinks_sentence(blocks: Sequence[BlockRecord]) -> str:
     return f"In {where} {what} into attention sinks, which they are not in full precision."
 
 
+class SweepRun(Record):
+    """One run of a sweep; its scores are in the sweep's results, by its name.
+
+    Attributes:
+        name: of its folder below ``runs``, and of its model in the results.
+        setting: what all runs are called that differ in their seeds alone.
+        options: what was asked of it, by the names that recipes have for it.
+        scheme: short name of its format, such as ``w2g64``.
+        bits: true bits a quantized weight, those of an adapter too.
+        weights: how many are quantized.
+        size: bytes of all stored weights.
+        seconds: wall time of all phases; of the last part alone where ``resumed``.
+        peak_memory: bytes of resident memory.
+        resumed: whether it was stopped and went on.
+        errors: of each block's layers, the mean squared difference from the original weights, relative to these.
+    """
+
+    name: str
+    setting: str
+    seed: int
+    options: dict[str, Any]
+    method: str
+    scheme: str
+    bits: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    weights: Count
+    size: Count
+    seconds: Seconds
+    peak_memory: Count
+    resumed: bool = False
+    errors: tuple[float, ...] = ()
+
+
 class ExpertsRecord(Record):
     """How many tokens of the calibration went to each expert of a mixture.
 

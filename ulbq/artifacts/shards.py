@@ -31,6 +31,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 GUARD_NAME = "model-guard.safetensors"
 
+EXPERT = re.compile(r"\.experts\.(\d+)\.\w+$|\.(\d+)\.linear$")
+"""The end of the name of a layer that is one of several experts', JetMoe's at last."""
+
 _CARRIED = re.compile(r"model-carried-\d{5}\.safetensors")
 _CARRIED_AT_ONCE = 1 << 30  # bytes a shard
 
@@ -235,7 +238,7 @@ def store_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def guarded(linears: Iterable[str]) -> str:
     """The packed layer whose dense weight a guard stands for: no expert, since those lie fused in dense models."""
-    return min(linears, key=lambda name: (".experts." in name, name))
+    return min(linears, key=lambda name: (EXPERT.search(name) is not None, name))
 
 
 def write_guard(folder: Path, linears: Iterable[str]) -> dict[str, list[str]]:

@@ -50,6 +50,18 @@ Calibration = Annotated[
         primary=True,
     ),
 ]
+PresetChoice = Annotated[
+    PresetName,
+    Option(
+        "quick, balanced or best: samples, length and epochs at once.",
+        CALIBRATION,
+        "NAME",
+        default="quick on a CPU, balanced on a GPU",
+        primary=True,
+    ),
+]
+Samples = Annotated[Count, Option("Training samples.", CALIBRATION, "N", default="preset", primary=True)]
+SequenceLength = Annotated[int, Field(ge=2, le=MOST), Option("Tokens a sample.", CALIBRATION, "N", default="preset")]
 
 
 class Preset(BaseModel):
@@ -159,24 +171,10 @@ class _OfGroups(BaseModel):
 class _OfCalibrated(BaseModel):
     """What methods take that look at activations."""
 
-    preset: Annotated[
-        PresetName | None,
-        Option(
-            "quick, balanced or best: samples, length and epochs at once.",
-            CALIBRATION,
-            "NAME",
-            default="quick on a CPU, balanced on a GPU",
-            primary=True,
-        ),
-    ] = None
+    preset: PresetChoice | None = None
     calibration: Calibration | None = None
-    samples: Annotated[Count | None, Option("Training samples.", CALIBRATION, "N", default="preset", primary=True)] = (
-        None
-    )
-    sequence_length: Annotated[
-        Annotated[int, Field(ge=2, le=MOST)] | None,
-        Option("Tokens a sample.", CALIBRATION, "N", default="preset"),
-    ] = None
+    samples: Samples | None = None
+    sequence_length: SequenceLength | None = None
     fit_temperature: Annotated[
         bool | None,
         Option(

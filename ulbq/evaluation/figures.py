@@ -13,7 +13,7 @@ _WIDTH = 800.0
 _RIGHT = 24.0
 _ROW = 26.0
 _CHARACTER = 6.6  # pixels, of the labels' 12-pixel type; errs on the wide side
-_SERIES = 6  # colours in the theme
+SERIES = 9  # colours in the theme
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
@@ -25,7 +25,7 @@ def series_styles(results: Results) -> dict[str, str]:
         if scores.subject.name in originals:
             styles[scores.subject.name] = "parent"
         else:
-            styles[scores.subject.name] = f"s{used % _SERIES}"
+            styles[scores.subject.name] = f"s{used % SERIES}"
             used += 1
     return styles
 
@@ -149,14 +149,17 @@ def block_figure(blocks: Mapping[str, Sequence[BlockRecord]], styles: Mapping[st
     return drawing.markup()
 
 
-def layer_figure(layers: Sequence[LayerRecord], span: tuple[float, float]) -> Markup | None:
+def layer_figure(
+    layers: Sequence[LayerRecord], span: tuple[float, float], unit: str = "of the weights' squared norm"
+) -> Markup | None:
     """A map of relative weight errors, kinds of layers by blocks; None where no layer's name tells its block.
 
     Args:
         layers: of one model.
         span: the errors shown in the faintest and the fullest colour; the same for all models of a report.
+        unit: what the errors are.
     """
-    cells = {place: layer for layer in layers if (place := _place(layer.name))}
+    cells = {where: layer for layer in layers if (where := place(layer.name))}
     if not cells:
         return None
     low, high = span
@@ -165,7 +168,7 @@ def layer_figure(layers: Sequence[LayerRecord], span: tuple[float, float]) -> Ma
         {place: (shares[place], f"{layer.name}: {layer.error:.4f}") for place, layer in cells.items()},
         "Relative squared error of each layer's weights",
         (number(low), number(high)),
-        "of the weights' squared norm",
+        unit,
     )
 
 
@@ -260,7 +263,7 @@ def _errors(record: BlockRecord) -> list[float]:
     return [error for error in (record.start_error, record.end_error) if 0 < error < float("inf")]
 
 
-def _place(name: str) -> tuple[str, int] | None:
+def place(name: str) -> tuple[str, int] | None:
     """Kind and block of a layer: ``("self_attn.q_proj", 3)`` of ``model.layers.3.self_attn.q_proj``."""
     found = _BLOCK.search(name)
     return (name[found.end() :], int(found.group(1))) if found else None

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +66,7 @@ class Measurer:
         request: what was asked.
         measures: what that comes to.
         progress: told how it goes.
+        kept: a folder for what the parent of all models says of the text, so that it is asked once; None for none.
         samples: written answers so far, each with the name of its model.
     """
 
@@ -75,8 +77,10 @@ class Measurer:
         writer: ArtifactWriter,
         watch: runtime.Stopwatch,
         progress: Progress,
+        kept: Path | None = None,
     ) -> None:
         self.request = request
+        self.kept = kept
         self.measures = measures
         self.progress = progress
         self.samples: list[tuple[str, Sample]] = []

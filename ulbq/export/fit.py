@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.artifacts.shards import EXPERT
 from ulbq.config.convert import TARGETS
 from ulbq.errors import InputError, UsageError
 from ulbq.export.targets import target
@@ -23,9 +24,6 @@ from ulbq.nn.quant_linear import is_dense_linear
 
 if TYPE_CHECKING:
     from ulbq.export.targets.base import Target
-
-
-_EXPERT = re.compile(r".*\.experts\.\d+\.\w+")
 
 
 class Layer(NamedTuple):
@@ -77,7 +75,7 @@ class Candidate:
     @cached_property
     def fused_expert(self) -> str | None:
         """A packed expert whose family has no names for single ones; None for none."""
-        if not any(_EXPERT.fullmatch(name) for name in self.layers):
+        if not any(EXPERT.search(name) for name in self.layers):
             return None
         naming = StoredNames(self.config)
         return next((name for name in self.layers if naming.layer(name) is None), None)
@@ -109,7 +107,7 @@ def _inside_blocks(skipped: tuple[str, ...], layers: Mapping[str, Layer]) -> tup
 def _beside_experts(names: tuple[str, ...], layers: Mapping[str, Layer]) -> tuple[str, ...]:
     """Those of the modules whose parent has packed experts."""
     # Of `mlp.experts.7.gate_proj`, the `mlp`.
-    owners = {name.rsplit(".", 3)[0] for name in layers if _EXPERT.fullmatch(name)}
+    owners = {name.rsplit(".", 3)[0] for name in layers if EXPERT.search(name)}
     return tuple(name for name in names if name.rpartition(".")[0] in owners)
 
 

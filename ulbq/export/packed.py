@@ -14,9 +14,10 @@ from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_sh
 from ulbq.errors import NumericsError
 from ulbq.export.dense import adapters_to_merge, dense_tensor, shard_names, write_beside
 from ulbq.export.fit import Candidate, Layer
-from ulbq.export.targets.base import DTYPES, FULL_PRECISION, Conversion, Written, layer_reason
+from ulbq.export.targets.base import FULL_PRECISION, Conversion, Written, layer_reason
 from ulbq.formats import AffineScheme, AnyScheme
 from ulbq.models.blocks import skeleton
+from ulbq.models.load import DTYPES
 from ulbq.models.names import state_names
 from ulbq.models.source import ModelSource
 from ulbq.models.stored_names import StoredNames

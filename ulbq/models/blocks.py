@@ -79,14 +79,17 @@ def skeleton(
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Full name and modules of the decoder blocks: the longest list of modules that hold linear layers.
+    """Full name and modules of the decoder blocks: a list of modules with linear layers, as long as configured.
 
-    Lists inside blocks (experts) do not count, nor does anything outside the text decoder of a multimodal model.
+    Where none is, the longest one. Lists inside blocks (experts) do not count, nor does anything outside the text
+    decoder of a multimodal model.
 
     Raises:
         InputError: there is no such list.
     """
     decoder = model.get_decoder()
+    if isinstance(decoder, nn.Linear):
+        decoder = model.base_model  # ModernBERT calls its head so
     inside = {id(module) for module in decoder.modules()}
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -102,13 +105,20 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"The model type '{model.config.model_type}' has no blocks with linear layers.",
             hint="ulbq quantizes the torch.nn.Linear layers of transformer decoders.",
         )
-    prefix = max(found, key=lambda name: len(found[name]))
+    # Phi-4 has towers of images and sounds inside its decoder.
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    prefix = max(found, key=lambda name: (len(found[name]) == layers, len(found[name])))
     return prefix, found[prefix]
 
 
 def structure(model: PreTrainedModel) -> ModelStructure:
-    """Find blocks, linear layers, embeddings and head of a dense model. Raises InputError as :func:`block_list`."""
+    """Find blocks, linear layers, embeddings and head of a dense model.
+
+    Raises:
+        InputError: as :func:`block_list`; or blocks share weights.
+    """
     prefix, blocks = block_list(model)
+    _check_apart(model, prefix, blocks)
     linears = tuple(
         tuple(
             Linear(f"{prefix}.{index}.{name}", module.out_features, module.in_features)
@@ -139,6 +149,19 @@ def structure(model: PreTrainedModel) -> ModelStructure:
             if name not in quantizable and name not in embeddings and _has_matrix(module)
         ),
     )
+
+
+def _check_apart(model: PreTrainedModel, prefix: str, blocks: nn.ModuleList) -> None:
+    """Refuse blocks that have weights in common, as Zamba's: they are quantized one after the other."""
+    owners: dict[nn.Parameter, int] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            if owners.setdefault(parameter, index) != index:
+                raise InputError(
+                    f"Blocks {owners[parameter]} and {index} of the model type '{model.config.model_type}' share "
+                    f"'{name}', and ulbq quantizes one block after the other.",
+                    hint="'ulbq eval' and 'generate' run it in full precision.",
+                )
 
 
 def check_group(group_size: int) -> None:

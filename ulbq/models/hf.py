@@ -123,6 +123,7 @@ class UlbqQuantizer(HfQuantizer):
 
         from ulbq.artifacts.shards import LazyTensors
         from ulbq.models.experts import unfuse
+        from ulbq.nn.experts import Experts
         from ulbq.nn.quant_embedding import swap_table
         from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
@@ -132,12 +133,16 @@ class UlbqQuantizer(HfQuantizer):
                 "Packed weights are loaded from the safetensors files of an artifact, and from nothing else."
             )
         stored, self._folder = LazyTensors(files), files[0].parent
-        own, shared = self._schemes(self._folder)
+        own, shared = read_schemes(self.quantization_config, self._folder)
         owners = {name.removesuffix(".codes") for name in stored.names if name.endswith(".codes")}
         base = f"{model.base_model_prefix}."
         # Those that were left out too, which are stored one by one and in full.
         layers = {name.rpartition(".")[0] for name in stored.names}
         unfuse(model, {spelled for name in layers for spelled in (name, base + name, name.removeprefix(base))})
+        for module in model.modules():
+            if any(isinstance(child, Experts) for child in module.children()):
+                # Qwen3-Omni's would draw the fused weights that are not there any more.
+                module._is_hf_initialized = True  # type: ignore[assignment]
         found: dict[str, str] = {}
         for name, linear in list(model.named_modules()):
             spelled = (name, base + name, name.removeprefix(base))
@@ -248,25 +253,25 @@ class UlbqQuantizer(HfQuantizer):
         """The products are operators that torch.compile knows."""
         return True
 
-    def _schemes(self, folder: Path) -> "tuple[dict[str, AnyScheme], AnyScheme | None]":
-        """Schemes by full layer name, and that of all other layers; None where nothing says it. Raises InputError."""
-        from ulbq.artifacts.manifest import MANIFEST_NAME, QuantizedManifest, read_manifest
-        from ulbq.formats import read_scheme
 
-        config = self.quantization_config
-        layers, shared = config.layers, config.scheme
-        if layers is None and (folder / MANIFEST_NAME).is_file():
-            manifest = read_manifest(folder)
-            if isinstance(manifest, QuantizedManifest):
-                layers, shared = {layer.name: layer.scheme for layer in manifest.layers}, manifest.scheme
-        try:
-            own = {name: read_scheme(scheme) for name, scheme in (layers or {}).items()}
-            return own, read_scheme(shared) if shared else None
-        except ValueError as error:
-            raise InputError(
-                f"'{folder}' stores weights in a format that this version of ulbq does not know.",
-                hint="Upgrade with 'pip install --upgrade ulbq'.",
-            ) from error
+def read_schemes(config: UlbqConfig, folder: Path) -> "tuple[dict[str, AnyScheme], AnyScheme | None]":
+    """Schemes by full layer name, and that of all other layers; None where nothing says it. Raises InputError."""
+    from ulbq.artifacts.manifest import MANIFEST_NAME, QuantizedManifest, read_manifest
+    from ulbq.formats import read_scheme
+
+    layers, shared = config.layers, config.scheme
+    if layers is None and (folder / MANIFEST_NAME).is_file():
+        manifest = read_manifest(folder)
+        if isinstance(manifest, QuantizedManifest):
+            layers, shared = {layer.name: layer.scheme for layer in manifest.layers}, manifest.scheme
+    try:
+        own = {name: read_scheme(scheme) for name, scheme in (layers or {}).items()}
+        return own, read_scheme(shared) if shared else None
+    except ValueError as error:
+        raise InputError(
+            f"'{folder}' stores weights in a format that this version of ulbq does not know.",
+            hint="Upgrade with 'pip install --upgrade ulbq'.",
+        ) from error
 
 
 def _table(name: str, scheme: "AnyScheme", embedding: "torch.nn.Embedding", dtype: "torch.dtype") -> "QuantEmbedding":

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ulbq import limits
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.small_files import parse_json, read_small
+from ulbq.config.run import DtypeName
 from ulbq.errors import InputError
 from ulbq.models.adapter_files import adapter_folder, attach_adapter
 from ulbq.models.blocks import materialize, skeleton
@@ -16,6 +17,9 @@ from ulbq.models.skeleton import empty_model
 from ulbq.models.source import ModelSource
 from ulbq.models.tokenizer_files import check_ids
 from ulbq.nn.quant_linear import QuantLinear
+
+DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""By the names that options give them."""
 
 
 def load_model(

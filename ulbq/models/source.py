@@ -23,6 +23,7 @@ from ulbq.artifacts.manifest import (
     EvaluationManifest,
     QuantizedManifest,
     SaliencyManifest,
+    SweepManifest,
     is_artifact,
     is_replaceable,
     load_manifest,
@@ -50,7 +51,6 @@ from ulbq.models.foreign import READERS, ForeignTensors
 from ulbq.models.gguf import GGUF_NAME, GgufTensors, is_gguf, model_name, open_gguf
 from ulbq.models.gguf_tokenizer import check_pre_tokenizer, read_tokenizer
 from ulbq.models.rope_factors import ROPE_FACTORS
-from ulbq.models.scaled import METHODS, ScaledTensors
 from ulbq.models.side_files import check_folder, copy_side_files, copy_tree, side_files, write_tokenizer
 from ulbq.models.skeleton import empty_model
 from ulbq.models.tokenizer_files import check_loaded, check_tokenizer
@@ -64,7 +64,7 @@ DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
 """Kinds of parents, in a manifest, that are full-precision models."""
 
-_PACKINGS = frozenset({METHOD, *METHODS, *READERS})
+_PACKINGS = frozenset({METHOD, *READERS})
 """What packs weights that are read."""
 
 _GGUF_ADAPTER = "adapter.gguf"
@@ -163,12 +163,14 @@ class ModelSource:
     def stored_as(self) -> tuple[str, float] | None:
         """What a GGUF file or a folder that others quantized is, and bits a value; None in full precision."""
         for told in (self.stored, self.tensors):
-            if isinstance(told, GgufTensors | Exl3Tensors | ForeignTensors | ScaledTensors):
+            if isinstance(told, GgufTensors | Exl3Tensors | ForeignTensors):
                 return told.stored_as
         return None
 
     def check_parent(self) -> None:
-        """Refuse what is only to be run and converted: another tool's codes, or ours in another tool's layout.
+        """Refuse what is only to be run and converted: another tool's integers, or ours in another tool's layout.
+
+        Floats of eight and four bits are what makers publish, often nothing else: those are taken.
 
         Raises:
             InputError: it is one of them.
@@ -178,7 +180,7 @@ class ModelSource:
         if isinstance(self.manifest, ConvertedManifest):
             raise _for_engines(self.given, self.manifest.target)
         ours = isinstance(self.tensors, GgufTensors) and self.tensors.quantized_by == "ulbq"
-        if ours or isinstance(self.stored, ForeignTensors):
+        if ours or (isinstance(self.stored, ForeignTensors) and not self.stored.in_floats):
             raise InputError(
                 f"'{self.given}' is quantized already ({self.stored_as[0]}{', by ulbq' if ours else ''}).",
                 hint="Give the full-precision model it was made from; 'ulbq eval', 'generate' and 'convert' take it.",
@@ -448,6 +450,9 @@ def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: 
     manifest = read_manifest(path, unfinished=unfinished)
     if isinstance(manifest, EvaluationManifest):
         raise InputError(f"'{given}' holds the scores of a model, not a model.", hint="Give the model that was scored.")
+    if isinstance(manifest, SweepManifest):
+        best = f": '{path / 'runs' / manifest.runs[0].name}'" if manifest.runs else ""
+        raise InputError(f"'{given}' holds the runs of a sweep.", hint=f"Give one of them{best}.")
     if isinstance(manifest, SaliencyManifest):
         raise InputError(
             f"'{given}' holds saliency scores, not a model.",
@@ -526,4 +531,4 @@ def _unpacking(stored: LazyTensors, config: PreTrainedConfig, said: Mapping[str,
     """The tensors of a folder as what they stand for. Raises InputError."""
     if said["quant_method"] == METHOD:
         return Exl3Tensors(stored, config.get_text_config().vocab_size)
-    return (ScaledTensors if said["quant_method"] in METHODS else ForeignTensors)(stored, said)
+    return ForeignTensors(stored, said)

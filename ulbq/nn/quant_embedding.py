@@ -9,7 +9,7 @@ from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
 
 class QuantEmbedding(QuantLinear):
-    """Looks tokens up in a packed matrix ``[tokens, width]``; :meth:`product` multiplies by it, as a tied head does.
+    """Looks tokens up in a packed matrix ``[tokens, width]``; :meth:`multiply` multiplies by it, as a tied head does.
 
     Both read the one order in which products take the matrix: there is no second copy for lookups.
 
@@ -38,7 +38,7 @@ class QuantEmbedding(QuantLinear):
         found = formats.dequantize(self.scheme, rows, self.in_features, self.dtype)
         return found.view(*tokens.shape, self.in_features)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., width]`` to ``[..., tokens]``, as :meth:`QuantLinear.forward`."""
         return super().forward(x)
 
@@ -67,7 +67,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., width]`` to ``[..., tokens]``."""
-        product = self._table[0].product(x)
+        product = self._table[0].multiply(x)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
 

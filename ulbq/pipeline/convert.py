@@ -13,8 +13,9 @@ from ulbq.errors import InputError, UsageError
 from ulbq.export import card, engines, fit
 from ulbq.export.fit import Candidate
 from ulbq.export.targets import target
-from ulbq.export.targets.base import DTYPES, Conversion, Target, Written
+from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.models.adapter_files import adapter_folder
+from ulbq.models.load import DTYPES
 from ulbq.models.source import ModelSource, resolve
 from ulbq.pipeline.proof import proof
 from ulbq.progress import Progress, Silent

@@ -19,10 +19,10 @@ from ulbq.evaluation.harness import Tasks, check_tasks, load_tasks
 from ulbq.evaluation.measurer import Measures
 from ulbq.evaluation.results import Protocol
 from ulbq.models.decoding import check_prompt, check_room
+from ulbq.models.load import DTYPES
 from ulbq.pipeline.recorded import Recorded, read_recorded
 from ulbq.progress import Progress
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_TEXT = "wikitext2"
 DEFAULT_CONTEXT = 1024
 DEFAULT_PROMPT = "The capital of France is"
@@ -81,8 +81,8 @@ def prepare(request: EvaluateRequest, progress: Progress) -> EvaluationJob:
         progress=progress,
     )
     if candidates:
-        measures = _measures(request, candidates, device, progress)
-        protocol = _protocol(request, measures)
+        measures = measures_of(request, candidates, device, progress)
+        protocol = protocol_of(request, measures)
     elif request.asks or request.prompts:
         raise UsageError(
             "Finished evaluations are put side by side as they are: nothing is measured.",
@@ -95,12 +95,13 @@ def prepare(request: EvaluateRequest, progress: Progress) -> EvaluationJob:
     return EvaluationJob(request, candidates, recorded, measures, protocol, device)
 
 
-def _measures(
+def measures_of(
     request: EvaluateRequest,
     candidates: Sequence[EvaluatedModel],
     device: torch.device,
     progress: Progress,
 ) -> Measures:
+    """What a request comes to for these models. Raises as :func:`prepare`."""
     perplexity, fidelity = _texts(request, candidates, progress)
     limit = request.limit or None
     if request.limit is None and not request.asks and perplexity and device.type == "cpu":
@@ -235,7 +236,8 @@ def _context(request: EvaluateRequest, candidates: Sequence[EvaluatedModel]) -> 
     return request.context
 
 
-def _protocol(request: EvaluateRequest, measures: Measures) -> Protocol:
+def protocol_of(request: EvaluateRequest, measures: Measures) -> Protocol:
+    """How the scores are taken, for whoever compares them with others."""
     return Protocol(
         context=measures.context,
         limit=measures.limit,

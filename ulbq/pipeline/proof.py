@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ulbq import runtime
+from ulbq import formats, runtime
 from ulbq.blockwise.samples import Samples
 from ulbq.blockwise.streamed import StreamedModel
 from ulbq.blockwise.walk import BlockWalk
@@ -20,7 +20,7 @@ from ulbq.errors import InputError, NumericsError
 from ulbq.export.dense import open_again
 from ulbq.export.fit import Candidate
 from ulbq.export.targets.base import Target
-from ulbq.models.blocks import load_block, skeleton
+from ulbq.models.blocks import block_list, load_block, skeleton
 from ulbq.models.load import load_model
 from ulbq.models.skeleton import BUILD_ERRORS
 from ulbq.models.source import ModelSource
@@ -32,6 +32,8 @@ from ulbq.progress import Progress
 
 _TOKENS = 8
 _DTYPE = torch.bfloat16  # as `generate` and `eval` compute
+_ROWS = (1, 64)  # of inputs: kernels for one token, and for many
+_WRONG = 0.05  # relative error of products that no rounding explains
 
 
 def proof(
@@ -58,6 +60,8 @@ def _look(
     if job is not None and opened is not None:
         with progress.phase("Comparing blocks"):
             _check_blocks(job, opened, folder)
+            if job.precision.device.type != "cpu":
+                check_products(opened, job.precision.device)
     needed = OPENED_COPIES * sum(
         path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".gguf")
     )
@@ -97,6 +101,32 @@ def _check_blocks(job: Job, source: ModelSource, folder: Path) -> None:
                 f"Block {index} of what was written to '{folder}' computes something else than in the run.",
                 hint="transformers, or ulbq, cannot compute with this model as it is stored: please report it.",
             )
+
+
+@torch.inference_mode()
+def check_products(source: ModelSource, device: torch.device) -> None:
+    """Compare what a device's kernels make of the first block's packed layers with their weights, dequantized.
+
+    Raises:
+        InputError: a product is another.
+    """
+    model = skeleton(source)
+    prefix = f"{block_list(model)[0]}.0."
+    for name, layer in load_block(model, source, 0, _DTYPE, device).named_modules():
+        if not isinstance(layer, QuantLinear):
+            continue
+        layer.cache = False
+        tensors = {short: tensor.to(device) for short, tensor in source.read_packed(prefix + name).items()}
+        matrix = formats.matrix(layer.scheme, tensors, layer.in_features, torch.float32)
+        bias = None if layer.bias is None else layer.bias.float()
+        for rows in _ROWS:
+            x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(0)).to(device, _DTYPE)
+            expected = formats.multiply(layer.scheme, tensors, x.float(), matrix, bias)
+            if not (layer(x) - expected).norm() <= _WRONG * expected.norm():
+                raise InputError(
+                    f"The kernels of {device} compute something else than '{prefix}{name}' has stored.",
+                    hint="Report it, with the output of 'ulbq doctor'; `device=cpu` does without them.",
+                )
 
 
 def _walk(model: PreTrainedModel, source: ModelSource) -> BlockWalk | None:

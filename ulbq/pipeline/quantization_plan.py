@@ -1,6 +1,5 @@
 """Everything about a quantization run that is settled before the first tensor is read."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 from ulbq import distributed, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import Coverage, RotationRecord
+from ulbq.artifacts.shards import EXPERT
 from ulbq.blockwise.walk import check_length
 from ulbq.config.options import CODEBOOKS, COLUMNS, options
 from ulbq.config.quantize import (
@@ -310,8 +310,8 @@ def _described(
 
 def _experts(layers: Sequence[Linear]) -> int:
     """How many experts the largest mixture has whose layers are among these."""
-    numbers = (re.search(r"\.experts\.(\d+)\.", layer.name) for layer in layers)
-    return max((int(number[1]) + 1 for number in numbers if number is not None), default=0)
+    found = (EXPERT.search(layer.name) for layer in layers)
+    return max((int(one[1] or one[2]) + 1 for one in found if one is not None), default=0)
 
 
 def replanned(job: Job, selected: Selection) -> QuantizePlan:

@@ -47,6 +47,8 @@ def quantize(
     on_plan: Callable[[QuantizePlan], None] | None = None,
     *,
     name: str | None = None,
+    root: Path = DEFAULT_ROOT,
+    shared: Path | None = None,
 ) -> tuple[Path, QuantizedManifest]:
     """Quantize a model.
 
@@ -55,6 +57,8 @@ def quantize(
         progress: told how it goes.
         on_plan: called with the plan before anything is written.
         name: of the artifact where the request names no folder; None for one that tells model, method and format.
+        root: the folder that it then lies in.
+        shared: a folder for samples that the model wrote: other runs of the model with the same ones take them there.
 
     Returns:
         The artifact's folder and its manifest.
@@ -73,21 +77,21 @@ def quantize(
     drawn, text = _drawn(job, watch, progress)
     identity = _fingerprint(job, drawn, text)
     telling = f"{job.source.name}-{job.method.name}-{job.method.scheme.label}"
-    out = request.out or free_output(DEFAULT_ROOT, name or telling, identity)
+    out = request.out or free_output(root, name or telling, identity)
     if job.source.kind == "gguf":
         job.source.tokenizer()  # written out at the end: better missed now
     if job.method.needs.searches and job.start is None and (reason := solvers.slow_reason(job.precision.device)):
-        progress.note(f"No compiled solvers ({reason}): the search for the best scales takes some 40 times as long.")
+        progress.note(f"No compiled solvers ({reason}): the search for the best scales takes {solvers.SLOWER}.")
     with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
         if writer.resumed:
             done = sum(key.isdigit() for key in writer.journal)
             progress.note(f"Resuming {out}: {done} of {job.found.n_blocks} blocks are done.")
         if job.calibrated and drawn is None:
             with watch.phase("calibration"):
-                drawn = _written_samples(job, writer, progress)
+                drawn = _written_samples(job, writer, progress, shared)
         if job.request.text is not None and text is None:
             with watch.phase("text"):
-                text = _written_text(job, writer, progress)
+                text = _written_text(job, writer, progress, shared)
         for file, samples in ((CALIBRATION_FILE, drawn), (TEXT_FILE, text)):
             if samples is not None:
                 save_calibration(writer.path / file, samples)
@@ -198,18 +202,19 @@ def _telling_of_others(samples: int) -> Iterator[None]:
         raise InputError(error.message, hint=f"{error.hint} {extra}" if error.hint else extra) from error
 
 
-def _written_samples(job: Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
-    samples = job.request.drawn_samples
+def _written_samples(job: Job, writer: ArtifactWriter, progress: Progress, shared: Path | None) -> Calibration:
+    return _written(job, job.request.drawn_samples, CALIBRATION_FILE, writer, progress, shared)
+
+
+def _written_text(job: Job, writer: ArtifactWriter, progress: Progress, shared: Path | None) -> Calibration:
+    return _written(job, job.text_samples, TEXT_FILE, writer, progress, shared)
+
+
+def _written(
+    job: Job, samples: int, file: str, writer: ArtifactWriter, progress: Progress, shared: Path | None
+) -> Calibration:
+    """Samples of the model's own, those that are held out too."""
     count = samples + heldout_samples(samples)
-    return _written(job, writer, count, CALIBRATION_FILE, progress)
-
-
-def _written_text(job: Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
-    count = job.text_samples + heldout_samples(job.text_samples)
-    return _written(job, writer, count, TEXT_FILE, progress)
-
-
-def _written(job: Job, writer: ArtifactWriter, count: int, file: str, progress: Progress) -> Calibration:
     return written_samples(
         job.request,
         job.source,
@@ -218,6 +223,7 @@ def _written(job: Job, writer: ArtifactWriter, count: int, file: str, progress: 
         precision=job.precision,
         streamed=job.streamed,
         writer=writer,
+        shared=shared,
         progress=progress,
     )
 

@@ -187,9 +187,13 @@ def written_samples(
     precision: Precision,
     streamed: bool,
     writer: ArtifactWriter,
+    shared: Path | None = None,
     progress: Progress,
 ) -> Calibration:
-    """Samples of the model's own, or those that the interrupted run wrote to ``file``: they follow from the seed."""
+    """Samples of the model's own, or those that the interrupted run wrote to ``file``: they follow from the seed.
+
+    Where there is a ``shared`` folder, those that lie there are taken, and new ones are kept there.
+    """
     saved, step = writer.path / file, f"{_WRITTEN}{file}"
     if step in writer.journal:
         return _looked_at(load_calibration(saved), source, progress)
@@ -205,8 +209,15 @@ def written_samples(
             progress=progress,
         )
 
-    # One process writes for all: each word hangs on those before it.
-    written = distributed.on_main(write)
+    words = f"{samples}x{request.sequence_length}-{request.seed}-{precision.dtype}-{source.content_hash}.safetensors"
+    kept = None if shared is None else shared / words
+    if kept is not None and kept.exists():
+        written = load_calibration(kept)
+    else:
+        # One process writes for all: each word hangs on those before it.
+        written = distributed.on_main(write)
+        if kept is not None:
+            save_calibration(kept, written)
     save_calibration(saved, written)
     writer.record(step, {}, files=[saved])
     # Read back: what a model wrote while it kept no gradients takes none later.

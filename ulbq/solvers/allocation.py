@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ulbq.formats.bits import stored_bits
+from ulbq import formats
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.formats.levels import assign
 from ulbq.solvers.claq import ColumnPlan
@@ -98,7 +98,7 @@ def scheme_of(plan: ColumnPlan, base: Base) -> CodebookScheme:
 
 def bits_of(plan: ColumnPlan, base: Base, out_features: int) -> int:
     """Stored bits of a matrix whose columns are planned so, every part counted."""
-    return sum(stored_bits(scheme_of(plan, base).tensors(out_features, len(plan.widths))).values())
+    return formats.total_bits(scheme_of(plan, base), (out_features, len(plan.widths)))
 
 
 def allocate(

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from ulbq import formats
 from ulbq.formats import trellis
-from ulbq.formats.bits import stored_bits
 from ulbq.formats.trellis import LENGTH, TILE, Trellis, TrellisScheme
 from ulbq.kernels import solvers, trellis_launch
 from ulbq.solvers.allocation import Priced, give_out
@@ -171,8 +171,7 @@ def allocate(demands: Sequence[Demand], scheme: TrellisScheme, budget: float) ->
     """
     schemes = [scheme.model_copy(update={"bits": bits}) for bits in range(scheme.bits, max(_ERRORS) + 1)]
     choices = [
-        [Priced(sum(stored_bits(s.tensors(*one.shape)).values()), one.loss * _ERRORS[s.bits]) for s in schemes]
-        for one in demands
+        [Priced(formats.total_bits(s, one.shape), one.loss * _ERRORS[s.bits]) for s in schemes] for one in demands
     ]
     return [schemes[taken] for taken in give_out(choices, budget)]
 

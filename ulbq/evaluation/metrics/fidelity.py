@@ -26,19 +26,30 @@ class FidelityMetric(Metric):
     def measure(
         self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]"
     ) -> Fidelity | None:
-        from ulbq.evaluation.fidelity import fidelity
+        from ulbq.evaluation.fidelity import KeptLogits, fidelity
 
         text, parent = measurer.measures.fidelity, candidate.parent
         if text is None or parent is None:
             return None
 
         def compare() -> Fidelity:
-            compressed, original = model(), measurer.load(parent)
+            compressed = model()
             read = "its parent's text" if text == "self" else text
+            original: AnyModel | KeptLogits
+            if measurer.kept is None:
+                original = measurer.load(parent)
+                windows = _windows(measurer, parent, original, text)
+            else:
+                original = KeptLogits(
+                    lambda: measurer.load(parent),
+                    lambda loaded: _windows(measurer, parent, loaded, text),
+                    measurer.kept,
+                )
+                windows = original.windows
             return fidelity(
                 compressed,
                 original,
-                _windows(measurer, parent, original, text),
+                windows,
                 text=text,
                 batch_size=measurer.request.batch_size,
                 progress=measurer.progress,

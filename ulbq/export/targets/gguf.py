@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ulbq import formats
 from ulbq.artifacts.disk import replace_synced, temporary, writing
+from ulbq.config.run import DtypeName
 from ulbq.errors import InputError, NumericsError
 from ulbq.export import dense, gguf_adapter, gguf_blocks, gguf_models, packed
 from ulbq.export.card import base_of, front_of
@@ -33,13 +34,13 @@ from ulbq.export.dense import adapters_to_merge, dense_tensor
 from ulbq.export.fit import Candidate, Layer
 from ulbq.export.gguf_vocab import add_tokenizer, check_tokenizer
 from ulbq.export.rules import Reader
-from ulbq.export.targets.base import DTYPES, Conversion, Dtype, Target, Written, layer_reason
+from ulbq.export.targets.base import Conversion, Target, Written, layer_reason
 from ulbq.formats import AnyScheme, read_scheme
 from ulbq.models.blocks import skeleton
 from ulbq.models.gguf import GGUF_NAME
 from ulbq.models.gguf_header import read_header
 from ulbq.models.gguf_types import SIZES, AnyType, NewType, dequantize
-from ulbq.models.load import load_model
+from ulbq.models.load import DTYPES, load_model
 from ulbq.models.names import state_names
 from ulbq.models.source import ModelSource, resolve
 from ulbq.nn.adapter import Adapter
@@ -287,7 +288,7 @@ class GgufTarget(Target):
             notes.append(f"A GGUF file has no place for the {count} tensors beside the model: they stay behind.")
         return " ".join(note for note in notes if note) or None
 
-    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+    def dtype(self, source: ModelSource, asked: DtypeName | None) -> DtypeName:
         return asked or "fp16"
 
     def steps(self, source: ModelSource) -> int:

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedConfig
 
+from ulbq.config.run import DtypeName
 from ulbq.export import packed
 from ulbq.export.fit import Candidate
 from ulbq.export.rules import Reader, plain_reason
-from ulbq.export.targets.base import Conversion, Dtype, Target, Written
+from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.streams import pack_stream
 from ulbq.models.foreign.mlx import decode
@@ -121,7 +122,7 @@ class MlxTarget(Target):
     def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
         return packed.bits(candidate, stored_bits)
 
-    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+    def dtype(self, source: ModelSource, asked: DtypeName | None) -> DtypeName:
         return asked or "fp16"
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:

@@ -10,6 +10,7 @@ from ulbq.formats import AnyScheme
 from ulbq.kernels import ops
 from ulbq.kernels.banks import Bank
 from ulbq.kernels.ops.dense import Dense
+from ulbq.kernels.product import Product
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -93,6 +94,19 @@ class Layout:
 
     def bank(self, scheme: AnyScheme) -> type[Bank] | None:
         """What multiplies several of its matrices in one call; None for nothing."""
+        return None
+
+    def product(
+        self, scheme: Any, tensors: Tensors, shape: tuple[int, int], bias: torch.Tensor | None, *, exact: bool
+    ) -> Product | None:
+        """What tokens are multiplied with (:mod:`ulbq.kernels.decode`); None for nothing.
+
+        Args:
+            scheme, tensors: of the matrix, as for :meth:`multiply`.
+            shape: its outputs and inputs.
+            bias: float32 ``[out]``, or None.
+            exact: inputs are rounded to 24 bits of their largest, not to 16.
+        """
         return None
 
     def multiply(self, scheme: AnyScheme, tensors: Tensors, x: torch.Tensor, out_features: int) -> torch.Tensor:
