@@ -142,6 +142,9 @@ def _particulars(manifest: AnyManifest) -> dict[str, str]:
         rows = {"method": manifest.method, "format": scheme(manifest.scheme)}
         if manifest.coverage is not None:
             rows["weights"] = manifest.coverage.words
+        for table in manifest.tables:
+            told = f"{scheme(table.scheme)}, {_layer_bits(table):.2f} bits, squared error {_error(table)}"
+            rows[table.name.rpartition(".")[2]] = told
         if manifest.rotation is not None:
             rows["rotation"] = manifest.rotation.label
         rows |= losses(manifest)

@@ -151,7 +151,7 @@ def test_mlx_holds_the_weights_themselves(bits: int, form: str, group_size: int,
 @pytest.mark.parametrize(
     ("scheme", "why"),
     [
-        (AffineScheme(bits=1, symmetric=True), "2, 3, 4 and 8 bits, not 1"),
+        (AffineScheme(bits=1, symmetric=True), "2, 3, 4, 6 and 8 bits, not 1"),
         (AffineScheme(bits=2, group_size=16), "groups of 32, 64 and 128"),
         (DualBinaryScheme(group_size=32), "integer codes"),
     ],
@@ -231,3 +231,16 @@ def test_matrices_of_one_tensor_have_the_type_that_holds_them_all() -> None:
     two, four = (AffineScheme(bits=bits, group_size=64, symmetric=True) for bits in (2, 4))
     assert gguf_blocks.kind_of([two, four], 128) == GGMLQuantizationType.Q4_0
     assert gguf_blocks.kind_of([two, DualBinaryScheme(group_size=64)], 128) is None
+
+
+@pytest.mark.parametrize("group_size", [256, 512, -1])
+def test_six_bits_in_long_groups_are_gguf_blocks_with_factors_of_one(group_size: int) -> None:
+    scheme = AffineScheme(bits=6, group_size=group_size, symmetric=True)
+    packed = pack_some(scheme, 8, 512)
+    packed["scales"][::2] *= -1
+    blocks = gguf_blocks.encode(scheme, packed, 512)
+    assert blocks is not None
+    assert blocks.kind == GGMLQuantizationType.Q6_K == gguf_blocks.kind_of([scheme], 512)
+    assert torch.equal(torch.from_numpy(dequantize(blocks.data, blocks.kind)), formats.dequantize(scheme, packed, 512))
+    shorter = AffineScheme(bits=6, group_size=64, symmetric=True)
+    assert gguf_blocks.kind_of([shorter], 512) == GGMLQuantizationType.Q8_0

@@ -90,6 +90,7 @@ class QuantizedManifest(Manifest):
 
     Attributes:
         scheme: the default scheme's JSON object; each layer repeats its own.
+        tables: of the table of tokens and the head, those that are packed; a head that is tied is the former.
         experts: what each expert of a mixture saw; empty for other models, and without a calibration.
         temperature: what was fitted into the last norm after the blocks; None where nothing was.
         end_to_end: how the whole model trained after its blocks; None where it did not.
@@ -105,6 +106,7 @@ class QuantizedManifest(Manifest):
     scheme: dict[str, Any]
     bits: BitsReport
     layers: tuple[LayerRecord, ...]
+    tables: tuple[LayerRecord, ...] = ()
     blocks: tuple[BlockRecord, ...] = ()
     experts: tuple[ExpertsRecord, ...] = ()
     temperature: TemperatureRecord | None = None

@@ -308,6 +308,7 @@ class Coverage(Record):
         quantized: weights of the packed layers.
         in_blocks: all values inside the blocks, norms and biases included.
         embeddings: of embeddings and head.
+        embedding_bits: of each of these, stored; None where they stay in half precision.
         total: all values that are stored in full precision or packed, what is only carried along included.
         bits: stored bits of all of them, for each of ``total``; in a plan, as foreseen.
         kept: what stays in full precision, the largest first; embeddings, norms and biases are not named.
@@ -316,6 +317,7 @@ class Coverage(Record):
     quantized: Size
     in_blocks: Size
     embeddings: Count
+    embedding_bits: Annotated[float, Field(ge=0)] | None = None
     total: Size
     bits: Annotated[float, Field(ge=0)]
     kept: tuple[KeptRecord, ...] = ()
@@ -328,11 +330,12 @@ class Coverage(Record):
     @property
     def words(self) -> str:
         """``Quantized 106.2 of 134.5 M weights (78.9 %), 5.3 bits a parameter over all; …``."""
+        packed = "" if self.embedding_bits is None else f", at {self.embedding_bits:.2f} bits"
         return (
             f"Quantized {self.quantized / 1e6:,.1f} of {self.total / 1e6:,.1f} M weights "
             f"({self.quantized / self.total:.1%}), {self.bits:.2f} bits a parameter over all; "
             f"{self.share_in_blocks:.1%} of those in the blocks, embeddings and head are "
-            f"{self.embeddings / self.total:.1%} of all"
+            f"{self.embeddings / self.total:.1%} of all{packed}"
         )
 
 

@@ -182,8 +182,8 @@ class BudgetOptions(BitsOptions):
     target_bits: Annotated[
         Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
         Option(
-            "True bits a weight to spend, all that is stored counted: columns (claq) or layers (trellis) that matter "
-            "get wider codes.",
+            "True bits a weight to spend, all that is stored counted: columns (claq) or layers that matter get wider "
+            "codes.",
             CODEBOOKS,
             "X",
             default="none, all alike",

@@ -14,6 +14,7 @@ from ulbq.config.options import (
     Count,
     Option,
     Settings,
+    TableBits,
     Texts,
     left_open,
     options,
@@ -127,6 +128,26 @@ class _OfAll(Settings):
         Texts,
         Option("Quantize no other layers than those; repeat for more.", FORMAT, "PATTERN", repeated=True),
     ] = ()
+    plan: Annotated[
+        str | None,
+        Option(
+            "Settings of single layers, by patterns as --skip has them: bits, group_size, skip; a YAML file.",
+            FORMAT,
+            "FILE",
+        ),
+    ] = None
+    embedding_bits: Annotated[
+        TableBits | None,
+        Option(
+            "Of the table of tokens: 8, 6 or 4, rounded in groups. Where the head is that table it counts for both.",
+            FORMAT,
+            "N",
+            default="none, half precision",
+        ),
+    ] = None
+    head_bits: Annotated[
+        TableBits | None, Option("The same of the head.", FORMAT, "N", default="none, half precision")
+    ] = None
     allow_partial: Annotated[
         bool, Option("Go on though more than half of the blocks' weights stay in full precision.", FORMAT)
     ] = False
@@ -195,7 +216,7 @@ NOT_IN_FINGERPRINT = frozenset(
     {
         *("source", "out", "force", "allow_partial", "data_dir", "offline", "activation_memory", "preset", "recipe"),
         "stream",
-        *("calibration", "end_to_end_data", "device", "precision", "saliency", "log_to"),
+        *("calibration", "end_to_end_data", "device", "precision", "saliency", "log_to", "plan"),
     }
 )
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from ulbq.artifacts.shards import EXPERT
 from ulbq.config.convert import TARGETS
 from ulbq.errors import InputError, UsageError
 from ulbq.export.targets import target
-from ulbq.formats import AffineScheme, AnyScheme
+from ulbq.formats import AffineScheme, AnyScheme, read_scheme
 from ulbq.models.adapter_files import adapter_folder, read_config
 from ulbq.models.blocks import skeleton
 from ulbq.models.source import ModelSource
@@ -44,6 +44,7 @@ class Candidate:
         adapter: ``LoRA``, ``DoRA``, or empty without an adapter.
         unpacked: modules with weight matrices inside the blocks that no layout has a name for: fused experts.
         routers: those beside packed experts, which every layout has dense.
+        tables: the table of tokens and the head by full name, those that are packed; a tied head is the former.
     """
 
     given: str
@@ -52,6 +53,7 @@ class Candidate:
     adapter: Literal["", "LoRA", "DoRA"] = ""
     unpacked: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
+    tables: Mapping[str, Layer] = field(default_factory=dict)
 
     @classmethod
     def of(cls, source: ModelSource) -> "Candidate":
@@ -67,7 +69,8 @@ class Candidate:
         layers = {record.name: Layer(packed[record.name], record.shape) for record in manifest.layers}
         inside, routers = left_dense(manifest.skipped, layers)
         unpacked = nameless(inside, skeleton(source)) if inside else ()
-        return cls(source.given, source.config, layers, kind, unpacked, routers)
+        tables = {name: Layer(read_scheme(one.scheme), one.shape) for name, one in source.tables.items()}
+        return cls(source.given, source.config, layers, kind, unpacked, routers, tables)
 
     @cached_property
     def fused_expert(self) -> str | None:

@@ -48,7 +48,7 @@ class DbLlm:
         """Search the start, train, pack."""
         return self._training.quantize(task, self._start)
 
-    def _start(self, weight: torch.Tensor, importance: torch.Tensor) -> DualBinaryQuantizer:
-        group_size = weight.shape[1] if self.scheme.group_size == -1 else self.scheme.group_size
+    def _start(self, weight: torch.Tensor, importance: torch.Tensor, scheme: DualBinaryScheme) -> DualBinaryQuantizer:
+        group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
         scales = search_scales(weight, importance, group_size)
-        return DualBinaryQuantizer(weight, scales, self.scheme, train_weights=self.options.train_weights)
+        return DualBinaryQuantizer(weight, scales, scheme, train_weights=self.options.train_weights)

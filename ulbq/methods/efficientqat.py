@@ -8,6 +8,7 @@ the paper does, and the recipes ``efficientqat-w2`` … ``-w4`` have the rest of
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Self
 
@@ -18,6 +19,7 @@ from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import BlockTrained, EfficientQatOptions, GptqOptions
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Needs
+from ulbq.methods.budget import Widths, budgeted, decide_widths, survey_widths
 from ulbq.methods.gptq import Gptq
 from ulbq.methods.rtn import affine_scheme
 from ulbq.methods.training import BlockTraining
@@ -59,7 +61,7 @@ class EfficientQat:
             given = {"bits": options.bits, "symmetric": options.symmetric, "token_weighting": options.token_weighting}
             self._solver = Gptq(scheme, GptqOptions.model_validate(given))
         needs, solving = self._training.needs, Needs() if self._solver is None else self._solver.needs
-        self.needs = dataclasses.replace(
+        needs = dataclasses.replace(
             needs,
             hessians=solving.hessians,
             searches=options.start in {"search", "gptq"},
@@ -69,11 +71,20 @@ class EfficientQat:
             rounds_few=solving.rounds_few,
             copies=needs.copies + 2 * (self._form.reach is not None),  # how far the latents may go
         )
+        self.needs = budgeted(needs, options.target_bits, options.saliency)
 
     @classmethod
     def from_options(cls, options: EfficientQatOptions, group_size: int) -> Self:
         """The method that a request asks for."""
         return cls(affine_scheme(options, group_size), options)
+
+    def survey_block(self, task: BlockTask) -> dict[str, Widths]:
+        """What bits would do for the layers of a block."""
+        return survey_widths(task, self.scheme, self.options.token_weighting)
+
+    def decide(self, surveys: Mapping[str, Widths]) -> dict[str, torch.Tensor]:
+        """Bits of all layers."""
+        return decide_widths(surveys, self.scheme, self.options.target_bits or 0.0)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Find the start, train, pack."""
@@ -83,10 +94,12 @@ class EfficientQat:
         solved = self._solver.quantize_block(task)
         for linear, weight in originals.items():
             linear_layer(task.block, linear).weight = nn.Parameter(weight, requires_grad=False)
-        result = self._training.quantize(dataclasses.replace(task, start=BlockStart(solved.packed, {})))
+        result = self._training.quantize(
+            dataclasses.replace(task, start=BlockStart(solved.packed, {}, schemes=solved.schemes))
+        )
         return dataclasses.replace(result, notes=solved.notes)
 
-    def _round(self, weight: torch.Tensor, importance: torch.Tensor) -> AffineQuantizer:
-        start = round_to_nearest(weight, self.scheme, importance=importance, search=self.options.start == "search")
+    def _round(self, weight: torch.Tensor, importance: torch.Tensor, scheme: AffineScheme) -> AffineQuantizer:
+        start = round_to_nearest(weight, scheme, importance=importance, search=self.options.start == "search")
         train = self.options.train_weights
-        return AffineQuantizer(weight, start.scales, start.zeros, self.scheme, train_weights=train, form=self._form)
+        return AffineQuantizer(weight, start.scales, start.zeros, scheme, train_weights=train, form=self._form)

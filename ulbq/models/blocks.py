@@ -11,9 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ulbq.errors import InputError, NumericsError, UsageError
+from ulbq.formats import read_scheme
 from ulbq.models.experts import unfuse
 from ulbq.models.skeleton import empty_model
 from ulbq.models.source import ModelSource
+from ulbq.nn.quant_embedding import QuantEmbedding, swap_table
 from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
 # Group sizes that engines take.
@@ -298,23 +300,35 @@ def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
 def _swap_packed(
     module: nn.Module, source: ModelSource, dtype: torch.dtype | None, prefix: str, without: tuple[str, ...]
 ) -> None:
-    """Replace the linear layers that ``source`` stores packed."""
-    for name, linear in list(module.named_modules()):
-        scheme = source.packed.get(prefix + name)
-        if scheme is None or not is_dense_linear(linear) or name.startswith(without):
+    """Replace the linear layers and tables that ``source`` stores packed."""
+    tables = {name: read_scheme(table.scheme) for name, table in source.tables.items()}
+    for name, layer in list(module.named_modules()):
+        scheme = source.packed.get(prefix + name) or tables.get(prefix + name)
+        if scheme is None or name.startswith(without):
             continue
-        bias, kept = linear.bias is not None, dtype or linear.weight.dtype
-        quantized = QuantLinear(scheme, linear.in_features, linear.out_features, bias=bias, dtype=kept)
-        # Back on meta: the bias is read with all the other dense parameters.
-        quantized.bias = linear.bias
         try:
-            quantized.assign(source.read_packed(prefix + name))
+            if type(layer) is nn.Embedding:
+                table = QuantEmbedding(scheme, layer, dtype=dtype or layer.weight.dtype)
+                table.assign(source.read_packed(prefix + name))
+                swap_table(module, name, table, _tied_to(layer, module))
+            elif is_dense_linear(layer):
+                bias, kept = layer.bias is not None, dtype or layer.weight.dtype
+                quantized = QuantLinear(scheme, layer.in_features, layer.out_features, bias=bias, dtype=kept)
+                # Back on meta: the bias is read with all the other dense parameters.
+                quantized.bias = layer.bias
+                quantized.assign(source.read_packed(prefix + name))
+                module.set_submodule(name, quantized)
         except ValueError as error:
             raise InputError(
                 f"'{source.given}' stores '{prefix + name}' otherwise than its manifest says: {error}.",
                 hint="Run 'ulbq inspect --verify' on it.",
             ) from error
-        module.set_submodule(name, quantized)
+
+
+def _tied_to(embedding: nn.Embedding, module: nn.Module) -> list[str]:
+    """Names of the linear layers whose weight is the embedding's."""
+    layers = {name: one for name, one in module.named_modules() if is_dense_linear(one)}
+    return [name for name, layer in layers.items() if layer.weight is embedding.weight]
 
 
 def _read_checked(source: ModelSource, name: str, shape: torch.Size) -> torch.Tensor:

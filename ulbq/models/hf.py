@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ulbq.artifacts.shards import LazyTensors
     from ulbq.formats import AnyScheme
+    from ulbq.nn.quant_embedding import QuantEmbedding
 
 METHOD = "ulbq"
 """The ``quant_method`` of our artifacts."""
@@ -123,6 +124,7 @@ class UlbqQuantizer(HfQuantizer):
         from ulbq.artifacts.shards import LazyTensors
         from ulbq.models.experts import unfuse
         from ulbq.nn.experts import Experts
+        from ulbq.nn.quant_embedding import swap_table
         from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
         files = [Path(file) for file in checkpoint_files or ()]
@@ -145,7 +147,7 @@ class UlbqQuantizer(HfQuantizer):
         for name, linear in list(model.named_modules()):
             spelled = (name, base + name, name.removeprefix(base))
             key = next((spelling for spelling in spelled if spelling in owners), None)
-            if key is None or not is_dense_linear(linear):
+            if key is None or not (type(linear) is torch.nn.Embedding or is_dense_linear(linear)):
                 continue
             scheme = own.get(key, shared)
             if scheme is None:
@@ -153,14 +155,21 @@ class UlbqQuantizer(HfQuantizer):
                     f"How '{key}' in '{self._folder}' is packed is written nowhere.",
                     hint="Copy the whole artifact again, its manifest.json above all.",
                 )
-            shape = (linear.out_features, linear.in_features)
-            _check_stored(stored, key, scheme, shape)
-            bias, cache = linear.bias is not None, self.quantization_config.prefill_cache
+            rows, columns = linear.weight.shape
+            _check_stored(stored, key, scheme, (rows, columns))
             with torch.device("meta"):
-                packed = QuantLinear(scheme, shape[1], shape[0], bias=bias, dtype=dtype or model.dtype, cache=cache)
+                packed: QuantLinear
+                if isinstance(linear, torch.nn.Embedding):
+                    table = packed = _table(key, scheme, linear, dtype or model.dtype)
+                    swap_table(model, name, table, _untie(model, name))
+                else:
+                    packed = QuantLinear(
+                        scheme, columns, rows, bias=linear.bias is not None, dtype=dtype or model.dtype
+                    )
+                    model.set_submodule(name, packed)
+            packed.cache = self.quantization_config.prefill_cache
             # transformers would draw random weights for it otherwise.
             packed._is_hf_initialized = True  # type: ignore[assignment]
-            model.set_submodule(name, packed)
             found[name] = key
         if lost := owners.difference(found.values()):
             raise InputError(
@@ -263,6 +272,27 @@ def read_schemes(config: UlbqConfig, folder: Path) -> "tuple[dict[str, AnyScheme
             f"'{folder}' stores weights in a format that this version of ulbq does not know.",
             hint="Upgrade with 'pip install --upgrade ulbq'.",
         ) from error
+
+
+def _table(name: str, scheme: "AnyScheme", embedding: "torch.nn.Embedding", dtype: "torch.dtype") -> "QuantEmbedding":
+    """An empty packed table. Raises InputError where its scheme is none of a table's."""
+    from ulbq.nn.quant_embedding import QuantEmbedding
+
+    try:
+        return QuantEmbedding(scheme, embedding, dtype=dtype)
+    except ValueError as error:
+        raise _mismatch(name, str(error)) from error
+
+
+def _untie(model: "PreTrainedModel", embedding: str) -> list[str]:
+    """Names of the modules whose weight is the embedding's; transformers is told that it has no parameter to tie."""
+    ties = model.all_tied_weights_keys
+    tied = [name for name, source in ties.items() if source == f"{embedding}.weight"]
+    model.all_tied_weights_keys = {name: source for name, source in ties.items() if name not in tied}
+    model._tied_weights_keys = {
+        name: source for name, source in (model._tied_weights_keys or {}).items() if name not in tied
+    }
+    return [name.removesuffix(".weight") for name in tied]
 
 
 def _check_devices(device_map: Mapping[str, Any]) -> None:

@@ -31,11 +31,11 @@ from ulbq.artifacts.manifest import (
 )
 from ulbq.artifacts.names import local_path
 from ulbq.artifacts.parents import places
-from ulbq.artifacts.records import Parent, RotationRecord
+from ulbq.artifacts.records import LayerRecord, Parent, RotationRecord
 from ulbq.artifacts.shards import LazyTensors, write_carried
 from ulbq.artifacts.whole import check_small_files
 from ulbq.errors import InputError, ResourceError
-from ulbq.formats import AnyScheme, read_scheme
+from ulbq.formats import AnyScheme, dequantize, read_scheme
 from ulbq.models import hub, placement
 from ulbq.models.checkpoint import Checkpoint, TensorReader
 from ulbq.models.config import (
@@ -111,10 +111,13 @@ class ModelSource:
     @cached_property
     def names(self) -> frozenset[str]:
         """Parameters and persistent buffers that :meth:`read` gives; the weights of packed layers are none of them."""
-        return self.tensors.names | {name for name, part in self.parts.items() if part.fused in self.tensors.names}
+        fused = {name for name, part in self.parts.items() if part.fused in self.tensors.names}
+        return self.tensors.names | fused | {f"{name}.weight" for name in self.tables}
 
     def read(self, name: str) -> torch.Tensor:
-        """One dense tensor on the CPU as stored; of a GGUF file, dequantized to float32. Raises InputError."""
+        """One dense tensor on the CPU as stored; of a GGUF file or a packed table, in float32. Raises InputError."""
+        if (table := self.tables.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
+            return dequantize(read_scheme(table.scheme), self.read_packed(table.name), table.shape[1])
         if name not in self.names:
             raise InputError(
                 f"'{self.given}' holds no tensor for the parameter '{name}'.",
@@ -199,6 +202,12 @@ class ModelSource:
                 hint="Upgrade with 'pip install --upgrade ulbq'.",
             ) from error
 
+    @cached_property
+    def tables(self) -> Mapping[str, LayerRecord]:
+        """The table of tokens and the head by full module name, those that are packed; a tied head is the former."""
+        tables = self.manifest.tables if isinstance(self.manifest, QuantizedManifest) else ()
+        return {table.name: table for table in tables}
+
     def tell(self, progress: Progress) -> None:
         """Say what a person must know of how the model was read."""
         for note in self.notes:
@@ -209,8 +218,8 @@ class ModelSource:
         return {} if self.stored is None else write_carried(folder, self.stored, self.carried)
 
     def read_packed(self, linear: str) -> dict[str, torch.Tensor]:
-        """Stored tensors of a packed layer by short name (``codes``, ``scales``, …), on the CPU. Raises InputError."""
-        if self.stored is None or linear not in self.packed:
+        """Stored tensors of a packed layer or table by short name (``codes``, …), on the CPU. Raises InputError."""
+        if self.stored is None or not (linear in self.packed or linear in self.tables):
             raise InputError(f"'{self.given}' does not store '{linear}' packed.")
         dense = {"weight", "bias"}
         prefix = f"{linear}."
@@ -452,7 +461,8 @@ def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: 
     target = manifest.target if isinstance(manifest, ConvertedManifest) else ""
     if target == "gguf" and GGUF_NAME in manifest.files:
         return _open_file(path / GGUF_NAME, given, _listing(path / GGUF_NAME, verify=verify))
-    packed = {layer.name for layer in manifest.layers} if isinstance(manifest, QuantizedManifest) else set()
+    quantized = (*manifest.layers, *manifest.tables) if isinstance(manifest, QuantizedManifest) else ()
+    packed = {layer.name for layer in quantized}
     if verify:
         check_small_files(path, manifest)
     said = packing(path, read_raw_config(path)) if target in _PACKINGS else None

@@ -129,6 +129,7 @@ class BlockQuantizer:
             prefix=prefix,
             tokens={} if streams is None else dict(streams.tokens),
             outputs=output_costs(job, self._writer.scratch, index),
+            schemes={name: job.schemes[prefix + name] for name in linears if prefix + name in job.schemes},
         )
         result = _as_it_is(task.start) if job.blocks_stay and task.start else self._by_method(task, streams)
         check_finite(index, result)

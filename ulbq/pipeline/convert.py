@@ -57,6 +57,8 @@ def convert(
             written = into.write(job, writer.path, lambda name: phase.advance(detail=name))
             writer.plan(*written.names)
         progress.note(f"Stored: {written.stored}.")
+        if dense := sorted(job.candidate.tables.keys() - {*written.tables}):
+            progress.note(f"Dense, since {into.name} has none packed so: {', '.join(dense)}.")
         if written.warning:
             progress.warn(written.warning)
         if not into.is_artifact:

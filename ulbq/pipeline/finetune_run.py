@@ -142,8 +142,8 @@ def _load(job: FinetuneJob) -> PeftModel:
 def _check_packed(job: FinetuneJob, model: nn.Module) -> None:
     """That no packed layer became a dense one on its way through other people's libraries."""
     packed = [module for module in model.modules() if isinstance(module, QuantLinear | TrainedLinear)]
-    if len(packed) != len(job.source.packed):
-        raise RuntimeError(f"{len(job.source.packed) - len(packed)} packed layers are dense")
+    if lost := len(job.source.packed) + len(job.source.tables) - len(packed):
+        raise RuntimeError(f"{lost} packed layers are dense")
     if any(layer.cached_bytes for layer in packed if isinstance(layer, QuantLinear)):
         raise RuntimeError("a packed layer keeps a dense copy")
 

@@ -34,6 +34,7 @@ from ulbq.nn.experts import place_of
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.quantize_page import REPORT, page
+from ulbq.pipeline.tables import table_records
 from ulbq.training.block import TrainOutcome
 
 TUNED = "tuned "
@@ -126,12 +127,13 @@ def finish(
     last = [writer.journal.get(f"{TUNED}{index}", entry) for index, entry in enumerate(entries)]
     layers = [LayerRecord.model_validate(layer) for entry in last for layer in entry["layers"]]
     shards = [folder / layout.block_shard(index) for index in range(job.found.n_blocks)]
-    adapter = _write_adapter(job, writer)
+    adapter, tables = _write_adapter(job, writer), table_records(writer.journal)
     bits = layout.bits_report(layers, shards, outer, adapter)
     covered = bits.of_all(job.plan.coverage)
     card = _card(job, bits, covered, layers, warned)
     weights = [shard.name for shard in shards] + [name for name in writer.planned if name.startswith("model-")]
-    writer.plan(*layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers, card, weights))
+    scheme = job.method.scheme
+    writer.plan(*layout.write_folder(folder, source, scheme, job.made_by, bits, layers, card, weights, tables))
     writer.plan(REPORT)
     manifest = QuantizedManifest(
         name=writer.name,
@@ -144,6 +146,7 @@ def finish(
         scheme=job.method.scheme.model_dump(mode="json"),
         bits=bits,
         layers=tuple(layers),
+        tables=tables,
         blocks=tuple(BlockRecord.model_validate(entry["block"]) for entry in entries if "block" in entry),
         experts=tuple(mixtures(writer.journal, job.found.n_blocks)),
         temperature=_temperature(job, writer),

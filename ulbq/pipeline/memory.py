@@ -27,6 +27,8 @@ OPENED_COPIES = 2
 DENSE_BYTES = 9
 # Of each weight of a matrix whose turn was, or is to come: itself as stacked, its code, and its share of a scale.
 _SOLVED_BYTES = 5.5
+# Weights of a table of tokens, or of a head, that are rounded at a time.
+TABLE_PART = 1 << 22
 # Values of a layer that are compared at a time with what is stored: both in float64, and their difference.
 _COMPARED, _COMPARED_BYTES = 1 << 20, 3 * 8
 # What oneDNN keeps of the products that it compiles for a text that grows (`runtime.calm_threads`).

@@ -1,7 +1,7 @@
 """What a quantization run will cost, told before it starts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -18,10 +18,12 @@ from ulbq.finetuning.teacher import TEACHER_COPIES
 from ulbq.finetuning.trainer import LOGIT_COPIES, LOGIT_COPIES_TAUGHT
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import Method
+from ulbq.methods.rtn import PACKING_BYTES
 from ulbq.models.blocks import Linear, ModelStructure
 from ulbq.pipeline.memory import (
     FLOAT,
     OPENED_COPIES,
+    TABLE_PART,
     Sizes,
     compared_layer,
     input_groups,
@@ -84,6 +86,8 @@ def predict(
     gguf_size: int = 0,
     blocks_stay: bool = False,
     streamed: bool = False,
+    tables: Mapping[Linear, AnyScheme] = {},
+    schemes: Mapping[str, AnyScheme] = {},
 ) -> Cost:
     """Predict memory and disk of a run.
 
@@ -94,10 +98,13 @@ def predict(
         gguf_size: bytes of the model's GGUF file, which is mapped and dequantized; 0 where it has none.
         blocks_stay: an artifact's blocks are taken as they are.
         streamed: where all of the full-precision model is wanted, its blocks are read one after the other.
+        tables: matrices outside the blocks that are packed, and how.
+        schemes: of the layers that have one of their own, by full name.
     """
-    run = _Sizes(request, method, found, model, precision, gguf_size, streamed)
+    run = _Sizes(request, method, found, model, precision, gguf_size, streamed, tables, schemes)
     adapters = 2 * sum(run.adapter_values(block) for block in found.linears)
-    artifact = run.packed() + 2 * (run.sizes.weights - sum(run.quantized)) + adapters
+    whole_tables, packed_tables = run.tables_held()
+    artifact = run.packed() + 2 * (run.sizes.weights - sum(run.quantized) - whole_tables) + packed_tables + adapters
     started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
     blocks, whole = run.untouched() if blocks_stay else run.blocks(), run.end_to_end()
     # One phase after the other: what one leaves free goes back to the system.
@@ -110,8 +117,8 @@ def predict(
     if OPENED_COPIES * artifact > memory:
         opened = 2 * run.sizes.outer + run.packed() // found.n_blocks
     memory = max(memory, started + opened)
-    # The adapters lie in the scratch folder too, the tuned blocks beside those whose places they take.
-    beside = adapters + _TOKENIZER_BYTES * run.sizes.vocabulary
+    # Adapters and tables lie in the scratch folder too, the tuned blocks beside those whose places they take.
+    beside = adapters + packed_tables + _TOKENIZER_BYTES * run.sizes.vocabulary
     tuned = whole.disk and whole.disk + run.packed() + adapters
     disk = artifact + beside + max(blocks.disk, tuned)
     if method.needs.saliency in KINDS and not blocks_stay:
@@ -157,6 +164,8 @@ class _Sizes:
     precision: Precision
     gguf_size: int
     streamed: bool
+    tables: Mapping[Linear, AnyScheme] = field(default_factory=dict)
+    schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sizes = Sizes.of(self.model)
@@ -175,7 +184,7 @@ class _Sizes:
 
     def packed(self) -> int:
         """Bytes of all packed layers."""
-        return round(planned_bits(self.method, self.layers) * sum(self.quantized) / 8)
+        return round(planned_bits(self.method, self.layers, self.schemes) * sum(self.quantized) / 8)
 
     def adapter_values(self, linears: Sequence[Linear]) -> int:
         """Parameters of some layers' adapters."""
@@ -219,7 +228,19 @@ class _Sizes:
 
     def copying(self) -> int:
         """What is no block, as it is written out."""
-        return (_COPIED_FROM_GGUF if self.gguf_size else _COPIED) * self.sizes.outer
+        # A table as it is packed: what is packed twice, and of some rows what their rounding takes.
+        packing = 2 * self.tables_held()[1] + (round(PACKING_BYTES * TABLE_PART) if self.tables else 0)
+        return (_COPIED_FROM_GGUF if self.gguf_size else _COPIED) * self.sizes.outer + packing
+
+    def tables_held(self) -> tuple[int, int]:
+        """Values of the tables that are packed, and bytes that they take."""
+        whole = sum(table.out_features * table.in_features for table in self.tables)
+        bits = sum(
+            spec.bits
+            for table, scheme in self.tables.items()
+            for spec in scheme.tensors(table.out_features, table.in_features).values()
+        )
+        return whole, bits // 8
 
     def blocks(self) -> _Need:
         """The walk over the blocks, beside the artifact."""
@@ -291,7 +312,8 @@ class _Sizes:
             return 0
         sizes = self.sizes
         streams = FLOAT * 2 * heldout_samples(self.samples) * self.length * sizes.hidden
-        head = FLOAT * sizes.ending + 2 * sizes.head_at_work(self.itemsize)
+        # Of a packed head the original and what is stored.
+        head = (2 if self.tables else 1) * FLOAT * sizes.ending + 2 * sizes.head_at_work(self.itemsize)
         head += head_memory(sizes.vocabulary, self.length)
         return streams + max(head, sizes.walk_begins(0))
 
@@ -368,16 +390,18 @@ class _Sizes:
         return count
 
 
-def scheme_bits(scheme: AnyScheme, layers: Sequence[Linear]) -> float:
-    """Bits a weight of some layers that are all stored by one scheme."""
-    shapes = [(linear.out_features, linear.in_features) for linear in layers]
-    stored = sum(formats.bits_per_weight(scheme, *shape) * prod(shape) for shape in shapes)
-    return stored / sum(map(prod, shapes))
+def scheme_bits(scheme: AnyScheme, layers: Sequence[Linear], schemes: Mapping[str, AnyScheme] = {}) -> float:
+    """Bits a weight of some layers that are stored by one scheme, but for those of ``schemes``, by full name."""
+    stored, weights = 0.0, 0
+    for linear in layers:
+        own, shape = schemes.get(linear.name, scheme), (linear.out_features, linear.in_features)
+        stored, weights = stored + formats.bits_per_weight(own, *shape) * prod(shape), weights + prod(shape)
+    return stored / weights
 
 
-def planned_bits(method: Method, layers: Sequence[Linear]) -> float:
-    """True bits a weight that a method will store of all layers, without adapters."""
-    return max(scheme_bits(method.scheme, layers) + method.needs.extra_bits, method.needs.target_bits or 0.0)
+def planned_bits(method: Method, layers: Sequence[Linear], schemes: Mapping[str, AnyScheme] = {}) -> float:
+    """True bits a weight that a method will store of all layers, without adapters; ``schemes`` as above."""
+    return max(scheme_bits(method.scheme, layers, schemes) + method.needs.extra_bits, method.needs.target_bits or 0.0)
 
 
 def heldout_samples(samples: int) -> int:

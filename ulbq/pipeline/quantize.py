@@ -30,6 +30,7 @@ from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare, replanned
 from ulbq.pipeline.samples import check_images, draw, draw_text, written_samples
 from ulbq.pipeline.sensitivity import decided, score_weights, weigh_layer_outputs
+from ulbq.pipeline.tables import read_tables, with_tables
 from ulbq.pipeline.temperature import check_temperature, fit_temperature
 from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
@@ -125,6 +126,9 @@ def _work(
     """All phases that make weights, one after the other; gives the manifest of what they wrote."""
     calibration = None if drawn is None else _share(drawn, job.request.samples)
     saliency = job.saliency
+    if job.tables:
+        with watch.phase("tables"):
+            job = with_tables(job, writer, progress)
     if job.method.needs.saliency in KINDS and not job.blocks_stay:
         with watch.phase("saliency"):
             saliency = score_weights(job, writer, calibration, progress)
@@ -133,8 +137,7 @@ def _work(
             weigh_layer_outputs(job, writer, calibration, progress)
     if job.method.needs.survey and job.start is None and calibration is not None:
         with watch.phase("survey"):
-            method = decided(job, writer, calibration, saliency, progress)
-        job = dataclasses.replace(job, method=method)
+            job = decided(job, writer, calibration, saliency, progress)
     with watch.phase("copying"):
         # First: a source that is damaged here would show only after hours.
         outer = _write_outer(job, writer, None)
@@ -242,7 +245,7 @@ def _write_outer(job: Job, writer: ArtifactWriter, temperature: TemperatureRecor
     source = job.source if job.start is None or job.request.fit_temperature else job.start.source
     factors = {} if temperature is None else dict.fromkeys(temperature.vectors, temperature.factor)
     path = writer.path / layout.OUTER_SHARD
-    bits = layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors)
+    bits = layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors, read_tables(job))
     shards = distributed.on_main(job.source.write_carried, writer.path)
     writer.plan(layout.OUTER_SHARD, *shards)
     carried = sum(LazyTensors([writer.path / shard]).total_bytes for shard in shards) * 8
@@ -269,6 +272,8 @@ def _fingerprint(job: Job, drawn: Calibration | None, text: Calibration | None) 
             "precision": job.plan.precision,
             "calibration": drawn.sha256 if drawn else job.request.calibration,
             "text": text.sha256 if text else job.request.text,
+            "schemes": {name: scheme.model_dump(mode="json") for name, scheme in job.schemes.items()},
+            "layers": [linear.name for block in job.found.linears for linear in block] if job.request.plan else [],
             "start": job.start.source.content_hash if job.start else None,
             "saliency": job.saliency.digest if job.saliency else job.method.needs.saliency,
         }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,9 +62,8 @@ def build_student(job: Job, folders: Folders, *, train: Trained | TrainedBeside,
     model = empty_copy(job.model)
     outer = LazyTensors([folders.blocks / layout.OUTER_SHARD])
     if precision.dtype != torch.float32:
-        stored = outer.names
-        tables_as_stored(model, lambda name: outer.read(name) if name in stored else None, precision.device, head=True)
-    load_outer(model, job.source, torch.float32, precision.device)
+        tables_as_stored(model, partial(_table, job, outer), precision.device, head=True)
+    load_outer(model, job.embedded or job.source, torch.float32, precision.device)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in outer.names and tensor.dtype == torch.float32:
@@ -74,6 +74,13 @@ def build_student(job: Job, folders: Folders, *, train: Trained | TrainedBeside,
     for index in range(job.found.n_blocks):
         blocks[index] = _block(job, folders, index, train)
     return Student(model, blocks, precision, checkpointing=checkpointing)
+
+
+def _table(job: Job, outer: LazyTensors, name: str) -> torch.Tensor | None:
+    """A matrix outside the blocks as it is stored; one that is packed dense, in the dtype that it will be run in."""
+    if job.embedded is not None and name in {f"{table.name}.weight" for table in job.tables}:
+        return job.embedded.read(name).to(job.precision.dtype)
+    return outer.read(name) if name in outer.names else None
 
 
 def _quantizer(

@@ -1,7 +1,7 @@
 """What a target of ``convert`` is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -53,6 +53,7 @@ class Written:
         saved: bits less than in the artifact, by part of its accounting.
         warning: what whoever loads it should know.
         bits: that the artifact's packed layers take now; None where they are all dense.
+        tables: names of the packed tables and heads that are still packed.
     """
 
     stored: str
@@ -60,6 +61,7 @@ class Written:
     saved: Mapping[str, int] = field(default_factory=dict)
     warning: str | None = None
     bits: int | None = None
+    tables: Collection[str] = ()
 
 
 class Target(ABC):

@@ -114,10 +114,10 @@ class HalfTarget(Target):
         shards |= write_guard(folder, source.packed)
         write_index(folder, shards)
         names = [*copied, *shards, INDEX_NAME]
-        if not wide:
-            return Written("nothing changed, all of it was in half precision already; this is a copy", names, saved)
-        less = sum(saved.values()) // 8
-        return Written(f"{len(wide)} float32 tensors became {conversion.dtype}, {less:,} bytes less", names, saved)
+        told = "nothing changed, all of it was in half precision already; this is a copy"
+        if wide:
+            told = f"{len(wide)} float32 tensors became {conversion.dtype}, {sum(saved.values()) // 8:,} bytes less"
+        return Written(told, names, saved, tables=source.tables)
 
 
 TARGET = HalfTarget()

@@ -25,8 +25,9 @@ from ulbq.formats.streams import pack_stream
 from ulbq.models.foreign.mlx import decode
 from ulbq.models.rope_factors import rope_type
 from ulbq.models.source import ModelSource
+from ulbq.models.stored_names import StoredNames
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 """Widths of ours that the layout has."""
 GROUPS = (128, 64, 32)
 """Columns of a group in MLX."""
@@ -39,7 +40,7 @@ def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     if not isinstance(scheme, AffineScheme):
         return "MLX's affine layout stores integer codes with one scale and bias a group"
     if scheme.bits not in BITS:
-        return f"MLX has 2, 3, 4 and 8 bits, not {scheme.bits}"
+        return f"MLX has 2, 3, 4, 6 and 8 bits, not {scheme.bits}"
     if not group_of(scheme, shape[1]):
         return "MLX has groups of 32, 64 and 128 weights"
     return None
@@ -125,10 +126,14 @@ class MlxTarget(Target):
         return asked or "fp16"
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
-        schemes, _ = packed.stored_layers(conversion)
-        stored = zip(schemes.items(), conversion.candidate.layers.values(), strict=True)
-        layers = {name: (group_of(scheme, layer.shape[1]), scheme.bits) for (name, scheme), layer in stored}
-        layout = packed.PackedLayout(encode, decode, configuration(layers), key="quantization")
+        candidate, naming = conversion.candidate, StoredNames(conversion.source.config)
+        tables = {name: one for name, one in candidate.tables.items() if unsupported_reason(*one) is None}
+        layers = {
+            naming.layer(name) or name: (group_of(layer.scheme, layer.shape[1]), layer.scheme.bits)
+            for name, layer in (*candidate.layers.items(), *tables.items())
+            if isinstance(layer.scheme, AffineScheme)
+        }
+        layout = packed.PackedLayout(encode, decode, configuration(layers), key="quantization", tables=tables)
         return packed.write_packed(conversion, folder, layout, on_step)
 
     def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:

@@ -40,6 +40,13 @@ class TilesLayout(Layout):
         found = {**tensors, **tiles.unpack(scheme, tensors, out_features, in_features)}
         return super().unpack(scheme, found, out_features, in_features)
 
+    def picked(self, scheme: AnyScheme, tensors: Tensors, chosen: torch.Tensor, in_features: int) -> Tensors:
+        kinds, places = (chosen // tiles.TILE).unique(return_inverse=True)
+        some = tiles.unpack(
+            scheme, {name: tensor[kinds] for name, tensor in tensors.items()}, len(kinds) * tiles.TILE, in_features
+        )
+        return super().picked(scheme, some, places * tiles.TILE + chosen % tiles.TILE, in_features)
+
     def bank(self, scheme: AnyScheme) -> type[Bank] | None:
         # What goes around the signs of BinaryMoS, a router and two scales a matrix, takes more calls than they do.
         return None if isinstance(scheme, BinaryMosScheme) else TilesBank
