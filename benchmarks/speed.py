@@ -9,7 +9,8 @@ the processor time of the process, which other programs disturb least. Memory is
 process held after its imports, with the tokenizer loaded: the most that it ever was (``peak``, loading included), and
 what is left after the turns (``held``). ``weights`` are the bytes of parameters and buffers.
 
-``fp16`` is the same folder in float16. HQQ, where installed, quantizes the original's blocks to the artifact's bits in
+``ulbq`` decodes as ``ulbq generate`` does, the others of torch as transformers does. ``fp16`` is the original's folder
+in float16. HQQ, where installed, quantizes the original's blocks to the artifact's bits in
 groups of 64 and runs on its PyTorch backend (its fast one, gemlite, wants a GPU). gptqmodel, where installed, runs the
 artifact's own codes, converted, with its Torch kernel. llama.cpp runs the original's GGUF file, as many bits as that
 has, where the package ``xllamacpp`` is installed.
@@ -37,7 +38,7 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
     """Be a contender: load, then take a turn for every line on standard input, and report each as a line of JSON.
 
     Args:
-        kind: ``bf16``, ``fp16``, ``hqq`` and the bits, ``gptqmodel``, or ``llama.cpp``.
+        kind: ``bf16``, ``fp16``, ``ulbq``, ``hqq`` and the bits, ``gptqmodel``, or ``llama.cpp``.
     """
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -47,7 +48,7 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from ulbq.models.decoding import TextStream
+    from ulbq.models.decoding import TextStream, greedy, write_on
     from ulbq.models.load import load_model, model_memory
     from ulbq.models.source import resolve
 
@@ -70,10 +71,13 @@ def work(source: str, tokens: int, threads: int, kind: str) -> None:
     for _ in sys.stdin:
         stream = TextStream(tokenizer)
         wall, cpu = time.perf_counter(), time.process_time()
-        with torch.inference_mode():
-            model.generate(
-                input_ids=prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=stream
-            )
+        if kind == "ulbq":
+            write_on(model, tokenizer, prompt[0].tolist(), greedy(tokens, at_least=tokens), stream)
+        else:
+            with torch.inference_mode():
+                model.generate(
+                    input_ids=prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=stream
+                )
         turn = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         memory = {"peak_mb": (peak_memory() - before) / 1e6, "held_mb": (resident() - before) / 1e6}
         turn["prefill"] = stream.times[1] - stream.times[0]
@@ -232,7 +236,7 @@ def main() -> None:
         # In a process of its own: this one stays small, and is forked from.
         words = [sys.executable, __file__, options.source, "--model", options.model, "--write", folder]
         subprocess.run(words, check=True)
-        contenders = [Contender("bf16", folder, options), Contender("ulbq", options.source, options)]
+        contenders = [Contender("bf16", folder, options), Contender("ulbq", options.source, options, "ulbq")]
         contenders.append(Contender("fp16", folder, options, "fp16"))
         bits = whole_bits(options.source)
         if importlib.util.find_spec("hqq") is not None and bits is not None:

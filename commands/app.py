@@ -34,16 +34,19 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 DEFECT = 1
 
-_UNDIVIDED = frozenset({"generate", "serve", "convert", "inspect", "list", "doctor"})
+_UNDIVIDED = frozenset({"generate", "serve", "convert", "push", "inspect", "list", "doctor", "sweep", "recommend"})
 
 _COMMANDS = {
     "saliency": "Score every weight of a model by how much the model depends on it.",
     "quantize": "Quantize a model to 1 to 4 bits, one block at a time.",
+    "sweep": "Quantize a model by many settings, and compare what comes of them.",
+    "recommend": "Find the setting that is expected to lose least within your limits, and show the command to type.",
     "eval": "Measure a model: size, perplexity, fidelity to its full-precision parent, tasks, words and speed.",
     "generate": "Let a model go on from a prompt, and tell its speed and memory.",
     "serve": "Let a model answer over HTTP, by OpenAI's API.",
     "finetune": "Teach a quantized artifact, packed as it is.",
     "convert": "Write a model in a layout that other tools load.",
+    "push": "Upload an artifact with its model card to the Hugging Face Hub.",
     "list": "Show the artifacts under a folder, with bits, size, scores and ancestry.",
     "inspect": "Show an artifact: where its bits went, its errors by block and layer, its ancestry.",
     "doctor": "Show what runs on this machine, and what to install for the rest.",
@@ -113,7 +116,7 @@ def ulbq(
         raise typer.Exit(UsageError.exit_code)
     if context.invoked_subcommand in _UNDIVIDED and distributed.size() > 1:
         raise UsageError(
-            f"'ulbq {context.invoked_subcommand}' has no samples to split over processes.",
+            f"'ulbq {context.invoked_subcommand}' does not split its work over processes.",
             hint="Run it without torchrun.",
         )
 

@@ -37,7 +37,7 @@ def eval(  # the command's name; nothing here evaluates expressions
 ) -> None:
     """Measure a model: size, perplexity, fidelity to its full-precision parent, tasks, words and speed.
 
-    Without SOURCE, the newest quantized or converted model under ./artifacts. If no score is asked for: fidelity, and
+    Without SOURCE, the newest quantized or converted model below this folder. If no score is asked for: fidelity, and
     perplexity on WikiText-2 where that can be had. Writes results.json and report.html.
     """
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)

@@ -181,12 +181,23 @@ def _elsewhere() -> dict[str, tuple[list[str], list[str]]]:
     from ulbq.config.evaluate import EvaluateRequest
     from ulbq.config.finetuning import FinetuneForm
     from ulbq.config.generate import GenerateRequest, ServeRequest
+    from ulbq.config.push import PushRequest
     from ulbq.config.quantize import QuantizeRequest
+    from ulbq.config.recommend import RecommendRequest
     from ulbq.config.saliency import SaliencyRequest
+    from ulbq.config.sweep import SweepRequest
 
     found: dict[str, tuple[list[str], list[str]]] = {}
-    requests = (ServeRequest, GenerateRequest, EvaluateRequest, ConvertRequest, QuantizeRequest)
-    for request in (FinetuneForm, SaliencyRequest, *requests):
+    requests = (
+        RecommendRequest,
+        SweepRequest,
+        ServeRequest,
+        GenerateRequest,
+        EvaluateRequest,
+        ConvertRequest,
+        QuantizeRequest,
+    )
+    for request in (PushRequest, FinetuneForm, SaliencyRequest, *requests):
         for name, field, option in options(request):
             pairs = [one.split("/") for one in typed(name, option, switch=bare(field)[0] is bool)]
             found[name] = [pair[0] for pair in pairs], [pair[-1] for pair in pairs]

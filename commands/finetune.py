@@ -57,7 +57,7 @@ def finetune(
 ) -> None:
     """Teach a quantized artifact, packed as it is. A stopped run goes on where it was.
 
-    Without SOURCE, the newest quantized artifact under ./artifacts. Tasks train its adapter, or a new one, on answers.
+    Without SOURCE, the newest quantized artifact below this folder. Tasks train its adapter, or a new one, on answers.
     """
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
     check_out(given["out"], force=bool(given["force"]))

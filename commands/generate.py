@@ -51,7 +51,7 @@ def generate(
 ) -> None:
     """Let a model go on from a prompt, and tell its speed and memory.
 
-    Without SOURCE, the newest quantized or converted model under ./artifacts. Standard output carries the new text
+    Without SOURCE, the newest quantized or converted model below this folder. Standard output carries the new text
     alone, as it comes; the figures go to standard error. --chat without --prompt is a conversation: every line of
     standard input is a message, and Ctrl-D ends it.
     """

@@ -8,7 +8,7 @@ import typer
 from . import console
 from .options import Debug, Json, Quiet, read_source
 
-_KINDS = ("quantized", "evaluation", "converted", "saliency")
+_KINDS = ("quantized", "evaluation", "converted", "saliency", "sweep")
 
 
 def inspect(
@@ -35,7 +35,7 @@ def inspect(
 ) -> None:
     """Show an artifact: where its bits went, its errors by block and layer, its ancestry.
 
-    Without SOURCE, the newest under ./artifacts. The report goes to standard output; with --quiet it is the path, on to
+    Without SOURCE, the newest below this folder. The report goes to standard output; with --quiet it is the path, on to
     the next command of a pipe.
     """
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)

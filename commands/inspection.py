@@ -20,8 +20,10 @@ from ulbq.artifacts import (
     LayerRecord,
     QuantizedManifest,
     SaliencyManifest,
+    SweepManifest,
 )
 from ulbq.artifacts.records import ExpertsRecord, experts_sentence
+from ulbq.artifacts.told import losses
 from ulbq.evaluation.figures import weight_parts
 from ulbq.evaluation.results import Results
 from ulbq.evaluation.table import size
@@ -30,8 +32,8 @@ from ulbq.pipeline.inspect import Ancestor, Inspection, State
 from . import scores
 from .fields import as_typed
 from .progress import duration
-from .results import losses
 from .saliency_table import each, summary
+from .sweep_table import settings_table
 from .tables import add, columns, grid
 
 _OUTSIDE_PARTS = ("embeddings", "other")
@@ -60,6 +62,8 @@ def show(console: Console, inspection: Inspection, *, layers: bool = False) -> N
             sections.append(("In full precision", Text(kept or ", ".join(manifest.skipped))))
     elif isinstance(manifest, EvaluationManifest):
         sections.append(("Results", _results(manifest)))
+    elif isinstance(manifest, SweepManifest):
+        sections.append(("Settings", settings_table(manifest)))
     elif isinstance(manifest, SaliencyManifest):
         sections.append(("Scores", summary(manifest)))
         if layers:
@@ -138,6 +142,9 @@ def _particulars(manifest: AnyManifest) -> dict[str, str]:
         rows = {"method": manifest.method, "format": scheme(manifest.scheme)}
         if manifest.coverage is not None:
             rows["weights"] = manifest.coverage.words
+        for table in manifest.tables:
+            told = f"{scheme(table.scheme)}, {_layer_bits(table):.2f} bits, squared error {_error(table)}"
+            rows[table.name.rpartition(".")[2]] = told
         if manifest.rotation is not None:
             rows["rotation"] = manifest.rotation.label
         rows |= losses(manifest)

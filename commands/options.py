@@ -80,7 +80,8 @@ def read_source(
 
     Args:
         source: the SOURCE argument; ``-`` reads standard input, None does so where that is a pipe or a file.
-        default: ``model`` is the bundled model, ``newest`` the newest finished artifact under ``./artifacts``.
+        default: ``model`` is the bundled model, ``newest`` the newest finished artifact in the current
+            folder tree.
         progress: told which default was taken.
         kinds: manifest kinds that ``newest`` may take.
         piped: whether standard input may bring the source; not where the command reads something else from it.
@@ -100,12 +101,11 @@ def read_source(
         progress.note("No SOURCE given: taking the default model.")
         return None
     from ulbq.artifacts.manifest import newest
-    from ulbq.artifacts.store import DEFAULT_ROOT
 
-    found = distributed.on_main(newest, DEFAULT_ROOT, kinds)
+    found = distributed.on_main(newest, Path(), kinds)
     if found is None:
         raise InputError(
-            f"No SOURCE given, and ./{DEFAULT_ROOT} holds no finished artifact to take.",
+            "No SOURCE given, and no finished artifact to take lies up to three folders below this one.",
             hint="Name a SOURCE, or run 'ulbq quantize' first.",
         )
     progress.note(f"No SOURCE given: taking the newest artifact, {found}.")

@@ -22,10 +22,10 @@ def show_plan(plan: "QuantizePlan") -> None:
     counts = f"{plan.blocks} blocks{experts}, {plan.layers:,} layers, {plan.weights / 1e6:,.1f} M weights"
     rows = {
         "model": f"{plan.model}: {counts}{stored}",
-        "method": f"{plan.request.method}, {plan.scheme}, {plan.bits_per_weight:.3f} bits per weight",
+        "method": f"{plan.request.method}, {plan.scheme}, {bits_words(plan.bits_per_weight, plan.adapter_bits)}",
         **({"rotation": plan.rotation.label} if plan.rotation is not None else {}),
         **_what_is_done(plan.request),
-        "compute": f"{plan.device}, {plan.precision}",
+        "compute": f"{plan.device}, {plan.precision}{read_by_block(plan.reads)}",
         "predicted": predicted(cost.peak_memory, cost.disk, cost.artifact),
     }
     rows["weights"] = plan.coverage.words
@@ -53,18 +53,29 @@ def show_finetune_plan(plan: "FinetunePlan") -> None:
             "rates": f"adapter {request.adapter_lr:g}{scales}, {request.schedule}, warm-up {request.warmup:g}, "
             f"decay {request.adapter_weight_decay:g}, clip {request.clip:g}",
             "compute": f"{plan.device}, {plan.precision}",
-            "predicted": f"peak memory {_binary(cost.peak_memory)} (base {_binary(cost.base)}, what trains "
-            f"{_binary(cost.training)}, activations {_binary(cost.activations)}; Python and its libraries the rest)",
+            "predicted": f"peak memory {binary(cost.peak_memory)} (base {binary(cost.base)}, what trains "
+            f"{binary(cost.training)}, activations {binary(cost.activations)}; Python and its libraries the rest)",
         }
     )
 
 
+def bits_words(bits: float, adapter: float) -> str:
+    """True bits a weight, and those that are left without the adapter's."""
+    return f"{bits:.3f} bits per weight" + (f" ({bits - adapter:.3f} without its adapter)" if adapter else "")
+
+
 def predicted(peak_memory: int, disk: int, artifact: int) -> str:
     """What a run will take, in words; Python and its libraries are part of the memory."""
-    return f"peak memory {_binary(peak_memory)} in all, disk {_binary(disk)}, artifact {_binary(artifact)}"
+    return f"peak memory {binary(peak_memory)} in all, disk {binary(disk)}, artifact {binary(artifact)}"
 
 
-def _binary(count: float) -> str:
+def read_by_block(times: int) -> str:
+    """What is said of a full-precision model that is not loaded."""
+    often = f"{times:,} times" if times > 1 else "once"
+    return f"; all of the full-precision model is read {often}, block by block" if times else ""
+
+
+def binary(count: float) -> str:
     """Bytes in powers of two: ``512 B``, ``15.2 MiB``, ``1.25 GiB``."""
     for unit in ("B", "KiB", "MiB"):
         if count < 999.5:

@@ -1,5 +1,6 @@
 """``ulbq quantize``: a model in, a packed artifact out."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from .options import Debug, DryRun, Json, Quiet, Source, check_out, read_source
 from .plan_table import show_plan
 from .recipe_list import complete_recipe, show_recipes
 from .sections import HelpAll
-from .streams import write
+from .streams import write as say
 
 _DEFAULT_METHOD = "db-llm"
 
@@ -31,6 +32,16 @@ ListRecipes = Annotated[
     bool,
     typer.Option("--list-recipes", help="Show the shipped recipes, then stop.", is_eager=True, callback=show_recipes),
 ]
+WritePlan = Annotated[
+    Path | None,
+    typer.Option(
+        "--write-plan",
+        metavar="FILE",
+        help="Write the layers' settings for --plan. As planned with --dry-run, else as made.",
+        show_default=False,
+        rich_help_panel="Run",
+    ),
+]
 
 
 @from_fields(QuantizeRequest, default=default_words, taken=for_method)
@@ -41,6 +52,7 @@ def quantize(
     settings: Settings = None,
     help_all: HelpAll = False,
     dry_run: DryRun = False,
+    write_plan: WritePlan = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -59,15 +71,27 @@ def quantize(
     # Last: this may wait for a pipe.
     request = request.model_copy(update={"source": read_source(source, "model", progress)})
 
+    from ulbq.pipeline.layer_plan import write_plan as write
     from ulbq.pipeline.quantize import plan, quantize
 
     if dry_run:
         planned = plan(request, progress)
+        if write_plan is not None:
+            write(write_plan, planned)
         show_plan(planned)
         if json:
-            write(planned.model_dump_json(indent=2))
+            say(planned.model_dump_json(indent=2))
         return
-    path, manifest = quantize(request, progress, on_plan=(lambda planned: None) if quiet else show_plan)
+    plans = []
+
+    def on_plan(planned: Any) -> None:
+        plans.append(planned)
+        if not quiet:
+            show_plan(planned)
+
+    path, manifest = quantize(request, progress, on_plan=on_plan)
+    if write_plan is not None:
+        write(write_plan, plans[0], manifest.layers)
     if not quiet:
         from .results import show_quantized
 

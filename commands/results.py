@@ -7,9 +7,10 @@ from statistics import mean
 
 from ulbq.artifacts import ConvertedManifest, QuantizedManifest
 from ulbq.artifacts.manifest import Manifest
+from ulbq.artifacts.told import losses
 from ulbq.evaluation.table import size
 
-from .plan_table import show_rows
+from .plan_table import bits_words, show_rows
 from .progress import duration
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -35,30 +36,11 @@ def show_converted(manifest: Manifest) -> None:
     show_rows({"size": f"{size(weights)} of weights as {layout}"})
 
 
-def losses(manifest: QuantizedManifest) -> dict[str, str]:
-    """How each training of the whole model went, and the fit of a temperature."""
-    rows: dict[str, str] = {}
-    if (fitted := manifest.temperature) is not None:
-        divergences = f"held-out divergence {fitted.start_error:.4f} to {fitted.end_error:.4f}"
-        rows["temperature"] = f"logits times {fitted.factor:.4f}, {divergences}"
-    if (after := manifest.end_to_end) is not None:
-        text = f" on {after.data['name']}" if after.data else ""
-        told = f"held-out loss {after.start_error:.4f} to {after.end_error:.4f}"
-        rows["end to end"] = f"{after.loss}{text}, {told} in epoch {after.epochs}"
-    if (learnt := manifest.finetune) is not None:
-        of = f"{learnt.data.get('samples'):,} samples of {', '.join(learnt.data.get('sources', ()))}"
-        told = f"held-out loss {learnt.start_loss:.4f} to {learnt.end_loss:.4f}"
-        rows["fine-tuned"] = f"{learnt.task}, {learnt.train}, on {of}, layout {learnt.template or 'plain text'}; {told}"
-    return rows
-
-
 def _sizes(manifest: QuantizedManifest) -> str:
     """Stored weights beside those in 16 bits, and the bits."""
     stored = size(sum(manifest.bits.parts.values()) / 8)
     report = manifest.bits
-    words = f"{report.bits_per_weight:.3f} bits per weight"
-    if adapter := report.parts.get("adapter", 0) / report.weights:
-        words += f" ({report.bits_per_weight - adapter:.3f} without its adapter)"
+    words = bits_words(report.bits_per_weight, report.parts.get("adapter", 0) / report.weights)
     if (whole := manifest.coverage) is None:
         return f"{stored} of weights, {words}"
     return f"{stored} of weights, {size(2 * whole.total)} in 16 bits; {words}, {whole.bits:.2f} a parameter over all"

@@ -7,7 +7,7 @@ from ulbq.config.saliency import SaliencyRequest
 from . import console
 from .fields import asked, from_fields
 from .options import Debug, DryRun, Json, Quiet, Source, check_out, read_source
-from .plan_table import predicted, show_rows
+from .plan_table import predicted, read_by_block, show_rows
 from .streams import write
 
 if TYPE_CHECKING:
@@ -58,6 +58,6 @@ def _show(plan: "SaliencyPlan") -> None:
         rows["calibration"] = (
             f"{request.calibration}, {request.samples} × {request.sequence_length} tokens, seed {request.seed}"
         )
-    rows["compute"] = f"{plan.device}, {plan.precision}"
+    rows["compute"] = f"{plan.device}, {plan.precision}{read_by_block(plan.reads)}"
     rows["predicted"] = predicted(plan.peak_memory, plan.disk, plan.artifact)
     show_rows(rows)

@@ -16,8 +16,8 @@ from .streams import write
 def serve(source: Source = None, *, quiet: Quiet = False, debug: Debug = False, **given: Any) -> None:
     """Let a model answer over HTTP, by OpenAI's API.
 
-    Chats, texts and the list of the one model. Without SOURCE, the newest quantized or converted model under
-    ./artifacts. Standard output carries the address, once requests are taken; a line for each answer goes to standard
+    Chats, texts and the list of the one model. Without SOURCE, the newest quantized or converted model below
+    this folder. Standard output carries the address, once requests are taken; a line for each answer goes to standard
     error. Ctrl-C ends it.
     """
     progress, _ = console.session(quiet=quiet, debug=debug)

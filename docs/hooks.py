@@ -60,6 +60,9 @@ def families(measured: dict[str, Any]) -> Iterator[str]:
         yield f"| `{row['family']}` | {row['share']:.0%} | {same} | {' | '.join(cells)} |"
     yield from ("", "Refused, with a sentence:", "", "| family | |", "| --- | --- |")
     yield from (f"| `{row['family']}` | {_cell(row['quantize'])} |" for row in rows if row["quantize"])
+    yield from ("", "Not tried:", "", "| families | |", "| --- | --- |")
+    for reason, names in measured.get("untried", {}).items():
+        yield f"| {', '.join(f'`{name}`' for name in names)} | {_cell(reason)} |"
 
 
 def _yes(refusal: str) -> str:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 
@@ -33,6 +34,13 @@ def _no_wait_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
         yield
+
+
+@pytest.fixture(autouse=True)
+def _scores_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test takes scores that another one kept."""
+    place = tmp_path_factory.getbasetemp() / f"scores-{uuid4().hex}"
+    monkeypatch.setattr("ulbq.evaluation.kept.folder", lambda: place)
 
 
 @pytest.fixture(scope="session")

@@ -215,7 +215,7 @@ def test_who_fails_alone_speaks_for_all(inputs: Path, tmp_path: Path) -> None:
 
 def test_what_all_refuse_is_said_once(tmp_path: Path) -> None:
     done = torchrun("ulbq", "convert", "q", cwd=tmp_path)
-    assert done.stderr.count("error: 'ulbq convert' has no samples to split over processes.") == 1
+    assert done.stderr.count("error: 'ulbq convert' does not split its work over processes.") == 1
     assert "exitcode  : 2" in done.stderr.partition("Root Cause")[2]
 
 

@@ -34,12 +34,15 @@ _LEFT_OUT = "…"
 _WORK = {
     "saliency": ("saliency.saliency", "saliency.plan"),
     "quantize": ("quantize.quantize", "quantize.plan"),
+    "sweep": ("sweep.sweep", "sweep.plan"),
+    "recommend": ("recommend.recommend",),
     "eval": ("evaluate.evaluate",),
     "generate": ("generate.generate", "converse.converse"),
     "serve": ("serve.serve",),
     "finetune": ("finetune.prepare",),
     "convert": ("convert.convert",),
     "inspect": ("inspect.inspect", "reseal.reseal"),
+    "push": ("push.push", "push.plan"),
     "list": ("listing.artifacts",),
     "doctor": ("doctor.checks",),
 }

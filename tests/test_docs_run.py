@@ -21,7 +21,7 @@ from ulbq.models import source
 pytestmark = pytest.mark.slow
 
 _LESS = {
-    **dict.fromkeys(("quantize", "saliency", "finetune"), ("--dry-run",)),
+    **dict.fromkeys(("quantize", "sweep", "saliency", "finetune"), ("--dry-run",)),
     "eval": ("--limit", "1", "--context", "16", "--dtype", "fp32"),
     "generate": ("--max-new-tokens", "2"),
 }
@@ -71,6 +71,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_rows(root / "data" / file, rows)
     for name, rows in _FILES.items():
         (root / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    (root / "settings.yaml").write_text("- {method: gptq, bits: 2}\n- {method: rtn}\n", encoding="utf-8")
     few = ("--calibration", str(root / "my-texts.jsonl"), "--samples", "4", "--sequence-length", "32")
     for name, options in _MADE.items():
         sampled = () if "rtn" in options else few

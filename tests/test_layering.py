@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each row imports only from itself and the rows above it.
 ROWS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "distributed", "limits", "printable", "runtime", "progress", "import_hook"}),
+    frozenset({"errors", "distributed", "limits", "printable", "runtime", "progress", "tracking", "import_hook"}),
     frozenset({"config"}),
     frozenset({"artifacts"}),
     frozenset({"formats"}),

@@ -9,7 +9,20 @@ from ulbq.import_hook import after_import
 
 TYPE_CHECKING = False  # as type checkers read it; the module typing is half of what this import would take
 if TYPE_CHECKING:
-    from ulbq.api import Artifact, Evaluation, Loaded, convert, evaluate, finetune, load, quantize, saliency
+    from ulbq.api import (
+        Artifact,
+        Evaluation,
+        Loaded,
+        convert,
+        evaluate,
+        finetune,
+        load,
+        push,
+        quantize,
+        recommend,
+        saliency,
+        sweep,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,8 +34,11 @@ __all__ = [
     "evaluate",
     "finetune",
     "load",
+    "push",
     "quantize",
+    "recommend",
     "saliency",
+    "sweep",
 ]
 
 

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
         EvaluationManifest,
         QuantizedManifest,
         SaliencyManifest,
+        SweepManifest,
     )
     from ulbq.config.run import PrecisionName
     from ulbq.evaluation.results import Results
+    from ulbq.pipeline.recommend import Recommendation
     from ulbq.progress import Progress
 
 Source = str | os.PathLike[str]
@@ -111,6 +113,44 @@ def saliency(
     return Artifact(*run(request, progress))
 
 
+def sweep(
+    model: Source | None = None, *, output: Source | None = None, progress: "Progress | None" = None, **options: Any
+) -> "Artifact[SweepManifest]":
+    """Quantize a model by many settings and compare them, as ``ulbq sweep`` does. A stopped one goes on where it was.
+
+    Args:
+        model: None for the default model.
+        output: folder for the sweep; None for a telling name under ``./artifacts``.
+        progress: told how it goes; None for silence.
+        options: fields of :class:`~ulbq.config.sweep.SweepRequest`; ``options`` are those of every run.
+    """
+    from ulbq.config.sweep import SweepRequest
+    from ulbq.pipeline.sweep import sweep as run
+
+    with _checked():
+        request = SweepRequest.model_validate(_given("sweep", options, source=model, out=output))
+    return Artifact(*run(request, progress))
+
+
+def recommend(model: Source | None = None, *, progress: "Progress | None" = None, **options: Any) -> "Recommendation":
+    """Find the setting that is expected to lose least within limits, as ``ulbq recommend`` does.
+
+    Args:
+        model: None for the default model.
+        progress: told how it goes; None for silence.
+        options: fields of :class:`~ulbq.config.recommend.RecommendRequest`.
+
+    Returns:
+        What to do: ``quantize(model, **found.best.options)``.
+    """
+    from ulbq.config.recommend import RecommendRequest
+    from ulbq.pipeline.recommend import recommend as run
+
+    with _checked():
+        request = RecommendRequest.model_validate(_given("recommend", options, source=model))
+    return run(request, progress)[0]
+
+
 def evaluate(
     *models: Source, output: Source | None = None, progress: "Progress | None" = None, **options: Any
 ) -> Evaluation:
@@ -176,6 +216,34 @@ def finetune(
     asked = {name: getattr(read, name) for name in given}
     job = prepare(os.fspath(artifact), task, asked, progress or Silent())
     return Artifact(*run(job, progress or Silent()))
+
+
+def push(
+    artifact: Source,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    progress: "Progress | None" = None,
+) -> str:
+    """Upload an artifact with its model card to the Hugging Face Hub, as ``ulbq push`` does.
+
+    Args:
+        artifact: its folder.
+        repo: ``owner/name``; a new one is made.
+        private: whether a new one is private.
+        revision: branch; None for ``main``.
+        progress: told how it goes; None for silence.
+
+    Returns:
+        The repository's address.
+    """
+    from ulbq.config.push import PushRequest
+    from ulbq.pipeline.push import push as run
+
+    with _checked():
+        request = PushRequest(source=os.fspath(artifact), repo=repo, private=private, revision=revision)
+    return run(request, progress)
 
 
 def load(model: Source, *, device: str = "auto", precision: "PrecisionName" = "auto", offline: bool = False) -> Loaded:

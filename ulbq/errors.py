@@ -18,6 +18,8 @@ class UlbqError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:  # for those who see a traceback
+            self.add_note(hint)
 
 
 class UsageError(UlbqError):

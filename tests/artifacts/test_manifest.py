@@ -237,6 +237,14 @@ def test_newest_goes_by_creation_time_and_kind(tmp_path: Path) -> None:
     assert newest(root, {"quantized"}) == root / "a-new"
     assert newest(root, {"quantized", "evaluation"}) == root / "scores"
     assert newest(root, ["converted"]) is None
+    # Further down, and behind a link, too; but neither the folder itself nor the depths below.
+    assert newest(tmp_path, {"quantized"}) == root / "a-new"
+    (tmp_path / "work/deep").mkdir(parents=True)
+    (tmp_path / "work/deep/linked").symlink_to(root)
+    assert newest(tmp_path / "work/deep", {"quantized"}) == tmp_path / "work/deep/linked/a-new"
+    assert newest(tmp_path / "work", {"quantized"}) == tmp_path / "work/deep/linked/a-new"
+    assert newest(tmp_path, {"converted"}) is None
+    assert newest(root / "a-new", {"quantized"}) is None
 
 
 def test_newest_passes_over_what_is_not_a_finished_artifact(tmp_path: Path) -> None:

@@ -280,3 +280,16 @@ def test_weights_that_may_not_be_read_are_not_called_missing(tmp_path: Path, mon
     with pytest.raises(InputError, match="may not be read: Permission denied") as caught:
         LazyTensors.folder(tmp_path)
     assert "permissions" in caught.value.hint
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8, torch.float8_e4m3fn])
+def test_a_large_tensor_is_read_in_parts(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"a": (torch.arange(7 * 3 * 2) % 50).view(7, 3, 2).to(dtype), "b": torch.arange(9).to(dtype)}
+    write_shard(tmp_path / "m.safetensors", tensors)
+    stored, opened = LazyTensors([tmp_path / "m.safetensors"]), []
+    monkeypatch.setattr(shards, "_MAPPED_AT_ONCE", 2 * 3 * 2 * dtype.itemsize)
+    plain = shards.safe_open
+    monkeypatch.setattr(shards, "safe_open", lambda *given, **options: opened.append(1) or plain(*given, **options))
+    for name, tensor in tensors.items():
+        assert torch.equal(stored.read(name).view(torch.uint8), tensor.view(torch.uint8))
+    assert len(opened) == 4 + 1  # two rows at a time

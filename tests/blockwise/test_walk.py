@@ -288,3 +288,24 @@ def test_configuration_is_not_changed_by_streaming(tiny_llama: Path, tmp_path: P
     before = copy.deepcopy(source.config.to_dict())
     open_stream(source, some_tokens(), tmp_path)
     assert source.config.to_dict() == before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_embedding_in_half_precision_is_looked_up_as_it_is_stored(
+    family: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve(save_tiny(family, tmp_path / "m", tied=tied, dtype=torch.bfloat16))
+    found: list[torch.dtype] = []
+    embed = walk_module.embed
+
+    def watched(outer: PreTrainedModel, *given: Any) -> torch.Tensor:
+        found.append(outer.get_input_embeddings().weight.dtype)
+        return embed(outer, *given)
+
+    monkeypatch.setattr(walk_module, "embed", watched)
+    halved = open_stream(source, some_tokens(), tmp_path).hidden.get(slice(None))
+    monkeypatch.setattr(walk_module, "tables_as_stored", lambda *given, **options: None)
+    assert torch.equal(halved, open_stream(source, some_tokens(), tmp_path).hidden.get(slice(None)))
+    # Gemma's embedding multiplies, too.
+    assert {*found} == ({torch.bfloat16, torch.float32} if family == "llama" else {torch.float32})

@@ -12,7 +12,7 @@ from tests.campaign.outcome import clear, content, done, hashes, modest, no_litt
 from tests.campaign.process import KILL, Fault, Told, command
 from tests.campaign.world import COMMANDS, OUT
 
-FOR_PEOPLE = frozenset({"README.md", "report.html", "finetune.html", "saliency.html", "samples.jsonl"})
+FOR_PEOPLE = frozenset({"README.md", "report.html", "finetune.html", "saliency.html", "samples.jsonl", "table.csv"})
 """Read by people alone."""
 
 _SAID = ("--device", "cpu", "--offline", "-q")
@@ -68,6 +68,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "gguf": ("inspect", "generate gguf", "eval gguf"),
     "half": ("inspect", "generate"),
     "evaluation": ("inspect", "eval --compare"),
+    "sweep": ("inspect",),
 }
 """Artifacts of the world, and who reads them."""
 

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from tests.campaign.outcome import VOLATILE, clear, content, done, is_whole, no_litter, recorded, reference, refused
+from tests.campaign.outcome import (
+    VOLATILE,
+    clear,
+    content,
+    done,
+    is_whole,
+    no_litter,
+    recorded,
+    reference,
+    refused,
+    told_of,
+)
 from tests.campaign.process import COUNT, KILL, STOP, TEAR, Fault, command
 from tests.campaign.world import COMMANDS, OUT
 from ulbq.artifacts.disk import TEMPORARY_PREFIX
@@ -126,7 +137,7 @@ def _lying(place: Path, told: bool) -> dict[str, str]:
         data = path.read_bytes() if path.is_file() else b"a folder"
         if not told:
             name = TEMPORARY.sub(".tmp", name)
-            plain = name.removeprefix(f"{OUT}.partial/").removeprefix(f"{OUT}/").removeprefix(f"{TEMPORARY_PREFIX}-")
+            plain = told_of(name).removeprefix(f"{TEMPORARY_PREFIX}-")
             data = b"" if plain.removesuffix(".tmp") in VOLATILE else _CHANGING.sub(b"", data)
         found[name] = hashlib.sha256(data).hexdigest()
     return found

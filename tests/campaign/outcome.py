@@ -10,7 +10,7 @@ from tests.campaign.process import COUNT, Fault, Told, command
 from tests.campaign.world import COMMANDS, OUT
 from ulbq.artifacts.partial import JOURNAL
 
-VOLATILE = frozenset({"manifest.json", "results.json", "report.html", "finetune.html", "README.md"})
+VOLATILE = frozenset({"manifest.json", "results.json", "report.html", "finetune.html", "README.md", "table.csv"})
 """Files that tell times, and differ between two runs of one command."""
 
 SECONDS = 10.0
@@ -25,7 +25,12 @@ def hashes(path: Path) -> dict[str, str]:
 
 def content(path: Path) -> dict[str, str]:
     """The same without what tells times, and without what a killed run leaves for the next to clear up."""
-    return {name: value for name, value in hashes(path).items() if name not in VOLATILE and name[0] != "."}
+    return {name: value for name, value in hashes(path).items() if told_of(name) not in VOLATILE and name[0] != "."}
+
+
+def told_of(name: str) -> str:
+    """A file's own name: artifacts of a sweep's runs have what all have."""
+    return name.rpartition("/")[2]
 
 
 def refused(told: Told, *codes: int) -> str:

@@ -82,11 +82,16 @@ COMMANDS = {
     "convert dense": Command(("convert", "@affine", "--to", "dense", *_PLAIN)),
     "convert gptq": Command(("convert", "@affine", "--to", "gptq", *_PLAIN)),
     "convert compressed-tensors": Command(("convert", "@affine", "--to", "compressed-tensors", *_PLAIN)),
+    "convert auto-round": Command(("convert", "@affine", "--to", "auto-round", *_PLAIN)),
     "convert gguf": Command(("convert", "@affine", "--to", "gguf", *_PLAIN)),
     "convert half": Command(("convert", "@affine", "--to", "half", *_PLAIN)),
     "eval": Command(
         ("eval", "@affine", "--perplexity", "wikitext2", "--fidelity", "--context", "32", "--limit", "2", "--data-dir",
          "@mirror", *_SHOWN)
+    ),
+    "sweep": Command(
+        ("sweep", "@dense", "--method", "rtn,gptq", "--bits", "3", "--set", "group_size=32", *_TEXT, "--context", "32",
+         "--limit", "2", "--data-dir", "@mirror", *_SHOWN)
     ),
     "inspect --reseal": Command(("inspect", "--reseal", "-q"), in_place=True, prepare=_edited),
 }  # fmt: skip
@@ -112,6 +117,7 @@ ARTIFACTS = {
     "gguf": "convert gguf",
     "half": "convert half",
     "evaluation": "eval",
+    "sweep": "sweep",
 }
 """What lies in the world, by the command that makes it."""
 

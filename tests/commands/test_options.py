@@ -123,19 +123,19 @@ def test_newest_artifact_is_taken_and_said(monkeypatch):
 
     def newest(root: Path, kinds: object) -> Path:
         asked.append((root, kinds))
-        return root / "b"
+        return root / "artifacts/b"
 
     monkeypatch.setattr("ulbq.artifacts.manifest.newest", newest)
     progress = _Notes()
     assert read_source(None, "newest", progress, kinds=("quantized", "converted")) == "artifacts/b"
-    assert asked == [(Path("artifacts"), ("quantized", "converted"))]
+    assert asked == [(Path(), ("quantized", "converted"))]
     assert progress.notes == ["No SOURCE given: taking the newest artifact, artifacts/b."]
 
 
 @pytest.mark.usefixtures("terminal")
 def test_no_artifact_to_take(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="holds no finished artifact") as caught:
+    with pytest.raises(InputError, match="no finished artifact to take") as caught:
         read_source(None, "newest")
     assert "ulbq quantize" in caught.value.hint
 

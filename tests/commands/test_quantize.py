@@ -14,7 +14,18 @@ from ulbq.config.quantize import QuantizeRequest
 from ulbq.methods import METHODS
 from ulbq.pipeline import recipes
 
-NO_REQUEST = {"recipe", "list_recipes", "settings", "help_all", "dry_run", "json", "quiet", "debug", "help"}
+NO_REQUEST = {
+    "recipe",
+    "list_recipes",
+    "settings",
+    "help_all",
+    "dry_run",
+    "write_plan",
+    "json",
+    "quiet",
+    "debug",
+    "help",
+}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +113,7 @@ def test_a_methods_help_leaves_out_what_it_does_not_take(words, capsys):
     shown = capsys.readouterr().out
     assert "--damping" in shown
     assert "--output" in shown
-    for flag in ("--epochs", "--rank", "--lambda", "--experts", "--target-bits", "--end-to-end"):
+    for flag in ("--epochs", "--rank", "--lambda", "--experts", "--allocation", "--end-to-end"):
         assert flag not in shown
 
 

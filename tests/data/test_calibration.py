@@ -19,7 +19,7 @@ from tests.data.byte_tokenizer import ByteTokenizer
 from tests.data.conftest import text_rows, write_jsonl
 from tests.models.tiny import tiny_tokenizer
 from ulbq.data import registry
-from ulbq.data.calibration import Calibration, calibration_samples, load_calibration, save_calibration
+from ulbq.data.calibration import Calibration, calibration_samples, load_calibration, save_calibration, sources
 from ulbq.data.windows import token_stream
 from ulbq.errors import InputError, ResourceError, UsageError
 
@@ -115,6 +115,61 @@ def test_mix_takes_equal_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     assert origins[:11] != ["w" * 8] * 11
     tokens = calibration_samples("mix", ByteTokenizer(), samples=2, length=8).tokens
     assert {ByteTokenizer.read(window)[0] for window in tokens.tolist()} == {"w", "c"}
+
+
+def test_sources_take_their_weights(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 900)
+    spec = f"{tmp_path}/a.txt:3,{tmp_path}/b.txt,{tmp_path}/c.txt:1.5"
+    found = calibration_samples(spec, ByteTokenizer(), samples=11, length=8)
+    origins = [ByteTokenizer.read(window) for window in found.tokens.tolist()]
+    assert Counter(origins) == {"a" * 8: 6, "b" * 8: 2, "c" * 8: 3}
+    assert origins != sorted(origins)
+    assert found.name == "a.txt:3,b.txt:1,c.txt:1.5"
+    assert calibration_samples(f"{tmp_path}/a.txt:2", ByteTokenizer(), samples=2, length=8).name == "a.txt"
+
+
+def test_a_file_may_be_called_like_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "a,b:2.txt"
+    path.write_text(NUMBERS)
+    assert sources(str(path)) == {str(path): 1.0}
+    assert drawn(path).name == "a,b:2.txt"
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("wikitext2,c4:2,wikitext2:3", "names 'wikitext2' twice"),
+        ("wikitext2,self", "'self' stands alone"),
+        ("mix:2,c4", "'mix' stands alone"),
+        ("c4,a.safetensors", "'a.safetensors' stands alone"),
+        ("c4:0,ptb", "a weight of 0"),
+        ("c4:1000,ptb", "Of 8 samples none is left for 'ptb'"),
+        ("c4,nonsense:2", "'nonsense' is neither"),
+    ],
+)
+def test_lists_that_make_no_sense(spec: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "texts", lambda *_, **__: iter(["x" * 400]))
+    with pytest.raises(UsageError, match=sentence):
+        calibration_samples(spec, ByteTokenizer(), samples=8, length=8)
+
+
+def test_chats_are_written_by_the_tokenizers_template(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "a" * 50}, {"from": "gpt", "value": "b" * 50}]
+    write_jsonl(tmp_path / "chats.jsonl", [{"conversations": turns}] * 3)
+    write_jsonl(tmp_path / "half.jsonl", [{"messages": [{"role": "tool", "content": "c" * 99}]}, {"text": "d" * 99}])
+    tokenizer = ByteTokenizer()
+    told = [("\n\n".join(["a" * 50, "b" * 50]), None), (f"<user>{'a' * 50}<assistant>{'b' * 50}", "template")]
+    for text, template in told:
+        tokenizer.chat_template = template
+        found = calibration_samples(str(tmp_path / "chats.jsonl"), tokenizer, samples=1, length=len(text) * 3)
+        assert ByteTokenizer.read(found.tokens[0].tolist()) in "\n\n".join([text] * 4)
+        assert found.contents is not None
+        assert found.contents.chats == 1.0
+    both = f"{tmp_path}/chats.jsonl:3,{tmp_path}/half.jsonl:1"
+    found = calibration_samples(both, tokenizer, samples=4, length=32)
+    assert found.contents is not None
+    assert found.contents.chats == pytest.approx(3 / 4 + 1 / 4 / 2)
 
 
 def test_mix_needs_all_its_parts(tmp_path: Path, caches: Path, online: None, no_sockets: None) -> None:

@@ -126,6 +126,25 @@ def test_texts_and_chats_are_written_in_turns(monkeypatch: pytest.MonkeyPatch) -
     assert told.steps == told.total == 22 * 7  # a text each, and with five of them a chat
 
 
+@pytest.mark.parametrize("room", [2, 5, 100])
+@pytest.mark.parametrize("tokenizer", [SpecialBytes(), ChatBytes()])
+def test_turns_that_are_written_together_draw_what_they_would_alone(
+    tokenizer: SpecialBytes, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unsure(CountingModel):
+        def __call__(self, input_ids: torch.Tensor, **inputs: Any) -> SimpleNamespace:
+            found = super().__call__(input_ids, **inputs)
+            return SimpleNamespace(logits=found.logits * 1e-3, past_key_values=found.past_key_values)
+
+    monkeypatch.setattr(generate, "_MEMORY", 1)
+    asked: dict[str, Any] = {"samples": 9, "length": 24, "seed": 0, "text_length": 8}
+    told = Counted()
+    found = self_samples(Unsure(), tokenizer, **asked, room=room, progress=told).tokens
+    assert torch.equal(found, self_samples(Unsure(), tokenizer, **asked).tokens)
+    turns = 22 if isinstance(tokenizer, ChatBytes) else 27
+    assert told.steps == told.total == -(-turns // room) * 7
+
+
 def test_a_beginning_of_text_that_the_template_writes_itself_stands_there_once() -> None:
     class Beginning(ChatBytes):
         bos_token_id = 0
@@ -212,15 +231,14 @@ def test_the_cache_changes_nothing(tiny_llama: Path) -> None:
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     logits = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0]).log().expand(20_000, -1)
-    drawn = _draw(logits, torch.Generator().manual_seed(0))
+    drawn = _draw(logits, torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(0)))
     shares = drawn.flatten().bincount(minlength=5) / len(drawn)
     assert shares.tolist() == pytest.approx([0.1, 0, 0.6, 0.3, 0], abs=0.012)  # over three standard errors
     assert shares[1] == shares[4] == 0
 
 
-def test_a_number_that_rounds_up_to_one_draws_no_impossible_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.ones(size))
-    assert _draw(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.Generator()).item() == 1
+def test_a_number_that_rounds_up_to_one_draws_no_impossible_token() -> None:
+    assert _draw(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.ones(1, 1)).item() == 1
 
 
 def test_texts_that_memory_does_not_hold_at_once_are_written_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,3 +204,14 @@ def test_a_group_that_lacks_members_says_so_in_its_version():
     found = with_groups({"a": score(0.2, None)}, [LoadedGroup("g", ("a",), ("b", "c"))])
     assert found["g"].version == "1, 1 of 3 sets"
     assert found["g"].metrics["exact_match"].stderr is None
+
+
+def test_guessing_takes_one_of_the_answers_that_a_question_names(long_model, tokenizer, mirror, says):
+    says("true")
+    wanted = {"svamp": None, "aqua": 0.2, "boolq-instruct": 0.5}
+    for name, chance in wanted.items():
+        score = run_generative(long_model, tokenizer, load(name, mirror), template="alpaca").score
+        assert score.metrics["exact_match"].chance == chance
+    rule = load("piqa-instruct", mirror).task.rule
+    asked = ("Choose: solution1 or solution2", "only solution1", "")
+    assert [rule.chance(question) for question in asked] == [0.5, 1, 0.5]

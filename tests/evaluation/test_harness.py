@@ -108,10 +108,19 @@ def test_members_of_a_group_are_told_from_the_group(mirror):
         "n-shot": {"a": 5, "b": 5, "both": 5},
         "versions": {"a": 1.0, "b": 1.0, "both": 2},
     }
-    scores = harness._scores(found)
+    scores = harness._scores(found, {"a": 0.5, "b": 0.25})
     assert list(scores) == ["both", "a", "b"]
     assert (scores["both"].samples, scores["both"].member_of, scores["both"].metrics["acc"].stderr) == (7, None, None)
     assert scores["a"].member_of == "both"
+    # By their documents, 3 and 4.
+    assert scores["both"].metrics["acc"].chance == pytest.approx((3 * 0.5 + 4 * 0.25) / 7)
+    assert harness._scores(found, {"a": 0.5, "b": None})["both"].metrics["acc"].chance is None
+
+
+def test_guessing_is_right_once_in_so_many_choices(model, tokenizer, mirror):
+    scores = harness.run_tasks(model, tokenizer, load(["piqa", "arc_easy"], mirror), limit=2)
+    assert {score.chance for score in scores["piqa"].metrics.values()} == {0.5}
+    assert {score.chance for score in scores["arc_easy"].metrics.values()} == {0.25}
 
 
 def test_an_unknown_task_is_answered_with_close_names():

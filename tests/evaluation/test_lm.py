@@ -3,9 +3,12 @@ import weakref
 import pytest
 import torch
 
-from tests.models.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
+from tests.models.tiny import FAMILIES, save_tiny, tiny_config, tiny_model, tiny_tokenizer
+from ulbq.blockwise.streamed import StreamedModel
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.lm import LanguageModel
+from ulbq.models.load import load_model
+from ulbq.models.source import resolve
 
 PAIRS = [([5, 6, 7], [8, 9]), ([5, 6, 7], [10]), ([5, 6, 7], [11]), ([20], [21, 22, 23, 24]), ([30] * 40, [31])]
 
@@ -132,3 +135,15 @@ def test_a_tokenizer_without_an_end_is_refused():
 def test_every_family_scores_alike_in_padded_batches(family, tokenizer):
     model = tiny_model(tiny_config(family))
     assert_same(LanguageModel(model, tokenizer, batch_size=3).score(PAIRS), one_by_one(model, PAIRS))
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_a_streamed_model_scores_alike_in_waves_of_similar_length(tmp_path, tokenizer, batch_size, monkeypatch):
+    source = resolve(save_tiny("llama", tmp_path / "m", tied=False))
+    loaded = load_model(source, dtype=torch.float32)
+    streamed = StreamedModel(source, dtype=torch.float32, device=torch.device("cpu"), directory=tmp_path)
+    waves, plain = [], streamed.pass_blocks
+    monkeypatch.setattr(streamed, "pass_blocks", lambda tokens, size: waves.append(tokens.shape) or plain(tokens, size))
+    found = LanguageModel(streamed, tokenizer, batch_size=batch_size).score(PAIRS)
+    assert_same(found, one_by_one(loaded, PAIRS))
+    assert [(rows, length) for rows, length in waves] == [(1, 40), (3, 4)]

@@ -97,6 +97,23 @@ def test_size_and_speed_have_tiles_beside_the_parents():
     assert text.index("In their own words") < text.index("<h2>Scores</h2>")
 
 
+def test_several_models_are_drawn_by_what_they_cost():
+    other = model_scores("other", parent="full", bits_per_weight=3.5, perplexity=40)
+    page = page_of(PARENT, GOOD, other)
+    assert "What it costs" in page
+    assert "bits per weight" in page
+    assert "other: 40.00 at 3.500 bits per weight" in page
+    # The parent has no bits, and is a line.
+    assert "full: 24.19" in page
+    assert "What it costs" not in page_of(PARENT, GOOD)
+    sized = [
+        model_scores(name, perplexity=20, weights=WeightSize(on_disk=size, in_memory=size))
+        for name, size in (("a", 10**6), ("b", 2 * 10**6))
+    ]
+    assert "b: 20.00 at 2.000 MB on disk" in page_of(*sized)
+    assert "What it costs" not in page_of(*sized, model_scores("c", perplexity=20))
+
+
 def test_needs_nothing_but_itself():
     manifest = quantized(layers=layers(), blocks=blocks((2, 1)))
     text = page_of(PARENT, GOOD, manifests={"good": manifest})

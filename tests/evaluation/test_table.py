@@ -1,5 +1,5 @@
 from tests.evaluation.sample import continuation, model_scores, results, task_score
-from ulbq.evaluation.results import ModelScores, WeightSize, Writing
+from ulbq.evaluation.results import Measured, ModelScores, WeightSize, Writing
 from ulbq.evaluation.table import Row, describe, footnotes, rows
 
 PARENT = model_scores("full", perplexity=24.19, tasks={"piqa": {"acc": 0.9}})
@@ -53,6 +53,16 @@ def test_members_of_a_group_are_summed_up_by_the_group():
 
 def test_scores_carry_their_standard_error():
     assert named(rows(results(PARENT)))["piqa acc ↑"].cells == ("0.9000 ± 0.0100",)
+
+
+def test_tasks_stand_beside_chance_and_the_parent():
+    guessed = Measured(value=0.8, stderr=0.01, chance=0.5, higher_is_better=True)
+    child = model_scores("small", parent="full", tasks={"piqa": {"acc": 0.8}, "boolq": {"acc": 0.4}})
+    task = child.tasks["piqa"].model_copy(update={"metrics": {"acc": guessed}})
+    child = child.model_copy(update={"tasks": child.tasks | {"piqa": task}})
+    table = named(rows(results(PARENT, child)))
+    assert table["piqa acc ↑, chance 0.500"].cells == ("0.9000 ± 0.0100", "0.8000 ± 0.0100 (−0.1000)")
+    assert table["boolq acc ↑"].cells == ("", "0.4000 ± 0.0100")
 
 
 def test_sizes_and_speed_stand_before_and_after():

@@ -33,6 +33,7 @@ def of(scheme: AnyScheme, adapter: str = "", name: str = "model.layers.0.mlp.up_
 
 def test_what_the_card_of_an_artifact_says() -> None:
     assert of_artifact(of(AffineScheme(bits=2, group_size=64)))[2:] == [
+        "**vLLM**: with the plug-in ulbq-vllm, `vllm serve DIR` loads it packed on a CPU; on a GPU that was not run.",
         "**Engines** load what `ulbq convert DIR --for NAME -o OUT` writes, with the NAME in brackets. "
         "Bits are those of the quantized layers.",
         """\
@@ -92,6 +93,8 @@ def test_an_adapter_lies_beside_or_is_merged() -> None:
     scheme = AffineScheme(bits=4, group_size=64, symmetric=True)
     lora, dora = ("\n".join(of_artifact(of(scheme, kind))) for kind in ("LoRA", "DoRA"))
     assert "loads it packed, adapter attached." in lora
+    assert "that was not run. For the adapter vLLM takes `--enable-lora --lora-modules tuned=DIR/adapter`." in lora
+    assert "ulbq-vllm" not in dora  # vLLM applies LoRA only
     assert "Bits are those of the quantized layers, without the adapter; the card in OUT says" in lora
     assert rows(lora)["llama.cpp (`llama.cpp`)"] == ["`llama-server -m OUT/model.gguf`", "CPU or GPU", "4.5"]
     assert rows(dora)["llama.cpp (`llama.cpp`)"] == [
@@ -100,6 +103,11 @@ def test_an_adapter_lies_beside_or_is_merged() -> None:
     ]
     assert "MLX: it has an adapter, and mlx-lm reads none" in lora
     assert "`ulbq convert DIR --to dense --merge-adapter` writes" in lora
+
+
+def test_vllms_plug_in_has_no_experts() -> None:
+    text = "\n".join(of_artifact(of(AffineScheme(bits=4, group_size=64), name="model.layers.0.mlp.experts.0.up_proj")))
+    assert "ulbq-vllm" not in text
 
 
 def test_a_layers_name_stays_text() -> None:

@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 from tests.models.stored import pack_some
 from ulbq import formats
 from ulbq.export import gguf_blocks
-from ulbq.export.targets import compressed_tensors, gptq, mlx
+from ulbq.export.targets import auto_round, compressed_tensors, gptq, mlx
 from ulbq.formats import AffineScheme, DualBinaryScheme, TrellisScheme, affine
 from ulbq.models.gguf_types import NewType, dequantize
 
@@ -37,6 +37,12 @@ class TestRoundTrip:
         assert tensors["scales"].dtype == torch.float16
         assert torch.equal(gptq.decode(tensors, bits, v1=symmetric), weight)
         assert not torch.equal(gptq.decode(tensors, bits, v1=not symmetric), weight)
+
+    def test_auto_round(self, bits: int, symmetric: bool, group_size: int) -> None:
+        scheme, packed, weight = matrix(bits, symmetric=symmetric, group_size=group_size)
+        tensors = auto_round.encode(scheme, packed, (64, 128))
+        assert tensors.keys() == {"qweight", "qzeros", "scales"}
+        assert torch.equal(gptq.decode(tensors, bits, v1=False), weight)
 
     def test_compressed_tensors(self, bits: int, symmetric: bool, group_size: int) -> None:
         scheme, packed, weight = matrix(bits, symmetric=symmetric, group_size=group_size)
@@ -145,7 +151,7 @@ def test_mlx_holds_the_weights_themselves(bits: int, form: str, group_size: int,
 @pytest.mark.parametrize(
     ("scheme", "why"),
     [
-        (AffineScheme(bits=1, symmetric=True), "2, 3, 4 and 8 bits, not 1"),
+        (AffineScheme(bits=1, symmetric=True), "2, 3, 4, 6 and 8 bits, not 1"),
         (AffineScheme(bits=2, group_size=16), "groups of 32, 64 and 128"),
         (DualBinaryScheme(group_size=32), "integer codes"),
     ],
@@ -197,8 +203,13 @@ def test_bits_are_those_of_what_is_encoded(bits: int, form: str, group_size: int
     scheme = AffineScheme(bits=bits, group_size=group_size, symmetric=form != "asymmetric", mid_rise=form == "mid-rise")
     shape, packed = (64, 256), pack_some(scheme, 64, 256)
     v1 = functools.partial(gptq.encode, v1=scheme.symmetric)
-    for layout, encode in ((gptq, v1), (compressed_tensors, compressed_tensors.encode), (mlx, mlx.encode)):
-        if layout.unsupported_reason(scheme, shape) is None:
+    for layout, encode, refuses in (
+        (gptq, v1, gptq.unsupported_reason),
+        (auto_round, auto_round.encode, gptq.unsupported_reason),
+        (compressed_tensors, compressed_tensors.encode, compressed_tensors.unsupported_reason),
+        (mlx, mlx.encode, mlx.unsupported_reason),
+    ):
+        if refuses(scheme, shape) is None:
             stored = encode(scheme, packed, shape).values()
             assert layout.stored_bits(scheme, shape) == 8 * sum(tensor.nbytes for tensor in stored)
     blocks = gguf_blocks.encode(scheme, packed, 256)
@@ -220,3 +231,16 @@ def test_matrices_of_one_tensor_have_the_type_that_holds_them_all() -> None:
     two, four = (AffineScheme(bits=bits, group_size=64, symmetric=True) for bits in (2, 4))
     assert gguf_blocks.kind_of([two, four], 128) == GGMLQuantizationType.Q4_0
     assert gguf_blocks.kind_of([two, DualBinaryScheme(group_size=64)], 128) is None
+
+
+@pytest.mark.parametrize("group_size", [256, 512, -1])
+def test_six_bits_in_long_groups_are_gguf_blocks_with_factors_of_one(group_size: int) -> None:
+    scheme = AffineScheme(bits=6, group_size=group_size, symmetric=True)
+    packed = pack_some(scheme, 8, 512)
+    packed["scales"][::2] *= -1
+    blocks = gguf_blocks.encode(scheme, packed, 512)
+    assert blocks is not None
+    assert blocks.kind == GGMLQuantizationType.Q6_K == gguf_blocks.kind_of([scheme], 512)
+    assert torch.equal(torch.from_numpy(dequantize(blocks.data, blocks.kind)), formats.dequantize(scheme, packed, 512))
+    shorter = AffineScheme(bits=6, group_size=64, symmetric=True)
+    assert gguf_blocks.kind_of([shorter], 512) == GGMLQuantizationType.Q8_0

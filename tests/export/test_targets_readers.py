@@ -87,16 +87,18 @@ def test_auto_gptq(case: tuple[Path, np.ndarray, bool, int], tmp_path: Path) -> 
     np.testing.assert_allclose(read("auto-gptq", "auto_gptq_logits.py", path, "float32"), logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("target", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("target", ["gptq", "compressed-tensors", "auto-round"])
 def test_transformers(case: tuple[Path, np.ndarray, bool, int], target: str, tmp_path: Path) -> None:
     source, logits, symmetric, _ = case
-    environment("gptqmodel")
+    name = "auto-round" if target == "auto-round" else "gptqmodel"
+    environment(name)
     if target == "compressed-tensors" and not symmetric:
         pytest.skip("transformers 5.23 loads no packed zero points, which --for transformers knows")
     asked = ConvertRequest(source=str(source), to=target, engine="transformers", dtype="fp16", out=tmp_path / "g")
-    found = read("gptqmodel", "transformers_logits.py", convert(asked)[0], "float16" if target == "gptq" else "float32")
-    # GPTQ's kernel is loaded in half precision here, and rounds as that does.
-    np.testing.assert_allclose(found, logits, atol=2e-2 if target == "gptq" else 1e-4)
+    dtype = "float32" if target == "compressed-tensors" else "float16"
+    found = read(name, "transformers_logits.py", convert(asked)[0], dtype)
+    # The kernels of the others are loaded in half precision here, and round as that does.
+    np.testing.assert_allclose(found, logits, atol=1e-4 if dtype == "float32" else 2e-2)
 
 
 def test_llama_cpp(case: tuple[Path, np.ndarray, bool, int], tmp_path: Path) -> None:

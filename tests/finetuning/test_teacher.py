@@ -6,10 +6,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.models.tiny import tiny_config, tiny_model
+from tests.models.tiny import save_tiny, tiny_config, tiny_model
+from ulbq.blockwise.streamed import StreamedModel
 from ulbq.finetuning.examples import Examples
 from ulbq.finetuning.losses import Predicted, divergence
-from ulbq.finetuning.teacher import CachedTeacher, StreamedTeacher, Targets
+from ulbq.finetuning.teacher import CachedTeacher, PassedTeacher, StreamedTeacher, Targets
+from ulbq.models.load import load_model
+from ulbq.models.source import resolve
 from ulbq.training.precision import Precision
 
 TOKENS = torch.randint(3, 250, (5, 12), generator=torch.Generator().manual_seed(1))
@@ -70,3 +73,20 @@ def test_a_cache_of_the_whole_vocabulary_teaches_the_same(model: PreTrainedModel
     student = torch.randn(2, 12, 256, generator=torch.Generator().manual_seed(2))
     whole = divergence(said(asked.targets(SOME)), student)
     torch.testing.assert_close(divergence(said(cached.targets(SOME)), student), whole)
+
+
+@pytest.mark.parametrize("masks", [None, "ragged"])
+def test_all_examples_pass_a_model_that_is_not_loaded_before_it_is_asked(masks: str | None, tmp_path: Path) -> None:
+    source = resolve(save_tiny("llama", tmp_path / "m"))
+    loaded = StreamedTeacher(load_model(source, dtype=torch.float32), EXAMPLES, PRECISION)
+    model = StreamedModel(source, dtype=torch.float32, device=PRECISION.device, directory=tmp_path)
+    examples, exact = EXAMPLES, True
+    if masks is not None:
+        kept = torch.arange(12) < torch.tensor([12, 5, 9, 12, 7]).unsqueeze(1)
+        examples, exact = Examples(TOKENS, 3, kept), False
+        loaded = StreamedTeacher(load_model(source, dtype=torch.float32), examples, PRECISION)
+    asked = PassedTeacher(model, examples)
+    for index in range(len(TOKENS)):
+        (values, ids), (expected, names) = asked.guesses(index, 7), loaded.guesses(index, 7)
+        assert torch.equal(ids, names)
+        torch.testing.assert_close(values, expected, atol=0 if exact else 1e-5, rtol=0)

@@ -20,7 +20,7 @@ def case(**changes: object) -> Case:
         ({"rows": 512}, "dense", {"tiles": "512 rows", "int4": "512 rows"}),
         ({"rows": 96, "dtype": torch.float16}, "dense", {"tiles": "beyond 95", "int4": "float16 activations"}),
         ({"dtype": torch.float64}, "dense", {"tiles": "float64 activations", "int4": "float64 activations"}),
-        ({"scheme": AffineScheme(bits=8)}, "dense", {"tiles": "8 bits", "int4": "8 bits"}),
+        ({"scheme": AffineScheme(bits=8)}, "bytes", {"tiles": "8 bits", "int4": "8 bits"}),
         ({"scheme": AffineScheme(bits=2, group_size=16)}, "dense", {"tiles": "groups of 16", "int4": "groups of 16"}),
         ({"scheme": DualBinaryScheme(group_size=-1)}, "tiles", {}),
         ({"scheme": BinaryMosScheme(), "differentiable": True}, "tiles", {}),
@@ -35,7 +35,7 @@ def case(**changes: object) -> Case:
 def test_the_table(changes: dict[str, object], name: str, reasons: dict[str, str]) -> None:
     choice = choose(case(**changes))
     assert choice.layout.name == name
-    assert choice.passed_over.keys() - {"columns", "humming", "trellis", "triton"} == reasons.keys()
+    assert choice.passed_over.keys() - {"bytes", "columns", "humming", "trellis", "triton"} == reasons.keys()
     for backend, reason in reasons.items():
         assert reason in choice.passed_over[backend]
 

@@ -100,7 +100,7 @@ class TestEightBits:
     @pytest.mark.parametrize(
         ("file", "content", "tool"),
         [
-            ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "'modelopt'"),
+            ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "ModelOpt"),
             ("quantize_config.json", {"bits": 4}, "GPTQ"),
             ("quant_config.json", {"w_bit": 4}, "AWQ"),
         ],
@@ -130,6 +130,11 @@ class TestWithoutAPlace:
     def test_layers_beyond_the_count(self, tmp_path: Path) -> None:
         edit(save_tiny("llama", tmp_path), dict, num_hidden_layers=2)
         with pytest.raises(InputError, match=r"no place for: 'model\.layers\.2\..* and \d+ more"):
+            resolve(tmp_path)
+
+    def test_experts_beyond_the_count(self, tmp_path: Path) -> None:
+        edit(save_tiny("qwen3_moe", tmp_path), dict, num_experts=3, num_local_experts=3)
+        with pytest.raises(InputError, match=r"no place for: 'model\.layers\.0\.mlp\.experts\.3\."):
             resolve(tmp_path)
 
     def test_layers_beyond_the_count_without_the_base_prefix(self, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Single experts give what transformers' fused modules give, whatever way those store them."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from transformers import GptOssConfig, Llama4TextConfig, Qwen3MoeConfig
 from transformers.models.aria.configuration_aria import AriaTextConfig
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 from ulbq.models.watch import watching
 from ulbq.nn.experts import Experts, Fusion, showing
@@ -29,16 +33,31 @@ MODULES = {
     "without a gate": lambda: NemotronHExperts(
         NemotronHConfig(hidden_size=HIDDEN, moe_intermediate_size=INNER, n_routed_experts=EXPERTS)
     ),
+    "with bounds": lambda: Step3p7Experts(
+        SimpleNamespace(hidden_size=HIDDEN, moe_intermediate_size=INNER, num_local_experts=EXPERTS, hidden_act="silu"),
+        swiglu_limit=0.2,
+    ),
+    "with identity": lambda: longcat(0),
 }
 
 
-def fused_module(kind: str) -> nn.Module:
-    module = MODULES[kind]()
-    module.config._experts_implementation = "eager"
+def longcat(zeros: int) -> nn.Module:
+    sizes = {"hidden_size": HIDDEN, "expert_ffn_hidden_size": INNER, "n_routed_experts": EXPERTS}
+    return LongcatFlashExperts(SimpleNamespace(**sizes, zero_expert_num=zeros, hidden_act="silu"))
+
+
+def drawn(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(3)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)
     return module.requires_grad_(False)
+
+
+def fused_module(kind: str) -> nn.Module:
+    module = MODULES[kind]()
+    if hasattr(module, "config"):
+        module.config._experts_implementation = "eager"
+    return drawn(module)
 
 
 def single_experts(fused: nn.Module) -> Experts:
@@ -141,10 +160,7 @@ def test_half_precision_and_autocast() -> None:
 @pytest.mark.parametrize("choices", [1, 2])
 def test_experts_whose_inputs_are_scaled(choices: int) -> None:
     config = Llama4TextConfig(**SIZES, num_local_experts=EXPERTS, num_experts_per_tok=choices)
-    fused = Llama4TextExperts(config).requires_grad_(False)
-    generator = torch.Generator().manual_seed(3)
-    for parameter in fused.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=generator)
+    fused = drawn(Llama4TextExperts(config))
     experts = single_experts(fused)
     hidden, index, weights = routed(choices)
     scales = torch.zeros(TOKENS, EXPERTS).scatter_(1, index, weights).T
@@ -161,6 +177,34 @@ def test_experts_whose_inputs_are_scaled(choices: int) -> None:
     }
     # One that nobody chooses sees each token as those that are chosen see it.
     torch.testing.assert_close(seen[EXPERTS - 1], hidden * weights.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("shown", [(), (1, EXPERTS - 1)])
+def test_choices_that_give_the_token_itself(shown: tuple[int, ...]) -> None:
+    fused = drawn(longcat(2))
+    experts = single_experts(fused)
+    hidden, index, weights = routed()
+    index[::2, 1], index[5] = EXPERTS, EXPERTS + 1
+    with showing({experts: shown}):
+        torch.testing.assert_close(experts(hidden, index, weights), fused(hidden, index, weights), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            experts(hidden[:1], index[:1], weights[:1]), fused(hidden[:1], index[:1], weights[:1])
+        )
+    whole = torch.full_like(index, EXPERTS)
+    torch.testing.assert_close(experts(hidden, whole, weights), hidden * weights.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("shown", [(), (0, 2)])
+def test_experts_of_one_matrix_whose_inputs_are_sorted(shown: tuple[int, ...]) -> None:
+    fused = drawn(JetMoeParallelExperts(EXPERTS, HIDDEN, INNER))
+    experts, sizes = single_experts(fused), [4, 0, 3, 6, 0]
+    hidden, _, _ = routed()
+    seen: dict[int, int] = {}
+    layers = {number: experts.get_submodule(f"{number}.linear") for number in range(EXPERTS)}
+    with showing({experts: shown}), watching(layers, lambda number, x: seen.__setitem__(number, len(x))):
+        torch.testing.assert_close(experts(hidden, sizes), fused(hidden, sizes))
+    assert seen == {number: rows for number, rows in enumerate(sizes) if rows} | dict.fromkeys(shown, TOKENS)
+    assert experts(hidden[:0], [0] * EXPERTS).shape == (0, INNER)
 
 
 def test_other_modules_are_none() -> None:

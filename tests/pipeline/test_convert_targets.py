@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.export import packed as packed_module
 from ulbq.export.engines import judge, targets_of
 from ulbq.export.fit import Candidate, Layer
-from ulbq.export.targets import compressed_tensors, gptq, mlx, target
+from ulbq.export.targets import auto_round, compressed_tensors, gptq, mlx, target
 from ulbq.formats import AffineScheme, BinaryMosScheme, DualBinaryScheme
 from ulbq.models.adapter_files import read_adapter
 from ulbq.models.gguf_header import read_header
@@ -111,6 +112,41 @@ def test_a_compressed_tensors_folder(parent: Path, tmp_path: Path) -> None:
     assert manifest.files.keys() >= SIDE
 
 
+def test_an_auto_round_folder(parent: Path, tmp_path: Path) -> None:
+    source = artifact(parent, tmp_path / "q", AffineScheme(bits=2, group_size=32, symmetric=True))
+    path, manifest = convert(ask(source, tmp_path / "a", to="auto-round"))
+    assert json.loads((path / "config.json").read_text())["quantization_config"] == {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round",
+        "bits": 2,
+        "group_size": 32,
+        "sym": True,
+        "data_type": "int",
+        "block_name_to_quantize": "model.layers",
+    }
+    stored = LazyTensors.folder(path)
+    assert {name.rpartition(".")[2] for name in stored.names if ".q_proj." in name} == {"qweight", "qzeros", "scales"}
+    zeros = stored.read("model.layers.0.self_attn.q_proj.qzeros").flatten().tolist()
+    assert {word & 0xFFFFFFFF for word in zeros} == {0xAAAAAAAA}  # 2 sixteen times, not 1
+    assert manifest.files.keys() >= SIDE
+    verify(path)
+
+
+def test_auto_round_takes_no_adapter(parent: Path, tmp_path: Path) -> None:
+    source = artifact(parent, tmp_path / "q", adapter=AdapterConfig(rank=4, alpha=8))
+    with pytest.raises(InputError, match="puts none beside auto-round's layers"):
+        convert(ask(source, tmp_path / "x", to="auto-round"))
+
+
+def test_transformers_gets_zero_points_of_several_widths_by_auto_round(parent: Path, tmp_path: Path) -> None:
+    candidate = Candidate.of(resolve(artifact(parent, tmp_path / "q")))
+    odd, *_ = candidate.layers
+    mixed = {**candidate.layers, odd: candidate.layers[odd]._replace(scheme=AffineScheme(bits=4, group_size=32))}
+    chosen, said = judge("transformers", replace(candidate, layers=mixed))
+    assert chosen.name == "auto-round"
+    assert "It needs the package auto-round." in said
+
+
 def test_layers_of_several_widths_are_named(parent: Path, tmp_path: Path) -> None:
     candidate = Candidate.of(resolve(artifact(parent, tmp_path / "q")))
     layers = {name: layer.scheme for name, layer in candidate.layers.items()}
@@ -121,6 +157,10 @@ def test_layers_of_several_widths_are_named(parent: Path, tmp_path: Path) -> Non
     assert described["dynamic"] == {
         r"-:^model\.layers\.0\.x$": {},
         r"+:^model\.layers\.1\.mlp\.down_proj$": {"bits": 4, "group_size": 32, "sym": False},
+    }
+    assert auto_round.configuration(layers, ("model.layers.0.x",), "model.layers")["extra_config"] == {
+        odd: {"bits": 4, "group_size": 32, "sym": False},
+        "model.layers.0.x": {"bits": 16},
     }
     groups = compressed_tensors.configuration(layers, ["lm_head"])["config_groups"]
     assert groups["group_1"]["targets"] == [odd]
@@ -574,7 +614,7 @@ class TestEngines:
         assert all(targets_of(engine) for engine in ENGINES)
         assert {engine for name in TARGETS for engine in target(name).readers} == ENGINES.keys()
         assert list(targets_of("vllm")) == ["compressed-tensors", "gptq", "dense"]
-        assert list(targets_of("transformers")) == ["gptq", "compressed-tensors", "dense"]
+        assert list(targets_of("transformers")) == ["gptq", "compressed-tensors", "auto-round", "dense"]
 
 
 def test_the_card_says_what_it_is(parent: Path, tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from ulbq.artifacts import EvaluationManifest, read_manifest, verify
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
-from ulbq.evaluation import fidelity, harness, measurer
+from ulbq.evaluation import fidelity, harness, kept, measurer
 from ulbq.evaluation.metrics.fidelity import FIDELITY_WINDOWS
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline.evaluate import evaluate
+from ulbq.pipeline.evaluation_plan import DEFAULT_PROMPT
 from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent
 
@@ -96,11 +97,16 @@ def test_the_artifact_is_whole(made):
     assert [parent.name for parent in manifest.parents] == ["q4"]
     assert manifest.parents[0].sha256 == resolve(made / "q4").content_hash
     assert {phase.name for phase in manifest.phases} == {
+        "base: prompts",
         "base: perplexity on wikitext2",
+        "q4: prompts",
         "q4: perplexity on wikitext2",
         "q4: fidelity on wikitext2",
     }
     page = (path / "report.html").read_text()
+    # Of both models, though nobody gave a prompt.
+    assert page.count("<dt>") == 2
+    assert DEFAULT_PROMPT in page
     assert "Error by layer" in page
     assert "Bits by part" in page
 
@@ -135,7 +141,7 @@ def test_without_text_the_parent_writes_its_own(made):
     told = Listening()
     _, manifest = evaluate(request(made, "q4", data_dir=None, limit=2), told)
     scores = scores_of(manifest)
-    assert list(scores) == ["q4"]
+    assert list(scores) == ["base", "q4"]
     assert scores["q4"].perplexity == {}
     assert scores["q4"].fidelity is not None
     assert scores["q4"].fidelity.text == "self"
@@ -163,16 +169,50 @@ def test_a_full_precision_model_has_its_perplexity_only(made):
     assert scores_of(manifest)["base"].perplexity
 
 
-def test_tasks_are_scored_of_the_parent_on_request(made, monkeypatch):
+def test_tasks_are_scored_of_the_parent_too(made, monkeypatch):
     pytest.importorskip("lm_eval")
     _know_few_tasks(monkeypatch)
-    _, manifest = evaluate(request(made, "q4", tasks=("piqa", "arc_easy"), limit=2))
+    _, manifest = evaluate(request(made, "q4", tasks=("piqa", "arc_easy"), limit=2, parent_scores=False))
     scores = scores_of(manifest)
     assert list(scores) == ["q4"]
     assert scores["q4"].tasks.keys() == {"piqa", "arc_easy"}
-    _, manifest = evaluate(request(made, "q4", tasks=("piqa",), limit=2, parent_scores=True))
+    path, manifest = evaluate(request(made, "q4", tasks=("piqa",), limit=2))
     assert list(scores_of(manifest)) == ["base", "q4"]
     assert scores_of(manifest)["base"].tasks["piqa"].samples == 2
+    assert "piqa acc ↑, chance 0.500" in (path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_parent_is_scored_once_for_all_its_artifacts(made, loads, monkeypatch):
+    pytest.importorskip("lm_eval")
+    _know_few_tasks(monkeypatch)
+    asked = {"perplexity": ("wikitext2",), "tasks": ("piqa", "svamp"), "limit": 2, "max_new_tokens": 4}
+    _, first = evaluate(request(made, "q4", **asked))
+    told = Listening()
+    _, second = evaluate(request(made, "q2", **asked), told)
+    assert loads == ["base", "q4", "q2"]
+    assert scores_of(second)["base"] == scores_of(first)["base"]
+    assert sum("base: scores of an earlier run" in note for note in told.notes) == 1
+    # Another protocol, or none of the cache, measures again.
+    for change in ({"limit": 3}, {"dtype": "bf16"}, {"score_cache": False}):
+        loads.clear()
+        evaluate(request(made, "q2", **asked | change))
+        assert loads == ["base", "q2"]
+
+
+def test_a_cache_that_cannot_be_read_or_written_costs_time_alone(made, loads, monkeypatch, tmp_path):
+    asked = request(made, "q4", perplexity=("wikitext2",), limit=2)
+    _, first = evaluate(asked)
+    for file in kept.folder().iterdir():
+        file.write_text("{")
+    (tmp_path / "file").touch()
+    for folder in (kept.folder(), tmp_path / "file"):
+        loads.clear()
+        monkeypatch.setattr(kept, "folder", lambda folder=folder: folder)
+        told = Listening()
+        _, again = evaluate(asked, told)
+        assert loads == ["base", "q4"]
+        assert again.results == first.results
+        assert any("not kept for later runs" in note for note in told.notes) is folder.is_file()
 
 
 def test_models_are_compared_in_one_table_parents_first(made):
@@ -222,20 +262,22 @@ def test_finished_evaluations_are_not_measured_again(made):
 
 
 def test_an_interrupted_run_goes_on_with_the_next_measurement(made, loads, monkeypatch):
+    asked = {"perplexity": ("wikitext2",), "fidelity": True, "limit": 2}
+
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(fidelity, "fidelity", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(request(made, "q4", limit=2))
+            evaluate(request(made, "q4", **asked))
     assert Path("artifacts/q4-eval.partial").is_dir()
     loads.clear()
     told = Listening()
-    path, manifest = evaluate(request(made, "q4", limit=2), told)
+    path, manifest = evaluate(request(made, "q4", **asked), told)
     assert loads == ["q4", "base"]  # for the fidelity that was missing, and for nothing else
     assert any(note == "Resuming artifacts/q4-eval: 3 measurements are done." for note in told.notes)
-    fresh = evaluate(request(made, "q4", limit=2, out=Path("fresh")))[1]
+    fresh = evaluate(request(made, "q4", **asked, out=Path("fresh")))[1]
     assert manifest.results == fresh.results
     assert path == Path("artifacts/q4-eval")
 

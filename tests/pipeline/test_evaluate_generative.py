@@ -47,6 +47,7 @@ class Listening(Silent):
 
 def request(made: Path, *names: str, **changes) -> EvaluateRequest:
     values = {"offline": True, "device": "cpu", "dtype": "fp32", "data_dir": made / "mirror", "max_new_tokens": 4}
+    values["parent_scores"] = False
     return EvaluateRequest(sources=tuple(str(made / name) for name in names), **(values | changes))
 
 
@@ -115,7 +116,7 @@ def test_the_layout_can_be_chosen_and_is_recorded(made):
     assert Results.model_validate(manifest.results).protocol.template == "gsm8k"
 
 
-def test_the_parent_writes_too_on_request_and_evaluations_compare(made):
+def test_the_parent_writes_too_and_evaluations_compare(made):
     first, manifest = evaluate(request(made, "q4", tasks=("svamp",), limit=2, parent_scores=True))
     assert [name for name, scores in scores_of(manifest).items() if "svamp" in scores.tasks] == ["base", "q4"]
     samples = (first / SAMPLES).read_text(encoding="utf-8").splitlines()

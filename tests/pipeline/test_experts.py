@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.data.conftest import write_jsonl
 from tests.evaluation.sample import write_mirror
-from tests.models.scaled_folders import save_fp8, save_mxfp4
+from tests.models.foreign.float_folders import save_fp8, save_mxfp4
 from tests.models.tiny import MIXTURES, save_tiny
 from tests.pipeline.runs import TOKENS, StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts import verify

@@ -15,6 +15,7 @@ from ulbq.pipeline.quantize import quantize
 
 MADE: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "bits": 3, "group_size": 32},
+    "tables": {"method": "rtn", "bits": 3, "group_size": 32, "embedding_bits": 4, "head_bits": 8},
     "rtn-symmetric": {"method": "rtn", "bits": 4, "group_size": -1, "symmetric": True},
     "gptq": {"method": "gptq", "bits": 2, "group_size": 64},
     "ulb-sapr": {"method": "ulb-sapr", "bits": 2, "group_size": 32, "rank": 4, "targets": ("q_proj",), "epochs": 0},

@@ -41,6 +41,7 @@ from ulbq.training.precision import Precision
 
 MADE: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "bits": 3, "group_size": 32},
+    "tables": {"method": "rtn", "bits": 3, "group_size": 32, "embedding_bits": 4, "head_bits": 8},
     "apiq": {
         "method": "apiq",
         "bits": 2,
@@ -110,7 +111,7 @@ def reloaded_loss(out: Path, made_by: FinetuneJob) -> float:
         progress=Silent(),
     )
     model = load_model(source, dtype=torch.float32)
-    assert sum(isinstance(layer, QuantLinear) for layer in model.modules()) == 21
+    assert sum(isinstance(layer, QuantLinear) for layer in model.modules()) == 21 + len(source.tables)
     examples = finetune_run.examples_of(drawn, source)
     student = Student(model, block_list(model)[1], Precision(torch.device("cpu"), torch.float32))
     named: dict[str, Any] = {"schedule": task_lr_factor, "seeds": int, "folder": out}
@@ -215,7 +216,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert sorted(item.name for item in tmp_path.iterdir()) == ["stopped", "whole"]
 
 
-@pytest.mark.parametrize("name", ["rtn", "db-llm", "claq", "binary-mos"])
+@pytest.mark.parametrize("name", ["rtn", "tables", "db-llm", "claq", "binary-mos"])
 def test_scales_train_beside_the_adapter_and_codes_stay(
     folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

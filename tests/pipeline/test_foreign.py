@@ -1,4 +1,4 @@
-"""What others quantized, and what we export, is evaluated, generated from and converted, and is nobody's parent."""
+"""What others quantized, and what we export, is evaluated, generated from and converted; only floats are parents."""
 
 from functools import partial
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 from tests.evaluation.sample import write_mirror
 from tests.models.foreign.packing import awq, gptq, save_packed, say
+from tests.models.foreign.test_floats import LAYOUTS
 from tests.models.tiny import save_tiny
 from tests.told import Ulbq
 from ulbq.config.convert import ConvertRequest
@@ -19,13 +20,14 @@ from ulbq.evaluation.table import describe
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 from ulbq.pipeline.convert import convert
+from ulbq.pipeline.quantization_plan import plan
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.saliency_plan import prepare
 from ulbq.progress import Silent
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": True}
-PACKED = ("gptq", "compressed-tensors", "mlx", "gguf")
+PACKED = ("gptq", "compressed-tensors", "auto-round", "mlx", "gguf")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,12 @@ def test_what_we_export_is_the_artifact_again(to: str, made: Path) -> None:
     assert one.parent is not None
     assert one.parent.source.path == made / "base"
     # 2 bits and a scale of 16 for 64; GPTQ and MLX have zero points, or biases, and GPTQ an index of its inputs.
-    expected = {"gptq": ("GPTQ w2g64", 2.29), "mlx": ("MLX w2g64", 2.5), "gguf": ("GGUF Q2_0", None)}
+    expected = {
+        "gptq": ("GPTQ w2g64", 2.29),
+        "auto-round": ("AutoRound w2g64", 2.29),
+        "mlx": ("MLX w2g64", 2.5),
+        "gguf": ("GGUF Q2_0", None),
+    }
     name, bits = expected.get(to, ("compressed-tensors w2g64", 2.25))
     assert describe(one.subject) == name
     assert one.subject.kind == "converted"
@@ -111,6 +118,21 @@ def test_it_is_nobodys_parent(name: str, message: str, made: Path, tmp_path: Pat
     with pytest.raises(InputError, match=message):
         prepare(SaliencyRequest(source=str(made / name), kind="magnitude", device="cpu"), Silent())
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("layout", ["FP8", "NVFP4", "NVIDIA's NVFP4"])
+def test_floats_are_a_parent_like_any_other(layout: str, tmp_path: Path) -> None:
+    said, pack, name, _ = LAYOUTS[layout]
+    save_packed(tmp_path / "floats", said, pack)
+    dense, _ = convert(ConvertRequest(source=str(tmp_path / "floats"), to="dense", dtype="fp32", out=tmp_path / "d"))
+    made = []
+    for source in (tmp_path / "floats", dense):
+        out = tmp_path / f"{source.name}-q"
+        asked = QuantizeRequest(source=str(source), out=out, method="rtn", bits=3, group_size=32, device="cpu")
+        stored_as = plan(asked).stored_as
+        assert (stored_as and stored_as[0]) == (name if source != dense else None)
+        made.append(quantize(asked)[0])
+    assert torch.equal(*map(logits, made))
 
 
 def test_a_gguf_file_of_ours_is_known_wherever_it_lies(made: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tests.models.tiny import save_tiny
 from tests.pipeline.runs import TOKENS, logits, request, simulated_logits
 from ulbq.config.convert import ConvertRequest
-from ulbq.errors import InputError
+from ulbq.config.methods import GptqOptions
+from ulbq.errors import InputError, UsageError
 from ulbq.models.gguf_header import read_header
 from ulbq.pipeline.convert import convert
 from ulbq.pipeline.finetune import end_to_end_request
@@ -82,3 +83,8 @@ def test_a_request_of_a_manifest_is_the_same_run(wide: Path, tmp_path: Path) -> 
     source = packed(wide, tmp_path / "q", "rtn")
     again, _ = quantize(request(wide / "dense", tmp_path / "r", method="rtn", k_quant=True, bits=2, group_size=16))
     assert torch.equal(logits(again, TOKENS), logits(source, TOKENS))
+
+
+def test_no_budget_gives_out_k_types() -> None:
+    with pytest.raises(UsageError, match="not of K types"):
+        GptqOptions(k_quant=True, bits=2, target_bits=2.5)

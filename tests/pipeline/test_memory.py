@@ -56,6 +56,12 @@ def test_moments_of_too_few_tokens_are_not_factored_where_a_method_rounds_then()
     assert enough == solved + (4 + 28) * 256**2 + 4 * 64 * 256
 
 
+def test_a_matrix_that_is_solved_in_parts_takes_less() -> None:
+    needs = Needs(hessians="sequence", layer_bytes=20, rounds_few=True, at_once=64 * 64)
+    size = 64 * 256
+    assert solving_memory((_DOWN,), needs, 1) == 4 * 256**2 + 4 * 256**2 + 20 * 64 * 64 + 5.5 * (size - 64 * 64)
+
+
 def test_moments_of_a_whole_block_live_together() -> None:
     last_first = (_DOWN, *_BLOCK[:3])
     one, whole = (solving_memory(last_first, Needs(hessians=kind, layer_bytes=1), 64) for kind in ("sequence", "block"))

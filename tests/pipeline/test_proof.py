@@ -15,7 +15,8 @@ from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.config.convert import ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError
-from ulbq.models.source import ModelSource
+from ulbq.models.source import ModelSource, resolve
+from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline import proof
 from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import quantize
@@ -76,6 +77,18 @@ def test_what_does_not_load_is_not_finished(
     quantize(request(tmp_path))
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_kernel_that_computes_something_else_is_loud(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve(quantize(request(tmp_path))[0])
+    proof.check_products(source, torch.device("cpu"))
+    forward = QuantLinear.forward
+    monkeypatch.setattr(QuantLinear, "forward", lambda layer, x: forward(layer, x) * (0.9 if len(x) == rows else 1.0))
+    with pytest.raises(InputError, match=r"kernels of cpu .*'model\.layers\.0\.self_attn\.q_proj'"):
+        proof.check_products(source, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("rms_norm_eps", 0.5), ("num_key_value_heads", 1), ("hidden_act", "gelu"), ("rope_theta", 2.0)]
 )
@@ -116,10 +129,21 @@ def test_what_predicts_no_numbers_is_not_finished(tmp_path: Path, monkeypatch: p
 
 
 def test_what_memory_has_no_room_for_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = quantize(request(tmp_path))
     monkeypatch.setattr(runtime, "available_memory", lambda: 1000)
     notes = Notes()
-    quantize(request(tmp_path), notes)
+    convert(ConvertRequest(source=str(out), to="dense", out=tmp_path / "dense"), notes)
     assert notes.said[-1].startswith("Not opened again: that takes")
+
+
+def test_an_artifact_that_would_take_more_than_the_run_is_opened_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "peak_memory", lambda: 1000)
+    monkeypatch.setattr(proof, "load_model", lambda *given, **options: pytest.fail("it was loaded"))
+    notes = Notes()
+    quantize(request(tmp_path), notes)
+    assert notes.said[-1] == "Opened again, and ran 8 tokens."
 
 
 def make_infinite(shard: Path) -> None:

@@ -181,5 +181,8 @@ def test_the_page_shows_every_layer_and_loads_nothing(samples: Path, tmp_path: P
     assert all(layer.name in page for layer in manifest.layers)
     assert "a&amp;b: fisher" in page
     assert f"{manifest.top['1']:.1%}" in page
+    # Maps say what runs along their sides, and what their colours stand for.
+    for told in ("block</text>", "column</text>", "ten times as much", "share of the layer&#39;s total"):
+        assert told in page, told
     for word in ("<script", "<link", "http://", "https://", "src=", "@import"):
         assert word not in page

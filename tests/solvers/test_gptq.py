@@ -207,6 +207,18 @@ def test_stacked_matrices_are_quantized_as_each_by_itself() -> None:
     assert torch.equal(both, torch.cat(alone))
 
 
+@pytest.mark.parametrize("act_order", [True, False])
+def test_rows_in_parts_are_quantized_as_all_together(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian, scheme = matrix(), moments(COLUMNS), AffineScheme(bits=3, group_size=16)
+    settings = GptqSettings(act_order=act_order, search=False)
+    whole = gptq(weight, hessian, scheme, settings)
+    monkeypatch.setattr("ulbq.solvers.gptq.AT_ONCE", 5 * COLUMNS)
+    parts = gptq(weight, hessian, scheme, settings)
+    assert parts.codes.codes.shape == weight.shape
+    assert torch.equal(parts.codes.codes, whole.codes.codes)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
 def test_the_symmetric_grid_turns_towards_the_longer_tail() -> None:
     weight = matrix().abs() * 2 - 0.05
     found = gptq(weight, moments(COLUMNS, 600), AffineScheme(bits=2, group_size=32, symmetric=True), GptqSettings())

@@ -25,7 +25,7 @@ from ulbq.export.fit import Candidate
 from ulbq.export.markdown import code, plain
 from ulbq.export.targets import target
 from ulbq.models.source import resolve
-from ulbq.pipeline import finetune_page, saliency_page
+from ulbq.pipeline import finetune_page, quantize_page, saliency_page
 
 EVIL = "\"><img src=x onerror=alert(1)><script>alert(2)</script>` | [a](javascript:alert(3)) '\n\n# <b onclick=x>"
 
@@ -108,6 +108,15 @@ def test_the_saliency_page() -> None:
         calibration={"name": "c4", "samples": 2, "sequence_length": 3},
     )
     every(manifest, saliency_page.page, 6)
+
+
+def test_the_quantize_page() -> None:
+    whole = Coverage(quantized=4096, in_blocks=4096, embeddings=0, total=5000, bits=3.88)
+    parent = {"kind": "folder", "name": "base", "path": "p", "sha256": "0"}
+    request = {"method": "rtn", "bits": 2, "skip": ["lm_head"], "calibration": "c4"}
+    made = {"coverage": whole, "parents": [parent], "request": request, "warnings": ("w",)}
+    data = {"name": "c4", "samples": 1, "sequence_length": 2}
+    every(quantized(**made, calibration=data), quantize_page.page, 10)
 
 
 def test_the_finetune_page() -> None:

@@ -11,12 +11,13 @@ from ulbq.artifacts.manifest import (
     Manifest,
     QuantizedManifest,
     SaliencyManifest,
+    SweepManifest,
     is_artifact,
     newest,
     read_back,
     read_manifest,
 )
-from ulbq.artifacts.records import BitsReport, BlockRecord, FileEntry, LayerRecord, Parent
+from ulbq.artifacts.records import BitsReport, BlockRecord, FileEntry, LayerRecord, Parent, SweepRun
 from ulbq.artifacts.saliency import BlockScores, SaliencyLayer
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
 from ulbq.artifacts.whole import verify
@@ -38,6 +39,8 @@ __all__ = [
     "QuantizedManifest",
     "SaliencyLayer",
     "SaliencyManifest",
+    "SweepManifest",
+    "SweepRun",
     "fingerprint",
     "free_output",
     "is_artifact",

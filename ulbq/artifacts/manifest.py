@@ -7,6 +7,7 @@ of all files among them: whoever knows an artifact's digest knows its content.
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
@@ -29,6 +30,7 @@ from ulbq.artifacts.records import (
     Parent,
     Record,
     RotationRecord,
+    SweepRun,
     TemperatureRecord,
 )
 from ulbq.artifacts.saliency import SaliencyLayer
@@ -38,6 +40,7 @@ from ulbq.errors import InputError
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
+_LEVELS = 3  # of folders that a search for the newest artifact goes down: a home folder can hold millions
 
 _UPGRADERS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     # 2 counts the spurious attention sinks of blocks, and knows parents by more than the path that was typed.
@@ -87,6 +90,7 @@ class QuantizedManifest(Manifest):
 
     Attributes:
         scheme: the default scheme's JSON object; each layer repeats its own.
+        tables: of the table of tokens and the head, those that are packed; a head that is tied is the former.
         experts: what each expert of a mixture saw; empty for other models, and without a calibration.
         temperature: what was fitted into the last norm after the blocks; None where nothing was.
         end_to_end: how the whole model trained after its blocks; None where it did not.
@@ -102,6 +106,7 @@ class QuantizedManifest(Manifest):
     scheme: dict[str, Any]
     bits: BitsReport
     layers: tuple[LayerRecord, ...]
+    tables: tuple[LayerRecord, ...] = ()
     blocks: tuple[BlockRecord, ...] = ()
     experts: tuple[ExpertsRecord, ...] = ()
     temperature: TemperatureRecord | None = None
@@ -150,13 +155,29 @@ class SaliencyManifest(Manifest):
     calibration: dict[str, Any] = Field(default_factory=dict)
 
 
-M = TypeVar("M", QuantizedManifest, EvaluationManifest, ConvertedManifest, SaliencyManifest)
-AnyManifest = QuantizedManifest | EvaluationManifest | ConvertedManifest | SaliencyManifest
+class SweepManifest(Manifest):
+    """Runs of one model with different settings, which lie below ``runs``, and their scores.
+
+    Attributes:
+        runs: those that ended.
+        left_out: why others did not, by their names.
+        results: as of an evaluation; the full-precision model is among the models.
+    """
+
+    kind: Literal["sweep"] = "sweep"
+    runs: tuple[SweepRun, ...]
+    left_out: dict[str, str] = Field(default_factory=dict)
+    results: dict[str, Any]
+
+
+M = TypeVar("M", QuantizedManifest, EvaluationManifest, ConvertedManifest, SaliencyManifest, SweepManifest)
+AnyManifest = QuantizedManifest | EvaluationManifest | ConvertedManifest | SaliencyManifest | SweepManifest
 _CLASSES: dict[str, type[AnyManifest]] = {
     "quantized": QuantizedManifest,
     "evaluation": EvaluationManifest,
     "converted": ConvertedManifest,
     "saliency": SaliencyManifest,
+    "sweep": SweepManifest,
 }
 
 
@@ -208,18 +229,20 @@ def is_replaceable(path: Path) -> bool:
 
 
 def newest(root: Path, kinds: Collection[str]) -> Path | None:
-    """The finished artifact directly below ``root`` that was written last, of one of the kinds.
+    """The finished artifact up to three folders below ``root`` that was written last, of one of the kinds.
 
     Last is by the file system's clock, not by what a manifest says of itself. Only glances at manifests, from the
     newest on: a damaged artifact may be returned, and reading it says what is wrong.
     """
     found: list[tuple[int, Path]] = []
-    for path in root.glob(f"*/{MANIFEST_NAME}"):
-        folder = path.parent
-        if folder.name.startswith(".") or folder.name.endswith(PARTIAL_SUFFIX):
-            continue
-        with contextlib.suppress(OSError):
-            found.append((path.stat().st_mtime_ns, folder))
+    for place, folders, files in os.walk(root, followlinks=True):
+        folder = Path(place)
+        level = len(folder.relative_to(root).parts)
+        seen = (name for name in folders if not name.startswith(".") and not name.endswith(PARTIAL_SUFFIX))
+        folders[:] = seen if level < _LEVELS else ()
+        if level and MANIFEST_NAME in files:
+            with contextlib.suppress(OSError):
+                found.append(((folder / MANIFEST_NAME).stat().st_mtime_ns, folder))
     for _, folder in sorted(found, reverse=True):
         data = _glance(folder)
         if data is not None and data["kind"] in kinds:

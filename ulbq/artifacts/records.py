@@ -94,6 +94,38 @@ def sinks_sentence(blocks: Sequence[BlockRecord]) -> str:
     return f"In {where} {what} into attention sinks, which they are not in full precision."
 
 
+class SweepRun(Record):
+    """One run of a sweep; its scores are in the sweep's results, by its name.
+
+    Attributes:
+        name: of its folder below ``runs``, and of its model in the results.
+        setting: what all runs are called that differ in their seeds alone.
+        options: what was asked of it, by the names that recipes have for it.
+        scheme: short name of its format, such as ``w2g64``.
+        bits: true bits a quantized weight, those of an adapter too.
+        weights: how many are quantized.
+        size: bytes of all stored weights.
+        seconds: wall time of all phases; of the last part alone where ``resumed``.
+        peak_memory: bytes of resident memory.
+        resumed: whether it was stopped and went on.
+        errors: of each block's layers, the mean squared difference from the original weights, relative to these.
+    """
+
+    name: str
+    setting: str
+    seed: int
+    options: dict[str, Any]
+    method: str
+    scheme: str
+    bits: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    weights: Count
+    size: Count
+    seconds: Seconds
+    peak_memory: Count
+    resumed: bool = False
+    errors: tuple[float, ...] = ()
+
+
 class ExpertsRecord(Record):
     """How many tokens of the calibration went to each expert of a mixture.
 
@@ -276,6 +308,7 @@ class Coverage(Record):
         quantized: weights of the packed layers.
         in_blocks: all values inside the blocks, norms and biases included.
         embeddings: of embeddings and head.
+        embedding_bits: of each of these, stored; None where they stay in half precision.
         total: all values that are stored in full precision or packed, what is only carried along included.
         bits: stored bits of all of them, for each of ``total``; in a plan, as foreseen.
         kept: what stays in full precision, the largest first; embeddings, norms and biases are not named.
@@ -284,6 +317,7 @@ class Coverage(Record):
     quantized: Size
     in_blocks: Size
     embeddings: Count
+    embedding_bits: Annotated[float, Field(ge=0)] | None = None
     total: Size
     bits: Annotated[float, Field(ge=0)]
     kept: tuple[KeptRecord, ...] = ()
@@ -296,11 +330,12 @@ class Coverage(Record):
     @property
     def words(self) -> str:
         """``Quantized 106.2 of 134.5 M weights (78.9 %), 5.3 bits a parameter over all; …``."""
+        packed = "" if self.embedding_bits is None else f", at {self.embedding_bits:.2f} bits"
         return (
             f"Quantized {self.quantized / 1e6:,.1f} of {self.total / 1e6:,.1f} M weights "
             f"({self.quantized / self.total:.1%}), {self.bits:.2f} bits a parameter over all; "
             f"{self.share_in_blocks:.1%} of those in the blocks, embeddings and head are "
-            f"{self.embeddings / self.total:.1%} of all"
+            f"{self.embeddings / self.total:.1%} of all{packed}"
         )
 
 

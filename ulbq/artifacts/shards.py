@@ -31,8 +31,13 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 GUARD_NAME = "model-guard.safetensors"
 
+EXPERT = re.compile(r"\.experts\.(\d+)\.\w+$|\.(\d+)\.linear$")
+"""The end of the name of a layer that is one of several experts', JetMoe's at last."""
+
 _CARRIED = re.compile(r"model-carried-\d{5}\.safetensors")
 _CARRIED_AT_ONCE = 1 << 30  # bytes a shard
+
+_MAPPED_AT_ONCE = 64 << 20  # bytes of a file whose copies are made together
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {
@@ -162,13 +167,25 @@ class LazyTensors:
         check_unchanged(stored.file, stored.stamp)
         self._check(stored.file)
         try:
+            # What safetensors returns is mapped from the file: it pins the file's pages, and dies with the file.
+            if self.nbytes(name) > _MAPPED_AT_ONCE:
+                return self._read_in_parts(name)
             with safe_open(stored.file, framework="pt") as file:
-                # What safetensors returns is mapped from the file: it pins the file's pages, and dies with the file.
                 tensor: torch.Tensor = file.get_tensor(name).clone()
                 return tensor
         except (SafetensorError, OSError) as error:
             _refuse_scarcity(stored.file)
             raise InputError(f"'{name}' cannot be read from '{stored.file}': {error}.") from error
+
+    def _read_in_parts(self, name: str) -> torch.Tensor:
+        """A large tensor, so that not all of it is in memory twice: pages stay there until their file is closed."""
+        stored = self._stored[name]
+        tensor = torch.empty(stored.shape, dtype=self.dtype(name))
+        rows = max(1, _MAPPED_AT_ONCE * len(tensor) // tensor.nbytes)
+        for start in range(0, len(tensor), rows):
+            with safe_open(stored.file, framework="pt") as file:
+                tensor[start : start + rows] = file.get_slice(name)[start : start + rows]
+        return tensor
 
     def _check(self, file: Path) -> None:
         """Hash a file whose sum is known, the first time. Raises InputError where it is another."""
@@ -221,7 +238,7 @@ def store_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def guarded(linears: Iterable[str]) -> str:
     """The packed layer whose dense weight a guard stands for: no expert, since those lie fused in dense models."""
-    return min(linears, key=lambda name: (".experts." in name, name))
+    return min(linears, key=lambda name: (EXPERT.search(name) is not None, name))
 
 
 def write_guard(folder: Path, linears: Iterable[str]) -> dict[str, list[str]]:

@@ -121,6 +121,7 @@ class ArtifactWriter:
         force: replace an existing artifact (only once the new one is complete), and discard an unfinished run with
             another fingerprint. A folder that is no artifact is never replaced.
         spare: what the artifact is made from; an ``out`` that is or holds any of it is never replaced.
+        nested: a folder in it where other runs write artifacts: what a killed one left there stays, for it goes on.
 
     Attributes:
         out: as given.
@@ -133,12 +134,15 @@ class ArtifactWriter:
         ResourceError: the folder cannot be written, or the disk is full.
     """
 
-    def __init__(self, out: Path, fingerprint: str, *, force: bool = False, spare: Iterable[Path] = ()) -> None:
+    def __init__(
+        self, out: Path, fingerprint: str, *, force: bool = False, spare: Iterable[Path] = (), nested: str | None = None
+    ) -> None:
         # What is reached through a folder that does not exist has another name that leads there.
         self.out = Path(os.path.realpath(out)) if ".." in out.parts else out
         self.fingerprint = fingerprint
         self._force = force
         self._spare = [Path(os.path.realpath(path)) for path in spare]
+        self._nested = nested
         self._planned: set[str] = set()
         self._fresh = False
         self._finished = False
@@ -357,7 +361,8 @@ class ArtifactWriter:
                     hint="Discard the unfinished run with `force=True`.",
                 )
         for path in found:
-            if self._name(path) not in (*self._journal.files, JOURNAL, LOCK):
+            name = self._name(path)
+            if name not in (*self._journal.files, JOURNAL, LOCK) and name.split("/")[0] != self._nested:
                 path.unlink(missing_ok=True)
         for folder, _, _ in os.walk(self.path, topdown=False):
             if not os.listdir(folder):

@@ -12,6 +12,7 @@ from ulbq.artifacts.manifest import (
     Manifest,
     QuantizedManifest,
     SaliencyManifest,
+    SweepManifest,
     read_manifest,
 )
 from ulbq.artifacts.small_files import read_json
@@ -57,6 +58,8 @@ def _needed(path: Path, manifest: AnyManifest) -> list[str]:
     """Names of the files that an artifact of its kind cannot do without."""
     if isinstance(manifest, EvaluationManifest):
         return ["results.json"]
+    if isinstance(manifest, SweepManifest):
+        return [f"runs/{run.name}/manifest.json" for run in manifest.runs]
     if isinstance(manifest, SaliencyManifest):
         blocks = len({layer.block for layer in manifest.layers})
         listed = [name for name in manifest.files if name.endswith(".safetensors")]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from ulbq.blockwise.arguments import Arguments, OnDevice, joined, moved, outputs
 from ulbq.blockwise.recording import check_broadcast, embed, no_chain, record
 from ulbq.blockwise.samples import Samples
 from ulbq.errors import InputError
-from ulbq.models.blocks import block_list, empty_copy, load_block, materialize
+from ulbq.models.blocks import block_list, check_values, empty_copy, load_block, materialize
 from ulbq.models.source import ModelSource
+from ulbq.models.tables import tables_as_stored
 
 
 class BlockWalk:
@@ -24,7 +26,7 @@ class BlockWalk:
     Args:
         model: a skeleton; it stays as it is.
         samples: those of this process.
-        dtype: of the embeddings, the stored activations and the arguments of the blocks.
+        dtype: of the embeddings, the stored activations, the blocks and their arguments; None for the skeleton's own.
         device: where the embeddings are computed and the arguments of the blocks lie.
         limit: bytes of activations that may stay in memory.
         directory: for activations beyond the limit.
@@ -49,7 +51,7 @@ class BlockWalk:
         source: ModelSource,
         samples: Samples,
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         device: torch.device,
         limit: int,
         directory: Path,
@@ -62,7 +64,9 @@ class BlockWalk:
         self.extras: int | None = None
         self.block_kwargs: list[Arguments]
         self._between: dict[int, ActivationStore] = {}
-        outer = _without_head(model, source, dtype, device, embeddings)
+        # Images come in the dtype that the whole model has.
+        halved = dtype == torch.float32 and samples.inputs is None
+        outer = _without_head(model, source, dtype, device, embeddings=embeddings, halved=halved)
         blocks = list(block_list(outer)[1])
         with torch.no_grad():
             # Where there are more processes than samples some have none: any tokens tell what blocks are called with.
@@ -74,7 +78,7 @@ class BlockWalk:
             if recorded.hidden.shape[:-1] != sample.shape:  # several streams, as in Gemma 3n, or a prompt before
                 raise no_chain(outer)
             shape = (tokens.shape[0], tokens.shape[1], recorded.hidden.shape[-1])
-            self.hidden = ActivationStore(shape, dtype, limit=limit, directory=directory)
+            self.hidden = ActivationStore(shape, dtype or model.dtype, limit=limit, directory=directory)
             if samples.inputs is not None:
                 self.block_kwargs = self._record_each(outer, blocks, first, samples, directory)
                 return
@@ -101,7 +105,9 @@ class BlockWalk:
             for index, added in recorded.between.items():
                 if index not in self._between:
                     # On disk: there may be several, each as large as the activations.
-                    self._between[index] = ActivationStore(self.hidden.shape, self._dtype, limit=0, directory=directory)
+                    self._between[index] = ActivationStore(
+                        self.hidden.shape, self.hidden.dtype, limit=0, directory=directory
+                    )
                 self._between[index].set(row, added)
         return [OnDevice(calls, self._device) for calls in own]
 
@@ -183,12 +189,29 @@ def check_length(model: PreTrainedModel, length: int) -> None:
         )
 
 
+def _read_stored(source: ModelSource, name: str) -> torch.Tensor | None:
+    """A parameter as it is stored, if its values are sound; None for one that another name stands for."""
+    if name not in source.names:
+        return None
+    tensor = source.read(name)
+    check_values(source, name, tensor)
+    return tensor
+
+
 def _without_head(
-    model: PreTrainedModel, source: ModelSource, dtype: torch.dtype, device: torch.device, embeddings: bool
+    model: PreTrainedModel,
+    source: ModelSource,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    embeddings: bool,
+    halved: bool,
 ) -> PreTrainedModel:
     """A copy of the skeleton that can run up to its last block; the head, often the largest part, stays on meta."""
     outer = empty_copy(model)
-    if not embeddings:
+    if embeddings and halved:
+        tables_as_stored(outer, partial(_read_stored, source), device, head=False)
+    elif not embeddings:
         table = outer.get_input_embeddings()
         shape = table.get_parameter("weight").shape
         table.weight = nn.Parameter(torch.zeros(1, 1, dtype=dtype, device=device).expand(shape), False)

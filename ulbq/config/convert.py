@@ -10,6 +10,7 @@ TARGETS: dict[str, str] = {
     "dense": "plain weights",
     "gptq": "packed for other libraries",
     "compressed-tensors": "packed for other libraries",
+    "auto-round": "packed for other libraries",
     "gguf": "for llama.cpp",
     "exl3": "for exllamav3",
     "mlx": "for MLX",

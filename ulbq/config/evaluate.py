@@ -31,6 +31,8 @@ _MOST = 2**31 - 1
 
 def _read_names(given: object, info: ValidationInfo) -> object:
     """Words of ``a,b``; an option that is given must name something."""
+    if isinstance(given, int | float):
+        return (given,)
     if not isinstance(given, str):
         return given
     names = tuple(name.strip() for name in given.split(",") if name.strip())
@@ -39,20 +41,16 @@ def _read_names(given: object, info: ValidationInfo) -> object:
     return names
 
 
-_Names = Annotated[tuple[str, ...], BeforeValidator(_read_names)]
+Listed = BeforeValidator(_read_names)
+"""Reads ``a,b`` as several values."""
+Names = Annotated[tuple[str, ...], Listed]
 
 
-class EvaluateRequest(Settings):
-    """An evaluation of one or more models.
+class ScoreOptions(Settings):
+    """What is measured of a model, how, and on how much."""
 
-    Attributes:
-        sources: models; also finished evaluations, whose scores are taken over where the protocol is the same.
-        seed: of text that a parent writes itself.
-    """
-
-    sources: tuple[str, ...] = Field(min_length=1)
     perplexity: Annotated[
-        _Names,
+        Names,
         Option(
             "Text sets: wikitext2, c4, ptb.",
             MEASURE,
@@ -63,7 +61,7 @@ class EvaluateRequest(Settings):
         ),
     ] = ()
     tasks: Annotated[
-        _Names,
+        Names,
         Option(
             "lm-eval tasks, as in piqa,arc_easy,'mmlu_*', and tasks with written answers: "
             "gsm8k-cot, svamp, mawps, aqua, commonsense.",
@@ -73,6 +71,40 @@ class EvaluateRequest(Settings):
             offers=_TASKS,
         ),
     ] = ()
+    context: Annotated[
+        Annotated[int, Field(ge=2, le=_MOST)] | None,
+        Option("Tokens a window of text.", HOW, "N", default="1024, or the longest that every model takes"),
+    ] = None
+    limit: Annotated[
+        Annotated[int, Field(ge=0, le=_MOST)] | None,
+        Option(
+            "Windows a text and documents a task; 0 for all.",
+            HOW,
+            "N",
+            default="all; 32 on a CPU if nothing is asked",
+            primary=True,
+        ),
+    ] = None
+    fewshot: Annotated[
+        Annotated[int, Field(ge=0, le=_MOST)] | None,
+        Option("Examples in a task's prompt.", HOW, "N", default="as the task says"),
+    ] = None
+    batch_size: Annotated[
+        Annotated[int, Field(ge=1, le=_MOST)] | None,
+        Option("Sequences at once.", HOW, "N", default="as many as memory takes"),
+    ] = None
+    dtype: Annotated[DtypeName, Option("What the models compute in.", HOW)] = "bf16"
+
+
+class EvaluateRequest(ScoreOptions):
+    """An evaluation of one or more models.
+
+    Attributes:
+        sources: models; also finished evaluations, whose scores are taken over where the protocol is the same.
+        seed: of text that a parent writes itself.
+    """
+
+    sources: tuple[str, ...] = Field(min_length=1)
     prompts: Annotated[
         tuple[str, ...],
         Option(
@@ -83,6 +115,7 @@ class EvaluateRequest(Settings):
             flag="--prompt -p",
             primary=True,
             repeated=True,
+            default="'The capital of France is' if nothing else is asked",
         ),
     ] = ()
     template: Annotated[
@@ -112,33 +145,15 @@ class EvaluateRequest(Settings):
     parent: Annotated[
         str | None, Option("The full-precision parent.", MEASURE, "SOURCE", default="the one on record", primary=True)
     ] = None
-    parent_scores: Annotated[
-        bool | None, Option("Score the parent too.", MEASURE, default="its perplexity, not its tasks")
-    ] = None
-    context: Annotated[
-        Annotated[int, Field(ge=2, le=_MOST)] | None,
-        Option("Tokens a window of text.", HOW, "N", default="1024, or the longest that every model takes"),
-    ] = None
-    limit: Annotated[
-        Annotated[int, Field(ge=0, le=_MOST)] | None,
-        Option(
-            "Windows a text and documents a task; 0 for all.",
-            HOW,
-            "N",
-            default="all; 32 on a CPU if nothing is asked",
-            primary=True,
-        ),
-    ] = None
-    fewshot: Annotated[
-        Annotated[int, Field(ge=0, le=_MOST)] | None,
-        Option("Examples in a task's prompt.", HOW, "N", default="as the task says"),
-    ] = None
-    batch_size: Annotated[
-        Annotated[int, Field(ge=1, le=_MOST)] | None,
-        Option("Sequences at once.", HOW, "N", default="as many as memory takes"),
-    ] = None
-    dtype: Annotated[DtypeName, Option("What the models compute in.", HOW)] = "bf16"
+    parent_scores: Annotated[bool, Option("Score the parent too.", MEASURE)] = True
+    score_cache: Annotated[
+        bool, Option("Keep scores of full-precision models for later runs, and take those that are kept.", HOW)
+    ] = True
     prefill_cache: PrefillCache = False
+    stream: Annotated[
+        bool | None,
+        Option("Read a model block by block as it runs, or load it.", HOW, default="by what memory has room for"),
+    ] = None
     seed: Seed = 0
     device: Device = "auto"
     data_dir: DataDir = None

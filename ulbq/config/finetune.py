@@ -28,6 +28,7 @@ from ulbq.config.run import (
     DataDir,
     Device,
     Force,
+    LogTo,
     Offline,
     Out,
     Precision,
@@ -39,7 +40,9 @@ from ulbq.config.run import (
 VALIDATION = 64
 """Examples that are held out where nobody says how many; fewer where few are asked for."""
 
-NOT_IN_FINGERPRINT = frozenset({"source", "out", "force", "offline", "data_dir", "device", "recipe", "save_every"})
+NOT_IN_FINGERPRINT = frozenset(
+    {"source", "out", "force", "offline", "data_dir", "device", "recipe", "save_every", "log_to"}
+)
 """Fields that do not decide what a run makes."""
 
 
@@ -141,6 +144,7 @@ class FinetuneRequest(FinetuneForm):
     device: Device = "auto"
     data_dir: DataDir = None
     offline: Offline = False
+    log_to: LogTo = None
     out: Out = None
     force: Force = False
 
@@ -179,7 +183,7 @@ OF_END_TO_END = {
         name: name
         for name in ("preset", "gradient_accumulation", "final_lr_factor", "base_share", "teacher", "teacher_top_k")
     },
-    **{name: name for name in ("weight_lr", "norm_lr", "router_lr", "activation_memory")},
+    **{name: name for name in ("weight_lr", "norm_lr", "router_lr", "activation_memory", "stream")},
 }
 """What means nothing to a task: fields of a quantization run, by what they are called here."""
 OF_TASKS = frozenset(

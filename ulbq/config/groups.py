@@ -223,13 +223,26 @@ class BudgetOptions(BitsOptions):
     target_bits: Annotated[
         Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
         Option(
-            "True bits a weight to spend, all that is stored counted: columns (claq) or layers (trellis) that matter "
-            "get wider codes.",
+            "True bits a weight to spend, all that is stored counted: columns (claq) or layers that matter get wider "
+            "codes.",
             CODEBOOKS,
             "X",
             default="none, all alike",
         ),
     ] = None
+
+
+class UniformBudgetOptions(UniformOptions, BudgetOptions):
+    """Of formats whose groups have levels at equal distances, their widths out of one budget."""
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.k_quant and self.target_bits is not None:
+            raise UsageError(
+                "`target_bits` gives out widths of affine codes, not of K types.",
+                hint="Leave out `k_quant` or `target_bits`; `--plan` gives layers K types of other widths.",
+            )
+        return self
 
 
 class CodebookOptions(BudgetOptions):

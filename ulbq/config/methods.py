@@ -19,7 +19,7 @@ from ulbq.config.groups import (
     RoundingOptions,
     SaliencyOptions,
     SequenceOptions,
-    UniformOptions,
+    UniformBudgetOptions,
 )
 from ulbq.config.options import COLUMNS, FORMAT, MOST, TRAINING, Count, Number, Option, Positive
 from ulbq.config.trained import EndToEndOptions, TrainedOptions, WeightOptions
@@ -33,22 +33,37 @@ RateUnit = Literal["step", "weight"]
 MOST_TRELLIS_BITS = 4
 
 
+def _with_budget(target_bits: float | None, off: dict[str, str]) -> dict[str, str]:
+    """What stays idle beside a budget: scores weigh the layers that share it."""
+    return off if target_bits is None else {name: why for name, why in off.items() if name != "saliency"}
+
+
 class RtnOptions(RoundingOptions):
     """Options of ``rtn``."""
 
     calibrated: ClassVar[bool] = False
 
 
-class GptqOptions(CompensationOptions, RoundingOptions):
+class GptqOptions(SaliencyOptions, CompensationOptions, RoundingOptions, UniformBudgetOptions):
     """Options of ``gptq``."""
 
+    saliency: str = "fisher"
 
-class ApiQOptions(WeightOptions, AffineOptions):
+    def idle(self) -> dict[str, str]:
+        """Scores weigh the layers that share a budget."""
+        return super().idle() | ({"saliency": "`target_bits`"} if self.target_bits is None else {})
+
+
+class ApiQOptions(WeightOptions, AffineOptions, BudgetOptions):
     """Options of ``apiq``; the defaults come from ``benchmarks/sweep.py``."""
 
     adapter: bool = True
     batch_size: Count = 2
     weight_lr: Number = 0.02
+
+    def idle(self) -> dict[str, str]:
+        """Scores weigh the layers that share a budget, too."""
+        return _with_budget(self.target_bits, super().idle())
 
 
 class UlbSaprOptions(ApiQOptions):
@@ -88,7 +103,7 @@ class BinaryMosOptions(ExpertOptions, WeightOptions):
         return super().idle() | ({"router_lr": "`experts` 2 or more"} if self.experts == 1 else {})
 
 
-class EfficientQatOptions(TrainedOptions, UniformOptions):
+class EfficientQatOptions(TrainedOptions, UniformBudgetOptions):
     """Options of ``efficientqat``; ``train=rounding`` with ``optimizer=sign`` is much what AutoRound does."""
 
     start: Annotated[
@@ -142,7 +157,7 @@ class EfficientQatOptions(TrainedOptions, UniformOptions):
                 off["end_to_end_train"] = "`train=all`"
         if self.train == "weights" and self.end_to_end == "none":
             off |= dict.fromkeys(("scale_lr", "scale_weight_decay"), "`train=all`")
-        return off
+        return _with_budget(self.target_bits, off)
 
 
 _OF_PASSES = ("batch_size", "micro_batch", "optimizer", "weight_lr", "patience", "retries")

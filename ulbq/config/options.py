@@ -22,7 +22,7 @@ from ulbq.errors import UsageError
 FORMAT, COLUMNS, CODEBOOKS, CALIBRATION = (
     "Format",
     "Columns (gptq, claq, trellis)",
-    "Budget and codebooks (claq, trellis)",
+    "Budget and codebooks",
     "Calibration",
 )
 TRAINING, ADAPTER, STAGES, END_TO_END, COMPUTE = "Training", "Adapter", "Stages", "End to end", "Compute"
@@ -157,6 +157,11 @@ def read_size(size: object) -> object:
     return int(number)
 
 
+def _read_number(value: object) -> object:
+    """A whole number of what was typed, for a choice of some."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 def _read_bits(bits: object) -> object:
     """Whole bits; a fraction is what another option takes."""
     if not isinstance(bits, str):
@@ -166,7 +171,7 @@ def _read_bits(bits: object) -> object:
     if re.fullmatch(r"\d*\.\d+", bits):
         raise UsageError(
             f"`bits` takes a whole number, and {bits} is none.",
-            hint=f"`target_bits={bits}` spends so many on average (with `method=claq`).",
+            hint=f"`target_bits={bits}` spends so many on average (with `method=gptq`).",
         )
     raise UsageError(f"`bits` takes a number, and '{bits}' is none.", hint="1, 2, 3, 4 or 8.")
 
@@ -191,6 +196,7 @@ Part = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 """A share that is not all."""
 Size = Annotated[int, Field(ge=0), BeforeValidator(read_size)]
 Bits = Annotated[Literal[1, 2, 3, 4, 8], BeforeValidator(_read_bits)]
+TableBits = Annotated[Literal[4, 6, 8], BeforeValidator(_read_number)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
 """One is typed; a recipe may have several."""
 Layers = Annotated[tuple[str, ...], BeforeValidator(_read_layers)]

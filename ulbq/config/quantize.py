@@ -14,6 +14,7 @@ from ulbq.config.options import (
     Count,
     Option,
     Settings,
+    TableBits,
     Texts,
     left_open,
     options,
@@ -25,12 +26,14 @@ from ulbq.config.run import (
     DataDir,
     Device,
     Force,
+    LogTo,
     Offline,
     Out,
     Precision,
     PrecisionName,
     RecipeRecord,
     Seed,
+    Stream,
 )
 from ulbq.config.trained import EndToEndOptions
 from ulbq.errors import UsageError
@@ -39,14 +42,26 @@ PresetName = Literal["quick", "balanced", "best"]
 Calibration = Annotated[
     str,
     Option(
-        "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self, or a file: text, JSONL, Parquet or safetensors.",
+        "wikitext2, c4, ptb, pile, redpajama, alpaca, mix, self; text, JSONL, Parquet, safetensors; a.jsonl:2,c4:1.",
         CALIBRATION,
-        "NAME|FILE",
+        "NAME|FILE,…",
         default="wikitext2, else self",
         offers=TEXTS,
         primary=True,
     ),
 ]
+PresetChoice = Annotated[
+    PresetName,
+    Option(
+        "quick, balanced or best: samples, length and epochs at once.",
+        CALIBRATION,
+        "NAME",
+        default="quick on a CPU, balanced on a GPU",
+        primary=True,
+    ),
+]
+Samples = Annotated[Count, Option("Training samples.", CALIBRATION, "N", default="preset", primary=True)]
+SequenceLength = Annotated[int, Field(ge=2, le=MOST), Option("Tokens a sample.", CALIBRATION, "N", default="preset")]
 
 
 class Preset(BaseModel):
@@ -113,6 +128,26 @@ class _OfAll(Settings):
         Texts,
         Option("Quantize no other layers than those; repeat for more.", FORMAT, "PATTERN", repeated=True),
     ] = ()
+    plan: Annotated[
+        str | None,
+        Option(
+            "Settings of single layers, by patterns as --skip has them: bits, group_size, skip; a YAML file.",
+            FORMAT,
+            "FILE",
+        ),
+    ] = None
+    embedding_bits: Annotated[
+        TableBits | None,
+        Option(
+            "Of the table of tokens: 8, 6 or 4, rounded in groups. Where the head is that table it counts for both.",
+            FORMAT,
+            "N",
+            default="none, half precision",
+        ),
+    ] = None
+    head_bits: Annotated[
+        TableBits | None, Option("The same of the head.", FORMAT, "N", default="none, half precision")
+    ] = None
     allow_partial: Annotated[
         bool, Option("Go on though more than half of the blocks' weights stay in full precision.", FORMAT)
     ] = False
@@ -120,6 +155,7 @@ class _OfAll(Settings):
     device: Device = "auto"
     data_dir: DataDir = None
     offline: Offline = False
+    log_to: LogTo = None
     out: Out = None
     force: Force = False
 
@@ -135,24 +171,10 @@ class _OfGroups(BaseModel):
 class _OfCalibrated(BaseModel):
     """What methods take that look at activations."""
 
-    preset: Annotated[
-        PresetName | None,
-        Option(
-            "quick, balanced or best: samples, length and epochs at once.",
-            CALIBRATION,
-            "NAME",
-            default="quick on a CPU, balanced on a GPU",
-            primary=True,
-        ),
-    ] = None
+    preset: PresetChoice | None = None
     calibration: Calibration | None = None
-    samples: Annotated[Count | None, Option("Training samples.", CALIBRATION, "N", default="preset", primary=True)] = (
-        None
-    )
-    sequence_length: Annotated[
-        Annotated[int, Field(ge=2, le=MOST)] | None,
-        Option("Tokens a sample.", CALIBRATION, "N", default="preset"),
-    ] = None
+    samples: Samples | None = None
+    sequence_length: SequenceLength | None = None
     fit_temperature: Annotated[
         bool | None,
         Option(
@@ -162,6 +184,7 @@ class _OfCalibrated(BaseModel):
         ),
     ] = None
     activation_memory: ActivationMemory | None = None
+    stream: Stream = None
     precision: Precision | None = None
 
 
@@ -192,7 +215,8 @@ class QuantizeRequest(_Asked):
 NOT_IN_FINGERPRINT = frozenset(
     {
         *("source", "out", "force", "allow_partial", "data_dir", "offline", "activation_memory", "preset", "recipe"),
-        *("calibration", "end_to_end_data", "device", "precision", "saliency"),
+        "stream",
+        *("calibration", "end_to_end_data", "device", "precision", "saliency", "log_to", "plan"),
     }
 )
 
@@ -247,6 +271,7 @@ class Quantization(_OfAll):
     samples: int = 0
     sequence_length: int = 0
     activation_memory: int = 0
+    stream: bool | None = None
     fit_temperature: bool = False
 
     @property

@@ -49,6 +49,15 @@ Precision = Annotated[
 ActivationMemory = Annotated[
     Size, Option("Activations beyond this lie on disk (512M, 4G, …).", COMPUTE, "SIZE", default="4G")
 ]
+Stream = Annotated[
+    bool | None,
+    Option(
+        "Read the full-precision model block by block where all of it is wanted, as by teachers and for samples of its "
+        "own, or load it.",
+        COMPUTE,
+        default="by what memory has room for",
+    ),
+]
 PrefillCache = Annotated[
     bool,
     Option(
@@ -59,6 +68,12 @@ PrefillCache = Annotated[
 ]
 Checkpointing = Annotated[
     bool, Option("Run each block again for its gradients, or keep all that they need in memory.", HOW)
+]
+
+
+LogTo = Annotated[
+    Literal["tensorboard", "wandb", "trackio", "mlflow"] | None,
+    Option("Send losses to a tracker as they come; TensorBoard's files go to ./runs.", RUN, default="nowhere"),
 ]
 
 

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from ulbq.config.options import CALIBRATION, COMPUTE, MOST, Count, Option, Settings
 from ulbq.config.quantize import Calibration
-from ulbq.config.run import ActivationMemory, DataDir, Device, Force, Offline, Out, Precision, Seed
+from ulbq.config.run import ActivationMemory, DataDir, Device, Force, Offline, Out, Precision, Seed, Stream
 
 SaliencyKind = Literal["fisher", "gradient", "hessian", "wanda", "magnitude"]
 SaliencyDtype = Literal["bf16", "fp16"]
@@ -37,6 +37,7 @@ class SaliencyRequest(Settings):
         Option("Sequences at once on the way forward; each goes back by itself.", COMPUTE, "N", default="4"),
     ] = None
     activation_memory: ActivationMemory | None = None
+    stream: Stream = None
     precision: Precision | None = None
     seed: Seed = 0
     device: Device = "auto"

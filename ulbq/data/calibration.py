@@ -11,9 +11,12 @@ what the model sees at inference, and models such as Gemma are out of their dept
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +24,14 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ulbq import distributed
+from ulbq import distributed, limits
 from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.blockwise.samples import Samples
 from ulbq.data import registry
+from ulbq.data.contents import Contents, contents
 from ulbq.data.files import TEXT_SUFFIXES, read_text_file, require_file, suffix_of
+from ulbq.data.image_rows import names_images
+from ulbq.data.prompts import ChatWriter
 from ulbq.data.windows import draw_windows, leading_tokens, token_stream
 from ulbq.errors import InputError, ResourceError, UsageError
 
@@ -44,6 +50,7 @@ MIX = ("wikitext2", "c4", "alpaca")
 
 _MOST_READ = 1 << 23  # tokens read of one text, about 32 MB: more would cost minutes and change nothing
 _READ_AHEAD = 4  # of an endless set, tokens read for every token used
+_WEIGHT = re.compile(r":(\d+(?:\.\d+)?)$")
 _ORIGIN = "calibration"  # the key of a file's metadata
 
 
@@ -57,6 +64,7 @@ class Calibration:
         seed: what the windows, the examples or the model's own words were drawn with.
         mask: bool ``[samples, length]``, the tokens that are to be learnt; None for all.
         images: what each sample shows; None for text.
+        contents: what the samples hold; None where nobody looked.
     """
 
     name: str
@@ -64,6 +72,7 @@ class Calibration:
     seed: int
     mask: torch.Tensor | None = None
     images: "tuple[ImageSample, ...] | None" = None
+    contents: Contents | None = None
 
     @property
     def drawn(self) -> Samples:
@@ -82,7 +91,7 @@ class Calibration:
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """What a manifest notes: name, samples, sequence_length, seed, sha256; how many tokens are learnt; images."""
+        """What a manifest notes: name, samples, sequence_length, seed, sha256; tokens learnt; images; contents."""
         samples, length = self.tokens.shape
         learnt = {} if self.mask is None else {"taught_tokens": int(self.mask.sum())}
         images = {} if self.images is None else {"images": sum(len(sample.sha256) for sample in self.images)}
@@ -94,6 +103,7 @@ class Calibration:
             **images,
             "seed": self.seed,
             "sha256": self.sha256,
+            **({} if self.contents is None else {"contents": self.contents.record()}),
         }
 
 
@@ -107,10 +117,11 @@ def calibration_samples(
     data_dir: Path | None = None,
     offline: bool = False,
 ) -> Calibration:
-    """Draw calibration samples from a named set, from ``mix`` or from a file.
+    """Draw calibration samples from named sets and files.
 
     Args:
-        spec: a name in :data:`ulbq.data.registry.TEXT_SETS`; ``mix``; a ``.txt``, ``.jsonl`` or ``.parquet`` file; or a
+        spec: a name in :data:`ulbq.data.registry.TEXT_SETS`; ``mix``; a ``.txt``, ``.jsonl`` or ``.parquet``
+            file, whose chats are written by the tokenizer's template; several of these, with weights; or a
             ``.safetensors`` file of tokens, whose first ``samples`` rows are taken and cut to ``length`` (a flat
             tensor is drawn from like text). What the model writes itself comes from
             :func:`ulbq.data.generate.self_samples`.
@@ -131,19 +142,63 @@ def calibration_samples(
             "Calibration needs at least one sample of two tokens.", hint="See `samples`, `sequence_length`."
         )
     generator = torch.Generator().manual_seed(seed)
-    path = Path(spec)
-    if suffix_of(path) == ".safetensors":
+    shares = _shares(spec, samples)
+    if suffix_of(path := Path(next(iter(shares)))) == ".safetensors":
         return _stored_samples(path, len(tokenizer), samples, length, generator, seed)
     leading = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
-    drawn = []
-    for name, share in _shares(spec, samples).items():
-        texts, limit = _source(name, share * length, data_dir, offline)
+    chats, of_chats, drawn = ChatWriter(tokenizer), 0.0, []
+    for name, share in shares.items():
+        before, read = chats.written, count()
+        texts, limit = _source(name, share * length, data_dir, offline, chats)
+        texts = (text for text, _ in zip(texts, read, strict=False))
         stream = token_stream(texts, tokenizer, limit)
         windows = draw_windows(stream, share, length - len(leading), generator, name)
         drawn.append(torch.cat([leading.expand(share, -1), windows], dim=1))
+        of_chats += share / samples * (chats.written - before) / next(read)
     # In a random order, so that any slice of the samples is a fair one.
     order = torch.randperm(samples, generator=generator)
-    return Calibration(path.name, torch.cat(drawn)[order], seed)
+    tokens = torch.cat(drawn)[order]
+    return Calibration(_name(spec), tokens, seed, contents=contents(tokens, tokenizer, of_chats))
+
+
+def sources(spec: str) -> dict[str, float]:
+    """What samples are drawn from, each with its weight: the parts of ``a.jsonl:2,wikitext2:1``.
+
+    A weight that nobody gives is 1. What is the path of a file is that file, whatever stands in it.
+
+    Raises:
+        UsageError: a source that is named twice, or cannot stand beside others.
+    """
+    if spec == "mix":
+        return dict.fromkeys(MIX, 1.0)
+    if os.path.exists(spec) or ("," not in spec and not _WEIGHT.search(spec)):
+        return {spec: 1.0}
+    parts = [part.strip() for part in spec.split(",") if part.strip()]
+    found: dict[str, float] = {}
+    for part in parts:
+        weight = _WEIGHT.search(part)
+        name = part[: weight.start()] if weight else part
+        if name in found:
+            raise UsageError(f"`calibration` names '{name}' twice.", hint="Give it one weight.")
+        found[name] = float(weight[1]) if weight else 1.0
+    alone = next((name for name in found if len(found) > 1 and _stands_alone(name)), None)
+    if alone is not None:
+        raise UsageError(f"'{alone}' stands alone in `calibration`.", hint="Sets and files of text have weights.")
+    if not all(0 < weight <= limits.OPTION for weight in found.values()):
+        raise UsageError("`calibration` has a weight of 0.", hint="Leave that source out.")
+    return found
+
+
+def _stands_alone(name: str) -> bool:
+    return name in ("mix", "self") or suffix_of(Path(name)) == ".safetensors" or names_images(Path(name))
+
+
+def _name(spec: str) -> str:
+    """What samples are called: files without their folders, weights where there are several sources."""
+    named = sources(spec)
+    if spec == "mix" or len(named) == 1:
+        return Path(spec if spec == "mix" else next(iter(named))).name
+    return ",".join(f"{Path(name).name}:{weight:g}" for name, weight in named.items())
 
 
 def check_calibration(spec: str, *, data_dir: Path | None = None, offline: bool = False) -> None:
@@ -156,7 +211,7 @@ def check_calibration(spec: str, *, data_dir: Path | None = None, offline: bool 
     """
     if spec == "self":
         return
-    for name in MIX if spec == "mix" else (spec,):
+    for name in sources(spec):
         if name in registry.TEXT_SETS:
             registry.check_at_hand(name, data_dir=data_dir, offline=offline)
         elif suffix_of(Path(name)) in (*TEXT_SUFFIXES, ".safetensors"):
@@ -166,14 +221,23 @@ def check_calibration(spec: str, *, data_dir: Path | None = None, offline: bool 
 
 
 def _shares(spec: str, samples: int) -> dict[str, int]:
-    """Samples to draw from each source; the first ones take what does not divide."""
-    names = MIX if spec == "mix" else (spec,)
-    each, extra = divmod(samples, len(names))
-    shares = {name: each + (i < extra) for i, name in enumerate(names)}
+    """Samples to draw from each source: by weight, what does not divide goes to the largest remainders."""
+    weights = sources(spec)
+    exact = {name: samples * weight / sum(weights.values()) for name, weight in weights.items()}
+    whole = {name: int(share) for name, share in exact.items()}
+    first = sorted(exact, key=lambda name: whole[name] - exact[name])[: samples - sum(whole.values())]
+    shares = {name: share + (name in first) for name, share in whole.items()}
+    empty = next((name for name, share in shares.items() if not share), None)
+    if empty is not None and spec != "mix":
+        raise UsageError(
+            f"Of {samples} samples none is left for '{empty}'.", hint="Raise `samples`, or its weight in `calibration`."
+        )
     return {name: share for name, share in shares.items() if share}
 
 
-def _source(name: str, needed: int, data_dir: Path | None, offline: bool) -> tuple[Iterator[str], int]:
+def _source(
+    name: str, needed: int, data_dir: Path | None, offline: bool, chats: ChatWriter
+) -> tuple[Iterator[str], int]:
     """Texts of a set or file, and how many of their tokens to read."""
     ahead = _READ_AHEAD * needed
     if name in registry.TEXT_SETS:
@@ -185,14 +249,15 @@ def _source(name: str, needed: int, data_dir: Path | None, offline: bool) -> tup
             raise ResourceError(error.message, hint=hint) from error
     path = Path(name)
     if suffix_of(path) in TEXT_SUFFIXES:
-        return read_text_file(path), max(_MOST_READ, ahead)
+        return read_text_file(path, chats), max(_MOST_READ, ahead)
     raise _neither(name)
 
 
 def _neither(name: str) -> UsageError:
     return UsageError(
         f"'{name}' is neither a calibration set nor a data file.",
-        hint=f"Sets: {', '.join([*registry.TEXT_SETS, 'mix', 'self'])}. Files: .txt, .jsonl, .parquet, .safetensors.",
+        hint=f"Sets: {', '.join([*registry.TEXT_SETS, 'mix', 'self'])}. Files: .txt, .jsonl, .parquet, .safetensors. "
+        "Several: a.jsonl:2,wikitext2:1.",
     )
 
 

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ QUESTION = ("instruction", "prompt", "question", "query")
 CONTEXT = ("input", "context")
 ANSWER = ("output", "response", "completion", "answer")
 CHAT = ("messages", "conversations")
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+"""What sides of a chat are called, by their names in files."""
+
+WriteChat = Callable[[str, Sequence[Any]], str | None]
+"""Writes the turns of a chat as text, given the words that name the row; None where they hold none."""
 
 
 def suffix_of(path: Path) -> str:
@@ -52,12 +57,19 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, Row]]:
     raise _unreadable(path, ROW_SUFFIXES)
 
 
-def read_text_file(path: Path) -> Iterator[str]:
+def joined_turns(where: str, turns: Sequence[Any]) -> str | None:
+    """What was said in a chat, joined with blank lines."""
+    contents = [first(turn, ("content", "value")) for turn in turns if isinstance(turn, Mapping)]
+    said = [content for content in contents if content]
+    return "\n\n".join(said) if said else None
+
+
+def read_text_file(path: Path, chat: WriteChat = joined_turns) -> Iterator[str]:
     r"""Texts of a ``.txt``, JSON-lines or Parquet file.
 
     A ``.txt`` file comes apart at its blank lines, so that joining the pieces with ``"\n\n"`` gives the file back.
-    A row's text is its column ``text`` (or ``content``, ``page``); else its instruction, input and output, or the
-    turns of its chat, joined with blank lines. Rows whose text is null are passed over.
+    A row's text is its column ``text`` (or ``content``, ``page``); else its instruction, input and output joined with
+    blank lines, or its chat as ``chat`` writes it. Rows whose text is null are passed over.
 
     Raises:
         InputError: as :func:`read_rows`; or a row holds no text, named by its number.
@@ -67,11 +79,11 @@ def read_text_file(path: Path) -> Iterator[str]:
     if suffix_of(path) == ".txt":
         return _paragraphs(path)
     if suffix_of(path) in ROW_SUFFIXES:
-        return _row_texts(path)
+        return _row_texts(path, chat)
     raise _unreadable(path, TEXT_SUFFIXES)
 
 
-def text_of(row: Row) -> str | None:
+def text_of(row: Row, where: str = "", chat: WriteChat = joined_turns) -> str | None:
     """The text of one row, by the layouts that :func:`read_text_file` names; None where it has none of them."""
     whole = first(row, _WHOLE_TEXT)
     if whole is not None:
@@ -81,7 +93,7 @@ def text_of(row: Row) -> str | None:
         return "\n\n".join(part for part in (question, first(row, CONTEXT), answer) if part)
     for name in CHAT:
         if isinstance(row.get(name), list):
-            return _chat_text(row[name])
+            return chat(where, row[name])
     return None
 
 
@@ -90,15 +102,9 @@ def first(row: Row, names: tuple[str, ...]) -> str | None:
     return next((row[name] for name in names if isinstance(row.get(name), str)), None)
 
 
-def _chat_text(turns: list[Any]) -> str | None:
-    contents = [first(turn, ("content", "value")) for turn in turns if isinstance(turn, Mapping)]
-    said = [content for content in contents if content]
-    return "\n\n".join(said) if said else None
-
-
-def _row_texts(path: Path) -> Iterator[str]:
+def _row_texts(path: Path, chat: WriteChat) -> Iterator[str]:
     for number, row in enumerate(read_rows(path), start=1):
-        text = text_of(row)
+        text = text_of(row, f"{path}, row {number}", chat)
         if text is None and any(row.get(name, 0) is None for name in _WHOLE_TEXT):
             continue  # published sets have some rows without
         if text is None:

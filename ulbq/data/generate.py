@@ -39,6 +39,7 @@ def self_samples(
     length: int,
     seed: int = 0,
     text_length: int | None = TEXT_LENGTH,
+    room: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
     """Let a full-precision model write its own samples.
@@ -46,7 +47,8 @@ def self_samples(
     A beginning-of-text token stands in front of each text where the tokenizer puts one, and once in front of each
     sample; no other special token is ever written, but in chats those of the template. Every second sample begins with
     a chat, where the tokenizer has a template that leaves half of a text. All random numbers are drawn on the CPU: the
-    same seed, model and device give the same samples.
+    same seed, model and device give the same samples, but for the rounding of other sums where ``room`` lets more texts
+    be written side by side.
 
     Args:
         model: in eval mode, on any device, in any floating dtype.
@@ -56,6 +58,8 @@ def self_samples(
         seed: of the draw.
         text_length: tokens of each text in a sample, of a chat too, the last one cut; None for one text, which fills
             it, and no chats.
+        room: bytes that texts written side by side may take, where that is more than the usual half GiB: a model whose
+            weights are read for every token wants few turns.
         progress: told of every step.
 
     Raises:
@@ -68,25 +72,29 @@ def self_samples(
         )
     generator = torch.Generator().manual_seed(seed)
     leading = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
-    room = length - len(leading)
-    each = min(room, text_length or room)
+    whole = length - len(leading)
+    each = min(whole, text_length or whole)
     vocabulary = model.config.get_text_config().vocab_size
     allowed = text_tokens(tokenizer, vocabulary)
     chat = _chat(tokenizer, leading, allowed, vocabulary, each) if text_length else None
     begun = range(0, samples, _CHATS) if chat else range(0)
-    count = -(-room // each)
+    count = -(-whole // each)
     starts = allowed[torch.randint(len(allowed), (samples * count - len(begun), 1), generator=generator)]
     writer = _Writer(model, leading, each, allowed, generator)
     at_once = _at_once(model.config, model.dtype, len(leading) + each)
-    turns = max(1, min(len(starts), -(-samples * count // at_once)))
+    parts = max(1, min(len(starts), -(-samples * count // at_once)))
+    shares = zip(starts.tensor_split(parts), torch.arange(len(begun)).tensor_split(parts), strict=True)
+    turns = [writer.turn(some, chat, len(asked)) for some, asked in shares]
+    together = max(1, room // _MEMORY)
     texts: list[torch.Tensor] = []
     chats: list[torch.Tensor] = []
-    steps = turns * (each - 1)
+    steps = -(-parts // together) * (each - 1)
     with batched_attention(model.device), (progress or Silent()).phase("Writing samples", steps) as phase:
-        for some, asked in zip(starts.tensor_split(turns), torch.arange(len(begun)).tensor_split(turns), strict=True):
-            written = writer.write(some, chat, len(asked), phase)
-            texts.extend(written[: len(some)])
-            chats.extend(written[len(some) :])
+        for first in range(0, parts, together):
+            turn = _Turn.joined(turns[first : first + together])
+            written = writer.write(turn, chat, phase)
+            texts.extend(written[: len(turn.starts)])
+            chats.extend(written[len(turn.starts) :])
     return Calibration("self", _rows(leading, texts, chats, begun, samples, length), seed)
 
 
@@ -128,11 +136,50 @@ def _chat(
     return _Chat(torch.tensor(before), torch.tensor(special, dtype=torch.int64))
 
 
-def writing_memory(config: "PreTrainedConfig", dtype: torch.dtype, samples: int, length: int) -> int:
+class _Turn(NamedTuple):
+    """Texts that are written side by side.
+
+    Attributes:
+        starts: their first tokens, int64 ``[texts, 1]``.
+        before: uniform numbers, float32 ``[steps, texts]``, of tokens that texts write before the chats begin.
+        after: ``[steps, texts + chats]``, of those behind.
+    """
+
+    starts: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+
+    @classmethod
+    def joined(cls, turns: Sequence["_Turn"]) -> "_Turn":
+        """Several as one, its chats behind all texts."""
+        texts = [turn.after[:, : len(turn.starts)] for turn in turns]
+        chats = [turn.after[:, len(turn.starts) :] for turn in turns]
+        return cls(
+            torch.cat([turn.starts for turn in turns]),
+            torch.cat([turn.before for turn in turns], 1),
+            torch.cat([*texts, *chats], 1),
+        )
+
+
+def writing_memory(config: "PreTrainedConfig", dtype: torch.dtype, samples: int, length: int, room: int = 0) -> int:
     """Bytes that :func:`self_samples` takes beside the model, for samples of short texts."""
+    texts, tokens, most = _texts(config, dtype, samples, length, room)
+    return min(texts, most) * _text_bytes(config, dtype, tokens)
+
+
+def writing_passes(config: "PreTrainedConfig", dtype: torch.dtype, samples: int, length: int, room: int) -> int:
+    """How often the model runs to write them."""
+    texts, tokens, most = _texts(config, dtype, samples, length, room)
+    return -(-texts // most) * (tokens - 1)
+
+
+def _texts(
+    config: "PreTrainedConfig", dtype: torch.dtype, samples: int, length: int, room: int
+) -> tuple[int, int, int]:
+    """How many texts of how many tokens samples hold, and how many are written side by side."""
     tokens = min(length, TEXT_LENGTH)
-    texts = samples * -(-length // tokens)
-    return min(texts, _at_once(config, dtype, tokens)) * _text_bytes(config, dtype, tokens)
+    most = _at_once(config, dtype, tokens) * max(1, room // _MEMORY)
+    return samples * -(-length // tokens), tokens, most
 
 
 def _at_once(config: "PreTrainedConfig", dtype: torch.dtype, tokens: int) -> int:
@@ -181,31 +228,44 @@ class _Writer:
         self._banned[allowed] = False
         self._last = last_logits(model)
 
-    def write(self, starts: torch.Tensor, chat: _Chat | None, chats: int, phase: Phase) -> torch.Tensor:
-        """Texts that go on from ``starts`` ``[n, 1]``, and chats behind them: int64 ``[n + chats, length]``."""
-        no_text = self._banned.nonzero().squeeze(1)
+    def turn(self, starts: torch.Tensor, chat: _Chat | None, chats: int) -> _Turn:
+        """Texts that go on from ``starts`` ``[n, 1]``, and so many chats, with the random numbers of every token."""
+        begun = 1 if chat is None else len(chat.opening)
+
+        def draw(steps: int, count: int) -> torch.Tensor:
+            each = [torch.rand(count, generator=self._generator) for _ in range(steps)]
+            return torch.stack(each) if each else torch.empty(0, count)
+
+        return _Turn(starts, draw(begun - 1, len(starts)), draw(self._length - begun, len(starts) + chats))
+
+    def write(self, turn: _Turn, chat: _Chat | None, phase: Phase) -> torch.Tensor:
+        """The texts of a turn, and its chats behind them: int64 ``[texts + chats, length]``."""
+        no_text, starts = self._banned.nonzero().squeeze(1), turn.starts
         if chat is None:
-            return self._go_on(starts, self._length, [(slice(None), no_text)], phase)
+            return self._go_on(starts, turn.after, [(slice(None), no_text)], phase)
         # Texts first come to where the chats begin: all of them then are as long, and go on side by side.
-        opening = chat.opening.expand(chats, -1)
+        opening = chat.opening.expand(turn.after.shape[1] - len(starts), -1)
         if len(starts):
-            begun = self._go_on(starts, opening.shape[1], [(slice(None), no_text)], phase)
+            begun = self._go_on(starts, turn.before, [(slice(None), no_text)], phase)
         else:
             begun = opening[:0]
             phase.advance(opening.shape[1] - 1)
         no_chat = self._banned.index_fill(0, chat.special, False).nonzero().squeeze(1)
         never = [(slice(0, len(starts)), no_text), (slice(len(starts), None), no_chat)]
-        return self._go_on(torch.cat([begun, opening]), self._length, never, phase)
+        return self._go_on(torch.cat([begun, opening]), turn.after, never, phase)
 
     def _go_on(
-        self, tokens: torch.Tensor, length: int, never: list[tuple[slice, torch.Tensor]], phase: Phase
+        self, tokens: torch.Tensor, drawn: torch.Tensor, never: list[tuple[slice, torch.Tensor]], phase: Phase
     ) -> torch.Tensor:
-        """Texts ``[batch, n]`` continued to ``length`` tokens; ``never`` says which rows may not write what."""
-        model, cache = self._model, None
+        """Texts ``[batch, n]`` continued by a token for each row of ``drawn [steps, batch]``.
+
+        ``never`` says which rows may not write what.
+        """
+        model, cache, length = self._model, None, tokens.shape[1] + len(drawn)
         never = [(rows, banned.to(model.device)) for rows, banned in never]
         tokens = tokens.to(model.device)
         step = torch.cat([self._leading.to(model.device).expand(len(tokens), -1), tokens], dim=1)
-        while tokens.shape[1] < length:
+        for at in drawn:
             output = model(input_ids=step, past_key_values=cache, use_cache=True, **self._last)
             if cache is None:
                 cache = output.past_key_values
@@ -218,21 +278,21 @@ class _Writer:
                 )
             for rows, banned in never:
                 logits[rows].index_fill_(1, banned, -torch.inf)
-            step = _draw(logits, self._generator)
+            step = _draw(logits, at.unsqueeze(1))
             tokens = torch.cat([tokens, step], dim=1)
             phase.advance()
         return tokens.cpu()
 
 
-def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """One token of each row ``[batch, vocabulary]``, int64 ``[batch, 1]``.
 
-    It is where a uniform number cuts the cumulated probabilities; a multinomial draw would want an exponential for
-    every token of the vocabulary.
+    It is where its number of ``uniform [batch, 1]`` cuts the cumulated probabilities; a multinomial draw would want an
+    exponential for every token of the vocabulary.
     """
     cumulated = logits.softmax(-1).cumsum_(-1)
     total = cumulated[:, -1:]
-    at = torch.rand(len(logits), 1, generator=generator).to(logits.device) * total
+    at = uniform.to(logits.device) * total
     # Rounded up to the total it would lie behind every token, the impossible ones included.
     at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulated, at, right=True)

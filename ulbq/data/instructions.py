@@ -26,6 +26,7 @@ from ulbq.data.files import (
     CHAT,
     CONTEXT,
     QUESTION,
+    ROLES,
     ROW_SUFFIXES,
     TEXT_SUFFIXES,
     Row,
@@ -43,7 +44,6 @@ from ulbq.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _NAMED_INSTRUCTIONS = {"alpaca": "tatsu-lab/alpaca"}
 # Sets whose rows lie in a configuration of the repository.
 _CONFIGS = {"openai/gsm8k": "main"}
@@ -198,13 +198,13 @@ def _turns(where: str, column: str, said: Sequence[Any]) -> tuple[Turn, ...]:
         content = first(one, ("content", "value")) if isinstance(one, dict) else None
         if content is None and isinstance(one, dict) and one.get("content", one.get("value", 0)) is None:
             content = ""  # as a call of a tool has it
-        if role not in _ROLES or content is None:
+        if role not in ROLES or content is None:
             raise InputError(
                 f"{where}: '{column}' holds a turn that is no text of user, assistant or system.",
                 hint='A turn is {"role": "user", "content": "…"}.',
             )
         _check_text(where, content)
-        turns.append(Turn(_ROLES[role], content))
+        turns.append(Turn(ROLES[role], content))
     answered = any(turn.role == "assistant" for turn in turns)
     while turns and not (turns[-1].role == "assistant" and turns[-1].content.strip()):
         turns.pop()  # a question that nobody answered teaches nothing

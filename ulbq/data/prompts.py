@@ -10,13 +10,14 @@ Both come from here, so that a model is asked as it was taught. Three layouts:
 Prompt and answer are tokenised apart, because a prompt stands alone too when the model is asked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from ulbq.config.run import Template
+from ulbq.data.files import ROLES, first, joined_turns
 from ulbq.errors import InputError, UsageError
 from ulbq.limits import bounded
 
@@ -136,6 +137,32 @@ def lay_out(
         Piece(prompt_tokens(template, question, tokenizer, context=context, where=where), False),
         Piece([*_tokens(answer, tokenizer), *end], True),
     ]
+
+
+class ChatWriter:
+    """Writes chats of a calibration file as the tokenizer's template has them, where it has one; else what was said.
+
+    Args:
+        tokenizer: the model's.
+
+    Attributes:
+        written: chats so far.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self.written = 0
+
+    def __call__(self, where: str, turns: Sequence[Any]) -> str | None:
+        """The chat as text. Raises InputError where the template refuses it."""
+        self.written += 1
+        if not getattr(self._tokenizer, "chat_template", None):
+            return joined_turns(where, turns)
+        sides = [turn for turn in turns if isinstance(turn, Mapping)]
+        told = [(first(side, ("role", "from")) or "", first(side, ("content", "value"))) for side in sides]
+        messages = [{"role": ROLES.get(role, role), "content": content} for role, content in told if content]
+        hint = "Mend the row, or give the text itself in a column 'text'."
+        return render_chat(messages, self._tokenizer, ask=False, where=where, hint=hint) if messages else None
 
 
 def question_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ulbq import runtime
+from ulbq.blockwise.streamed import whole_model
 from ulbq.config.run import Template
 from ulbq.data.prompts import prompt_tokens
 from ulbq.evaluation.results import Continuation
@@ -11,7 +12,9 @@ from ulbq.models.decoding import TextStream, greedy, write_on
 from ulbq.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from ulbq.blockwise.streamed import AnyModel
 
 NEW_TOKENS = 32
 """The most that is written where nothing else is asked: two lines, enough to judge a model by."""
@@ -30,7 +33,7 @@ def opening(prompt: str, tokenizer: "PreTrainedTokenizerBase", template: Templat
 
 
 def continue_prompts(
-    model: "PreTrainedModel",
+    model: "AnyModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     *,
@@ -58,13 +61,15 @@ def continue_prompts(
         UsageError, InputError: as :func:`opening`.
         NumericsError: the model's predictions are not finite.
     """
-    found = []
+    found, whole, device = [], whole_model(model), runtime.describe_device(model.device)
+    if whole is not model:
+        device += ", blocks read from disk"
     with (progress or Silent()).phase(f"Prompts continued by {label}", len(prompts)) as phase:
         for prompt in prompts:
             tokens = opening(prompt, tokenizer, template)
             written, timed = TextStream(tokenizer), TextStream(tokenizer)
-            write_on(model, tokenizer, tokens, greedy(new_tokens), written)
-            write_on(model, tokenizer, tokens, greedy(new_tokens, at_least=new_tokens), timed)
+            write_on(whole, tokenizer, tokens, greedy(new_tokens), written)
+            write_on(whole, tokenizer, tokens, greedy(new_tokens, at_least=new_tokens), timed)
             found.append(
                 Continuation(
                     prompt=prompt,
@@ -73,7 +78,7 @@ def continue_prompts(
                     new_tokens=written.new_tokens,
                     timed_tokens=timed.new_tokens,
                     tokens_per_second=timed.tokens_per_second,
-                    device=runtime.describe_device(model.device),
+                    device=device,
                 )
             )
             phase.advance()

@@ -51,7 +51,7 @@ class EvaluatedModel:
         method, scheme, bits = None, None, None
         if manifest is not None:
             kind = "quantized"
-            method, scheme, bits = manifest.method, _label(manifest), manifest.bits.bits_per_weight
+            method, scheme, bits = manifest.method, format_label(manifest), manifest.bits.bits_per_weight
         elif self.source.stored_as is not None:
             scheme, bits = self.source.stored_as
         if isinstance(self.source.manifest, ConvertedManifest):
@@ -159,7 +159,8 @@ def _recorded_parent(source: ModelSource, offline: bool, progress: Progress) -> 
     return None if found is source else found
 
 
-def _label(manifest: QuantizedManifest) -> str:
+def format_label(manifest: QuantizedManifest) -> str:
+    """The format's short name, such as ``w2g64``; of one that this version does not know, its name."""
     try:
         return read_scheme(manifest.scheme).label
     except ValueError:

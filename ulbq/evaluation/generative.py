@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
@@ -15,7 +16,9 @@ from ulbq.evaluation.results import Measured, TaskScore, Writing
 from ulbq.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from ulbq.blockwise.streamed import AnyModel
 
 METRIC = "exact_match"
 KEPT = 20
@@ -67,7 +70,7 @@ class Answered(BaseModel):
 
 
 def run_generative(
-    model: "PreTrainedModel",
+    model: "AnyModel",
     tokenizer: "PreTrainedTokenizerBase",
     loaded: LoadedTask,
     *,
@@ -121,7 +124,10 @@ def run_generative(
                 right=is_right(found, document.expected),
             )
         )
-    return Answered(score=_score(samples, template, most), samples=tuple(samples[:KEPT]))
+    chances = [task.rule.chance(one.question) for one in documents]
+    known = [chance for chance in chances if chance is not None]
+    score = _score(samples, template, most, fmean(known) if known else None)
+    return Answered(score=score, samples=tuple(samples[:KEPT]))
 
 
 def with_groups(scores: Mapping[str, TaskScore], groups: Sequence[LoadedGroup]) -> dict[str, TaskScore]:
@@ -146,13 +152,13 @@ def _before(text: str, stops: Sequence[str]) -> str:
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
-def _score(samples: Sequence[Sample], template: Template, new_tokens: int) -> TaskScore:
+def _score(samples: Sequence[Sample], template: Template, new_tokens: int, chance: float | None) -> TaskScore:
     count = len(samples)
     share = sum(sample.right for sample in samples) / count
     # The standard error of the mean of count zeros and ones, as lm-eval takes it.
     error = sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
     return TaskScore(
-        metrics={METRIC: Measured(value=share, stderr=error, higher_is_better=True)},
+        metrics={METRIC: Measured(value=share, stderr=error, chance=chance, higher_is_better=True)},
         samples=count,
         fewshot=0,
         version=_VERSION,
@@ -168,12 +174,14 @@ def _mean(group: LoadedGroup, members: Sequence[TaskScore]) -> TaskScore:
     metrics, writings = [score.metrics[METRIC] for score in members], [score.writing for score in members]
     errors = [metric.stderr for metric in metrics]
     known = [error for error in errors if error is not None]
+    chances = [metric.chance for metric in metrics if metric.chance is not None]
     whole = len(group.members) + len(group.missing)
     return TaskScore(
         metrics={
             METRIC: Measured(
                 value=sum(metric.value for metric in metrics) / len(metrics),
                 stderr=sqrt(sum(error**2 for error in known)) / len(known) if len(known) == len(errors) else None,
+                chance=fmean(chances) if len(chances) == len(metrics) else None,
                 higher_is_better=True,
             )
         },

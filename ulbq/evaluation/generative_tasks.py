@@ -34,6 +34,13 @@ class Rule:
     find: Callable[[str], float | str | None]
     words: tuple[str, ...] = ()
 
+    def chance(self, question: str) -> float | None:
+        """Share of right answers that guessing gives among those that the question names; None for numbers."""
+        if not self.words:
+            return None
+        named = sum(word in question for word in self.words) if self.kind == "word" else 0
+        return 1 / (named or len(self.words))
+
 
 def _words(*names: str) -> Rule:
     return Rule("word", lambda text: first_word(text, names), names)

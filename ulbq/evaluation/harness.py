@@ -1,7 +1,9 @@
 """Benchmark tasks, through lm-eval: its tasks, prompts, metrics and standard errors, our model interface."""
 
 import difflib
+import hashlib
 import io
+import json
 import logging
 import os
 import tempfile
@@ -10,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ulbq.errors import InputError, ResourceError, UsageError
@@ -20,7 +23,9 @@ from ulbq.evaluation.task_data import member_tasks, mirrored
 from ulbq.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from ulbq.blockwise.streamed import AnyModel
 
 _FEWSHOT_SEED = 1234  # lm-eval's own: another would give other prompts, and scores that compare with nobody's
 
@@ -90,7 +95,7 @@ def load_tasks(
 
 
 def run_tasks(
-    model: "PreTrainedModel",
+    model: "AnyModel",
     tokenizer: "PreTrainedTokenizerBase",
     tasks: Tasks,
     *,
@@ -128,7 +133,29 @@ def run_tasks(
                 f"A task could not be run ({type(error).__name__}: {error}).",
                 hint="Its data may lack a split or a column; `debug` shows where.",
             ) from error
-    return _scores(found)
+    return _scores(found, {name: _chance(task, limit) for name, task in tasks.loaded["tasks"].items()})
+
+
+def told_apart(tasks: Tasks, limit: int | None) -> dict[str, Any]:
+    """What scores follow from besides the model: of each task its version, examples and a hash over its documents."""
+    return {
+        name: [str(task.VERSION), task.get_config("num_fewshot"), _digest(task, limit)]
+        for name, task in tasks.loaded["tasks"].items()
+    } | {"groups": sorted(tasks.loaded["groups"])}
+
+
+def _digest(task: Any, limit: int | None) -> str:
+    digest = hashlib.sha256()
+    for _, document in task.doc_iterator(limit=limit):
+        digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _chance(task: Any, limit: int | None) -> float | None:
+    """Share of right answers that guessing gives: the mean of one over the number of choices; None without choices."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    return fmean(1 / len(task.doc_to_choice(document)) for _, document in task.doc_iterator(limit=limit))
 
 
 @cache
@@ -190,14 +217,15 @@ def _set_fewshot(task: Any, fewshot: int | None) -> None:
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
 
-def _scores(found: Mapping[str, Any]) -> dict[str, TaskScore]:
+def _scores(found: Mapping[str, Any], chances: Mapping[str, float | None]) -> dict[str, TaskScore]:
     children: dict[str, list[str]] = found.get("group_subtasks", {})
     rows = {**found.get("groups", {}), **found["results"]}
-    aggregated = {name for name in rows if name in children and _metrics(rows[name], {})}
+    aggregated = {name for name in rows if name in children and _metrics(rows[name], {}, None)}
     member_of = {child: group for group in children if group in aggregated for child in children[group]}
     scores = {}
     for name, row in rows.items():
-        metrics = _metrics(row, found["higher_is_better"].get(name, {}))
+        guessed = _chance_of(name, found["n-samples"], children, chances)
+        metrics = _metrics(row, found["higher_is_better"].get(name, {}), guessed)
         if metrics:
             scores[name] = TaskScore(
                 metrics=metrics,
@@ -215,7 +243,26 @@ def _samples(name: str, counts: Mapping[str, Mapping[str, int]], children: Mappi
     return sum(_samples(child, counts, children) for child in children.get(name, ()))
 
 
-def _metrics(row: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]) -> dict[str, Measured]:
+def _chance_of(
+    name: str,
+    counts: Mapping[str, Mapping[str, int]],
+    children: Mapping[str, Sequence[str]],
+    chances: Mapping[str, float | None],
+) -> float | None:
+    """Of a task, or of a group the mean over all documents of its members; None where one of them has none."""
+    if name in chances:
+        return chances[name]
+    members = {child: _chance_of(child, counts, children, chances) for child in children.get(name, ())}
+    known = {child: chance for child, chance in members.items() if chance is not None}
+    sizes = {child: _samples(child, counts, children) for child in known}
+    if not known or len(known) < len(members):
+        return None
+    return sum(known[child] * sizes[child] for child in known) / sum(sizes.values())
+
+
+def _metrics(
+    row: Mapping[str, Any], higher_is_better: Mapping[str, bool | None], chance: float | None
+) -> dict[str, Measured]:
     """Metrics of one row of lm-eval's results, whose keys read ``acc,none`` and ``acc_stderr,none``."""
     metrics = {}
     for key, value in row.items():
@@ -226,6 +273,7 @@ def _metrics(row: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]
         metrics[metric if made_by == "none" else f"{metric},{made_by}"] = Measured(
             value=float(value),
             stderr=float(stderr) if isinstance(stderr, int | float) else None,
+            chance=chance if metric.startswith("acc") else None,
             higher_is_better=higher_is_better.get(metric) is not False,
         )
     return metrics

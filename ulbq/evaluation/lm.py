@@ -7,6 +7,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ulbq import distributed
+from ulbq.blockwise.streamed import StreamedModel, whole_model
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.evaluation.text import sequences_per_batch, tokens_per_batch
 from ulbq.models.decoding import keeps_logits, last_logits
@@ -15,12 +16,15 @@ from ulbq.progress import Progress, Silent
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ulbq.blockwise.streamed import AnyModel, PassedBlocks
+
 T = TypeVar("T")
 
 Row = tuple[int, ...]
 Score = tuple[float, bool]
 """Log-likelihood of an answer in nats, and whether it is what greedy decoding would write."""
 
+_WAVE = 16 << 30  # bytes of hidden states that pass the blocks of a streamed model together
 _DEFAULT_LENGTH = 2048  # tokens, where the configuration names no longest input
 
 
@@ -45,7 +49,7 @@ class LanguageModel:
 
     def __init__(
         self,
-        model: "PreTrainedModel",
+        model: "AnyModel",
         tokenizer: "PreTrainedTokenizerBase",
         *,
         batch_size: int | None = None,
@@ -65,8 +69,6 @@ class LanguageModel:
         self.max_length: int = longest or _DEFAULT_LENGTH
         self.end_token = int(tokenizer.eos_token_id)
         self.first_token = self.end_token if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
-        self._ends = _ends(model, self.end_token)
-        self._keeps_logits = keeps_logits(model)
 
     def encode(self, text: str, *, special: bool | None = None) -> list[int]:
         """Token ids; ``special`` None adds the tokenizer's special tokens unless the text starts with them already."""
@@ -100,19 +102,49 @@ class LanguageModel:
         budget = tokens_per_batch(self.model)
         own = distributed.own(sorted(askers, key=len, reverse=True))
         with self.progress.phase(f"Answers scored by {self.label}", sum(len(askers[row]) for row in own)) as phase:
-            for batch in _by_budget(own, budget, self.batch_size):
-                for row, found in zip(batch, self._score(batch, answers), strict=True):
-                    scores |= zip(askers[row], found, strict=True)
-                    phase.advance(len(found))
+            for wave, passed in self._waves(own, budget):
+                start = 0
+                for batch in _by_budget(wave, budget, self.batch_size):
+                    for row, found in zip(batch, self._score(batch, answers, passed, start), strict=True):
+                        scores |= zip(askers[row], found, strict=True)
+                        phase.advance(len(found))
+                    start += len(batch)
         return _in_order(scores)
 
-    def _score(self, batch: Sequence[Row], answers: Mapping[Row, list[list[int]]]) -> list[list[Score]]:
-        """Scores of each row's answers; a batch that does not fit into the device's memory is halved."""
+    def _waves(self, rows: Sequence[Row], budget: int) -> Iterator[tuple[Sequence[Row], "PassedBlocks | None"]]:
+        """Rows, longest first, by what passes the blocks of a streamed model together; all rows of one in memory."""
+        model = self.model
+        if not isinstance(model, StreamedModel):
+            yield rows, None
+            return
+        while rows:
+            longest = len(rows[0])
+            most = max(1, _WAVE // (model.config.get_text_config().hidden_size * model.dtype.itemsize * longest))
+            # Each passes as if it were as long as the longest: not more than twice the work.
+            wave = [row for row in rows[:most] if 2 * len(row) >= longest]
+            size = self.batch_size or max(1, budget // longest)
+            yield wave, model.pass_blocks(_padded(wave), size)
+            rows = rows[len(wave) :]
+
+    def _score(
+        self, batch: Sequence[Row], answers: Mapping[Row, list[list[int]]], passed: "PassedBlocks | None", start: int
+    ) -> list[list[Score]]:
+        """Scores of each row's answers; a batch that does not fit into the device's memory is halved.
+
+        Args:
+            batch: the rows.
+            answers: of all rows.
+            passed: the rows of a wave behind the blocks of a streamed model; None of one in memory.
+            start: number of the first row in its wave.
+        """
         # Padding on the right needs no mask: a causal model lets no token see what follows it.
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True)
+        padded = _padded(batch)
         first = min(len(row) - max(map(len, answers[row])) for row in batch)
         try:
-            logits = self._logits(padded.to(self.model.device), first)
+            if passed is None:
+                logits = self._logits(padded.to(self.model.device), first)
+            else:
+                logits = passed.logits(slice(start, start + len(batch)), slice(first, padded.shape[1]))
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise ResourceError(
@@ -125,15 +157,17 @@ class LanguageModel:
             ]
         # Only here, behind the handler: while the error lives, so do the activations of the frames that it passed.
         half = len(batch) // 2
-        return self._score(batch[:half], answers) + self._score(batch[half:], answers)
+        before = self._score(batch[:half], answers, passed, start)
+        return before + self._score(batch[half:], answers, passed, start + half)
 
     def _logits(self, tokens: torch.Tensor, first: int) -> torch.Tensor:
         """Logits ``[b, t - first, vocabulary]`` from position ``first`` on; where the model can, no others are made."""
-        if not self._keeps_logits:
-            every: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        model = whole_model(self.model)
+        if not keeps_logits(model):
+            every: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
             return every[:, first:]
         kept = torch.arange(first, tokens.shape[1], device=tokens.device)
-        logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, logits_to_keep=kept).logits
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False, logits_to_keep=kept).logits
         return logits
 
     def write(
@@ -183,20 +217,20 @@ class LanguageModel:
         self, rows: list[list[int]], stops: Sequence[str], new_tokens: int, sampling: Mapping[str, Any]
     ) -> list[str]:
         """Answers to one batch; one that does not fit into the device's memory is halved."""
-        length, device = max(map(len, rows)), self.model.device
+        model, length, device = whole_model(self.model), max(map(len, rows)), self.model.device
         pad = self.end_token if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
         try:
-            generated = self.model.generate(  # type: ignore[operator]
+            generated: torch.Tensor = model.generate(  # type: ignore[operator]
                 input_ids=torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device),
                 attention_mask=torch.tensor(
                     [[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device
                 ),
                 max_new_tokens=new_tokens,
                 pad_token_id=pad,
-                eos_token_id=self._ends,
+                eos_token_id=_ends(model, self.end_token),
                 stopping_criteria=StoppingCriteriaList([_StopAt(stops, length, self.tokenizer)]),
                 **{"do_sample": False, **sampling},
-                **last_logits(self.model),
+                **last_logits(model),
             )
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
@@ -243,6 +277,11 @@ def _answer_score(logits: torch.Tensor, answer: list[int]) -> Score:
     log_probs = logits[-len(answer) :].float().log_softmax(-1)
     chosen = log_probs.gather(1, wanted.unsqueeze(1))
     return float(chosen.sum()), bool((log_probs.argmax(-1) == wanted).all())
+
+
+def _padded(rows: Sequence[Row]) -> torch.Tensor:
+    """Int64 ``[rows, longest]``."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def _by_budget(rows: Sequence[Row], budget: int, most: int | None) -> Iterator[Sequence[Row]]:

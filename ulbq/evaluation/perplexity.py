@@ -8,18 +8,18 @@ import torch
 from ulbq import distributed
 from ulbq.errors import NumericsError, UsageError
 from ulbq.evaluation.results import Perplexity
-from ulbq.evaluation.text import batches, logits_of
+from ulbq.evaluation.text import predictions
 from ulbq.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from ulbq.blockwise.streamed import AnyModel
 
 _CHUNK = 256  # positions scored in float32 at a time: a whole window of a large vocabulary would take gigabytes
 
 
 @torch.inference_mode()
 def perplexity(
-    model: "PreTrainedModel",
+    model: "AnyModel",
     windows: torch.Tensor,
     *,
     batch_size: int | None = None,
@@ -48,9 +48,10 @@ def perplexity(
         raise UsageError("A window of one token predicts nothing.", hint="Raise `context`.")
     total, tokens = 0.0, 0
     own = distributed.own(windows)
+    predicted = predictions(model, own, batch_size)
     with (progress or Silent()).phase(label, len(own)) as phase:
-        for batch in batches(model, own, batch_size):
-            total += negative_log_likelihood(logits_of(model, batch)[:, :-1], batch[:, 1:])
+        for batch, logits in predicted:
+            total += negative_log_likelihood(logits[:, :-1], batch[:, 1:])
             tokens += len(batch) * (context - 1)
             phase.advance(len(batch), f"{_perplexity(total, tokens):.2f}")
     total, everything = distributed.total(total, tokens)

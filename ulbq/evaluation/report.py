@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from markupsafe import Markup
 
@@ -10,6 +11,7 @@ from ulbq.artifacts import BitsReport, BlockRecord, QuantizedManifest
 from ulbq.artifacts.records import sinks_sentence
 from ulbq.evaluation import figures
 from ulbq.evaluation.metrics import METRICS
+from ulbq.evaluation.metrics.base import Figure
 from ulbq.evaluation.page import render
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.evaluation.table import describe, footnotes, rows, size
@@ -30,9 +32,6 @@ def report(title: str, results: Results, quantized: Mapping[str, QuantizedManife
     """
     measured = _measured(results)
     styles = figures.series_styles(results)
-    trained = {name: manifest.blocks for name, manifest in quantized.items() if manifest.blocks}
-    bits = {name: manifest.bits for name, manifest in quantized.items()}
-    several = len(quantized) > 1
     return render(
         "report",
         title=title,
@@ -46,17 +45,42 @@ def report(title: str, results: Results, quantized: Mapping[str, QuantizedManife
         scores=[(section, list(members)) for section, members in groupby(rows(results), lambda row: row.section)],
         footnotes=footnotes(results),
         styles=styles,
-        figures=[figure for metric in METRICS.values() if (figure := metric.figure(results))],
-        several=several,
-        trained=[(name, styles[name]) for name in trained],
-        blocks=figures.block_figure(trained, styles),
-        blocks_told=_blocks_told(trained),
-        layers=_layers(quantized),
-        bits=figures.bits_figure(bits),
-        parts=list(dict.fromkeys((part, part) for report in bits.values() for part in figures.weight_parts(report))),
-        stored={name: _stored(report) for name, report in bits.items()},
-        warnings=[f"{name}: {text}" if several else text for name, one in quantized.items() for text in one.warnings],
+        figures=_figures(results),
+        **weights(quantized, styles),
     )
+
+
+def weights(quantized: Mapping[str, QuantizedManifest], styles: Mapping[str, str]) -> dict[str, Any]:
+    """What the template ``weights`` shows of quantized models: errors by block and layer, bits by part, warnings.
+
+    Args:
+        quantized: manifests by name.
+        styles: CSS classes by name.
+    """
+    trained = {name: manifest.blocks for name, manifest in quantized.items() if manifest.blocks}
+    bits = {name: manifest.bits for name, manifest in quantized.items()}
+    several = len(quantized) > 1
+    return {
+        "several": several,
+        "trained": [(name, styles[name]) for name in trained],
+        "blocks": figures.block_figure(trained, styles),
+        "blocks_told": _blocks_told(trained),
+        "layers": _layers(quantized),
+        "bits": figures.bits_figure(bits),
+        "parts": list(dict.fromkeys((part, part) for report in bits.values() for part in figures.weight_parts(report))),
+        "stored": {name: _stored(report) for name, report in bits.items()},
+        "warnings": [
+            f"{name}: {text}" if several else text for name, one in quantized.items() for text in one.warnings
+        ],
+    }
+
+
+def _figures(results: Results) -> list[Figure]:
+    """What models cost against how good they are, then metric by metric."""
+    drawing = figures.tradeoff_figure(results)
+    caption = "Lower and further to the left is better; the lines are full-precision parents."
+    first = [Figure("What it costs", caption, drawing, legend=True)] if drawing else []
+    return first + [figure for metric in METRICS.values() if (figure := metric.figure(results))]
 
 
 def _measured(results: Results) -> list[ModelScores]:

@@ -50,10 +50,16 @@ class Fidelity(_Value):
 
 
 class Measured(_Value):
-    """One number, as a task's accuracy; ``stderr`` is its standard error, where it has one."""
+    """One number, as a task's accuracy.
+
+    Attributes:
+        stderr: its standard error, where it has one.
+        chance: what guessing would give, where a task names the answers to choose from.
+    """
 
     value: float
     stderr: float | None = None
+    chance: float | None = None
     higher_is_better: bool
 
     @property

@@ -76,20 +76,40 @@ class Drawing:
         place = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": f"{radius:g}"}
         self._parts.append(element("circle", *_hint(hint), **place, class_=style))
 
-    def axes(self, across: "Scale", up: "Scale", label: str, *, told: Callable[[float], str] | None = None) -> None:
-        """A grid with the numbers of both scales; those along the bottom are whole, with a label below.
+    def axes(
+        self,
+        across: "Scale",
+        up: "Scale",
+        label: str,
+        *,
+        upward: str = "",
+        whole: bool = True,
+        told: Callable[[float], str] | None = None,
+    ) -> None:
+        """A grid with the numbers of both scales, and labels below and above it.
 
         Args:
+            label: of the scale along the bottom.
+            upward: of the other.
+            whole: whether the numbers along the bottom are whole ones alone.
             told: writes the upward scale's numbers out; None for :func:`number`.
         """
-        (left, right), (bottom, _) = across.pixels, up.pixels
+        (left, right), (bottom, top) = across.pixels, up.pixels
+        self.text(8, top - 10, upward, style="muted")
         for tick in up.ticks:
             self.line((left, up(tick)), (right, up(tick)), "grid")
             self.text(left - 8, up(tick) + 4, (told or number)(tick), style="muted", anchor="end")
         for tick in across.ticks:
-            if tick == int(tick):
+            if tick == int(tick) or not whole:
                 self.text(across(tick), bottom + 18, number(tick), style="muted", anchor="middle")
         self.text((left + right) / 2, bottom + 40, label, style="muted", anchor="middle")
+
+    def colours(self, x: float, y: float, shade: Callable[[float], float], low: str, high: str, label: str) -> None:
+        """A scale of the heat colour from ``low`` to ``high`` with what it stands for; ``y`` is its upper edge."""
+        self.text(x, y + 10, low, style="muted", anchor="end")
+        for step in range(24):
+            self.box((x + 8 + step * 5, y), (5, 12), "heat", opacity=shade(step / 23), radius=0)
+        self.text(x + 136, y + 10, f"{high}  {label}", style="muted")
 
     def markup(self) -> Markup:
         """The drawing as inline SVG."""

@@ -1,10 +1,10 @@
 """Results as rows of text, one column a model: what the terminal and the report show alike."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ulbq.evaluation.metrics import METRICS
-from ulbq.evaluation.metrics.base import Metric
+from ulbq.evaluation.metrics.base import Metric, Shown
 from ulbq.evaluation.results import Results, Subject
 
 _ARROWS = {1: "↑", -1: "↓", 0: ""}  # towards the better side
@@ -87,9 +87,19 @@ def _metric_rows(results: Results, metric: Metric) -> list[Row]:
         cells = [numbers.get(label) for numbers in models]
         better = min(one.better for one in cells if one)
         best = _best(results, [one.value if one else None for one in cells], better)
-        texts = tuple(one.text if one else "" for one in cells)
-        found.append(Row(metric.section, f"{label} {_ARROWS[better]}".rstrip(), texts, best))
+        chance = next((f", chance {one.chance:.3f}" for one in cells if one and one.chance is not None), "")
+        name = f"{label} {_ARROWS[better]}".rstrip()
+        found.append(Row(metric.section, name + chance, tuple(_beside_parent(results, cells)), best))
     return found
+
+
+def _beside_parent(results: Results, cells: Sequence[Shown | None]) -> Iterator[str]:
+    """The numbers as text, some with their difference from the parent's."""
+    known = {scores.subject.name: cell for scores, cell in zip(results.models, cells, strict=True)}
+    for scores, cell in zip(results.models, cells, strict=True):
+        original = known.get(scores.subject.parent or "")
+        beside = f" ({cell.value - original.value:{cell.delta}})" if cell and original and cell.delta else ""
+        yield (cell.text if cell else "") + beside.replace("-", "\N{MINUS SIGN}")
 
 
 def _best(results: Results, values: Sequence[float | None], better: int) -> frozenset[int]:

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ulbq.blockwise.streamed import StreamedModel
 from ulbq.data.windows import leading_tokens, token_stream
 from ulbq.errors import InputError, ResourceError
 from ulbq.models.config import cache_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ulbq.blockwise.streamed import AnyModel
 
 _CPU_LOGITS = 512 << 20  # bytes that the logits of one batch may take on a CPU, where larger batches gain nothing
 _CPU_CACHE = 1 << 30  # bytes that keys and values of one batch may take on a CPU
@@ -63,14 +66,14 @@ def text_windows(
     return torch.cat([leading.expand(count, -1), windows], dim=1) if bos else windows
 
 
-def tokens_per_batch(model: "PreTrainedModel") -> int:
+def tokens_per_batch(model: "AnyModel") -> int:
     """Tokens that one batch may hold: their logits take 512 MiB on a CPU, a quarter of a GPU's free memory."""
     device = model.device
     room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _CPU_LOGITS
     return max(1, room // (int(model.config.get_text_config().vocab_size) * _LOGIT_BYTES))
 
 
-def sequences_per_batch(model: "PreTrainedModel", tokens: int) -> int:
+def sequences_per_batch(model: "AnyModel", tokens: int) -> int:
     """Sequences of ``tokens`` tokens, written ones included, to write side by side.
 
     As many as have their keys and values, twice over because a growing cache is copied, in 1 GiB on a CPU, in a quarter
@@ -84,11 +87,25 @@ def sequences_per_batch(model: "PreTrainedModel", tokens: int) -> int:
     return max(1, min(most, room // each))
 
 
-def batches(model: "PreTrainedModel", windows: torch.Tensor, batch_size: int | None) -> Iterator[torch.Tensor]:
-    """Split ``[n, t]`` windows into batches on the model's device; ``batch_size`` None: as many as its memory takes."""
+def predictions(
+    model: "AnyModel", windows: torch.Tensor, batch_size: int | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of windows and the model's logits for them, which a streamed model makes once all passed its blocks.
+
+    Args:
+        model: in eval mode.
+        windows: int64 ``[n, t]``.
+        batch_size: windows a batch; None: as many as the device's memory takes.
+
+    Returns:
+        Pairs of ``[b, t]`` on the model's device and :func:`logits_of` them.
+    """
     size = batch_size or max(1, tokens_per_batch(model) // windows.shape[1])
-    for start in range(0, len(windows), size):
-        yield windows[start : start + size].to(model.device)
+    parts = [slice(start, start + size) for start in range(0, len(windows), size)]
+    if isinstance(model, StreamedModel):
+        passed = model.pass_blocks(windows, size)
+        return ((windows[rows].to(model.device), passed.logits(rows)) for rows in parts)
+    return ((batch, logits_of(model, batch)) for batch in (windows[rows].to(model.device) for rows in parts))
 
 
 def logits_of(model: "PreTrainedModel", tokens: torch.Tensor) -> torch.Tensor:

@@ -137,7 +137,7 @@ def quantized_card(
         f"Quantized with {code(f'ulbq quantize --method {method}')}" + (f", recipe {code(recipe)}" if recipe else ""),
         f"Weights: {describe(candidate)}; {bits_per_weight:.3f} true bits per linear weight "
         f"({plain(', '.join(counted))}; "
-        "embeddings stay in half precision)",
+        f"{'embeddings stay in half precision' if covered.embedding_bits is None else 'embeddings by themselves'})",
         plain(covered.words),
         *(f"Warning: {plain(text)}" for text in warned),
         "`manifest.json` records how it was made",

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.artifacts.shards import EXPERT
 from ulbq.config.convert import TARGETS
 from ulbq.errors import InputError, UsageError
 from ulbq.export.targets import target
-from ulbq.formats import AffineScheme, AnyScheme
+from ulbq.formats import AffineScheme, AnyScheme, read_scheme
 from ulbq.models.adapter_files import adapter_folder, read_config
 from ulbq.models.blocks import skeleton
 from ulbq.models.source import ModelSource
@@ -23,9 +24,6 @@ from ulbq.nn.quant_linear import is_dense_linear
 
 if TYPE_CHECKING:
     from ulbq.export.targets.base import Target
-
-
-_EXPERT = re.compile(r".*\.experts\.\d+\.\w+")
 
 
 class Layer(NamedTuple):
@@ -46,6 +44,7 @@ class Candidate:
         adapter: ``LoRA``, ``DoRA``, or empty without an adapter.
         unpacked: modules with weight matrices inside the blocks that no layout has a name for: fused experts.
         routers: those beside packed experts, which every layout has dense.
+        tables: the table of tokens and the head by full name, those that are packed; a tied head is the former.
     """
 
     given: str
@@ -54,6 +53,7 @@ class Candidate:
     adapter: Literal["", "LoRA", "DoRA"] = ""
     unpacked: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
+    tables: Mapping[str, Layer] = field(default_factory=dict)
 
     @classmethod
     def of(cls, source: ModelSource) -> "Candidate":
@@ -69,12 +69,13 @@ class Candidate:
         layers = {record.name: Layer(packed[record.name], record.shape) for record in manifest.layers}
         inside, routers = left_dense(manifest.skipped, layers)
         unpacked = nameless(inside, skeleton(source)) if inside else ()
-        return cls(source.given, source.config, layers, kind, unpacked, routers)
+        tables = {name: Layer(read_scheme(one.scheme), one.shape) for name, one in source.tables.items()}
+        return cls(source.given, source.config, layers, kind, unpacked, routers, tables)
 
     @cached_property
     def fused_expert(self) -> str | None:
         """A packed expert whose family has no names for single ones; None for none."""
-        if not any(_EXPERT.fullmatch(name) for name in self.layers):
+        if not any(EXPERT.search(name) for name in self.layers):
             return None
         naming = StoredNames(self.config)
         return next((name for name in self.layers if naming.layer(name) is None), None)
@@ -106,7 +107,7 @@ def _inside_blocks(skipped: tuple[str, ...], layers: Mapping[str, Layer]) -> tup
 def _beside_experts(names: tuple[str, ...], layers: Mapping[str, Layer]) -> tuple[str, ...]:
     """Those of the modules whose parent has packed experts."""
     # Of `mlp.experts.7.gate_proj`, the `mlp`.
-    owners = {name.rsplit(".", 3)[0] for name in layers if _EXPERT.fullmatch(name)}
+    owners = {name.rsplit(".", 3)[0] for name in layers if EXPERT.search(name)}
     return tuple(name for name in names if name.rpartition(".")[0] in owners)
 
 

@@ -1,12 +1,13 @@
 """GGUF's block types, as far as they hold our integer codes without loss.
 
-The simple ones cut rows into blocks of 32 weights, of 64 or of 128, with one float16 factor ``d``:
+The simple ones cut rows into blocks of 32 weights, of 64, 128 or 256, with one float16 factor ``d``:
 
 * ``Q1_0``  ``±d``, 128 weights: 1.125 bits a weight;
 * ``Q2_0``  ``d · q``,     q from −1 to 2, 64 weights: 2.25 bits;
 * ``Q4_0``  ``d · q``,     q from −8 to 7: 4.5 bits;
 * ``Q4_1``  ``d · q + m``, q from 0 to 15, ``m`` a second float16: 5 bits;
 * ``Q5_0``  ``d · q``,     q from −16 to 15: 5.5 bits;
+* ``Q6_K``  ``d · q``,     q from −32 to 31, 256 weights: 6.5625 bits (a factor of each 16 weights is left at one);
 * ``Q8_0``  ``d · q``,     q from −128 to 127: 8.5 bits.
 
 Our weights are ``s · (q − z)``. So what counts is the range of the *steps* ``q − z`` and not the width of the codes:
@@ -16,7 +17,8 @@ Q8_0. A grid without a level at zero has odd multiples of half a step, twice as 
 divides the groups, 1 to 3 bits fit into Q4_0, 4 bits into Q5_0. Q4_1 takes 4 bits with zero points only where every
 ``−s·z`` is a float16. Groups that are longer than a block repeat their scale.
 
-Q2_K, Q3_K and Q4_K hold what is stored as :mod:`ulbq.formats.k_quant`, and nothing else: they round other scales.
+Q2_K, Q3_K and Q4_K hold what is stored as :mod:`ulbq.formats.k_quant`, and Q6_K tables of tokens; they round other
+scales.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -35,6 +37,7 @@ _REACH: dict[AnyType, tuple[int, int]] = {
     NewType.Q2_0: (-1, 2),
     GGMLQuantizationType.Q4_0: (-8, 7),
     GGMLQuantizationType.Q5_0: (-16, 15),
+    GGMLQuantizationType.Q6_K: (-32, 31),
     GGMLQuantizationType.Q8_0: (-128, 127),
 }
 """The least and the greatest step of a type."""
@@ -61,6 +64,7 @@ KINDS: tuple[AnyType, ...] = (
     GGMLQuantizationType.Q4_0,
     GGMLQuantizationType.Q4_1,
     GGMLQuantizationType.Q5_0,
+    GGMLQuantizationType.Q6_K,
     GGMLQuantizationType.Q8_0,
 )
 """From the smallest on; none of the K types holds what another does."""
@@ -157,6 +161,9 @@ def _centred(steps: np.ndarray, factors: np.ndarray, kind: AnyType) -> np.ndarra
         parts.append(steps.astype(np.int8).view(np.uint8))
     elif kind == NewType.Q2_0:
         parts.append(_quarters(unsigned))
+    elif kind == GGMLQuantizationType.Q6_K:
+        # The factor of the block comes last here.
+        parts = [_sixths(unsigned), np.ones((*d.shape, 16), np.uint8), *parts]
     else:
         if kind == GGMLQuantizationType.Q5_0:
             parts.append(np.packbits(unsigned >> 4, axis=-1, bitorder="little"))
@@ -212,6 +219,16 @@ def _nibbles(values: np.ndarray) -> np.ndarray:
     low, high = np.split(values, 2, axis=-1)
     both: np.ndarray = low | (high << 4)
     return both
+
+
+def _sixths(values: np.ndarray) -> np.ndarray:
+    """256 six-bit values a block: for each half the low four bits of its quarters, two a byte; then the high two."""
+    low, high = (part.reshape(*values.shape[:-1], 2, 4, 32) for part in (values & 15, values >> 4))
+    nibbles = np.concatenate([low[..., 0, :] | low[..., 2, :] << 4, low[..., 1, :] | low[..., 3, :] << 4], axis=-1)
+    shifted = high << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return np.concatenate(
+        [part.reshape(*values.shape[:-1], -1) for part in (nibbles, np.bitwise_or.reduce(shifted, axis=-2))], axis=-1
+    )
 
 
 def _quarters(values: np.ndarray) -> np.ndarray:

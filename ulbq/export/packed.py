@@ -14,9 +14,10 @@ from ulbq.artifacts.shards import INDEX_NAME, LazyTensors, write_index, write_sh
 from ulbq.errors import NumericsError
 from ulbq.export.dense import adapters_to_merge, dense_tensor, shard_names, write_beside
 from ulbq.export.fit import Candidate, Layer
-from ulbq.export.targets.base import DTYPES, FULL_PRECISION, Conversion, Written, layer_reason
+from ulbq.export.targets.base import FULL_PRECISION, Conversion, Written, layer_reason
 from ulbq.formats import AffineScheme, AnyScheme
 from ulbq.models.blocks import skeleton
+from ulbq.models.load import DTYPES
 from ulbq.models.names import state_names
 from ulbq.models.source import ModelSource
 from ulbq.models.stored_names import StoredNames
@@ -33,12 +34,14 @@ class PackedLayout(NamedTuple):
         encode: a layer's tensors by short name, from its scheme, our tensors and ``(out, in)``.
         decode: its float32 weight ``[out, in]``, from nothing but what is stored and the bits.
         configuration: what ``config.json`` says of it, and by which ``key``.
+        tables: the table of tokens and the head, where they are packed and the library has them so too.
     """
 
     encode: Callable[..., dict[str, torch.Tensor]]
     decode: Callable[[Mapping[str, torch.Tensor], int], torch.Tensor]
     configuration: dict[str, Any]
     key: str = "quantization_config"
+    tables: Mapping[str, Layer] = {}
 
 
 def stored_layers(conversion: Conversion) -> tuple[dict[str, AffineScheme], tuple[str, ...]]:
@@ -112,7 +115,7 @@ def write_folder(
     source, dtype, merge = conversion.source, DTYPES[conversion.dtype], conversion.merge_adapter
     model = skeleton(source)
     adapters = adapters_to_merge(source, model) if merge else {}
-    packed = conversion.candidate.layers if layout is not None else {}
+    packed = {**conversion.candidate.layers, **layout.tables} if layout is not None else {}
     aliases, shards, naming = state_names(model), dict[str, tuple[str, ...]](), StoredNames(source.config)
     for shard, names in shard_names(model).items():
         tensors: dict[str, torch.Tensor] = {}
@@ -157,8 +160,14 @@ def write_packed(
         return tensors
 
     names = write_folder(conversion, folder, on_shard, layout._replace(encode=encode))
+    for name, (scheme, shape) in layout.tables.items():
+        # What was counted is to be that of the layers.
+        again = layout.encode(scheme, conversion.source.read_packed(name), shape)
+        stored -= 8 * sum(tensor.nbytes for tensor in again.values())
     rest = "as it is stored there" if conversion.keeps else f"in {conversion.dtype}"
-    return Written(f"the artifact's own codes, to the bit; what is not packed {rest}", names, bits=stored)
+    return Written(
+        f"the artifact's own codes, to the bit; what is not packed {rest}", names, bits=stored, tables=layout.tables
+    )
 
 
 def _read_back(

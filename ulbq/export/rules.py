@@ -138,6 +138,13 @@ def lora_only(candidate: Candidate, name: str) -> Obstacle | None:
     return Obstacle(f"its adapter is a DoRA, and {name} applies LoRA only", "Use `to=dense` `merge_adapter`.")
 
 
+def no_experts(candidate: Candidate, name: str) -> Obstacle | None:
+    """No mixtures of experts."""
+    if not candidate.unpacked and not any(".experts." in layer for layer in candidate.layers):
+        return None
+    return Obstacle(f"{name} fuses experts, and the plug-in reads none", "Leave out `to`.")
+
+
 def fused(candidate: Candidate, name: str) -> Obstacle | None:
     """Layers that the engine fuses have to be stored alike."""
     for full, layer in candidate.layers.items():

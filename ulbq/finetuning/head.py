@@ -18,10 +18,11 @@ LOGITS_MEMORY = 128 << 20
 
 def logits_memory(vocabulary: int, copies: int, positions: int) -> int:
     """Bytes of one chunk's logits, of so many positions at most, where so many float32 copies live together."""
-    return 4 * copies * vocabulary * min(_chunk(vocabulary, copies), positions)
+    return 4 * copies * vocabulary * min(positions_at_once(vocabulary, copies), positions)
 
 
-def _chunk(vocabulary: int, copies: int) -> int:
+def positions_at_once(vocabulary: int, copies: int) -> int:
+    """Positions of a chunk, where so many float32 copies of their logits live together."""
     return max(16, LOGITS_MEMORY // (4 * copies * vocabulary))
 
 
@@ -49,7 +50,7 @@ class Head:
 
     def chunk(self, copies: int) -> int:
         """Positions that may go through at once where so many float32 copies of their logits live together."""
-        return _chunk(self._vocabulary, copies)
+        return positions_at_once(self._vocabulary, copies)
 
 
 class _States(BaseModelOutputWithPast):

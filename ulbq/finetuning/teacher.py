@@ -11,14 +11,15 @@ from transformers import PreTrainedModel
 
 from ulbq import distributed
 from ulbq.blockwise.activations import ActivationStore
+from ulbq.blockwise.streamed import StreamedModel
 from ulbq.finetuning.examples import Examples
-from ulbq.finetuning.head import Head, in_chunks
+from ulbq.finetuning.head import Head, in_chunks, positions_at_once
 from ulbq.finetuning.losses import Predicted, best_guesses, predicted
 from ulbq.models.blocks import block_list
 from ulbq.training.precision import Precision
 
-# Float32 copies of a chunk's logits while its best guesses are found: themselves, and the rest without them.
-_COPIES = 4
+TEACHER_COPIES = 4
+"""Float32 copies of a chunk's logits while its best guesses are found: themselves, and the rest without them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class Teacher(Protocol):
 
     def targets(self, indices: torch.Tensor) -> Targets:
         """The examples' targets, on the run's device."""
+        ...
+
+
+class Asked(Protocol):
+    """Who makes predictions of single examples."""
+
+    def guesses(self, index: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Best guesses of one example: float32 ``[length, k + 1]``, the rest's last, and int64 ``[length, k]``."""
         ...
 
 
@@ -107,13 +116,49 @@ class StreamedTeacher:
         states = self._tap.run(self._model, tokens, hidden=False)[0].squeeze(0)
 
         def guess(places: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            found = best_guesses(self._head.logits(states[places]), k)
-            if found.ids is None:
-                raise TypeError("best guesses have names")
-            return found.values, found.ids
+            return _named(best_guesses(self._head.logits(states[places]), k))
 
-        values, ids = in_chunks(guess, torch.arange(len(states), device=states.device), self._head.chunk(_COPIES))
+        values, ids = in_chunks(
+            guess, torch.arange(len(states), device=states.device), self._head.chunk(TEACHER_COPIES)
+        )
         return values, ids
+
+
+class PassedTeacher:
+    """A full-precision model that memory does not hold, through whose blocks all examples pass before it is asked.
+
+    Its guesses are those of :class:`StreamedTeacher`; of examples of many lengths but for the rounding of sums over
+    what fills them up.
+
+    Args:
+        model: in the dtype of the run's matrix products.
+        examples: the text; of several processes each passes those that it is asked for.
+    """
+
+    def __init__(self, model: StreamedModel, examples: Examples) -> None:
+        self._examples = examples
+        own = torch.arange(distributed.rank(), len(examples), distributed.size())
+        tokens = examples.batch(own).tokens if len(own) else torch.zeros(0, examples.length, dtype=torch.int64)
+        self._passed = model.pass_blocks(tokens, 1)
+        self._chunk = positions_at_once(model.config.get_text_config().vocab_size, TEACHER_COPIES)
+
+    @torch.no_grad()
+    def guesses(self, index: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`StreamedTeacher.guesses`."""
+        row, length = index // distributed.size(), self._examples.batch(torch.tensor([index])).tokens.shape[1]
+
+        def guess(places: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            chunk = slice(int(places[0]), int(places[-1]) + 1)
+            return _named(best_guesses(self._passed.logits(slice(row, row + 1), chunk)[0], k))
+
+        values, ids = in_chunks(guess, torch.arange(length), self._chunk)
+        return values, ids
+
+
+def _named(found: Predicted) -> tuple[torch.Tensor, torch.Tensor]:
+    if found.ids is None:
+        raise TypeError("best guesses have names")
+    return found.values, found.ids
 
 
 class CachedTeacher:
@@ -134,7 +179,7 @@ class CachedTeacher:
 
     def __init__(
         self,
-        teacher: StreamedTeacher,
+        teacher: Asked,
         examples: Examples,
         *,
         top_k: int,

@@ -19,6 +19,7 @@ from ulbq.finetuning.losses import hidden_error, mean_loss, term_shares, token_t
 from ulbq.finetuning.student import Student
 from ulbq.finetuning.teacher import Targets, Teacher
 from ulbq.progress import Phase
+from ulbq.tracking import Log, nowhere
 from ulbq.training.optimizer import Group, make_optimizer
 
 # Float32 copies of a chunk's logits that live together: themselves, log-probabilities, gradients; the teacher's too.
@@ -40,6 +41,7 @@ class Trainer:
         schedule: from the settings and the number of all steps to the rates' factor at a step.
         seeds: of an epoch, counted from 1: of the order of its examples, of dropout and of the steps without adapter.
         folder: for the states.
+        log: told every step's loss, and what the validation examples lose.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Trainer:
         schedule: Callable[[FinetuneSettings, int], Callable[[int], float]],
         seeds: Callable[[int], int],
         folder: Path,
+        log: Log = nowhere,
     ) -> None:
         self._student = student
         self._teacher = teacher
@@ -59,6 +62,7 @@ class Trainer:
         self._settings = settings
         self._seeds = seeds
         self._folder = folder
+        self._log = log
         decays = settings.weight_decays()
         self._groups = [
             Group(student.roles[role], rate, decays.get(role, 0.0))
@@ -195,7 +199,9 @@ class Trainer:
                 group["lr"] = parameters.lr * self._factor(last.step)
             last = self._step(last, batch, optimizer, adapted)
             if not last.failed:
-                bar.advance(1, f"loss {last.losses[-1][1]:.4f}")
+                loss = last.losses[-1][1]
+                bar.advance(1, f"loss {loss:.4f}")
+                self._log(last.step, {"loss": loss, "lr": optimizer.param_groups[0]["lr"]})
                 due = self._is_due(last.step, self._settings.eval_every)
                 # Where the last state is kept, whoever stores it measures it as it is stored.
                 if due and (self._settings.keep_best or last.step < self.steps):
@@ -237,6 +243,7 @@ class Trainer:
     def _evaluated(self, last: TrainerCheckpoint, bar: Phase) -> TrainerCheckpoint:
         error = self.evaluate(bar)
         bar.advance(0, f"validation loss {error:.4f}")
+        self._log(last.step, {"validation_loss": error})
         failed = "" if math.isfinite(error) else "evaluation"
         return last.model_copy(update={"evaluations": (*last.evaluations, (last.step, error)), "failed": failed})
 

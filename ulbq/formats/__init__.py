@@ -8,7 +8,7 @@ import torch
 from ulbq.formats import affine, binary_mos, codebook, dual_binary, k_quant, trellis
 from ulbq.formats.affine import AffineScheme
 from ulbq.formats.binary_mos import BinaryMosScheme
-from ulbq.formats.bits import Format
+from ulbq.formats.bits import Format, stored_bits
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.formats.k_quant import KQuantScheme
@@ -36,6 +36,7 @@ __all__ = [
     "multiply",
     "read_scheme",
     "sparsity",
+    "total_bits",
 ]
 
 FORMATS: dict[str, Format] = {
@@ -98,7 +99,11 @@ def sparsity(scheme: AnyScheme, tensors: Mapping[str, torch.Tensor], in_features
     return None if count is None else count(scheme, tensors, in_features)
 
 
+def total_bits(scheme: AnyScheme, shape: tuple[int, int]) -> int:
+    """Stored bits of one matrix ``(out, in)``, whatever decodes it included."""
+    return sum(stored_bits(scheme.tensors(*shape)).values())
+
+
 def bits_per_weight(scheme: AnyScheme, out_features: int, in_features: int) -> float:
-    """Exact stored bits per weight of one matrix, whatever decodes it included."""
-    specs = scheme.tensors(out_features, in_features)
-    return sum(spec.bits for spec in specs.values()) / (out_features * in_features)
+    """The same for each of its weights."""
+    return total_bits(scheme, (out_features, in_features)) / (out_features * in_features)

@@ -31,7 +31,7 @@ class AffineScheme(BaseScheme):
     """
 
     format: Literal["affine"] = "affine"
-    bits: Literal[1, 2, 3, 4, 8] = 4
+    bits: Literal[1, 2, 3, 4, 6, 8] = 4
     group_size: int = 64
     symmetric: bool = False
     mid_rise: bool = False

@@ -6,5 +6,6 @@ format computes stands in its module of :mod:`ulbq.formats`, who computes it whe
 
 from ulbq.kernels.dispatch import LAYOUTS, STORED, Choice, Ready, choose, gathered, prepare
 from ulbq.kernels.layouts.base import Case, Layout
+from ulbq.kernels.product import Product
 
-__all__ = ["LAYOUTS", "STORED", "Case", "Choice", "Layout", "Ready", "choose", "gathered", "prepare"]
+__all__ = ["LAYOUTS", "STORED", "Case", "Choice", "Layout", "Product", "Ready", "choose", "gathered", "prepare"]

@@ -33,6 +33,7 @@ _FLAGS = ("-std=c++17", "-O3", "-w", "-fPIC", "-fopenmp")
 # By their names in /proc/cpuinfo; the compiler calls them the same but for the underscores of one.
 _NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")
 _PAIRS = "avx512_bf16"  # products of pairs of bfloat16: used where the processor has them, not needed
+_FUNNEL = "avx512_vbmi2"  # shifts of two registers as one, likewise
 # Torch rounds after every operation; a solver that does not would round other weights up.
 _EXACT = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
 _WIDE = (("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("avx2", "fma"))
@@ -66,6 +67,14 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_multiply_trellis": (*_TRELLIS, _AT, _LONG, _INT, _AT, _INT),
     "ulbq_widen_trellis": (*_TRELLIS, _LONG, _LONG, _AT, _INT, _INT),
     "ulbq_turn": (_AT, _INT, _LONG, _LONG, _LONG, _AT, _AT, _AT, _AT, _INT, _INT),
+    "ulbq_multiply_bytes": (*(_AT,) * 3, _FLOAT, *(_LONG,) * 3, _AT, _LONG, _AT, _INT),
+    "ulbq_tiles_linear": (*_MATRIX, _AT, _INT, _AT),
+    "ulbq_signs_linear": (*_MATRIX, *(_AT,) * 5, _LONG, _INT, _INT, _AT),
+    "ulbq_columns_linear": (_AT, _LONG, _LONG, *(_AT,) * 8),
+    "ulbq_trellis_linear": (*_TRELLIS, _AT, _AT, _LONG, _AT, _LONG, _AT, _AT, _INT, _AT),
+    "ulbq_dense_linear": (_AT, _INT, _LONG, _LONG, _AT, _AT),
+    "ulbq_free_linear": (_AT,),
+    "ulbq_decode": (*(_AT,) * 8, _INT),
     "ulbq_gate": (_AT, _AT, _LONG, _AT, _INT, _INT),
     "ulbq_gate_back": (_AT, _AT, _AT, _LONG, _AT, _AT, _INT, _INT),
 }
@@ -192,8 +201,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def _target() -> tuple[str, ...]:
-    used = (*_NEEDED, _PAIRS) if has_pairs() else _NEEDED
-    return _switches(used)
+    return _switches((*_NEEDED, *(feature for feature in (_PAIRS, _FUNNEL) if feature in cpu_features())))
 
 
 def _switches(features: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import os
 import stat
 from pathlib import Path
 
+from ulbq import runtime
 from ulbq.artifacts.disk import sha256_file
 
 _OPEN_TO_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -19,14 +20,9 @@ class UntrustedError(RuntimeError):
 
 
 def folder() -> Path:
-    """``ulbq/kernels`` under the user's cache; a relative ``XDG_CACHE_HOME`` counts for nothing, as its rules say.
-
-    Raises:
-        UntrustedError: this user has no home.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
+    """``ulbq/kernels`` under the user's cache. Raises UntrustedError where this user has no home."""
     try:
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "ulbq" / "kernels"
+        return runtime.user_cache() / "kernels"
     except RuntimeError as error:
         raise UntrustedError("no home folder") from error
 

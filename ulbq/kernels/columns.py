@@ -10,6 +10,7 @@ import torch
 
 from ulbq.formats import CodebookScheme, codebook
 from ulbq.kernels.build import library
+from ulbq.kernels.product import Product
 from ulbq.kernels.tiles import FLOATS, takes_pairs
 
 FEW_ROWS = 64
@@ -87,3 +88,13 @@ def multiply(
     else:
         library().ulbq_columns(*matrix, *beside, x.data_ptr(), FLOATS[x.dtype], len(x), y.data_ptr(), threads)
     return y
+
+
+def product(
+    scheme: CodebookScheme, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+) -> Product:
+    """What tokens are multiplied with, of stored and derived tensors. Nothing is rounded but in float32."""
+    names = ("column_order", "outlier_starts", "outlier_columns", "outlier_deltas")
+    derived = (tensors.get(name) for name in names)
+    counts = plane_counts(scheme, shape[1])
+    return Product("ulbq_columns_linear", tensors["codes"], *shape, counts, tensors["codebooks"], *derived, bias)

@@ -11,6 +11,7 @@ import torch
 from ulbq.formats import AnyScheme
 from ulbq.kernels.banks import Bank
 from ulbq.kernels.layouts.base import Case, Layout
+from ulbq.kernels.layouts.byte_codes import BytesLayout
 from ulbq.kernels.layouts.columns import ColumnsLayout
 from ulbq.kernels.layouts.humming import HummingLayout
 from ulbq.kernels.layouts.int4 import Int4Layout
@@ -27,6 +28,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Int4Layout(),
     HummingLayout(),
     WordsLayout(),
+    BytesLayout(),
     STORED,
 )
 

@@ -12,6 +12,9 @@ import torch
 from ulbq.formats import UniformScheme
 from ulbq.kernels.build import solvers, solvers_unavailable_reason
 
+SLOWER = "some 40 times as long"
+"""What a search takes where its solvers are not compiled."""
+
 
 def slow_reason(device: torch.device) -> str | None:
     """Why solvers on a device go the slow way, for people; None where they do not."""

@@ -13,6 +13,7 @@ from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinarySch
 from ulbq.formats.bits import pack_planes, unpack_planes
 from ulbq.kernels import build
 from ulbq.kernels.build import library
+from ulbq.kernels.product import Product
 
 TILE = 64
 """Outputs of a tile, and columns of a chunk."""
@@ -147,6 +148,24 @@ def multiply(x: torch.Tensor, packed: Mapping[str, torch.Tensor], shape: Shape) 
         return y
     library().ulbq_multiply(*_matrix(packed, shape), x.data_ptr(), FLOATS[x.dtype], len(x), y.data_ptr(), threads)
     return y
+
+
+def product(
+    scheme: AnyScheme,
+    packed: Mapping[str, torch.Tensor],
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    *,
+    exact: bool,
+) -> Product:
+    """What tokens are multiplied with, of tiles and what a mixture has beside its signs."""
+    found = shape_of(scheme, *shape)
+    scales, zeros = packed["tiled_scales"], packed.get("tiled_zeros")
+    matrix = (packed["tiled_codes"], *found[:4], scales, zeros, found.centre, found.group, bias)
+    if not isinstance(scheme, BinaryMosScheme):
+        return Product("ulbq_tiles_linear", *matrix, exact)
+    beside = (packed.get(name) for name in ("in_scales", "out_scales", "router", "zeros"))
+    return Product("ulbq_signs_linear", *matrix, *beside, scheme.experts, scheme.zeros == "input", exact)
 
 
 def takes_pairs(dtype: torch.dtype, rows: int) -> bool:

@@ -4,7 +4,7 @@ The stored tensors are read as they are. Between the two transforms everything i
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from ulbq.formats import TrellisScheme, trellis
 from ulbq.kernels import trellis_launch, triton_launch
 from ulbq.kernels.build import library, unavailable_reason
+from ulbq.kernels.product import Product
 from ulbq.kernels.tiles import FLOATS, SLAB
 
 MANY_ROWS = 128
@@ -62,6 +63,16 @@ def multiply(
     """Products ``[rows, out]`` of ``x`` ``[rows, in]``, in its dtype, with the matrix of these tensors as stored."""
     inner = inner_product(scaled_transform(x, before=su), scheme, codes, exact=x.dtype == torch.float32)
     return scaled_transform(inner, x.dtype, after=sv)
+
+
+def product(
+    scheme: TrellisScheme, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, *, exact: bool
+) -> Product:
+    """What tokens are multiplied with, of tensors as stored; ``exact`` as of :func:`inner_product`."""
+    codes, su, sv = (tensors[name] for name in ("codes", "su", "sv"))
+    _, *matrix = _matrix(scheme, codes)
+    ends = (part for width in (len(su), len(sv)) for part in (trellis.block_width(width), mixing(width)))
+    return Product("ulbq_trellis_linear", codes, *matrix, su, sv, *ends, bias, 2 if exact else 1)
 
 
 def input_gradient(

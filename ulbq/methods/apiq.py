@@ -7,6 +7,7 @@ the grid, and the weights may move; ``--freeze-weights --token-weighting uniform
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Self
 
@@ -16,6 +17,7 @@ from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import ApiQOptions
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask
+from ulbq.methods.budget import Widths, budgeted, decide_widths, survey_widths
 from ulbq.methods.rtn import affine_scheme
 from ulbq.methods.training import BlockTraining
 from ulbq.quantizers.affine import AffineQuantizer
@@ -39,17 +41,26 @@ class ApiQ:
         self._training = BlockTraining(
             options, scheme, partial(AffineQuantizer.from_packed, train_weights=options.train_weights)
         )
-        self.needs = dataclasses.replace(self._training.needs, searches=True)
+        needs = dataclasses.replace(self._training.needs, searches=True)
+        self.needs = budgeted(needs, options.target_bits, options.saliency)
 
     @classmethod
     def from_options(cls, options: ApiQOptions, group_size: int) -> Self:
         """The method that a request asks for."""
         return cls(affine_scheme(options, group_size), options)
 
+    def survey_block(self, task: BlockTask) -> dict[str, Widths]:
+        """What bits would do for the layers of a block."""
+        return survey_widths(task, self.scheme, self.options.token_weighting)
+
+    def decide(self, surveys: Mapping[str, Widths]) -> dict[str, torch.Tensor]:
+        """Bits of all layers."""
+        return decide_widths(surveys, self.scheme, self.options.target_bits or 0.0)
+
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Search the start, train, pack."""
         return self._training.quantize(task, self._start)
 
-    def _start(self, weight: torch.Tensor, importance: torch.Tensor) -> AffineQuantizer:
-        start = round_to_nearest(weight, self.scheme, importance=importance)
-        return AffineQuantizer(weight, start.scales, start.zeros, self.scheme, train_weights=self.options.train_weights)
+    def _start(self, weight: torch.Tensor, importance: torch.Tensor, scheme: AffineScheme) -> AffineQuantizer:
+        start = round_to_nearest(weight, scheme, importance=importance)
+        return AffineQuantizer(weight, start.scales, start.zeros, scheme, train_weights=self.options.train_weights)

@@ -65,6 +65,7 @@ class BlockTask:
         prefix: full name of the block, with the dot.
         tokens: that the layers of a mixture's experts saw, by their names; the method fills it in.
         outputs: what an error at each layer's outputs costs; None where all tokens and outputs count alike.
+        schemes: how layers are stored that are to be stored otherwise than by the method's scheme, by their names.
     """
 
     index: int
@@ -80,6 +81,7 @@ class BlockTask:
     prefix: str = ""
     tokens: dict[str, int] = field(default_factory=dict)
     outputs: Mapping[str, OutputCosts] | None = None
+    schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
 
     def weight(self, linear: str) -> torch.Tensor:
         """Full-precision weight ``[out, in]`` of a layer."""
@@ -144,6 +146,7 @@ class Needs:
         copies: float32 copies of a block's weights that live as it trains; 0 for methods that do not train.
         layer_bytes: memory that the closed form of a layer takes at its peak, for each of its weights beside itself.
         stacked: whether layers that read the same input are solved as one.
+        at_once: weights of a matrix that are solved at a time; 0 for all.
         rounds_few: whether second moments of too few tokens are not factored.
         heldout_moments: second moments of the samples held out, too.
     """
@@ -167,6 +170,7 @@ class Needs:
     copies: int = 0
     layer_bytes: float = 0.0
     stacked: bool = False
+    at_once: int = 0
     rounds_few: bool = False
     heldout_moments: bool = False
 
@@ -224,8 +228,12 @@ class SurveyingMethod(Method, Protocol):
         ...
 
     def decide(self, surveys: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """What follows from the surveys of all layers, by names of the method's own."""
+        """What follows from the surveys of all layers: the bits of each, by its full name and ``.bits``."""
         ...
+
+
+class DecidedMethod(SurveyingMethod, Protocol):
+    """One that decides something else than bits of layers, by names of its own."""
 
     def decided(self, decisions: Mapping[str, torch.Tensor]) -> Method:
         """The method that goes by what :meth:`decide` gave."""

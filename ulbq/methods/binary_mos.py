@@ -46,8 +46,8 @@ class BinaryMos:
         """Find the start, train, pack."""
         generator = torch.Generator().manual_seed(task.seed)
 
-        def start(weight: torch.Tensor, importance: torch.Tensor) -> BinaryMosQuantizer:
-            found = closed_form_start(weight, self.scheme, importance=importance, generator=generator)
-            return BinaryMosQuantizer(weight, found, self.scheme, train_weights=self.options.train_weights)
+        def start(weight: torch.Tensor, importance: torch.Tensor, scheme: BinaryMosScheme) -> BinaryMosQuantizer:
+            found = closed_form_start(weight, scheme, importance=importance, generator=generator)
+            return BinaryMosQuantizer(weight, found, scheme, train_weights=self.options.train_weights)
 
         return self._training.quantize(task, start)

@@ -56,11 +56,13 @@ class DbLlm:
         """Search the start, train, pack."""
         return self._training.quantize(task, self._start)
 
-    def _start(self, weight: torch.Tensor, importance: torch.Tensor) -> Quantizer:
+    def _start(
+        self, weight: torch.Tensor, importance: torch.Tensor, scheme: DualBinaryScheme | AffineScheme
+    ) -> Quantizer:
         train = self.options.train_weights
-        if isinstance(self.scheme, AffineScheme):
-            grid = round_to_nearest(weight, self.scheme, importance=importance)
-            return AffineQuantizer(weight, grid.scales, grid.zeros, self.scheme, train_weights=train)
-        group_size = weight.shape[1] if self.scheme.group_size == -1 else self.scheme.group_size
+        if isinstance(scheme, AffineScheme):
+            grid = round_to_nearest(weight, scheme, importance=importance)
+            return AffineQuantizer(weight, grid.scales, grid.zeros, scheme, train_weights=train)
+        group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
         scales = search_scales(weight, importance, group_size)
-        return DualBinaryQuantizer(weight, scales, self.scheme, train_weights=train)
+        return DualBinaryQuantizer(weight, scales, scheme, train_weights=train)

@@ -8,6 +8,7 @@ the paper does, and the recipes ``efficientqat-w2`` … ``-w4`` have the rest of
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Self
 
@@ -19,11 +20,13 @@ from ulbq.config.methods import BlockTrained, EfficientQatOptions, GptqOptions
 from ulbq.formats import KQuantScheme, UniformScheme
 from ulbq.formats.k_quant import KQuant
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Needs
+from ulbq.methods.budget import Widths, budgeted, decide_widths, survey_widths
 from ulbq.methods.gptq import Gptq
 from ulbq.methods.rtn import uniform_scheme
 from ulbq.methods.training import BlockTraining
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.affine import AffineForm, AffineQuantizer
+from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.k_quant import KQuantizer
 from ulbq.solvers.k_quant import find_grids
 
@@ -60,20 +63,30 @@ class EfficientQat:
             given = {name: value for name, value in options.in_effect().items() if name in names}
             self._solver = Gptq(scheme, GptqOptions.model_validate(given))
         needs, solving = self._training.needs, Needs() if self._solver is None else self._solver.needs
-        self.needs = dataclasses.replace(
+        needs = dataclasses.replace(
             needs,
             hessians=solving.hessians,
             searches=options.start in {"search", "gptq"},
             layer_bytes=solving.layer_bytes,
             stacked=solving.stacked,
+            at_once=solving.at_once,
             rounds_few=solving.rounds_few,
             copies=needs.copies + 2 * (self._form.reach is not None),  # how far the latents may go
         )
+        self.needs = budgeted(needs, options.target_bits, options.saliency)
 
     @classmethod
     def from_options(cls, options: EfficientQatOptions, group_size: int) -> Self:
         """The method that a request asks for."""
         return cls(uniform_scheme(options, group_size), options)
+
+    def survey_block(self, task: BlockTask) -> dict[str, Widths]:
+        """What bits would do for the layers of a block."""
+        return survey_widths(task, self.scheme, self.options.token_weighting)
+
+    def decide(self, surveys: Mapping[str, Widths]) -> dict[str, torch.Tensor]:
+        """Bits of all layers."""
+        return decide_widths(surveys, self.scheme, self.options.target_bits or 0.0)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Find the start, train, pack."""
@@ -83,12 +96,14 @@ class EfficientQat:
         solved = self._solver.quantize_block(task)
         for linear, weight in originals.items():
             linear_layer(task.block, linear).weight = nn.Parameter(weight, requires_grad=False)
-        result = self._training.quantize(dataclasses.replace(task, start=BlockStart(solved.packed, {})))
+        result = self._training.quantize(
+            dataclasses.replace(task, start=BlockStart(solved.packed, {}, schemes=solved.schemes))
+        )
         return dataclasses.replace(result, notes=solved.notes)
 
-    def _round(self, weight: torch.Tensor, importance: torch.Tensor) -> AffineQuantizer:
-        start = find_grids(weight, self.scheme, importance=importance, search=self.options.start == "search")
-        if isinstance(self.scheme, KQuantScheme) and isinstance(start, KQuant):
-            return KQuantizer(weight, start, self.scheme)
+    def _round(self, weight: torch.Tensor, importance: torch.Tensor, scheme: UniformScheme) -> Quantizer:
+        start = find_grids(weight, scheme, importance=importance, search=self.options.start == "search")
+        if isinstance(scheme, KQuantScheme) and isinstance(start, KQuant):
+            return KQuantizer(weight, start, scheme)
         train = self.options.train_weights
-        return AffineQuantizer(weight, start.scales, start.zeros, self.scheme, train_weights=train, form=self._form)
+        return AffineQuantizer(weight, start.scales, start.zeros, scheme, train_weights=train, form=self._form)

@@ -17,9 +17,10 @@ from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import GptqOptions
 from ulbq.formats import UniformScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
+from ulbq.methods.budget import Widths, decide_widths, survey_widths
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
-from ulbq.methods.rtn import pack_codes, uniform_scheme
-from ulbq.solvers.gptq import GptqSettings, gptq, joined
+from ulbq.methods.rtn import pack_codes, uniform_of, uniform_scheme
+from ulbq.solvers.gptq import AT_ONCE, GptqSettings, gptq, joined
 from ulbq.solvers.hessian import HessianSum
 from ulbq.solvers.k_quant import UniformCodes, find_grids
 
@@ -44,7 +45,8 @@ class Gptq:
     def __init__(self, scheme: UniformScheme, options: GptqOptions) -> None:
         self.scheme = scheme
         self.options = options
-        hessians: Literal["sequence", "block"] = "sequence" if options.true_sequential else "block"
+        budget = options.target_bits is not None
+        hessians: Literal["sequence", "block"] = "sequence" if options.true_sequential and not budget else "block"
         full = options.target_inputs == "full"
         self.needs = Needs(
             full_precision=full,
@@ -55,7 +57,11 @@ class Gptq:
             between_outputs=options.hessian == "two-sided",
             layer_bytes=_LAYER_BYTES,
             stacked=options.hessian == "plain",
+            at_once=0 if options.hessian == "two-sided" else AT_ONCE,
             rounds_few=True,
+            survey=budget,
+            target_bits=options.target_bits,
+            saliency=options.saliency if budget and options.saliency != "none" else None,
         )
         self._settings = GptqSettings(
             damping=options.damping,
@@ -69,36 +75,51 @@ class Gptq:
         """The method that a request asks for."""
         return cls(uniform_scheme(options, group_size), options)
 
+    def survey_block(self, task: BlockTask) -> dict[str, Widths]:
+        """What bits would do for the layers of a block."""
+        return survey_widths(task, self.scheme, self.options.token_weighting)
+
+    def decide(self, surveys: Mapping[str, Widths]) -> dict[str, torch.Tensor]:
+        """Bits of all layers."""
+        return decide_widths(surveys, self.scheme, self.options.target_bits or 0.0)
+
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block from the inputs of its layers."""
         packed: dict[str, Packed] = {}
         notes: list[tuple[str, str]] = []
 
         def solve(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
-            weights = [task.weight(linear) for linear in linears]
-            # Rows know nothing of each other: layers that read the same input are one matrix.
-            codes, note = self._solve(torch.cat(weights), inputs, task.between(linears[0]))
-            if note:
-                notes.append((", ".join(linears), f"{note}."))
-            parts = [tensor.split([len(weight) for weight in weights]) for tensor in codes]
-            for linear, *own in zip(linears, *parts, strict=True):
-                packed[linear] = pack_codes(linear, self.scheme, type(codes)(*own))
-            return {linear: formats.dequantize(self.scheme, packed[linear], weights[0].shape[1]) for linear in linears}
+            alike: dict[UniformScheme, list[str]] = {}
+            for linear in linears:
+                alike.setdefault(uniform_of(task, linear, self.scheme), []).append(linear)
+            made: dict[str, torch.Tensor] = {}
+            for scheme, names in alike.items():
+                weights = [task.weight(linear) for linear in names]
+                # Rows know nothing of each other: layers that read the same input are one matrix.
+                codes, note = self._solve(torch.cat(weights), scheme, inputs, task.between(names[0]))
+                if note:
+                    notes.append((", ".join(names), f"{note}."))
+                parts = [tensor.split([len(weight) for weight in weights]) for tensor in codes]
+                for linear, *own in zip(names, *parts, strict=True):
+                    packed[linear] = pack_codes(linear, scheme, type(codes)(*own))
+                    made[linear] = formats.dequantize(scheme, packed[linear], weights[0].shape[1])
+            return made
 
         solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, **self.options.gathering)
-        return BlockResult({linear: packed[linear] for linear in task.linears}, notes=tuple(notes))
+        ordered = {linear: packed[linear] for linear in task.linears}
+        return BlockResult(ordered, schemes=task.schemes, notes=tuple(notes))
 
     def _solve(
-        self, weight: torch.Tensor, inputs: HessianSum, outputs: torch.Tensor | None
+        self, weight: torch.Tensor, scheme: UniformScheme, inputs: HessianSum, outputs: torch.Tensor | None
     ) -> tuple[UniformCodes, str]:
         """Codes of a matrix, and what has to be said of them."""
         if inputs.known_by < FEWEST_TOKENS * weight.shape[1]:
             importance = inputs.matrix.diagonal()
             known = importance if importance.any() else None
-            rounded = find_grids(weight, self.scheme, importance=known, search=self.options.search)
-            return rounded, f"rounded to nearest, {inputs.known_by} tokens are too few for {weight.shape[1]} columns"
+            codes = find_grids(weight, scheme, importance=known, search=self.options.search)
+            return codes, f"rounded to nearest, {inputs.known_by} tokens are too few for {weight.shape[1]} columns"
         groups = zip(weight.tensor_split(len(inputs.matrices)), inputs.matrices, strict=True)
-        found = [gptq(rows, hessian, self.scheme, self._settings, outputs) for rows, hessian in groups]
+        found = [gptq(rows, hessian, scheme, self._settings, outputs) for rows, hessian in groups]
         codes = joined([one.codes for one in found])
         damping = max(one.damping for one in found)
         raised = damping > self.options.damping

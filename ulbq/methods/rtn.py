@@ -39,10 +39,20 @@ class Rtn:
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block; only its weights are looked at."""
-        return BlockResult({linear: self._pack(linear, task.weight(linear)) for linear in task.linears})
+        packed: dict[str, Packed] = {}
+        for linear in task.linears:
+            scheme = uniform_of(task, linear, self.scheme)
+            found = find_grids(task.weight(linear), scheme, search=self._search)
+            packed[linear] = pack_codes(linear, scheme, found)
+        return BlockResult(packed, schemes=task.schemes)
 
-    def _pack(self, linear: str, weight: torch.Tensor) -> Packed:
-        return pack_codes(linear, self.scheme, find_grids(weight, self.scheme, search=self._search))
+
+def uniform_of(task: BlockTask, linear: str, scheme: UniformScheme) -> UniformScheme:
+    """How a layer is stored: by a scheme of its own, if its task has one."""
+    own = task.schemes.get(linear, scheme)
+    if not isinstance(own, UniformScheme):
+        raise TypeError(f"'{linear}' is {own.format}")
+    return own
 
 
 def affine_scheme(options: AffineOptions, group_size: int) -> AffineScheme:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +24,8 @@ from ulbq.training.linear import TrainedLinear
 from ulbq.training.objective import Penalty
 from ulbq.training.penalty import WeightPenalty
 
-MakeQuantizer = Callable[[torch.Tensor, torch.Tensor], Quantizer]
-"""A quantizer from a weight ``[out, in]`` and its importance (``[in]``, the mean squared input)."""
+MakeQuantizer = Callable[[torch.Tensor, torch.Tensor, Any], Quantizer]
+"""A quantizer of a weight ``[out, in]``, its importance (``[in]``, the mean squared input) and its scheme."""
 
 GoOn = Callable[[torch.Tensor, Packed, AnyScheme], Quantizer]
 """A quantizer from a weight ``[out, in]`` and what is packed of it (:meth:`Quantizer.from_packed`)."""
@@ -111,7 +112,7 @@ class BlockTraining:
         for name, value in task.block.named_parameters():
             if name in beside and not torch.equal(value, beside[name]):
                 dense[name] = half_vector(value.detach())
-        return BlockResult(packed, dense, outcome, adapters, task.start.schemes if task.start else {})
+        return BlockResult(packed, dense, outcome, adapters, task.start.schemes if task.start else task.schemes)
 
     def _stages(self, index: int) -> list[Stage]:
         """The stages of a block, λ and its growth over the blocks filled in."""
@@ -134,7 +135,7 @@ class BlockTraining:
             packed = {name: tensor.to(weight.device) for name, tensor in start.packed[linear].items()}
             quantizer = self._go_on(weight, packed, scheme)
         elif make is not None:
-            quantizer = make(weight, task.importance[linear])
+            quantizer = make(weight, task.importance[linear], task.schemes.get(linear, self._scheme))
         else:
             raise ValueError("there is nothing to start from")
         layer = TrainedLinear(quantizer.to(weight.device), dense.bias, self._make_adapter(task, linear, quantizer))

@@ -38,11 +38,10 @@ class TrellisMethod:
     name: ClassVar[str] = "trellis"
     Options: ClassVar[type[MethodOptions]] = TrellisOptions
 
-    def __init__(self, options: TrellisOptions, widths: Mapping[str, int] | None = None) -> None:
+    def __init__(self, options: TrellisOptions) -> None:
         self.options = options
         self.scheme = TrellisScheme(bits=options.bits, state_bits=options.state_bits)
         budget = options.target_bits is not None
-        self._widths = widths
         self.needs = Needs(
             epochs=options.epochs,
             copies=copies_of_weights(options.optimizer, trained=options.weight_lr > 0) if options.epochs else 0,
@@ -88,11 +87,6 @@ class TrellisMethod:
         schemes = allocate(list(surveys.values()), self.scheme, (self.options.target_bits or 0.0) * weights)
         return {f"{name}.bits": torch.tensor(scheme.bits) for name, scheme in zip(surveys, schemes, strict=True)}
 
-    def decided(self, decisions: Mapping[str, torch.Tensor]) -> Self:
-        """The method with these bits."""
-        widths = {name.removesuffix(".bits"): int(bits) for name, bits in decisions.items() if name.endswith(".bits")}
-        return type(self)(self.options, widths)
-
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block from the inputs of its layers, or take it from an artifact; train where asked to."""
         refinement = Refinement(task, self.options.settings()) if self.options.epochs else None
@@ -110,7 +104,7 @@ class TrellisMethod:
             for linear in linears:
                 weight = task.weight(linear)
                 generator = torch.Generator().manual_seed(task.seed ^ zlib.crc32(linear.encode()))
-                scheme = schemes[linear] = self._scheme(task.prefix + linear)
+                scheme = schemes[linear] = self._scheme(task, linear)
                 between = task.between(linear)
                 found = solve(weight, hessian, scheme, generator, outputs=between, **self.options.feedback)
                 if found.damping > self.options.damping:
@@ -124,14 +118,17 @@ class TrellisMethod:
         one_by_one = self.options.true_sequential
         solve_in_sequence(task, solve_layers, one_by_one=one_by_one, settle=settle, **self.options.gathering)
         ordered = {linear: packed[linear] for linear in task.linears}
-        found = BlockResult(ordered, schemes=schemes if self._widths else {}, notes=tuple(notes))
+        found = BlockResult(ordered, schemes=task.schemes, notes=tuple(notes))
         if refinement is None:
             return found
         return dataclasses.replace(found, dense=refinement.moved(), outcome=refinement.outcome)
 
-    def _scheme(self, layer: str) -> TrellisScheme:
-        """How a layer is stored, by its full name."""
-        return self.scheme if self._widths is None else self.scheme.model_copy(update={"bits": self._widths[layer]})
+    def _scheme(self, task: BlockTask, linear: str) -> TrellisScheme:
+        """How a layer is stored."""
+        own = task.schemes.get(linear, self.scheme)
+        if not isinstance(own, TrellisScheme):
+            raise TypeError(f"'{linear}' is {own.format}")
+        return own
 
     def _hessian(self, inputs: HessianSum) -> torch.Tensor:
         """Second moments; where there are too few tokens, of columns that know nothing of each other."""

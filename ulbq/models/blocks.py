@@ -11,9 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ulbq.errors import InputError, NumericsError, UsageError
+from ulbq.formats import read_scheme
 from ulbq.models.experts import unfuse
 from ulbq.models.skeleton import empty_model
 from ulbq.models.source import ModelSource
+from ulbq.nn.quant_embedding import QuantEmbedding, swap_table
 from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
 # Group sizes that engines take.
@@ -77,14 +79,17 @@ def skeleton(
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Full name and modules of the decoder blocks: the longest list of modules that hold linear layers.
+    """Full name and modules of the decoder blocks: a list of modules with linear layers, as long as configured.
 
-    Lists inside blocks (experts) do not count, nor does anything outside the text decoder of a multimodal model.
+    Where none is, the longest one. Lists inside blocks (experts) do not count, nor does anything outside the text
+    decoder of a multimodal model.
 
     Raises:
         InputError: there is no such list.
     """
     decoder = model.get_decoder()
+    if isinstance(decoder, nn.Linear):
+        decoder = model.base_model  # ModernBERT calls its head so
     inside = {id(module) for module in decoder.modules()}
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -100,13 +105,20 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"The model type '{model.config.model_type}' has no blocks with linear layers.",
             hint="ulbq quantizes the torch.nn.Linear layers of transformer decoders.",
         )
-    prefix = max(found, key=lambda name: len(found[name]))
+    # Phi-4 has towers of images and sounds inside its decoder.
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    prefix = max(found, key=lambda name: (len(found[name]) == layers, len(found[name])))
     return prefix, found[prefix]
 
 
 def structure(model: PreTrainedModel) -> ModelStructure:
-    """Find blocks, linear layers, embeddings and head of a dense model. Raises InputError as :func:`block_list`."""
+    """Find blocks, linear layers, embeddings and head of a dense model.
+
+    Raises:
+        InputError: as :func:`block_list`; or blocks share weights.
+    """
     prefix, blocks = block_list(model)
+    _check_apart(model, prefix, blocks)
     linears = tuple(
         tuple(
             Linear(f"{prefix}.{index}.{name}", module.out_features, module.in_features)
@@ -137,6 +149,19 @@ def structure(model: PreTrainedModel) -> ModelStructure:
             if name not in quantizable and name not in embeddings and _has_matrix(module)
         ),
     )
+
+
+def _check_apart(model: PreTrainedModel, prefix: str, blocks: nn.ModuleList) -> None:
+    """Refuse blocks that have weights in common, as Zamba's: they are quantized one after the other."""
+    owners: dict[nn.Parameter, int] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            if owners.setdefault(parameter, index) != index:
+                raise InputError(
+                    f"Blocks {owners[parameter]} and {index} of the model type '{model.config.model_type}' share "
+                    f"'{name}', and ulbq quantizes one block after the other.",
+                    hint="'ulbq eval' and 'generate' run it in full precision.",
+                )
 
 
 def check_group(group_size: int) -> None:
@@ -188,11 +213,16 @@ def _shared(model: PreTrainedModel) -> dict[int, Any]:
 
 
 def load_block(
-    model: PreTrainedModel, source: ModelSource, index: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    model: PreTrainedModel,
+    source: ModelSource,
+    index: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """An independent copy of one block with its parameters read from ``source``; drop it to evict it.
 
-    Parameters are frozen and in ``dtype``; packed layers of a quantized artifact are :class:`QuantLinear`.
+    Parameters are frozen and in ``dtype``, those of the skeleton where that is None; packed layers of a quantized
+    artifact are :class:`QuantLinear`.
 
     Raises:
         InputError: a parameter is missing or has another shape than the model's configuration says.
@@ -203,7 +233,7 @@ def load_block(
 
 
 def load_outer(
-    model: PreTrainedModel, source: ModelSource, dtype: torch.dtype, device: torch.device | str = "cpu"
+    model: PreTrainedModel, source: ModelSource, dtype: torch.dtype | None, device: torch.device | str = "cpu"
 ) -> None:
     """Fill in, in place, everything of a skeleton that is not a block: embeddings, final norm, head.
 
@@ -270,23 +300,35 @@ def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
 def _swap_packed(
     module: nn.Module, source: ModelSource, dtype: torch.dtype | None, prefix: str, without: tuple[str, ...]
 ) -> None:
-    """Replace the linear layers that ``source`` stores packed."""
-    for name, linear in list(module.named_modules()):
-        scheme = source.packed.get(prefix + name)
-        if scheme is None or not is_dense_linear(linear) or name.startswith(without):
+    """Replace the linear layers and tables that ``source`` stores packed."""
+    tables = {name: read_scheme(table.scheme) for name, table in source.tables.items()}
+    for name, layer in list(module.named_modules()):
+        scheme = source.packed.get(prefix + name) or tables.get(prefix + name)
+        if scheme is None or name.startswith(without):
             continue
-        bias, kept = linear.bias is not None, dtype or linear.weight.dtype
-        quantized = QuantLinear(scheme, linear.in_features, linear.out_features, bias=bias, dtype=kept)
-        # Back on meta: the bias is read with all the other dense parameters.
-        quantized.bias = linear.bias
         try:
-            quantized.assign(source.read_packed(prefix + name))
+            if type(layer) is nn.Embedding:
+                table = QuantEmbedding(scheme, layer, dtype=dtype or layer.weight.dtype)
+                table.assign(source.read_packed(prefix + name))
+                swap_table(module, name, table, _tied_to(layer, module))
+            elif is_dense_linear(layer):
+                bias, kept = layer.bias is not None, dtype or layer.weight.dtype
+                quantized = QuantLinear(scheme, layer.in_features, layer.out_features, bias=bias, dtype=kept)
+                # Back on meta: the bias is read with all the other dense parameters.
+                quantized.bias = layer.bias
+                quantized.assign(source.read_packed(prefix + name))
+                module.set_submodule(name, quantized)
         except ValueError as error:
             raise InputError(
                 f"'{source.given}' stores '{prefix + name}' otherwise than its manifest says: {error}.",
                 hint="Run 'ulbq inspect --verify' on it.",
             ) from error
-        module.set_submodule(name, quantized)
+
+
+def _tied_to(embedding: nn.Embedding, module: nn.Module) -> list[str]:
+    """Names of the linear layers whose weight is the embedding's."""
+    layers = {name: one for name, one in module.named_modules() if is_dense_linear(one)}
+    return [name for name, layer in layers.items() if layer.weight is embedding.weight]
 
 
 def _read_checked(source: ModelSource, name: str, shape: torch.Size) -> torch.Tensor:

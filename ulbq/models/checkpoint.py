@@ -52,12 +52,16 @@ class Checkpoint:
     Args:
         stored: the tensors by their stored names.
         model: the model, on the meta device or not; only its names count.
+
+    Attributes:
+        idle: stored names of experts beyond those that a mixture runs, as LongCat's that give a token itself have them
+            where transformers saved the model. They are among those that lead to no parameter.
     """
 
     def __init__(self, stored: TensorReader, model: PreTrainedModel) -> None:
         self._stored = stored
         self._model = model
-        self._recipes, self._unplaced = _recipes(stored.names, model)
+        self._recipes, self._unplaced, self.idle = _recipes(stored.names, model)
         self._names = frozenset(self._recipes)
 
     @property
@@ -88,8 +92,10 @@ class Checkpoint:
         return tensor
 
 
-def _recipes(stored: frozenset[str], model: PreTrainedModel) -> tuple[dict[str, _Recipe], dict[str, str]]:
-    """Recipes by parameter name, and the stored names without one by what they are renamed to.
+def _recipes(
+    stored: frozenset[str], model: PreTrainedModel
+) -> tuple[dict[str, _Recipe], dict[str, str], frozenset[str]]:
+    """Recipes by parameter name; the stored names without one by what they are renamed to, and idle experts' of them.
 
     The order of the rules is that of ``PreTrainedModel.from_pretrained``.
     """
@@ -100,7 +106,9 @@ def _recipes(stored: frozenset[str], model: PreTrainedModel) -> tuple[dict[str, 
     wanted = model.state_dict()
     recipes: dict[str, _Recipe] = {}
     unplaced: dict[str, str] = {}
+    idle: set[str] = set()
     experts = expert_parts(model)
+    fused = {part.fused: part.fusion for part in experts.values()}
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
         if name not in wanted and key in wanted:
@@ -115,12 +123,16 @@ def _recipes(stored: frozenset[str], model: PreTrainedModel) -> tuple[dict[str, 
         single = None if converter is None or pattern is None else _single_expert(key, name, pattern, converter)
         if single in experts or single in wanted:
             recipes[single] = _Recipe(single, sources=[(key, key)])
+        elif single is not None and name in fused:
+            unplaced[key] = single
+            idle |= {key} if fused[name].identity else set()
+            continue
         recipe = recipes.setdefault(name, _Recipe(name, converter))
         recipe.sources.append((key, pattern or key))
         if converter is not None:
             first, *others = converter.target_patterns
             recipes.update({name.replace(first, other): recipe for other in others})
-    return recipes, unplaced
+    return recipes, unplaced, frozenset(idle)
 
 
 def stacks_experts(converter: WeightConverter) -> bool:

@@ -1,14 +1,15 @@
 """How much of a model is quantized, what stays in full precision, and when that is too much."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ulbq.artifacts.records import Coverage, KeptRecord
 from ulbq.errors import InputError
-from ulbq.models.blocks import ModelStructure
+from ulbq.formats import AnyScheme, bits_per_weight
+from ulbq.models.blocks import Linear, ModelStructure
 from ulbq.models.names import state_names
 from ulbq.models.selection import ASKED, Selection
 from ulbq.progress import Progress
@@ -19,7 +20,14 @@ _HALF = 0.5
 _NAMED = 4
 
 
-def coverage(model: PreTrainedModel, selected: Selection, *, bits: float, carried: int) -> Coverage:
+def coverage(
+    model: PreTrainedModel,
+    selected: Selection,
+    *,
+    bits: float,
+    carried: int,
+    tables: Mapping[Linear, AnyScheme] = {},
+) -> Coverage:
     """Count what of a model is quantized.
 
     Args:
@@ -27,20 +35,29 @@ def coverage(model: PreTrainedModel, selected: Selection, *, bits: float, carrie
         selected: the layers that are quantized.
         bits: of each quantized weight, all that is stored for it included; the rest is counted in half precision.
         carried: values that are stored beside the model.
+        tables: matrices outside the blocks that are packed, and how.
     """
     found = selected.found
     tensors = model.state_dict()
     sizes = {name: tensors[name].numel() for name in state_names(model)}
     quantized = sum(linear.out_features * linear.in_features for block in found.linears for linear in block)
     decoder = found.blocks_prefix.rpartition(".")[0]
-    tables = {f"{name}.weight" for name in found.embeddings if name.startswith(decoder)} | {f"{found.head}.weight"}
+    outside = {f"{name}.weight" for name in found.embeddings if name.startswith(decoder)} | {f"{found.head}.weight"}
     total = sum(sizes.values()) + carried
+    embeddings = sum(size for name, size in sizes.items() if name in outside)
+    packed = {table: table.out_features * table.in_features for table in tables}
+    of_tables = sum(
+        bits_per_weight(scheme, table.out_features, table.in_features) * packed[table]
+        for table, scheme in tables.items()
+    )
+    half = 16 * (total - quantized - sum(packed.values()))
     return Coverage(
         quantized=quantized,
         in_blocks=sum(size for name, size in sizes.items() if name.startswith(f"{found.blocks_prefix}.")),
-        embeddings=sum(size for name, size in sizes.items() if name in tables),
+        embeddings=embeddings,
+        embedding_bits=(of_tables + 16 * (embeddings - sum(packed.values()))) / embeddings if packed else None,
         total=total,
-        bits=(bits * quantized + 16 * (total - quantized)) / total,
+        bits=(bits * quantized + of_tables + half) / total,
         kept=_kept(model, selected),
     )
 

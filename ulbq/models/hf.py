@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ulbq.artifacts.shards import LazyTensors
     from ulbq.formats import AnyScheme
+    from ulbq.nn.quant_embedding import QuantEmbedding
 
 METHOD = "ulbq"
 """The ``quant_method`` of our artifacts."""
@@ -122,6 +123,8 @@ class UlbqQuantizer(HfQuantizer):
 
         from ulbq.artifacts.shards import LazyTensors
         from ulbq.models.experts import unfuse
+        from ulbq.nn.experts import Experts
+        from ulbq.nn.quant_embedding import swap_table
         from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
         files = [Path(file) for file in checkpoint_files or ()]
@@ -130,17 +133,21 @@ class UlbqQuantizer(HfQuantizer):
                 "Packed weights are loaded from the safetensors files of an artifact, and from nothing else."
             )
         stored, self._folder = LazyTensors(files), files[0].parent
-        own, shared = self._schemes(self._folder)
+        own, shared = read_schemes(self.quantization_config, self._folder)
         owners = {name.removesuffix(".codes") for name in stored.names if name.endswith(".codes")}
         base = f"{model.base_model_prefix}."
         # Those that were left out too, which are stored one by one and in full.
         layers = {name.rpartition(".")[0] for name in stored.names}
         unfuse(model, {spelled for name in layers for spelled in (name, base + name, name.removeprefix(base))})
+        for module in model.modules():
+            if any(isinstance(child, Experts) for child in module.children()):
+                # Qwen3-Omni's would draw the fused weights that are not there any more.
+                module._is_hf_initialized = True  # type: ignore[assignment]
         found: dict[str, str] = {}
         for name, linear in list(model.named_modules()):
             spelled = (name, base + name, name.removeprefix(base))
             key = next((spelling for spelling in spelled if spelling in owners), None)
-            if key is None or not is_dense_linear(linear):
+            if key is None or not (type(linear) is torch.nn.Embedding or is_dense_linear(linear)):
                 continue
             scheme = own.get(key, shared)
             if scheme is None:
@@ -148,14 +155,21 @@ class UlbqQuantizer(HfQuantizer):
                     f"How '{key}' in '{self._folder}' is packed is written nowhere.",
                     hint="Copy the whole artifact again, its manifest.json above all.",
                 )
-            shape = (linear.out_features, linear.in_features)
-            _check_stored(stored, key, scheme, shape)
-            bias, cache = linear.bias is not None, self.quantization_config.prefill_cache
+            rows, columns = linear.weight.shape
+            _check_stored(stored, key, scheme, (rows, columns))
             with torch.device("meta"):
-                packed = QuantLinear(scheme, shape[1], shape[0], bias=bias, dtype=dtype or model.dtype, cache=cache)
+                packed: QuantLinear
+                if isinstance(linear, torch.nn.Embedding):
+                    table = packed = _table(key, scheme, linear, dtype or model.dtype)
+                    swap_table(model, name, table, _untie(model, name))
+                else:
+                    packed = QuantLinear(
+                        scheme, columns, rows, bias=linear.bias is not None, dtype=dtype or model.dtype
+                    )
+                    model.set_submodule(name, packed)
+            packed.cache = self.quantization_config.prefill_cache
             # transformers would draw random weights for it otherwise.
             packed._is_hf_initialized = True  # type: ignore[assignment]
-            model.set_submodule(name, packed)
             found[name] = key
         if lost := owners.difference(found.values()):
             raise InputError(
@@ -239,25 +253,46 @@ class UlbqQuantizer(HfQuantizer):
         """The products are operators that torch.compile knows."""
         return True
 
-    def _schemes(self, folder: Path) -> "tuple[dict[str, AnyScheme], AnyScheme | None]":
-        """Schemes by full layer name, and that of all other layers; None where nothing says it. Raises InputError."""
-        from ulbq.artifacts.manifest import MANIFEST_NAME, QuantizedManifest, read_manifest
-        from ulbq.formats import read_scheme
 
-        config = self.quantization_config
-        layers, shared = config.layers, config.scheme
-        if layers is None and (folder / MANIFEST_NAME).is_file():
-            manifest = read_manifest(folder)
-            if isinstance(manifest, QuantizedManifest):
-                layers, shared = {layer.name: layer.scheme for layer in manifest.layers}, manifest.scheme
-        try:
-            own = {name: read_scheme(scheme) for name, scheme in (layers or {}).items()}
-            return own, read_scheme(shared) if shared else None
-        except ValueError as error:
-            raise InputError(
-                f"'{folder}' stores weights in a format that this version of ulbq does not know.",
-                hint="Upgrade with 'pip install --upgrade ulbq'.",
-            ) from error
+def read_schemes(config: UlbqConfig, folder: Path) -> "tuple[dict[str, AnyScheme], AnyScheme | None]":
+    """Schemes by full layer name, and that of all other layers; None where nothing says it. Raises InputError."""
+    from ulbq.artifacts.manifest import MANIFEST_NAME, QuantizedManifest, read_manifest
+    from ulbq.formats import read_scheme
+
+    layers, shared = config.layers, config.scheme
+    if layers is None and (folder / MANIFEST_NAME).is_file():
+        manifest = read_manifest(folder)
+        if isinstance(manifest, QuantizedManifest):
+            layers, shared = {layer.name: layer.scheme for layer in manifest.layers}, manifest.scheme
+    try:
+        own = {name: read_scheme(scheme) for name, scheme in (layers or {}).items()}
+        return own, read_scheme(shared) if shared else None
+    except ValueError as error:
+        raise InputError(
+            f"'{folder}' stores weights in a format that this version of ulbq does not know.",
+            hint="Upgrade with 'pip install --upgrade ulbq'.",
+        ) from error
+
+
+def _table(name: str, scheme: "AnyScheme", embedding: "torch.nn.Embedding", dtype: "torch.dtype") -> "QuantEmbedding":
+    """An empty packed table. Raises InputError where its scheme is none of a table's."""
+    from ulbq.nn.quant_embedding import QuantEmbedding
+
+    try:
+        return QuantEmbedding(scheme, embedding, dtype=dtype)
+    except ValueError as error:
+        raise _mismatch(name, str(error)) from error
+
+
+def _untie(model: "PreTrainedModel", embedding: str) -> list[str]:
+    """Names of the modules whose weight is the embedding's; transformers is told that it has no parameter to tie."""
+    ties = model.all_tied_weights_keys
+    tied = [name for name, source in ties.items() if source == f"{embedding}.weight"]
+    model.all_tied_weights_keys = {name: source for name, source in ties.items() if name not in tied}
+    model._tied_weights_keys = {
+        name: source for name, source in (model._tied_weights_keys or {}).items() if name not in tied
+    }
+    return [name.removesuffix(".weight") for name in tied]
 
 
 def _check_devices(device_map: Mapping[str, Any]) -> None:

@@ -3,10 +3,13 @@
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ulbq import limits
+from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.small_files import parse_json, read_small
+from ulbq.config.run import DtypeName
 from ulbq.errors import InputError
 from ulbq.models.adapter_files import adapter_folder, attach_adapter
 from ulbq.models.blocks import materialize, skeleton
@@ -14,6 +17,9 @@ from ulbq.models.skeleton import empty_model
 from ulbq.models.source import ModelSource
 from ulbq.models.tokenizer_files import check_ids
 from ulbq.nn.quant_linear import QuantLinear
+
+DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""By the names that options give them."""
 
 
 def load_model(
@@ -39,12 +45,23 @@ def load_model(
         InputError: a parameter is missing or has another shape than the configuration says, or a file beside the
             weights cannot be read, the adapter among them.
     """
-    # In full precision experts stay as transformers has them, which computes them faster.
-    model = skeleton(source, dtype) if source.packed else empty_model(source.config, dtype)
+    model = unfilled_model(source, dtype)
     materialize(model, source, None, device=device)
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
             layer.cache = prefill_cache
+    folder = adapter_folder(source) if adapter else None
+    return model if folder is None else attach_adapter(model, folder)
+
+
+def unfilled_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    """The skeleton that :func:`load_model` fills, with the model's own settings for writing.
+
+    Raises:
+        InputError: a file beside the weights cannot be read.
+    """
+    # In full precision experts stay as transformers has them, which computes them faster.
+    model = skeleton(source, dtype) if source.packed else empty_model(source.config, dtype)
     model.config.dtype = dtype
     if (source.path / "generation_config.json").is_file():
         try:
@@ -62,8 +79,16 @@ def load_model(
                 f"'{source.path / 'generation_config.json'}' cannot be read.",
                 hint="Fetch it again, or remove it: the model works without.",
             ) from error
-    folder = adapter_folder(source) if adapter else None
-    return model if folder is None else attach_adapter(model, folder)
+    return model
+
+
+def loading_memory(source: ModelSource, dtype: torch.dtype) -> int:
+    """Bytes that :func:`load_model` takes: all weights, packed ones as they are stored; the largest matrix twice."""
+    manifest = source.manifest
+    layers = manifest.layers if isinstance(manifest, QuantizedManifest) else ()
+    packed = {f"{layer.name}.weight" for layer in layers}
+    dense = [p.nbytes for name, p in unfilled_model(source, dtype).named_parameters() if name not in packed]
+    return sum(sum(layer.bits.values()) for layer in layers) // 8 + sum(dense) + max(dense) + source.gguf_size
 
 
 class ModelMemory(NamedTuple):
@@ -78,8 +103,8 @@ class ModelMemory(NamedTuple):
     cache: int
 
 
-def model_memory(model: PreTrainedModel) -> ModelMemory:
-    """What a loaded model holds now: caches grow with its first products."""
+def model_memory(model: nn.Module) -> ModelMemory:
+    """What a loaded model, or a part of one, holds now: caches grow with its first products."""
     held = {id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     layers = (layer for layer in model.modules() if isinstance(layer, QuantLinear))
     return ModelMemory(sum(held.values()), sum(layer.cached_bytes for layer in layers))

@@ -79,7 +79,7 @@ def unplaced(
         if is_carried(stored.file(key)):
             found.append(key)
         elif not _of_no_account(stored, key) and not {_owner(name), _owner(key)} & {*packed}:
-            (found if _stands_apart(model, name) else lost).append(key)
+            (found if key in checkpoint.idle or _stands_apart(model, name) else lost).append(key)
     if lost:
         raise without_a_place(where, lost, type(model).__name__)
     return tuple(found)

@@ -1,7 +1,7 @@
 """Which of a model's linear layers are quantized, and why the others are not."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ulbq.errors import InputError
@@ -39,6 +39,14 @@ class Selection:
         found = replace(self.found, linears=linears, skipped=(*reasons, *self.found.skipped))
         return Selection(found, {**self.reasons, **reasons})
 
+    def storing(self, tables: Iterable[Linear]) -> "Selection":
+        """The same with matrices outside the blocks packed: a head is not skipped then, nor one that is tied to one."""
+        packed = {table.name for table in tables}
+        if self.found.tied and not packed.isdisjoint(self.found.embeddings):
+            packed.add(self.found.head or "")
+        skipped = tuple(name for name in self.found.skipped if name not in packed)
+        return replace(self, found=replace(self.found, skipped=skipped))
+
 
 def select(found: ModelStructure, skip: Sequence[str], only: Sequence[str]) -> Selection:
     """Leave out what was asked for, and what decides.
@@ -54,7 +62,7 @@ def select(found: ModelStructure, skip: Sequence[str], only: Sequence[str]) -> S
     """
     layers = list(_layers(found))
     for pattern in (*skip, *only):
-        if not any(_matches(pattern, layer.name) for layer in layers):
+        if not any(matches(pattern, layer.name) for layer in layers):
             names = dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers)
             raise InputError(
                 f"No linear layer of the model's blocks matches '{pattern}'.",
@@ -71,8 +79,10 @@ def of_artifact(found: ModelStructure, packed: Mapping[str, AnyScheme]) -> Selec
     )
 
 
-def fitting(selected: Selection, scheme: AnyScheme, group_size: int) -> Selection:
-    """Leave out the few layers that a scheme cannot store.
+def fitting(
+    selected: Selection, scheme: AnyScheme, group_size: int, schemes: Mapping[str, AnyScheme] = {}
+) -> Selection:
+    """Leave out the few layers that a scheme cannot store; ``schemes`` of those, by full name, that have their own.
 
     Raises:
         InputError: nothing is left, or it cannot store more than a tenth of the weights.
@@ -82,9 +92,11 @@ def fitting(selected: Selection, scheme: AnyScheme, group_size: int) -> Selectio
         raise InputError("No layer is left to be quantized.", hint="Leave out less with `skip` and `only`.")
     reasons: dict[str, str] = {}
     for layer in layers:
-        reason = scheme.unsupported_reason(layer.out_features, layer.in_features)
-        if group_size != -1 and layer.in_features % group_size:
-            reason = f"groups of {group_size} do not divide its {layer.in_features} inputs"
+        own = schemes.get(layer.name)
+        reason = (own or scheme).unsupported_reason(layer.out_features, layer.in_features)
+        size = group_size if own is None else own.group_size
+        if size != -1 and layer.in_features % size:
+            reason = f"groups of {size} do not divide its {layer.in_features} inputs"
         if reason is not None:
             reasons[layer.name] = reason
     unfit = sum(layer.out_features * layer.in_features for layer in layers if layer.name in reasons)
@@ -102,15 +114,16 @@ def _layers(found: ModelStructure) -> Iterator[Linear]:
 
 
 def _left_out(name: str, skip: Sequence[str], only: Sequence[str]) -> str | None:
-    if any(_matches(pattern, name) for pattern in skip):
+    if any(matches(pattern, name) for pattern in skip):
         return ASKED
-    if only and not any(_matches(pattern, name) for pattern in only):
+    if only and not any(matches(pattern, name) for pattern in only):
         return ASKED
-    if _DECIDES.search(name) and not any(_matches(pattern, name, end="$") for pattern in only):
+    if _DECIDES.search(name) and not any(matches(pattern, name, end="$") for pattern in only):
         return "decides more than it computes"
     return None
 
 
-def _matches(pattern: str, name: str, *, end: str = r"(\.|$)") -> bool:
+def matches(pattern: str, name: str, *, end: str = r"(\.|$)") -> bool:
+    """Whether parts of a full name between dots are those of a pattern, ``*`` in it being any letters of one."""
     parts = re.escape(pattern).replace(r"\*", r"[^.]*").replace(r"\?", "[^.]")
     return re.search(rf"(^|\.){parts}{end}", name) is not None

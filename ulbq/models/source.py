@@ -23,6 +23,7 @@ from ulbq.artifacts.manifest import (
     EvaluationManifest,
     QuantizedManifest,
     SaliencyManifest,
+    SweepManifest,
     is_artifact,
     is_replaceable,
     load_manifest,
@@ -30,11 +31,11 @@ from ulbq.artifacts.manifest import (
 )
 from ulbq.artifacts.names import local_path
 from ulbq.artifacts.parents import places
-from ulbq.artifacts.records import Parent, RotationRecord
+from ulbq.artifacts.records import LayerRecord, Parent, RotationRecord
 from ulbq.artifacts.shards import LazyTensors, write_carried
 from ulbq.artifacts.whole import check_small_files
 from ulbq.errors import InputError, ResourceError
-from ulbq.formats import AnyScheme, read_scheme
+from ulbq.formats import AnyScheme, dequantize, read_scheme
 from ulbq.models import hub, placement
 from ulbq.models.checkpoint import Checkpoint, TensorReader
 from ulbq.models.config import (
@@ -50,7 +51,6 @@ from ulbq.models.foreign import READERS, ForeignTensors
 from ulbq.models.gguf import GGUF_NAME, GgufTensors, is_gguf, model_name, open_gguf
 from ulbq.models.gguf_tokenizer import check_pre_tokenizer, read_tokenizer
 from ulbq.models.rope_factors import ROPE_FACTORS
-from ulbq.models.scaled import METHODS, ScaledTensors
 from ulbq.models.side_files import check_folder, copy_side_files, copy_tree, side_files, write_tokenizer
 from ulbq.models.skeleton import empty_model
 from ulbq.models.tokenizer_files import check_loaded, check_tokenizer
@@ -64,7 +64,7 @@ DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FULL_PRECISION = frozenset({"folder", "hub", "gguf", "converted"})
 """Kinds of parents, in a manifest, that are full-precision models."""
 
-_PACKINGS = frozenset({METHOD, *METHODS, *READERS})
+_PACKINGS = frozenset({METHOD, *READERS})
 """What packs weights that are read."""
 
 _GGUF_ADAPTER = "adapter.gguf"
@@ -111,10 +111,13 @@ class ModelSource:
     @cached_property
     def names(self) -> frozenset[str]:
         """Parameters and persistent buffers that :meth:`read` gives; the weights of packed layers are none of them."""
-        return self.tensors.names | {name for name, part in self.parts.items() if part.fused in self.tensors.names}
+        fused = {name for name, part in self.parts.items() if part.fused in self.tensors.names}
+        return self.tensors.names | fused | {f"{name}.weight" for name in self.tables}
 
     def read(self, name: str) -> torch.Tensor:
-        """One dense tensor on the CPU as stored; of a GGUF file, dequantized to float32. Raises InputError."""
+        """One dense tensor on the CPU as stored; of a GGUF file or a packed table, in float32. Raises InputError."""
+        if (table := self.tables.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
+            return dequantize(read_scheme(table.scheme), self.read_packed(table.name), table.shape[1])
         if name not in self.names:
             raise InputError(
                 f"'{self.given}' holds no tensor for the parameter '{name}'.",
@@ -160,12 +163,14 @@ class ModelSource:
     def stored_as(self) -> tuple[str, float] | None:
         """What a GGUF file or a folder that others quantized is, and bits a value; None in full precision."""
         for told in (self.stored, self.tensors):
-            if isinstance(told, GgufTensors | Exl3Tensors | ForeignTensors | ScaledTensors):
+            if isinstance(told, GgufTensors | Exl3Tensors | ForeignTensors):
                 return told.stored_as
         return None
 
     def check_parent(self) -> None:
-        """Refuse what is only to be run and converted: another tool's codes, or ours in another tool's layout.
+        """Refuse what is only to be run and converted: another tool's integers, or ours in another tool's layout.
+
+        Floats of eight and four bits are what makers publish, often nothing else: those are taken.
 
         Raises:
             InputError: it is one of them.
@@ -175,7 +180,7 @@ class ModelSource:
         if isinstance(self.manifest, ConvertedManifest):
             raise _for_engines(self.given, self.manifest.target)
         ours = isinstance(self.tensors, GgufTensors) and self.tensors.quantized_by == "ulbq"
-        if ours or isinstance(self.stored, ForeignTensors):
+        if ours or (isinstance(self.stored, ForeignTensors) and not self.stored.in_floats):
             raise InputError(
                 f"'{self.given}' is quantized already ({self.stored_as[0]}{', by ulbq' if ours else ''}).",
                 hint="Give the full-precision model it was made from; 'ulbq eval', 'generate' and 'convert' take it.",
@@ -197,6 +202,12 @@ class ModelSource:
                 hint="Upgrade with 'pip install --upgrade ulbq'.",
             ) from error
 
+    @cached_property
+    def tables(self) -> Mapping[str, LayerRecord]:
+        """The table of tokens and the head by full module name, those that are packed; a tied head is the former."""
+        tables = self.manifest.tables if isinstance(self.manifest, QuantizedManifest) else ()
+        return {table.name: table for table in tables}
+
     def tell(self, progress: Progress) -> None:
         """Say what a person must know of how the model was read."""
         for note in self.notes:
@@ -207,8 +218,8 @@ class ModelSource:
         return {} if self.stored is None else write_carried(folder, self.stored, self.carried)
 
     def read_packed(self, linear: str) -> dict[str, torch.Tensor]:
-        """Stored tensors of a packed layer by short name (``codes``, ``scales``, …), on the CPU. Raises InputError."""
-        if self.stored is None or linear not in self.packed:
+        """Stored tensors of a packed layer or table by short name (``codes``, …), on the CPU. Raises InputError."""
+        if self.stored is None or not (linear in self.packed or linear in self.tables):
             raise InputError(f"'{self.given}' does not store '{linear}' packed.")
         dense = {"weight", "bias"}
         prefix = f"{linear}."
@@ -439,6 +450,9 @@ def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: 
     manifest = read_manifest(path, unfinished=unfinished)
     if isinstance(manifest, EvaluationManifest):
         raise InputError(f"'{given}' holds the scores of a model, not a model.", hint="Give the model that was scored.")
+    if isinstance(manifest, SweepManifest):
+        best = f": '{path / 'runs' / manifest.runs[0].name}'" if manifest.runs else ""
+        raise InputError(f"'{given}' holds the runs of a sweep.", hint=f"Give one of them{best}.")
     if isinstance(manifest, SaliencyManifest):
         raise InputError(
             f"'{given}' holds saliency scores, not a model.",
@@ -447,7 +461,8 @@ def _open_artifact(path: Path, given: str, *, unfinished: bool = False, verify: 
     target = manifest.target if isinstance(manifest, ConvertedManifest) else ""
     if target == "gguf" and GGUF_NAME in manifest.files:
         return _open_file(path / GGUF_NAME, given, _listing(path / GGUF_NAME, verify=verify))
-    packed = {layer.name for layer in manifest.layers} if isinstance(manifest, QuantizedManifest) else set()
+    quantized = (*manifest.layers, *manifest.tables) if isinstance(manifest, QuantizedManifest) else ()
+    packed = {layer.name for layer in quantized}
     if verify:
         check_small_files(path, manifest)
     said = packing(path, read_raw_config(path)) if target in _PACKINGS else None
@@ -516,4 +531,4 @@ def _unpacking(stored: LazyTensors, config: PreTrainedConfig, said: Mapping[str,
     """The tensors of a folder as what they stand for. Raises InputError."""
     if said["quant_method"] == METHOD:
         return Exl3Tensors(stored, config.get_text_config().vocab_size)
-    return (ScaledTensors if said["quant_method"] in METHODS else ForeignTensors)(stored, said)
+    return ForeignTensors(stored, said)

@@ -27,30 +27,42 @@ class Fusion:
         concatenated: the rows of a gate come before those of the other half; else the two take turns.
         biased: whether the layers add biases, ``gate_up_proj_bias [E, 2·I]`` and ``down_proj_bias [E, H]``.
         scaled: what enters are the tokens once for each expert, times what its router gives it, zeros for none.
+        single: an expert is one matrix, ``weight [E, out, in]``, and what enters is sorted by expert.
+        identity: a choice beyond the last expert gives the token itself; else nothing.
     """
 
     experts: int
-    gated: bool
-    transposed: bool
-    concatenated: bool
-    biased: bool
+    gated: bool = True
+    transposed: bool = False
+    concatenated: bool = True
+    biased: bool = False
     scaled: bool = False
+    single: bool = False
+    identity: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
-        """That of a module that transformers' ``use_experts_implementation`` marks, or Llama 4's; None for others."""
-        if type(module).__name__ == "Llama4TextExperts":
-            return cls(len(module.get_parameter("down_proj")), True, True, True, False, scaled=True)
-        marks = [getattr(module, name, None) for name in ("has_gate", "is_transposed", "is_concatenated", "has_bias")]
-        down = module._parameters.get("down_proj")
-        if down is None or down.dim() != 3 or not all(isinstance(mark, bool) for mark in marks):
+        """That of a module that transformers' ``use_experts_implementation`` marks, or should; None for others."""
+        unmarked = _UNMARKED.get(type(module).__name__)
+        last = module._parameters.get("weight" if unmarked and "single" in unmarked else "down_proj")
+        if last is None or last.dim() != 3:
             return None
-        return cls(len(down), *map(bool, marks))
+        if unmarked is not None:
+            return cls(len(last), **unmarked)
+        marks = [getattr(module, name, None) for name in ("has_gate", "is_transposed", "is_concatenated", "has_bias")]
+        return cls(len(last), *map(bool, marks)) if all(isinstance(mark, bool) for mark in marks) else None
 
     @property
     def projections(self) -> tuple[str, ...]:
         """Names of an expert's linear layers, in execution order."""
+        if self.single:
+            return ("linear",)
         return ("gate_proj", "up_proj", "down_proj") if self.gated else ("up_proj", "down_proj")
+
+    def shape(self, fused: torch.Size, projection: str) -> tuple[int, int]:
+        """``(out, in)`` of a linear layer of an expert, by that of the fused weight."""
+        rows, columns = (fused[-1], fused[-2]) if self.transposed else (fused[-2], fused[-1])
+        return (rows // 2 if self.gated and projection != "down_proj" else rows, columns)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -59,6 +71,8 @@ class Fusion:
 
     def fused(self, projection: str, kind: str) -> str:
         """Name of the fused parameter that holds one of the linear layers' parameters."""
+        if self.single:
+            return kind
         name = "gate_up_proj" if self.gated and projection != "down_proj" else projection
         return name if kind == "weight" else f"{name}_bias"
 
@@ -86,6 +100,15 @@ class Fusion:
         return own.T if self.transposed and own.dim() == 2 else own
 
 
+_UNMARKED: dict[str, dict[str, bool]] = {
+    "Llama4TextExperts": {"transposed": True, "scaled": True},
+    "Step3p7Experts": {},
+    "LongcatFlashExperts": {"identity": True},
+    "JetMoeParallelExperts": {"gated": False, "single": True},
+}
+"""Classes of fused experts that transformers does not mark, and how they differ from most."""
+
+
 class Experts(nn.ModuleList):
     """Takes the place of a fused module: same call, same result but for rounding, a linear layer for every matrix.
 
@@ -107,8 +130,8 @@ class Experts(nn.ModuleList):
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
-        fusion, down = Fusion.of(fused), fused._parameters.get("down_proj")
-        if fusion is None or down is None:
+        fusion = Fusion.of(fused)
+        if fusion is None:
             raise TypeError(f"{type(fused).__name__} holds no fused experts")
         # Numbers and functions that the family's own gate asks for by name, and norms; the experts come after them.
         vars(self).update({name: value for name, value in vars(fused).items() if name not in vars(self)})
@@ -121,13 +144,13 @@ class Experts(nn.ModuleList):
         self.fusion = fusion
         self.shown: Collection[int] = ()
         self._together: dict[str, Together] = {}
-        outside, inside = (down.shape[2], down.shape[1]) if fusion.transposed else (down.shape[1], down.shape[2])
+        weights = {name: fused.get_parameter(fusion.fused(name, "weight")) for name in fusion.projections}
         for number in range(fusion.experts):
             expert = nn.Module()
-            for name in fusion.projections:
-                columns, rows = (inside, outside) if name == "down_proj" else (outside, inside)
-                linear = nn.Linear(columns, rows, bias=fusion.biased, device=down.device, dtype=down.dtype)
-                expert.add_module(name, linear.requires_grad_(down.requires_grad))
+            for name, weight in weights.items():
+                rows, columns = fusion.shape(weight.shape, name)
+                linear = nn.Linear(columns, rows, bias=fusion.biased, device=weight.device, dtype=weight.dtype)
+                expert.add_module(name, linear.requires_grad_(weight.requires_grad))
             self.add_module(str(number), expert)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,7 +169,8 @@ class Experts(nn.ModuleList):
 
         Args:
             hidden_states: ``[tokens, in]``.
-            top_k_index: int64 ``[tokens, k]`` its experts; a number beyond the last one stands for none.
+            top_k_index: int64 ``[tokens, k]`` its experts; a number beyond the last one stands for none, or, with the
+                fusion's ``identity``, for the token itself.
             top_k_weights: ``[tokens, k]`` how much each counts.
         """
         chosen = top_k_index.flatten()
@@ -204,12 +228,13 @@ class Experts(nn.ModuleList):
         ]
         none = routes.places - sum(map(len, rows.values()))
         if none or not made:
-            made.append(hidden_states.new_zeros(none, hidden_states.shape[-1]))
+            beyond = hidden_states[tokens[routes.places - none :]]
+            made.append(beyond if self.fusion.identity else torch.zeros_like(beyond))
         back = torch.empty_like(routes.order)
         back.scatter_(0, routes.order, torch.arange(routes.places, device=back.device))
         return torch.cat(made)[back]
 
-    def _run(self, number: int, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _run(self, number: int, hidden_states: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
         """What one expert makes of some tokens."""
         # A tensor of its own each time: who watches tells by it which layers read the same.
         if number in self.shown:
@@ -255,10 +280,34 @@ class ScaledExperts(Experts):
         return result.view_as(hidden_states)
 
 
+class SortedExperts(Experts):
+    """JetMoe's, a matrix each: one that sees all tokens sees those that were sent to the others."""
+
+    def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:  # type: ignore[override]
+        """Each expert's outputs.
+
+        Args:
+            inputs: ``[rows, in]``, those of an expert behind those of the one before it.
+            expert_size: how many rows each has.
+        """
+        made, begin = [], 0
+        for number, rows in enumerate(expert_size):
+            if rows or number in self.shown:
+                made.append(self._run(number, inputs, slice(begin, begin + rows)))
+            begin += rows
+        return torch.cat(made) if made else self._outputs(0, inputs)
+
+    def _outputs(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self._layer(number, "linear")(x)
+        return made
+
+
 def single_experts(fused: nn.Module) -> Experts | None:
     """What takes the place of a module; None for one that holds no fused experts."""
     fusion = Fusion.of(fused)
-    return None if fusion is None else (ScaledExperts if fusion.scaled else Experts)(fused)
+    if fusion is None:
+        return None
+    return (ScaledExperts if fusion.scaled else SortedExperts if fusion.single else Experts)(fused)
 
 
 def _gate(module: nn.Module, joined: torch.Tensor) -> torch.Tensor:

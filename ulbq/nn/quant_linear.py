@@ -124,6 +124,17 @@ class QuantLinear(nn.Linear):
             self._hold(ready.tensors)
             self._layout = (ready.layout, tuple(ready.tensors))
 
+    def product(self, *, exact: bool) -> kernels.Product | None:
+        """What compiled decoding multiplies its tokens with, of the tensors as they are now; None where there is none.
+
+        Args:
+            exact: inputs are rounded to 24 bits of their largest, not to 16.
+        """
+        self.prepare()
+        layout, tensors = self._ready()
+        bias = None if self.bias is None else self.bias.detach().float()
+        return layout.product(self.scheme, tensors, (self.out_features, self.in_features), bias, exact=exact)
+
     @property
     def cached_bytes(self) -> int:
         """Memory of the dense matrix that ``cache`` keeps; 0 before the first product that is made with it."""

@@ -25,6 +25,7 @@ from ulbq.pipeline.streams import Streams
 from ulbq.pipeline.warned import gathered
 from ulbq.progress import Phase, Progress
 from ulbq.sensitivity import Saliency
+from ulbq.tracking import Log, nowhere
 from ulbq.training.block import TrainOutcome
 
 # A relative error of one half per token: what comes out of the block is hardly the model's any more.
@@ -39,10 +40,14 @@ class BlockQuantizer:
         writer: of the artifact; its journal says which blocks are done.
         progress: told how it goes.
         saliency: scores of all weights; None where the method weighs nothing by them.
+        log: told the errors of blocks that train.
     """
 
-    def __init__(self, job: Job, writer: ArtifactWriter, progress: Progress, saliency: Saliency | None) -> None:
+    def __init__(
+        self, job: Job, writer: ArtifactWriter, progress: Progress, saliency: Saliency | None, log: Log = nowhere
+    ) -> None:
         self._job = job
+        self._log = log
         self._saliency = saliency
         self._writer = writer
         self._progress = progress
@@ -106,7 +111,9 @@ class BlockQuantizer:
             nonlocal epochs
             epochs += 1
             # Retries repeat epochs that were counted already.
-            phase.advance(int(epochs <= job.method.needs.epochs), f"block {index}, error {error:.4f}")
+            most = job.method.needs.epochs
+            phase.advance(int(epochs <= most), f"block {index}, error {error:.4f}")
+            self._log(index * (most + 1) + min(epochs, most), {"blocks/validation_error": error})
 
         task = BlockTask(
             index=index,
@@ -122,6 +129,7 @@ class BlockQuantizer:
             prefix=prefix,
             tokens={} if streams is None else dict(streams.tokens),
             outputs=output_costs(job, self._writer.scratch, index),
+            schemes={name: job.schemes[prefix + name] for name in linears if prefix + name in job.schemes},
         )
         result = _as_it_is(task.start) if job.blocks_stay and task.start else self._by_method(task, streams)
         check_finite(index, result)
@@ -172,6 +180,8 @@ class BlockQuantizer:
         return dataclasses.replace(start.block(prefix, linears), vectors=vectors)
 
     def _report(self, index: int, outcome: TrainOutcome) -> None:
+        ends = {"blocks/start_error": outcome.start_error, "blocks/end_error": outcome.end_error}
+        self._log((index + 1) * (self._job.method.needs.epochs + 1), ends)
         if outcome.retries and not outcome.fallback:
             self._progress.note(f"Block {index} was rolled back {outcome.retries} times and trained at lower rates.")
 

@@ -13,8 +13,9 @@ from ulbq.errors import InputError, UsageError
 from ulbq.export import card, engines, fit, packed
 from ulbq.export.fit import Candidate
 from ulbq.export.targets import target
-from ulbq.export.targets.base import DTYPES, Conversion, Target, Written
+from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.models.adapter_files import adapter_folder
+from ulbq.models.load import DTYPES
 from ulbq.models.source import ModelSource, resolve
 from ulbq.pipeline.proof import proof
 from ulbq.progress import Progress, Silent
@@ -56,6 +57,8 @@ def convert(
             written = into.write(job, writer.path, lambda name: phase.advance(detail=name))
             writer.plan(*written.names)
         progress.note(f"Stored: {written.stored}.")
+        if dense := sorted(job.candidate.tables.keys() - {*written.tables}):
+            progress.note(f"Dense, since {into.name} has none packed so: {', '.join(dense)}.")
         if written.warning:
             progress.warn(written.warning)
         if not into.is_artifact:

@@ -17,6 +17,7 @@ from ulbq.config.convert import ENGINES
 from ulbq.data.mirror import VARIABLE, data_root
 from ulbq.errors import InputError
 from ulbq.kernels import build
+from ulbq.kernels.solvers import SLOWER
 from ulbq.models.source import DEFAULT_PACKAGE
 
 State = Literal["ok", "slow", "missing", "absent"]
@@ -87,7 +88,7 @@ def _accelerators() -> list[str]:
 def _kernels() -> list[Check]:
     solvers, products = build.solvers_unavailable_reason(), build.unavailable_reason()
     made = [
-        _kernel("solvers", solvers, "searches take some 40 times as long", "Install a C++ compiler (g++ or clang)."),
+        _kernel("solvers", solvers, f"searches take {SLOWER}", "Install a C++ compiler (g++ or clang)."),
         _kernel("products on the CPU", products, "packed layers are multiplied by torch", ""),
     ]
     if torch.cuda.is_available():

@@ -12,19 +12,21 @@ import torch
 
 from ulbq.artifacts.records import EndToEndRecord
 from ulbq.artifacts.store import ArtifactWriter
+from ulbq.blockwise.streamed import StreamedModel, whole_model
 from ulbq.config.finetuning import FinetuneSettings
 from ulbq.data.calibration import Calibration
 from ulbq.finetuning.checkpoint import TrainerCheckpoint, latest, note
 from ulbq.finetuning.examples import Examples
 from ulbq.finetuning.student import Student
-from ulbq.finetuning.teacher import CachedTeacher, StreamedTeacher, Teacher
+from ulbq.finetuning.teacher import Asked, CachedTeacher, PassedTeacher, StreamedTeacher, Teacher
 from ulbq.finetuning.trainer import Trainer
 from ulbq.formats import AnyScheme
-from ulbq.models.load import load_model
 from ulbq.pipeline.finish import TUNED, layer_record, recorded_schemes
 from ulbq.pipeline.quantization_plan import Job
+from ulbq.pipeline.samples import parent_model
 from ulbq.pipeline.student import Folders, build_student, write_tuned
 from ulbq.progress import Progress
+from ulbq.tracking import Log, nowhere
 from ulbq.training.optimizer import lr_factor
 
 _EXCHANGED = "tuned shards in place"
@@ -69,7 +71,9 @@ class _Phase:
         return all(f"{TUNED}{index}" in self.writer.journal for index in range(self.job.found.n_blocks))
 
 
-def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progress: Progress) -> EndToEndRecord:
+def train_end_to_end(
+    job: Job, writer: ArtifactWriter, text: Calibration, progress: Progress, log: Log = nowhere
+) -> EndToEndRecord:
     """Train the packed model as a whole, and exchange its shards where that made it better.
 
     Args:
@@ -77,6 +81,7 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
         writer: with all blocks written and noted.
         text: the samples, those held out last.
         progress: told how it goes.
+        log: told the losses.
 
     Raises:
         NumericsError: what was trained cannot be packed.
@@ -89,14 +94,14 @@ def train_end_to_end(job: Job, writer: ArtifactWriter, text: Calibration, progre
     phase.after.blocks.mkdir(exist_ok=True)
     last = latest(writer)
     if last is None or not phase.over or (last.best[0] and not phase.tuned):
-        last = _train(phase)
+        last = _train(phase, log)
     if phase.tuned:
         _exchange(phase)
     record = _record(phase, last)
     return record if job.request.text is None else record.model_copy(update={"data": text.record()})
 
 
-def _train(phase: _Phase) -> TrainerCheckpoint:
+def _train(phase: _Phase, log: Log) -> TrainerCheckpoint:
     """Train what is left, and write the tuned blocks where any epoch was better than the start."""
     job, settings, writer = phase.job, phase.settings, phase.writer
     teacher = None if phase.over or not settings.needs_teacher else _teacher(phase)
@@ -111,6 +116,7 @@ def _train(phase: _Phase) -> TrainerCheckpoint:
         schedule=lr_factor,
         seeds=lambda epoch: job.request.seed + 104729 * epoch,
         folder=folder,
+        log=log,
     )
     with phase.progress.phase("Training end to end", trainer.steps) as bar:
         last = trainer.train(latest(writer), bar, partial(note, writer))
@@ -122,13 +128,18 @@ def _train(phase: _Phase) -> TrainerCheckpoint:
 def _teacher(phase: _Phase) -> Teacher:
     """The full-precision model in the dtype of the run's products, or what a pass through it left."""
     job, settings, examples = phase.job, phase.settings, phase.examples
-    model = load_model(job.source, dtype=job.precision.dtype, device=job.precision.device)
-    streamed = StreamedTeacher(model, examples, job.precision, hidden=settings.loss == "kl-hidden")
+    model = parent_model(job.request, job.source, job.precision, phase.writer, phase.progress, streamed=job.streamed)
     if settings.teacher == "streamed":
-        return streamed
+        hidden = settings.loss == "kl-hidden"
+        return StreamedTeacher(whole_model(model), examples, job.precision, hidden=hidden)
+    asked: Asked
+    if isinstance(model, StreamedModel):
+        asked = PassedTeacher(model, examples)
+    else:
+        asked = StreamedTeacher(model, examples, job.precision)
     with phase.progress.phase("Asking the teacher", len(examples)) as bar:
         return CachedTeacher(
-            streamed,
+            asked,
             examples,
             top_k=settings.teacher_top_k,
             device=job.precision.device,

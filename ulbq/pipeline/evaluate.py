@@ -108,7 +108,8 @@ def _measure(job: EvaluationJob, measurer: Measurer | None) -> Results:
 
 def _fingerprint(job: EvaluationJob) -> str:
     request = job.request.model_dump(
-        mode="json", exclude={"out", "force", "sources", "parent", "data_dir", "offline", "verify"}
+        mode="json",
+        exclude={"out", "force", "sources", "parent", "data_dir", "offline", "verify", "score_cache", "stream"},
     )
     measured = job.measures
     return fingerprint(

@@ -1,6 +1,7 @@
 """What an evaluation is asked to do, and what that means in full: settled before the first model is loaded."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,14 @@ from ulbq.evaluation.harness import Tasks, check_tasks, load_tasks
 from ulbq.evaluation.measurer import Measures
 from ulbq.evaluation.results import Protocol
 from ulbq.models.decoding import check_prompt, check_room
+from ulbq.models.load import DTYPES
 from ulbq.pipeline.recorded import Recorded, read_recorded
 from ulbq.progress import Progress
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_TEXT = "wikitext2"
 DEFAULT_CONTEXT = 1024
+DEFAULT_PROMPT = "The capital of France is"
+"""What models and their parents go on from where nothing was asked for."""
 CPU_WINDOWS = 32
 """Windows of text where nothing was asked for and there is no GPU: minutes instead of a quarter of an hour."""
 
@@ -78,8 +81,8 @@ def prepare(request: EvaluateRequest, progress: Progress) -> EvaluationJob:
         progress=progress,
     )
     if candidates:
-        measures = _measures(request, candidates, device, progress)
-        protocol = _protocol(request, measures)
+        measures = measures_of(request, candidates, device, progress)
+        protocol = protocol_of(request, measures)
     elif request.asks or request.prompts:
         raise UsageError(
             "Finished evaluations are put side by side as they are: nothing is measured.",
@@ -92,25 +95,26 @@ def prepare(request: EvaluateRequest, progress: Progress) -> EvaluationJob:
     return EvaluationJob(request, candidates, recorded, measures, protocol, device)
 
 
-def _measures(
+def measures_of(
     request: EvaluateRequest,
     candidates: Sequence[EvaluatedModel],
     device: torch.device,
     progress: Progress,
 ) -> Measures:
+    """What a request comes to for these models. Raises as :func:`prepare`."""
     perplexity, fidelity = _texts(request, candidates, progress)
     limit = request.limit or None
     if request.limit is None and not request.asks and perplexity and device.type == "cpu":
         limit = CPU_WINDOWS
         progress.note(f"On a CPU, nothing asked: the first {limit} windows of the text (`limit=0` reads all).")
     # What is ours to read comes first: it is quick, and lm-eval need not be there for it.
-    _check_prompts(request, candidates)
+    prompts = _prompts(request, candidates)
     generative = _generative(request, candidates, limit, progress)
     return Measures(
         perplexity=perplexity,
         tasks=_tasks(request, progress) if _of_lm_eval(request) else None,
         generative=generative,
-        prompts=tuple(dict.fromkeys(request.prompts)),
+        prompts=prompts,
         fidelity=fidelity,
         context=_context(request, candidates),
         limit=limit,
@@ -159,13 +163,28 @@ def _check_generative(request: EvaluateRequest) -> None:
             )
 
 
-def _check_prompts(request: EvaluateRequest, candidates: Sequence[EvaluatedModel]) -> None:
-    """See that every model holds every prompt and what is written on from it. Raises UsageError, InputError."""
+def _prompts(request: EvaluateRequest, candidates: Sequence[EvaluatedModel]) -> tuple[str, ...]:
+    """What models go on from, each once: what was asked, else one prompt beside the scores that nobody chose.
+
+    Raises:
+        UsageError, InputError: a model does not hold a prompt that was asked for, and what is written on from it.
+    """
+    if request.prompts:
+        return _held(tuple(dict.fromkeys(request.prompts)), request, candidates)
+    with suppress(UsageError):  # of a model that is too short for it
+        if not request.asks and request.fidelity is None and request.parent_scores:
+            return _held((DEFAULT_PROMPT,), request, candidates)
+    return ()
+
+
+def _held(prompts: tuple[str, ...], request: EvaluateRequest, candidates: Sequence[EvaluatedModel]) -> tuple[str, ...]:
+    """The prompts, where every model holds them and what is written on from them."""
     models = [one for candidate in candidates for one in (candidate.parent, candidate) if one is not None]
-    for prompt in request.prompts:
+    for prompt in prompts:
         for one in models:
             tokens = opening(prompt, one.source.tokenizer(), request.template)
             check_room(one.source, len(tokens), request.max_new_tokens or NEW_TOKENS)
+    return prompts
 
 
 def _of_lm_eval(request: EvaluateRequest) -> tuple[str, ...]:
@@ -217,7 +236,8 @@ def _context(request: EvaluateRequest, candidates: Sequence[EvaluatedModel]) -> 
     return request.context
 
 
-def _protocol(request: EvaluateRequest, measures: Measures) -> Protocol:
+def protocol_of(request: EvaluateRequest, measures: Measures) -> Protocol:
+    """How the scores are taken, for whoever compares them with others."""
     return Protocol(
         context=measures.context,
         limit=measures.limit,

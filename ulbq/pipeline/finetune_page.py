@@ -11,7 +11,7 @@ from ulbq.evaluation.page import render
 from ulbq.evaluation.svg import Drawing, Scale, number
 
 _WIDTH, _HEIGHT = 800.0, 300.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 24.0, 16.0, 46.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 24.0, 34.0, 46.0
 _SMOOTHED = 0.02  # of the run, the width of the moving mean
 
 Points = Sequence[tuple[float, float]]
@@ -54,7 +54,7 @@ def _curves(record: FinetuneRecord) -> Markup:
     across = Scale(0, max(record.steps, 1), (_LEFT, _WIDTH - _RIGHT), ticks=8)
     up = Scale(min(values), max(values), (_HEIGHT - _BOTTOM, _TOP))
     drawing = Drawing(_WIDTH, _HEIGHT, "Loss by step")
-    drawing.axes(across, up, "step")
+    drawing.axes(across, up, "step", upward="loss, nats a token")
     placed = [(across(step), up(loss)) for step, loss in training]
     drawing.path(placed, "faded curve")
     drawing.path([(across(step), up(loss)) for step, loss in _smoothed(training)], "s0 curve")

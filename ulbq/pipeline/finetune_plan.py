@@ -42,6 +42,7 @@ from ulbq.pipeline.memory import (
 from ulbq.pipeline.recipe_files import Recipe
 from ulbq.pipeline.tasks import request_of, settings_of
 from ulbq.progress import Progress
+from ulbq.tracking import check_tracker
 from ulbq.training.precision import Precision
 
 # Float32 copies of what trains: itself, gradient, two moments.
@@ -145,6 +146,7 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
     source, manifest = _open(given, offline=bool(options.get("offline")))
     folder = adapter_folder(source)
     request = request_of(given, task, options, adapted=folder is not None)
+    check_tracker(request.log_to)
     model = skeleton(source)
     check_length(model, request.sequence_length)
     trained = None if request.fresh else folder
@@ -251,7 +253,7 @@ def _cost(
     precision: Precision,
 ) -> tuple[int, FinetuneCost]:
     """How many parameters train, and what the run needs."""
-    layers = {name: linear_layer(model, name) for name in source.packed}
+    layers, manifest = {name: linear_layer(model, name) for name in source.packed}, _manifest(source)
     parameters = sum(
         adapter.rank * (layers[name].in_features + layers[name].out_features)
         + (layers[name].out_features if adapter.dora else 0)
@@ -259,8 +261,10 @@ def _cost(
     )
     scales = sum(_scales(scheme, layers[name]) for name, scheme in source.packed.items())
     scales = scales if request.train == "adapter-scales" else 0
-    packed = sum(sum(layer.bits.values()) for layer in _manifest(source).layers) // 8
-    held = packed + 2 * sum(_manifest(source).bits.parts.get(part, 0) for part in ("embeddings", "other")) // 8
+    tables = sum(sum(table.bits.values()) for table in manifest.tables)
+    packed = (sum(sum(layer.bits.values()) for layer in manifest.layers) + tables) // 8
+    outside = sum(manifest.bits.parts.get(part, 0) for part in ("embeddings", "other")) - tables
+    held = packed + 2 * outside // 8
     if precision.dtype.itemsize == 2:
         held = packed + (held - packed) // 2
     sizes, itemsize = Sizes.of(model), precision.dtype.itemsize

@@ -37,6 +37,7 @@ from ulbq.pipeline.proof import proof
 from ulbq.pipeline.scales import adapter_student, pack_scales, restore_packed, train_scales
 from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
+from ulbq.tracking import Log, tracked
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.optimizer import task_lr_factor
 
@@ -67,14 +68,17 @@ def finetune(
     watch = runtime.Stopwatch()
     identity = _fingerprint(job)
     out = job.request.out or free_output(DEFAULT_ROOT, name or telling_name(job), identity)
-    with ArtifactWriter(out, identity, force=job.request.force, spare=[job.source.path]) as writer:
+    with (
+        ArtifactWriter(out, identity, force=job.request.force, spare=[job.source.path]) as writer,
+        tracked(job.request.log_to, writer.name, job.request.model_dump(mode="json")) as log,
+    ):
         noted = latest(writer)
         if writer.resumed and noted is not None:
             progress.note(f"Resuming {out}: {noted.step} of {job.plan.steps} steps are done.")
         distributed.on_main(take_over, job, writer)
         with watch.phase("load"):
             model = _load(job)
-            trainer = _trainer(job, model, writer.scratch)
+            trainer = _trainer(job, model, writer.scratch, log)
         with watch.phase("training"):
             last = _train(job, trainer, writer, progress)
         with watch.phase("finish"):
@@ -138,8 +142,8 @@ def _load(job: FinetuneJob) -> PeftModel:
 def _check_packed(job: FinetuneJob, model: nn.Module) -> None:
     """That no packed layer became a dense one on its way through other people's libraries."""
     packed = [module for module in model.modules() if isinstance(module, QuantLinear | TrainedLinear)]
-    if len(packed) != len(job.source.packed):
-        raise RuntimeError(f"{len(job.source.packed) - len(packed)} packed layers are dense")
+    if lost := len(job.source.packed) + len(job.source.tables) - len(packed):
+        raise RuntimeError(f"{lost} packed layers are dense")
     if any(layer.cached_bytes for layer in packed if isinstance(layer, QuantLinear)):
         raise RuntimeError("a packed layer keeps a dense copy")
 
@@ -156,12 +160,14 @@ def examples_of(given: ExampleSet, source: ModelSource) -> Examples:
     )
 
 
-def _trainer(job: FinetuneJob, model: PeftModel, folder: Path) -> Trainer:
+def _trainer(job: FinetuneJob, model: PeftModel, folder: Path, log: Log) -> Trainer:
     """The trainer of what the run trains."""
     student = adapter_student(model, job.precision, checkpointing=job.settings.checkpointing)
     examples = examples_of(job.examples, job.source)
     seeds = partial(operator.add, job.request.seed - 1)
-    trainer = Trainer(student, None, examples, job.settings, schedule=task_lr_factor, seeds=seeds, folder=folder)
+    trainer = Trainer(
+        student, None, examples, job.settings, schedule=task_lr_factor, seeds=seeds, folder=folder, log=log
+    )
     trained = sum(parameter.numel() for parameter in trainer.trained)
     if trained != job.plan.parameters:
         raise RuntimeError(f"{trained:,} parameters train, not {job.plan.parameters:,}")

@@ -116,6 +116,7 @@ def write_artifact(
         scheme=base.scheme,
         bits=bits,
         layers=layers,
+        tables=base.tables,
         blocks=base.blocks,
         temperature=base.temperature,
         end_to_end=base.end_to_end,

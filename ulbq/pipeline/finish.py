@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ulbq import formats, runtime
+from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import (
     BitsReport,
@@ -32,6 +33,8 @@ from ulbq.models.adapter_files import ADAPTER_FILES, ADAPTER_FOLDER, write_adapt
 from ulbq.nn.experts import place_of
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
+from ulbq.pipeline.quantize_page import REPORT, page
+from ulbq.pipeline.tables import table_records
 from ulbq.training.block import TrainOutcome
 
 TUNED = "tuned "
@@ -124,13 +127,15 @@ def finish(
     last = [writer.journal.get(f"{TUNED}{index}", entry) for index, entry in enumerate(entries)]
     layers = [LayerRecord.model_validate(layer) for entry in last for layer in entry["layers"]]
     shards = [folder / layout.block_shard(index) for index in range(job.found.n_blocks)]
-    adapter = _write_adapter(job, writer)
+    adapter, tables = _write_adapter(job, writer), table_records(writer.journal)
     bits = layout.bits_report(layers, shards, outer, adapter)
     covered = bits.of_all(job.plan.coverage)
     card = _card(job, bits, covered, layers, warned)
     weights = [shard.name for shard in shards] + [name for name in writer.planned if name.startswith("model-")]
-    writer.plan(*layout.write_folder(folder, source, job.method.scheme, job.made_by, bits, layers, card, weights))
-    return QuantizedManifest(
+    scheme = job.method.scheme
+    writer.plan(*layout.write_folder(folder, source, scheme, job.made_by, bits, layers, card, weights, tables))
+    writer.plan(REPORT)
+    manifest = QuantizedManifest(
         name=writer.name,
         request=job.request.record.model_dump(mode="json"),
         seed=job.request.seed,
@@ -141,6 +146,7 @@ def finish(
         scheme=job.method.scheme.model_dump(mode="json"),
         bits=bits,
         layers=tuple(layers),
+        tables=tables,
         blocks=tuple(BlockRecord.model_validate(entry["block"]) for entry in entries if "block" in entry),
         experts=tuple(mixtures(writer.journal, job.found.n_blocks)),
         temperature=_temperature(job, writer),
@@ -151,6 +157,9 @@ def finish(
         warnings=warned,
         calibration=calibration.record() if calibration else {},
     )
+    with writing(writer.out):
+        (folder / REPORT).write_text(page(manifest), encoding="utf-8")
+    return manifest
 
 
 def _card(job: Job, bits: BitsReport, covered: Coverage, layers: Sequence[LayerRecord], warned: tuple[str, ...]) -> str:

@@ -36,7 +36,7 @@ class Plan(Record):
 def plans(manifest: QuantizedManifest, device: str) -> list[Plan]:
     """Which backend takes which layers. Raises InputError for a format that this version does not know."""
     found: dict[tuple[str, str, tuple[str, ...], tuple[str, ...]], int] = Counter()
-    for layer in manifest.layers:
+    for layer in (*manifest.layers, *manifest.tables):
         try:
             scheme = read_scheme(layer.scheme)
         except ValueError as error:

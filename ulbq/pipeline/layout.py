@@ -58,13 +58,19 @@ def write_block(path: Path, prefix: str, source: ModelSource, block: nn.Module, 
 
 
 def write_outer(
-    path: Path, model: PreTrainedModel, source: ModelSource, prefix: str, factors: Mapping[str, float] = {}
+    path: Path,
+    model: PreTrainedModel,
+    source: ModelSource,
+    prefix: str,
+    factors: Mapping[str, float] = {},
+    tables: Mapping[str, torch.Tensor] = {},
 ) -> dict[str, int]:
     """Write everything that is not a block: embeddings, final norm, untied head.
 
     Args:
         prefix: full name of the list of blocks, with the dot.
         factors: by which tensors are multiplied, by full name.
+        tables: what is stored of packed matrices in the place of their weights, by full name.
 
     Returns:
         Stored bits: ``embeddings`` (matrices) and ``other`` (vectors).
@@ -76,8 +82,10 @@ def write_outer(
     expected = model.state_dict()
     names = {name: aliases for name, aliases in state_names(model).items() if not name.startswith(prefix)}
     buffers = {name for name, _ in model.named_buffers()}
-    tensors = {}
+    tensors = dict(tables)
     for name, aliases in names.items():
+        if f"{name.removesuffix('.weight')}.codes" in tables:
+            continue
         tensor = read_state(source, name, aliases)
         check_shape(source, name, tensor, expected[name].shape)
         if name not in buffers and expected[name].is_floating_point():
@@ -190,6 +198,7 @@ def write_folder(
     layers: Sequence[LayerRecord],
     card: str,
     shards: Sequence[str],
+    tables: Sequence[LayerRecord] = (),
 ) -> list[str]:
     """Everything beside the shards: index, configuration, side files and model card.
 
@@ -197,6 +206,7 @@ def write_folder(
 
     Args:
         shards: names of the weights' files, all of them.
+        tables: matrices outside the blocks that are packed.
 
     Returns:
         Names of what was written.
@@ -210,7 +220,7 @@ def write_folder(
         shared = scheme.model_dump(mode="json")
         config["quantization_config"] = {
             **{"quant_method": "ulbq", "method": method, **shared},
-            "layers": {layer.name: layer.scheme for layer in layers if layer.scheme != shared},
+            "layers": {layer.name: layer.scheme for layer in (*layers, *tables) if layer.scheme != shared},
             "adapter": bool(bits.parts.get("adapter")),
         }
         updated = type(source.config).from_dict(config)

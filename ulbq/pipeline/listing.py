@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from ulbq.artifacts import ConvertedManifest, EvaluationManifest, QuantizedManifest, SaliencyManifest
+from ulbq.artifacts import ConvertedManifest, EvaluationManifest, QuantizedManifest, SaliencyManifest, SweepManifest
 from ulbq.artifacts.manifest import MANIFEST_NAME, PARTIAL_SUFFIX, AnyManifest, is_artifact, read_manifest
 from ulbq.artifacts.records import Record
 from ulbq.errors import InputError
@@ -93,6 +93,8 @@ def _what(manifest: AnyManifest) -> str:
         return f"{manifest.target}, {manifest.dtype}"
     if isinstance(manifest, SaliencyManifest):
         return manifest.score
+    if isinstance(manifest, SweepManifest):
+        return f"{len(manifest.runs)} runs of {', '.join(dict.fromkeys(run.method for run in manifest.runs))}"
     return ", ".join(parent.name for parent in manifest.parents)
 
 

@@ -13,15 +13,22 @@ from ulbq.data.generate import writing_memory
 from ulbq.methods.base import Needs
 from ulbq.methods.in_sequence import FEWEST_TOKENS
 from ulbq.models.blocks import Linear, block_list
+from ulbq.models.tables import has_plain_tables
 
-FLOAT = 4
+FLOAT, HALF = 4, 2
 # Columns² of a Hessian while it is factored (`solvers/hessian.py`): float64 as reversed, as factored and as turned
 # back, and the float32 that comes of it.
 _FACTOR_BYTES = 3 * 8 + FLOAT
 # The same as a drift of inputs is made good (`solvers/drift.py`): both sums in float64, the factor and what is solved.
 _DRIFT_BYTES = 4 * 8 + FLOAT
+OPENED_COPIES = 2
+"""Of an artifact's weights that live together while it is opened at the end of a run."""
 # A weight of a packed layer while it is made dense to be looked at: codes, float32, and the dtype that is asked for.
 DENSE_BYTES = 9
+# Of each weight of a matrix whose turn was, or is to come: itself as stacked, its code, and its share of a scale.
+_SOLVED_BYTES = 5.5
+# Weights of a table of tokens, or of a head, that are rounded at a time.
+TABLE_PART = 1 << 22
 # Values of a layer that are compared at a time with what is stored: both in float64, and their difference.
 _COMPARED, _COMPARED_BYTES = 1 << 20, 3 * 8
 # What oneDNN keeps of the products that it compiles for a text that grows (`runtime.calm_threads`).
@@ -42,6 +49,7 @@ class Sizes:
         ending: outside the blocks without an untied embedding: what lies behind the last block.
         head: of the matrix that gives the logits.
         table: of the largest matrix outside the blocks.
+        halved: of the embedding, where a walk looks it up in half precision.
     """
 
     hidden: int
@@ -52,6 +60,7 @@ class Sizes:
     ending: int
     head: int
     table: int
+    halved: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Sizes":
@@ -64,6 +73,7 @@ class Sizes:
         tables = [0 if one is None else sum(p.numel() for p in one.parameters()) for one in (embedding, head)]
         tied = head is None or head.weight is embedding.weight
         own = [0, 0] if tied else tables
+        half = has_plain_tables(model) and config.dtype in (torch.bfloat16, torch.float16)
         return cls(
             hidden=int(config.hidden_size),
             vocabulary=int(config.vocab_size),
@@ -73,6 +83,7 @@ class Sizes:
             ending=outer - own[0],
             head=tables[1],
             table=max(tables),
+            halved=tables[0] if half else 0,
         )
 
     @property
@@ -82,17 +93,41 @@ class Sizes:
 
     def walk_begins(self, kept: int) -> int:
         """Bytes as a walk over the blocks begins: what embeds as it is read, or beside the first block and a store."""
-        return FLOAT * self.embedded + max(FLOAT * self.table, FLOAT * self.inside[0] + kept)
+        embedding = FLOAT * self.embedded - (FLOAT - HALF) * self.halved
+        return embedding + max(0 if self.halved else FLOAT * self.table, FLOAT * self.inside[0] + kept)
 
     def head_at_work(self, itemsize: int) -> int:
         """Bytes of a head's matrix in another order, as oneDNN multiplies many rows in half precision by it."""
         return 0 if itemsize == FLOAT else itemsize * self.head
 
-    def writing(self, config: PreTrainedConfig, dtype: torch.dtype, samples: int, length: int) -> int:
-        """Bytes of the model, loaded whole, that writes so many samples of so many tokens, and of what it writes."""
-        whole = self.weights * dtype.itemsize
-        beside = self.head_at_work(dtype.itemsize) + writing_memory(config, dtype, samples, length) + _PRODUCTS
-        return max(load_memory(whole, dtype.itemsize * self.table), whole + beside)
+    def writing(
+        self, config: PreTrainedConfig, dtype: torch.dtype, samples: int, length: int, streamed_room: int | None = None
+    ) -> int:
+        """Bytes of the model that writes so many samples of so many tokens, and of what it writes.
+
+        Loaded whole, or with one block at a time, and then with so much room for what it writes.
+        """
+        room, held = streamed_room or 0, self.held_at_once(dtype.itemsize, streamed=streamed_room is not None)
+        beside = self.head_at_work(dtype.itemsize) + writing_memory(config, dtype, samples, length, room) + _PRODUCTS
+        return held + max(beside, dtype.itemsize * self.table if streamed_room is None else 0)
+
+    def held_at_once(self, itemsize: int, *, streamed: bool) -> int:
+        """Bytes of the weights that are in memory while the model is called: all, or one block of them."""
+        return itemsize * (self.outer + max(self.inside) if streamed else self.weights)
+
+    def passed(self, itemsize: int, kept: int, tokens: int, widest: int, logits: int) -> int:
+        """Bytes of passing all blocks one after the other, and of the head behind them.
+
+        Args:
+            itemsize: of the weights.
+            kept: bytes of activations in memory.
+            tokens: that run at once.
+            widest: outputs of the widest layer.
+            logits: bytes of those that are made at once.
+        """
+        embedding = itemsize * (self.embedded + max(self.table, self.inside[0]))
+        block = itemsize * (max(self.inside) + tokens * passed_activations(self.hidden, widest) // FLOAT)
+        return kept + max(embedding, block, itemsize * self.ending + self.head_at_work(itemsize) + logits)
 
 
 def load_memory(stored: int, table: int) -> int:
@@ -178,7 +213,8 @@ def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int) -> int:
             layers, columns = groups[key], key[1]
             whole = sum(linear.out_features * linear.in_features for linear in layers)
             size = whole if needs.stacked else layer_size(layers)
-            solving = FLOAT * columns**2 + round(needs.layer_bytes * size)
+            at_once = min(size, needs.at_once or size)
+            solving = FLOAT * columns**2 + round(needs.layer_bytes * at_once + _SOLVED_BYTES * (size - at_once))
             correcting = 0
             enough = tokens >= FEWEST_TOKENS * columns
             if enough or not needs.rounds_few:

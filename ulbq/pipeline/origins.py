@@ -8,7 +8,7 @@ from ulbq.artifacts.names import local_path
 from ulbq.artifacts.records import RotationRecord
 from ulbq.config.adapter import AdapterConfig
 from ulbq.errors import InputError
-from ulbq.formats import AnyScheme
+from ulbq.formats import AnyScheme, read_scheme
 from ulbq.methods.base import BlockStart, Needs
 from ulbq.models.adapter_files import AdapterTensors, adapter_folder, read_adapter, read_config
 from ulbq.models.source import FULL_PRECISION, ModelSource, resolve, resolve_parent
@@ -111,9 +111,11 @@ class Start:
                 f"'{source.given}' is quantized already, and this method does not go on from what is.",
                 hint=f"Give the full-precision model it was made from{f': {source.parent}' if source.parent else ''}.",
             )
-        others = {found for found in source.packed.values() if found.nominal != scheme.nominal}
-        if others:
-            found = min(others, key=str)
+        # Layers may have widths of their own, as a plan or a budget gave them; the rest is common to all.
+        usual = read_scheme(source.manifest.scheme) if isinstance(source.manifest, QuantizedManifest) else scheme
+        others = {found for found in source.packed.values() if found.format != scheme.format}
+        if usual.nominal != scheme.nominal or others:
+            found = min(others, key=str, default=usual)
             raise InputError(
                 f"'{source.given}' stores {found.format} {found.label}, this run {scheme.format} {scheme.label}.",
                 hint="Continue with the method and format it was made with, or start from its parent model.",

@@ -1,8 +1,8 @@
 """What a quantization run will cost, told before it starts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, prod
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -12,13 +12,18 @@ from ulbq import formats, runtime
 from ulbq.config.finetuning import FinetuneSettings
 from ulbq.config.quantize import Quantization
 from ulbq.config.saliency import SaliencyKind, SaliencyRequest
+from ulbq.data.generate import writing_passes
 from ulbq.finetuning.head import logits_memory
+from ulbq.finetuning.teacher import TEACHER_COPIES
 from ulbq.finetuning.trainer import LOGIT_COPIES, LOGIT_COPIES_TAUGHT
 from ulbq.formats import AnyScheme
 from ulbq.methods.base import Method
+from ulbq.methods.rtn import PACKING_BYTES
 from ulbq.models.blocks import Linear, ModelStructure
 from ulbq.pipeline.memory import (
     FLOAT,
+    OPENED_COPIES,
+    TABLE_PART,
     Sizes,
     compared_layer,
     input_groups,
@@ -80,6 +85,9 @@ def predict(
     *,
     gguf_size: int = 0,
     blocks_stay: bool = False,
+    streamed: bool = False,
+    tables: Mapping[Linear, AnyScheme] = {},
+    schemes: Mapping[str, AnyScheme] = {},
 ) -> Cost:
     """Predict memory and disk of a run.
 
@@ -89,21 +97,28 @@ def predict(
         precision: of the run.
         gguf_size: bytes of the model's GGUF file, which is mapped and dequantized; 0 where it has none.
         blocks_stay: an artifact's blocks are taken as they are.
+        streamed: where all of the full-precision model is wanted, its blocks are read one after the other.
+        tables: matrices outside the blocks that are packed, and how.
+        schemes: of the layers that have one of their own, by full name.
     """
-    run = _Sizes(request, method, found, model, precision, gguf_size)
+    run = _Sizes(request, method, found, model, precision, gguf_size, streamed, tables, schemes)
     adapters = 2 * sum(run.adapter_values(block) for block in found.linears)
-    artifact = run.packed() + 2 * (run.sizes.weights - sum(run.quantized)) + adapters
+    whole_tables, packed_tables = run.tables_held()
+    artifact = run.packed() + 2 * (run.sizes.weights - sum(run.quantized) - whole_tables) + packed_tables + adapters
     started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
     blocks, whole = run.untouched() if blocks_stay else run.blocks(), run.end_to_end()
     # One phase after the other: what one leaves free goes back to the system.
     phases = [run.copying(), blocks.memory, run.temperature(), whole.memory]
-    # Opened again at the end; its weights are those that were there at first, mapped from a file or not.
-    phases.append(load_memory(artifact, 2 * run.sizes.table) - gguf_size)
-    if "self" in (request.calibration, request.text):
+    if run.writes:
         phases.append(run.writing())
     memory = started + gguf_size + max(phases)
-    # The adapters lie in the scratch folder too, the tuned blocks beside those whose places they take.
-    beside = adapters + _TOKENIZER_BYTES * run.sizes.vocabulary
+    # Opened again at the end; block by block where all of it would be the most there is.
+    opened = load_memory(artifact, 2 * run.sizes.table)
+    if OPENED_COPIES * artifact > memory:
+        opened = 2 * run.sizes.outer + run.packed() // found.n_blocks
+    memory = max(memory, started + opened)
+    # Adapters and tables lie in the scratch folder too, the tuned blocks beside those whose places they take.
+    beside = adapters + packed_tables + _TOKENIZER_BYTES * run.sizes.vocabulary
     tuned = whole.disk and whole.disk + run.packed() + adapters
     disk = artifact + beside + max(blocks.disk, tuned)
     if method.needs.saliency in KINDS and not blocks_stay:
@@ -116,6 +131,28 @@ def predict(
     return Cost(peak_memory=memory, disk=disk, artifact=artifact)
 
 
+def whole_memory(
+    request: Quantization, method: Method, found: ModelStructure, model: PreTrainedModel, precision: Precision
+) -> int:
+    """Bytes of the largest phase that wants all of the full-precision model, if it is loaded; 0 where none does."""
+    run, settings = _Sizes(request, method, found, model, precision, 0, streamed=False), method.needs.end_to_end
+    taught = run.end_to_end().memory if settings is not None and settings.needs_teacher else 0
+    return max(taught, run.writing() if run.writes else 0)
+
+
+def whole_passes(
+    request: Quantization, method: Method, found: ModelStructure, model: PreTrainedModel, precision: Precision
+) -> int:
+    """How often all of the full-precision model is read in a run that reads it block by block."""
+    run, settings = _Sizes(request, method, found, model, precision, 0, streamed=True), method.needs.end_to_end
+    passes = 0
+    if run.writes:
+        passes += writing_passes(model.config, precision.dtype, run.drawn(), run.length, run.limit)
+    if settings is not None and settings.needs_teacher:
+        passes += 1 if settings.teacher == "cached" else run.taught_batches(settings)
+    return passes
+
+
 @dataclass
 class _Sizes:
     """The sizes of a run, and what its phases make of them."""
@@ -126,6 +163,9 @@ class _Sizes:
     model: PreTrainedModel
     precision: Precision
     gguf_size: int
+    streamed: bool
+    tables: Mapping[Linear, AnyScheme] = field(default_factory=dict)
+    schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sizes = Sizes.of(self.model)
@@ -137,9 +177,14 @@ class _Sizes:
         # Of each block, in the layers that are quantized.
         self.quantized = [sum(x.out_features * x.in_features for x in block) for block in self.found.linears]
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes samples itself."""
+        return "self" in (self.request.calibration, self.request.text)
+
     def packed(self) -> int:
         """Bytes of all packed layers."""
-        return round(planned_bits(self.method, self.layers) * sum(self.quantized) / 8)
+        return round(planned_bits(self.method, self.layers, self.schemes) * sum(self.quantized) / 8)
 
     def adapter_values(self, linears: Sequence[Linear]) -> int:
         """Parameters of some layers' adapters."""
@@ -164,16 +209,38 @@ class _Sizes:
         tokens = self.samples * self.length * self.needs.output_groups * len(linears)
         return FLOAT * (tokens + self.needs.between_outputs * sum(x.out_features**2 for x in linears))
 
+    def drawn(self) -> int:
+        """Samples that the model writes itself."""
+        drawn = self.request.drawn_samples if self.request.calibration == "self" else self.request.text_samples
+        return drawn + heldout_samples(drawn)
+
     def writing(self) -> int:
-        """Bytes of the model that writes its own samples, loaded whole, and of the texts that it writes at once."""
-        request = self.request
-        drawn = request.drawn_samples if request.calibration == "self" else request.text_samples
-        drawn += heldout_samples(drawn)
-        return self.sizes.writing(self.model.config, self.precision.dtype, drawn, self.length)
+        """Bytes of the model that writes its own samples, whole or not, and of the texts that it writes at once."""
+        room = self.limit if self.streamed else None
+        return self.sizes.writing(self.model.config, self.precision.dtype, self.drawn(), self.length, room)
+
+    def taught_batches(self, settings: FinetuneSettings) -> int:
+        """How often a teacher beside the student is asked."""
+        training, together = self.request.text_samples, settings.together(self.length)
+        steps, rest = divmod(training, settings.batch_size)
+        batches = steps * ceil(settings.batch_size / together) + ceil(rest / together)
+        return settings.epochs * batches + (settings.epochs + 1) * ceil(heldout_samples(training) / together)
 
     def copying(self) -> int:
         """What is no block, as it is written out."""
-        return (_COPIED_FROM_GGUF if self.gguf_size else _COPIED) * self.sizes.outer
+        # A table as it is packed: what is packed twice, and of some rows what their rounding takes.
+        packing = 2 * self.tables_held()[1] + (round(PACKING_BYTES * TABLE_PART) if self.tables else 0)
+        return (_COPIED_FROM_GGUF if self.gguf_size else _COPIED) * self.sizes.outer + packing
+
+    def tables_held(self) -> tuple[int, int]:
+        """Values of the tables that are packed, and bytes that they take."""
+        whole = sum(table.out_features * table.in_features for table in self.tables)
+        bits = sum(
+            spec.bits
+            for table, scheme in self.tables.items()
+            for spec in scheme.tensors(table.out_features, table.in_features).values()
+        )
+        return whole, bits // 8
 
     def blocks(self) -> _Need:
         """The walk over the blocks, beside the artifact."""
@@ -245,7 +312,8 @@ class _Sizes:
             return 0
         sizes = self.sizes
         streams = FLOAT * 2 * heldout_samples(self.samples) * self.length * sizes.hidden
-        head = FLOAT * sizes.ending + 2 * sizes.head_at_work(self.itemsize)
+        # Of a packed head the original and what is stored.
+        head = (2 if self.tables else 1) * FLOAT * sizes.ending + 2 * sizes.head_at_work(self.itemsize)
         head += head_memory(sizes.vocabulary, self.length)
         return streams + max(head, sizes.walk_begins(0))
 
@@ -263,20 +331,13 @@ class _Sizes:
         beside = self._trained_beside_weights()
         trained = beside + (sum(self.quantized) if settings.train == "all" else 0)
         tokens = settings.together(self.length) * self.length
-        teacher, cached = sizes.weights * self.itemsize if settings.needs_teacher else 0, 0
-        asking = teacher and load_memory(teacher, self.itemsize * sizes.table)
-        if settings.teacher == "cached":
-            # It is gone before the student comes.
-            drawn = self.request.text_samples
-            guesses = (drawn + heldout_samples(drawn)) * self.length * (settings.teacher_top_k * 8 + 4)
-            teacher = min(guesses, self.limit)
-            cached = guesses - teacher
+        teacher, asking, cached = self._teacher(settings)
         inside = FLOAT * sum(sizes.inside)
         if settings.train != "all":
             a_weight = TRAINABLE[self.method.scheme.format].fixed_bytes
             held = self.packed() if a_weight is None else round(a_weight * sum(self.quantized))
             inside = held + FLOAT * (sum(sizes.inside) - sum(self.quantized))
-        reading = teacher + FLOAT * (sizes.outer + sizes.table)
+        reading = teacher + (0 if sizes.halved and self.itemsize < FLOAT else FLOAT * (sizes.outer + sizes.table))
         student = self.itemsize * sizes.outer + inside + FLOAT * beside + 3 * FLOAT * trained
         copies = LOGIT_COPIES_TAUGHT if settings.needs_teacher else LOGIT_COPIES
         logits = logits_memory(sizes.vocabulary, copies, tokens)
@@ -285,6 +346,28 @@ class _Sizes:
         # Values and moments.
         states = settings.states(self.request.text_samples) * 3 * FLOAT * trained
         return _Need(_TRAINING_LIBRARY + max(asking, reading, training), states + cached)
+
+    def _teacher(self, settings: FinetuneSettings) -> tuple[int, int, int]:
+        """Bytes of a teacher beside the student, of a teacher at the most before it is there, and on disk."""
+        if not settings.needs_teacher:
+            return 0, 0, 0
+        sizes = self.sizes
+        held = sizes.held_at_once(self.itemsize, streamed=self.streamed)
+        asking = load_memory(held, self.itemsize * sizes.table)
+        if settings.teacher == "streamed":
+            return held, asking, 0
+        # It is gone before the student comes.
+        drawn = self.request.text_samples
+        tokens = (drawn + heldout_samples(drawn)) * self.length
+        guesses = tokens * (settings.teacher_top_k * 8 + 4)
+        kept = min(guesses, self.limit)
+        if not self.streamed:
+            return kept, asking, guesses - kept
+        states = tokens * self.itemsize * sizes.hidden
+        beside = states if states <= self.limit else 0
+        logits = logits_memory(sizes.vocabulary, TEACHER_COPIES, self.length)
+        asking = sizes.passed(self.itemsize, beside, self.length, wide(self.layers), logits) + kept
+        return kept, asking, guesses - kept + states - beside
 
     def _step(self, settings: FinetuneSettings, tokens: int) -> int:
         """Bytes that an end-to-end step keeps of the blocks for the way back."""
@@ -307,16 +390,18 @@ class _Sizes:
         return count
 
 
-def scheme_bits(scheme: AnyScheme, layers: Sequence[Linear]) -> float:
-    """Bits a weight of some layers that are all stored by one scheme."""
-    shapes = [(linear.out_features, linear.in_features) for linear in layers]
-    stored = sum(formats.bits_per_weight(scheme, *shape) * prod(shape) for shape in shapes)
-    return stored / sum(map(prod, shapes))
+def scheme_bits(scheme: AnyScheme, layers: Sequence[Linear], schemes: Mapping[str, AnyScheme] = {}) -> float:
+    """Bits a weight of some layers that are stored by one scheme, but for those of ``schemes``, by full name."""
+    stored, weights = 0.0, 0
+    for linear in layers:
+        own, shape = schemes.get(linear.name, scheme), (linear.out_features, linear.in_features)
+        stored, weights = stored + formats.bits_per_weight(own, *shape) * prod(shape), weights + prod(shape)
+    return stored / weights
 
 
-def planned_bits(method: Method, layers: Sequence[Linear]) -> float:
-    """True bits a weight that a method will store of all layers, without adapters."""
-    return max(scheme_bits(method.scheme, layers) + method.needs.extra_bits, method.needs.target_bits or 0.0)
+def planned_bits(method: Method, layers: Sequence[Linear], schemes: Mapping[str, AnyScheme] = {}) -> float:
+    """True bits a weight that a method will store of all layers, without adapters; ``schemes`` as above."""
+    return max(scheme_bits(method.scheme, layers, schemes) + method.needs.extra_bits, method.needs.target_bits or 0.0)
 
 
 def heldout_samples(samples: int) -> int:

@@ -12,25 +12,28 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ulbq import runtime
+from ulbq import formats, runtime
 from ulbq.blockwise.samples import Samples
+from ulbq.blockwise.streamed import StreamedModel
 from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import InputError, NumericsError
 from ulbq.export.dense import open_again
 from ulbq.export.fit import Candidate
 from ulbq.export.targets.base import Target
-from ulbq.models.blocks import load_block, skeleton
+from ulbq.models.blocks import block_list, load_block, skeleton
 from ulbq.models.load import load_model
 from ulbq.models.skeleton import BUILD_ERRORS
 from ulbq.models.source import ModelSource
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline import layout
+from ulbq.pipeline.memory import OPENED_COPIES
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.progress import Progress
 
 _TOKENS = 8
 _DTYPE = torch.bfloat16  # as `generate` and `eval` compute
-_COPIES = 2  # of the weights that live together while they are loaded
+_ROWS = (1, 64)  # of inputs: kernels for one token, and for many
+_WRONG = 0.05  # relative error of products that no rounding explains
 
 
 def proof(
@@ -57,15 +60,18 @@ def _look(
     if job is not None and opened is not None:
         with progress.phase("Comparing blocks"):
             _check_blocks(job, opened, folder)
-    needed = _COPIES * sum(
+            if job.precision.device.type != "cpu":
+                check_products(opened, job.precision.device)
+    needed = OPENED_COPIES * sum(
         path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".gguf")
     )
-    if needed > (free := runtime.available_memory()):
+    free = runtime.available_memory()
+    if target is not None and needed > free:
         progress.note(f"Not opened again: that takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free.")
         return
     with progress.phase("Opening what was written"):
         try:
-            said = _run(folder, target, candidate, opened)
+            said = _run(folder, target, candidate, opened, streamed=needed > min(free, runtime.peak_memory()))
         except BUILD_ERRORS as error:
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(
@@ -95,6 +101,32 @@ def _check_blocks(job: Job, source: ModelSource, folder: Path) -> None:
                 f"Block {index} of what was written to '{folder}' computes something else than in the run.",
                 hint="transformers, or ulbq, cannot compute with this model as it is stored: please report it.",
             )
+
+
+@torch.inference_mode()
+def check_products(source: ModelSource, device: torch.device) -> None:
+    """Compare what a device's kernels make of the first block's packed layers with their weights, dequantized.
+
+    Raises:
+        InputError: a product is another.
+    """
+    model = skeleton(source)
+    prefix = f"{block_list(model)[0]}.0."
+    for name, layer in load_block(model, source, 0, _DTYPE, device).named_modules():
+        if not isinstance(layer, QuantLinear):
+            continue
+        layer.cache = False
+        tensors = {short: tensor.to(device) for short, tensor in source.read_packed(prefix + name).items()}
+        matrix = formats.matrix(layer.scheme, tensors, layer.in_features, torch.float32)
+        bias = None if layer.bias is None else layer.bias.float()
+        for rows in _ROWS:
+            x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(0)).to(device, _DTYPE)
+            expected = formats.multiply(layer.scheme, tensors, x.float(), matrix, bias)
+            if not (layer(x) - expected).norm() <= _WRONG * expected.norm():
+                raise InputError(
+                    f"The kernels of {device} compute something else than '{prefix}{name}' has stored.",
+                    hint="Report it, with the output of 'ulbq doctor'; `device=cpu` does without them.",
+                )
 
 
 def _walk(model: PreTrainedModel, source: ModelSource) -> BlockWalk | None:
@@ -130,10 +162,20 @@ def _answer(walk: BlockWalk | None, index: int, block: nn.Module) -> torch.Tenso
         return None
 
 
-def _run(folder: Path, target: Target | None, candidate: Candidate | None, opened: ModelSource | None) -> str:
-    """Run what was opened, or open the folder as its target does; what was done, in words."""
+def _run(
+    folder: Path, target: Target | None, candidate: Candidate | None, opened: ModelSource | None, *, streamed: bool
+) -> str:
+    """Run what was opened, or open the folder as its target does; what was done, in words.
+
+    An artifact is ``streamed`` where loading it would take more than the run has taken so far.
+    """
     if target is None or candidate is None:
-        _generate(load_model(opened or open_again(folder), dtype=_DTYPE))
+        source = opened or open_again(folder)
+        if streamed:
+            model = StreamedModel(source, dtype=_DTYPE, device=torch.device("cpu"), directory=folder).whole()
+        else:
+            model = load_model(source, dtype=_DTYPE)
+        _generate(model)
         return f"Opened again, and ran {_TOKENS} tokens."
     if (why := target.unopened_reason(candidate, folder)) is not None:
         return why

@@ -1,15 +1,16 @@
 """Everything about a quantization run that is settled before the first tensor is read."""
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from ulbq import distributed, runtime
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.records import Coverage, RotationRecord
+from ulbq.artifacts.shards import EXPERT
 from ulbq.blockwise.walk import check_length
 from ulbq.config.options import CODEBOOKS, COLUMNS, options
 from ulbq.config.quantize import (
@@ -24,19 +25,23 @@ from ulbq.config.quantize import (
 from ulbq.data.calibration import check_calibration
 from ulbq.data.instructions import check_training_text
 from ulbq.errors import InputError, UsageError
+from ulbq.formats import AffineScheme, AnyScheme
 from ulbq.methods import METHODS
 from ulbq.methods.base import Method, Needs
 from ulbq.models.blocks import Linear, ModelStructure, check_group, skeleton, structure
 from ulbq.models.coverage import check_coverage, coverage
 from ulbq.models.names import check_complete
+from ulbq.models.packed_tables import chosen_tables
 from ulbq.models.rotation import rotated
-from ulbq.models.selection import Selection, fitting, of_artifact, select
+from ulbq.models.selection import ASKED, Selection, fitting, of_artifact, select
 from ulbq.models.source import ModelSource
+from ulbq.pipeline.layer_plan import planned_schemes, read_plan, skipped_by
 from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_saliency, rotation_seed
-from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits
-from ulbq.pipeline.samples import default_calibration
+from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits, whole_memory, whole_passes
+from ulbq.pipeline.samples import choose_streamed, default_calibration
 from ulbq.progress import Progress, Silent
 from ulbq.sensitivity import Saliency
+from ulbq.tracking import check_tracker
 from ulbq.training.precision import Precision
 
 
@@ -48,8 +53,11 @@ class QuantizePlan(BaseModel):
         request: completed: presets, defaults and the calibration source filled in.
         experts: of a mixture; 0 without any.
         coverage: how much of the model is quantized, and why the rest is not.
-        bits_per_weight: true bits of the linear weights, scales and zeros included.
+        bits_per_weight: true bits of the linear weights, scales, zeros and adapter included.
+        adapter_bits: those of them that are the adapter's.
         rotation: of the weights before they are quantized; None for none.
+        reads: how often all of the full-precision model is read, block by block; 0 where it is loaded, or not wanted.
+        schemes: of the layers by full name, as far as they are known; left_out: those that were to be left out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,11 +72,15 @@ class QuantizePlan(BaseModel):
     coverage: Coverage
     scheme: str
     bits_per_weight: float
+    adapter_bits: float = 0.0
     device: str
     precision: str
     rotation: RotationRecord | None = None
     stored_as: tuple[str, float] | None = None
+    reads: int = 0
     cost: Cost
+    schemes: Mapping[str, AnyScheme] = Field(default={}, exclude=True)
+    left_out: tuple[str, ...] = Field(default=(), exclude=True)
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,9 @@ class Job:
         selected: the layers that are quantized.
         start: the artifact to go on from; None for a fresh start.
         saliency: scores that are read; None where the method wants none, or they are computed first.
+        schemes: of the layers that have one of their own, by full name; given out by a look at the model, later.
+        tables: of the table of tokens and the head, those that are stored in few bits.
+        embedded: ``source`` with these as they are stored; None without any, or before they are.
     """
 
     request: Quantization
@@ -92,6 +107,9 @@ class Job:
     plan: QuantizePlan
     start: Start | None = None
     saliency: Saliency | None = None
+    schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
+    tables: Mapping[Linear, AffineScheme] = field(default_factory=dict)
+    embedded: ModelSource | None = None
 
     @property
     def found(self) -> ModelStructure:
@@ -119,6 +137,11 @@ class Job:
     def text_samples(self) -> int:
         """Samples that train end to end, those held out not counted."""
         return self.request.text_samples
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the full-precision model is read block by block where all of it is wanted."""
+        return self.plan.reads > 0
 
     def names(self, index: int) -> tuple[str, tuple[str, ...]]:
         """A block's full name with the dot, and its linear layers' names relative to it."""
@@ -171,27 +194,71 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     run = resolve(request, preset, rotate=turn is not None, calibration=calibration)
     precision = Precision.choose(device, run.precision)
     _check_processes(run, method)
+    _check_tracking(run, method)
     model = skeleton(source, packed=None if start is None else start.source.packed)
-    selected = _selected(run, method, model, start)
+    tables = _tables(run, model, start)
+    selected, schemes = _selected(run, method, model, start)
+    selected = selected.storing(tables)
     found = selected.found
     _check_model(run, method, source, model, found)
     stay = _blocks_stay(run.fit_temperature, method.needs, start)
-    cost = predict(run, method, found, model, precision, gguf_size=source.gguf_size, blocks_stay=stay)
-    covered = coverage(model, selected, bits=_bits_per_weight(method, found), carried=source.carried_values)
+    whole = whole_memory(run, method, found, model, precision)
+    streamed = choose_streamed(run.stream, whole, device, progress)
+    sized: dict[str, Any] = {"gguf_size": source.gguf_size, "blocks_stay": stay, "streamed": streamed}
+    sized |= {"tables": tables, "schemes": schemes}
+    cost = predict(run, method, found, model, precision, **sized)
+    reads = whole_passes(run, method, found, model, precision) if streamed else 0
+    bits = _bits_per_weight(method, found, schemes)
+    covered = coverage(model, selected, bits=bits, carried=source.carried_values, tables=tables)
     check_coverage(covered, found, progress, allow_partial=run.allow_partial or start is not None)
-    described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered)
+    described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered, reads, bits)
+    named = {layer.name: schemes.get(layer.name, method.scheme) for block in found.linears for layer in block}
+    left = tuple(name for name, why in selected.reasons.items() if why == ASKED)
+    described = described.model_copy(update={"schemes": named, "left_out": left})
     saliency = open_saliency(method.needs.saliency, source)
     if method.needs.survey:
         _check_score(method, saliency)
-    return Job(run, source, model, selected, method, precision, described, start, saliency)
+    return Job(run, source, model, selected, method, precision, described, start, saliency, schemes, tables)
 
 
-def _selected(run: Quantization, method: Method, model: PreTrainedModel, start: Start | None) -> Selection:
-    """The layers that are quantized. Raises UsageError, InputError as :func:`select` and :func:`fitting`."""
+def _tables(run: Quantization, model: PreTrainedModel, start: Start | None) -> dict[Linear, AffineScheme]:
+    """Of the table of tokens and the head, those that are stored in few bits: the artifact's own, if it has any.
+
+    Raises:
+        UsageError, InputError: as :func:`chosen_tables`; or the artifact has some and others are asked for.
+    """
+    own = {} if start is None else start.source.tables
+    if not own:
+        return chosen_tables(model, run.embedding_bits, run.head_bits)
+    for name in ("embedding_bits", "head_bits"):
+        if getattr(run, name) is not None:
+            raise UsageError(
+                f"`{name}` means nothing to an artifact whose table of tokens or head is packed already.",
+                hint="Leave it out, or start from the full-precision model.",
+            )
+    return {Linear(record.name, *record.shape): AffineScheme.model_validate(record.scheme) for record in own.values()}
+
+
+def _selected(
+    run: Quantization, method: Method, model: PreTrainedModel, start: Start | None
+) -> tuple[Selection, dict[str, AnyScheme]]:
+    """The layers that are quantized, and the schemes of those that have one of their own.
+
+    Raises:
+        UsageError, InputError: as :func:`select`, :func:`planned_schemes` and :func:`fitting`.
+    """
     found = structure(model)
     if start is not None:
-        return of_artifact(found, start.source.packed)
-    return fitting(select(found, run.skip, run.only), method.scheme, run.group_size)
+        own = {name: scheme for name, scheme in start.source.packed.items() if scheme != method.scheme}
+        return of_artifact(found, start.source.packed), own
+    plan = read_plan(run.plan)
+    if method.needs.target_bits is not None and any(settings.bits is not None for settings in plan.values()):
+        raise UsageError("`target_bits` gives out the bits that the plan gives.", hint="Leave one of them out.")
+    reasons = dict.fromkeys(skipped_by(plan, found), ASKED)
+    selected = select(found, run.skip, run.only).without(reasons)
+    layers = [layer for block in selected.found.linears for layer in block]
+    schemes = planned_schemes(plan, layers, method.scheme)
+    return fitting(selected, method.scheme, run.group_size, schemes), schemes
 
 
 def _check_model(
@@ -216,6 +283,8 @@ def _described(
     cost: Cost,
     stored_as: tuple[str, float] | None,
     covered: Coverage,
+    reads: int,
+    bits: float,
 ) -> QuantizePlan:
     layers = [linear for block in found.linears for linear in block]
     return QuantizePlan(
@@ -228,25 +297,27 @@ def _described(
         skipped=found.skipped,
         coverage=covered,
         scheme=f"{method.scheme.format} {method.scheme.label}",
-        bits_per_weight=_bits_per_weight(method, found),
+        bits_per_weight=bits,
+        adapter_bits=_adapter_bits(method, found),
         device=runtime.describe_device(precision.device),
         precision=str(precision.dtype).removeprefix("torch."),
         rotation=source.rotation,
         stored_as=stored_as,
+        reads=reads,
         cost=cost,
     )
 
 
 def _experts(layers: Sequence[Linear]) -> int:
     """How many experts the largest mixture has whose layers are among these."""
-    numbers = (re.search(r"\.experts\.(\d+)\.", layer.name) for layer in layers)
-    return max((int(number[1]) + 1 for number in numbers if number is not None), default=0)
+    found = (EXPERT.search(layer.name) for layer in layers)
+    return max((int(one[1] or one[2]) + 1 for one in found if one is not None), default=0)
 
 
 def replanned(job: Job, selected: Selection) -> QuantizePlan:
     """The plan of a run that quantizes fewer layers than it was to."""
-    bits = _bits_per_weight(job.method, selected.found)
-    covered = coverage(job.model, selected, bits=bits, carried=job.source.carried_values)
+    bits = _bits_per_weight(job.method, selected.found, job.schemes)
+    covered = coverage(job.model, selected, bits=bits, carried=job.source.carried_values, tables=job.tables)
     return job.plan.model_copy(
         update={"coverage": covered, "weights": covered.quantized, "skipped": selected.found.skipped}
     )
@@ -263,6 +334,13 @@ def _check_without_model(request: QuantizeRequest, preset: PresetName) -> None:
         check_training_text(request.end_to_end_data, data_dir=request.data_dir, offline=request.offline)
     if request.saliency is not None:
         check_saliency(request.saliency)
+
+
+def _check_tracking(run: Quantization, method: Method) -> None:
+    """Refuse a tracker that has nothing to track, or cannot. Raises UsageError, ResourceError."""
+    if run.log_to is not None and not method.needs.epochs and method.needs.end_to_end is None:
+        raise UsageError("`log_to` means nothing where nothing trains.", hint="It shows the losses of a training.")
+    check_tracker(run.log_to)
 
 
 def _check_processes(run: Quantization, method: Method) -> None:
@@ -306,21 +384,26 @@ def _calibration(request: QuantizeRequest, method: Method, start: Start | None, 
     return request.calibration or default_calibration(request, progress)
 
 
-def _bits_per_weight(method: Method, found: ModelStructure) -> float:
+def _bits_per_weight(method: Method, found: ModelStructure, schemes: Mapping[str, AnyScheme]) -> float:
     """True bits a weight that the layers will have, adapters included."""
     layers = [linear for block in found.linears for linear in block]
-    packed, adapter = planned_bits(method, layers), method.needs.adapter
+    return planned_bits(method, layers, schemes) + _adapter_bits(method, found)
+
+
+def _adapter_bits(method: Method, found: ModelStructure) -> float:
+    """Bits a weight of the layers' adapters; 0 without any."""
+    layers, adapter = [linear for block in found.linears for linear in block], method.needs.adapter
     if adapter is None:
-        return packed
+        return 0.0
     adapted = sum(adapter.bits(x.out_features, x.in_features) for x in layers if adapter.matches(x.name))
-    return packed + adapted / sum(x.out_features * x.in_features for x in layers)
+    return adapted / sum(x.out_features * x.in_features for x in layers)
 
 
 _DECIDED = (
     *(name for name, _, option in options(QuantizeRequest) if option.section in (COLUMNS, CODEBOOKS)),
     "start",
 )
-_CHOSEN = ("skip", "only")
+_CHOSEN = ("skip", "only", "plan")
 
 
 def _refuse_what_is_decided(request: QuantizeRequest) -> None:
@@ -353,11 +436,12 @@ def _check_target_bits(run: Quantization, method: Method, found: ModelStructure)
             f"this model, codebooks and scales included{outliers}.",
             hint=f"Give at least {least + reserved + 0.01:.2f}.",
         )
-    most = scheme_bits(method.scheme.model_copy(update={"bits": 4}), whole)
+    widest = 8 if isinstance(method.scheme, AffineScheme) else 4
+    most = scheme_bits(method.scheme.model_copy(update={"bits": widest}), whole)
     if target - reserved > most:
         raise UsageError(
-            f"`target_bits={target:g}` is more than the {most:.2f} bits that codes of 4 bits take in this model.",
-            hint="Give fewer, or take `bits=4`.",
+            f"`target_bits={target:g}` is more than the {most:.2f} bits that codes of {widest} bits take here.",
+            hint=f"Give fewer, or take `bits={widest}`.",
         )
 
 

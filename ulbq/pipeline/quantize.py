@@ -30,11 +30,13 @@ from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare, replanned
 from ulbq.pipeline.samples import check_images, draw, draw_text, written_samples
 from ulbq.pipeline.sensitivity import decided, score_weights, weigh_layer_outputs
+from ulbq.pipeline.tables import read_tables, with_tables
 from ulbq.pipeline.temperature import check_temperature, fit_temperature
 from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
 from ulbq.sensitivity import KINDS
 from ulbq.sensitivity.settings import BACKWARD
+from ulbq.tracking import Log, shifted, tracked
 
 __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]
 
@@ -45,6 +47,8 @@ def quantize(
     on_plan: Callable[[QuantizePlan], None] | None = None,
     *,
     name: str | None = None,
+    root: Path = DEFAULT_ROOT,
+    shared: Path | None = None,
 ) -> tuple[Path, QuantizedManifest]:
     """Quantize a model.
 
@@ -53,6 +57,8 @@ def quantize(
         progress: told how it goes.
         on_plan: called with the plan before anything is written.
         name: of the artifact where the request names no folder; None for one that tells model, method and format.
+        root: the folder that it then lies in.
+        shared: a folder for samples that the model wrote: other runs of the model with the same ones take them there.
 
     Returns:
         The artifact's folder and its manifest.
@@ -71,26 +77,28 @@ def quantize(
     drawn, text = _drawn(job, watch, progress)
     identity = _fingerprint(job, drawn, text)
     telling = f"{job.source.name}-{job.method.name}-{job.method.scheme.label}"
-    out = request.out or free_output(DEFAULT_ROOT, name or telling, identity)
+    out = request.out or free_output(root, name or telling, identity)
     if job.source.kind == "gguf":
         job.source.tokenizer()  # written out at the end: better missed now
     if job.method.needs.searches and job.start is None and (reason := solvers.slow_reason(job.precision.device)):
-        progress.note(f"No compiled solvers ({reason}): the search for the best scales takes some 40 times as long.")
+        progress.note(f"No compiled solvers ({reason}): the search for the best scales takes {solvers.SLOWER}.")
     with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
         if writer.resumed:
             done = sum(key.isdigit() for key in writer.journal)
             progress.note(f"Resuming {out}: {done} of {job.found.n_blocks} blocks are done.")
         if job.calibrated and drawn is None:
             with watch.phase("calibration"):
-                drawn = _written_samples(job, writer, progress)
+                drawn = _written_samples(job, writer, progress, shared)
         if job.request.text is not None and text is None:
             with watch.phase("text"):
-                text = _written_text(job, writer, progress)
+                text = _written_text(job, writer, progress, shared)
         for file, samples in ((CALIBRATION_FILE, drawn), (TEXT_FILE, text)):
             if samples is not None:
                 save_calibration(writer.path / file, samples)
                 writer.plan(file)
-        path = writer.finish(_work(job, writer, watch, progress, drawn, text), proof(progress, job=job))
+        with tracked(job.request.log_to, writer.name, job.request.record.model_dump(mode="json")) as log:
+            manifest = _work(job, writer, watch, progress, drawn, text, log)
+        path = writer.finish(manifest, proof(progress, job=job))
     return path, read_back(path, QuantizedManifest)
 
 
@@ -113,10 +121,14 @@ def _work(
     progress: Recording,
     drawn: Calibration | None,
     text: Calibration | None,
+    log: Log,
 ) -> QuantizedManifest:
     """All phases that make weights, one after the other; gives the manifest of what they wrote."""
     calibration = None if drawn is None else _share(drawn, job.request.samples)
     saliency = job.saliency
+    if job.tables:
+        with watch.phase("tables"):
+            job = with_tables(job, writer, progress)
     if job.method.needs.saliency in KINDS and not job.blocks_stay:
         with watch.phase("saliency"):
             saliency = score_weights(job, writer, calibration, progress)
@@ -125,15 +137,14 @@ def _work(
             weigh_layer_outputs(job, writer, calibration, progress)
     if job.method.needs.survey and job.start is None and calibration is not None:
         with watch.phase("survey"):
-            method = decided(job, writer, calibration, saliency, progress)
-        job = dataclasses.replace(job, method=method)
+            job = decided(job, writer, calibration, saliency, progress)
     with watch.phase("copying"):
         # First: a source that is damaged here would show only after hours.
         outer = _write_outer(job, writer, None)
     with watch.phase("blocks"):
         if job.request.fit_temperature and calibration is not None:
             check_temperature(job, writer.scratch, calibration.drawn)
-        run = BlockQuantizer(job, writer, progress, saliency)
+        run = BlockQuantizer(job, writer, progress, saliency, log)
         run.walk(calibration)
         run.warn()
     job = _as_made(job, writer)
@@ -144,7 +155,9 @@ def _work(
     learnt = text or (None if drawn is None else _share(drawn, job.text_samples))
     if job.method.needs.end_to_end is not None and learnt is not None:
         with watch.phase("end to end"):
-            tuned = train_end_to_end(job, writer, learnt, progress)
+            # A tracker's steps go up: those of the blocks were before.
+            before = job.found.n_blocks * (job.method.needs.epochs + 1)
+            tuned = train_end_to_end(job, writer, learnt, progress, shifted(log, before))
     with watch.phase("finish"):
         warned = tuple(progress.warnings)
         return distributed.on_main(finish, job, writer, drawn, outer, watch, tuned, warned)
@@ -189,16 +202,29 @@ def _telling_of_others(samples: int) -> Iterator[None]:
         raise InputError(error.message, hint=f"{error.hint} {extra}" if error.hint else extra) from error
 
 
-def _written_samples(job: Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
-    samples = job.request.drawn_samples
+def _written_samples(job: Job, writer: ArtifactWriter, progress: Progress, shared: Path | None) -> Calibration:
+    return _written(job, job.request.drawn_samples, CALIBRATION_FILE, writer, progress, shared)
+
+
+def _written_text(job: Job, writer: ArtifactWriter, progress: Progress, shared: Path | None) -> Calibration:
+    return _written(job, job.text_samples, TEXT_FILE, writer, progress, shared)
+
+
+def _written(
+    job: Job, samples: int, file: str, writer: ArtifactWriter, progress: Progress, shared: Path | None
+) -> Calibration:
+    """Samples of the model's own, those that are held out too."""
     count = samples + heldout_samples(samples)
-    return written_samples(job.request, job.source, count, precision=job.precision, writer=writer, progress=progress)
-
-
-def _written_text(job: Job, writer: ArtifactWriter, progress: Progress) -> Calibration:
-    count = job.text_samples + heldout_samples(job.text_samples)
     return written_samples(
-        job.request, job.source, count, file=TEXT_FILE, precision=job.precision, writer=writer, progress=progress
+        job.request,
+        job.source,
+        count,
+        file=file,
+        precision=job.precision,
+        streamed=job.streamed,
+        writer=writer,
+        shared=shared,
+        progress=progress,
     )
 
 
@@ -219,7 +245,7 @@ def _write_outer(job: Job, writer: ArtifactWriter, temperature: TemperatureRecor
     source = job.source if job.start is None or job.request.fit_temperature else job.start.source
     factors = {} if temperature is None else dict.fromkeys(temperature.vectors, temperature.factor)
     path = writer.path / layout.OUTER_SHARD
-    bits = layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors)
+    bits = layout.write_outer(path, job.model, source, f"{job.found.blocks_prefix}.", factors, read_tables(job))
     shards = distributed.on_main(job.source.write_carried, writer.path)
     writer.plan(layout.OUTER_SHARD, *shards)
     carried = sum(LazyTensors([writer.path / shard]).total_bytes for shard in shards) * 8
@@ -246,6 +272,8 @@ def _fingerprint(job: Job, drawn: Calibration | None, text: Calibration | None) 
             "precision": job.plan.precision,
             "calibration": drawn.sha256 if drawn else job.request.calibration,
             "text": text.sha256 if text else job.request.text,
+            "schemes": {name: scheme.model_dump(mode="json") for name, scheme in job.schemes.items()},
+            "layers": [linear.name for block in job.found.linears for linear in block] if job.request.plan else [],
             "start": job.start.source.content_hash if job.start else None,
             "saliency": job.saliency.digest if job.saliency else job.method.needs.saliency,
         }

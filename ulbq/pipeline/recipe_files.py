@@ -77,12 +77,17 @@ def read_recipe(
     return content | texts, hashlib.sha256(raw).hexdigest()
 
 
+def read_yaml(what: str, path: Path) -> object:
+    """The value in a short YAML file; ``what`` names it in errors. Raises InputError."""
+    return _yaml(what, str(path), _bytes(what, path))
+
+
 def _bytes(what: str, path: Path) -> bytes:
     """A recipe's bytes; ``what`` is ``Recipe`` or ``Task``. Raises InputError where they cannot be read."""
     try:
         return read_small(path, limits.RECIPE_SIZE)
     except ValueError as error:
-        raise InputError(f"{what} '{path}' cannot be read: {error}.", hint="A recipe is a short YAML file.") from error
+        raise InputError(f"{what} '{path}' cannot be read: {error}.", hint="It has to be a short YAML file.") from error
     except OSError as error:
         raise InputError(f"{what} '{path}' cannot be read: {error.strerror}.") from error
 
@@ -92,7 +97,7 @@ def _yaml(what: str, given: str, raw: bytes) -> object:
     try:
         return parse_yaml(raw.decode("utf-8"))
     except UnicodeDecodeError:
-        raise InputError(f"{what} '{given}' is no text.", hint="A recipe is a YAML file in UTF-8.") from None
+        raise InputError(f"{what} '{given}' is no text.", hint="It has to be a YAML file in UTF-8.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""

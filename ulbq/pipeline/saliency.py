@@ -71,6 +71,7 @@ def saliency(
                     job.source,
                     job.request.samples or 0,
                     precision=job.settings.precision,
+                    streamed=job.plan.reads > 0,
                     writer=writer,
                     progress=progress,
                 )

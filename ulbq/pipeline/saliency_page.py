@@ -8,7 +8,7 @@ from markupsafe import Markup
 from ulbq.artifacts import SaliencyLayer, SaliencyManifest
 from ulbq.evaluation.figures import heat_map
 from ulbq.evaluation.page import render
-from ulbq.evaluation.svg import Drawing, Scale
+from ulbq.evaluation.svg import Drawing, Scale, number
 from ulbq.sensitivity import KINDS
 
 _WIDTH = 800.0
@@ -28,6 +28,7 @@ def page(manifest: SaliencyManifest) -> str:
         means=_map(manifest.layers),
         concentration=_concentration(manifest.layers),
         tops=[(f"top {name} %", style) for name, style in _TOPS.items()],
+        colours=_colours(),
         columns=list(_columns(manifest.layers)),
         heads=["layer", "mean", *(f"top {name} %" for name in manifest.top), "highest column"],
         rows=_rows(manifest),
@@ -60,8 +61,8 @@ def _map(layers: Sequence[SaliencyLayer]) -> Markup:
         )
         for layer in layers
     }
-    span = f"{min(means):.2g} to {max(means):.2g}" if means else "0"
-    return heat_map(cells, "Mean score of each layer's weights", f"{span} a weight")
+    ends = (f"{min(means):.2g}", f"{max(means):.2g}") if means else ("0", "0")
+    return heat_map(cells, "Mean score of each layer's weights", ends, "mean of a weight's score, logarithmic")
 
 
 def _concentration(layers: Sequence[SaliencyLayer]) -> Markup:
@@ -69,9 +70,9 @@ def _concentration(layers: Sequence[SaliencyLayer]) -> Markup:
     blocks = sorted({layer.block for layer in layers})
     rows = {block: [layer.top for layer in layers if layer.block == block] for block in blocks}
     across = Scale(0, max(blocks[-1], 1), (56, _WIDTH - _RIGHT), ticks=min(max(blocks[-1], 1), 15))
-    up = Scale(0, 1, (200, 16))
-    drawing = Drawing(_WIDTH, 246, "Share of the total held by the top weights, by block")
-    drawing.axes(across, up, "block", told="{:.0%}".format)
+    up = Scale(0, 1, (216, 32))
+    drawing = Drawing(_WIDTH, 262, "Share of the total held by the top weights, by block")
+    drawing.axes(across, up, "block", upward="share of the layer's total", told="{:.0%}".format)
     for name, style in _TOPS.items():
         points = [(across(b), up(sum(top[name] for top in tops) / len(tops))) for b, tops in rows.items()]
         drawing.path(points, f"curve {style}")
@@ -82,27 +83,40 @@ def _columns(layers: Sequence[SaliencyLayer]) -> Iterator[tuple[str, Markup]]:
     """A map for each projection, with its name: blocks by slices of columns."""
     for kind in projections(layers):
         members = sorted((layer for layer in layers if layer.projection == kind), key=lambda layer: layer.block)
-        told = f"{kind}: {members[0].shape[1]:,} columns, blocks {members[0].block} to {members[-1].block}"
-        yield told, _raster([layer.columns for layer in members], kind)
+        yield kind, _raster(members, kind)
 
 
-def _raster(rows: Sequence[Sequence[float]], title: str) -> Markup:
-    """Rows of shares as a picture: one path a level of colour, which is a tenth of the size of one box a share."""
-    height = 6.0
+def _raster(layers: Sequence[SaliencyLayer], title: str) -> Markup:
+    """Shares of columns as a picture: one path a level of colour, which is a tenth of the size of one box a share."""
+    height, left, right = min(max(96 / len(layers), 6.0), 16.0), 56.0, _WIDTH - _RIGHT
     paths: dict[int, list[str]] = {}
-    for y, shares in enumerate(rows):
-        width = _WIDTH / len(shares)
-        for x, share in enumerate(shares):
-            excess = math.log10(max(share * len(shares), 1.0))  # 0 at an even share, 1 at ten times
+    for row, layer in enumerate(layers):
+        width = (right - left) / len(layer.columns)
+        for column, share in enumerate(layer.columns):
+            excess = math.log10(max(share * len(layer.columns), 1.0))  # 0 at an even share, 1 at ten times
             if level := round(min(excess, 1.0) * _LEVELS):
-                paths.setdefault(level, []).append(
-                    f"M{x * width:.1f} {y * height:g}h{width:.1f}v{height:g}h-{width:.1f}z"
-                )
-    tall = len(rows) * height
-    drawing = Drawing(_WIDTH, tall, title)
+                corner = f"M{left + column * width:.1f} {row * height:g}"
+                paths.setdefault(level, []).append(f"{corner}h{width:.1f}v{height:g}h-{width:.1f}z")
+    tall = len(layers) * height
+    drawing = Drawing(_WIDTH, tall + 44, title)
     for level, parts in sorted(paths.items()):
         drawing.shape("".join(parts), "heat", opacity=level / _LEVELS)
-    drawing.box((0.5, 0.5), (_WIDTH - 1, tall - 1), "grid", radius=0, fill="none")
+    drawing.box((left, 0.5), (right - left, tall - 1), "grid", radius=0, fill="none")
+    across = Scale(0, layers[0].shape[1], (left, right), ticks=8)
+    for tick in across.ticks:
+        drawing.text(across(tick), tall + 16, number(tick), style="muted", anchor="middle")
+    drawing.text((left + right) / 2, tall + 36, "column", style="muted", anchor="middle")
+    for row in dict.fromkeys((0, len(layers) - 1)):
+        drawing.text(left - 8, (row + 0.5) * height + 4, str(layers[row].block), style="muted", anchor="end")
+    if len(layers) > 5:
+        drawing.text(left - 8, tall / 2 + 4, "block", style="muted", anchor="end")
+    return drawing.markup()
+
+
+def _colours() -> Markup:
+    """What the colours of columns stand for."""
+    drawing = Drawing(_WIDTH, 20, "Colours of columns")
+    drawing.colours(136, 2, float, "an even share", "ten times as much", "or more, logarithmic")
     return drawing.markup()
 
 

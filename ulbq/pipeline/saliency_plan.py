@@ -10,19 +10,20 @@ from ulbq import runtime
 from ulbq.blockwise.walk import check_length
 from ulbq.config.saliency import SaliencyRequest
 from ulbq.data.calibration import check_calibration
+from ulbq.data.generate import writing_passes
 from ulbq.errors import InputError, UsageError
 from ulbq.models.blocks import ModelStructure, skeleton, structure
 from ulbq.models.names import check_complete
 from ulbq.models.source import ModelSource, resolve
 from ulbq.pipeline.memory import FLOAT, Sizes, layer_size, passed_activations, trained_activations, wide
-from ulbq.pipeline.samples import default_calibration
+from ulbq.pipeline.samples import choose_streamed, default_calibration
 from ulbq.progress import Progress
 from ulbq.sensitivity import SaliencySettings
 from ulbq.sensitivity.head import head_memory
 from ulbq.sensitivity.settings import BACKWARD
 from ulbq.training.precision import Precision
 
-_WITH_DATA = ("calibration", "samples", "sequence_length", "batch_size", "activation_memory", "precision")
+_WITH_DATA = ("calibration", "samples", "sequence_length", "batch_size", "activation_memory", "precision", "stream")
 # Bytes of each of a block's weights as its scores are written, in float32 and in half precision: those of inputs are
 # products with weights, those of gradients quotients of sums, beside the weights.
 _SCORED = {"magnitude": 6, "wanda": 10, "hessian": 8, "fisher": 14, "gradient": 14}
@@ -39,7 +40,7 @@ _HEADER_BYTES, _TOLD_BYTES, _PAGE_BYTES, _TOKEN_BYTES = 188, 2650, 20_000, 4
 # What does not change the scores and so is no part of a run's identity, or stands there as what it came to.
 NOT_IN_FINGERPRINT = frozenset(
     {
-        *("source", "out", "force", "data_dir", "offline", "activation_memory"),
+        *("source", "out", "force", "data_dir", "offline", "activation_memory", "stream"),
         *("calibration", "device", "precision"),
     }
 )
@@ -50,6 +51,7 @@ class SaliencyPlan(BaseModel):
 
     Attributes:
         request: completed: defaults and the calibration source filled in.
+        reads: how often the model that writes its samples is read block by block; 0 where it is loaded.
         peak_memory: predicted bytes of the process (CPU), or of process and device together.
         disk: predicted bytes of the artifact and of what lies on disk meanwhile.
         artifact: bytes of the scores.
@@ -64,6 +66,7 @@ class SaliencyPlan(BaseModel):
     weights: int
     device: str
     precision: str
+    reads: int = 0
     peak_memory: int
     disk: int
     artifact: int
@@ -117,7 +120,11 @@ def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
         activation_memory=request.activation_memory or 0,
     )
     layers = [linear for block in found.linears for linear in block]
-    peak_memory, disk, artifact = predict_scoring(request, model, found, precision, gguf_size=source.gguf_size)
+    whole = _writing(request, model, precision, streamed=False)
+    streamed = choose_streamed(request.stream, whole, device, progress)
+    sized: dict[str, Any] = {"gguf_size": source.gguf_size, "streamed": streamed}
+    peak_memory, disk, artifact = predict_scoring(request, model, found, precision, **sized)
+    reads = writing_passes(model.config, precision.dtype, *_amounts(request)) if streamed else 0
     disk += _TOLD_BYTES * len(layers) + _PAGE_BYTES
     disk += _TOKEN_BYTES * (request.samples or 0) * (request.sequence_length or 0)
     plan = SaliencyPlan(
@@ -128,6 +135,7 @@ def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
         weights=sum(linear.out_features * linear.in_features for linear in layers),
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
+        reads=reads,
         peak_memory=peak_memory,
         disk=disk,
         artifact=artifact,
@@ -166,8 +174,9 @@ def predict_scoring(
     precision: Precision,
     *,
     gguf_size: int = 0,
+    streamed: bool = False,
 ) -> tuple[int, int, int]:
-    """Peak memory, disk and artifact of a completed request, in bytes; ``gguf_size`` as of ``predict``."""
+    """Peak memory, disk and artifact of a completed request, in bytes; the last two as of ``predict``."""
     sizes, length = Sizes.of(model), request.sequence_length or 0
     layers = [linear for block in found.linears for linear in block]
     backward, samples = request.kind in BACKWARD, request.samples or 0
@@ -190,6 +199,17 @@ def predict_scoring(
         two = _TWO_BLOCKS_BACKWARD if backward else _TWO_BLOCKS
         memory = max(memory + kept, two * block + kept + step, sizes.walk_begins(kept))
         disk += activations - kept
-    if request.calibration == "self":
-        memory = max(memory, sizes.writing(model.config, precision.dtype, samples, length))
+    memory = max(memory, _writing(request, model, precision, streamed=streamed))
     return started + memory, disk, artifact
+
+
+def _writing(request: SaliencyRequest, model: PreTrainedModel, precision: Precision, *, streamed: bool) -> int:
+    """Bytes of the model that writes its own samples; 0 where none does."""
+    if request.calibration != "self":
+        return 0
+    samples, length, room = _amounts(request)
+    return Sizes.of(model).writing(model.config, precision.dtype, samples, length, room if streamed else None)
+
+
+def _amounts(request: SaliencyRequest) -> tuple[int, int, int]:
+    return request.samples or 0, request.sequence_length or 0, request.activation_memory or 0

@@ -1,19 +1,31 @@
 """The calibration samples of a run, drawn from text or written by the model itself."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from ulbq import distributed
+import torch
+
+from ulbq import distributed, runtime
 from ulbq.artifacts.store import ArtifactWriter
+from ulbq.blockwise.streamed import AnyModel, StreamedModel, whole_model
 from ulbq.config.quantize import Quantization
-from ulbq.data.calibration import CALIBRATION_FILE, Calibration, calibration_samples, load_calibration, save_calibration
+from ulbq.data.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    calibration_samples,
+    load_calibration,
+    save_calibration,
+    sources,
+)
+from ulbq.data.contents import contents
 from ulbq.data.examples import training_text
 from ulbq.data.generate import self_samples
 from ulbq.data.image_rows import names_images
 from ulbq.data.images import image_samples
 from ulbq.data.registry import available
-from ulbq.errors import InputError
+from ulbq.errors import InputError, UsageError
 from ulbq.models.load import load_model
 from ulbq.models.processor import load_processor, placeholders
 from ulbq.models.source import ModelSource
@@ -30,6 +42,8 @@ class Sampled(Protocol):
     def calibration(self) -> str | None: ...
     @property
     def sequence_length(self) -> int | None: ...
+    @property
+    def activation_memory(self) -> int | None: ...
     @property
     def seed(self) -> int: ...
     @property
@@ -48,8 +62,8 @@ def default_calibration(request: Sampled, progress: Progress) -> str:
 
 def draw(request: Sampled, source: ModelSource, samples: int, progress: Progress) -> Calibration:
     """Samples of the text, or of the images, that a completed request names. Raises InputError, ResourceError."""
-    path = Path(str(request.calibration))
-    if names_images(path):
+    path, *others = map(Path, sources(str(request.calibration)))
+    if not others and names_images(path):
         processor = load_processor(source)
         return image_samples(
             path,
@@ -74,7 +88,16 @@ def draw(request: Sampled, source: ModelSource, samples: int, progress: Progress
             f"'{request.calibration}' holds examples of an instruction set, filled up behind their ends.",
             hint="Calibrate on plain text; such samples are for `end_to_end_data`.",
         )
-    return drawn
+    return _looked_at(drawn, source, progress)
+
+
+def _looked_at(drawn: Calibration, source: ModelSource, progress: Progress) -> Calibration:
+    """The samples with what they hold, of which ``progress`` is told."""
+    found = drawn.contents or contents(drawn.tokens, source.tokenizer())
+    progress.note(f"Calibration on {drawn.name}: {found.words}.")
+    for sentence in found.warnings(getattr(source.config.get_text_config(), "hidden_size", 0)):
+        progress.warn(sentence)
+    return replace(drawn, contents=found)
 
 
 def check_images(asked: Mapping[str, bool]) -> None:
@@ -112,6 +135,49 @@ def draw_text(run: Quantization, source: ModelSource, samples: int, progress: Pr
     )
 
 
+def choose_streamed(asked: bool | None, needed: int, device: torch.device, progress: Progress) -> bool:
+    """Whether the full-precision model is read block by block where all of it is wanted.
+
+    Args:
+        asked: for or against it; None to go by the memory.
+        needed: bytes of the largest phase that has it in memory; 0 where none wants it.
+        device: that computes.
+        progress: told of a choice that nobody made.
+
+    Raises:
+        UsageError: asked for, and nothing wants the model as a whole.
+    """
+    if not needed and asked is not None:
+        raise UsageError(
+            "`stream` means nothing here: no phase of this run wants all of the full-precision model.",
+            hint="It is for `calibration=self` and for teachers, as of `end_to_end=kl`. Leave it out.",
+        )
+    if asked is not None or needed <= (free := runtime.free_memory(device)):
+        return bool(asked)
+    progress.note(
+        f"With the full-precision model loaded this takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: "
+        "it is read block by block (`stream`)."
+    )
+    return True
+
+
+def parent_model(
+    request: Sampled,
+    source: ModelSource,
+    precision: Precision,
+    writer: ArtifactWriter,
+    progress: Progress,
+    *,
+    streamed: bool,
+) -> AnyModel:
+    """The full-precision model in the dtype of a run's products, whole or one block at a time."""
+    options: dict[str, Any] = {"dtype": precision.dtype, "device": precision.device}
+    if not streamed:
+        return load_model(source, **options)
+    limit = request.activation_memory or 0
+    return StreamedModel(source, directory=writer.scratch, limit=limit, progress=progress, **options)
+
+
 def written_samples(
     request: Sampled,
     source: ModelSource,
@@ -119,26 +185,40 @@ def written_samples(
     *,
     file: str = CALIBRATION_FILE,
     precision: Precision,
+    streamed: bool,
     writer: ArtifactWriter,
+    shared: Path | None = None,
     progress: Progress,
 ) -> Calibration:
-    """Samples of the model's own, or those that the interrupted run wrote to ``file``: they follow from the seed."""
+    """Samples of the model's own, or those that the interrupted run wrote to ``file``: they follow from the seed.
+
+    Where there is a ``shared`` folder, those that lie there are taken, and new ones are kept there.
+    """
     saved, step = writer.path / file, f"{_WRITTEN}{file}"
     if step in writer.journal:
-        return load_calibration(saved)
+        return _looked_at(load_calibration(saved), source, progress)
 
     def write() -> Calibration:
         return self_samples(
-            load_model(source, dtype=precision.dtype, device=precision.device),
+            whole_model(parent_model(request, source, precision, writer, progress, streamed=streamed)),
             source.tokenizer(),
             samples=samples,
             length=request.sequence_length or 0,
             seed=request.seed,
+            room=(request.activation_memory or 0) if streamed else 0,
             progress=progress,
         )
 
-    # One process writes for all: each word hangs on those before it.
-    written = distributed.on_main(write)
+    words = f"{samples}x{request.sequence_length}-{request.seed}-{precision.dtype}-{source.content_hash}.safetensors"
+    kept = None if shared is None else shared / words
+    if kept is not None and kept.exists():
+        written = load_calibration(kept)
+    else:
+        # One process writes for all: each word hangs on those before it.
+        written = distributed.on_main(write)
+        if kept is not None:
+            save_calibration(kept, written)
     save_calibration(saved, written)
     writer.record(step, {}, files=[saved])
-    return written
+    # Read back: what a model wrote while it kept no gradients takes none later.
+    return _looked_at(load_calibration(saved), source, progress)

@@ -1,5 +1,6 @@
 """What is measured before the first block is quantized: saliency, what errors cost, what a method decides by both."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -12,7 +13,7 @@ from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.config.saliency import SaliencyKind
 from ulbq.data.calibration import Calibration
-from ulbq.methods.base import Method, SurveyingMethod
+from ulbq.methods.base import DecidedMethod
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.survey import survey
 from ulbq.progress import Progress
@@ -92,8 +93,8 @@ def output_costs(job: Job, scratch: Path, index: int) -> dict[str, OutputCosts] 
 
 def decided(
     job: Job, writer: ArtifactWriter, calibration: Calibration, saliency: Saliency | None, progress: Progress
-) -> Method:
-    """The method, once it has looked at all blocks; a resumed run goes by what the first one decided."""
+) -> Job:
+    """The run, once its method has looked at all blocks; a resumed one goes by what the first one decided."""
     shard = writer.scratch / "decisions.safetensors"
     if _DECISIONS not in writer.journal:
         scores = partial(layer_scores, saliency, job.precision.device)
@@ -101,7 +102,14 @@ def decided(
         write_shard(shard, survey(job, calibration.drawn, scores, outputs, writer.scratch, progress))
         writer.record(_DECISIONS, {}, files=[shard])
     stored = LazyTensors([shard])
-    return cast(SurveyingMethod, job.method).decided({name: stored.read(name) for name in stored.names})
+    decisions = {name: stored.read(name) for name in sorted(stored.names)}
+    widths = {name.removesuffix(".bits"): int(bits) for name, bits in decisions.items() if name.endswith(".bits")}
+    schemes = {
+        name: job.schemes.get(name, job.method.scheme).model_copy(update={"bits": bits})
+        for name, bits in widths.items()
+    }
+    method = job.method if widths else cast(DecidedMethod, job.method).decided(decisions)
+    return dataclasses.replace(job, method=method, schemes={**job.schemes, **schemes})
 
 
 def layer_scores(

@@ -14,6 +14,7 @@ from ulbq.blockwise.samples import Samples
 from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import InputError
 from ulbq.formats import AnyScheme
+from ulbq.models.source import ModelSource
 from ulbq.models.watch import watching
 from ulbq.nn.experts import Place, place_of
 from ulbq.nn.quant_linear import linear_layer
@@ -44,21 +45,28 @@ class Streams:
         self._batch = job.request.batch_size
         needs = job.method.needs
         self._positions = samples.tokens.numel()
-        self._walk = BlockWalk(
-            job.model,
-            job.source,
-            distributed.own(samples),
-            dtype=torch.float32,
-            device=job.precision.device,
-            limit=job.request.activation_memory // needs.stores,
-            directory=scratch,
-        )
+        own = distributed.own(samples)
+        # Packed tables give the quantized blocks other inputs.
+        ours = None if job.embedded is None else self._begin(job.embedded, own).hidden
+        self._walk = self._begin(job.source, own)
         self._full = self._walk.hidden
-        self._quantized = self._full.copy()
+        self._quantized = self._full.copy() if ours is None else ours
         self._augmented = self._full.copy() if needs.augmented else None
         self._originals = self._full.copy() if needs.originals else None
         self.importance: dict[str, torch.Tensor] = {}
         self.tokens: dict[str, int] = {}
+
+    def _begin(self, source: ModelSource, own: Samples) -> BlockWalk:
+        """The samples of this process at the first block of a model."""
+        return BlockWalk(
+            self._job.model,
+            source,
+            own,
+            dtype=torch.float32,
+            device=self._job.precision.device,
+            limit=self._job.request.activation_memory // self._job.method.needs.stores,
+            directory=self._scratch,
+        )
 
     @property
     def extras(self) -> int | None:

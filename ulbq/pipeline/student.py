@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ulbq.artifacts.shards import LazyTensors, write_shard
 from ulbq.config.finetuning import Trained, TrainedBeside
@@ -16,6 +15,7 @@ from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, Packed, check_finite
 from ulbq.methods.training import half_vector, pack_layer
 from ulbq.models.blocks import empty_block, empty_copy, load_outer, materialize
+from ulbq.models.tables import tables_as_stored
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
@@ -23,8 +23,6 @@ from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.fixed import FixedAffine
 from ulbq.quantizers.trainable import TRAINABLE
 from ulbq.training.linear import TrainedLinear
-
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,14 @@ def build_student(job: Job, folders: Folders, *, train: Trained | TrainedBeside,
     """
     precision = job.precision
     model = empty_copy(job.model)
-    load_outer(model, job.source, torch.float32, precision.device)
     outer = LazyTensors([folders.blocks / layout.OUTER_SHARD])
+    if precision.dtype != torch.float32:
+        tables_as_stored(model, partial(_table, job, outer), precision.device, head=True)
+    load_outer(model, job.embedded or job.source, torch.float32, precision.device)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if name in outer.names:
+            if name in outer.names and tensor.dtype == torch.float32:
                 tensor.copy_(outer.read(name))  # rounded as it will be read
-    if precision.dtype != torch.float32:
-        _keep_as_stored(model, outer)
     blocks = model.get_submodule(job.found.blocks_prefix)
     if not isinstance(blocks, nn.ModuleList):
         raise TypeError("the blocks are no list")
@@ -78,28 +76,11 @@ def build_student(job: Job, folders: Folders, *, train: Trained | TrainedBeside,
     return Student(model, blocks, precision, checkpointing=checkpointing)
 
 
-def _keep_as_stored(model: PreTrainedModel, outer: LazyTensors) -> None:
-    """Hold embeddings and head in the half precision in which they are stored; what they compute stays the same.
-
-    The products of the head are autocast anyway, and embeddings are looked up and made float32 again. Embeddings that
-    compute anything of their own stay float32.
-    """
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    if type(tables[0]) is not nn.Embedding or type(tables[1]) is not nn.Linear:
-        return
-    for name, parameter in list(model.named_parameters(remove_duplicate=True)):
-        held = [table for table in tables if table.weight is parameter]
-        stored = outer.read(name) if held and name in outer.names else None
-        if stored is not None and stored.dtype in _HALVES:
-            halved = nn.Parameter(stored.to(parameter.device), requires_grad=False)
-            for table in held:
-                table.weight = halved
-    if tables[0].weight.dtype in _HALVES:
-        tables[0].register_forward_hook(_as_float)
-
-
-def _as_float(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.float()
+def _table(job: Job, outer: LazyTensors, name: str) -> torch.Tensor | None:
+    """A matrix outside the blocks as it is stored; one that is packed dense, in the dtype that it will be run in."""
+    if job.embedded is not None and name in {f"{table.name}.weight" for table in job.tables}:
+        return job.embedded.read(name).to(job.precision.dtype)
+    return outer.read(name) if name in outer.names else None
 
 
 def _quantizer(

@@ -63,6 +63,7 @@ def survey(
                 saliency=scores(prefix, linears),
                 prefix=prefix,
                 outputs=outputs(index),
+                schemes={name: job.schemes[prefix + name] for name in linears if prefix + name in job.schemes},
             )
             found |= method.survey_block(task)
             if index + 1 < job.found.n_blocks:

@@ -52,7 +52,8 @@ def fit_temperature(
             streams.advance_quantized(index, folder / layout.block_shard(index), schemes)
             phase.advance(1)
     head, names = _head(job, streams)
-    factor, start_error, end_error = _fit(job, head, *streams.ends())
+    ours = head if job.embedded is None else LossHead(job.model, job.embedded, job.precision, extras=streams.extras)
+    factor, start_error, end_error = _fit(job, (head, ours), *streams.ends())
     return TemperatureRecord(factor=factor, vectors=names, start_error=start_error, end_error=end_error)
 
 
@@ -82,13 +83,17 @@ def _head(job: Job, streams: Streams) -> tuple[LossHead, tuple[str, ...]]:
     return head, names
 
 
-def _fit(job: Job, head: LossHead, full: ActivationStore, quantized: ActivationStore) -> tuple[float, float, float]:
+def _fit(
+    job: Job, heads: tuple[LossHead, LossHead], full: ActivationStore, quantized: ActivationStore
+) -> tuple[float, float, float]:
     """Newton's method on the mean divergence, convex in the factor; returns it and the errors before and with it.
 
     With predictions ``p`` of the original and logits ``l``, the divergence at a factor ``β`` is
-    ``Σ p log p − β Σ p l + log Σ exp(β l)``: of the original two numbers are wanted, and once.
+    ``Σ p log p − β Σ p l + log Σ exp(β l)``: of the original two numbers are wanted, and once. The ``heads`` are its
+    and the quantized model's.
     """
-    negentropy, agreement = _agreement(job, head, full, quantized)
+    negentropy, agreement = _agreement(job, heads, full, quantized)
+    head = heads[1]
     factor = 1.0
     partition, mean, variance = _partition(job, head, quantized, factor)
     start_error = error = negentropy - agreement + partition
@@ -103,10 +108,12 @@ def _fit(job: Job, head: LossHead, full: ActivationStore, quantized: ActivationS
 
 
 @torch.no_grad()
-def _agreement(job: Job, head: LossHead, full: ActivationStore, quantized: ActivationStore) -> tuple[float, float]:
+def _agreement(
+    job: Job, heads: tuple[LossHead, LossHead], full: ActivationStore, quantized: ActivationStore
+) -> tuple[float, float]:
     """Means over tokens of ``Σ p log p`` and ``Σ p l``, of the original's predictions and the quantized logits."""
     sums, count = torch.zeros(2, dtype=torch.float64), 0
-    for ours, theirs in zip(_chunks(job, head, quantized), _chunks(job, head, full), strict=True):
+    for ours, theirs in zip(_chunks(job, heads[1], quantized), _chunks(job, heads[0], full), strict=True):
         expected = theirs.log_softmax(-1)
         chances = expected.exp()
         sums += torch.stack([(chances * values).sum(-1).double().sum() for values in (expected, ours)]).cpu()

@@ -1,12 +1,10 @@
 """The end of a model: from hidden states behind the last block to the loss, and back."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ulbq.models.blocks import block_list, empty_copy, materialize
+from ulbq.blockwise.end import ModelEnd
 from ulbq.models.source import ModelSource
 from ulbq.training.precision import Precision
 
@@ -23,10 +21,7 @@ def head_memory(vocabulary: int, positions: int) -> int:
 
 
 class LossHead:
-    """Final norm, head and cross-entropy, however an architecture writes them (scaled, soft-capped, tied or not).
-
-    The model itself runs, each of its blocks replaced by one that returns the hidden states in question. What comes
-    behind the blocks treats every position by itself, so that a long sequence goes through in chunks.
+    """Final norm, head and cross-entropy of a model, float32; a long sequence goes through in chunks.
 
     Args:
         model: a skeleton; it stays as it is.
@@ -44,23 +39,9 @@ class LossHead:
         self, model: PreTrainedModel, source: ModelSource, precision: Precision, *, extras: int | None
     ) -> None:
         self._precision = precision
-        self._outer = empty_copy(model)
-        prefix, blocks = block_list(self._outer)
-        unread = _untied_embedding(self._outer)
-        materialize(self._outer, source, torch.float32, device=precision.device, without=(f"{prefix}.", *unread))
+        self._end = ModelEnd(model, source, torch.float32, precision.device, extras=extras)
         vocabulary = model.config.get_text_config().vocab_size
         self.chunk = max(16, HEAD_MEMORY // (vocabulary * 4 * _COPIES))
-        # The stand-ins know this list and not the model, which would be a cycle that keeps the head in memory.
-        self._arriving: list[torch.Tensor] = []
-        arriving = self._arriving
-
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
-            return arriving[0] if extras is None else (arriving[0], *(None for _ in range(extras)))
-
-        for block in blocks:
-            block.forward = stand_in
-        inside = {id(parameter) for parameter in blocks.parameters()}
-        self._outside = {name: p for name, p in self._outer.named_parameters() if p.dim() == 1 and id(p) not in inside}
 
     def gradient(
         self, hidden: torch.Tensor, tokens: torch.Tensor, drawn: torch.Generator | None = None
@@ -105,31 +86,20 @@ class LossHead:
         them give twice the logits. Empty where that is not so, as with logits that are soft-capped.
         """
         before, found = self.logits(hidden), []
-        for name, vector in self._outside.items():
+        for name, vector in self._end.vectors.items():
             kept = vector.clone()
             vector.mul_(2)
             if not torch.equal(self.logits(hidden), before):
                 found.append((name, kept))
             vector.copy_(kept)
         for name, kept in found:
-            self._outside[name].copy_(2 * kept)
+            self._end.vectors[name].copy_(2 * kept)
         doubled = self.logits(hidden)
         for name, kept in found:
-            self._outside[name].copy_(kept)
+            self._end.vectors[name].copy_(kept)
         exact = (doubled - 2 * before).abs().max() <= 1e-2 * before.abs().max()
         return tuple(name for name, _ in found) if exact else ()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        self._arriving[:] = [hidden]
         with self._precision.autocast():
-            logits: torch.Tensor = self._outer(inputs_embeds=hidden.detach(), use_cache=False).logits
-        self._arriving.clear()
-        return logits
-
-
-def _untied_embedding(outer: PreTrainedModel) -> tuple[str, ...]:
-    """Name, with the dot, of an embedding that the head does not share: nothing here looks a token up."""
-    embedding, head = outer.get_input_embeddings(), outer.get_output_embeddings()
-    if head is None or embedding.weight is head.weight:
-        return ()
-    return tuple(f"{name}." for name, module in outer.named_modules() if module is embedding)
+            return self._end.logits(hidden)

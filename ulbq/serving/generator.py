@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ulbq import runtime
@@ -11,13 +10,11 @@ from ulbq.config.generate import GenerationSettings
 from ulbq.data.prompts import render_chat
 from ulbq.errors import InputError, UsageError
 from ulbq.models.decoding import Ending, TextStream, check_prompt, greedy, write_on
-from ulbq.models.load import load_model
+from ulbq.models.load import DTYPES, load_model
 from ulbq.models.source import resolve
 from ulbq.progress import Progress
 
 _CHAT_PENALTY = 1.1  # of repetitions in an answer
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class TextGenerator:

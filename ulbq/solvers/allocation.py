@@ -6,13 +6,14 @@ matrix or across all matrices of a model (Shoham & Gersho 1988). Beside it the p
 order of the columns.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from ulbq.formats.bits import stored_bits
+from ulbq import formats
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.formats.levels import assign
 from ulbq.solvers.claq import ColumnPlan
@@ -97,7 +98,7 @@ def scheme_of(plan: ColumnPlan, base: Base) -> CodebookScheme:
 
 def bits_of(plan: ColumnPlan, base: Base, out_features: int) -> int:
     """Stored bits of a matrix whose columns are planned so, every part counted."""
-    return sum(stored_bits(scheme_of(plan, base).tensors(out_features, len(plan.widths))).values())
+    return formats.total_bits(scheme_of(plan, base), (out_features, len(plan.widths)))
 
 
 def allocate(
@@ -131,6 +132,45 @@ def allocate(
         return [plan._replace(widths=_widths(one, base, price)) for plan, one in zip(first, surveys, strict=True)]
 
     return _within(widths, bits, budget, highest)
+
+
+class Priced(NamedTuple):
+    """One way to store a matrix, or several together.
+
+    Attributes:
+        bits: stored bits.
+        loss: what its errors cost, in a unit that all matrices share.
+    """
+
+    bits: int
+    loss: float
+
+
+def give_out(choices: Sequence[Sequence[Priced]], budget: float) -> list[int]:
+    """Which of its choices each matrix gets: always the next one that pays best for its bits and still fits.
+
+    Args:
+        choices: of every matrix, the narrowest first, which all get at least.
+        budget: stored bits of all of them together.
+    """
+    taken = [0] * len(choices)
+    left = budget - sum(own[0].bits for own in choices)
+    waiting: list[tuple[float, int]] = []
+
+    def offer(index: int) -> None:
+        now, *wider = choices[index][taken[index] :]
+        if wider:
+            heapq.heappush(waiting, ((wider[0].loss - now.loss) / (wider[0].bits - now.bits), index))
+
+    for index in range(len(choices)):
+        offer(index)
+    while waiting:
+        _, index = heapq.heappop(waiting)
+        price = choices[index][taken[index] + 1].bits - choices[index][taken[index]].bits
+        if price <= left:
+            left, taken[index] = left - price, taken[index] + 1
+            offer(index)
+    return taken
 
 
 def outlier_order(weight: torch.Tensor) -> torch.Tensor:

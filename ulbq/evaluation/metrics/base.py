@@ -3,15 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from markupsafe import Markup
 
 from ulbq.evaluation.results import Measured, ModelScores, Results
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from ulbq.blockwise.streamed import AnyModel
     from ulbq.evaluation.evaluated import EvaluatedModel
     from ulbq.evaluation.measurer import Measurer
 
@@ -36,6 +35,8 @@ class Shown:
         better: 1 where more is better, -1 where less is, 0 where neither.
         tile: its name at the top of a page about a single model; empty where it does not stand there.
         published: how model cards show it; None: not at all.
+        chance: what guessing would give; None where nobody can say.
+        delta: how its difference from the parent's is written, as a format; empty: it is not.
     """
 
     label: str
@@ -44,6 +45,8 @@ class Shown:
     better: int
     tile: str = ""
     published: Published | None = None
+    chance: float | None = None
+    delta: str = ""
 
 
 class Figure(NamedTuple):
@@ -61,17 +64,16 @@ class Metric(ABC):
     Attributes:
         name: of its value in :class:`~ulbq.evaluation.results.ModelScores`, and so in ``results.json``.
         section: the heading that its rows stand under.
-        of_parents: when the full-precision parent of a measured model is measured, too: ``by default`` is unless
-            ``parent_scores=False``, ``if asked`` with ``parent_scores=True`` alone.
+        always: whether the full-precision parent of a measured model is measured even with ``parent_scores=False``.
     """
 
     name: ClassVar[str]
     section: ClassVar[str]
-    of_parents: ClassVar[Literal["always", "by default", "if asked"]] = "if asked"
+    always: ClassVar[bool] = False
 
     @abstractmethod
-    def measure(self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]") -> Any:
-        """Take it, in steps that a resumed run need not repeat (:meth:`Measurer.step`).
+    def measure(self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]") -> Any:
+        """Take it, in steps that a resumed run need not repeat (:meth:`Measurer.step`, :meth:`Measurer.score`).
 
         Args:
             measurer: what is measured (``measurer.request`` is what was asked), and how.

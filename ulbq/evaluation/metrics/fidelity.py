@@ -8,8 +8,8 @@ from ulbq.evaluation.results import Fidelity, ModelScores, Results
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
+    from ulbq.blockwise.streamed import AnyModel
     from ulbq.evaluation.evaluated import EvaluatedModel
     from ulbq.evaluation.measurer import Measurer
 
@@ -24,21 +24,32 @@ class FidelityMetric(Metric):
     section = "Fidelity to full precision"
 
     def measure(
-        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]"
     ) -> Fidelity | None:
-        from ulbq.evaluation.fidelity import fidelity
+        from ulbq.evaluation.fidelity import KeptLogits, fidelity
 
         text, parent = measurer.measures.fidelity, candidate.parent
         if text is None or parent is None:
             return None
 
         def compare() -> Fidelity:
-            compressed, original = model(), measurer.load(parent)
+            compressed = model()
             read = "its parent's text" if text == "self" else text
+            original: AnyModel | KeptLogits
+            if measurer.kept is None:
+                original = measurer.load(parent)
+                windows = _windows(measurer, parent, original, text)
+            else:
+                original = KeptLogits(
+                    lambda: measurer.load(parent),
+                    lambda loaded: _windows(measurer, parent, loaded, text),
+                    measurer.kept,
+                )
+                windows = original.windows
             return fidelity(
                 compressed,
                 original,
-                _windows(measurer, parent, original, text),
+                windows,
                 text=text,
                 batch_size=measurer.request.batch_size,
                 progress=measurer.progress,
@@ -68,9 +79,10 @@ class FidelityMetric(Metric):
         ]
 
 
-def _windows(measurer: "Measurer", parent: "EvaluatedModel", original: "PreTrainedModel", text: str) -> "torch.Tensor":
+def _windows(measurer: "Measurer", parent: "EvaluatedModel", original: "AnyModel", text: str) -> "torch.Tensor":
     """What both read, int64 ``[n, t]``."""
     from ulbq import distributed
+    from ulbq.blockwise.streamed import whole_model
     from ulbq.data.generate import self_samples
 
     most = _OWN_WINDOWS if text == "self" else FIDELITY_WINDOWS
@@ -80,7 +92,7 @@ def _windows(measurer: "Measurer", parent: "EvaluatedModel", original: "PreTrain
     # One process writes for all: each word hangs on those before it.
     written = distributed.on_main(
         self_samples,
-        original,
+        whole_model(original),
         parent.source.tokenizer(),
         samples=count,
         length=min(measurer.measures.context, _OWN_LENGTH),

@@ -1,16 +1,18 @@
 """Perplexity on held-out text."""
 
+import hashlib
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from functools import cache
+from typing import TYPE_CHECKING
 
 from ulbq.evaluation import figures
 from ulbq.evaluation.metrics.base import Figure, Metric, Published, Shown
 from ulbq.evaluation.results import ModelScores, Perplexity, Results
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
 
+    from ulbq.blockwise.streamed import AnyModel
     from ulbq.evaluation.evaluated import EvaluatedModel
     from ulbq.evaluation.measurer import Measurer
 
@@ -22,28 +24,32 @@ class PerplexityMetric(Metric):
 
     name = "perplexity"
     section = "Perplexity"
-    of_parents: ClassVar = "by default"
 
     def measure(
-        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]"
     ) -> dict[str, Perplexity]:
         from ulbq.data.registry import TEXT_SETS
         from ulbq.evaluation.perplexity import perplexity
 
         def read(text: str) -> Perplexity:
             endless = ENDLESS_WINDOWS if TEXT_SETS[text].endless else None
-            return perplexity(
-                model(),
-                measurer.windows(candidate, text, measurer.measures.limit or endless),
-                batch_size=measurer.request.batch_size,
-                progress=measurer.progress,
-                label=f"Perplexity of {candidate.name} on {text}",
-            )
 
-        return {
-            text: measurer.step(f"{candidate.name}: perplexity on {text}", Perplexity, partial(read, text))
-            for text in measurer.measures.perplexity
-        }
+            @cache
+            def windows() -> "torch.Tensor":
+                return measurer.windows(candidate, text, measurer.measures.limit or endless)
+
+            def take() -> Perplexity:
+                return perplexity(
+                    model(),
+                    windows(),
+                    batch_size=measurer.request.batch_size,
+                    progress=measurer.progress,
+                    label=f"Perplexity of {candidate.name} on {text}",
+                )
+
+            return measurer.score(candidate, f"perplexity on {text}", Perplexity, take, of=lambda: _digest(windows()))
+
+        return {text: read(text) for text in measurer.measures.perplexity}
 
     def numbers(self, scores: ModelScores) -> Sequence[Shown]:
         return [_shown(text, value) for text, value in scores.perplexity.items()]
@@ -59,6 +65,11 @@ class PerplexityMetric(Metric):
     def figure(self, results: Results) -> Figure | None:
         drawing = figures.perplexity_figure(results)
         return Figure("Perplexity", "Lower is better; the axis is logarithmic.", drawing) if drawing else None
+
+
+def _digest(windows: "torch.Tensor") -> list[object]:
+    """Shape and SHA-256 of tokens."""
+    return [*windows.shape, hashlib.sha256(windows.numpy().tobytes()).hexdigest()]
 
 
 def _shown(text: str, value: Perplexity) -> Shown:

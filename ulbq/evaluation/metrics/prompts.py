@@ -7,8 +7,7 @@ from ulbq.evaluation.metrics.base import Metric, Shown
 from ulbq.evaluation.results import Continuation, ModelScores, Results
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from ulbq.blockwise.streamed import AnyModel
     from ulbq.evaluation.evaluated import EvaluatedModel
     from ulbq.evaluation.measurer import Measurer
 
@@ -18,10 +17,10 @@ class PromptsMetric(Metric):
 
     name = "continuations"
     section = "Speed"
-    of_parents: ClassVar = "always"
+    always: ClassVar = True
 
     def measure(
-        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]"
     ) -> tuple[Continuation, ...]:
         from ulbq import distributed
         from ulbq.evaluation.continuations import NEW_TOKENS, continue_prompts

@@ -8,8 +8,7 @@ from ulbq.evaluation.metrics.base import Figure, Metric, Published, Shown
 from ulbq.evaluation.results import Measured, ModelScores, Results, TaskScore
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from ulbq.blockwise.streamed import AnyModel
     from ulbq.evaluation.evaluated import EvaluatedModel
     from ulbq.evaluation.generative_tasks import LoadedTask
     from ulbq.evaluation.measurer import Measurer
@@ -22,10 +21,10 @@ class TasksMetric(Metric):
     section = "Tasks"
 
     def measure(
-        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]"
+        self, measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]"
     ) -> dict[str, TaskScore]:
         from ulbq.evaluation.generative import with_groups
-        from ulbq.evaluation.harness import run_tasks
+        from ulbq.evaluation.harness import run_tasks, told_apart
 
         measures, scores = measurer.measures, dict[str, TaskScore]()
         if (tasks := measures.tasks) is not None:
@@ -41,7 +40,9 @@ class TasksMetric(Metric):
                     label=candidate.name,
                 )
 
-            scores = measurer.step(f"{candidate.name}: tasks", dict[str, TaskScore], run)
+            scores = measurer.score(
+                candidate, "tasks", dict[str, TaskScore], run, of=lambda: told_apart(tasks, measures.limit)
+            )
         if measures.generative is not None:
             answered = {one.task.name: _answered(measurer, candidate, model, one) for one in measures.generative.tasks}
             scores |= with_groups(answered, measures.generative.groups)
@@ -58,32 +59,40 @@ class TasksMetric(Metric):
         documents = "all documents" if limit is None else f"the first {limit:,} documents"
         examples = "as many examples as each task says" if fewshot is None else f"{fewshot} examples"
         of_lm_eval = f"Tasks: lm-eval, {documents}, {examples} in the prompt; ± is the standard error."
-        return [of_lm_eval] * any(score.writing is None for score in tasks) + _writing_notes(results, documents)
+        notes = [of_lm_eval] * any(score.writing is None for score in tasks) + _writing_notes(results, documents)
+        scored = {scores.subject.name for scores in results.models if scores.tasks}
+        beside = ["In brackets: the difference from the full-precision parent."] * bool(scored & results.parents)
+        known = any(one.chance is not None for score in tasks for one in score.metrics.values())
+        return [*notes, *beside, *["Chance: what guessing scores."] * known]
 
     def figure(self, results: Results) -> Figure | None:
         drawing = figures.task_figure(results)
-        caption = "Higher is better; the lines are one standard error to either side."
+        caption = "Higher is better; the lines are one standard error to either side, dashed ones what guessing scores."
         return Figure("Tasks", caption, drawing, legend=True) if drawing else None
 
 
 def _answered(
-    measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], PreTrainedModel]", loaded: "LoadedTask"
+    measurer: "Measurer", candidate: "EvaluatedModel", model: "Callable[[], AnyModel]", loaded: "LoadedTask"
 ) -> TaskScore:
     from ulbq.evaluation.generative import Answered, run_generative
+
+    template = measurer.request.template or candidate.template
+    new_tokens = measurer.request.max_new_tokens or loaded.task.new_tokens
 
     def answer() -> Answered:
         return run_generative(
             model(),
             candidate.source.tokenizer(),
             loaded,
-            template=measurer.request.template or candidate.template,
-            new_tokens=measurer.request.max_new_tokens,
+            template=template,
+            new_tokens=new_tokens,
             batch_size=measurer.request.batch_size,
             progress=measurer.progress,
             label=candidate.name,
         )
 
-    found = measurer.step(f"{candidate.name}: {loaded.task.name}", Answered, answer)
+    asked = [template, new_tokens, *([one.question, one.expected] for one in loaded.documents)]
+    found = measurer.score(candidate, loaded.task.name, Answered, answer, of=lambda: asked)
     measurer.samples += [(candidate.name, sample) for sample in found.samples]
     return found.score
 
@@ -91,7 +100,8 @@ def _answered(
 def _shown(task: str, metric: str, score: TaskScore, found: Measured) -> Shown:
     extent = f"{score.samples:,} document{'s' * (score.samples != 1)}"
     published = Published(f"{task}, {metric}", task, metric, extent)
-    return Shown(f"{task} {metric}", found.value, found.text, found.better, published=published)
+    name, better = f"{task} {metric}", found.better
+    return Shown(name, found.value, found.text, better, published=published, chance=found.chance, delta="+.4f")
 
 
 def _writing_notes(results: Results, documents: str) -> list[str]:

@@ -1,23 +1,21 @@
 """What a target of ``convert`` is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from ulbq.config.run import DtypeName
 from ulbq.export.dense import shard_names
 from ulbq.export.fit import Candidate
 from ulbq.export.rules import Reader
 from ulbq.models.blocks import skeleton
 from ulbq.models.skeleton import auto_class
 from ulbq.models.source import ModelSource
-
-Dtype = Literal["fp16", "bf16", "fp32"]
-DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 FULL_PRECISION = "it is in full precision, or quantized by another tool, and this target takes artifacts"
 """Why a target that takes packed layers alone does not take a model without any."""
@@ -38,7 +36,7 @@ class Conversion:
 
     source: ModelSource
     candidate: Candidate
-    dtype: Dtype
+    dtype: DtypeName
     keeps: bool = False
     merge_adapter: bool = False
     untie: bool = False
@@ -55,6 +53,7 @@ class Written:
         saved: bits less than in the artifact, by part of its accounting.
         warning: what whoever loads it should know.
         bits: that the artifact's packed layers take now; None where they are all dense.
+        tables: names of the packed tables and heads that are still packed.
     """
 
     stored: str
@@ -62,6 +61,7 @@ class Written:
     saved: Mapping[str, int] = field(default_factory=dict)
     warning: str | None = None
     bits: int | None = None
+    tables: Collection[str] = ()
 
 
 class Target(ABC):
@@ -121,7 +121,7 @@ class Target(ABC):
         """Look at what else a model must have, before anything is written. Raises InputError; returns a warning."""
         return None
 
-    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+    def dtype(self, source: ModelSource, asked: DtypeName | None) -> DtypeName:
         """That of the tensors that are not packed: what was asked for, else the artifact's own. Raises UsageError."""
         return asked or ("fp16" if source.config.dtype in (torch.float16, "float16") else "bf16")
 

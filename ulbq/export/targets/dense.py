@@ -7,11 +7,12 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from ulbq.config.run import DtypeName
 from ulbq.export import dense, packed
 from ulbq.export.dense import open_again
 from ulbq.export.fit import Candidate
 from ulbq.export.rules import AUTO_MODEL, SGLANG, VLLM, Reader
-from ulbq.export.targets.base import Conversion, Dtype, Target, Written, layer_reason
+from ulbq.export.targets.base import Conversion, Target, Written, layer_reason
 from ulbq.models.source import ModelSource
 
 
@@ -22,7 +23,7 @@ class DenseTarget(Target):
     keeps = True
     merges = True
     readers: ClassVar = {
-        "transformers": Reader(AUTO_MODEL, rank=2),
+        "transformers": Reader(AUTO_MODEL, rank=3),
         "vllm": Reader(VLLM, "GPU", 2),
         "vllm-cpu": Reader(VLLM, "CPU", 2),
         "sglang": Reader(SGLANG, "GPU", 2),
@@ -34,7 +35,7 @@ class DenseTarget(Target):
     def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
         return packed.bits(candidate, packed.dense_bits)
 
-    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+    def dtype(self, source: ModelSource, asked: DtypeName | None) -> DtypeName:
         return asked or "bf16"
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:

@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from ulbq import __version__
+from ulbq import __version__, formats
 from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.config.run import DtypeName
 from ulbq.export import packed, rules
 from ulbq.export.dense import open_again
 from ulbq.export.fit import Candidate
 from ulbq.export.rules import Obstacle, Reader
-from ulbq.export.targets.base import Conversion, Dtype, Target, Written
+from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.formats import AnyScheme, TrellisScheme, trellis
 from ulbq.models import exl3
 from ulbq.models.load import load_model
@@ -41,7 +42,7 @@ def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
 
 def stored_bits(scheme: AnyScheme, shape: tuple[int, int]) -> int:
     """What :func:`encode` makes of a layer ``(out, in)``: what the artifact has, and one word for the code."""
-    return sum(spec.bits for spec in scheme.tensors(*shape).values()) + 32
+    return formats.total_bits(scheme, shape) + 32
 
 
 def encode(scheme: AnyScheme, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -103,7 +104,7 @@ class Exl3Target(Target):
     def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
         return packed.bits(candidate, stored_bits)
 
-    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+    def dtype(self, source: ModelSource, asked: DtypeName | None) -> DtypeName:
         return asked or "fp16"
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:

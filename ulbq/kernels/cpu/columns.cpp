@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include "codebooks.h"
+#include "linear.h"
 
 namespace ulbq {
 
@@ -87,47 +88,70 @@ inline __attribute__((always_inline)) void look_up(const Lookup& one, const uint
     look_up<2>(one, codes, row_bytes, bytes, table, sum);
 }
 
-// Outputs begin to begin + 256 of one row.
-inline void block(const Columns& w, const Lookup* all, int64_t count, const float* tables, int64_t begin, float* result) {
+// Adds some lookups, from `from` to `to`, of `Parts` times 64 outputs from `begin` on, as their lanes are.
+template <int Parts>
+inline void add(const Columns& w, const Lookup* all, int64_t from, int64_t to, const float* tables, int64_t begin, __m512 (&total)[Parts][4]) {
     const int64_t row_bytes = w.outs / 8;
     const uint8_t* codes = w.codes + begin / 8;
-    const bool whole = begin + kBlock <= w.outs;
-    std::memset(result, 0, kBlock * sizeof(float));
-    for (int64_t from = 0; from < count; from += kFlush) {
-        __m512 sum[kBlock / 64][4] = {};
-        const int64_t to = from + kFlush < count ? from + kFlush : count;
-        for (int64_t index = from; index < to; ++index) {
-            if (whole) {
-#pragma GCC unroll 4
-                for (int part = 0; part < kBlock / 64; ++part) {
-                    look_up(all[index], codes + 8 * part, row_bytes, 8, tables + 16 * index, sum[part]);
-                }
-                continue;
-            }
-            for (int part = 0; part < kBlock / 64; ++part) {
-                const int64_t left = row_bytes - begin / 8 - 8 * part;
-                if (left > 0) look_up(all[index], codes + 8 * part, row_bytes, left < 8 ? left : 8, tables + 16 * index, sum[part]);
-            }
+    const bool whole = begin + 64 * Parts <= w.outs;
+    __m512 sum[Parts][4] = {};
+    for (int64_t index = from; index < to; ++index) {
+        // Planes lie where no processor guesses the next: those of the same lookup of the next ones are fetched.
+        for (int bit = 0; bit < all[index].bits; ++bit) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + (all[index].plane[bit] + kFlush) * row_bytes), _MM_HINT_T0);
         }
-        for (int part = 0; part < kBlock / 64; ++part) {
-            for (int s = 0; s < 4; ++s) {
-                float lane[16];
-                _mm512_storeu_ps(lane, sum[part][s]);
-                for (int l = 0; l < 16; ++l) result[64 * part + 4 * l + s] += lane[l];
+        if (whole) {
+#pragma GCC unroll 4
+            for (int part = 0; part < Parts; ++part) {
+                look_up(all[index], codes + 8 * part, row_bytes, 8, tables + 16 * index, sum[part]);
             }
+            continue;
+        }
+        for (int part = 0; part < Parts; ++part) {
+            const int64_t left = row_bytes - begin / 8 - 8 * part;
+            if (left > 0) look_up(all[index], codes + 8 * part, row_bytes, left < 8 ? left : 8, tables + 16 * index, sum[part]);
+        }
+    }
+    for (int part = 0; part < Parts; ++part) {
+        for (int s = 0; s < 4; ++s) total[part][s] = _mm512_add_ps(total[part][s], sum[part][s]);
+    }
+}
+
+// `Parts` times 64 outputs in their order.
+template <int Parts>
+inline void straighten(const __m512 (&total)[Parts][4], float* result) {
+    for (int part = 0; part < Parts; ++part) {
+        for (int s = 0; s < 4; ++s) {
+            float lane[16];
+            _mm512_storeu_ps(lane, total[part][s]);
+            for (int l = 0; l < 16; ++l) result[64 * part + 4 * l + s] = lane[l];
         }
     }
 }
 
-// Outputs begin to begin + 256 of one place.
-inline void finish(const Columns& w, const Routes& routes, int64_t place, int64_t begin, const void* x, int type,
+// `Halves` times `Parts` times 64 outputs from `begin` on of one row. Halves take turns, so that what one has brought
+// into the cache serves the other.
+template <int Parts, int Halves = 1>
+inline void block(const Columns& w, const Lookup* all, int64_t count, const float* tables, int64_t begin, float* result) {
+    __m512 total[Halves][Parts][4] = {};
+    for (int64_t from = 0; from < count; from += kFlush) {
+        const int64_t to = from + kFlush < count ? from + kFlush : count;
+        for (int half = 0; half < Halves && begin + 64 * Parts * half < w.outs; ++half) {
+            add(w, all, from, to, tables, begin + 64 * Parts * half, total[half]);
+        }
+    }
+    for (int half = 0; half < Halves; ++half) straighten(total[half], result + 64 * Parts * half);
+}
+
+// `size` outputs from `begin` on of one place.
+inline void finish(const Columns& w, const Routes& routes, int64_t place, int64_t begin, int64_t size, const void* x, int type,
                    float* result, void* y) {
-    for (int64_t out = 0; w.starts && out < kBlock && begin + out < w.outs; ++out) {
+    for (int64_t out = 0; w.starts && out < size && begin + out < w.outs; ++out) {
         for (int32_t index = w.starts[begin + out]; index < w.starts[begin + out + 1]; ++index) {
             result[out] += w.deltas[index] * value(x, type, routes.input(place) * w.columns + w.outlier_columns[index]);
         }
     }
-    for (int64_t out = 0; out < kBlock; out += 16) {
+    for (int64_t out = 0; out < size; out += 16) {
         const __m512 sixteen = _mm512_load_ps(result + out);
         store_floats(y, type, routes.output(place) * w.outs + begin + out, first(w.outs - begin - out), sixteen);
     }
@@ -162,8 +186,8 @@ void multiply(const Columns* matrices, const Routes& routes, const void* x, int 
                         const int64_t place = routes.begin(job) + row;
                         if (place >= routes.end(job)) continue;
                         const float* own = tables.get() + (place - begin) * count * 16;
-                        block(matrices[job], all.get(), count, own, at * kBlock, result.get());
-                        finish(matrices[job], routes, place, at * kBlock, x, type, result.get(), y);
+                        block<kBlock / 64>(matrices[job], all.get(), count, own, at * kBlock, result.get());
+                        finish(matrices[job], routes, place, at * kBlock, kBlock, x, type, result.get(), y);
                     }
                 }
             }
@@ -171,9 +195,57 @@ void multiply(const Columns* matrices, const Routes& routes, const void* x, int 
     }
 }
 
+// Codebooks and one row.
+struct ColumnsLinear : Linear {
+    ColumnsLinear(const Columns& w, const int64_t (&counts)[4], const float* bias)
+        : Linear(w.outs, w.columns, bias), counts{counts[0], counts[1], counts[2], counts[3]}, w(w) {
+        this->w.counts = this->counts;
+        places.resize(w.columns);
+        places.resize(lookups(this->w, places.data()));
+        places.shrink_to_fit();
+    }
+
+    int64_t scratch() const override { return 16 * static_cast<int64_t>(places.size()); }
+
+    void multiply(const float* x, float* y, Own&, float* tables) const override {
+        const int64_t count = static_cast<int64_t>(places.size());
+#pragma omp for schedule(static)
+        for (int64_t index = 0; index < count; ++index) fill_table(w, places[index], x, kFloat32, 0, tables + 16 * index);
+        // Few outputs in small pieces, so that each thread gets some.
+        outs < 8 * kBlock ? blocks<1, 1>(x, tables, y) : blocks<kBlock / 64, 2>(x, tables, y);
+    }
+
+  private:
+    template <int Parts, int Halves>
+    void blocks(const float* x, const float* tables, float* y) const {
+        constexpr int64_t kSize = 64 * Parts * Halves;
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t begin = 0; begin < outs; begin += kSize) {
+            alignas(64) float result[kSize];
+            block<Parts, Halves>(w, places.data(), static_cast<int64_t>(places.size()), tables, begin, result);
+            finish(w, lone, 0, begin, kSize, x, kFloat32, result, y);
+            for (int64_t at = begin; bias && at < begin + kSize && at < outs; at += 16) put(y, at, load(y + at, first(outs - at)));
+        }
+    }
+
+    const int64_t counts[4];
+    Columns w;
+    std::vector<Lookup> places;
+    const Routes lone{1};
+};
+
 }  // namespace ulbq
 
 using namespace ulbq;
+
+// A matrix for ulbq_decode.
+extern "C" void ulbq_columns_linear(const uint8_t* codes, int64_t outs, int64_t columns, const int64_t* counts,
+                                    const uint16_t* levels, const int32_t* order, const int32_t* starts,
+                                    const int32_t* outlier_columns, const float* deltas, const float* bias,
+                                    const Linear** made) {
+    const int64_t own[4] = {counts[0], counts[1], counts[2], counts[3]};
+    *made = new ColumnsLinear({codes, outs, columns, counts, levels, order, starts, outlier_columns, deltas}, own, bias);
+}
 
 // y [rows][outs] = x [rows][columns] times the matrix, in the type of x. Eight divides outs.
 extern "C" void ulbq_columns(const uint8_t* codes, int64_t outs, int64_t columns, const int64_t* counts,

@@ -12,7 +12,7 @@
 namespace ulbq {
 
 constexpr int kPairs = kChunk / 2;
-constexpr int64_t kRows = 192;  // rows that pass over widened codes; their results stay in the second cache
+constexpr int64_t kRows = 64;  // rows that pass over widened codes; what they take stays in the first cache
 
 // Rows of bfloat16 in the order of the matrix, and the sums of their units.
 struct Rows {
@@ -27,16 +27,19 @@ struct Rows {
 
     // Row `from` of x, the columns of each step of a tile: the first and third, the second and fourth.
     void take_steps(const uint16_t* x, int64_t from, int64_t row) {
+        const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            uint16_t* to = values.get() + (chunk * rows + row) * kChunk;
-            float total[2] = {0.0f, 0.0f};
-            for (int64_t index = 0; index < kChunk; ++index) {
-                const int64_t column = chunk * kChunk + index;
-                const uint16_t value = column < columns ? x[from * columns + column] : 0;
-                to[index / 4 * 4 + index % 2 * 2 + index / 2 % 2] = value;
-                total[index / unit] += as_float(value);
+            float total[2];
+            for (int64_t half = 0; half < 2; ++half) {
+                const int64_t column = chunk * kChunk + 32 * half, left = columns - column;
+                const __mmask32 mask = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
+                const __m512i some = _mm512_maskz_loadu_epi16(mask, x + from * columns + column);
+                const __m512i ordered = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(some, _MM_PERM_DBCA), _MM_PERM_DBCA);
+                _mm512_store_si512(values.get() + (chunk * rows + row) * kChunk + 32 * half, ordered);
+                total[half] = _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)some, ones));
             }
-            for (int64_t which = 0; which < units; ++which) sums[(chunk * rows + row) * units + which] = total[which];
+            if (units == 1) total[0] += total[1];
+            std::memcpy(sums.get() + (chunk * rows + row) * units, total, units * sizeof(float));
         }
     }
 
@@ -50,14 +53,6 @@ struct Rows {
     const int64_t rows, columns, chunks, unit, units;
     const Buffer<uint16_t> values;
     const Buffer<float> sums;
-
-  private:
-    static float as_float(uint16_t half) {
-        const uint32_t bits = static_cast<uint32_t>(half) << 16;
-        float value;
-        std::memcpy(&value, &bits, 4);
-        return value;
-    }
 };
 
 // What becomes of a unit's products before they join the results.

@@ -2,9 +2,14 @@
 
 #include <omp.h>
 
+#include <cmath>
+
+#include "linear.h"
 #include "tiles.h"
 
 namespace ulbq {
+
+constexpr int64_t kAhead = 4096;  // bytes that are fetched before their turn
 
 // The integer dot products of one tile and `Rows` rows over `Count` columns of a chunk, as floats: in units of factors.
 template <int Bits, int Digits, int Rows, int Count>
@@ -89,6 +94,8 @@ template <int Bits, int Digits>
 void multiply_tile(const Tiles& w, const Activations<Digits>& x, int64_t tile, int64_t begin, int64_t end, float* result) {
     std::memset(result, 0, (end - begin) * kTile * sizeof(float));
     for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
+        const uint8_t* ahead = w.chunk(tile, chunk, 0) + kAhead;
+        for (int64_t line = 0; line < w.parts * w.chunk_bytes(); line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
         int64_t row = begin;
         float* to = result;
         if (Digits == 2) {
@@ -189,9 +196,133 @@ void widen(const Tiles& w, int64_t begin, int64_t count, void* dense, int type, 
     }
 }
 
+// Tiles and one row.
+template <int Bits, int Digits>
+struct TilesLinear : Linear {
+    TilesLinear(const Tiles& w, const float* bias) : Linear(w.outs, w.columns, bias), w(w) {}
+
+    void multiply(const float* x, float* y, Own& own, float*) const override {
+        each_tile(own.rounded<Digits>(x, columns, w.unit()), [&](int64_t at, __m512 value) { put(y, at, value); });
+    }
+
+  protected:
+    template <class Put>
+    void each_tile(const Activations<Digits>& rounded, const Put& put_sixteen) const {
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t tile = 0; tile < w.tiles(); ++tile) {
+            alignas(64) float result[kTile];
+            multiply_tile<Bits>(w, rounded, tile, 0, 1, result);
+            for (int64_t out = 0; out < kTile; out += 16) put_sixteen(tile * kTile + out, _mm512_load_ps(result + out));
+        }
+    }
+
+    const Tiles w;
+};
+
+// What a mixture of scales has beside its signs, all float16; router and zeros may be null.
+struct Mixture {
+    const uint16_t *in_scales, *out_scales, *router, *zeros;
+    int64_t experts;
+    bool zeros_of_inputs;
+
+    // A row of vectors [experts][width], each with its share.
+    __m512 mix(const uint16_t* vectors, int64_t width, const float* shares, int64_t at) const {
+        const __mmask16 mask = first(width - at);
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t expert = 0; expert < experts; ++expert) {
+            sum = _mm512_fmadd_ps(all(shares[expert]), load_floats(vectors, kFloat16, expert * width + at, mask), sum);
+        }
+        return sum;
+    }
+
+    // The softmax of what the router makes of x.
+    std::vector<float> shares(const float* x, int64_t columns) const {
+        std::vector<float> found(experts, 1.0f);
+        if (!router) return found;
+        float most = -INFINITY, total = 0.0f;
+        for (int64_t expert = 0; expert < experts; ++expert) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t at = 0; at < columns; at += 16) {
+                const __mmask16 mask = first(columns - at);
+                sum = _mm512_fmadd_ps(load_floats(router, kFloat16, expert * columns + at, mask), load(x + at, mask), sum);
+            }
+            found[expert] = _mm512_reduce_add_ps(sum);
+            most = found[expert] > most ? found[expert] : most;
+        }
+        for (float& share : found) total += share = std::exp(share - most);
+        for (float& share : found) share /= total;
+        return found;
+    }
+};
+
+// Signs in tiles between mixed scales, and one row.
+template <int Digits>
+struct SignsLinear : TilesLinear<1, Digits> {
+    SignsLinear(const Tiles& w, const float* bias, const Mixture& mixture) : TilesLinear<1, Digits>(w, bias), mixture(mixture) {}
+
+    void multiply(const float* x, float* y, Own&, float*) const override {
+        const int64_t columns = this->columns, outs = this->outs;
+        const std::vector<float> shares = mixture.shares(x, columns);
+        const Buffer<float> scaled = buffer<float>(columns);
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t at = 0; at < columns; at += 16) {
+            const __mmask16 mask = first(columns - at);
+            const __m512 value = _mm512_mul_ps(load(x + at, mask), mixture.mix(mixture.in_scales, columns, shares.data(), at));
+            _mm512_mask_storeu_ps(scaled.get() + at, mask, value);
+            const __m512 zero = mixture.zeros_of_inputs ? load_floats(mixture.zeros, kFloat16, at, mask) : all(1.0f);
+            sum = _mm512_fmadd_ps(value, zero, sum);
+        }
+        const __m512 total = all(mixture.zeros ? _mm512_reduce_add_ps(sum) : 0.0f);
+        Activations<Digits> rounded(1, columns, this->w.unit());
+        rounded.round_row(scaled.get(), kFloat32, 0, 0);
+        this->each_tile(rounded, [&](int64_t at, __m512 value) {
+            const bool by_output = mixture.zeros && !mixture.zeros_of_inputs;
+            const __m512 zero = by_output ? load_floats(mixture.zeros, kFloat16, at, first(outs - at)) : all(1.0f);
+            const __m512 outer = mixture.mix(mixture.out_scales, outs, shares.data(), at);
+            this->put(y, at, _mm512_mul_ps(_mm512_fmadd_ps(total, zero, value), outer));
+        });
+    }
+
+    const Mixture mixture;
+};
+
+template <int Bits>
+const Linear* linear(const Tiles& w, const float* bias, bool exact) {
+    if (exact) return new TilesLinear<Bits, 3>(w, bias);
+    return new TilesLinear<Bits, 2>(w, bias);
+}
+
 }  // namespace ulbq
 
 using ulbq::Tiles;
+
+// A matrix for ulbq_decode; `exact` inputs are rounded to 24 bits of their largest, others to 16.
+extern "C" void ulbq_tiles_linear(const uint8_t* codes, int bits, int parts, int64_t outs, int64_t columns,
+                                  const uint16_t* scales, const uint8_t* zeros, float centre, int64_t group,
+                                  const float* bias, int exact, const ulbq::Linear** made) {
+    const Tiles w(codes, bits, parts, outs, columns, scales, zeros, centre, group);
+    switch (bits) {
+        case 1: *made = ulbq::linear<1>(w, bias, exact); return;
+        case 2: *made = ulbq::linear<2>(w, bias, exact); return;
+        case 3: *made = ulbq::linear<3>(w, bias, exact); return;
+        case 4: *made = ulbq::linear<4>(w, bias, exact); return;
+    }
+}
+
+// The same of signs with scales that a router mixes (formats/binary_mos.py); zeros [outs], or [columns], or null.
+extern "C" void ulbq_signs_linear(const uint8_t* codes, int bits, int parts, int64_t outs, int64_t columns,
+                                  const uint16_t* scales, const uint8_t* none, float centre, int64_t group,
+                                  const float* bias, const uint16_t* in_scales, const uint16_t* out_scales,
+                                  const uint16_t* router, const uint16_t* zeros, int64_t experts, int zeros_of_inputs,
+                                  int exact, const ulbq::Linear** made) {
+    const Tiles w(codes, bits, parts, outs, columns, scales, none, centre, group);
+    const ulbq::Mixture mixture{in_scales, out_scales, router, zeros, experts, zeros_of_inputs != 0};
+    if (exact) {
+        *made = new ulbq::SignsLinear<3>(w, bias, mixture);
+    } else {
+        *made = new ulbq::SignsLinear<2>(w, bias, mixture);
+    }
+}
 
 // y [rows][outs] = x [rows][columns] times the matrix, in the type of x.
 extern "C" void ulbq_multiply(const uint8_t* codes, int bits, int parts, int64_t outs, int64_t columns,

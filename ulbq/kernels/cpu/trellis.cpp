@@ -10,8 +10,8 @@
 
 #include <cmath>
 
+#include "linear.h"
 #include "routes.h"
-#include "vectors.h"
 
 namespace ulbq::trellis {
 
@@ -35,9 +35,13 @@ constexpr int kFirst[4] = {0, 1, 8, 9};
 
 inline __m512i all16(int value) { return _mm512_set1_epi16(static_cast<short>(value)); }
 
-// 16 bits of each pair of units `high`, `low` that end `count` bits behind the first one.
+// 16 bits of each pair of units `high`, `low` that end `count` bits, at most 15, behind the first one.
 inline __m512i window(__m512i high, __m512i low, __m512i count) {
+#ifdef __AVX512VBMI2__
+    return _mm512_shldv_epi16(high, low, count);
+#else
     return _mm512_or_si512(_mm512_sllv_epi16(high, count), _mm512_srlv_epi16(low, _mm512_sub_epi16(all16(16), count)));
+#endif
 }
 
 // Which of up to 64 units each lane takes, by a rule of the lane's thread; units lie in words, the lower half behind.
@@ -533,15 +537,17 @@ inline void hadamard(float* block, int64_t width) {
 }
 
 // Each of `count` blocks becomes a sum of all, weighted by a row of `mix`.
+inline __m512 mixed(const float* mix, const float* blocks, int64_t count, int64_t block, int64_t i, int64_t at) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < count; ++j) {
+        sum = _mm512_fmadd_ps(all(mix[i * count + j]), _mm512_load_ps(blocks + j * block + at), sum);
+    }
+    return sum;
+}
+
 inline void mix_blocks(const float* mix, const float* blocks, int64_t count, int64_t block, float* to) {
     for (int64_t i = 0; i < count; ++i) {
-        for (int64_t at = 0; at < block; at += 16) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t j = 0; j < count; ++j) {
-                sum = _mm512_fmadd_ps(all(mix[i * count + j]), _mm512_load_ps(blocks + j * block + at), sum);
-            }
-            _mm512_store_ps(to + i * block + at, sum);
-        }
+        for (int64_t at = 0; at < block; at += 16) _mm512_store_ps(to + i * block + at, mixed(mix, blocks, count, block, i, at));
     }
 }
 
@@ -595,6 +601,65 @@ struct Turn {
     }
 };
 
+// One end of a product of one row, by a team: each thread turns all blocks, which is little work, and mixes some.
+struct Side {
+    int64_t width, block;
+    const float* mix;
+    const uint16_t *before, *after;
+
+    // Calls `put` with sixteen of the results at a time; behind the loop there is no barrier.
+    template <class Put>
+    void run(const float* x, const Put& put) const {
+        const Buffer<float> turned = buffer<float>(width);
+        for (int64_t at = 0; at < width; at += 16) {
+            __m512 some = _mm512_loadu_ps(x + at);
+            if (before) some = _mm512_mul_ps(some, load_floats(before, kFloat16, at, 0xffff));
+            _mm512_store_ps(turned.get() + at, some);
+        }
+        for (int64_t at = 0; at < width; at += block) hadamard(turned.get() + at, block);
+        const __m512 norm = all(1.0f / std::sqrt(static_cast<float>(block)));
+        const int64_t count = width / block;
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t at = 0; at < block; at += 16) {
+                const int64_t place = i * block + at;
+                __m512 some = mix ? mixed(mix, turned.get(), count, block, i, at) : _mm512_load_ps(turned.get() + place);
+                some = _mm512_mul_ps(some, norm);
+                if (after) some = _mm512_mul_ps(some, load_floats(after, kFloat16, place, 0xffff));
+                put(place, some);
+            }
+        }
+    }
+};
+
+// Trellis codes and one row.
+template <class Of, int Parts>
+struct TrellisLinear : Linear {
+    TrellisLinear(const Of& product, const uint8_t* codes, const Side& in, const Side& out, const float* bias)
+        : Linear(out.width, in.width, bias), product(product), codes(codes), in(in), out(out) {}
+
+    int64_t scratch() const override { return (columns + outs + 31) / 16 * 16; }
+
+    void multiply(const float* x, float* y, Own&, float* shared) const override {
+        float *inner = shared, *found = shared + (columns + 15) / 16 * 16;
+        in.run(x, [&](int64_t at, __m512 value) { _mm512_storeu_ps(inner + at, value); });
+#pragma omp barrier
+        Inputs<Of::kSteps, Parts> rounded(inner, 1, columns);
+        rounded.round_row(0);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t unit = 0; unit < outs; unit += kUnit) {
+            alignas(64) float result[Of::kGroups * 32];
+            product.template multiply_unit<Parts>(codes, rounded, unit, 0, 1, result, found);
+        }
+        out.run(found, [&](int64_t at, __m512 value) { put(y, at, value); });
+    }
+
+  private:
+    const Of product;
+    const uint8_t* const codes;
+    const Side in, out;
+};
+
 }  // namespace ulbq::trellis
 
 using namespace ulbq;
@@ -637,6 +702,22 @@ extern "C" void ulbq_trellis_each(const int64_t* table, int bits, int state_bits
         return {place, routes.output(place), nullptr, vector(place, 2)};
     };
     Turn{outs, out_block, out_mix}.run(found.get(), kFloat32, y, type, places, leaving, threads);
+}
+
+// A matrix for ulbq_decode, with vectors and transforms as of ulbq_trellis_each.
+extern "C" void ulbq_trellis_linear(const uint8_t* codes, int bits, int state_bits, uint32_t multiplier, float scale, float shift,
+                                    int64_t outs, int64_t columns, const uint16_t* su, const uint16_t* sv, int64_t in_block,
+                                    const float* in_mix, int64_t out_block, const float* out_mix, const float* bias, int parts,
+                                    const Linear** made) {
+    const Side in{columns, in_block, in_mix, su, nullptr}, out{outs, out_block, out_mix, nullptr, sv};
+    by_bits({codes, outs, columns, multiplier, state_bits, scale, shift}, bits, [&](const auto& product) {
+        using Of = std::decay_t<decltype(product)>;
+        if (parts == 1) {
+            *made = new TrellisLinear<Of, 1>(product, codes, in, out, bias);
+        } else {
+            *made = new TrellisLinear<Of, 2>(product, codes, in, out, bias);
+        }
+    });
 }
 
 // dense [columns][count]: the inner matrix's rows `begin` to `begin + count`, transposed; both are multiples of 32, or the

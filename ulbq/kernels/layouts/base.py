@@ -10,6 +10,7 @@ from ulbq.formats import AnyScheme
 from ulbq.kernels import ops
 from ulbq.kernels.banks import Bank
 from ulbq.kernels.ops.dense import Dense
+from ulbq.kernels.product import Product
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -83,12 +84,29 @@ class Layout:
         stored = self.unpack(scheme, tensors, out_features, in_features)
         return formats.matrix(scheme, stored, in_features, dtype)
 
+    def picked(self, scheme: AnyScheme, tensors: Tensors, chosen: torch.Tensor, in_features: int) -> Tensors:
+        """Rows of an affine matrix, int64 ``[n]`` their numbers, as the stored tensors of a symmetric one have them."""
+        return {"codes": tensors["codes"][:, chosen], "scales": tensors["scales"][chosen]}
+
     def prefers_dense(self, x: torch.Tensor) -> bool:
         """Whether one who kept the dense weight does better with it than :meth:`multiply` does."""
         return True
 
     def bank(self, scheme: AnyScheme) -> type[Bank] | None:
         """What multiplies several of its matrices in one call; None for nothing."""
+        return None
+
+    def product(
+        self, scheme: Any, tensors: Tensors, shape: tuple[int, int], bias: torch.Tensor | None, *, exact: bool
+    ) -> Product | None:
+        """What tokens are multiplied with (:mod:`ulbq.kernels.decode`); None for nothing.
+
+        Args:
+            scheme, tensors: of the matrix, as for :meth:`multiply`.
+            shape: its outputs and inputs.
+            bias: float32 ``[out]``, or None.
+            exact: inputs are rounded to 24 bits of their largest, not to 16.
+        """
         return None
 
     def multiply(self, scheme: AnyScheme, tensors: Tensors, x: torch.Tensor, out_features: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from ulbq.formats import AnyScheme, CodebookScheme
 from ulbq.kernels import build, columns
 from ulbq.kernels.banks import Bank, ColumnsBank
 from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
+from ulbq.kernels.product import Product
 from ulbq.kernels.tiles import FLOATS
 
 
@@ -35,6 +36,11 @@ class ColumnsLayout(Layout):
 
     def bank(self, scheme: AnyScheme) -> type[Bank] | None:
         return ColumnsBank
+
+    def product(
+        self, scheme: AnyScheme, tensors: Tensors, shape: tuple[int, int], bias: torch.Tensor | None, *, exact: bool
+    ) -> Product | None:
+        return columns.product(scheme, tensors, shape, bias) if isinstance(scheme, CodebookScheme) else None
 
     def prefers_dense(self, x: torch.Tensor) -> bool:
         return not (x.dtype in FLOATS and x.numel() <= columns.FEW_ROWS * x.shape[-1])

@@ -6,6 +6,7 @@ from ulbq.formats import AnyScheme, BinaryMosScheme
 from ulbq.kernels import build, tiles
 from ulbq.kernels.banks import Bank, TilesBank
 from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
+from ulbq.kernels.product import Product
 
 # What a mixture has beside its signs, and keeps as it is.
 _BESIDE = ("in_scales", "out_scales", "router", "zeros")
@@ -39,9 +40,21 @@ class TilesLayout(Layout):
         found = {**tensors, **tiles.unpack(scheme, tensors, out_features, in_features)}
         return super().unpack(scheme, found, out_features, in_features)
 
+    def picked(self, scheme: AnyScheme, tensors: Tensors, chosen: torch.Tensor, in_features: int) -> Tensors:
+        kinds, places = (chosen // tiles.TILE).unique(return_inverse=True)
+        some = tiles.unpack(
+            scheme, {name: tensor[kinds] for name, tensor in tensors.items()}, len(kinds) * tiles.TILE, in_features
+        )
+        return super().picked(scheme, some, places * tiles.TILE + chosen % tiles.TILE, in_features)
+
     def bank(self, scheme: AnyScheme) -> type[Bank] | None:
         # What goes around the signs of BinaryMoS, a router and two scales a matrix, takes more calls than they do.
         return None if isinstance(scheme, BinaryMosScheme) else TilesBank
+
+    def product(
+        self, scheme: AnyScheme, tensors: Tensors, shape: tuple[int, int], bias: torch.Tensor | None, *, exact: bool
+    ) -> Product:
+        return tiles.product(scheme, tensors, shape, bias, exact=exact)
 
     def prefers_dense(self, x: torch.Tensor) -> bool:
         return not (x.dtype in tiles.FLOATS and x.numel() < tiles.MANY_ROWS * x.shape[-1])

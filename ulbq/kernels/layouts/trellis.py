@@ -6,6 +6,7 @@ from ulbq.formats import AnyScheme, TrellisScheme
 from ulbq.kernels import build, trellis
 from ulbq.kernels.banks import Bank, TrellisBank
 from ulbq.kernels.layouts.base import Case, Layout, Tensors, one_of
+from ulbq.kernels.product import Product
 from ulbq.kernels.tiles import FLOATS
 
 
@@ -33,6 +34,11 @@ class TrellisLayout(Layout):
         if not isinstance(scheme, TrellisScheme) or dtype not in FLOATS:
             return super().matrix(scheme, tensors, out_features, in_features, dtype)
         return trellis.weight(scheme, tensors["codes"], tensors["su"], tensors["sv"], dtype)
+
+    def product(
+        self, scheme: AnyScheme, tensors: Tensors, shape: tuple[int, int], bias: torch.Tensor | None, *, exact: bool
+    ) -> Product | None:
+        return trellis.product(scheme, tensors, bias, exact=exact) if isinstance(scheme, TrellisScheme) else None
 
     def prefers_dense(self, x: torch.Tensor) -> bool:
         return not (x.dtype in FLOATS and x.numel() < trellis.MANY_ROWS * x.shape[-1])

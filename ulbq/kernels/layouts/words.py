@@ -39,6 +39,10 @@ class WordsLayout(Layout):
         found = {**tensors, **words.unpack(scheme, tensors, out_features, in_features)}
         return super().unpack(scheme, found, out_features, in_features)
 
+    def picked(self, scheme: AnyScheme, tensors: Tensors, chosen: torch.Tensor, in_features: int) -> Tensors:
+        some = {name: tensor[..., chosen] for name, tensor in tensors.items() if name.startswith("word_")}
+        return words.unpack(scheme, some, len(chosen), in_features)
+
     def bank(self, scheme: AnyScheme) -> type[Bank] | None:
         # Column codebooks are several parts and outliers, each of another size in every matrix; signs as for tiles.
         kinds: dict[str, type[Bank]] = {"affine": WordsBank, "dual_binary": WordsBank, "trellis": TrellisWordsBank}

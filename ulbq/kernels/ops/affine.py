@@ -1,8 +1,9 @@
-"""Products with affine codes, in ``planes``, ``tiles`` or ``words``."""
+"""Products with affine codes, in ``planes``, ``tiles``, ``words`` or ``bytes``."""
 
 import torch
 
 from ulbq.formats import AffineScheme, affine
+from ulbq.kernels import byte_codes
 from ulbq.kernels.ops.dense import Dense, dense, named
 from ulbq.kernels.ops.operands import Operands
 
@@ -16,6 +17,8 @@ def _matrix(numbers: list[int], form: str, tensors: list[torch.Tensor], out_feat
     offsets = scheme.centre if zeros is None or form != "planes" else affine.real_zeros(zeros, scales)
 
     def slab(part: slice, dtype: torch.dtype) -> torch.Tensor:
+        if form == "bytes":
+            return byte_codes.weight(codes[part], scales[part], scheme.centre if zeros is None else zeros[part], dtype)
         some = offsets if isinstance(offsets, float) else offsets[part]
         return affine.weight(codes[:, part], scales[part], some, in_features, dtype)
 

@@ -1,8 +1,9 @@
 """What affine codes and bit planes share: a matrix in one of the forms, and products with it.
 
-A matrix comes in one of three forms: ``planes`` are the tensors as artifacts store them, on any device; ``tiles`` are
-those of :mod:`ulbq.kernels.tiles`, for the CPU; ``words`` those of :mod:`ulbq.kernels.words`, for GPUs. No product
-keeps a dense weight, or makes more of it at a time than a slab: some outputs.
+A matrix comes in one of four forms: ``planes`` are the tensors as artifacts store them, on any device; ``tiles`` are
+those of :mod:`ulbq.kernels.tiles`, for the CPU; ``words`` those of :mod:`ulbq.kernels.words`, for GPUs; ``bytes`` those
+of :mod:`ulbq.kernels.byte_codes`. No product keeps a dense weight, or makes more of it at a time than a slab: some
+outputs.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from ulbq.formats import AffineScheme, AnyScheme
-from ulbq.kernels import tiles, triton_launch, words
+from ulbq.kernels import byte_codes, tiles, triton_launch, words
 
 Slabs = Iterator[tuple[slice, torch.Tensor]]
 
-_PREFIXES = {"planes": "", "tiles": "tiled_", "words": "word_"}
+_PREFIXES = {"planes": "", "tiles": "tiled_", "words": "word_", "bytes": "byte_"}
 
 
 def named(form: str, *names: str) -> tuple[str, ...]:
@@ -30,6 +31,7 @@ class Dense(NamedTuple):
         slabs: gives slabs of the dense weight in a dtype.
         tiled: its tiles, where it lies in tiles.
         part: what the Triton kernels take, where it lies in words.
+        codes: codes, scales and zero points, where it lies in bytes.
     """
 
     out_features: int
@@ -37,6 +39,7 @@ class Dense(NamedTuple):
     slabs: Callable[[torch.dtype], Slabs]
     tiled: tuple[dict[str, torch.Tensor], tiles.Shape] | None = None
     part: triton_launch.Part | None = None
+    codes: tuple[torch.Tensor, torch.Tensor, torch.Tensor | float] | None = None
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """``[n, out]`` of inputs ``[n, in]``, in their dtype."""
@@ -44,6 +47,8 @@ class Dense(NamedTuple):
             return tiles.multiply(rows, *self.tiled)
         if self.part is not None and rows.dtype in triton_launch.FLOATS:
             return triton_launch.multiply(rows, [self.part], self.out_features)
+        if self.codes is not None and byte_codes.takes(rows):
+            return byte_codes.multiply(rows, *self.codes)
         result = rows.new_empty(len(rows), self.out_features)
         for part, weight in self.slabs(rows.dtype):
             result[:, part] = torch.nn.functional.linear(rows, weight)
@@ -87,10 +92,15 @@ def dense(
             lambda dtype: words.slabs(*tensors, out_features, in_features, part.centre, dtype),
             part=part,
         )
+    whole = None
+    if form == "bytes" and isinstance(scheme, AffineScheme):
+        codes, scales, zeros = tensors
+        whole = (codes, scales, scheme.centre if zeros is None else zeros)
     return Dense(
         out_features,
         in_features,
         lambda dtype: ((part, slab(part, dtype)) for part in _parts(out_features, in_features, dtype.itemsize)),
+        codes=whole,
     )
 
 

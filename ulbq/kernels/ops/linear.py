@@ -32,8 +32,8 @@ def packed_linear(
         tensors: the matrix, in the order of its :class:`Operands`.
         numbers: its scheme, as they tell it.
         format: of the matrix.
-        form: of the tensors: ``planes`` as stored, ``compiled`` the same for kernels that read them, ``tiles`` or
-            ``words`` as the ``pack`` of these modules says.
+        form: of the tensors: ``planes`` as stored, ``compiled`` the same for kernels that read them, ``tiles``,
+            ``words`` or ``bytes`` as the ``pack`` of these modules says.
         out_features: rows of ``Ŵ``.
 
     Returns:

@@ -18,15 +18,19 @@ class Packed(NamedTuple):
 
     Attributes:
         parts: their stored names by short name.
-        shape: of the weight, ``(out, in)``.
-        decode: the weight in float32 of those tensors, by short name. Raises ValueError where they make none.
+        shape: of the weight, ``(out, in)``, of experts in one tensor with their number before that.
+        decode: the weight of those tensors, by short name. Raises ValueError where they make none.
         label: how it is stored in a word, ``w4g128``.
+        dtype: of what ``decode`` gives.
+        floats: whether the codes are floats, as makers publish whole models.
     """
 
     parts: Mapping[str, str]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     decode: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
     label: str
+    dtype: torch.dtype = torch.float32
+    floats: bool = False
 
 
 def table(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ A layer ``[out, in]`` has ``weight_scale`` ``[out, G]``, ``[out, 1]``, or one fo
   since June 2026; before, as many whole values to a word as fit, which is another thing at 3, 5, 6 and 7 bits.
 * ``int-quantized``, ``naive-quantized``: ``weight`` int8, and ``weight_zero_point`` int8 as the scales.
 * ``float-quantized``: ``weight`` float8, with a scale for each row, for the whole, or for each block.
+* ``nvfp4-pack-quantized``, ``mxfp4-pack-quantized``, ``mxfp8-quantized``: see :mod:`ulbq.models.foreign.floats`.
 
 Older versions store act-order's ``weight_g_idx`` int32 ``[in]``. Layout and names were read from compressed-tensors
 0.20. What inputs are rounded to is no matter of weights, and is left out.
@@ -21,10 +22,14 @@ import torch
 
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.formats.streams import unpack_stream
+from ulbq.models.foreign import floats
 from ulbq.models.foreign.base import FLOATS, Packed, damaged, label_of, present, scaled, scaled_by_index, table, unread
 
 _KIND = "compressed-tensors"
-_LAYOUTS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
+_LAYOUTS = (
+    *("pack-quantized", "int-quantized", "naive-quantized", "float-quantized"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+)
 _WHOLE = ("dense", "mixed-precision")
 """What is said of a whole model of which nothing, or each layer apart, is packed."""
 _WEIGHTS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -39,14 +44,18 @@ def read(stored: LazyTensors, said: Mapping[str, Any]) -> Iterator[tuple[str, Pa
     if said.get("transform_config"):
         raise unread(stored, _KIND, "with transforms")
     asked = [weights for one in schemes if isinstance(weights := one.get("weights"), dict)]
-    for name in sorted(stored.names):
-        prefix = name.removesuffix("weight_scale")
-        if prefix == name:
+    for scales in sorted(stored.names):
+        prefix = scales.removesuffix("weight_scale")
+        if prefix == scales:
+            continue
+        name = f"{prefix}weight"
+        words = stored.dtype(f"{name}_packed") if f"{name}_packed" in stored.names else None
+        if torch.uint8 in (words, stored.dtype(scales)):
+            yield name, floats.beside(stored, name, _KIND)
             continue
         shorts = ("weight_scale", "weight_packed", "weight", "weight_zero_point", "weight_g_idx", "weight_shape")
-        parts = present(stored, prefix, *shorts)
-        make = _packed if "weight_packed" in parts else _plain
-        yield f"{prefix}weight", make(stored, f"{prefix}weight", parts, asked)
+        make = _plain if words is None else _packed
+        yield name, make(stored, name, present(stored, prefix, *shorts), asked)
 
 
 def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
@@ -144,7 +153,7 @@ def _plain(stored: LazyTensors, name: str, parts: Mapping[str, str], asked: Sequ
         _groups(stored, name, parts, (shape[0], shape[1]))
     elif zeros is not None or stored.dtype(parts["weight_scale"]) not in FLOATS:
         raise damaged(name, _KIND)
-    return Packed(parts, (shape[0], shape[1]), partial(_whole, block=block), label)
+    return Packed(parts, (shape[0], shape[1]), partial(_whole, block=block), label, floats=label == "FP8")
 
 
 def _words(count: int, bits: int) -> tuple[int, int]:

@@ -61,7 +61,9 @@ def layers(stored: LazyTensors, said: Mapping[str, Any], *, v1: bool, symmetric:
 
 def decode(tensors: Mapping[str, torch.Tensor], bits: int, *, v1: bool) -> torch.Tensor:
     """``[out, in]`` float32 weights, by the layout's own rule and from nothing but what is stored."""
-    return _weight(tensors, bits, v1=v1)
+    columns, groups = len(tensors["qweight"]) * 32 // bits, len(tensors["scales"])
+    in_order = None if "g_idx" in tensors else torch.arange(columns) // (columns // groups)
+    return _weight(tensors, bits, v1=v1, groups=in_order)
 
 
 def _weight(

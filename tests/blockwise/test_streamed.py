@@ -1,0 +1,117 @@
+"""Models whose blocks are read as they run, against the same models loaded."""
+
+import gc
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models.tiny import save_tiny
+from ulbq.blockwise import streamed as streamed_module
+from ulbq.blockwise.streamed import StreamedModel, whole_model
+from ulbq.models.load import load_model, loading_memory, model_memory
+from ulbq.models.source import ModelSource, resolve
+from ulbq.nn.quant_linear import QuantLinear
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "artifacts"
+PACKED = ("affine", "affine-rotated", "binary-mos", "codebook", "dual-binary", "trellis")
+TOKENS = torch.randint(3, 250, (5, 24), generator=torch.Generator().manual_seed(0))
+
+
+def streamed(source: ModelSource, directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> StreamedModel:
+    return StreamedModel(source, dtype=dtype, device=torch.device("cpu"), directory=directory, **options)
+
+
+def check_same(source: ModelSource, directory: Path, dtype: torch.dtype, **options: Any) -> None:
+    """Logits of batches, of all of them and of some positions, are those of the loaded model to the bit."""
+    loaded, model = load_model(source, dtype=dtype), streamed(source, directory, dtype, **options)
+    tokens = TOKENS % int(loaded.config.get_text_config().vocab_size)
+    passed, whole = model.pass_blocks(tokens, 2), model.whole()
+    with torch.inference_mode():
+        for start in (0, 2, 4):
+            rows = slice(start, start + 2)
+            expected = loaded(input_ids=tokens[rows], use_cache=False).logits
+            assert torch.equal(passed.logits(rows), expected)
+            assert torch.equal(whole(input_ids=tokens[rows], use_cache=False).logits, expected)
+        torch.testing.assert_close(passed.logits(slice(4, 5), slice(3, 7)), expected[:, 3:7])
+    for layer in loaded.modules():
+        if isinstance(layer, QuantLinear):
+            layer.prepare()
+    assert model.held == model_memory(loaded).weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", False), ("llama", True), ("gemma2", True), ("qwen3_moe", False), ("gpt_oss", False)]
+)
+def test_computes_what_the_loaded_model_does(family: str, tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    check_same(resolve(save_tiny(family, tmp_path / "model", tied=tied)), tmp_path, dtype)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+@pytest.mark.parametrize("name", PACKED)
+def test_computes_what_a_loaded_artifact_does(name: str, limit: int, tmp_path: Path) -> None:
+    check_same(resolve(GOLDEN / name, offline=True), tmp_path, torch.float32, limit=limit)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("name", ["adapted", "finetuned"])
+def test_an_adapter_stands_beside_its_layers(name: str, dtype: torch.dtype, close: float, tmp_path: Path) -> None:
+    source = resolve(GOLDEN / name, offline=True)
+    tokens = TOKENS % source.config.vocab_size
+    logits = {
+        adapter: streamed(source, tmp_path, dtype, adapter=adapter).pass_blocks(tokens, 5).logits(slice(None)).float()
+        for adapter in (True, False)
+    }
+    for adapter, found in logits.items():
+        with torch.no_grad():
+            expected = load_model(source, dtype=dtype, adapter=adapter)(tokens).logits.float()
+        torch.testing.assert_close(found, expected, atol=close * float(expected.abs().max()), rtol=0)
+    assert not torch.equal(logits[True], logits[False])
+
+
+def test_writes_what_the_loaded_model_writes(tiny_llama: Path, tmp_path: Path) -> None:
+    source, settings = resolve(tiny_llama), {"max_new_tokens": 6, "do_sample": False}
+    loaded, model = load_model(source, dtype=torch.float32), streamed(source, tmp_path)
+    assert whole_model(loaded) is loaded
+    found = whole_model(model).generate(TOKENS[:2], **settings)
+    assert torch.equal(found, loaded.generate(TOKENS[:2], **settings))
+
+
+def test_one_block_is_there_at_a_time_and_read_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, alive, reads = resolve(tiny_llama), [], Counter[str]()
+    read, ready = ModelSource.read, StreamedModel._ready
+
+    def counting(self: ModelSource, name: str) -> torch.Tensor:
+        reads[name] += 1
+        return read(self, name)
+
+    def noting(self: StreamedModel, index: int, block: torch.nn.Module) -> torch.nn.Module:
+        gc.collect()
+        assert not any(left() is not None for left in alive)
+        alive.append(weakref.ref(block))
+        return ready(self, index, block)
+
+    monkeypatch.setattr(ModelSource, "read", counting)
+    monkeypatch.setattr(StreamedModel, "_ready", noting)
+    model = streamed(source, tmp_path)
+    assert not reads
+    model.pass_blocks(TOKENS, 2).logits(slice(None))
+    assert {count for name, count in reads.items() if name != "model.norm.weight"} == {1}
+    assert len(alive) == 3
+
+
+def test_what_loading_takes_is_known_before(tmp_path: Path) -> None:
+    dense, packed = resolve(save_tiny("llama", tmp_path / "m", tied=False)), resolve(GOLDEN / "affine", offline=True)
+    table = 256 * 64 * 2
+    assert loading_memory(dense, torch.bfloat16) == table + sum(
+        p.nbytes for p in load_model(dense, dtype=torch.bfloat16).parameters()
+    )
+    held = model_memory(load_model(packed, dtype=torch.float32)).weights
+    assert loading_memory(packed, torch.float32) == pytest.approx(held, rel=0.5)
+    assert streamed_module.ACTIVATION_MEMORY < 1 << 31

@@ -1,0 +1,216 @@
+"""An artifact goes to the Hub: what is sent, and what is refused before anything is."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ulbq
+from tests.pipeline.runs import request
+from ulbq.config.push import PushRequest
+from ulbq.errors import InputError, ResourceError, UsageError
+from ulbq.pipeline import push as pushing
+from ulbq.pipeline.push import plan, push
+from ulbq.pipeline.quantize import quantize
+
+PROGRAM = "import sys; from ulbq.commands.app import main; sys.exit(main())"
+
+
+class Hub(ThreadingHTTPServer):
+    """A stand-in for the Hub: repositories in memory, by the calls that its client makes."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.files: dict[str, bytes] = {"old.safetensors": b"an earlier artifact's", "notes.txt": b"a person's"}
+        self.large: dict[str, bytes] = {}
+        self.tokens: dict[str, str] = {}
+        self.created: dict[str, Any] = {}
+        self.refuses = False
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        return
+
+    def do_GET(self) -> None:
+        self._note()
+        if "/tree/" in self.path:
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": "0"}
+                for name, data in self.server.files.items()
+            ]
+            return self._say(entries)
+        return self._say(
+            {"id": "me/model", "sha": "0" * 40, "siblings": [{"rfilename": name} for name in self.server.files]}
+        )
+
+    def do_PUT(self) -> None:  # to a store of its own, whose address is the permission
+        self.server.large[self.path.rpartition("/")[2]] = self._body()
+        self._say({})
+
+    def do_POST(self) -> None:
+        self._note()
+        body, hub = self._body(), self.server
+        if hub.refuses:
+            return self._say({"error": "You may not write here"}, 403)
+        if self.path == "/api/repos/create":
+            hub.created = json.loads(body)
+            return self._say({"url": f"{hub.address}/me/model"})
+        if "/preupload/" in self.path:
+            names = [one["path"] for one in json.loads(body)["files"]]
+            modes = {True: "lfs", False: "regular"}
+            return self._say(
+                {
+                    "files": [
+                        {"path": name, "uploadMode": modes[name.endswith(".safetensors")], "shouldIgnore": False}
+                        for name in names
+                    ]
+                }
+            )
+        if self.path.endswith("/info/lfs/objects/batch"):
+            actions = [
+                {**one, "actions": {"upload": {"href": f"{hub.address}/large/{one['oid']}"}}}
+                for one in json.loads(body)["objects"]
+            ]
+            return self._say({"transfer": "basic", "objects": actions})
+        if "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                self._commit(line["key"], line["value"])
+            return self._say(
+                {
+                    "commitUrl": f"{hub.address}/me/model/commit/{'1' * 40}",
+                    "commitOid": "1" * 40,
+                    "pullRequestUrl": None,
+                }
+            )
+        return self._say({})
+
+    def _commit(self, kind: str, value: dict[str, Any]) -> None:
+        if kind == "file":
+            self.server.files[value["path"]] = base64.b64decode(value["content"])
+        elif kind == "lfsFile":
+            self.server.files[value["path"]] = self.server.large[value["oid"]]
+        elif kind == "deletedFile":
+            del self.server.files[value["path"]]
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _note(self) -> None:
+        self.server.tokens[self.path] = self.headers.get("Authorization") or ""
+
+    def _say(self, answer: Any, code: int = 200) -> None:
+        data = json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("push") / "q"
+    quantize(request(tiny_llama, out, method="rtn", bits=4, group_size=32))
+    return out
+
+
+def ulbq_push(hub: Hub, home: Path, *words: Any, token: str = "hf_secret") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: the Hub's client reads its address when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_TOKEN": token}
+    run = [sys.executable, "-c", PROGRAM, "push", *map(str, words)]
+    return subprocess.run(run, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+
+
+def test_the_repository_holds_the_artifact_and_no_other_weights(artifact: Path, hub: Hub, tmp_path: Path) -> None:
+    done = ulbq_push(hub, tmp_path, artifact, "me/model", "--private", "-q")
+    assert (done.returncode, done.stdout) == (0, f"{hub.address}/me/model\n"), done.stderr
+    assert (hub.created["name"], hub.created["organization"], hub.created["visibility"]) == ("model", "me", "private")
+    writing = {path for path in hub.tokens if path.endswith(("/create", "/commit/main", "/preupload/main", "/batch"))}
+    assert len(writing) == 4
+    assert {hub.tokens[path] for path in writing} == {"Bearer hf_secret"}, hub.tokens
+    own = {str(path.relative_to(artifact)): path.read_bytes() for path in artifact.rglob("*") if path.is_file()}
+    assert hub.files == own | {"notes.txt": b"a person's"}
+    assert {"README.md", "manifest.json", "model-outer.safetensors"} < own.keys()
+    assert {hashlib.sha256(data).hexdigest() for data in hub.large.values()} == hub.large.keys()
+
+
+def test_a_refusal_is_one_sentence(artifact: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.refuses = True
+    done = ulbq_push(hub, tmp_path, artifact, "me/model", "-q")
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: The Hub refuses 'me/model': You may not write here.")
+    assert "hf_secret" not in done.stderr
+
+
+def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(artifact: Path, ulbq: Any) -> None:
+    told = ulbq("push", artifact, "me/model", "--dry-run")
+    lines = told.out.splitlines()
+    assert told.code == 0
+    assert any(line.endswith("  README.md") for line in lines)
+    planned = plan(PushRequest(source=str(artifact), repo="me/model"))
+    assert planned.size == sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
+    assert lines[-1].endswith(f"in {len(planned.files)} files, to me/model, revision main")
+
+
+def test_without_a_token_one_sentence_says_so(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pushing, "offline_by_environment", lambda: False)
+    monkeypatch.setattr(pushing, "get_token", lambda: None)
+    with pytest.raises(ResourceError, match="no token") as caught:
+        ulbq.push(artifact, "me/model")
+    assert "hf auth login" in caught.value.hint
+    monkeypatch.setattr(pushing, "offline_by_environment", lambda: True)
+    with pytest.raises(ResourceError, match="HF_HUB_OFFLINE"):
+        ulbq.push(artifact, "me/model")
+
+
+@pytest.mark.parametrize(("repo", "sentence"), [("a b/c", "no name of a repository"), ("model", "names no owner")])
+def test_names_that_are_none(artifact: Path, repo: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        plan(PushRequest(source=str(artifact), repo=repo))
+
+
+def test_what_is_no_whole_model_is_refused(artifact: Path, tiny_llama: Path, tmp_path: Path, ulbq: Any) -> None:
+    import shutil
+
+    partial = shutil.copytree(artifact, tmp_path / "q.partial")
+    with pytest.raises(InputError, match="unfinished"):
+        plan(PushRequest(source=str(partial), repo="me/model"))
+    with pytest.raises(InputError):
+        plan(PushRequest(source=str(tiny_llama), repo="me/model"))
+    damaged = shutil.copytree(artifact, tmp_path / "damaged")
+    with (damaged / "README.md").open("r+") as card:
+        card.write("X")
+    asked = PushRequest(source=str(damaged), repo="me/model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pushing, "offline_by_environment", lambda: False)
+        patch.setattr(pushing, "get_token", lambda: "hf_x")
+        with pytest.raises(InputError, match=r"README\.md"):
+            push(asked)
+    assert ulbq("saliency", tiny_llama, "--kind", "magnitude", "--device", "cpu", "-q", "-o", tmp_path / "s").code == 0
+    with pytest.raises(InputError, match="holds scores"):
+        plan(PushRequest(source=str(tmp_path / "s"), repo="me/model"))

@@ -1,0 +1,55 @@
+// Products of one token, made by a team of threads that runs already: each calls the same functions in the same order.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "vectors.h"
+
+namespace ulbq {
+
+// What a thread has to itself, for the input that it multiplies now.
+struct Own {
+    void renew() {
+        std::get<0>(rounded_).reset();
+        std::get<1>(rounded_).reset();
+    }
+
+    // The input in fixed point, made once for all matrices that read it.
+    template <int Digits>
+    const Activations<Digits>& rounded(const float* x, int64_t columns, int64_t unit) {
+        auto& kept = std::get<std::optional<Activations<Digits>>>(rounded_);
+        if (!kept || kept->unit != unit) {
+            kept.emplace(1, columns, unit);
+            kept->round_row(x, kFloat32, 0, 0);
+        }
+        return *kept;
+    }
+
+  private:
+    std::tuple<std::optional<Activations<2>>, std::optional<Activations<3>>> rounded_;
+};
+
+// A matrix [outs][columns], and a bias [outs] or null.
+struct Linear {
+    Linear(int64_t outs, int64_t columns, const float* bias) : outs(outs), columns(columns), bias(bias) {}
+    virtual ~Linear() = default;
+
+    // Floats that the threads of `multiply` share.
+    virtual int64_t scratch() const { return 0; }
+
+    // y = matrix · x + bias. Every thread may have its own copy of x; y is whole behind the next barrier.
+    virtual void multiply(const float* x, float* y, Own& own, float* scratch) const = 0;
+
+    // Writes up to 16 of the outputs, `value` less their bias.
+    void put(float* y, int64_t at, __m512 value) const {
+        const __mmask16 mask = first(outs - at);
+        if (bias) value = _mm512_add_ps(value, load(bias + at, mask));
+        _mm512_mask_storeu_ps(y + at, mask, value);
+    }
+
+    const int64_t outs, columns;
+    const float* const bias;
+};
+
+}  // namespace ulbq

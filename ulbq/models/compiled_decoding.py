@@ -1,0 +1,170 @@
+"""Models of Llama's kind that go on from one text through compiled code, on the CPU.
+
+Transformers takes a hundred operations of torch for a block, each of which costs more than its work on one token.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from ulbq import runtime
+from ulbq.kernels import Product, attention, between, build, decode
+from ulbq.kernels.tiles import FLOATS
+from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
+
+_MODELS = frozenset(f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3"))
+_ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary positions that do not depend on a text's length."""
+
+
+def unsupported_reason(model: PreTrainedModel) -> str | None:
+    """Why a model's texts do not go through compiled code, whatever its layers; None where they do."""
+    name = type(model).__name__
+    if name not in _MODELS or not type(model).__module__.startswith("transformers."):
+        return f"{name}: one of {', '.join(sorted(_MODELS))}"
+    if model.device.type != "cpu" or model.dtype not in FLOATS:
+        return f"{model.dtype} on {model.device.type}: float32, bfloat16 or float16 on the CPU"
+    kinds = getattr(model.config, "layer_types", None) or []
+    window = getattr(model.config, "sliding_window", None) if not kinds else None
+    if window or any(kind != "full_attention" for kind in kinds):
+        return "attention of a window: of all tokens"
+    rotation = getattr(model.base_model.rotary_emb, "rope_type", None)
+    if model.config.hidden_act != "silu" or rotation not in _ROTATIONS:
+        return f"{model.config.hidden_act}, rotary positions '{rotation}': silu, one of {', '.join(sorted(_ROTATIONS))}"
+    for module in model.modules():
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            return "its modules are watched"
+    return build.unavailable_reason()
+
+
+class Decoder:
+    """A model and a text that grows by any number of tokens at first, and by one after the other behind them.
+
+    Args:
+        model: in eval mode.
+        blocks: what :func:`products` gives for it.
+        room: tokens that the text may have.
+    """
+
+    def __init__(self, model: Any, blocks: list[decode.CompiledBlock], room: int) -> None:
+        base, self._attention = model.base_model, model.base_model.layers[0].self_attn
+        self._model, self._blocks, width = model, blocks, self._attention.head_dim
+        # A head of another kind makes its logits itself.
+        self._head = None if type(model.lm_head) is nn.Linear else model.lm_head
+        head = None
+        if self._head is None:
+            found = decode.dense(model.lm_head.weight.detach(), _floats(model.lm_head.bias))
+            head = found, model.lm_head.out_features
+        self._sizes = decode.CompiledSizes(
+            hidden=model.config.hidden_size,
+            intermediate=model.config.intermediate_size,
+            heads=self._attention.q_proj.out_features // width,
+            shared=self._attention.k_proj.out_features // width,
+            width=width,
+            epsilon=base.norm.variance_epsilon,
+            scaling=self._attention.scaling,
+        )
+        self._caches = torch.empty(len(blocks), 2, self._sizes.shared, room, width, dtype=model.dtype)
+        angles = base.rotary_emb(torch.empty(0, dtype=model.dtype), torch.arange(room).unsqueeze(0))
+        self._cosines, self._sines = (one[0].float().contiguous() for one in angles)
+        last_norm = base.norm.weight.detach().float()
+        self._compiled = decode.CompiledBlocks(blocks, self._sizes, last_norm, head, self._caches)
+        self._length = 0
+        runtime.use_large_pages([*model.parameters(), *model.buffers()])
+
+    @torch.inference_mode()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Read tokens ``[n]``; logits ``[vocabulary]`` float32 of what comes behind the last one."""
+        if self._length == 0:
+            x = self._read(tokens)
+            logits = self._compiled.finish(x)
+        else:
+            x, here = self._model.base_model.embed_tokens(tokens)[0].float(), self._length
+            logits = self._compiled(x, here, self._cosines[here], self._sines[here])
+        self._length += len(tokens)
+        if self._head is not None:
+            logits = self._head(x.to(self._model.dtype)).float()
+        return logits
+
+    def _read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The beginning of the text, into the caches; what comes out of the last block for its last token, float32."""
+        count, base = len(tokens), self._model.base_model
+        if self._model.dtype != torch.bfloat16 or not build.has_pairs() or self._sizes.width % 16:
+            return self._read_by_torch(tokens)
+        x: torch.Tensor = base.embed_tokens(tokens).float()
+        for index, (layer, block) in enumerate(zip(base.layers, self._blocks, strict=True)):
+            normed = self._norm(x, block.before_attention)
+            of_layer, caches = layer.self_attn, self._caches[index, :, :, :count]
+            query = self._place(of_layer.q_proj(normed), block.query_norm)
+            caches[0] = key = self._place(of_layer.k_proj(normed), block.key_norm)
+            caches[1] = value = self._heads(of_layer.v_proj(normed))
+            looked = attention.attend(query[None], key[None], value[None], self._sizes.scaling)
+            x += of_layer.o_proj(looked[0].transpose(0, 1).flatten(1))
+            normed = self._norm(x, block.before_mlp)
+            x += layer.mlp.down_proj(between.gated(layer.mlp.gate_proj(normed), layer.mlp.up_proj(normed)))
+        return x[-1]
+
+    def _read_by_torch(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The same by transformers, for other types."""
+        cache, found = DynamicCache(), list[torch.Tensor]()
+        hook = self._model.base_model.norm.register_forward_pre_hook(lambda _, given: found.append(given[0][0, -1]))
+        with hook:
+            self._model.base_model(tokens[None], past_key_values=cache, use_cache=True)
+        layers: list[Any] = cache.layers
+        for room, layer in zip(self._caches, layers, strict=True):
+            room[0, :, : len(tokens)], room[1, :, : len(tokens)] = layer.keys[0], layer.values[0]
+        return found[0].float()
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Rows in bfloat16."""
+        rounded = between.rms_norm(x, weight, self._sizes.epsilon, half=True)[1]
+        assert rounded is not None
+        return rounded
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """``[heads, n, width]`` of ``[n, heads · width]``."""
+        heads: torch.Tensor = x.unflatten(1, (-1, self._sizes.width)).transpose(0, 1)
+        return heads
+
+    def _place(self, x: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        """The same at their positions, in bfloat16."""
+        if norm is not None:
+            x = self._norm(x.unflatten(1, (-1, self._sizes.width)).float(), norm).flatten(1)
+        count = len(x)
+        angles = (self._cosines[None, :count], self._sines[None, :count])
+        return between.rotate(self._heads(x)[None], *angles, torch.bfloat16)[0]
+
+
+def products(model: Any) -> list[decode.CompiledBlock] | None:
+    """What every block computes a token with; None where the model or a layer is of another kind."""
+    if unsupported_reason(model) is not None:
+        return None
+    found = []
+    for block in model.base_model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        made: list[Any] = [
+            _product(layer, model.dtype) for layer in (*layers, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        ]
+        if None in made:
+            return None
+        norms = (block.input_layernorm, block.post_attention_layernorm)
+        of_heads = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        weights: list[Any] = [None if norm is None else _floats(norm.weight) for norm in (*norms, *of_heads)]
+        found.append(decode.CompiledBlock(*made, *weights))
+    return found
+
+
+def _product(layer: nn.Module, dtype: torch.dtype) -> Product | None:
+    """What tokens are multiplied with; None for an adapter, or a layout that has nothing for them."""
+    if type(layer) is QuantLinear:
+        return layer.product(exact=dtype == torch.float32)
+    if is_dense_linear(layer) and layer.weight.dtype in FLOATS:
+        return decode.dense(layer.weight.detach(), _floats(layer.bias))
+    return None
+
+
+def _floats(vector: torch.Tensor | None) -> torch.Tensor | None:
+    return None if vector is None else vector.detach().float().contiguous()

@@ -1,0 +1,143 @@
+"""Per-layer plans: a YAML file that gives layers, by patterns of their names, settings of their own."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ulbq import limits
+from ulbq.artifacts.disk import write_atomically, writing
+from ulbq.artifacts.names import local_path
+from ulbq.artifacts.records import LayerRecord
+from ulbq.artifacts.small_files import read_small
+from ulbq.artifacts.yaml_files import parse_yaml
+from ulbq.errors import InputError, UsageError
+from ulbq.formats import FORMATS, AnyScheme, read_scheme
+from ulbq.models.blocks import Linear, ModelStructure, check_group
+from ulbq.models.selection import matches
+
+if TYPE_CHECKING:
+    from ulbq.pipeline.quantization_plan import QuantizePlan
+
+_HINT = "A plan is a YAML map, as in 'mlp.down_proj: {bits: 4, group_size: 32}' and 'layers.0: {skip: true}'."
+
+
+class LayerSettings(BaseModel):
+    """What a plan says of the layers of one pattern; None leaves what the run's options say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Literal[1, 2, 3, 4, 6, 8] | None = None
+    group_size: int | None = None
+    skip: bool = False
+
+
+_OWN: dict[str, frozenset[str]] = {
+    **dict.fromkeys(FORMATS, frozenset()),
+    "affine": frozenset({"bits", "group_size"}),
+    "dual_binary": frozenset({"group_size"}),
+    "k_quant": frozenset({"bits"}),
+    "trellis": frozenset({"bits"}),
+}
+"""What layers of a format may have of their own."""
+
+LayerPlan = Mapping[str, LayerSettings]
+"""Settings by pattern, as ``skip`` has them; where several match a layer, the later ones win, setting by setting."""
+
+
+def read_plan(given: str | None) -> LayerPlan:
+    """A plan's settings; none where none is given. Raises InputError where it cannot be read or is no plan."""
+    if given is None:
+        return {}
+    path = local_path(given)
+    try:
+        content = parse_yaml(read_small(path, limits.MANIFEST_SIZE).decode())
+        if not isinstance(content, dict) or not all(isinstance(one, str) for one in content):
+            raise ValueError("it is no map of patterns")
+        found = {pattern: LayerSettings.model_validate(settings or {}) for pattern, settings in content.items()}
+    except OSError as error:
+        raise InputError(f"The plan '{given}' cannot be read: {error.strerror}.", hint=_HINT) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"The plan '{given}' cannot be read: {where}: {first['msg'].lower()}.", hint=_HINT) from error
+    except (ValueError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())
+        raise InputError(f"The plan '{given}' cannot be read: {cause}.", hint=_HINT) from error
+    for settings in found.values():
+        if settings.group_size is not None:
+            check_group(settings.group_size)
+    return found
+
+
+def skipped_by(plan: LayerPlan, found: ModelStructure) -> tuple[str, ...]:
+    """Full names of the layers that a plan leaves out. Raises InputError for a pattern that no layer matches."""
+    layers = [layer for block in found.linears for layer in block]
+    for pattern in plan:
+        if not any(matches(pattern, layer.name) for layer in layers):
+            raise InputError(f"The plan's pattern '{pattern}' matches no linear layer of the model's blocks.")
+    return tuple(layer.name for layer in layers if _settings(plan, layer).get("skip"))
+
+
+def planned_schemes(plan: LayerPlan, layers: Sequence[Linear], scheme: AnyScheme) -> dict[str, AnyScheme]:
+    """How layers are stored that have settings of their own, by full name.
+
+    Raises:
+        UsageError: the format has no such setting.
+    """
+    schemes: dict[str, AnyScheme] = {}
+    for layer in layers:
+        settings = {name: value for name, value in _settings(plan, layer).items() if name != "skip"}
+        if not settings:
+            continue
+        idle = settings.keys() - _OWN[scheme.format]
+        if idle:
+            raise UsageError(
+                f"The plan's `{min(idle)}` of '{layer.name}' means nothing to {scheme.format} codes.",
+                hint="Leave it out, or take a method with affine codes: rtn, gptq, efficientqat, apiq.",
+            )
+        try:
+            schemes[layer.name] = type(scheme).model_validate({**scheme.model_dump(), **settings})
+        except ValidationError as error:
+            said = error.errors(include_url=False)[0]["msg"].lower()
+            raise UsageError(f"The plan's settings of '{layer.name}' do not go: {said}.") from error
+    return schemes
+
+
+def write_plan(path: Path, planned: "QuantizePlan", layers: Sequence[LayerRecord] | None = None) -> None:
+    """Write what each layer gets as a plan that :func:`read_plan` takes.
+
+    Args:
+        path: of the file.
+        planned: the run.
+        layers: as they were made; None before they are.
+
+    Raises:
+        UsageError: a budget is given out only when the model has been looked at.
+        ResourceError: the file cannot be written.
+    """
+    if layers is None and planned.request.target_bits is not None:
+        raise UsageError(
+            "What `target_bits` gives each layer is known only after a look at the model.",
+            hint="Run it: the plan is written once the run is done.",
+        )
+    schemes = planned.schemes if layers is None else {layer.name: read_scheme(layer.scheme) for layer in layers}
+    plan: dict[str, Any] = {
+        name: {field: getattr(scheme, field) for field in ("bits", "group_size") if field in _OWN[scheme.format]}
+        for name, scheme in schemes.items()
+        if _OWN[scheme.format]
+    }
+    plan |= {name: {"skip": True} for name in planned.left_out}
+    with writing(path.absolute().parent):
+        text = yaml.safe_dump(plan, sort_keys=False, default_flow_style=None, width=120)
+        write_atomically(path, text.encode())
+
+
+def _settings(plan: LayerPlan, layer: Linear) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pattern, settings in plan.items():
+        if matches(pattern, layer.name):
+            found |= settings.model_dump(exclude_unset=True)
+    return {name: value for name, value in found.items() if value is not None}

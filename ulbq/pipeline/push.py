@@ -1,0 +1,121 @@
+"""``push``: an artifact with its model card to the Hugging Face Hub."""
+
+import warnings
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from pydantic import BaseModel, ConfigDict
+
+from ulbq.artifacts.manifest import MANIFEST_NAME, AnyManifest, ConvertedManifest, QuantizedManifest, read_manifest
+from ulbq.artifacts.names import local_path
+from ulbq.artifacts.whole import verify
+from ulbq.config.push import PushRequest
+from ulbq.data.hub import offline_by_environment
+from ulbq.errors import InputError, ResourceError, UsageError
+from ulbq.progress import Progress, Silent
+
+_CARD = "README.md"
+_WEIGHTS = ("*.safetensors", "*.gguf")
+
+
+class PushPlan(BaseModel):
+    """What an upload would send.
+
+    Attributes:
+        files: bytes by the name that they have in the repository.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    repo: str
+    revision: str
+    files: dict[str, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+
+def plan(request: PushRequest) -> PushPlan:
+    """Check an artifact and list its files; nothing is sent, and the network is not touched.
+
+    Raises:
+        UsageError: ``repo`` is no name of a repository.
+        InputError: no artifact of a model, an unfinished or a damaged one.
+    """
+    try:
+        validate_repo_id(request.repo)
+    except HFValidationError as error:
+        raise UsageError(f"'{request.repo}' is no name of a repository.", hint="As in owner/name.") from error
+    if "/" not in request.repo:
+        raise UsageError(f"'{request.repo}' names no owner.", hint=f"As in owner/{request.repo}.")
+    path = local_path(request.source)
+    manifest: AnyManifest = read_manifest(path)
+    if not isinstance(manifest, QuantizedManifest | ConvertedManifest):
+        raise InputError(f"'{request.source}' holds scores, and no model.", hint="Push the model itself.")
+    if _CARD not in manifest.files:
+        raise InputError(f"'{request.source}' has no model card.", hint="Make the artifact again.")
+    sizes = {name: entry.size for name, entry in sorted(manifest.files.items())}
+    files = sizes | {MANIFEST_NAME: (path / MANIFEST_NAME).stat().st_size}
+    return PushPlan(repo=request.repo, revision=request.revision or "main", files=files)
+
+
+def push(request: PushRequest, progress: Progress | None = None) -> str:
+    """Upload an artifact in one commit, so that the repository holds its weights and no others.
+
+    Args:
+        request: what to do.
+        progress: told how it goes.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UsageError, InputError: as :func:`plan`; also where a file is not what was written.
+        ResourceError: no token is there, or the Hub cannot be reached or refuses.
+    """
+    progress, planned = progress or Silent(), plan(request)
+    if offline_by_environment():
+        raise ResourceError("HF_HUB_OFFLINE forbids to reach the Hub.", hint="Unset it.")
+    if get_token() is None:
+        raise ResourceError(
+            "There is no token of the Hugging Face Hub on this machine.", hint="Run 'hf auth login', or set HF_TOKEN."
+        )
+    path = local_path(request.source)
+    verify(path, progress)
+    with progress.phase(f"Uploading {len(planned.files)} files to {planned.repo}"):
+        return _upload(path, planned, private=request.private)
+
+
+def _upload(path: Path, planned: PushPlan, *, private: bool) -> str:
+    api = HfApi()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            address = api.create_repo(planned.repo, private=private, exist_ok=True)
+            if planned.revision != "main":
+                api.create_branch(planned.repo, branch=planned.revision, exist_ok=True)
+            api.upload_folder(
+                repo_id=planned.repo,
+                folder_path=path,
+                revision=planned.revision,
+                commit_message=f"Upload {path.resolve().name} by ulbq",
+                allow_patterns=list(planned.files),
+                # What an earlier artifact left would be loaded with this one.
+                delete_patterns=list(_WEIGHTS),
+            )
+    except HfHubHTTPError as error:
+        said = error.server_message or str(error).splitlines()[0]
+        raise ResourceError(
+            f"The Hub refuses '{planned.repo}': {said}.", hint="Check the name, and that the token may write there."
+        ) from error
+    except (NetworkError, OSError) as error:
+        raise ResourceError(
+            f"The Hub cannot be reached: {error}.", hint="Check the network, and run the same command again."
+        ) from error
+    except ValueError as error:  # a card's front matter that the Hub does not take
+        raise InputError(f"The Hub does not take the artifact: {error}", hint=f"Mend its {_CARD}.") from error
+    return str(address)
