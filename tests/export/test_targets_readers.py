@@ -21,6 +21,7 @@ from ulbq.formats import AffineScheme, TrellisScheme
 from ulbq.models.gguf_header import read_header
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
+from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.convert import convert
 from ulbq.pipeline.quantize import quantize
 
@@ -182,6 +183,31 @@ def test_llama_cpp_computes_few_bits(bits: int, kind: str, tmp_path: Path) -> No
     # It rounds the inputs of packed layers to eight bits.
     np.testing.assert_allclose(found, ours, atol=0.3)
     assert np.abs(found - ours).mean() < 0.06
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_llama_cpp_computes_k_quants(bits: int, tmp_path: Path) -> None:
+    environment("llama-cpp")
+    dense = save_tiny("llama", tmp_path / "dense", hidden_size=256, intermediate_size=512, head_dim=64)
+    packed = {"method": "rtn", "bits": bits, "k_quant": True}
+    source, _ = quantize(QuantizeRequest(source=str(dense), out=tmp_path / "q", device="cpu", offline=True, **packed))
+    path, _ = convert(ConvertRequest(source=str(source), engine="llama.cpp", dtype="fp32", out=tmp_path / "g"))
+    model = load_model(resolve(source), dtype=torch.float32)
+
+    def as_it_rounds(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        blocks = inputs[0].unflatten(-1, (-1, 256))  # Q8_K: eight bits of the largest of 256
+        step = blocks.abs().amax(-1, keepdim=True) / 127
+        return ((blocks / step).round() * step).flatten(-2)
+
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            layer.register_forward_pre_hook(as_it_rounds)
+    with torch.no_grad():
+        ours = model(TOKENS).logits[:, -1].log_softmax(-1).numpy()
+    found = read("llama-cpp", "llama_cpp_logits.py", path, str(ours.shape[-1]))
+    # Keys and values in float16 round some inputs the other way, and so on through the layers.
+    np.testing.assert_allclose(found, ours, atol=0.5)
+    assert np.abs(found - ours).mean() < 0.09
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,10 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "LICENSE").write_text("do as you like")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Tiny\n")
     return folder
+
+
+def ask_quantize(source: Path, out: Path, **options: Any) -> QuantizeRequest:
+    return QuantizeRequest(source=str(source), out=out, device="cpu", offline=True, **options)
 
 
 def artifact(parent: Path, out: Path, scheme: object = None, adapter: AdapterConfig | None = None) -> Path:
@@ -201,6 +206,22 @@ def test_two_bits_take_the_type_that_was_asked_for(
         torch.testing.assert_close(ours(TOKENS).logits, read(TOKENS).logits, atol=1e-4, rtol=0)
 
 
+def test_tied_scales_leave_at_two_bits(tmp_path: Path, parent: Path) -> None:
+    asked = {"method": "db-llm", "tied_scales": True, "samples": 4, "sequence_length": 16, "epochs": 1}
+    text = tmp_path / "text.txt"
+    text.write_text("words to learn from, again and again. " * 40)
+    out = tmp_path / "q"
+    source, manifest = quantize(ask_quantize(parent, out, calibration=str(text), **asked))
+    assert manifest.method == "db-llm"
+    assert manifest.bits.bits_per_weight == 2.25
+    assert set(resolve(source).packed.values()) == {AffineScheme(bits=2, symmetric=True)}
+    notes = Notes()
+    convert(ask(source, tmp_path / "g", to="gguf"), notes)
+    assert "Stored: 21 layers as Q2_0 (2.25 bits), to the bit." in notes.said
+    convert(ask(source, tmp_path / "v", engine="vllm"), notes)
+    assert any("vLLM loads this as compressed-tensors (2 bits, groups of 64, symmetric)" in said for said in notes.said)
+
+
 def test_block_types_are_ggufs_alone(parent: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="`block_types` is for GGUF files, and this becomes dense"):
         convert(ask(artifact(parent, tmp_path / "q"), tmp_path / "d", to="dense", block_types="fastest"))
@@ -226,11 +247,34 @@ def test_other_families_as_gguf(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 
-def test_what_no_block_type_holds_is_rounded_to_float16_and_said(parent: Path, tmp_path: Path) -> None:
+def test_what_no_block_type_holds_becomes_float16_where_that_is_asked_for(parent: Path, tmp_path: Path) -> None:
     source = artifact(parent, tmp_path / "q", DualBinaryScheme(group_size=32))
     notes = Notes()
-    convert(ask(source, tmp_path / "g", to="gguf"), notes)
+    convert(ask(source, tmp_path / "g", to="gguf", dtype="fp16"), notes)
     assert any("21 layers as F16, rounded" in note for note in notes.said)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reader", "way"),
+    [
+        ({"to": "gguf"}, "gguf", "`dtype=fp16`"),
+        ({"engine": "llama.cpp"}, "llama.cpp", "`dtype=fp16`"),
+        ({"engine": "vllm"}, "vLLM", "`to=dense`"),
+    ],
+)
+def test_what_would_grow_is_refused_unless_it_was_asked_for(
+    asked: dict[str, str], reader: str, way: str, parent: Path, tmp_path: Path
+) -> None:
+    source = artifact(parent, tmp_path / "q", DualBinaryScheme(group_size=32))
+    with pytest.raises(
+        InputError, match=rf"Nothing that {reader} reads holds dual_binary w2g32-db: .* takes 3[.]"
+    ) as told:
+        convert(ask(source, tmp_path / "c", **asked))
+    assert told.value.hint.startswith(way)
+    assert "`tied_scales`" in told.value.hint
+    assert not (tmp_path / "c").exists()
+    field, value = way.strip("`").split("=")
+    convert(ask(source, tmp_path / "c", **asked, **{field: value}))
 
 
 def test_an_adapter_is_merged_into_gguf_and_copied_beside_gptq(parent: Path, tmp_path: Path) -> None:

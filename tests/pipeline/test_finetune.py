@@ -21,6 +21,7 @@ MADE: dict[str, dict[str, Any]] = {
     "ulb-sapr": {"method": "ulb-sapr", "bits": 2, "group_size": 32, "rank": 4, "targets": ("q_proj",), "epochs": 0},
     "apiq-dora": {"method": "apiq", "bits": 2, "group_size": 32, "rank": 2, "alpha": 3.0, "dora": True, "epochs": 0},
     "db-llm": {"method": "db-llm", "group_size": 16, "epochs": 0},
+    "db-llm-tied": {"method": "db-llm", "group_size": 16, "tied_scales": True, "epochs": 0},
     "claq": {"method": "claq", "target_bits": 4.6, "bits": 2},
     "trellis": {"method": "trellis", "target_bits": 3.0},
     "binary-mos": {"method": "binary-mos", "experts": 2, "zeros": "output", "epochs": 0},

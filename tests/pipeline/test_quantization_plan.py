@@ -111,6 +111,7 @@ def test_what_has_no_meaning_stays_open() -> None:
             "`train_weights`",
         ),
         ({"method": "efficientqat", "train": "grid", "weight_lr": 0.1}, "`train=all`"),
+        ({"method": "rtn", "k_quant": True, "symmetric": True}, "`k_quant=False`"),
         ({"method": "efficientqat", "train": "clipping", "end_to_end": "ce", "end_to_end_train": "all"}, "`train=all`"),
         ({"method": "efficientqat", "train": "weights", "scale_lr": 0.1}, "`train=all`"),
         ({"method": "db-llm", "end_to_end_gamma": 1}, "`end_to_end=dad`"),
@@ -184,6 +185,15 @@ def test_the_settings_of_the_losses_reach_the_phase() -> None:
         ({"method": "db-llm", "bits": 3}, "cannot take `bits=3`", "`bits`"),
         ({"method": "gptq", "epochs": 3}, "`epochs` means nothing to `method=gptq`", "db-llm"),
         ({"method": "rtn", "damping": 0.1}, "`damping` means nothing to `method=rtn`", "gptq"),
+        ({"method": "gptq", "tied_scales": True}, "`tied_scales` means nothing to `method=gptq`", "db-llm"),
+        ({"method": "apiq", "k_quant": True}, "`k_quant` means nothing to `method=apiq`", "efficientqat, gptq, rtn"),
+        ({"method": "efficientqat", "k_quant": True, "train": "all"}, "`train=all` moves scales", "`train=weights`"),
+        ({"method": "rtn", "k_quant": True, "bits": 8}, "2, 3 or 4 bits .*, not 8", "`bits=2`"),
+        (
+            {"method": "gptq", "k_quant": True, "group_size": 64},
+            "`group_size=64` means nothing to `k_quant`",
+            "Leave out",
+        ),
     ],
 )
 def test_what_a_method_does_not_take_is_refused(options: dict[str, Any], said: str, hint: str) -> None:

@@ -54,6 +54,11 @@ class MethodOptions(Settings):
         """Whether the format has zero points that are integers."""
         return False
 
+    @property
+    def own_groups(self) -> int | None:
+        """Columns that share a scale, -1 for none, where the format says how many; None where ``group_size`` does."""
+        return None if self.grouped else -1
+
     @classmethod
     def taken(cls) -> frozenset[str]:
         """Names of the options that mean something to the method."""
@@ -169,8 +174,44 @@ class CompensationOptions(SequenceOptions):
     ] = 128
 
 
-class RoundingOptions(AffineOptions):
-    """Of methods that find affine codes without training."""
+class UniformOptions(AffineOptions):
+    """Of formats whose groups have levels at equal distances."""
+
+    k_quant: Annotated[
+        bool,
+        Option(
+            "Scales in two levels, as llama.cpp's Q2_K, Q3_K and Q4_K have them: 2, 3 or 4 bits, and layers whose "
+            "inputs 256 divides (rtn, gptq, efficientqat).",
+            FORMAT,
+        ),
+    ] = False
+
+    @property
+    def zero_points(self) -> bool:
+        """Whether the format has zero points that are integers."""
+        return super().zero_points and not self.k_quant
+
+    @property
+    def own_groups(self) -> int | None:
+        """Columns that share a scale, -1 for none, where the format says how many; None where ``group_size`` does."""
+        return super().own_groups if not self.k_quant else 32 if self.bits == 4 else 16
+
+    def idle(self) -> dict[str, str]:
+        """K types have the grid that goes with their bits."""
+        off = super().idle()
+        return off | dict.fromkeys(("symmetric", "mid_rise"), "`k_quant=False`") if self.k_quant else off
+
+    @model_validator(mode="after")
+    def _check_k_quant(self) -> Self:
+        if self.k_quant and self.bits not in {2, 3, 4}:
+            raise UsageError(
+                f"`k_quant` has 2, 3 or 4 bits (Q2_K, Q3_K, Q4_K), not {self.bits}.", hint="Give `bits=2`, 3 or 4."
+            )
+        return self
+
+
+class RoundingOptions(UniformOptions):
+    """Of methods that find codes without training."""
 
     bits: Bits = 4
     search: Annotated[bool, Option("Shrink each group's range where that lowers its error (rtn, gptq).", FORMAT)] = True
@@ -189,6 +230,19 @@ class BudgetOptions(BitsOptions):
             default="none, all alike",
         ),
     ] = None
+
+
+class UniformBudgetOptions(UniformOptions, BudgetOptions):
+    """Of formats whose groups have levels at equal distances, their widths out of one budget."""
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.k_quant and self.target_bits is not None:
+            raise UsageError(
+                "`target_bits` gives out widths of affine codes, not of K types.",
+                hint="Leave out `k_quant` or `target_bits`; `--plan` gives layers K types of other widths.",
+            )
+        return self
 
 
 class CodebookOptions(BudgetOptions):

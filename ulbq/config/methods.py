@@ -19,6 +19,7 @@ from ulbq.config.groups import (
     RoundingOptions,
     SaliencyOptions,
     SequenceOptions,
+    UniformBudgetOptions,
 )
 from ulbq.config.options import COLUMNS, FORMAT, MOST, TRAINING, Count, Number, Option, Positive
 from ulbq.config.trained import EndToEndOptions, TrainedOptions, WeightOptions
@@ -43,7 +44,7 @@ class RtnOptions(RoundingOptions):
     calibrated: ClassVar[bool] = False
 
 
-class GptqOptions(SaliencyOptions, CompensationOptions, RoundingOptions, BudgetOptions):
+class GptqOptions(SaliencyOptions, CompensationOptions, RoundingOptions, UniformBudgetOptions):
     """Options of ``gptq``."""
 
     saliency: str = "fisher"
@@ -76,6 +77,14 @@ class DbLlmOptions(WeightOptions, BitsOptions):
     """Options of ``db-llm``; ULB-SAPR's variant freezes the weights and trains α and an adapter."""
 
     bits: Literal[2] = 2
+    tied_scales: Annotated[
+        bool,
+        Option(
+            "One scale a group in place of two, with levels -1, 0, 1 and 2 times it: what llama.cpp's Q2_0 and vLLM "
+            "hold packed (db-llm).",
+            FORMAT,
+        ),
+    ] = False
 
 
 class BinaryMosOptions(ExpertOptions, WeightOptions):
@@ -94,7 +103,7 @@ class BinaryMosOptions(ExpertOptions, WeightOptions):
         return super().idle() | ({"router_lr": "`experts` 2 or more"} if self.experts == 1 else {})
 
 
-class EfficientQatOptions(TrainedOptions, AffineOptions, BudgetOptions):
+class EfficientQatOptions(TrainedOptions, UniformBudgetOptions):
     """Options of ``efficientqat``; ``train=rounding`` with ``optimizer=sign`` is much what AutoRound does."""
 
     start: Annotated[
@@ -126,6 +135,18 @@ class EfficientQatOptions(TrainedOptions, AffineOptions, BudgetOptions):
     def train_weights(self) -> bool:
         """Whether weights move."""
         return self.train in {"rounding", "weights", "all"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _k_quants_have_grids_that_stay(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not data.get("k_quant"):
+            return data
+        if data.get("train", "weights") != "weights":
+            raise UsageError(
+                f"`train={data['train']}` moves scales, and those of `k_quant` stay while blocks train.",
+                hint="Take `train=weights`; `end_to_end` trains the factors of super-blocks.",
+            )
+        return {**data, "train": "weights"}
 
     def idle(self) -> dict[str, str]:
         """What does not train has no rate."""

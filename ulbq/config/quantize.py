@@ -244,7 +244,12 @@ def check_options(request: QuantizeRequest) -> None:
                 f"`{name}` means nothing to `method={request.method}`.",
                 hint=f"It belongs to: {takers}. Leave it out.",
             )
-    options_of(request)
+    groups = options_of(request).own_groups
+    if groups is not None and request.group_size not in {None, groups}:
+        raise UsageError(
+            f"`group_size={request.group_size}` means nothing to `k_quant`, whose groups have {groups} columns.",
+            hint="Leave out `group_size`.",
+        )
 
 
 class Quantization(_OfAll):
@@ -322,7 +327,7 @@ def resolve(
     method = method_options(request.method)
     amount = preset_values(request, preset)
     options = options_of(request, amount)
-    values: dict[str, Any] = {"group_size": 64 if method.grouped else -1, "calibration": calibration, **amount}
+    values: dict[str, Any] = {"group_size": options.own_groups or 64, "calibration": calibration, **amount}
     if any(getattr(request, field) is None for field in amount):
         values["preset"] = request.preset or preset
     if method.calibrated:

@@ -55,11 +55,13 @@ class Service(NamedTuple):
     """How an engine runs a model.
 
     Attributes:
-        reader: how the engine reads what the model is converted to.
+        target: what the model is converted to.
+        reader: how the engine reads that.
         bits: that a packed weight takes there; ``at_most`` where it may take less.
         merged: the model's adapter has to become a part of the weights.
     """
 
+    target: str
     reader: Reader
     bits: float
     at_most: bool
@@ -77,7 +79,7 @@ def services(candidate: Candidate) -> tuple[dict[str, Service], dict[str, str]]:
             if name is not None:
                 bits = target(name).bits(candidate, merge_adapter=merged) / candidate.weights
                 at_most = target(name).varies and not all(one.symmetric for one in fit.affine_schemes(candidate))
-                able[engine] = Service(readers[name], bits, at_most and not merged, merged)
+                able[engine] = Service(name, readers[name], bits, at_most and not merged, merged)
                 break
             reasons += [why.reason for why in found]
         else:

@@ -1,6 +1,6 @@
-"""GGUF's simple block types, as far as they hold our integer codes without loss.
+"""GGUF's block types, as far as they hold our integer codes without loss.
 
-All of them cut rows into blocks of 32 weights, of 64, 128 or 256, with one float16 factor ``d``:
+The simple ones cut rows into blocks of 32 weights, of 64, 128 or 256, with one float16 factor ``d``:
 
 * ``Q1_0``  ``±d``, 128 weights: 1.125 bits a weight;
 * ``Q2_0``  ``d · q``,     q from −1 to 2, 64 weights: 2.25 bits;
@@ -15,8 +15,10 @@ Our weights are ``s · (q − z)``. So what counts is the range of the *steps* `
 Q4_0, with zero points or without, 4 bits without zero points into Q4_0 and with them into Q5_0, 8 bits without into
 Q8_0. A grid without a level at zero has odd multiples of half a step, twice as far: 1 bit fits into Q1_0 where 128
 divides the groups, 1 to 3 bits fit into Q4_0, 4 bits into Q5_0. Q4_1 takes 4 bits with zero points only where every
-``−s·z`` is a float16. Groups that are longer than a block repeat their scale. Other types with blocks of 256 (the K and
-IQ types) round their scales.
+``−s·z`` is a float16. Groups that are longer than a block repeat their scale.
+
+Q2_K, Q3_K and Q4_K hold what is stored as :mod:`ulbq.formats.k_quant`, and Q6_K tables of tokens; they round other
+scales.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +29,8 @@ import torch
 from gguf import GGMLQuantizationType
 
 from ulbq import formats
-from ulbq.formats import AffineScheme, AnyScheme, affine
+from ulbq.formats import AffineScheme, AnyScheme, KQuantScheme, affine, k_quant
+from ulbq.formats.k_quant import SUPER_BLOCK, KQuant
 from ulbq.models.gguf_types import SIZES, AnyType, NewType, dequantize
 
 _REACH: dict[AnyType, tuple[int, int]] = {
@@ -47,7 +50,15 @@ class Blocks(NamedTuple):
     kind: AnyType
 
 
+_K_KINDS: dict[AnyType, int] = {
+    GGMLQuantizationType.Q2_K: 2,
+    GGMLQuantizationType.Q3_K: 3,
+    GGMLQuantizationType.Q4_K: 4,
+}
+"""Bits of their codes."""
+
 KINDS: tuple[AnyType, ...] = (
+    *_K_KINDS,
     GGMLQuantizationType.Q1_0,
     NewType.Q2_0,
     GGMLQuantizationType.Q4_0,
@@ -56,7 +67,7 @@ KINDS: tuple[AnyType, ...] = (
     GGMLQuantizationType.Q6_K,
     GGMLQuantizationType.Q8_0,
 )
-"""From the smallest on."""
+"""From the smallest on; none of the K types holds what another does."""
 FAST_KINDS = tuple(kind for kind in KINDS if kind != NewType.Q2_0)
 """Those that llama.cpp computes with vectors on every processor: for Q2_0 its x86 code is plain C in 2026."""
 
@@ -67,7 +78,9 @@ def kind_of(schemes: Collection[AnyScheme], in_features: int, kinds: Sequence[An
 
 
 def _holds(kind: AnyType, scheme: AnyScheme, in_features: int) -> bool:
-    if not isinstance(scheme, AffineScheme):
+    if isinstance(scheme, KQuantScheme):
+        return _K_KINDS.get(kind) == scheme.bits
+    if not isinstance(scheme, AffineScheme) or kind in _K_KINDS:
         return False
     group, block = in_features if scheme.group_size == -1 else scheme.group_size, SIZES[kind][0]
     if in_features % block or group % block:
@@ -91,6 +104,11 @@ def encode(
     scheme: AnyScheme, packed: Mapping[str, torch.Tensor], in_features: int, kinds: Sequence[AnyType] = KINDS
 ) -> Blocks | None:
     """A packed matrix in the first of these types that decodes to the same weights, to the bit; None for none."""
+    if isinstance(scheme, KQuantScheme):
+        kind = next((kind for kind in kinds if _holds(kind, scheme, in_features)), None)
+        return (
+            None if kind is None else Blocks(_super_blocks(scheme, k_quant.unpack(scheme, packed, in_features)), kind)
+        )
     if not isinstance(scheme, AffineScheme):
         return None
     group = in_features if scheme.group_size == -1 else scheme.group_size
@@ -104,7 +122,7 @@ def encode(
     exact = formats.dequantize(scheme, packed, in_features).numpy()
     for kind in kinds:
         block = SIZES[kind][0]
-        if in_features % block or group % block:
+        if kind in _K_KINDS or in_features % block or group % block:
             continue
         factors = scales.repeat_interleave(group // block, 1)
         if kind == GGMLQuantizationType.Q4_1:
@@ -159,6 +177,41 @@ def _offset(codes: np.ndarray, factors: np.ndarray, offsets: np.ndarray) -> np.n
         return None
     d, m = (values.astype("<f2")[..., None].view(np.uint8) for values in (factors, offsets))
     return np.concatenate([d, m, _nibbles(codes)], axis=-1).reshape(len(codes), -1)
+
+
+def _super_blocks(scheme: KQuantScheme, matrix: KQuant) -> np.ndarray:
+    """The blocks of a K type, uint8 ``[out, bytes a row]`` (ggml-common.h)."""
+    blocks = (len(matrix.codes), -1, SUPER_BLOCK)
+    codes = matrix.codes.numpy().reshape(blocks)
+    in_groups = (*codes.shape[:2], -1)
+    scales = (matrix.sub_scales - scheme.sub_range[0]).to(torch.uint8).numpy().reshape(in_groups)
+    minima = matrix.sub_minima.to(torch.uint8).numpy().reshape(in_groups)
+    d, e = (values.numpy().astype("<f2")[..., None].view(np.uint8) for values in (matrix.factors, matrix.minima))
+    if scheme.bits == 4:
+        # 64 codes are 32 bytes, the first 32 of them below.
+        nibbles = _nibbles(codes.reshape(*codes.shape[:2], 4, 64)).reshape(in_groups)
+        parts = [d, e, _sixes(scales, minima), nibbles]
+    else:
+        # 128 codes are 32 bytes, code 32i + k in bits 2i and 2i + 1 of byte k.
+        low = _quarters(codes.reshape(*codes.shape[:2], 2, 4, 32).swapaxes(-1, -2) & 3).reshape(in_groups)
+        if scheme.bits == 2:
+            parts = [scales | minima << 4, low, d, e]
+        else:
+            high = np.packbits(codes.reshape(*codes.shape[:2], 8, 32) >> 2, axis=-2, bitorder="little")
+            parts = [high.reshape(in_groups), low, _signed_sixes(scales), d]
+    return np.concatenate(parts, axis=-1).reshape(len(codes), -1)
+
+
+def _sixes(scales: np.ndarray, minima: np.ndarray) -> np.ndarray:
+    """Eight scales and eight minima of six bits in twelve bytes, as Q4_K has them."""
+    above = [values[..., :4] | values[..., 4:] >> 4 << 6 for values in (scales, minima)]
+    return np.concatenate([*above, scales[..., 4:] & 15 | minima[..., 4:] << 4], axis=-1)
+
+
+def _signed_sixes(scales: np.ndarray) -> np.ndarray:
+    """Sixteen scales of six bits in twelve bytes, as Q3_K has them: all their low four bits, then the two above."""
+    above = _quarters((scales >> 4).reshape(*scales.shape[:-1], 4, 4).swapaxes(-1, -2))
+    return np.concatenate([_nibbles(scales & 15), above[..., 0]], axis=-1)
 
 
 def _nibbles(values: np.ndarray) -> np.ndarray:

@@ -13,6 +13,11 @@ from ulbq.export.targets.base import Target
 from ulbq.models.skeleton import auto_class
 
 _MERGED = "Convert it with `ulbq convert DIR --for NAME --merge-adapter`."
+# By whether the layout itself is dense.
+_UNPACKED = (
+    "Not packed: convert it with `ulbq convert DIR --for NAME --dtype fp16`.",
+    "Not packed: convert it with `ulbq convert DIR --for NAME --to dense`.",
+)
 _HEAD = ("| engine | command | hardware | bits a weight |", "| --- | --- | --- | --- |")
 
 
@@ -50,7 +55,7 @@ def of_artifact(candidate: Candidate) -> list[str]:
             one.reader,
             ("at most " if one.at_most else "") + _number(one.bits),
             "OUT",
-            _MERGED if one.merged else "",
+            _MERGED if one.merged else _UNPACKED[one.target == "dense"] if one.bits == 16 else "",
         )
         for engine, one in able.items()
     ]

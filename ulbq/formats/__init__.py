@@ -5,16 +5,19 @@ from typing import Any
 
 import torch
 
-from ulbq.formats import affine, binary_mos, codebook, dual_binary, trellis
+from ulbq.formats import affine, binary_mos, codebook, dual_binary, k_quant, trellis
 from ulbq.formats.affine import AffineScheme
 from ulbq.formats.binary_mos import BinaryMosScheme
 from ulbq.formats.bits import Format, stored_bits
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.formats.dual_binary import DualBinaryScheme
+from ulbq.formats.k_quant import KQuantScheme
 from ulbq.formats.trellis import TrellisScheme
 
-AnyScheme = AffineScheme | DualBinaryScheme | BinaryMosScheme | CodebookScheme | TrellisScheme
+AnyScheme = AffineScheme | DualBinaryScheme | BinaryMosScheme | CodebookScheme | TrellisScheme | KQuantScheme
 """Any scheme, as a type."""
+UniformScheme = AffineScheme | KQuantScheme
+"""Those whose levels lie at equal distances in every group."""
 
 __all__ = [
     "FORMATS",
@@ -24,7 +27,9 @@ __all__ = [
     "CodebookScheme",
     "DualBinaryScheme",
     "Format",
+    "KQuantScheme",
     "TrellisScheme",
+    "UniformScheme",
     "bits_per_weight",
     "dequantize",
     "matrix",
@@ -40,6 +45,7 @@ FORMATS: dict[str, Format] = {
     "binary_mos": binary_mos.FORMAT,
     "codebook": codebook.FORMAT,
     "trellis": trellis.FORMAT,
+    "k_quant": k_quant.FORMAT,
 }
 """Every format by the name that its schemes have."""
 

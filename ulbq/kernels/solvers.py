@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ulbq.formats import AffineScheme
+from ulbq.formats import UniformScheme
 from ulbq.kernels.build import solvers, solvers_unavailable_reason
 
 SLOWER = "some 40 times as long"
@@ -30,7 +30,7 @@ class Ranges(NamedTuple):
         factors: ``[n]`` float32 shares of the range, in the order in which they are tried.
     """
 
-    scheme: AffineScheme
+    scheme: UniformScheme
     floor: float
     factors: torch.Tensor
 

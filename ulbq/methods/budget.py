@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 
 from ulbq.config.training import TokenWeighting
-from ulbq.formats.affine import AffineScheme
+from ulbq.formats import AffineScheme, UniformScheme
 from ulbq.formats.bits import stored_bits
 from ulbq.methods.base import BlockTask, Needs
 from ulbq.methods.in_sequence import solve_in_sequence
-from ulbq.methods.rtn import affine_of
+from ulbq.methods.rtn import uniform_of
 from ulbq.solvers.allocation import Priced, give_out
 from ulbq.solvers.hessian import HessianSum, output_cost
 from ulbq.solvers.rtn import round_to_nearest
@@ -47,7 +47,7 @@ def budgeted(needs: Needs, target_bits: float | None, saliency: str) -> Needs:
     )
 
 
-def survey_widths(task: BlockTask, scheme: AffineScheme, weighting: TokenWeighting) -> dict[str, Widths]:
+def survey_widths(task: BlockTask, scheme: UniformScheme, weighting: TokenWeighting) -> dict[str, Widths]:
     """What bits would do for a block's layers, by their full names with commas.
 
     Every layer is rounded at every width. An error counts by the second moments of the layer's inputs, and by what
@@ -66,7 +66,7 @@ def survey_widths(task: BlockTask, scheme: AffineScheme, weighting: TokenWeighti
             scores = None if task.saliency is None else task.saliency[linear]
             cost = output_cost(weight, hessian, inputs.tokens, scores)
             for bits in losses:
-                own = affine_of(task, linear, scheme).model_copy(update={"bits": bits})
+                own = _affine_of(task, linear, scheme).model_copy(update={"bits": bits})
                 codes, scales, zeros = round_to_nearest(weight, own, importance=moments if moments.any() else None)
                 steps = codes.view(*scales.shape, -1) - zeros.unsqueeze(-1)
                 error = steps.mul_(scales.unsqueeze(-1)).flatten(1).sub_(weight)
@@ -80,7 +80,14 @@ def survey_widths(task: BlockTask, scheme: AffineScheme, weighting: TokenWeighti
     return found
 
 
-def decide_widths(surveys: Mapping[str, Widths], scheme: AffineScheme, target_bits: float) -> dict[str, torch.Tensor]:
+def _affine_of(task: BlockTask, linear: str, scheme: UniformScheme) -> AffineScheme:
+    own = uniform_of(task, linear, scheme)
+    if not isinstance(own, AffineScheme):
+        raise TypeError(f"'{linear}' is {own.format}, whose widths no budget gives out")
+    return own
+
+
+def decide_widths(surveys: Mapping[str, Widths], scheme: UniformScheme, target_bits: float) -> dict[str, torch.Tensor]:
     """Bits of all layers, by their full names and ``.bits``: those of one budget given out among them."""
     widths = [bits for bits in WIDTHS if bits >= scheme.bits]
     budget = target_bits * sum(one.weights for one in surveys.values())

@@ -17,15 +17,18 @@ from torch import nn
 
 from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import BlockTrained, EfficientQatOptions, GptqOptions
-from ulbq.formats.affine import AffineScheme
+from ulbq.formats import KQuantScheme, UniformScheme
+from ulbq.formats.k_quant import KQuant
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Needs
 from ulbq.methods.budget import Widths, budgeted, decide_widths, survey_widths
 from ulbq.methods.gptq import Gptq
-from ulbq.methods.rtn import affine_scheme
+from ulbq.methods.rtn import uniform_scheme
 from ulbq.methods.training import BlockTraining
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.affine import AffineForm, AffineQuantizer
-from ulbq.solvers.rtn import round_to_nearest
+from ulbq.quantizers.base import Quantizer
+from ulbq.quantizers.k_quant import KQuantizer
+from ulbq.solvers.k_quant import find_grids
 
 _FORMS: dict[BlockTrained, AffineForm] = {
     "clipping": AffineForm(grid="ends"),
@@ -40,25 +43,24 @@ class EfficientQat:
     """Affine codes trained block by block from a start of choice.
 
     Args:
-        scheme: any affine scheme.
+        scheme: any affine scheme, or one with scales in two levels.
         options: of start and training.
     """
 
     name: ClassVar[str] = "efficientqat"
     Options: ClassVar[type[MethodOptions]] = EfficientQatOptions
 
-    def __init__(self, scheme: AffineScheme, options: EfficientQatOptions) -> None:
+    def __init__(self, scheme: UniformScheme, options: EfficientQatOptions) -> None:
         self.scheme = scheme
         self.options = options
         self._form = dataclasses.replace(_FORMS[options.train], unit=options.lr_unit)
-        self._training = BlockTraining(
-            options,
-            scheme,
-            partial(AffineQuantizer.from_packed, train_weights=options.train_weights, form=self._form),
-        )
+        affine = partial(AffineQuantizer.from_packed, train_weights=options.train_weights, form=self._form)
+        two_levels = isinstance(scheme, KQuantScheme)
+        self._training = BlockTraining(options, scheme, KQuantizer.from_packed if two_levels else affine)
         self._solver = None
         if options.start == "gptq":
-            given = {"bits": options.bits, "symmetric": options.symmetric, "token_weighting": options.token_weighting}
+            names = ("bits", "symmetric", "k_quant", "token_weighting")
+            given = {name: value for name, value in options.in_effect().items() if name in names}
             self._solver = Gptq(scheme, GptqOptions.model_validate(given))
         needs, solving = self._training.needs, Needs() if self._solver is None else self._solver.needs
         needs = dataclasses.replace(
@@ -76,7 +78,7 @@ class EfficientQat:
     @classmethod
     def from_options(cls, options: EfficientQatOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        return cls(affine_scheme(options, group_size), options)
+        return cls(uniform_scheme(options, group_size), options)
 
     def survey_block(self, task: BlockTask) -> dict[str, Widths]:
         """What bits would do for the layers of a block."""
@@ -99,7 +101,9 @@ class EfficientQat:
         )
         return dataclasses.replace(result, notes=solved.notes)
 
-    def _round(self, weight: torch.Tensor, importance: torch.Tensor, scheme: AffineScheme) -> AffineQuantizer:
-        start = round_to_nearest(weight, scheme, importance=importance, search=self.options.start == "search")
+    def _round(self, weight: torch.Tensor, importance: torch.Tensor, scheme: UniformScheme) -> Quantizer:
+        start = find_grids(weight, scheme, importance=importance, search=self.options.start == "search")
+        if isinstance(scheme, KQuantScheme) and isinstance(start, KQuant):
+            return KQuantizer(weight, start, scheme)
         train = self.options.train_weights
         return AffineQuantizer(weight, start.scales, start.zeros, scheme, train_weights=train, form=self._form)

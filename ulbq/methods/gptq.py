@@ -15,14 +15,14 @@ import torch
 from ulbq import formats
 from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import GptqOptions
-from ulbq.formats.affine import AffineScheme
+from ulbq.formats import UniformScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
 from ulbq.methods.budget import Widths, decide_widths, survey_widths
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
-from ulbq.methods.rtn import affine_of, affine_scheme, pack_codes
-from ulbq.solvers.gptq import AT_ONCE, GptqSettings, gptq
+from ulbq.methods.rtn import pack_codes, uniform_of, uniform_scheme
+from ulbq.solvers.gptq import AT_ONCE, GptqSettings, gptq, joined
 from ulbq.solvers.hessian import HessianSum
-from ulbq.solvers.rtn import AffineCodes, round_to_nearest
+from ulbq.solvers.k_quant import UniformCodes, find_grids
 
 _LAYER_BYTES = 18.5
 """Of each weight: columns in processing order, what they were at their turns in both passes, in both orders, codes."""
@@ -35,14 +35,14 @@ class Gptq:
     """Affine codes with errors made good in later columns.
 
     Args:
-        scheme: any affine scheme.
+        scheme: any affine scheme, or one with scales in two levels.
         options: order, damping and the rest.
     """
 
     name: ClassVar[str] = "gptq"
     Options: ClassVar[type[MethodOptions]] = GptqOptions
 
-    def __init__(self, scheme: AffineScheme, options: GptqOptions) -> None:
+    def __init__(self, scheme: UniformScheme, options: GptqOptions) -> None:
         self.scheme = scheme
         self.options = options
         budget = options.target_bits is not None
@@ -73,7 +73,7 @@ class Gptq:
     @classmethod
     def from_options(cls, options: GptqOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        return cls(affine_scheme(options, group_size), options)
+        return cls(uniform_scheme(options, group_size), options)
 
     def survey_block(self, task: BlockTask) -> dict[str, Widths]:
         """What bits would do for the layers of a block."""
@@ -89,9 +89,9 @@ class Gptq:
         notes: list[tuple[str, str]] = []
 
         def solve(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
-            alike: dict[AffineScheme, list[str]] = {}
+            alike: dict[UniformScheme, list[str]] = {}
             for linear in linears:
-                alike.setdefault(affine_of(task, linear, self.scheme), []).append(linear)
+                alike.setdefault(uniform_of(task, linear, self.scheme), []).append(linear)
             made: dict[str, torch.Tensor] = {}
             for scheme, names in alike.items():
                 weights = [task.weight(linear) for linear in names]
@@ -101,7 +101,7 @@ class Gptq:
                     notes.append((", ".join(names), f"{note}."))
                 parts = [tensor.split([len(weight) for weight in weights]) for tensor in codes]
                 for linear, *own in zip(names, *parts, strict=True):
-                    packed[linear] = pack_codes(linear, scheme, AffineCodes(*own))
+                    packed[linear] = pack_codes(linear, scheme, type(codes)(*own))
                     made[linear] = formats.dequantize(scheme, packed[linear], weights[0].shape[1])
             return made
 
@@ -110,17 +110,17 @@ class Gptq:
         return BlockResult(ordered, schemes=task.schemes, notes=tuple(notes))
 
     def _solve(
-        self, weight: torch.Tensor, scheme: AffineScheme, inputs: HessianSum, outputs: torch.Tensor | None
-    ) -> tuple[AffineCodes, str]:
+        self, weight: torch.Tensor, scheme: UniformScheme, inputs: HessianSum, outputs: torch.Tensor | None
+    ) -> tuple[UniformCodes, str]:
         """Codes of a matrix, and what has to be said of them."""
         if inputs.known_by < FEWEST_TOKENS * weight.shape[1]:
             importance = inputs.matrix.diagonal()
             known = importance if importance.any() else None
-            codes = round_to_nearest(weight, scheme, importance=known, search=self.options.search)
+            codes = find_grids(weight, scheme, importance=known, search=self.options.search)
             return codes, f"rounded to nearest, {inputs.known_by} tokens are too few for {weight.shape[1]} columns"
         groups = zip(weight.tensor_split(len(inputs.matrices)), inputs.matrices, strict=True)
         found = [gptq(rows, hessian, scheme, self._settings, outputs) for rows, hessian in groups]
-        codes = AffineCodes(*map(torch.cat, zip(*(one.codes for one in found), strict=True)))
+        codes = joined([one.codes for one in found])
         damping = max(one.damping for one in found)
         raised = damping > self.options.damping
         return codes, f"damping raised to {damping:g}, its inputs are singular" if raised else ""

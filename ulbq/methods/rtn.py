@@ -4,12 +4,13 @@ from typing import ClassVar, Self
 
 import torch
 
-from ulbq.config.groups import AffineOptions, MethodOptions
+from ulbq.config.groups import AffineOptions, MethodOptions, UniformOptions
 from ulbq.config.methods import RtnOptions
-from ulbq.formats import affine
-from ulbq.formats.affine import AffineScheme
+from ulbq.formats import AffineScheme, KQuantScheme, UniformScheme, affine, k_quant
+from ulbq.formats.k_quant import KQuant
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
-from ulbq.solvers.rtn import AffineCodes, round_to_nearest
+from ulbq.solvers.k_quant import UniformCodes, find_grids
+from ulbq.solvers.rtn import AffineCodes
 
 PACKING_BYTES = 10.5
 """Of each weight, as a layer is packed: codes and what they were packed to, and as float32 before and after that."""
@@ -19,14 +20,14 @@ class Rtn:
     """Rounds every weight to an affine grid whose range is searched by squared error.
 
     Args:
-        scheme: any affine scheme.
+        scheme: any affine scheme, or one with scales in two levels.
         search: shrink each group's range where that lowers its error; without it, plain min-max rounding.
     """
 
     name: ClassVar[str] = "rtn"
     Options: ClassVar[type[MethodOptions]] = RtnOptions
 
-    def __init__(self, scheme: AffineScheme, *, search: bool = True) -> None:
+    def __init__(self, scheme: UniformScheme, *, search: bool = True) -> None:
         self.scheme = scheme
         self._search = search
         self.needs = Needs(searches=search, layer_bytes=PACKING_BYTES)
@@ -34,22 +35,22 @@ class Rtn:
     @classmethod
     def from_options(cls, options: RtnOptions, group_size: int) -> Self:
         """The method that a request asks for."""
-        return cls(affine_scheme(options, group_size), search=options.search)
+        return cls(uniform_scheme(options, group_size), search=options.search)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block; only its weights are looked at."""
         packed: dict[str, Packed] = {}
         for linear in task.linears:
-            scheme = affine_of(task, linear, self.scheme)
-            found = round_to_nearest(task.weight(linear), scheme, search=self._search)
+            scheme = uniform_of(task, linear, self.scheme)
+            found = find_grids(task.weight(linear), scheme, search=self._search)
             packed[linear] = pack_codes(linear, scheme, found)
         return BlockResult(packed, schemes=task.schemes)
 
 
-def affine_of(task: BlockTask, linear: str, scheme: AffineScheme) -> AffineScheme:
+def uniform_of(task: BlockTask, linear: str, scheme: UniformScheme) -> UniformScheme:
     """How a layer is stored: by a scheme of its own, if its task has one."""
     own = task.schemes.get(linear, scheme)
-    if not isinstance(own, AffineScheme):
+    if not isinstance(own, UniformScheme):
         raise TypeError(f"'{linear}' is {own.format}")
     return own
 
@@ -61,13 +62,26 @@ def affine_scheme(options: AffineOptions, group_size: int) -> AffineScheme:
     )
 
 
-def pack_codes(linear: str, scheme: AffineScheme, found: AffineCodes) -> Packed:
+def uniform_scheme(options: UniformOptions, group_size: int) -> UniformScheme:
+    """The format that a method's options ask for, with scales of one level or of two."""
+    return (
+        KQuantScheme.model_validate({"bits": options.bits}) if options.k_quant else affine_scheme(options, group_size)
+    )
+
+
+def pack_codes(linear: str, scheme: UniformScheme, found: UniformCodes) -> Packed:
     """Pack what a solver found. Raises NumericsError where what is stored is not what was found."""
-    codes, scales, zeros = found
-    packed = affine.pack(scheme, codes, scales, None if scheme.symmetric else zeros)
-    stored = affine.unpack(scheme, packed, codes.shape[1])
-    # Codes take a quarter of the weights that they stand for; those are made to say how far off they are.
-    if not (scales.isfinite().all() and all(map(torch.equal, found, stored))):
-        steps = codes.view(*scales.shape, -1) - zeros.unsqueeze(-1)
-        check_packed(linear, scheme, packed, steps.mul_(scales.unsqueeze(-1)).flatten(1))
+    match scheme, found:
+        case KQuantScheme(), KQuant():
+            packed = k_quant.pack(scheme, found)
+            check_packed(linear, scheme, packed, found.values())
+        case AffineScheme(), AffineCodes(codes, scales, zeros):
+            packed = affine.pack(scheme, codes, scales, None if scheme.symmetric else zeros)
+            stored = affine.unpack(scheme, packed, codes.shape[1])
+            # Codes take a quarter of the weights that they stand for; those are made to say how far off they are.
+            if not (scales.isfinite().all() and all(map(torch.equal, found, stored))):
+                steps = codes.view(*scales.shape, -1) - zeros.unsqueeze(-1)
+                check_packed(linear, scheme, packed, steps.mul_(scales.unsqueeze(-1)).flatten(1))
+        case _:
+            raise TypeError(f"a grid that is not {scheme.format}")
     return packed

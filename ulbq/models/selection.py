@@ -103,7 +103,9 @@ def fitting(
     if unfit > _UNFIT * sum(layer.out_features * layer.in_features for layer in layers):
         check_group_size(selected.found, group_size)
         name, reason = next(iter(reasons.items()))
-        raise InputError(f"'{name}': {reason}.", hint="Take a method with another format, as gptq.")
+        raise InputError(
+            f"'{name}': {reason}.", hint="Take another format, as that of `method=gptq` without `k_quant`."
+        )
     return selected.without(reasons)
 
 

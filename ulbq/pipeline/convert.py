@@ -8,9 +8,9 @@ from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import ConvertedManifest, Manifest, QuantizedManifest, read_manifest
 from ulbq.artifacts.records import BitsReport
 from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
-from ulbq.config.convert import ConvertRequest
+from ulbq.config.convert import ENGINES, ConvertRequest
 from ulbq.errors import InputError, UsageError
-from ulbq.export import card, engines, fit
+from ulbq.export import card, engines, fit, packed
 from ulbq.export.fit import Candidate
 from ulbq.export.targets import target
 from ulbq.export.targets.base import Conversion, Target, Written
@@ -81,6 +81,7 @@ def _plan(request: ConvertRequest, source: ModelSource, progress: Progress) -> t
         into, sentence = engines.judge(engine, candidate, request.to, merge_adapter=request.merge_adapter)
         progress.note(sentence)
     fit.check(candidate, into, merge_adapter=request.merge_adapter)
+    _check_size(request, candidate, into)
     if (warning := into.check(source)) is not None:
         progress.warn(warning)
     if request.block_types is not None and into.name != "gguf":
@@ -90,6 +91,24 @@ def _plan(request: ConvertRequest, source: ModelSource, progress: Progress) -> t
     untie, fast = engine is not None and into.readers[engine].untie, request.block_types == "fastest"
     dtype, keeps = into.dtype(source, request.dtype), into.keeps and request.dtype is None and bool(candidate.layers)
     return into, Conversion(source, candidate, dtype, keeps, request.merge_adapter, untie, fast)
+
+
+def _check_size(request: ConvertRequest, candidate: Candidate, into: Target) -> None:
+    """Refuse a layout in which every layer would grow, unless dense weights were asked for. Raises InputError."""
+    asked = request.to == "dense" or request.dtype is not None or request.merge_adapter
+    if asked or not candidate.layers or (request.to is None and request.engine is None):
+        return
+    if into.bits(candidate) < packed.bits(candidate, packed.dense_bits):
+        return
+    reader = ENGINES[request.engine] if request.engine else into.name
+    way = "`to=dense`" if into.name == "dense" else "`dtype=fp16`"
+    tied = " `method=db-llm` with `tied_scales` leaves packed." if candidate.schemes[0].format == "dual_binary" else ""
+    own = target("half").bits(candidate) / candidate.weights
+    raise InputError(
+        f"Nothing that {reader} reads holds {fit.describe(candidate)}: '{candidate.given}' would become dense, at 16 "
+        f"bits a weight where it takes {own:.3g}.",
+        hint=f"{way} asks for that.{tied}",
+    )
 
 
 def _write_beside(into: Target, job: Conversion, written: Written, writer: ArtifactWriter, progress: Progress) -> None:

@@ -108,6 +108,10 @@ def end_to_end_request(source: str, options: Mapping[str, Any]) -> QuantizeReque
     known = takes(method)
     # What is off is so by default, and may mean nothing beside the others.
     form = {name: value for name, value in manifest.scheme.items() if name in known and value is not False}
+    if "tied_scales" in known:
+        form["tied_scales"] = manifest.scheme["format"] == "affine"
+    if manifest.scheme["format"] == "k_quant":
+        form["k_quant"] = True
     given = {name: value for name, value in options.items() if value is not None}
     # Blocks do not train, and what holds salient weights in place has no part in this.
     off = {name: value for name, value in {"epochs": 0, "penalty": 0.0, "adapter": False}.items() if name in known}

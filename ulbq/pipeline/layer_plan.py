@@ -38,6 +38,7 @@ _OWN: dict[str, frozenset[str]] = {
     **dict.fromkeys(FORMATS, frozenset()),
     "affine": frozenset({"bits", "group_size"}),
     "dual_binary": frozenset({"group_size"}),
+    "k_quant": frozenset({"bits"}),
     "trellis": frozenset({"bits"}),
 }
 """What layers of a format may have of their own."""

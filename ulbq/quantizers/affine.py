@@ -20,8 +20,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from ulbq.formats import AnyScheme, affine
-from ulbq.formats.affine import AffineScheme
+from ulbq.formats import AffineScheme, AnyScheme, UniformScheme, affine
 from ulbq.kernels import fake_quantize
 from ulbq.quantizers.base import CELL_MARGIN, SCALE_FLOOR, Quantizer
 
@@ -132,14 +131,14 @@ class AffineQuantizer(Quantizer):
     scales: torch.Tensor
     zeros: torch.Tensor
     step: torch.Tensor
-    scheme: AffineScheme
+    scheme: UniformScheme
 
     def __init__(
         self,
         weight: torch.Tensor,
         scales: torch.Tensor,
         zeros: torch.Tensor,
-        scheme: AffineScheme,
+        scheme: UniformScheme,
         *,
         train_weights: bool = True,
         form: AffineForm = _CLIP_ENDS,
@@ -179,10 +178,11 @@ class AffineQuantizer(Quantizer):
     @torch.no_grad()
     def finalize(self) -> dict[str, torch.Tensor]:
         """The packed tensors of the format; scales are rounded to float16 only here."""
+        if not isinstance(self.scheme, AffineScheme):
+            raise TypeError(f"{self.scheme.format} is not affine")
         scales, zeros = self._grid()
-        codes = _rounded(self.latents, scales, zeros).clamp_(0, self._top).flatten(1).to(torch.uint8)
         stored = None if self.scheme.symmetric else zeros
-        return affine.pack(self.scheme, codes, scales * self.step.squeeze(-1), stored)
+        return affine.pack(self.scheme, self._codes(scales, zeros), scales * self.step.squeeze(-1), stored)
 
     @classmethod
     def from_packed(
@@ -199,18 +199,26 @@ class AffineQuantizer(Quantizer):
             raise TypeError(f"{scheme.format} is not affine")
         codes, scales, zeros = affine.unpack(scheme, tensors, weight.shape[1])
         made = cls(weight, scales, zeros, scheme, train_weights=train_weights, form=form)
-        size = scales.abs().clamp_min(SCALE_FLOOR).unsqueeze(-1) / made.step.abs()
-        grouped = codes.view(made.latents.shape).float()
+        made._go_on(codes, scales, zeros)
+        return made
+
+    @torch.no_grad()
+    def _go_on(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
+        """Move latents to where they give these codes."""
+        size = scales.abs().clamp_min(SCALE_FLOOR).unsqueeze(-1) / self.step.abs()
+        grouped = codes.view(self.latents.shape).float()
         steps = grouped - zeros.unsqueeze(-1)
         reach = 0.5 - CELL_MARGIN
         low = torch.where(grouped == 0, -torch.inf, (steps - reach) * size)
-        high = torch.where(grouped == made._top, torch.inf, (steps + reach) * size)
-        with torch.no_grad():
-            made.latents.copy_(made.latents.clamp(low, high))
-            if made.low is not None and made.high is not None:
-                made.low.copy_(torch.minimum(made.low, made.latents))
-                made.high.copy_(torch.maximum(made.high, made.latents))
-        return made
+        high = torch.where(grouped == self._top, torch.inf, (steps + reach) * size)
+        self.latents.copy_(self.latents.clamp(low, high))
+        if self.low is not None and self.high is not None:
+            self.low.copy_(torch.minimum(self.low, self.latents))
+            self.high.copy_(torch.maximum(self.high, self.latents))
+
+    def _codes(self, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """``[out, in]`` uint8 on a grid in units."""
+        return _rounded(self.latents, scales, zeros).clamp_(0, self._top).flatten(1).to(torch.uint8)
 
     def _hold(self, name: str, values: torch.Tensor, *, trains: bool) -> None:
         if trains:

@@ -22,7 +22,7 @@ from ulbq.quantizers.base import SCALE_FLOOR, Quantizer
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer
 
 
-class _Dequantize(torch.autograd.Function):
+class Dequantize(torch.autograd.Function):
     """``s (q − z)`` of codes that are unpacked anew in the backward pass, so that no unpacked matrix is kept for it.
 
     Gradients: to a scale the sum of the incoming one times ``q − z`` over its group, to a zero point ``−s`` times the
@@ -101,7 +101,7 @@ class _Fixed(Quantizer):
     def forward(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dequantized weight ``[out, in]`` in ``dtype``, differentiable in what trains."""
         planes = self.get_buffer("packed_codes")
-        weight: torch.Tensor = _Dequantize.apply(self._absolute(), self.offsets(), planes, self._in_features, dtype)  # type: ignore[no-untyped-call]
+        weight: torch.Tensor = Dequantize.apply(self._absolute(), self.offsets(), planes, self._in_features, dtype)  # type: ignore[no-untyped-call]
         return weight
 
     def trainable(self) -> dict[str, list[nn.Parameter]]:

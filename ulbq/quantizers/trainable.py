@@ -8,6 +8,7 @@ from ulbq.quantizers.binary_mos import BinaryMosQuantizer
 from ulbq.quantizers.codebook import CodebookQuantizer
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer
 from ulbq.quantizers.fixed import FixedAffine, FixedBinaryMos, FixedDualBinary, FixedTrellis
+from ulbq.quantizers.k_quant import FixedKQuant, KQuantizer
 
 
 class Trainable(NamedTuple):
@@ -32,6 +33,7 @@ TRAINABLE: dict[str, Trainable] = {
     "binary_mos": Trainable(BinaryMosQuantizer, FixedBinaryMos, "binary-mos"),
     "codebook": Trainable(CodebookQuantizer, CodebookQuantizer, "claq", fixed_bytes=1.0),
     "dual_binary": Trainable(DualBinaryQuantizer, FixedDualBinary, "db-llm"),
+    "k_quant": Trainable(KQuantizer, FixedKQuant, "efficientqat"),
     "trellis": Trainable(FixedTrellis, FixedTrellis, "trellis"),
 }
 """By format."""

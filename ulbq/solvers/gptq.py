@@ -14,11 +14,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ulbq.formats.affine import AffineScheme
+from ulbq.formats import AffineScheme, UniformScheme
+from ulbq.formats.k_quant import KQuant
 from ulbq.kernels import solvers
 from ulbq.quantizers.base import SCALE_FLOOR
 from ulbq.solvers.hessian import HessianFactor, activation_order, factorize, make_good
-from ulbq.solvers.rtn import AffineCodes, range_factors, round_to_nearest, scale_overflow
+from ulbq.solvers.k_quant import UniformCodes, find_grids
+from ulbq.solvers.rtn import AffineCodes, range_factors, scale_overflow
 
 AT_ONCE = 1 << 25
 """Weights of rows that are quantized together, a matter of memory alone: a pass holds many copies of them."""
@@ -121,7 +123,8 @@ class GptqSettings:
         damping: share of the mean diagonal that is added to the Hessian's diagonal.
         act_order: take the columns with the largest inputs first, and blocks of rows whose errors cost most. Groups
             stay what they are, columns side by side, so their grids are found up front; in plain order they are found
-            when a group's turn comes, on its weights with the errors of all groups before made good.
+            when a group's turn comes, on its weights with the errors of all groups before made good. Grids with scales
+            in two levels are found up front in either.
         search: shrink each group's range where that lowers its error, weighted by what it costs
             (:attr:`HessianFactor.importance`). Grids that are found up front are then searched a second time, on the
             values that their columns had when their turn came, and kept where the loss is lower.
@@ -143,7 +146,7 @@ class Solution(NamedTuple):
         damping: the one that was used, above the settings' where that left the Hessian singular.
     """
 
-    codes: AffineCodes
+    codes: UniformCodes
     loss: float
     damping: float
 
@@ -152,7 +155,7 @@ class Solution(NamedTuple):
 def gptq(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    scheme: AffineScheme,
+    scheme: UniformScheme,
     settings: GptqSettings,
     outputs: torch.Tensor | None = None,
 ) -> Solution:
@@ -188,28 +191,34 @@ def gptq(
 
     make_good(weight, rows, _ROWS, solve)
     places, whole = rows.order.argsort(), _joined(found)
-    return whole._replace(codes=AffineCodes(*(part[places] for part in whole.codes)))
+    return whole._replace(codes=type(whole.codes)(*(part[places] for part in whole.codes)))
 
 
 def _joined(found: Sequence[Solution]) -> Solution:
     """What was found for the rows of a matrix, some after the others."""
     if len(found) == 1:
         return found[0]
-    codes = AffineCodes(*map(torch.cat, zip(*(one.codes for one in found), strict=True)))
-    return Solution(codes, sum(one.loss for one in found), found[0].damping)
+    return Solution(joined([one.codes for one in found]), sum(one.loss for one in found), found[0].damping)
 
 
-def _values(codes: AffineCodes) -> torch.Tensor:
+def joined(codes: Sequence[UniformCodes]) -> UniformCodes:
+    """Those of rows below each other, of one kind."""
+    return type(codes[0])(*map(torch.cat, zip(*codes, strict=True)))
+
+
+def _values(codes: UniformCodes) -> torch.Tensor:
     """``[out, in]`` float32, what codes stand for."""
+    if isinstance(codes, KQuant):
+        return codes.values()
     levels = codes.codes.float().unflatten(1, (codes.scales.shape[1], -1)) - codes.zeros.unsqueeze(-1)
     values: torch.Tensor = levels.mul_(codes.scales.unsqueeze(-1)).flatten(1)
     return values
 
 
-def _solve(weight: torch.Tensor, factor: HessianFactor, scheme: AffineScheme, settings: GptqSettings) -> Solution:
+def _solve(weight: torch.Tensor, factor: HessianFactor, scheme: UniformScheme, settings: GptqSettings) -> Solution:
     """Quantize rows that know nothing of each other."""
     group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
-    if not settings.act_order and group_size < weight.shape[1]:
+    if isinstance(scheme, AffineScheme) and not settings.act_order and group_size < weight.shape[1]:
         # Every group has to lie in one block, where its grid can be found.
         block_size = group_size * max(1, settings.block_size // group_size)
         found = _pass(weight, factor, scheme, settings.search, block_size, None)
@@ -217,7 +226,7 @@ def _solve(weight: torch.Tensor, factor: HessianFactor, scheme: AffineScheme, se
     solutions = []
     values = weight
     for _ in range(2 if settings.search else 1):
-        grids = round_to_nearest(values, scheme, importance=factor.importance, search=settings.search)
+        grids = find_grids(values, scheme, importance=factor.importance, search=settings.search)
         found = _pass(weight, factor, scheme, settings.search, settings.block_size, grids)
         solutions.append(Solution(found.codes, found.loss, factor.damping))
         values = found.seen
@@ -227,7 +236,7 @@ def _solve(weight: torch.Tensor, factor: HessianFactor, scheme: AffineScheme, se
 class _Passed(NamedTuple):
     """What one pass over the columns found; ``seen`` are the values ``[out, in]`` that they had at their turns."""
 
-    codes: AffineCodes
+    codes: UniformCodes
     loss: float
     seen: torch.Tensor
 
@@ -235,10 +244,10 @@ class _Passed(NamedTuple):
 def _pass(
     weight: torch.Tensor,
     factor: HessianFactor,
-    scheme: AffineScheme,
+    scheme: UniformScheme,
     search: bool,
     block_size: int,
-    grids: AffineCodes | None,
+    grids: UniformCodes | None,
 ) -> _Passed:
     """Quantize all columns to known grids, or to those that each group gets when its turn comes."""
     if solvers.take(weight, factor.upper):
@@ -255,7 +264,7 @@ def _pass(
 class _Compiled:
     """Blocks of columns by the compiled loop; does what :class:`_FixedGrids` and :class:`_MovingGrids` do."""
 
-    def __init__(self, factor: HessianFactor, scheme: AffineScheme, search: bool, grids: AffineCodes | None) -> None:
+    def __init__(self, factor: HessianFactor, scheme: UniformScheme, search: bool, grids: UniformCodes | None) -> None:
         self._factor, self._known = factor, grids
         columns = len(factor.order)
         self._size = columns if scheme.group_size == -1 else scheme.group_size
@@ -274,9 +283,9 @@ class _Compiled:
         else:
             self._grids = (self._known.scales.t().contiguous(), self._known.zeros.t().contiguous())
         seen = _block_by_block(weight, self._factor, block_size, self._solve)
-        scales, zeros = (grid.t().contiguous() for grid in self._grids)
         codes = self._in_original_order(torch.cat(self._codes)).t().contiguous()
-        return _Passed(AffineCodes(codes, scales, zeros), self._loss, self._in_original_order(seen).t())
+        known = self._known or AffineCodes(codes, *(grid.t().contiguous() for grid in self._grids))
+        return _Passed(known._replace(codes=codes), self._loss, self._in_original_order(seen).t())
 
     def _solve(self, first: int, block: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         own = slice(first, first + len(block))
@@ -324,7 +333,7 @@ def in_original_order(columns: list[torch.Tensor], order: torch.Tensor) -> torch
 class _FixedGrids:
     """Rounds columns to grids that are known up front."""
 
-    def __init__(self, grids: AffineCodes, factor: HessianFactor, bits: int) -> None:
+    def __init__(self, grids: UniformCodes, factor: HessianFactor, bits: int) -> None:
         self._grids = grids
         self._factor = factor
         self._columns = _Columns(factor, bits)
@@ -344,14 +353,14 @@ class _FixedGrids:
         """``[out, in]`` the values that the columns had when their turn came."""
         return in_original_order(self._seen, self._factor.order)
 
-    def result(self) -> AffineCodes:
-        return AffineCodes(self._columns.codes(), self._grids.scales, self._grids.zeros)
+    def result(self) -> UniformCodes:
+        return self._grids._replace(codes=self._columns.codes())
 
 
 class _MovingGrids:
     """Finds a group's grid when its first column's turn comes; for columns in plain order."""
 
-    def __init__(self, scheme: AffineScheme, factor: HessianFactor, search: bool) -> None:
+    def __init__(self, scheme: UniformScheme, factor: HessianFactor, search: bool) -> None:
         self._size = scheme.group_size
         self._row = scheme.model_copy(update={"group_size": -1})
         self._importance = factor.importance
@@ -366,7 +375,7 @@ class _MovingGrids:
     def quantize(self, index: int, column: torch.Tensor) -> torch.Tensor:
         if index % self._size == 0:
             start = index - self._first
-            grid = round_to_nearest(
+            grid = find_grids(
                 self._block[:, start : start + self._size],
                 self._row,
                 importance=self._importance[index : index + self._size],

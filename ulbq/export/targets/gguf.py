@@ -51,6 +51,9 @@ _KINDS = {
     torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
 }
 _FILE_TYPES: dict[AnyType, int] = {
+    GGMLQuantizationType.Q2_K: LlamaFileType.MOSTLY_Q2_K,
+    GGMLQuantizationType.Q3_K: LlamaFileType.MOSTLY_Q3_K_M,
+    GGMLQuantizationType.Q4_K: LlamaFileType.MOSTLY_Q4_K_M,
     GGMLQuantizationType.Q1_0: LlamaFileType.MOSTLY_Q1_0,
     NewType.Q2_0: 41,  # MOSTLY_Q2_0
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ulbq.formats import AffineScheme, DualBinaryScheme
+from ulbq.formats import AffineScheme, AnyScheme
 from ulbq.kernels import byte_codes, tiles, triton_launch, words
 
 Slabs = Iterator[tuple[slice, torch.Tensor]]
@@ -72,7 +72,7 @@ class Dense(NamedTuple):
 
 
 def dense(
-    scheme: AffineScheme | DualBinaryScheme,
+    scheme: AnyScheme,
     form: str,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     out_features: int,

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 import torch
 
 from ulbq.formats import AnyScheme
-from ulbq.kernels.ops import affine, codebook, dual_binary, trellis
+from ulbq.kernels.ops import affine, codebook, dual_binary, k_quant, trellis
 from ulbq.kernels.ops.operands import Matrix, Operands
 
 OPERANDS: dict[str, Operands] = {
     "affine": affine.OPERANDS,
     "codebook": codebook.OPERANDS,
     "dual_binary": dual_binary.OPERANDS,
+    "k_quant": k_quant.OPERANDS,
     "trellis": trellis.OPERANDS,
 }
 """By format."""
