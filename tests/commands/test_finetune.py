@@ -145,7 +145,7 @@ def test_options_of_the_other_kind_and_unknown_tasks_are_refused(
     for task in ("end-to-end", "gsm8k"):
         assert "no quantized artifact" in refused(capsys, 3, str(artifact.parent / "m"), "--task", task)
     monkeypatch.chdir(tmp_path)
-    assert "holds no finished artifact" in refused(capsys, 3, "--task", "end-to-end")
+    assert "no finished artifact" in refused(capsys, 3, "--task", "end-to-end")
 
 
 def test_tasks_are_listed_and_read_from_files(

@@ -41,7 +41,9 @@ def test_the_path_goes_out_and_the_table_to_people(words, tmp_path, capsys):
 def test_json_gives_the_manifest(words, tmp_path, capsys):
     assert main([*words, "--json", "--quiet", "--kind", "wanda", "--dtype", "fp16"]) == 0
     captured = capsys.readouterr()
-    assert captured.err == ""
+    # What --quiet leaves: the samples of this test are few.
+    (warning,) = captured.err.splitlines()
+    assert warning.startswith("warning: The calibration holds 32 tokens")
     told = json.loads(captured.out)
     assert (told["kind"], told["score"], told["dtype"]) == ("saliency", "wanda", "fp16")
     assert told["digest"] == read_manifest(tmp_path / "s").digest

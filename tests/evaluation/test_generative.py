@@ -12,7 +12,7 @@ from ulbq.data.prompts import prompt_tokens
 from ulbq.errors import UsageError
 from ulbq.evaluation.generative import KEPT, run_generative, with_groups
 from ulbq.evaluation.generative_tasks import LoadedGroup, LoadedTask, load_generative
-from ulbq.evaluation.lm import LanguageModel
+from ulbq.evaluation.lm import LanguageModel, ends_of
 from ulbq.evaluation.results import Measured, TaskScore, Writing
 from ulbq.progress import Silent
 
@@ -121,7 +121,7 @@ def test_an_answer_ends_at_the_tokenizers_end_too(tokenizer, mirror):
     """Training closes answers with the tokenizer's end of text, whatever a model's own settings name."""
     model = tiny_model(tiny_config("llama", tied=False, max_position_embeddings=2048))
     model.generation_config.eos_token_id = [77]
-    assert LanguageModel(model, tokenizer)._ends == [tokenizer.eos_token_id, 77]
+    assert ends_of(model, tokenizer.eos_token_id) == [tokenizer.eos_token_id, 77]
     row = prompt_tokens("gsm8k", "a", tokenizer, where="here")
     (free,) = LanguageModel(model, tokenizer).write_after([row], stops=[], new_tokens=8, sampling={})
     first = int(model(input_ids=torch.tensor([row])).logits[0, -1].argmax())

@@ -5,7 +5,7 @@ import torch
 
 from ulbq.errors import InputError, ResourceError
 from ulbq.evaluation import text
-from ulbq.evaluation.text import batches, logits_of, text_windows
+from ulbq.evaluation.text import logits_of, predictions, text_windows
 
 LINES = [f"line number {number} of a text" for number in range(40)]
 
@@ -75,8 +75,9 @@ def test_too_short_a_text_is_refused_with_its_length(tokenizer):
 
 def test_batches_hold_every_window_once(model):
     windows = torch.arange(70).view(7, 10)
-    assert [len(batch) for batch in batches(model, windows, 3)] == [3, 3, 1]
-    assert torch.equal(torch.cat(list(batches(model, windows, None))), windows)
+    found = list(predictions(model, windows, 3))
+    assert [(len(batch), len(logits)) for batch, logits in found] == [(3, 3), (3, 3), (1, 1)]
+    assert torch.equal(torch.cat([batch for batch, _ in predictions(model, windows, None)]), windows)
 
 
 def test_a_full_device_is_a_sentence(model, monkeypatch):

@@ -92,9 +92,10 @@ def test_a_family_that_stores_experts_as_one_has_no_names_for_packed_ones(tmp_pa
         convert(ConvertRequest(source=str(path), to="gptq", out=tmp_path / "out"))
     with pytest.raises(InputError, match="none of those written here"):
         convert(ConvertRequest(source=str(path), to="gguf", out=tmp_path / "out"))
-    # What cannot be packed goes dense, and the card says so.
-    assert convert(ConvertRequest(source=str(path), engine="vllm", out=tmp_path / "out"))[1].target == "dense"
-    assert "| vLLM (`vllm`) | `vllm serve OUT` | GPU | 16 |" in (path / "README.md").read_text()
+    # What cannot be packed goes dense where that is asked for, and the card says so.
+    with pytest.raises(InputError, match="would become dense, at 16 bits"):
+        convert(ConvertRequest(source=str(path), engine="vllm", out=tmp_path / "out"))
+    assert "| vLLM (`vllm`) | `vllm serve OUT`. Not packed: convert it with" in (path / "README.md").read_text()
 
 
 def test_all_experts_are_packed_layers(tmp_path: Path) -> None:

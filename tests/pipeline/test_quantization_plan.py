@@ -33,7 +33,7 @@ def test_every_option_of_a_method_can_be_asked_for(method: str) -> None:
 
 def test_every_option_of_a_request_is_some_methods() -> None:
     for_all = {"source", "method", "recipe", "rotate", "skip", "only", "allow_partial", "seed", "device", "data_dir"}
-    for_all |= {"offline", "out", "force", "plan", "embedding_bits", "head_bits"}
+    for_all |= {"offline", "out", "force", "log_to", "plan", "embedding_bits", "head_bits"}
     assert QuantizeRequest.model_fields.keys() - for_all == frozenset[str]().union(*map(takes, METHODS))
 
 

@@ -113,11 +113,12 @@ def test_a_large_manifest_is_not_read(packed: Path, ulbq: Ulbq, tmp_path: Path, 
         file.write(b'{"kind": "quantized", "schema_version": 1, "x": "')
         file.truncate(2 << 30)
     assert "more than" in ulbq("inspect", large).refused()
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path / "artifacts")
     start = time.process_time()
     assert "no finished artifact" in ulbq("inspect").refused()
     assert time.process_time() - start < 2
     os.rename(packed, tmp_path / "artifacts" / "small")
+    monkeypatch.chdir(tmp_path)
     assert ulbq("inspect", "-q").out == "artifacts/small\n"
 
 
@@ -129,6 +130,7 @@ def test_the_newest_artifact_is_the_file_systems(packed: Path, ulbq: Ulbq, tmp_p
         shutil.copytree(packed, tmp_path / "artifacts" / name)
         reseal(tmp_path / "artifacts" / name, lambda manifest, created=created: manifest.update(created=created))
         os.utime(tmp_path / "artifacts" / name / "manifest.json", (written, written))
+    shutil.rmtree(packed)
     assert ulbq("inspect", "-q").out == "artifacts/new\n"
 
 

@@ -227,7 +227,7 @@ class LanguageModel:
                 ),
                 max_new_tokens=new_tokens,
                 pad_token_id=pad,
-                eos_token_id=_ends(model, self.end_token),
+                eos_token_id=ends_of(model, self.end_token),
                 stopping_criteria=StoppingCriteriaList([_StopAt(stops, length, self.tokenizer)]),
                 **{"do_sample": False, **sampling},
                 **last_logits(model),
@@ -257,7 +257,7 @@ class _StopAt(StoppingCriteria):
         return torch.tensor([any(stop in text for stop in self.stops) for text in written], device=input_ids.device)
 
 
-def _ends(model: "PreTrainedModel", end_token: int) -> list[int]:
+def ends_of(model: "PreTrainedModel", end_token: int) -> list[int]:
     """Tokens that end an answer: the tokenizer's end of text, which training closes with, and the model's own ends."""
     settings = model.generation_config
     own = None if settings is None else settings.eos_token_id
