@@ -66,6 +66,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "gptq": ("inspect",),
     "compressed": ("inspect",),
     "gguf": ("inspect", "generate gguf", "eval gguf"),
+    "lora": ("inspect",),
+    "mlx": ("inspect", "generate"),
     "half": ("inspect", "generate"),
     "evaluation": ("inspect", "eval --compare"),
     "sweep": ("inspect",),

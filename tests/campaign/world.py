@@ -65,6 +65,10 @@ COMMANDS = {
     ),
     "quantize claq": Command(("quantize", "@dense", *_SHOWN, "--method", "claq", "--target-bits", "3.2", *_TEXT)),
     "quantize trellis": Command(("quantize", "@dense", *_SHOWN, "--method", "trellis", "--target-bits", "2.8", *_TEXT)),
+    "quantize trellis, epochs": Command(
+        ("quantize", "@dense", *_SHOWN, "--method", "trellis", "--epochs", "1", *_TEXT, "--end-to-end", "ce",
+         "--end-to-end-data", "self", "--end-to-end-samples", "2")
+    ),
     "quantize binary-mos": Command(
         ("quantize", "@dense", *_SHOWN, "--method", "binary-mos", "--epochs", "1", *_TEXT, "--fit-temperature")
     ),
@@ -84,6 +88,8 @@ COMMANDS = {
     "convert compressed-tensors": Command(("convert", "@affine", "--to", "compressed-tensors", *_PLAIN)),
     "convert auto-round": Command(("convert", "@affine", "--to", "auto-round", *_PLAIN)),
     "convert gguf": Command(("convert", "@affine", "--to", "gguf", *_PLAIN)),
+    "convert gguf, adapter": Command(("convert", "@adapted", "--to", "gguf", *_PLAIN)),
+    "convert mlx": Command(("convert", "@affine", "--to", "mlx", *_PLAIN)),
     "convert half": Command(("convert", "@affine", "--to", "half", *_PLAIN)),
     "eval": Command(
         ("eval", "@affine", "--perplexity", "wikitext2", "--fidelity", "--context", "32", "--limit", "2", "--data-dir",
@@ -115,6 +121,8 @@ ARTIFACTS = {
     "gptq": "convert gptq",
     "compressed": "convert compressed-tensors",
     "gguf": "convert gguf",
+    "lora": "convert gguf, adapter",
+    "mlx": "convert mlx",
     "half": "convert half",
     "evaluation": "eval",
     "sweep": "sweep",
