@@ -11,7 +11,7 @@ BARE := $(VENV)/.bare
 READY := $(VENV)/.ready
 
 # What `make run` quantizes with, and what the model and its parent then go on from.
-QUANTIZE := --method trellis --samples 40 --end-to-end kl --end-to-end-samples 48 --end-to-end-lr-factor 0.8 --no-checkpointing
+QUANTIZE := --method trellis --samples 40 --end-to-end kl --end-to-end-samples 32 --end-to-end-lr-factor 0.8 --no-checkpointing
 PROMPT := The capital of France is
 
 # A mirror of data sets beside the checkout is used where there is one.
