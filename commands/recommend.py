@@ -29,7 +29,7 @@ def recommend(
     model, and by every 'ulbq sweep' under ./artifacts, best of the same model. Without a limit, the memory of this
     machine is one.
     """
-    progress, emit = console.session(quiet=quiet, debug=debug)
+    progress, emit = console.session(json=json, quiet=quiet, debug=debug)
     check_out(given["out"], force=given["force"])
     request = RecommendRequest.model_validate(asked(given))
     request = request.model_copy(update={"source": read_source(source, "model", progress)})

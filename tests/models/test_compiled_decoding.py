@@ -24,7 +24,7 @@ from ulbq.formats import (
 )
 from ulbq.kernels import build
 from ulbq.models import decoding
-from ulbq.models.compiled_decoding import Decoder, products
+from ulbq.models.compiled_decoding import Decoder, products, unsupported_reason
 from ulbq.models.decoding import TextStream, greedy, write_on
 from ulbq.nn.quant_linear import QuantLinear
 
@@ -117,6 +117,13 @@ def test_dense_layers() -> None:
 def test_rotary_positions_that_are_stretched() -> None:
     stretched = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     assert_same(packed_model("llama", SCHEMES[0], rope_parameters=stretched))
+
+
+def test_rotary_positions_of_a_part_of_a_head_are_left_to_transformers() -> None:
+    part = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    model = packed_model("llama", SCHEMES[0], rope_parameters=part)
+    assert "a part of a head" in str(unsupported_reason(model))
+    assert products(model) is None
 
 
 def test_a_head_of_another_kind_makes_its_logits() -> None:

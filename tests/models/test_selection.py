@@ -1,5 +1,7 @@
 """Which layers are quantized."""
 
+import time
+
 import pytest
 
 from tests.models.tiny import tiny_config
@@ -7,7 +9,7 @@ from ulbq.errors import InputError
 from ulbq.formats import AffineScheme
 from ulbq.formats.trellis import TrellisScheme
 from ulbq.models.blocks import Linear, ModelStructure, structure
-from ulbq.models.selection import ASKED, Selection, fitting, of_artifact, select
+from ulbq.models.selection import ASKED, Selection, fitting, matches, of_artifact, select
 from ulbq.models.skeleton import empty_model
 
 _PREFIX = "model.layers.0."
@@ -57,6 +59,21 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern: str, llama: ModelStr
         with pytest.raises(InputError, match=rf"^No linear layer of the model's blocks matches '{pattern}'") as caught:
             select(llama, skip, only)
         assert caught.value.hint.startswith("Its layers: q_proj, k_proj")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*_proj", True), ("q*j", True), ("layers.*.mlp", False), ("layers.*.self_attn.?_proj", True), ("*x", False),
+        ("*a*t*n.q", True), ("*a*t*n.*q", True), ("l*s.1.**.q_proj", True), ("l*r.1", False), ("*" * 40 + "!", False),
+        ("*a" * 40, False),
+    ],
+)  # fmt: skip
+def test_stars_are_any_letters_between_dots(pattern: str, found: bool) -> None:
+    start = time.process_time()
+    assert matches(pattern, "model.layers.1.self_attn.q_proj", end="") is found
+    assert not matches(pattern + "!", "model.layers.1." + "a" * 200)
+    assert time.process_time() - start < 0.5
 
 
 _DECIDING = (

@@ -158,6 +158,20 @@ def test_a_budget_is_kept_and_spent(
             assert len({found[f"{block}.{part}.{name}"] for name in names}) == 1  # engines make one layer of them
 
 
+def test_a_budget_below_what_a_plan_takes_is_refused(parent: Path, samples: Path, tmp_path: Path) -> None:
+    (tmp_path / "groups.yaml").write_text("layers: {group_size: 16}")
+    asked = {"method": "gptq", "bits": 2, "group_size": 64, "calibration": str(samples), **SIZE}
+    with pytest.raises(UsageError, match=r"`target_bits=3.1` is less than the 3\.1[0-9] bits"):
+        plan(request(parent, tmp_path / "q", target_bits=3.1, plan=str(tmp_path / "groups.yaml"), **asked))
+
+
+@pytest.mark.parametrize("settings", ["", "{}", "false", "[]", "{bits: null}"])
+def test_a_pattern_of_which_nothing_is_said_is_refused(settings: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(f"q_proj: {settings}")
+    with pytest.raises(InputError, match="The plan"):
+        read_plan(str(tmp_path / "plan.yaml"))
+
+
 def test_a_budget_is_no_part_of_a_dry_run(parent: Path, samples: Path, tmp_path: Path) -> None:
     asked = request(parent, tmp_path / "q", method="gptq", bits=2, target_bits=3.1, calibration=str(samples), **SIZE)
     with pytest.raises(UsageError, match="known only after a look"):

@@ -302,6 +302,37 @@ def test_a_run_whose_numbers_go_wrong_is_left_out_and_named(
     assert "rtn-w2: The numbers went wrong." in (path / "report.html").read_text()
 
 
+def test_runs_whose_scores_go_wrong_are_left_out_and_none_is_no_sweep(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = measurer.Measurer.measure
+    wrong = {"rtn-w2"}
+
+    def failing(self: Any, candidate: Any, *arguments: Any, **named: Any) -> Any:
+        if candidate.name in wrong:
+            raise NumericsError("The logits went wrong.")
+        return measure(self, candidate, *arguments, **named)
+
+    monkeypatch.setattr(measurer.Measurer, "measure", failing)
+    how: dict[str, Any] = {"method": ("rtn",), "samples": None, "sequence_length": None, "calibration": None}
+    _, manifest = sweep(request(made, out=tmp_path / "s", **how))
+    assert [run.name for run in manifest.runs] == ["rtn-w3"]
+    assert manifest.left_out == {"rtn-w2": "The logits went wrong."}
+    wrong.add("rtn-w3")
+    with pytest.raises(NumericsError, match=r"No run of this sweep came to scores\. The logits went wrong\."):
+        sweep(request(made, out=tmp_path / "none", **how))
+    assert not (tmp_path / "none").exists()
+
+
+def test_two_models_of_one_name_are_refused(made: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    given: dict[str, Any] = {"method": (), "bits": (), "settings": file}
+    for listed in ("- {name: x, method: gptq}\n- {name: x-s0, method: rtn}", "- {name: base, method: rtn}"):
+        file.write_text(listed)
+        with pytest.raises(UsageError, match="Two models of this sweep would be called"):
+            plan(request(made, samples=None, sequence_length=None, calibration=None, **given))
+
+
 def test_samples_that_the_model_writes_are_written_once(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

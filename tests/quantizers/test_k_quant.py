@@ -100,6 +100,16 @@ def test_gradients_of_factors_are_what_they_multiply(scheme: KQuantScheme) -> No
         torch.testing.assert_close(quantizer.minima.grad, -below, rtol=1e-3, atol=1e-4)
 
 
+@labels
+def test_factors_that_shrink_to_nothing_stay_above_it(scheme: KQuantScheme) -> None:
+    quantizer = FixedKQuant.from_packed(weight(), k_quant.pack(scheme, start(scheme)), scheme, train_weights=False)
+    with torch.no_grad():
+        quantizer.factors.mul_(1e-6)
+    after = quantizer.finalize()
+    assert after["scales"].ne(0).all()
+    assert FixedKQuant.from_packed(weight(), after, scheme, train_weights=False)().isfinite().all()
+
+
 def test_codes_that_would_train_are_refused() -> None:
     packed = k_quant.pack(SCHEMES[0], start(SCHEMES[0]))
     with pytest.raises(ValueError, match="fixed"):

@@ -181,11 +181,16 @@ def sources(spec: str) -> dict[str, float]:
         if name in found:
             raise UsageError(f"`calibration` names '{name}' twice.", hint="Give it one weight.")
         found[name] = float(weight[1]) if weight else 1.0
-    alone = next((name for name in found if len(found) > 1 and _stands_alone(name)), None)
+    if not found:
+        raise UsageError("`calibration` names no source.", hint="As in 'wikitext2', or 'a.jsonl:2,wikitext2:1'.")
+    alone = next((name for name in found if _stands_alone(name)), None)
     if alone is not None:
         raise UsageError(f"'{alone}' stands alone in `calibration`.", hint="Sets and files of text have weights.")
     if not all(0 < weight <= limits.OPTION for weight in found.values()):
-        raise UsageError("`calibration` has a weight of 0.", hint="Leave that source out.")
+        raise UsageError(
+            f"A weight in `calibration` is 0, or above {limits.OPTION:g}.",
+            hint="Leave that source out, or weigh it less.",
+        )
     return found
 
 

@@ -29,6 +29,8 @@ import torch
 from ulbq.formats.bits import BaseScheme, Format, TensorSpec, pack_planes, unpack_planes
 
 SUPER_BLOCK = 256
+_LEAST = 2.0**-24
+"""float16's smallest positive number: a super-block of zeros keeps it."""
 """Columns."""
 
 
@@ -138,6 +140,12 @@ class KQuant(NamedTuple):
 def spread(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """Values of super-blocks ``[out, in/256]`` for each of their groups ``[out, G]``."""
     return values.repeat_interleave(groups.shape[1] // values.shape[1], 1)
+
+
+def stored_factors(factors: torch.Tensor) -> torch.Tensor:
+    """As float16 stores them, float32; none becomes 0, by which zero points would be divided."""
+    rounded = factors.to(torch.float16).float()
+    return torch.where(rounded == 0, torch.copysign(torch.full_like(factors, _LEAST), factors), rounded)
 
 
 def pack(scheme: KQuantScheme, matrix: KQuant) -> dict[str, torch.Tensor]:

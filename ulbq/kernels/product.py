@@ -22,5 +22,7 @@ class Product:
         made = ctypes.c_void_p()
         given = (one.data_ptr() if isinstance(one, torch.Tensor) else one for one in arguments)
         getattr(library(), make)(*given, ctypes.byref(made))
+        if made.value is None:
+            raise ValueError(f"{make} knows no such matrix")
         self.address = made.value
         weakref.finalize(self, library().ulbq_free_linear, self.address)

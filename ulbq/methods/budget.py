@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ulbq.config.training import TokenWeighting
-from ulbq.formats import AffineScheme, UniformScheme
-from ulbq.formats.bits import stored_bits
+from ulbq.formats import AffineScheme, UniformScheme, total_bits
 from ulbq.methods.base import BlockTask, Needs
 from ulbq.methods.in_sequence import solve_in_sequence
 from ulbq.methods.rtn import uniform_of
@@ -71,7 +70,7 @@ def survey_widths(task: BlockTask, scheme: UniformScheme, weighting: TokenWeight
                 steps = codes.view(*scales.shape, -1) - zeros.unsqueeze(-1)
                 error = steps.mul_(scales.unsqueeze(-1)).flatten(1).sub_(weight)
                 losses[bits] += cost * (error.square_() @ moments).sum().item()
-                stored[bits] += sum(stored_bits(own.tensors(weight.shape[0], weight.shape[1])).values())
+                stored[bits] += total_bits(own, (weight.shape[0], weight.shape[1]))
         names = ",".join(task.prefix + linear for linear in linears)
         found[names] = Widths(weights, [Priced(stored[bits], loss) for bits, loss in losses.items()])
         return {}

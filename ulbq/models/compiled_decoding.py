@@ -30,6 +30,9 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     window = getattr(model.config, "sliding_window", None) if not kinds else None
     if window or any(kind != "full_attention" for kind in kinds):
         return "attention of a window: of all tokens"
+    base: Any = model.base_model
+    if 2 * len(base.rotary_emb.inv_freq) != base.layers[0].self_attn.head_dim:
+        return "rotary positions of a part of a head: of all of it"
     rotation = getattr(model.base_model.rotary_emb, "rope_type", None)
     if model.config.hidden_act != "silu" or rotation not in _ROTATIONS:
         return f"{model.config.hidden_act}, rotary positions '{rotation}': silu, one of {', '.join(sorted(_ROTATIONS))}"

@@ -85,7 +85,7 @@ def unfilled_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
 def loading_memory(source: ModelSource, dtype: torch.dtype) -> int:
     """Bytes that :func:`load_model` takes: all weights, packed ones as they are stored; the largest matrix twice."""
     manifest = source.manifest
-    layers = manifest.layers if isinstance(manifest, QuantizedManifest) else ()
+    layers = (*manifest.layers, *manifest.tables) if isinstance(manifest, QuantizedManifest) else ()
     packed = {f"{layer.name}.weight" for layer in layers}
     dense = [p.nbytes for name, p in unfilled_model(source, dtype).named_parameters() if name not in packed]
     return sum(sum(layer.bits.values()) for layer in layers) // 8 + sum(dense) + max(dense) + source.gguf_size

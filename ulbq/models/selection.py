@@ -125,5 +125,7 @@ def _left_out(name: str, skip: Sequence[str], only: Sequence[str]) -> str | None
 
 def matches(pattern: str, name: str, *, end: str = r"(\.|$)") -> bool:
     """Whether parts of a full name between dots are those of a pattern, ``*`` in it being any letters of one."""
-    parts = re.escape(pattern).replace(r"\*", r"[^.]*").replace(r"\?", "[^.]")
+    first, *others = (re.escape(part).replace(r"\?", "[^.]") for part in re.split(r"\*+", pattern))
+    # What follows a star is taken where it first comes, and not tried again: time grows with the name's length alone.
+    parts = "".join([first, *(rf"(?>[^.]*?{part})" for part in others[:-1]), *(f"[^.]*{part}" for part in others[-1:])])
     return re.search(rf"(^|\.){parts}{end}", name) is not None

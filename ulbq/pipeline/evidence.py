@@ -68,7 +68,7 @@ def swept(folder: Path) -> Iterator[Evidence]:
             manifest = load_manifest(path.parent)
             if isinstance(manifest, SweepManifest):
                 yield from of_sweep(manifest)
-        except (InputError, ValidationError):
+        except (InputError, ValidationError, LookupError):
             continue
 
 
@@ -88,6 +88,6 @@ def of_sweep(manifest: SweepManifest) -> Iterator[Evidence]:
             sha256=manifest.parents[0].sha256,
             weights=run.weights,
             ratios=tuple(value / full[0] for value in point.values[_TEXT]),
-            seconds=None if run.resumed else mean(one.seconds for one in point.runs),
+            seconds=None if any(one.resumed for one in point.runs) else mean(one.seconds for one in point.runs),
             device=manifest.device,
         )

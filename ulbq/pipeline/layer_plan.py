@@ -56,17 +56,19 @@ def read_plan(given: str | None) -> LayerPlan:
         content = parse_yaml(read_small(path, limits.MANIFEST_SIZE).decode())
         if not isinstance(content, dict) or not all(isinstance(one, str) for one in content):
             raise ValueError("it is no map of patterns")
-        found = {pattern: LayerSettings.model_validate(settings or {}) for pattern, settings in content.items()}
+        found = {pattern: LayerSettings.model_validate(settings) for pattern, settings in content.items()}
     except OSError as error:
         raise InputError(f"The plan '{given}' cannot be read: {error.strerror}.", hint=_HINT) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"])) or "the settings of a pattern"
         raise InputError(f"The plan '{given}' cannot be read: {where}: {first['msg'].lower()}.", hint=_HINT) from error
     except (ValueError, yaml.YAMLError) as error:
         cause = " ".join(str(error).split())
         raise InputError(f"The plan '{given}' cannot be read: {cause}.", hint=_HINT) from error
-    for settings in found.values():
+    for pattern, settings in found.items():
+        if all(value is None for value in settings.model_dump(exclude_unset=True).values()):
+            raise InputError(f"The plan '{given}' says nothing of '{pattern}'.", hint=_HINT)
         if settings.group_size is not None:
             check_group(settings.group_size)
     return found

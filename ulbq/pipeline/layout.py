@@ -220,7 +220,9 @@ def write_folder(
         shared = scheme.model_dump(mode="json")
         config["quantization_config"] = {
             **{"quant_method": "ulbq", "method": method, **shared},
-            "layers": {layer.name: layer.scheme for layer in (*layers, *tables) if layer.scheme != shared},
+            # Tables are named always: what is shared holds of layers.
+            "layers": {layer.name: layer.scheme for layer in layers if layer.scheme != shared}
+            | {table.name: table.scheme for table in tables},
             "adapter": bool(bits.parts.get("adapter")),
         }
         updated = type(source.config).from_dict(config)

@@ -201,6 +201,8 @@ def prepare(request: QuantizeRequest, progress: Progress) -> Job:
     selected = selected.storing(tables)
     found = selected.found
     _check_model(run, method, source, model, found)
+    if method.needs.target_bits is not None:
+        _check_target_bits(run, method, found, schemes)
     stay = _blocks_stay(run.fit_temperature, method.needs, start)
     whole = whole_memory(run, method, found, model, precision)
     streamed = choose_streamed(run.stream, whole, device, progress)
@@ -270,8 +272,6 @@ def _check_model(
         check_length(model, run.sequence_length)
     _check_targets(method, [linear for block in found.linears for linear in block])
     _check_outputs(method, found)
-    if method.needs.target_bits is not None:
-        _check_target_bits(run, method, found)
 
 
 def _described(
@@ -422,13 +422,15 @@ def _refuse_what_is_decided(request: QuantizeRequest) -> None:
             )
 
 
-def _check_target_bits(run: Quantization, method: Method, found: ModelStructure) -> None:
+def _check_target_bits(
+    run: Quantization, method: Method, found: ModelStructure, schemes: Mapping[str, AnyScheme]
+) -> None:
     """Refuse a budget that cannot be kept, or not be spent. Raises UsageError."""
     target, reserved = method.needs.target_bits or 0.0, run.record.outlier_bits or 0.0
     # Each block keeps the target by itself, unless the whole model does.
     whole = [linear for block in found.linears for linear in block]
     parts = [whole] if method.needs.survey else [block for block in found.linears if block]
-    least = max(scheme_bits(method.scheme, part) for part in parts)
+    least = max(scheme_bits(method.scheme, part, schemes) for part in parts)
     if target - reserved < least:
         outliers = f" and {reserved:g} for outliers" if reserved else ""
         raise UsageError(
@@ -437,7 +439,8 @@ def _check_target_bits(run: Quantization, method: Method, found: ModelStructure)
             hint=f"Give at least {least + reserved + 0.01:.2f}.",
         )
     widest = 8 if isinstance(method.scheme, AffineScheme) else 4
-    most = scheme_bits(method.scheme.model_copy(update={"bits": widest}), whole)
+    wide = {name: scheme.model_copy(update={"bits": widest}) for name, scheme in schemes.items()}
+    most = scheme_bits(method.scheme.model_copy(update={"bits": widest}), whole, wide)
     if target - reserved > most:
         raise UsageError(
             f"`target_bits={target:g}` is more than the {most:.2f} bits that codes of {widest} bits take here.",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ulbq import runtime
@@ -216,7 +216,7 @@ def _proposals(of: _Model, request: RecommendRequest, device: torch.device, prog
                 usual = 64 if method.Options.grouped else -1
                 group = usual if asked.group_size is None else asked.group_size
                 selected = fitting(select(of.found, asked.skip, asked.only), method.scheme, group)
-            except UlbqError:  # a width or group that this model has no layers for
+            except (UlbqError, ValidationError):  # a width or group that this model has no layers for; an old option
                 continue
             key = (str(method.scheme), method.needs.adapter is not None)
             if request.engine is not None and key not in services_of:

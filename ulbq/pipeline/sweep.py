@@ -86,8 +86,15 @@ def sweep(
             if isinstance(made, str):
                 left_out[run.name] = made
                 continue
+            try:
+                scores.append(measurer.measure(_candidate(writer, run, job.original)))
+            except NumericsError as error:
+                progress.warn(f"{run.name}: {error.message}")
+                left_out[run.name] = error.message
+                continue
             found.append(made)
-            scores.append(measurer.measure(_candidate(writer, run, job.original)))
+        if not found:
+            raise NumericsError(f"No run of this sweep came to scores. {next(iter(left_out.values()))}")
         manifest = SweepManifest(
             name=writer.name,
             request=request.model_dump(mode="json"),
@@ -196,7 +203,7 @@ def _fingerprint(job: SweepJob) -> str:
             "ulbq": __version__,
             "source": job.original.source.content_hash,
             "request": job.request.model_dump(mode="json", exclude=skipped),
-            "runs": [[run.name, dict(run.options)] for run in job.runs],
+            "runs": [[run.name, run.request.model_dump(mode="json", exclude=skipped)] for run in job.runs],
             "protocol": job.protocol,
             "texts": [job.measures.perplexity, job.measures.fidelity],
             "device": str(job.device),

@@ -1,7 +1,7 @@
 """Which runs a sweep has: a grid or a list of settings, each with every seed, checked before the first begins."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +136,7 @@ def prepare(request: SweepRequest, progress: Progress) -> SweepJob:
             f"'{source.given}' is quantized, and a sweep compares with the full-precision model.",
             hint="Give the model that it was made from.",
         )
+    check_names(source.name, runs)
     original = EvaluatedModel(source, source.name)
     scoring = _scoring(request, device)
     # As one that has a parent: the runs have this one.
@@ -204,6 +205,13 @@ def _grid(request: SweepRequest) -> tuple[list[Setting], dict[str, str]]:
     if not settings:
         raise UsageError(f"Nothing is left to try. {next(iter(left_out.values()))}", hint="Give other `bits`.")
     return settings, left_out
+
+
+def check_names(original: str, runs: Sequence[Run]) -> None:
+    """Refuse names that two models of a sweep would have: scores are kept by them. Raises UsageError."""
+    counts = Counter([original, *(run.name for run in runs)])
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise UsageError(f"Two models of this sweep would be called '{twice[0]}'.", hint="Give settings other names.")
 
 
 def _refusal(options: Mapping[str, Any]) -> str | None:

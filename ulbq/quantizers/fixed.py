@@ -8,15 +8,16 @@ Zero points are b-bit integers, so where they train they are real numbers that a
 gradient that passes straight through.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, TrellisScheme, binary_mos
 from ulbq.formats import trellis as trellis_format
-from ulbq.formats.bits import pack_planes, unpack_planes
+from ulbq.formats.bits import BaseScheme, pack_planes, unpack_planes
 from ulbq.kernels import fake_quantize, trellis
 from ulbq.quantizers.base import SCALE_FLOOR, Quantizer
 from ulbq.quantizers.binary_mos import BinaryMosQuantizer
@@ -69,7 +70,34 @@ def _levels(planes: torch.Tensor, columns: int, scales: torch.Tensor, zeros: tor
     return levels if zeros is None else levels.sub_(zeros.unsqueeze(-1))
 
 
-class _Fixed(Quantizer):
+class FixedCodes(Quantizer):
+    """Packed codes that stay.
+
+    Args:
+        tensors: as packed.
+        scheme: of the format.
+        in_features: columns.
+    """
+
+    Scheme: ClassVar[type[BaseScheme]]
+
+    @abstractmethod
+    def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: Any, in_features: int) -> None:
+        super().__init__()
+
+    @classmethod
+    def from_packed(
+        cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, *, train_weights: bool = True
+    ) -> Self:
+        """Go on from packed tensors, as :meth:`Quantizer.from_packed` says; ``train_weights`` must be False."""
+        if train_weights:
+            raise ValueError("the codes are fixed")
+        if not isinstance(scheme, cls.Scheme):
+            raise TypeError(f"{scheme.format} is not what {cls.__name__} holds")
+        return cls(tensors, scheme, weight.shape[1])
+
+
+class _Fixed(FixedCodes):
     """A packed matrix whose scales train.
 
     Args:
@@ -85,7 +113,7 @@ class _Fixed(Quantizer):
     start: torch.Tensor
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, in_features: int) -> None:
-        super().__init__()
+        super().__init__(tensors, scheme, in_features)
         self.scheme = scheme
         self._in_features = in_features
         self._names = [name for name in tensors if name != "scales"]
@@ -114,15 +142,6 @@ class _Fixed(Quantizer):
         packed = {name: self.get_buffer(f"packed_{name}") for name in self._names}
         return packed | {"scales": self._absolute().to(torch.float16)}
 
-    @classmethod
-    def from_packed(
-        cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, *, train_weights: bool = True
-    ) -> Self:
-        """Go on from packed tensors, as :meth:`Quantizer.from_packed` says; ``train_weights`` must be False."""
-        if train_weights:
-            raise ValueError("the codes are fixed")
-        return cls(tensors, scheme, weight.shape[1])
-
     def _absolute(self) -> torch.Tensor:
         """The scales themselves; those that were stored as 0 start at a floor that float16 could not hold."""
         start = self.start.to(self.scales.dtype)
@@ -136,6 +155,7 @@ class FixedAffine(_Fixed):
         zeros: ``[out, G]`` float32, of which the nearest integers in ``[0, 2^b)`` count; None where they do not train.
     """
 
+    Scheme = AffineScheme
     scheme: AffineScheme
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, in_features: int) -> None:
@@ -192,10 +212,11 @@ class _RoundInto(torch.autograd.Function):
 class FixedDualBinary(_Fixed):
     """Two bit planes that stay."""
 
+    Scheme = DualBinaryScheme
     scheme: DualBinaryScheme
 
 
-class FixedBinaryMos(BinaryMosQuantizer):
+class FixedBinaryMos(FixedCodes, BinaryMosQuantizer):
     """Signs that stay, packed; scales, router and zeros train.
 
     Args:
@@ -204,22 +225,13 @@ class FixedBinaryMos(BinaryMosQuantizer):
         in_features: columns.
     """
 
+    Scheme = BinaryMosScheme
+
     def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: BinaryMosScheme, in_features: int) -> None:
         Quantizer.__init__(self)
         self.scheme = scheme
         self._hold(binary_mos.unpack(scheme, tensors, in_features))
         self.register_buffer("packed_codes", tensors["codes"])
-
-    @classmethod
-    def from_packed(
-        cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, *, train_weights: bool = True
-    ) -> Self:
-        """Go on from packed tensors, as :meth:`Quantizer.from_packed` says; ``train_weights`` must be False."""
-        if train_weights:
-            raise ValueError("the codes are fixed")
-        if not isinstance(scheme, BinaryMosScheme):
-            raise TypeError(f"{scheme.format} is not binary_mos")
-        return cls(tensors, scheme, weight.shape[1])
 
     def _signs(self, dtype: torch.dtype) -> torch.Tensor:
         return unpack_planes(self.get_buffer("packed_codes"), self.in_unit.shape[1]).to(dtype).mul_(2).sub_(1)
@@ -228,7 +240,7 @@ class FixedBinaryMos(BinaryMosQuantizer):
         return []
 
 
-class FixedTrellis(Quantizer):
+class FixedTrellis(FixedCodes):
     """Trellis codes that stay; the vectors around the transforms train.
 
     What :meth:`forward` gives is the matrix between the transforms, which no gradient goes to: a product multiplies by
@@ -243,12 +255,13 @@ class FixedTrellis(Quantizer):
         start_su, start_sv: where they started, float16 as stored.
     """
 
+    Scheme = TrellisScheme
     scheme: TrellisScheme
     start_su: torch.Tensor
     start_sv: torch.Tensor
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: TrellisScheme) -> None:
-        super().__init__()
+    def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: TrellisScheme, in_features: int) -> None:
+        super().__init__(tensors, scheme, in_features)
         self.scheme = scheme
         self.register_buffer("packed_codes", tensors["codes"])
         self.register_buffer("start_su", tensors["su"])
@@ -281,17 +294,6 @@ class FixedTrellis(Quantizer):
         """The packed tensors of the format; vectors are rounded to float16 only here."""
         su, sv = (vector.to(torch.float16) for vector in self._absolute())
         return {"codes": self.get_buffer("packed_codes"), "su": su, "sv": sv}
-
-    @classmethod
-    def from_packed(
-        cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, *, train_weights: bool = True
-    ) -> Self:
-        """Go on from packed tensors, as :meth:`Quantizer.from_packed` says; ``train_weights`` must be False."""
-        if train_weights:
-            raise ValueError("the codes are fixed")
-        if not isinstance(scheme, TrellisScheme):
-            raise TypeError(f"{scheme.format} is not trellis")
-        return cls(tensors, scheme)
 
     def _absolute(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The vectors themselves; those that were stored as 0 start at a floor that float16 could not hold."""

@@ -13,8 +13,7 @@ from torch import nn
 from ulbq.formats import AnyScheme, KQuantScheme, k_quant
 from ulbq.formats.k_quant import KQuant
 from ulbq.quantizers.affine import AffineForm, AffineQuantizer
-from ulbq.quantizers.base import Quantizer
-from ulbq.quantizers.fixed import Dequantize
+from ulbq.quantizers.fixed import Dequantize, FixedCodes
 
 _GRIDS = KQuant._fields[1:]
 
@@ -62,7 +61,7 @@ class KQuantizer(AffineQuantizer):
         return self.scales, self.zeros
 
 
-class FixedKQuant(Quantizer):
+class FixedKQuant(FixedCodes):
     """Codes that stay, and whole numbers of groups; the two factors of super-blocks train.
 
     Args:
@@ -74,10 +73,11 @@ class FixedKQuant(Quantizer):
         factors, minima: ``[out, in/256]`` float32, relative to where they started.
     """
 
+    Scheme = KQuantScheme
     scheme: KQuantScheme
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: KQuantScheme, in_features: int) -> None:
-        super().__init__()
+        super().__init__(tensors, scheme, in_features)
         self.scheme = scheme
         self._names = tuple(tensors)
         for name, tensor in tensors.items():
@@ -102,19 +102,8 @@ class FixedKQuant(Quantizer):
     def finalize(self) -> dict[str, torch.Tensor]:
         """The packed tensors of the format; factors are rounded to float16 only here."""
         matrix, packed = self._matrix(), {name: self.get_buffer(f"packed_{name}") for name in self._names}
-        trained = {"scales": matrix.factors, "minima": matrix.minima}
+        trained = {"scales": k_quant.stored_factors(matrix.factors), "minima": matrix.minima}
         return packed | {name: values.to(torch.float16) for name, values in trained.items() if name in packed}
-
-    @classmethod
-    def from_packed(
-        cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], scheme: AnyScheme, *, train_weights: bool = True
-    ) -> Self:
-        """Go on from packed tensors, as :meth:`Quantizer.from_packed` says; ``train_weights`` must be False."""
-        if train_weights:
-            raise ValueError("the codes are fixed")
-        if not isinstance(scheme, KQuantScheme):
-            raise TypeError(f"{scheme.format} is not k_quant")
-        return cls(tensors, scheme, weight.shape[1])
 
     def _matrix(self) -> KQuant:
         stored = {name: self.get_buffer(f"packed_{name}") for name in self._names}

@@ -152,9 +152,14 @@ def give_out(choices: Sequence[Sequence[Priced]], budget: float) -> list[int]:
     Args:
         choices: of every matrix, the narrowest first, which all get at least.
         budget: stored bits of all of them together.
+
+    Raises:
+        ValueError: the narrowest take more.
     """
     taken = [0] * len(choices)
     left = budget - sum(own[0].bits for own in choices)
+    if left < 0:
+        raise ValueError("the budget is less than the narrowest choices take")
     waiting: list[tuple[float, int]] = []
 
     def offer(index: int) -> None:

@@ -12,15 +12,13 @@ from itertools import product
 import torch
 
 from ulbq.formats import AffineScheme, KQuantScheme, UniformScheme
-from ulbq.formats.k_quant import SUPER_BLOCK, KQuant
+from ulbq.formats.k_quant import SUPER_BLOCK, KQuant, stored_factors
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest, scale_overflow
 
 UniformCodes = AffineCodes | KQuant
 """What is found of a :data:`~ulbq.formats.UniformScheme`: both have codes, and scales and zero points of groups."""
 
 _TURNS = 6
-_LEAST = 2.0**-24
-"""float16's smallest positive number: a super-block of zeros keeps it."""
 _SLAB = 1 << 18
 """Weights that are fitted at a time: what is made of them stays in the cache."""
 
@@ -65,7 +63,7 @@ def _two_levels(start: AffineCodes, scheme: KQuantScheme) -> KQuant:
         minima = torch.zeros_like(minima)
     else:
         factors = scales.amax(2, keepdim=True) / most
-    factors, steps = _stored(factors), _stored(minima.amax(2, keepdim=True) / most)
+    factors, steps = stored_factors(factors), stored_factors(minima.amax(2, keepdim=True) / most)
     return KQuant(
         start.codes,
         factors.squeeze(2),
@@ -74,12 +72,6 @@ def _two_levels(start: AffineCodes, scheme: KQuantScheme) -> KQuant:
         (minima / steps).round().clamp(0, most).flatten(1),
         start.scales.new_full((len(scales), 1), scheme.centre),
     )
-
-
-def _stored(factors: torch.Tensor) -> torch.Tensor:
-    """As float16 has them, none of them 0."""
-    rounded = factors.to(torch.float16).float()
-    return torch.where(rounded == 0, _LEAST, rounded)
 
 
 def _usable(sub_scales: torch.Tensor, scheme: KQuantScheme) -> torch.Tensor:
@@ -165,7 +157,7 @@ class _Fit:
         safe = torch.where(both, determinant, 1.0)
         factors = torch.where(both, (c * x - b * y) / safe, (x + grid.minima * b) / a.clamp_min(1e-30))
         minima = torch.where(both, (b * x - a * y) / safe, grid.minima).clamp_min(0)
-        trial = grid._replace(factors=_stored(factors), minima=_stored(minima))
+        trial = grid._replace(factors=stored_factors(factors), minima=stored_factors(minima))
         found = self.errors(trial)
         better = (self._in_blocks(found).sum(2) < self._in_blocks(errors).sum(2)) & (trial.factors * grid.factors > 0)
         kept = better.repeat_interleave(SUPER_BLOCK // self._scheme.group_size, 1)

@@ -118,10 +118,10 @@ class PackedConfig(QuantizationConfig):
         self._own = hf_to_vllm_mapper.apply_dict(self._own)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Parts for every linear layer; embeddings and head are dense.
+        """Parts for every linear layer; embeddings and head have to be dense.
 
         Raises:
-            UsageError: an adapter would be left out, or experts are packed.
+            UsageError: an adapter would be left out, or experts, embeddings or the head are packed.
         """
         if isinstance(layer, RoutedExperts):
             raise UsageError(
@@ -129,6 +129,11 @@ class PackedConfig(QuantizationConfig):
                 hint="Convert the artifact: 'ulbq convert DIR --for vllm -o OUT'.",
             )
         if not isinstance(layer, LinearBase):
+            if prefix in self._own:
+                raise UsageError(
+                    "vLLM has no packed embeddings and heads.",
+                    hint="Convert the artifact: 'ulbq convert DIR --for vllm -o OUT'.",
+                )
             return None
         current = get_current_vllm_config_or_none()
         if self._config.adapter and (current is None or current.lora_config is None):

@@ -55,6 +55,12 @@ def test_blocks_that_do_not_divide_a_matrix(shape: tuple[int, ...]) -> None:
     assert torch.equal(found, expected.bfloat16())
 
 
+def test_a_block_that_is_larger_than_any_matrix() -> None:
+    codes = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
+    found = decode({"weight": codes, "weight_scale": torch.tensor([[2.0]])}, (10**12, 10**12))
+    assert torch.equal(found, codes.float() * 2)
+
+
 def test_a_scale_for_each_of_several_matrices() -> None:
     codes = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
     found = decode({"weight": codes, "weight_scale": torch.tensor([1.0, 2.0, 4.0])}, (4, 5))

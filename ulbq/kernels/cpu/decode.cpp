@@ -130,7 +130,7 @@ inline __m512 sums(__m512 (&v)[16]) {
     return _mm512_shuffle_f32x4(sum, sum, 0xd8);  // quarters hold vectors from 0, 8, 4 and 12 on
 }
 
-// One head of the token looks back: at the cache, and at itself, which it writes there if `writes`.
+// One head of the token looks back: at the cache, and at itself, which it writes there.
 template <int Type>
 void attend(const Layer& layer, const Step& step, int64_t head, const float* cosine, const float* sine, const float* queries,
             const float* keys, const float* values, float* output) {

@@ -536,7 +536,7 @@ inline void hadamard(float* block, int64_t width) {
     for (int64_t i = 0; i < count; ++i) _mm512_storeu_ps(block + 16 * i, lane[i]);
 }
 
-// Each of `count` blocks becomes a sum of all, weighted by a row of `mix`.
+// Sixteen numbers, from `at` on, of the sum of all blocks, weighted by row `i` of `mix`.
 inline __m512 mixed(const float* mix, const float* blocks, int64_t count, int64_t block, int64_t i, int64_t at) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < count; ++j) {
@@ -545,6 +545,7 @@ inline __m512 mixed(const float* mix, const float* blocks, int64_t count, int64_
     return sum;
 }
 
+// Each of `count` blocks becomes a sum of all, weighted by a row of `mix`.
 inline void mix_blocks(const float* mix, const float* blocks, int64_t count, int64_t block, float* to) {
     for (int64_t i = 0; i < count; ++i) {
         for (int64_t at = 0; at < block; at += 16) _mm512_store_ps(to + i * block + at, mixed(mix, blocks, count, block, i, at));

@@ -31,4 +31,4 @@ class BytesLayout(Layout):
         return self.unpack(scheme, {name: tensor[chosen] for name, tensor in tensors.items()}, 0, in_features)
 
     def prefers_dense(self, x: torch.Tensor) -> bool:
-        return x.numel() > byte_codes.FEW_ROWS * x.shape[-1]
+        return not byte_codes.takes(x.reshape(-1, x.shape[-1]))

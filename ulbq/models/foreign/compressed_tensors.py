@@ -92,8 +92,9 @@ def _dequantized(
 ) -> torch.Tensor:
     """float32 ``[out, in]`` of codes and of scales in any of the layout's shapes; zeros have the same, or are one."""
     if block is not None:
-        scales = scales.float().repeat_interleave(block[0], 0)[: len(codes)]
-        return codes.float() * scales.repeat_interleave(block[1], 1)[:, : codes.shape[1]]
+        # Looked up, not repeated: a checkpoint may say that a block is larger than any matrix.
+        rows, columns = (torch.arange(size) // each for size, each in zip(codes.shape, block, strict=True))
+        return codes.float() * scales.float()[rows][:, columns]
     scales = scales.reshape(-1, 1) if scales.ndim < 2 else scales
     scales = scales.expand(len(codes), -1)
     if isinstance(zeros, torch.Tensor):

@@ -157,18 +157,18 @@ def decode(
         factors = factors * tensors["weight_scale_2"].reshape(())
     if "weight_global_scale" in tensors:
         factors = factors / tensors["weight_global_scale"].reshape(())
-    step = rows * -(-_ROWS // rows)
     for matrix, target, grid in zip(
         codes.view(-1, height, codes.shape[-1]),
         made.view(-1, height, width),
         factors.reshape(-1, -(-height // rows), -(-width // columns)),
         strict=True,
     ):
-        for at in range(0, height, step):
-            part = slice(at, at + step)
-            wide = grid[at // rows : (at + step) // rows].repeat_interleave(columns, 1)[:, :width]
+        for at in range(0, height, _ROWS):
+            part = slice(at, at + _ROWS)
             values = _e2m1(matrix[part]) if four else matrix[part].float()
-            torch.mul(values, wide.repeat_interleave(rows, 0)[: len(values)], out=target[part])
+            # Looked up, not repeated: a checkpoint may say that a block is larger than any matrix.
+            of_rows = torch.arange(at, at + len(values)) // rows
+            torch.mul(values, grid[of_rows][:, torch.arange(width) // columns], out=target[part])
     return made
 
 
