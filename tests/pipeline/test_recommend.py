@@ -184,11 +184,18 @@ def test_the_command_line(tiny_llama: Path, tmp_path: Path, ulbq: Any, monkeypat
     place = (tiny_llama, "--bits", "4.6", "--device", "cpu", "--offline")
     monkeypatch.setattr(module, "shipped", lambda: TABLE[:2])
     told = ulbq("recommend", *place)
-    assert (told.code, told.out.strip()) == (0, f"ulbq quantize {tiny_llama} --method rtn --bits 4")
+    assert (told.code, told.out.strip()) == (
+        0,
+        f"ulbq quantize {tiny_llama} --method rtn --device cpu --offline --bits 4",
+    )
+    told = ulbq("recommend", tiny_llama, "--bits", "4.6", "-o", tmp_path / "there")
+    assert told.out.strip().endswith(f"--output {tmp_path / 'there'} --bits 4")
     assert "perplexity 1.40 times the full-precision model's (1.26 to 1.54)" in told.err
     assert json.loads(ulbq("recommend", *place, "--json").out)["best"]["name"] == "rtn-w4"
     told = ulbq("recommend", *place, "--run", "-o", tmp_path / "q")
     assert (told.code, told.out.strip()) == (0, str(tmp_path / "q"))
+    told = ulbq("recommend", *place, "--run", "--json", "-o", tmp_path / "q2")
+    assert json.loads(told.out)["kind"] == "quantized"
     assert isinstance(read_manifest(tmp_path / "q"), QuantizedManifest)
     told = ulbq("recommend", tiny_llama, "--fit", "1MB", "--device", "cpu")
     assert (told.code, "--fit takes at least" in told.err) == (2, True)

@@ -118,6 +118,8 @@ def test_a_fraction_is_spent_on_average_and_what_a_method_does_not_take_is_named
         *(f"binary-mos-w{n}" for n in ("2", "2.3", "3")),
     ]
     assert "`bits=3`" in left_out["db-llm-w3"]
+    (run,) = expand(request(made, method="gptq", bits="2.3", seeds=0))[0]
+    assert (run.request.bits, run.request.target_bits) == (2, 2.3)  # gptq's own bits are more than that
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ class SweepRequest(ScoreOptions):
         tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...],
         Listed,
         Option(
-            "Bits to try with each method; a fraction is what claq and trellis spend on average.",
+            "Bits to try with each method; a fraction is spent on average, by methods with target_bits.",
             "",
             "N,…",
             default="each method's own",

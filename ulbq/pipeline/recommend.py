@@ -40,6 +40,8 @@ _START = 6.0  # seconds of imports and checks, whatever the model
 _DENSE = 16  # bits
 _FEW = 5  # others that are shown
 _SEED = 0.1  # by which single runs of one setting differ, relatively
+_PLACE = ("device", "data_dir", "offline", "out", "force")
+"""What a recommendation hands on to the run."""
 
 
 class Proposal(BaseModel):
@@ -207,6 +209,7 @@ def _proposals(of: _Model, request: RecommendRequest, device: torch.device, prog
     table |= {_key(one.options): one for one in own if _key(one.options) not in table}
     table |= {_key(one.options): one for one in own if one.sha256 == mine}
     services_of: dict[Any, float | None] = {}
+    where = request.model_dump(include=set(_PLACE), exclude_defaults=True)
     with progress.phase("Weighing", len(table)) as phase:
         for one in table.values():
             phase.advance(detail=one.name)
@@ -223,7 +226,7 @@ def _proposals(of: _Model, request: RecommendRequest, device: torch.device, prog
                 services_of[key] = _packed_bits(of, selected, method, request.engine)
             if request.engine is None or services_of[key] is not None:
                 served = services_of.get(key) or 0.0
-                yield _proposal(one, of, method, selected, max(served, _bits(method, selected)), mine, device)
+                yield _proposal(one, of, method, selected, max(served, _bits(method, selected)), mine, device, where)
 
 
 def _key(asked: Mapping[str, Any]) -> str:
@@ -260,6 +263,7 @@ def _proposal(
     served: float,
     mine: str,
     device: torch.device,
+    where: Mapping[str, Any],
 ) -> Proposal:
     bits = _bits(method, selected)
     whole = coverage(of.model, selected, bits=bits, carried=of.source.carried_values)
@@ -273,7 +277,7 @@ def _proposal(
     return Proposal(
         name=one.name,
         options=one.options,
-        command=_command(one.options, of.given),
+        command=_command({**one.options, **where}, of.given),
         bits=bits,
         served=served,
         weights=stored,
@@ -357,6 +361,6 @@ def _too_tight(found: Sequence[Proposal], limits: Sequence[_Limit]) -> UsageErro
 
 
 def _request(proposal: Proposal, request: RecommendRequest) -> QuantizeRequest:
-    place = {name: getattr(request, name) for name in ("source", "device", "data_dir", "offline", "out", "force")}
+    place = {name: getattr(request, name) for name in ("source", *_PLACE)}
     asked = {name: value for name, value in proposal.options.items() if (name, value) != ("calibration", "wikitext2")}
     return QuantizeRequest.model_validate({**asked, **place})

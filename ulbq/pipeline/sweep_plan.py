@@ -197,7 +197,12 @@ def _grid(request: SweepRequest) -> tuple[list[Setting], dict[str, str]]:
                 settings.append(Setting(method, {"method": method}))
                 continue
             name = f"{method}-w{bits:g}"
-            asked = {"bits": int(bits)} if bits == int(bits) else {"target_bits": bits}
+            asked: dict[str, Any] = {"bits": int(bits)}
+            if bits != int(bits):
+                asked = {"target_bits": bits}
+                # What all layers have at least, where a method usually takes more than is to be spent.
+                if method_options(method).model_fields["bits"].default > bits:
+                    asked["bits"] = int(bits)
             if (why := _refusal({"method": method, **asked})) is not None:
                 left_out[name] = why
             else:

@@ -1,6 +1,6 @@
 """Weights that train on grids with scales in two levels (:mod:`ulbq.formats.k_quant`), which stay as they were found.
 
-Scales that train here lose more than they win: a whole number of a few bits moves by a tenth of itself or not at all.
+Scales and minima of groups do not train: they are whole numbers of four or six bits, whose rounding has no gradient.
 The factors of super-blocks train once the codes are decided.
 """
 
