@@ -137,6 +137,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "dots3_note.vision_config": {"mlp_layer_types": ["dense"], "adapter_in_dim": 32, "adapter_out_dim": 64},
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 8},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "gemma3": {"image_token_index": _IMAGE, "mm_tokens_per_image": 4},
     "gemma3n_text": {**_PER_LAYER, **_SLIDING, "laurel_rank": 8, "activation_sparsity_pattern": [0.0, 0.0]},
     "gemma4_text": {**_PER_LAYER, **_SLIDING},
@@ -195,7 +199,6 @@ LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "drafts for another model, whose cache it reads"),
     "blt": "it reads bytes in patches, and no tokens",
     "glm5_next": "of two layers it has none of attention, which transformers cannot generate with",
-    "dbrx": "its experts, in a form of their own, stay in full precision, and it is refused for that",
     "diffusion_gemma": "it writes many tokens at a time, in no order",
     **dict.fromkeys(_NOT_TINY, "no configuration of a few thousand weights is written down here"),
 }

@@ -40,7 +40,7 @@ def test_hybrids(family: str, least: float, families: ModuleType, tmp_path: Path
     assert row.share > least
 
 
-@pytest.mark.parametrize("family", ["longcat_flash", "jetmoe", "step3p7"])
+@pytest.mark.parametrize("family", ["longcat_flash", "jetmoe", "step3p7", "dbrx"])
 def test_experts_that_transformers_does_not_mark(family: str, families: ModuleType, tmp_path: Path) -> None:
     row = families.try_out(family, tmp_path)
     assert (row.quantize, row.gptq, row.lost) == ("", "", [])

@@ -9,6 +9,8 @@ from torch import nn
 from transformers import GptOssConfig, Llama4TextConfig, Qwen3MoeConfig
 from transformers.models.aria.configuration_aria import AriaTextConfig
 from transformers.models.aria.modeling_aria import AriaExperts
+from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
+from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
@@ -38,6 +40,9 @@ MODULES = {
         swiglu_limit=0.2,
     ),
     "with identity": lambda: longcat(0),
+    "below each other": lambda: DbrxExperts(
+        DbrxFFNConfig(hidden_size=HIDDEN, ffn_hidden_size=INNER, moe_num_experts=EXPERTS)
+    ),
 }
 
 

@@ -50,9 +50,8 @@ class StoredNames:
                 named[stored] = tensor
                 continue
             part = self._parts[name]
-            owner = part.fused.rpartition(".")[0]
-            fusions[owner] = part.fusion
-            own = name.removeprefix(f"{owner}.{part.expert}.")
+            owner, _, projection, kind = name.rsplit(".", 3)
+            fusions[owner], own = part.fusion, f"{projection}.{kind}"
             experts.setdefault(owner, {}).setdefault(part.expert, {})[own] = tensor
         for owner, ones in experts.items():
             joined = fusions[owner].join([ones[number] for number in sorted(ones)])

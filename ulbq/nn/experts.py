@@ -6,7 +6,7 @@ So nobody who quantizes, packs, adapts or exports linear layers has to know of e
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ class Fusion:
         scaled: what enters are the tokens once for each expert, times what its router gives it, zeros for none.
         single: an expert is one matrix, ``weight [E, out, in]``, and what enters is sorted by expert.
         identity: a choice beyond the last expert gives the token itself; else nothing.
+        flat: the module ``mlp`` inside has the matrices, those of all experts below each other: ``w1`` of the gates,
+            ``v1`` beside them and ``w2``, which is transposed, ``[E·I, H]`` each.
     """
 
     experts: int
@@ -39,11 +41,14 @@ class Fusion:
     scaled: bool = False
     single: bool = False
     identity: bool = False
+    flat: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
         """That of a module that transformers' ``use_experts_implementation`` marks, or should; None for others."""
         unmarked = _UNMARKED.get(type(module).__name__)
+        if unmarked is not None and "flat" in unmarked:
+            return cls(int(cast(Any, module).num_experts), **unmarked)
         last = module._parameters.get("weight" if unmarked and "single" in unmarked else "down_proj")
         if last is None or last.dim() != 3:
             return None
@@ -61,6 +66,9 @@ class Fusion:
 
     def shape(self, fused: torch.Size, projection: str) -> tuple[int, int]:
         """``(out, in)`` of a linear layer of an expert, by that of the fused weight."""
+        if self.flat:
+            sizes = (fused[0] // self.experts, fused[1])
+            return sizes[::-1] if projection == "down_proj" else sizes
         rows, columns = (fused[-1], fused[-2]) if self.transposed else (fused[-2], fused[-1])
         return (rows // 2 if self.gated and projection != "down_proj" else rows, columns)
 
@@ -73,11 +81,16 @@ class Fusion:
         """Name of the fused parameter that holds one of the linear layers' parameters."""
         if self.single:
             return kind
+        if self.flat:
+            return _FLAT[projection]
         name = "gate_up_proj" if self.gated and projection != "down_proj" else projection
         return name if kind == "weight" else f"{name}_bias"
 
     def take(self, fused: torch.Tensor, expert: int, projection: str) -> torch.Tensor:
         """An expert's weight ``[out, in]`` or bias ``[out]`` out of the fused tensor; a view of it where one can be."""
+        if self.flat:
+            own = fused.unflatten(0, (self.experts, -1))[expert]
+            return (own.T if projection == "down_proj" else own).contiguous()
         own = fused[expert].T if self.transposed and fused.dim() == 3 else fused[expert]
         if self.gated and projection != "down_proj":
             second = projection == "up_proj"
@@ -86,6 +99,10 @@ class Fusion:
 
     def join(self, experts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The fused tensors of all experts, each given by names such as ``gate_proj.weight``."""
+        if self.flat:
+            rows = {name: [one[f"{name}.weight"] for one in experts] for name in self.projections}
+            rows["down_proj"] = [one.T for one in rows["down_proj"]]
+            return {_FLAT[name]: torch.cat(ones) for name, ones in rows.items()}
         return {
             self.fused(projection, kind): torch.stack([self._row(one, projection, kind) for one in experts])
             for kind in self.kinds
@@ -105,8 +122,12 @@ _UNMARKED: dict[str, dict[str, bool]] = {
     "Step3p7Experts": {},
     "LongcatFlashExperts": {"identity": True},
     "JetMoeParallelExperts": {"gated": False, "single": True},
+    "DbrxExperts": {"flat": True},
 }
 """Classes of fused experts that transformers does not mark, and how they differ from most."""
+
+_FLAT = {"gate_proj": "mlp.w1", "up_proj": "mlp.v1", "down_proj": "mlp.w2"}
+"""DBRX's names of its matrices."""
 
 
 class Experts(nn.ModuleList):
@@ -139,7 +160,10 @@ class Experts(nn.ModuleList):
         self._parameters |= {name: value for name, value in fused._parameters.items() if name not in gone}
         self._buffers |= fused._buffers
         for name, module in fused.named_children():
-            self.add_module(name, module)
+            if fusion.flat:
+                self.act_fn = module.activation_fn
+            else:
+                self.add_module(name, module)
         self._gate: Callable[[nn.Module, torch.Tensor], torch.Tensor] = vars(type(fused)).get("_apply_gate", _gate)
         self.fusion = fusion
         self.shown: Collection[int] = ()
@@ -302,11 +326,30 @@ class SortedExperts(Experts):
         return made
 
 
+class FlatExperts(Experts):
+    """DBRX's, which sees the tokens of a batch in their sequences."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Each token's experts, weighted and added up.
+
+        Args:
+            hidden_states: ``[sequences, tokens, in]``.
+            top_k_index: int64 ``[sequences · tokens, k]``, its experts.
+            top_k_weights: ``[sequences · tokens, k]`` how much each counts.
+        """
+        made = super().forward(hidden_states.flatten(0, -2), top_k_index, top_k_weights)
+        return made.unflatten(0, (len(hidden_states), -1))
+
+
 def single_experts(fused: nn.Module) -> Experts | None:
     """What takes the place of a module; None for one that holds no fused experts."""
     fusion = Fusion.of(fused)
     if fusion is None:
         return None
+    if fusion.flat:
+        return FlatExperts(fused)
     return (ScaledExperts if fusion.scaled else SortedExperts if fusion.single else Experts)(fused)
 
 
