@@ -89,7 +89,7 @@ class Fusion:
     def take(self, fused: torch.Tensor, expert: int, projection: str) -> torch.Tensor:
         """An expert's weight ``[out, in]`` or bias ``[out]`` out of the fused tensor; a view of it where one can be."""
         if self.flat:
-            own = fused.unflatten(0, (self.experts, -1))[expert]
+            own = fused.view(self.experts, -1, fused.shape[-1])[expert]
             return (own.T if projection == "down_proj" else own).contiguous()
         own = fused[expert].T if self.transposed and fused.dim() == 3 else fused[expert]
         if self.gated and projection != "down_proj":
@@ -161,7 +161,7 @@ class Experts(nn.ModuleList):
         self._buffers |= fused._buffers
         for name, module in fused.named_children():
             if fusion.flat:
-                self.act_fn = module.activation_fn
+                self.act_fn = module.get_submodule("activation_fn")
             else:
                 self.add_module(name, module)
         self._gate: Callable[[nn.Module, torch.Tensor], torch.Tensor] = vars(type(fused)).get("_apply_gate", _gate)
@@ -340,7 +340,7 @@ class FlatExperts(Experts):
             top_k_weights: ``[sequences · tokens, k]`` how much each counts.
         """
         made = super().forward(hidden_states.flatten(0, -2), top_k_index, top_k_weights)
-        return made.unflatten(0, (len(hidden_states), -1))
+        return made.view(len(hidden_states), -1, made.shape[-1])
 
 
 def single_experts(fused: nn.Module) -> Experts | None:
