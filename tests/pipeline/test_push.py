@@ -16,10 +16,12 @@ import pytest
 
 import ulbq
 from tests.pipeline.runs import request
+from ulbq.artifacts.manifest import read_manifest
+from ulbq.artifacts.whole import verify
 from ulbq.config.push import PushRequest
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.pipeline import push as pushing
-from ulbq.pipeline.push import plan, push
+from ulbq.pipeline.push import plan, published, push
 from ulbq.pipeline.quantize import quantize
 
 PROGRAM = "import sys; from ulbq.commands.app import main; sys.exit(main())"
@@ -154,9 +156,38 @@ def test_the_repository_holds_the_artifact_and_no_other_weights(artifact: Path, 
     assert len(writing) == 4
     assert {hub.tokens[path] for path in writing} == {"Bearer hf_secret"}, hub.tokens
     own = {str(path.relative_to(artifact)): path.read_bytes() for path in artifact.rglob("*") if path.is_file()}
-    assert hub.files == own | {"notes.txt": b"a person's"}
+    manifest = hub.files["manifest.json"]
+    assert hub.files == own | {"notes.txt": b"a person's", "manifest.json": manifest}
     assert {"README.md", "manifest.json", "model-outer.safetensors"} < own.keys()
     assert {hashlib.sha256(data).hexdigest() for data in hub.large.values()} == hub.large.keys()
+
+
+def test_a_repository_does_not_hold_the_folders_of_this_machine(artifact: Path, tiny_llama: Path, hub: Hub) -> None:
+    home = artifact.parent
+    assert ulbq_push(hub, home / "home", artifact, "me/model", "-q").returncode == 0
+    assert not [name for name, data in hub.files.items() if str(tiny_llama.parent).encode() in data]
+    assert str(tiny_llama.parent) in (artifact / "manifest.json").read_text()
+    pulled = home / "pulled"
+    for name, data in hub.files.items():
+        (pulled / name).parent.mkdir(parents=True, exist_ok=True)
+        (pulled / name).write_bytes(data)
+    manifest = read_manifest(pulled)
+    assert [(one.name, one.path, one.absolute) for one in manifest.parents] == [(tiny_llama.name, tiny_llama.name, "")]
+    assert manifest.request["source"] == tiny_llama.name
+    verify(pulled)
+
+
+def test_names_of_the_hub_stay(artifact: Path) -> None:
+    made = read_manifest(artifact)
+    parent = made.parents[0].model_copy(update={"kind": "hub", "path": "meta/llama", "absolute": ""})
+    request = {**made.request, "source": "meta/llama", "calibration": ["my/texts.jsonl:2", "c4:1"], "out": "a/b/"}
+    warned = ("There is no 'here/or/there.txt' with a/b.",)
+    changed = made.model_copy(update={"parents": (parent,), "request": request, "warnings": warned})
+    data = json.loads(published(changed))
+    assert (data["request"]["source"], data["request"]["out"]) == ("meta/llama", "b")
+    assert data["request"]["calibration"] == ["texts.jsonl:2", "c4:1"]
+    assert data["warnings"] == ["There is no 'there.txt' with a/b."]
+    assert data["parents"][0]["path"] == "meta/llama"
 
 
 def test_a_refusal_is_one_sentence(artifact: Path, hub: Hub, tmp_path: Path) -> None:
@@ -173,7 +204,8 @@ def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(artifact: Path, ulbq: A
     assert told.code == 0
     assert any(line.endswith("  README.md") for line in lines)
     planned = plan(PushRequest(source=str(artifact), repo="me/model"))
-    assert planned.size == sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
+    sizes = {path.name: path.stat().st_size for path in artifact.rglob("*") if path.is_file()}
+    assert planned.files == sizes | {"manifest.json": len(published(read_manifest(artifact)))}
     assert lines[-1].endswith(f"in {len(planned.files)} files, to me/model, revision main")
 
 

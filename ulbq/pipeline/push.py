@@ -1,15 +1,25 @@
 """``push``: an artifact with its model card to the Hugging Face Hub."""
 
+import re
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import BaseModel, ConfigDict
 
-from ulbq.artifacts.manifest import MANIFEST_NAME, AnyManifest, ConvertedManifest, QuantizedManifest, read_manifest
+from ulbq.artifacts.manifest import (
+    MANIFEST_NAME,
+    AnyManifest,
+    ConvertedManifest,
+    QuantizedManifest,
+    read_manifest,
+    sealed,
+)
 from ulbq.artifacts.names import local_path
 from ulbq.artifacts.whole import verify
 from ulbq.config.push import PushRequest
@@ -19,6 +29,7 @@ from ulbq.progress import Progress, Silent
 
 _CARD = "README.md"
 _WEIGHTS = ("*.safetensors", "*.gguf")
+_QUOTED_PATH = re.compile(r"'[^']*/([^'/]+)/?'")
 
 
 class PushPlan(BaseModel):
@@ -60,7 +71,7 @@ def plan(request: PushRequest) -> PushPlan:
     if _CARD not in manifest.files:
         raise InputError(f"'{request.source}' has no model card.", hint="Make the artifact again.")
     sizes = {name: entry.size for name, entry in sorted(manifest.files.items())}
-    files = sizes | {MANIFEST_NAME: (path / MANIFEST_NAME).stat().st_size}
+    files = sizes | {MANIFEST_NAME: len(published(manifest))}
     return PushPlan(repo=request.repo, revision=request.revision or "main", files=files)
 
 
@@ -91,6 +102,27 @@ def push(request: PushRequest, progress: Progress | None = None) -> str:
         return _upload(path, planned, private=request.private)
 
 
+def published(manifest: AnyManifest) -> bytes:
+    """``manifest.json`` for others to read: of paths of this machine the last names alone."""
+    hub = {parent.path for parent in manifest.parents if parent.kind == "hub"}
+    parents = tuple(
+        one if one.path in hub else one.model_copy(update={"path": one.name, "absolute": "", "relative": ""})
+        for one in manifest.parents
+    )
+    told = tuple(_QUOTED_PATH.sub(r"'\1'", warning) for warning in manifest.warnings)
+    changed = {"parents": parents, "request": _named(manifest.request, hub), "warnings": told}
+    return sealed(manifest.model_copy(update=changed))
+
+
+def _named(value: Any, hub: set[str]) -> Any:
+    """A request without folders of this machine."""
+    if isinstance(value, dict):
+        return {key: _named(one, hub) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(one, hub) for one in value]
+    return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) and value not in hub else value
+
+
 def _upload(path: Path, planned: PushPlan, *, private: bool) -> str:
     api = HfApi()
     try:
@@ -98,14 +130,19 @@ def _upload(path: Path, planned: PushPlan, *, private: bool) -> str:
             address = api.create_repo(planned.repo, private=private, exist_ok=True)
             if planned.revision != "main":
                 api.create_branch(planned.repo, branch=planned.revision, exist_ok=True)
-            api.upload_folder(
-                repo_id=planned.repo,
-                folder_path=path,
+            adding = {name: path / name for name in planned.files if name != MANIFEST_NAME}
+            content = adding | {MANIFEST_NAME: published(read_manifest(path))}
+            # What an earlier artifact left would be loaded with this one.
+            before = api.list_repo_files(planned.repo, revision=planned.revision)
+            stale = [name for name in before if any(fnmatch(name, one) for one in _WEIGHTS) and name not in content]
+            api.create_commit(
+                planned.repo,
+                [
+                    *(CommitOperationDelete(name) for name in stale),
+                    *(CommitOperationAdd(name, file) for name, file in content.items()),
+                ],
                 revision=planned.revision,
                 commit_message=f"Upload {path.resolve().name} by ulbq",
-                allow_patterns=list(planned.files),
-                # What an earlier artifact left would be loaded with this one.
-                delete_patterns=list(_WEIGHTS),
             )
     except HfHubHTTPError as error:
         said = error.server_message or str(error).splitlines()[0]
