@@ -2,6 +2,9 @@
 
 import csv
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +20,17 @@ from ulbq.artifacts import ArtifactWriter, SweepManifest, SweepRun, read_manifes
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.config.sweep import SweepRequest
-from ulbq.errors import InputError, NumericsError, UsageError
+from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
 from ulbq.evaluation import measurer
 from ulbq.evaluation.results import Results
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
-from ulbq.pipeline import samples
-from ulbq.pipeline import sweep as module
+from ulbq.pipeline import samples, sweep_runs
 from ulbq.pipeline.evaluate import evaluate
 from ulbq.pipeline.listing import artifacts
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.sweep import sweep
-from ulbq.pipeline.sweep_plan import expand, plan
+from ulbq.pipeline.sweep_plan import expand, plan, prepare
 from ulbq.pipeline.sweep_points import by_setting, front
 from ulbq.progress import Silent
 
@@ -84,6 +86,16 @@ class StopAt(Silent):
         if name.startswith(self._phase):
             raise KeyboardInterrupt
         return super().phase(name, total, rounds=rounds)
+
+
+class Noting(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def test_a_grid_has_every_method_with_every_width_and_seed(made: Path) -> None:
@@ -243,7 +255,7 @@ def test_a_stopped_sweep_goes_on(
         done.append(named["name"])
         return quantize(*arguments, **named)
 
-    monkeypatch.setattr(module, "quantize", counted)
+    monkeypatch.setattr(sweep_runs, "quantize", counted)
     path, manifest = sweep(asked)
     assert done == NAMES[{"Quantizing": 0, "Perplexity of gptq-w2-s0": 3, "Loading gptq-w3-s0": 5}[where] :]
     whole = read_manifest(swept)
@@ -252,6 +264,49 @@ def test_a_stopped_sweep_goes_on(
     for run in manifest.runs:
         assert shards(path / "runs" / run.name) == shards(swept / "runs" / run.name)
     verify(path)
+
+
+def test_runs_at_a_time_give_what_they_give_in_turn(
+    swept: Path, made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, manifest = sweep(request(made, parallel=2, out=tmp_path / "s"))
+    before = read_manifest(swept)
+    assert isinstance(before, SweepManifest)
+    measured = {"seconds", "peak_memory"}
+    for run, other in zip(manifest.runs, before.runs, strict=True):
+        assert run.model_dump(exclude=measured) == other.model_dump(exclude=measured)
+        assert shards(out / "runs" / run.name) == shards(swept / "runs" / run.name)
+    assert set(before.warnings) <= set(manifest.warnings)
+    assert multiprocessing.active_children() == []
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_process_that_is_ended_is_told_and_its_run_goes_on(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(made, method=("gptq",), bits=(2,), parallel=2, out=tmp_path / "s")
+    monkeypatch.setattr(sweep_runs, "_quantize", _ended)
+    with pytest.raises(ResourceError, match="where memory is short") as caught:
+        sweep(asked)
+    assert "smaller `parallel`" in caught.value.hint
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    _, manifest = sweep(asked.model_copy(update={"parallel": 1}))
+    assert [run.name for run in manifest.runs] == ["gptq-w2-s0", "gptq-w2-s1"]
+
+
+def _ended(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_as_many_runs_go_at_a_time_as_memory_holds(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request(made, parallel=3, out=tmp_path / "s")
+    peak = max(run.cost.peak_memory for run in plan(asked).runs)
+    monkeypatch.setattr(sweep_runs.runtime, "available_memory", lambda: peak * 5 // 2)
+    job = prepare(asked, Silent())
+    told = Noting()
+    assert sweep_runs._at_a_time(job, job.runs, told) == 2
+    assert told.notes[-1].endswith("are free: 2 go.")
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(
@@ -272,7 +327,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
             return quantize(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "quantize", stopping)
+        patch.setattr(sweep_runs, "quantize", stopping)
         with pytest.raises(KeyboardInterrupt):
             sweep(asked)
     assert partial.is_dir()
@@ -295,7 +350,7 @@ def test_a_run_whose_numbers_go_wrong_is_left_out_and_named(
             raise NumericsError("The numbers went wrong.")
         return quantize(asked, *arguments, **named)
 
-    monkeypatch.setattr(module, "quantize", failing)
+    monkeypatch.setattr(sweep_runs, "quantize", failing)
     path, manifest = sweep(
         request(made, method=("rtn",), samples=None, sequence_length=None, calibration=None, out=tmp_path / "s")
     )

@@ -54,6 +54,11 @@ class SweepRequest(ScoreOptions):
     samples: Samples | None = None
     sequence_length: SequenceLength | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    parallel: Annotated[
+        int,
+        Field(ge=1, le=64),
+        Option("Runs at a time, in processes that share the cores; each has a GPU of its own where there are several."),
+    ] = 1
     device: Device = "auto"
     data_dir: DataDir = None
     offline: Offline = False

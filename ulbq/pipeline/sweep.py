@@ -5,8 +5,6 @@ import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
-from typing import Any
 
 from ulbq import __version__, runtime
 from ulbq.artifacts import (
@@ -18,29 +16,24 @@ from ulbq.artifacts import (
     SweepRun,
     fingerprint,
     free_output,
-    is_artifact,
     read_back,
 )
-from ulbq.artifacts.disk import remove_tree
-from ulbq.artifacts.partial import clear_up, partial_of
-from ulbq.config.quantize import preset_values
 from ulbq.config.sweep import SweepRequest
 from ulbq.errors import NumericsError
 from ulbq.evaluation.evaluated import EvaluatedModel
 from ulbq.evaluation.measurer import Measurer
 from ulbq.evaluation.results import ModelScores, Results
-from ulbq.formats import read_scheme
 from ulbq.models.source import resolve
-from ulbq.pipeline.quantize import quantize
-from ulbq.pipeline.sweep_page import layers_by_block, page
+from ulbq.pipeline.sweep_page import page
 from ulbq.pipeline.sweep_plan import Run, SweepJob, SweepPlan, plan, prepare
 from ulbq.pipeline.sweep_points import measured
+from ulbq.pipeline.sweep_runs import RUNS, runs
 from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
 
 __all__ = ["SweepPlan", "SweepRequest", "plan", "sweep"]
 
-RUNS, REPORT, TABLE = "runs", "report.html", "table.csv"
+REPORT, TABLE = "report.html", "table.csv"
 
 
 def sweep(
@@ -80,9 +73,7 @@ def sweep(
         scores = [measurer.measure(job.original)]
         found: list[SweepRun] = []
         left_out = dict(job.plan.left_out)
-        for number, run in enumerate(job.runs, 1):
-            progress.note(f"Run {number} of {len(job.runs)}: {run.name}.")
-            made = _made(run, writer, progress)
+        for run, made in runs(job, writer, progress):
             if isinstance(made, str):
                 left_out[run.name] = made
                 continue
@@ -112,55 +103,6 @@ def sweep(
     return path, read_back(path, SweepManifest)
 
 
-def _made(run: Run, writer: ArtifactWriter, progress: Progress) -> SweepRun | str:
-    """What a run gave, now or before this sweep was stopped; why it gave nothing where its numbers went wrong."""
-    key = f"{run.name}: quantize"
-    if key in writer.journal:
-        recorded = writer.journal[key]
-        return recorded if isinstance(recorded, str) else SweepRun.model_validate(recorded)
-    folder = writer.path / RUNS / run.name
-    resumed = partial_of(folder).exists()
-    if not is_artifact(folder):
-        runtime.forget_peak_memory()
-        try:
-            quantize(run.request, progress, name=run.name, root=folder.parent, shared=writer.scratch)
-        except NumericsError as error:
-            progress.warn(f"{run.name}: {error.message}")
-            remove_tree(partial_of(folder))
-            writer.record(key, error.message)
-            return error.message
-    clear_up(folder)
-    manifest = read_back(folder, QuantizedManifest)
-    record = SweepRun(
-        name=run.name,
-        setting=run.setting,
-        seed=run.request.seed,
-        options=_options(run, manifest),
-        method=manifest.method,
-        scheme=read_scheme(manifest.scheme).label,
-        bits=manifest.bits.bits_per_weight,
-        weights=manifest.bits.weights,
-        size=round(sum(manifest.bits.parts.values()) / 8),
-        seconds=round(sum(phase.seconds for phase in manifest.phases), 1),
-        peak_memory=max((phase.peak_memory for phase in manifest.phases), default=0),
-        resumed=resumed,
-        errors=_errors(manifest.layers),
-    )
-    writer.record(key, record, files=sorted(path for path in folder.rglob("*") if path.is_file()))
-    return record
-
-
-def _options(run: Run, manifest: QuantizedManifest) -> dict[str, Any]:
-    """What was asked of a run, with what its preset came to."""
-    preset = {name: manifest.request[name] for name in preset_values(run.request, "quick")}
-    return {name: value for name, value in {**run.options, **preset}.items() if name not in ("seed", "preset")}
-
-
-def _errors(layers: Sequence[LayerRecord]) -> tuple[float, ...]:
-    """Mean error of each block's layers."""
-    return tuple(mean(errors) for errors in layers_by_block(layers).values())
-
-
 def _candidate(writer: ArtifactWriter, run: Run, original: EvaluatedModel) -> EvaluatedModel:
     """A run's model, named as it will be once the sweep stands at its place."""
     source = resolve(writer.path / RUNS / run.name, offline=True)
@@ -180,16 +122,16 @@ def _layers(folder: Path) -> Sequence[LayerRecord]:
     return read_back(folder, QuantizedManifest).layers
 
 
-def table(runs: Sequence[SweepRun], scores: Sequence[ModelScores]) -> str:
+def table(made: Sequence[SweepRun], scores: Sequence[ModelScores]) -> str:
     """A row a run, as comma-separated values."""
     by_name: Mapping[str, ModelScores] = {one.subject.name: one for one in scores}
     heads = ("run", "setting", "seed", "method", "scheme", "bits", "bytes", "seconds", "peak_memory")
-    values = {run.name: measured(by_name[run.name]) for run in runs}
+    values = {run.name: measured(by_name[run.name]) for run in made}
     names = list(dict.fromkeys(name for found in values.values() for name in found))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*heads, *names])
-    for run in runs:
+    for run in made:
         told = (run.name, run.setting, run.seed, run.method, run.scheme, run.bits, run.size, run.seconds)
         scored = values[run.name]
         writer.writerow([*told, run.peak_memory, *(scored[name][0] if name in scored else "" for name in names)])
@@ -197,7 +139,7 @@ def table(runs: Sequence[SweepRun], scores: Sequence[ModelScores]) -> str:
 
 
 def _fingerprint(job: SweepJob) -> str:
-    skipped = {"source", "out", "force", "data_dir", "offline", "settings"}
+    skipped = {"source", "out", "force", "data_dir", "offline", "settings", "parallel"}
     return fingerprint(
         {
             "ulbq": __version__,
