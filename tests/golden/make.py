@@ -47,10 +47,41 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         ),
         *("--sequence-length", "64", "--epochs", "1", "--batch-size", "2", "--rank", "2", *_PLAIN),
     ),
+    "tied-scales": (*_QUANTIZE, "db-llm", "--tied-scales", "--group-size", "32", "--epochs", "1", *_TEXT),
+    "packed-tables": (
+        *_QUANTIZE,
+        "rtn",
+        "--bits",
+        "4",
+        "--group-size",
+        "32",
+        "--embedding-bits",
+        "8",
+        "--head-bits",
+        "6",
+    ),
+    "k-quant": ("quantize", "@wide", *_PLAIN, "--method", "rtn", "--bits", "3", "--k-quant"),
+    "sweep": (
+        "sweep",
+        "@dense",
+        "--method",
+        "rtn",
+        "--bits",
+        "2,3",
+        "--set",
+        "group_size=32",
+        "--device",
+        "cpu",
+        "--offline",
+        "-q",
+    ),
     "saliency": ("saliency", "@dense", *_TEXT, *_PLAIN),
     "dense16": ("convert", "@affine", "--to", "dense", "--offline", "-q"),
 }
 """By what each is made; ``@name`` stands for what lies beside it."""
+
+SOURCES, SCORES = ("dense", "wide"), ("saliency", "sweep")
+"""What they are made of, and those that are no model."""
 
 KEPT = "golden"
 TOKENS = torch.arange(24).unsqueeze(0)
@@ -64,18 +95,21 @@ def main(folder: Path) -> None:
     rows = [{"instruction": f"say {i}", "output": f"it is {i * i}"} for i in range(16)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_tiny("llama", folder / "dense", tied=False, num_hidden_layers=2)
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 1}
+    save_tiny("llama", folder / "wide", num_hidden_layers=1, dtype=torch.bfloat16, **wide)
     logits = {}
     for name, words in COMMANDS.items():
         spelled = [str(folder / word[1:]) if word.startswith("@") else word for word in words]
         told = command([*spelled, "-o", str(folder / name)], folder)
         if told.code != 0:
             raise SystemExit(f"{name}: {told.err}")
-        if name != "saliency":
+        if name not in SCORES:
             with torch.inference_mode():
                 model = load_model(resolve(folder / name, offline=True), dtype=torch.float32)
                 logits[name] = model(TOKENS).logits[0, -4:].contiguous()
         shutil.copytree(folder / name, folder / KEPT / name)
-    shutil.copytree(folder / "dense", folder / KEPT / "dense")
+    for name in SOURCES:
+        shutil.copytree(folder / name, folder / KEPT / name)
     save_file(logits, folder / KEPT / "logits.safetensors")
 
 

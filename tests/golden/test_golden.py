@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.evaluation.sample import write_mirror
-from tests.golden.make import COMMANDS, TOKENS
+from tests.golden.make import COMMANDS, SCORES, SOURCES, TOKENS
 from tests.told import Ulbq
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 
 HERE = Path(__file__).parent
-MODELS = [name for name in COMMANDS if name != "saliency"]
+MODELS = [name for name in COMMANDS if name not in SCORES]
 PACKED = [name for name in MODELS if name != "dense16"]
 
 
@@ -26,7 +26,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_are_there() -> None:
-    assert {path.name for path in (HERE / "artifacts").iterdir()} == {*COMMANDS, "dense"}
+    assert {path.name for path in (HERE / "artifacts").iterdir()} == {*COMMANDS, *SOURCES}
     assert load_file(HERE / "logits.safetensors").keys() == set(MODELS)
 
 
