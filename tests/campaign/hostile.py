@@ -88,6 +88,8 @@ def _options() -> Iterator[Case]:
     score = ("eval", "@affine", "--perplexity", "wikitext2", "--data-dir", "@mirror", "--no-fidelity",
              "--no-parent-scores", "--limit", "1", *_SAID, "-o", "@out")  # fmt: skip
     speak = ("generate", "@affine", *_SAID)
+    swept = ("sweep", "@dense", "--method", "rtn", *_SAID, "-o", "@out")
+    told = ("recommend", "@dense", *_SAID)
     hopeless = ("nan", "inf", "-inf", "-1", "1e309", "0x10", "", "\uff11")
     for before, option, values in (
         (rtn, "--bits", ("0", "5", "-3", "1e3", "99999999999999999999", "2.5", "two", "")),
@@ -130,6 +132,17 @@ def _options() -> Iterator[Case]:
         ((*coded, "--epochs", "1"), "--weight-lr", (*hopeless, "1e9")),
         (("serve", "@affine", *_SAID), "--port", ("-1", "65536", "nan", "80 80", "99999999999999999999", "")),
         (("serve", "@affine", *_SAID), "--host", ("", "\x1b[2J", "no such host", "a" * 300, "256.1.1.1")),
+        (trained, "--log-to", ("", "nothing", "tensorboard\n", "tensorboard,nothing", "a" * 300, "../wandb")),
+        ((*swept, "--bits", "2"), "--parallel", ("0", "-1", "65", "2.5", "99999999999999999999", "")),
+        ((*swept, "--parallel", "2"), "--bits", ("0", "-2", "nan", "inf", "1e300", "9", "2,x", "")),
+        (swept, "--seeds", ("-1", "1.5", "99999999999999999999", ",", "")),
+        (swept, "--settings", ("/dev/null", "/dev/zero", "@rows.jsonl", "@dense", "@nothing", "")),
+        (told, "--fit", ("0", "-1G", "1e300G", "nanG", "GB", "9" * 400, "")),
+        (told, "--bits", ("0", "-2", "nan", "inf", "0.1", "two")),
+        (told, "--max-time", ("0", "-1h", "nanh", "1e300h", "h", "9" * 400 + "h", "")),
+        (told, "--engine", ("", "nothing", "vllm\n", "vllm,mlx")),
+        (("push", "@affine"), "--dry-run", ("", "a b/c", "/", "a/b/c", "..", "me/" + "a" * 300, "\x1b[2J/x", "me/x\n")),
+        (("push", "@affine", "me/x", "-q"), "--revision", ("", "\x1b[2J", "a" * 300, "../main")),
         (("list",), "--json", ("/dev/null", "/dev/zero", "", "a" * 300, "@affine/config.json", "@nothing")),
         (("convert", "@affine", "-q", "-o", "@out"), "--for", ("", "vllm\n", "nothing", "llama.cpp,vllm")),
         (("convert", "@affine", "-q", "-o", "@out"), "--to", ("", "pickle", "dense\n")),
