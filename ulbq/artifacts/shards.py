@@ -31,6 +31,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 GUARD_NAME = "model-guard.safetensors"
 
+OUTLINE = "ulbq-outline"
+"""In the metadata of a safetensors file: it has a header and a size, and no tensors."""
+
 EXPERT = re.compile(r"\.experts\.(\d+)\.\w+$|\.(\d+)\.linear$")
 """The end of the name of a layer that is one of several experts', JetMoe's at last."""
 
@@ -60,12 +63,18 @@ _DTYPES = {
 
 
 class _Stored(NamedTuple):
-    """Where a tensor lies, from its file's header; ``stamp`` is what the file was known by then."""
+    """Where a tensor lies, from its file's header.
+
+    Attributes:
+        stamp: what the file was known by then.
+        here: whether the file has more than the header, see :data:`OUTLINE`.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     stamp: Stamp
+    here: bool
 
 
 class LazyTensors:
@@ -156,6 +165,11 @@ class LazyTensors:
         return self.dtype(name).itemsize * torch.Size(self.shape(name)).numel()
 
     @property
+    def here(self) -> bool:
+        """Whether the tensors can be read; else only their headers were fetched."""
+        return all(stored.here for stored in self._stored.values())
+
+    @property
     def total_bytes(self) -> int:
         """Stored size of all tensors in bytes."""
         return sum(map(self.nbytes, self._stored))
@@ -164,6 +178,8 @@ class LazyTensors:
         """One tensor on the CPU as it is stored, in memory of its own."""
         stored = self._find(name)
         self.dtype(name)
+        if not stored.here:
+            raise InputError(f"Only the header of '{stored.file.name}' was fetched: it holds no tensors.")
         check_unchanged(stored.file, stored.stamp)
         self._check(stored.file)
         try:
@@ -310,7 +326,8 @@ def _header(file: Path) -> dict[str, _Stored]:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-            return {name: _Stored(file, shape, dtype, stamp) for name, (shape, dtype) in found.items()}
+            here = OUTLINE not in (opened.metadata() or {})
+            return {name: _Stored(file, shape, dtype, stamp, here) for name, (shape, dtype) in found.items()}
     except PermissionError as error:
         raise InputError(
             f"'{file}' may not be read: {error.strerror}.", hint="Ask its owner, or change its permissions."

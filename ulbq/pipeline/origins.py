@@ -30,8 +30,12 @@ class Origins:
     saliency: str | None = None
 
 
-def open_origins(given: str | None, *, offline: bool) -> Origins:
+def open_origins(given: str | None, *, offline: bool, outline: bool = False) -> Origins:
     """Find the full-precision model behind a source.
+
+    Args:
+        given: the source.
+        offline: as of :func:`~ulbq.models.source.resolve`, and so is ``outline``.
 
     Raises:
         InputError: no such source, or the model that an artifact was made from is gone or has changed.
@@ -41,7 +45,7 @@ def open_origins(given: str | None, *, offline: bool) -> Origins:
         manifest = read_manifest(path)
         if isinstance(manifest, SaliencyManifest):
             return Origins(_parent(path, manifest, offline), saliency=given)
-    source = resolve(given, offline=offline)
+    source = resolve(given, offline=offline, outline=outline)
     if isinstance(source.manifest, QuantizedManifest):
         return Origins(_parent(source.path, source.manifest, offline), start=source)
     source.check_parent()

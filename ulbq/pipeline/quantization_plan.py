@@ -40,7 +40,7 @@ from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_sali
 from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits, whole_memory, whole_passes
 from ulbq.pipeline.samples import choose_streamed, default_calibration
 from ulbq.progress import Progress, Silent
-from ulbq.sensitivity import Saliency
+from ulbq.sensitivity import KINDS, Saliency
 from ulbq.tracking import check_tracker
 from ulbq.training.precision import Precision
 
@@ -150,7 +150,7 @@ class Job:
 
 
 def plan(request: QuantizeRequest, progress: Progress | None = None) -> QuantizePlan:
-    """Check a request and predict its cost; nothing is written.
+    """Check a request and predict its cost; nothing is written. Of a model on the Hub only headers are fetched.
 
     Raises:
         UsageError: options that do not exist or do not go together.
@@ -159,7 +159,9 @@ def plan(request: QuantizeRequest, progress: Progress | None = None) -> Quantize
             of samples.
         ResourceError: no such device, or no such data here and the network is off.
     """
-    return prepare(request, progress or Silent()).plan
+    # Whether scores that lie here are of this model shows in its weights.
+    of_this_model = request.saliency not in (None, "none", *KINDS)
+    return prepare(request, progress or Silent(), outline=not of_this_model).plan
 
 
 def build_method(request: QuantizeRequest, preset: PresetName = "quick") -> Method:
@@ -169,13 +171,19 @@ def build_method(request: QuantizeRequest, preset: PresetName = "quick") -> Meth
     return METHODS[request.method].from_options(options, group_size)
 
 
-def prepare(request: QuantizeRequest, progress: Progress) -> Job:
-    """Settle everything that can be settled before the first tensor is read. Raises as :func:`plan`."""
+def prepare(request: QuantizeRequest, progress: Progress, *, outline: bool = False) -> Job:
+    """Settle everything that can be settled before the first tensor is read. Raises as :func:`plan`.
+
+    Args:
+        request: what is asked for.
+        progress: told what is chosen.
+        outline: none will be read, as of :func:`~ulbq.models.source.resolve`.
+    """
     check_options(request)
     device = runtime.resolve_device(request.device)
     preset: PresetName = "balanced" if device.type == "cuda" else "quick"
     _check_without_model(request, preset)
-    origins = open_origins(request.source, offline=request.offline)
+    origins = open_origins(request.source, offline=request.offline, outline=outline)
     origins.model.tell(progress)
     turn = rotation_seed(request.rotate, request.seed, origins.start)
     source = origins.model if turn is None else rotated(origins.model, turn)

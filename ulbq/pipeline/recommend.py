@@ -144,7 +144,7 @@ def recommend(request: RecommendRequest, progress: Progress | None = None) -> tu
     """
     progress = progress or Silent()
     device = runtime.resolve_device(request.device)
-    source = resolve(request.source, offline=request.offline)
+    source = resolve(request.source, offline=request.offline, outline=True)
     if isinstance(source.manifest, QuantizedManifest):
         raise InputError(
             f"'{source.given}' is quantized already.", hint="Give the full-precision model that it was made from."
@@ -205,7 +205,9 @@ def _proposals(of: _Model, request: RecommendRequest, device: torch.device, prog
     table = {_key(one.options): one for one in shipped()}
     own = list(swept(request.artifacts or DEFAULT_ROOT))
     # Hashing a large model takes a minute, so only where a sweep may be of it.
-    mine = of.source.content_hash if any(one.model == of.source.name for one in own) else ""
+    # A model of which only headers were fetched has no sweep here.
+    here = of.source.stored is None or of.source.stored.here
+    mine = of.source.content_hash if here and any(one.model == of.source.name for one in own) else ""
     table |= {_key(one.options): one for one in own if _key(one.options) not in table}
     table |= {_key(one.options): one for one in own if one.sha256 == mine}
     services_of: dict[Any, float | None] = {}

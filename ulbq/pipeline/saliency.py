@@ -24,7 +24,7 @@ _REPORT = "report.html"
 
 def plan(request: SaliencyRequest, progress: Progress | None = None) -> SaliencyPlan:
     """Check a request and predict its cost; nothing is written. Raises as :func:`~.saliency_plan.prepare`."""
-    return prepare(request, progress or Silent()).plan
+    return prepare(request, progress or Silent(), outline=True).plan
 
 
 def saliency(

@@ -84,8 +84,13 @@ class SaliencyJob:
     plan: SaliencyPlan
 
 
-def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
+def prepare(request: SaliencyRequest, progress: Progress, *, outline: bool = False) -> SaliencyJob:
     """Check a request and complete it.
+
+    Args:
+        request: what is asked for.
+        progress: told what is chosen.
+        outline: no tensor will be read, as of :func:`~ulbq.models.source.resolve`.
 
     Raises:
         UsageError: options that mean nothing to the kind, or no such calibration set.
@@ -97,7 +102,7 @@ def prepare(request: SaliencyRequest, progress: Progress) -> SaliencyJob:
     if request.calibration is not None:
         check_calibration(request.calibration, data_dir=request.data_dir, offline=request.offline)
     device = runtime.resolve_device(request.device)
-    source = resolve(request.source, offline=request.offline)
+    source = resolve(request.source, offline=request.offline, outline=outline)
     source.tell(progress)
     if source.packed:
         raise InputError(

@@ -115,11 +115,16 @@ class SweepJob:
 
 def plan(request: SweepRequest, progress: Progress | None = None) -> SweepPlan:
     """Check a sweep and predict the cost of its runs; nothing is written. Raises as :func:`prepare`."""
-    return prepare(request, progress or Silent()).plan
+    return prepare(request, progress or Silent(), outline=True).plan
 
 
-def prepare(request: SweepRequest, progress: Progress) -> SweepJob:
+def prepare(request: SweepRequest, progress: Progress, *, outline: bool = False) -> SweepJob:
     """Check every run and every score that is asked for.
+
+    Args:
+        request: what is asked for.
+        progress: told what is chosen.
+        outline: no tensor will be read, as of :func:`~ulbq.models.source.resolve`.
 
     Raises:
         UsageError: nothing to try; options that no method of the sweep takes, or that do not go together.
@@ -130,7 +135,7 @@ def prepare(request: SweepRequest, progress: Progress) -> SweepJob:
     for name in request.perplexity:
         text_set(name)
     device = runtime.resolve_device(request.device)
-    source = resolve(request.source, offline=request.offline)
+    source = resolve(request.source, offline=request.offline, outline=outline)
     if isinstance(source.manifest, QuantizedManifest):
         raise InputError(
             f"'{source.given}' is quantized, and a sweep compares with the full-precision model.",
