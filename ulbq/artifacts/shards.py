@@ -40,8 +40,6 @@ EXPERT = re.compile(r"\.experts\.(\d+)\.\w+$|\.(\d+)\.linear$")
 _CARRIED = re.compile(r"model-carried-\d{5}\.safetensors")
 _CARRIED_AT_ONCE = 1 << 30  # bytes a shard
 
-_MAPPED_AT_ONCE = 64 << 20  # bytes of a file whose copies are made together
-
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {
     "F64": torch.float64,
@@ -67,6 +65,7 @@ class _Stored(NamedTuple):
 
     Attributes:
         stamp: what the file was known by then.
+        begin: where its bytes begin in the file.
         here: whether the file has more than the header, see :data:`OUTLINE`.
     """
 
@@ -74,6 +73,7 @@ class _Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     stamp: Stamp
+    begin: int
     here: bool
 
 
@@ -182,25 +182,21 @@ class LazyTensors:
             raise InputError(f"Only the header of '{stored.file.name}' was fetched: it holds no tensors.")
         check_unchanged(stored.file, stored.stamp)
         self._check(stored.file)
+        # Not through safetensors: it maps the whole file, and a mapped file pins pages, dies with the file, and may not
+        # be larger than the memory.
+        tensor = torch.empty(stored.shape, dtype=self.dtype(name))
+        room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
-            # What safetensors returns is mapped from the file: it pins the file's pages, and dies with the file.
-            if self.nbytes(name) > _MAPPED_AT_ONCE:
-                return self._read_in_parts(name)
-            with safe_open(stored.file, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name).clone()
-                return tensor
-        except (SafetensorError, OSError) as error:
+            with stored.file.open("rb", buffering=0) as file:
+                file.seek(stored.begin)
+                while room:
+                    count = file.readinto(room)
+                    if not count:
+                        raise EOFError("it ends too early")
+                    room = room[count:]
+        except (EOFError, OSError) as error:
             _refuse_scarcity(stored.file)
             raise InputError(f"'{name}' cannot be read from '{stored.file}': {error}.") from error
-
-    def _read_in_parts(self, name: str) -> torch.Tensor:
-        """A large tensor, so that not all of it is in memory twice: pages stay there until their file is closed."""
-        stored = self._stored[name]
-        tensor = torch.empty(stored.shape, dtype=self.dtype(name))
-        rows = max(1, _MAPPED_AT_ONCE * len(tensor) // tensor.nbytes)
-        for start in range(0, len(tensor), rows):
-            with safe_open(stored.file, framework="pt") as file:
-                tensor[start : start + rows] = file.get_slice(name)[start : start + rows]
         return tensor
 
     def _check(self, file: Path) -> None:
@@ -323,11 +319,16 @@ def _header(file: Path) -> dict[str, _Stored]:
         # safetensors has one word for a file that is missing and one that may not be read.
         with file.open("rb") as plain:
             stamp = stamp_of(plain.fileno())
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-            here = OUTLINE not in (opened.metadata() or {})
-            return {name: _Stored(file, shape, dtype, stamp, here) for name, (shape, dtype) in found.items()}
+            # Checks the header. For torch it would map the file as its own, which memory must have room for.
+            with safe_open(file, framework="np") as checked:
+                here = OUTLINE not in (checked.metadata() or {})
+            size = int.from_bytes(plain.read(8), "little")
+            entries = json.loads(plain.read(size))
+        entries.pop("__metadata__", None)
+        return {
+            name: _Stored(file, tuple(one["shape"]), one["dtype"], stamp, 8 + size + one["data_offsets"][0], here)
+            for name, one in entries.items()
+        }
     except PermissionError as error:
         raise InputError(
             f"'{file}' may not be read: {error.strerror}.", hint="Ask its owner, or change its permissions."
