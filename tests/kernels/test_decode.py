@@ -60,8 +60,9 @@ def test_products(scheme: AnyScheme, whole: bool) -> None:
     bias = torch.randn(OUTS, generator=torch.Generator().manual_seed(1))
     wanted = exact(scheme, stored, x) + bias
     found = multiply(product_of(scheme, stored, bias, whole=whole), x)
-    # Inputs of 16 bits lose far less than what is rounded to bfloat16.
-    assert_near(found, wanted, torch.float32, slack=4 if whole else 1200)
+    # Inputs of 16 bits lose far less than what is rounded to bfloat16, those of 8 bits (trellis) about as much.
+    slack = 6000 if scheme.format == "trellis" else 1200
+    assert_near(found, wanted, torch.float32, slack=4 if whole else slack)
 
 
 @pytest.mark.usefixtures("_two_threads")

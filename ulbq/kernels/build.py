@@ -34,6 +34,7 @@ _FLAGS = ("-std=c++17", "-O3", "-w", "-fPIC", "-fopenmp")
 _NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")
 _PAIRS = "avx512_bf16"  # products of pairs of bfloat16: used where the processor has them, not needed
 _FUNNEL = "avx512_vbmi2"  # shifts of two registers as one, likewise
+_BYTES = "avx512vbmi"  # permutations of bytes, likewise
 # Torch rounds after every operation; a solver that does not would round other weights up.
 _EXACT = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
 _WIDE = (("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("avx2", "fma"))
@@ -201,7 +202,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def _target() -> tuple[str, ...]:
-    return _switches((*_NEEDED, *(feature for feature in (_PAIRS, _FUNNEL) if feature in cpu_features())))
+    return _switches((*_NEEDED, *(feature for feature in (_PAIRS, _FUNNEL, _BYTES) if feature in cpu_features())))
 
 
 def _switches(features: tuple[str, ...]) -> tuple[str, ...]:

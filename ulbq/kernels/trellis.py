@@ -72,7 +72,7 @@ def product(
     codes, su, sv = (tensors[name] for name in ("codes", "su", "sv"))
     _, *matrix = _matrix(scheme, codes)
     ends = (part for width in (len(su), len(sv)) for part in (trellis.block_width(width), mixing(width)))
-    return Product("ulbq_trellis_linear", codes, *matrix, su, sv, *ends, bias, 2 if exact else 1)
+    return Product("ulbq_trellis_linear", codes, *matrix, su, sv, *ends, bias, exact)
 
 
 def input_gradient(

@@ -64,68 +64,84 @@ inline void store_floats(void* to, int type, int64_t index, __mmask16 mask, __m5
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + index, mask, half);
 }
 
-// Rows of activations, ready for dot products with bytes from 0 to 15.
-//
-// digits: [rows][Digits][chunks * 64], zeros behind the last column.
+// 64 columns of a row in fixed point: x = factor * whole, zeros behind the last column. The largest whole is `limit`; what
+// is not finite makes the factor NaN.
+struct Fixed {
+    Fixed(const void* x, int type, int64_t row, int64_t columns, int64_t chunk, float limit) {
+        __m512 value[4], largest = _mm512_setzero_ps();
+        __mmask16 strange = 0;
+        for (int part = 0; part < 4; ++part) {
+            const int64_t column = chunk * kChunk + part * 16;
+            value[part] = load_floats(x, type, row * columns + column, first(columns - column));
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(value[part]));
+            // x - x is zero for whatever is finite.
+            const __m512 zero = _mm512_sub_ps(value[part], value[part]);
+            strange |= _mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q);
+        }
+        const float most = _mm512_reduce_max_ps(largest);
+        const bool silent = most < 1e-30f;  // where limit / most could overflow
+        factor = strange ? __builtin_nanf("") : silent ? 0.0f : most / limit;
+        const __m512 inverse = _mm512_set1_ps(strange || silent ? 0.0f : limit / most);
+        for (int part = 0; part < 4; ++part) {
+            whole[part] = strange ? _mm512_setzero_si512() : _mm512_cvtps_epi32(_mm512_mul_ps(value[part], inverse));
+        }
+    }
+
+    __m512i whole[4];
+    float factor;
+};
+
 // factors, sums: [rows][units]; a unit is 64 columns, or 32 where scales change that often. `sums` are of x as rounded.
-template <int Digits>
-struct Activations {
-    static constexpr float kLimit = Digits == 2 ? 32600.0f : 8355000.0f;
+struct Units {
+    Units(int64_t rows, int64_t columns, int64_t unit)
+        : columns(columns), chunks((columns + kChunk - 1) / kChunk), unit(unit), units(chunks * kChunk / unit),
+          factors(buffer<float>(rows * units)), sums(buffer<float>(rows * units)) {}
 
-    Activations(int64_t rows, int64_t columns, int64_t unit)
-        : columns(columns),
-          chunks((columns + kChunk - 1) / kChunk),
-          unit(unit),
-          units(chunks * kChunk / unit),
-          digits(buffer<int8_t>(rows * Digits * chunks * kChunk)),
-          factors(buffer<float>(rows * units)),
-          sums(buffer<float>(rows * units)) {}
-
-    const int8_t* digit(int64_t row, int which) const { return digits.get() + (row * Digits + which) * chunks * kChunk; }
-
-    // Round row `from` of x; what is not finite makes its factor, and with it the row's results, NaN.
-    void round_row(const void* x, int type, int64_t from, int64_t row) {
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            __m512 value[4];
-            __m512 largest = _mm512_setzero_ps();
-            __mmask16 strange = 0;
-            for (int part = 0; part < 4; ++part) {
-                const int64_t column = chunk * kChunk + part * 16;
-                value[part] = load_floats(x, type, from * columns + column, first(columns - column));
-                largest = _mm512_max_ps(largest, _mm512_abs_ps(value[part]));
-                // x - x is zero for whatever is finite.
-                const __m512 zero = _mm512_sub_ps(value[part], value[part]);
-                strange |= _mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q);
-            }
-            const float most = _mm512_reduce_max_ps(largest);
-            const bool silent = most < 1e-30f;  // where kLimit / most could overflow
-            const float factor = strange ? __builtin_nanf("") : silent ? 0.0f : most / kLimit;
-            const __m512 inverse = _mm512_set1_ps(strange || silent ? 0.0f : kLimit / most);
-            int64_t total[2] = {0, 0};
-            for (int part = 0; part < 4; ++part) {
-                const __m512i whole = strange ? _mm512_setzero_si512() : _mm512_cvtps_epi32(_mm512_mul_ps(value[part], inverse));
-                total[part / 2] += _mm512_reduce_add_epi32(whole);
-                store_digits(whole, row, chunk * kChunk + part * 16);
-            }
-            if (unit == kChunk) {
-                put(row, chunk, factor, total[0] + total[1]);
-            } else {
-                put(row, 2 * chunk, factor, total[0]);
-                put(row, 2 * chunk + 1, factor, total[1]);
-            }
+    void put(int64_t row, int64_t chunk, const Fixed& of) {
+        const int32_t low = _mm512_reduce_add_epi32(_mm512_add_epi32(of.whole[0], of.whole[1]));
+        const int32_t high = _mm512_reduce_add_epi32(_mm512_add_epi32(of.whole[2], of.whole[3]));
+        if (unit == kChunk) {
+            put(row, chunk, of.factor, low + high);
+        } else {
+            put(row, 2 * chunk, of.factor, low);
+            put(row, 2 * chunk + 1, of.factor, high);
         }
     }
 
     const int64_t columns, chunks, unit, units;
-    const Buffer<int8_t> digits;
     const Buffer<float> factors, sums;
 
   private:
-    void put(int64_t row, int64_t index, float factor, int64_t total) {
+    void put(int64_t row, int64_t index, float factor, int32_t total) {
         factors[row * units + index] = factor;
         sums[row * units + index] = factor * static_cast<float>(total);
     }
+};
 
+// Rows of activations, ready for dot products with bytes from 0 to 15.
+//
+// digits: [rows][Digits][chunks * 64], zeros behind the last column.
+template <int Digits>
+struct Activations : Units {
+    static constexpr float kLimit = Digits == 2 ? 32600.0f : 8355000.0f;
+
+    Activations(int64_t rows, int64_t columns, int64_t unit)
+        : Units(rows, columns, unit), digits(buffer<int8_t>(rows * Digits * chunks * kChunk)) {}
+
+    const int8_t* digit(int64_t row, int which) const { return digits.get() + (row * Digits + which) * chunks * kChunk; }
+
+    // Row `from` of x; what is not finite makes a factor, and with it the row's results, NaN.
+    void round_row(const void* x, int type, int64_t from, int64_t row) {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const Fixed fixed(x, type, from, columns, chunk, kLimit);
+            put(row, chunk, fixed);
+            for (int part = 0; part < 4; ++part) store_digits(fixed.whole[part], row, chunk * kChunk + part * 16);
+        }
+    }
+
+    const Buffer<int8_t> digits;
+
+  private:
     void store_digits(__m512i whole, int64_t row, int64_t column) {
         __m512i rest = whole;
         for (int which = Digits - 1; which > 0; --which) {

@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "lookups.h"
 #include "vectors.h"
 
 namespace ulbq {
@@ -11,14 +12,13 @@ namespace ulbq {
 // What a thread has to itself, for the input that it multiplies now.
 struct Own {
     void renew() {
-        std::get<0>(rounded_).reset();
-        std::get<1>(rounded_).reset();
+        std::apply([](auto&... kept) { (kept.reset(), ...); }, rounded_);
     }
 
     // The input in fixed point, made once for all matrices that read it.
-    template <int Digits>
-    const Activations<Digits>& rounded(const float* x, int64_t columns, int64_t unit) {
-        auto& kept = std::get<std::optional<Activations<Digits>>>(rounded_);
+    template <class Kind>
+    const Kind& rounded(const float* x, int64_t columns, int64_t unit) {
+        auto& kept = std::get<std::optional<Kind>>(rounded_);
         if (!kept || kept->unit != unit) {
             kept.emplace(1, columns, unit);
             kept->round_row(x, kFloat32, 0, 0);
@@ -27,7 +27,13 @@ struct Own {
     }
 
   private:
-    std::tuple<std::optional<Activations<2>>, std::optional<Activations<3>>> rounded_;
+    template <class... Kinds>
+    using Each = std::tuple<std::optional<Kinds>...>;
+#ifdef __AVX512VBMI__
+    Each<Activations<2>, Activations<3>, Tables> rounded_;
+#else
+    Each<Activations<2>, Activations<3>> rounded_;
+#endif
 };
 
 // A matrix [outs][columns], and a bias [outs] or null.

@@ -51,8 +51,23 @@ inline __attribute__((always_inline)) void accumulate(const uint8_t* chunk, cons
     }
 }
 
+// Adds a unit's sums of rows or of several places, scaled, to 64 results.
+template <class Input>
+inline __attribute__((always_inline)) void add_scaled(const Tiles& w, const Input& x, int64_t tile, int part, int64_t unit,
+                                                      int64_t row, const __m512 (&product)[kVectors], float* result) {
+    const int64_t group = w.group_of[unit];
+    const __m512 factor = _mm512_set1_ps(x.factors[row * x.units + unit]), total = _mm512_set1_ps(x.sums[row * x.units + unit]);
+#pragma GCC unroll 4
+    for (int vector = 0; vector < kVectors; ++vector) {
+        const __m512 scale = w.load_scale(tile, part, group, vector), zero = w.load_zero(tile, group, vector);
+        float* to = result + 16 * vector;
+        const __m512 centred = _mm512_fnmadd_ps(zero, total, _mm512_mul_ps(product[vector], factor));
+        _mm512_store_ps(to, _mm512_fmadd_ps(scale, centred, _mm512_load_ps(to)));
+    }
+}
+
 // Adds what one unit of columns contributes to `result` [Rows][64].
-template <int Bits, int Digits, int Rows, int Count>
+template <int Bits, int Rows, int Count, int Digits>
 inline __attribute__((always_inline)) void add_unit(const Tiles& w, const Activations<Digits>& x, int64_t tile, int part,
                                                     int64_t chunk, int first_step, int64_t row, float* result) {
     const int64_t unit = chunk * kChunk / w.unit() + first_step * 4 / Count;
@@ -62,31 +77,25 @@ inline __attribute__((always_inline)) void add_unit(const Tiles& w, const Activa
     }
     __m512 product[Rows][kVectors];
     accumulate<Bits, Digits, Rows, Count>(w.chunk(tile, chunk, part), digit, first_step, product);
-    const int64_t group = w.group_of[unit];
-#pragma GCC unroll 4
-    for (int vector = 0; vector < kVectors; ++vector) {
-        const __m512 scale = w.load_scale(tile, part, group, vector), zero = w.load_zero(tile, group, vector);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) {
-            const __m512 factor = _mm512_set1_ps(x.factors[(row + r) * x.units + unit]);
-            const __m512 total = _mm512_set1_ps(x.sums[(row + r) * x.units + unit]);
-            float* to = result + r * kTile + 16 * vector;
-            const __m512 centred = _mm512_fnmadd_ps(zero, total, _mm512_mul_ps(product[r][vector], factor));
-            _mm512_store_ps(to, _mm512_fmadd_ps(scale, centred, _mm512_load_ps(to)));
+    for (int r = 0; r < Rows; ++r) add_scaled(w, x, tile, part, unit, row + r, product[r], result + r * kTile);
+}
+
+template <int Bits, int Rows, int Digits>
+inline void add_chunk(const Tiles& w, const Activations<Digits>& x, int64_t tile, int64_t chunk, int64_t row, float* result) {
+    for (int part = 0; part < w.parts; ++part) {
+        if (w.unit() == kChunk) {
+            add_unit<Bits, Rows, 64>(w, x, tile, part, chunk, 0, row, result);
+        } else {
+            add_unit<Bits, Rows, 32>(w, x, tile, part, chunk, 0, row, result);
+            add_unit<Bits, Rows, 32>(w, x, tile, part, chunk, 8, row, result);
         }
     }
 }
 
-template <int Bits, int Digits, int Rows>
-inline void add_chunk(const Tiles& w, const Activations<Digits>& x, int64_t tile, int64_t chunk, int64_t row, float* result) {
-    for (int part = 0; part < w.parts; ++part) {
-        if (w.unit() == kChunk) {
-            add_unit<Bits, Digits, Rows, 64>(w, x, tile, part, chunk, 0, row, result);
-        } else {
-            add_unit<Bits, Digits, Rows, 32>(w, x, tile, part, chunk, 0, row, result);
-            add_unit<Bits, Digits, Rows, 32>(w, x, tile, part, chunk, 8, row, result);
-        }
-    }
+template <_mm_hint Where>
+inline void fetch_ahead(const Tiles& w, int64_t tile, int64_t chunk) {
+    const uint8_t* ahead = w.chunk(tile, chunk, 0) + kAhead;
+    for (int64_t line = 0; line < w.parts * w.chunk_bytes(); line += 64) _mm_prefetch(ahead + line, Where);
 }
 
 // One tile of a matrix and the rows from `begin` to `end`, to `result` [end - begin][64].
@@ -94,15 +103,14 @@ template <int Bits, int Digits>
 void multiply_tile(const Tiles& w, const Activations<Digits>& x, int64_t tile, int64_t begin, int64_t end, float* result) {
     std::memset(result, 0, (end - begin) * kTile * sizeof(float));
     for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
-        const uint8_t* ahead = w.chunk(tile, chunk, 0) + kAhead;
-        for (int64_t line = 0; line < w.parts * w.chunk_bytes(); line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+        fetch_ahead<_MM_HINT_T0>(w, tile, chunk);
         int64_t row = begin;
         float* to = result;
         if (Digits == 2) {
-            for (; row + 3 <= end; row += 3, to += 3 * kTile) add_chunk<Bits, Digits, 3>(w, x, tile, chunk, row, to);
+            for (; row + 3 <= end; row += 3, to += 3 * kTile) add_chunk<Bits, 3>(w, x, tile, chunk, row, to);
         }
-        for (; row + 2 <= end; row += 2, to += 2 * kTile) add_chunk<Bits, Digits, 2>(w, x, tile, chunk, row, to);
-        if (row < end) add_chunk<Bits, Digits, 1>(w, x, tile, chunk, row, to);
+        for (; row + 2 <= end; row += 2, to += 2 * kTile) add_chunk<Bits, 2>(w, x, tile, chunk, row, to);
+        if (row < end) add_chunk<Bits, 1>(w, x, tile, chunk, row, to);
     }
 }
 
@@ -196,22 +204,81 @@ void widen(const Tiles& w, int64_t begin, int64_t count, void* dense, int type, 
     }
 }
 
-// Tiles and one row.
+// A tile and one row, to `result` [64].
 template <int Bits, int Digits>
+void add_tile(const Tiles& w, const Activations<Digits>& x, int64_t tile, float* result) {
+    multiply_tile<Bits>(w, x, tile, 0, 1, result);
+}
+
+#ifdef __AVX512VBMI__
+
+// A part of a tile, and the 64 results that it adds to.
+struct Part {
+    int64_t tile;
+    int part;
+    float* to;
+};
+
+template <int Count, int Sets>
+inline void add_looked(const Tiles& w, const Tables& x, const Part (&parts)[Sets], int64_t chunk, int first_step) {
+    Chunks<Sets> chunks;
+    for (int set = 0; set < Sets; ++set) chunks[set] = w.chunk(parts[set].tile, chunk, parts[set].part);
+    __m512 product[Sets][kVectors];
+    look_up<Count>(chunks, x.of_chunk(chunk), first_step, product);
+    const int64_t unit = chunk * kChunk / w.unit() + first_step * 4 / Count;
+    for (int set = 0; set < Sets; ++set) add_scaled(w, x, parts[set].tile, parts[set].part, unit, 0, product[set], parts[set].to);
+}
+
+template <int Sets>
+void add_parts(const Tiles& w, const Tables& x, const Part (&parts)[Sets]) {
+    for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
+        fetch_ahead<_MM_HINT_T1>(w, parts[0].tile, chunk);
+        if (w.unit() == kChunk) {
+            add_looked<64>(w, x, parts, chunk, 0);
+        } else {
+            add_looked<32>(w, x, parts, chunk, 0);
+            add_looked<32>(w, x, parts, chunk, 8);
+        }
+    }
+}
+
+// A tile and one row, to `result` [64].
+template <int Bits>
+void add_tile(const Tiles& w, const Tables& x, int64_t tile, float* result) {
+    if (w.parts == 1) return add_parts<1>(w, x, {{tile, 0, result}});
+    add_parts<2>(w, x, {{tile, 0, result}, {tile, 1, result}});
+}
+
+#endif
+
+// What a row is made to be multiplied with tiles: of one bit tables, which are faster, where the processor looks bytes up.
+template <int Bits, bool Exact>
+struct InputOf {
+#ifdef __AVX512VBMI__
+    using type = std::conditional_t<Bits == 1 && !Exact, Tables, Activations<Exact ? 3 : 2>>;
+#else
+    using type = Activations<Exact ? 3 : 2>;
+#endif
+};
+
+// Tiles and one row.
+template <int Bits, bool Exact>
 struct TilesLinear : Linear {
+    using Input = typename InputOf<Bits, Exact>::type;
+
     TilesLinear(const Tiles& w, const float* bias) : Linear(w.outs, w.columns, bias), w(w) {}
 
     void multiply(const float* x, float* y, Own& own, float*) const override {
-        each_tile(own.rounded<Digits>(x, columns, w.unit()), [&](int64_t at, __m512 value) { put(y, at, value); });
+        each_tile(own.rounded<Input>(x, columns, w.unit()), [&](int64_t at, __m512 value) { put(y, at, value); });
     }
 
   protected:
     template <class Put>
-    void each_tile(const Activations<Digits>& rounded, const Put& put_sixteen) const {
+    void each_tile(const Input& rounded, const Put& put_sixteen) const {
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t tile = 0; tile < w.tiles(); ++tile) {
-            alignas(64) float result[kTile];
-            multiply_tile<Bits>(w, rounded, tile, 0, 1, result);
+            alignas(64) float result[kTile] = {};
+            add_tile<Bits>(w, rounded, tile, result);
             for (int64_t out = 0; out < kTile; out += 16) put_sixteen(tile * kTile + out, _mm512_load_ps(result + out));
         }
     }
@@ -256,9 +323,9 @@ struct Mixture {
 };
 
 // Signs in tiles between mixed scales, and one row.
-template <int Digits>
-struct SignsLinear : TilesLinear<1, Digits> {
-    SignsLinear(const Tiles& w, const float* bias, const Mixture& mixture) : TilesLinear<1, Digits>(w, bias), mixture(mixture) {}
+template <bool Exact>
+struct SignsLinear : TilesLinear<1, Exact> {
+    SignsLinear(const Tiles& w, const float* bias, const Mixture& mixture) : TilesLinear<1, Exact>(w, bias), mixture(mixture) {}
 
     void multiply(const float* x, float* y, Own&, float*) const override {
         const int64_t columns = this->columns, outs = this->outs;
@@ -273,7 +340,7 @@ struct SignsLinear : TilesLinear<1, Digits> {
             sum = _mm512_fmadd_ps(value, zero, sum);
         }
         const __m512 total = all(mixture.zeros ? _mm512_reduce_add_ps(sum) : 0.0f);
-        Activations<Digits> rounded(1, columns, this->w.unit());
+        typename TilesLinear<1, Exact>::Input rounded(1, columns, this->w.unit());
         rounded.round_row(scaled.get(), kFloat32, 0, 0);
         this->each_tile(rounded, [&](int64_t at, __m512 value) {
             const bool by_output = mixture.zeros && !mixture.zeros_of_inputs;
@@ -288,8 +355,8 @@ struct SignsLinear : TilesLinear<1, Digits> {
 
 template <int Bits>
 const Linear* linear(const Tiles& w, const float* bias, bool exact) {
-    if (exact) return new TilesLinear<Bits, 3>(w, bias);
-    return new TilesLinear<Bits, 2>(w, bias);
+    if (exact) return new TilesLinear<Bits, true>(w, bias);
+    return new TilesLinear<Bits, false>(w, bias);
 }
 
 }  // namespace ulbq
@@ -318,9 +385,9 @@ extern "C" void ulbq_signs_linear(const uint8_t* codes, int bits, int parts, int
     const Tiles w(codes, bits, parts, outs, columns, scales, none, centre, group);
     const ulbq::Mixture mixture{in_scales, out_scales, router, zeros, experts, zeros_of_inputs != 0};
     if (exact) {
-        *made = new ulbq::SignsLinear<3>(w, bias, mixture);
+        *made = new ulbq::SignsLinear<true>(w, bias, mixture);
     } else {
-        *made = new ulbq::SignsLinear<2>(w, bias, mixture);
+        *made = new ulbq::SignsLinear<false>(w, bias, mixture);
     }
 }
 

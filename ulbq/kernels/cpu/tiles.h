@@ -37,6 +37,7 @@ struct Tiles {
     const uint8_t* zeros;  // null where they are fixed
     float centre;          // the fixed zero point
     int64_t group;         // columns
+    int64_t groups = columns / group;
     std::shared_ptr<const int32_t[]> group_of = groups_of_units();  // of a unit; padding counts to the last
 
     // The matrix of this shape at number `which` of a table [matrices][codes, scales, zeros].
@@ -50,7 +51,6 @@ struct Tiles {
 
     int64_t tiles() const { return (outs + kTile - 1) / kTile; }
     int64_t chunks() const { return (columns + kChunk - 1) / kChunk; }
-    int64_t groups() const { return columns / group; }
     int64_t unit() const { return group == 32 ? 32 : kChunk; }
     int64_t chunk_bytes() const { return 512 * bits; }
 
@@ -58,7 +58,7 @@ struct Tiles {
         return codes + ((tile * chunks() + index) * parts + part) * chunk_bytes();
     }
     const uint16_t* scale(int64_t tile, int part, int64_t which) const {
-        return scales + ((tile * parts + part) * groups() + which) * kTile;
+        return scales + ((tile * parts + part) * groups + which) * kTile;
     }
 
     __m512 load_scale(int64_t tile, int part, int64_t which, int vector) const {
@@ -67,7 +67,7 @@ struct Tiles {
     }
     __m512 load_zero(int64_t tile, int64_t which, int vector) const {
         if (!zeros) return _mm512_set1_ps(centre);
-        const uint8_t* from = zeros + (tile * groups() + which) * (kTile / 2) + 16 * (vector % 2);
+        const uint8_t* from = zeros + (tile * groups + which) * (kTile / 2) + 16 * (vector % 2);
         const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
         return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(pair, vector / 2 * 4), _mm512_set1_epi32(15)));
     }
@@ -78,7 +78,7 @@ struct Tiles {
         Buffer<int32_t> found = buffer<int32_t>(units);
         for (int64_t index = 0; index < units; ++index) {
             const int64_t which = index * unit() / group;
-            found[index] = static_cast<int32_t>(which < groups() ? which : groups() - 1);
+            found[index] = static_cast<int32_t>(which < groups ? which : groups - 1);
         }
         return found;
     }
