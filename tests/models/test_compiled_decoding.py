@@ -73,9 +73,9 @@ def packed_model(
 @torch.inference_mode()
 def logits(model: PreTrainedModel, tokens: torch.Tensor, start: int) -> torch.Tensor:
     """Of what comes behind the first tokens, read at once, and behind each of the others, by compiled code."""
-    blocks = products(model)
-    assert blocks is not None
-    decoder = Decoder(model, blocks, len(tokens))
+    compiled = products(model)
+    assert compiled is not None
+    decoder = Decoder(model, compiled, len(tokens))
     return torch.stack([decoder(tokens[:start]), *(decoder(token) for token in tokens[start:].split(1))])
 
 
@@ -129,6 +129,27 @@ def test_rotary_positions_of_a_part_of_a_head_are_left_to_transformers() -> None
 def test_a_head_of_another_kind_makes_its_logits() -> None:
     model = packed_model("llama", SCHEMES[0], tied=False)
     model.lm_head = copy.deepcopy(model.base_model.layers[0].mlp.gate_proj)
+    assert_same(model)
+
+
+def test_products_stay_until_a_tensor_changes() -> None:
+    model = packed_model("llama", SCHEMES[0])
+    first = products(model)
+    assert first is not None
+    assert products(model) is first
+    few, more = first.angles(model, 5)[0], first.angles(model, 9)[0]
+    assert first.angles(model, 7)[0] is more
+    assert torch.equal(more[:5], few)
+    before = logits(model, torch.arange(3, 9), 4)
+    with torch.no_grad():
+        model.base_model.layers[0].input_layernorm.weight.mul_(2)
+    changed = products(model)
+    assert changed is not first
+    assert_same(model)
+    assert not torch.equal(logits(model, torch.arange(3, 9), 4), before)
+    mlp = model.base_model.layers[1].mlp
+    mlp.up_proj, mlp.gate_proj = mlp.gate_proj, mlp.up_proj
+    assert products(model) is not changed
     assert_same(model)
 
 

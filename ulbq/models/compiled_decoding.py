@@ -3,7 +3,9 @@
 Transformers takes a hundred operations of torch for a block, each of which costs more than its work on one token.
 """
 
+from collections.abc import Hashable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -42,40 +44,63 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     return build.unavailable_reason()
 
 
+class Compiled:
+    """What the texts of a model have in common: its products, and angles of positions.
+
+    Args:
+        model: one that :func:`unsupported_reason` has nothing against.
+        blocks: in order.
+        state: of its tensors, when these were made.
+    """
+
+    def __init__(self, model: Any, blocks: list[decode.CompiledBlock], state: Hashable) -> None:
+        base, attention = model.base_model, model.base_model.layers[0].self_attn
+        self.blocks, self.state, self.dtype, width = blocks, state, model.dtype, attention.head_dim
+        self.head: tuple[Product, int] | None = None
+        if type(model.lm_head) is nn.Linear:  # one of another kind makes its logits itself
+            found = decode.dense(model.lm_head.weight.detach(), _floats(model.lm_head.bias))
+            self.head = found, model.lm_head.out_features
+        self.sizes = decode.CompiledSizes(
+            hidden=model.config.hidden_size,
+            intermediate=model.config.intermediate_size,
+            heads=attention.q_proj.out_features // width,
+            shared=attention.k_proj.out_features // width,
+            width=width,
+            epsilon=base.norm.variance_epsilon,
+            scaling=attention.scaling,
+        )
+        self.last_norm = base.norm.weight.detach().float()
+        self._cosines = self._sines = torch.empty(0, width)
+        runtime.use_large_pages([*model.parameters(), *model.buffers()])
+
+    def angles(self, model: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines ``[≥ count, width]`` float32 of the first positions."""
+        if len(self._cosines) < count:
+            none, places = torch.empty(0, dtype=self.dtype), torch.arange(count).unsqueeze(0)
+            both = model.base_model.rotary_emb(none, places)
+            self._cosines, self._sines = (one[0].float().contiguous() for one in both)
+        return self._cosines, self._sines
+
+
 class Decoder:
     """A model and a text that grows by any number of tokens at first, and by one after the other behind them.
 
     Args:
         model: in eval mode.
-        blocks: what :func:`products` gives for it.
+        compiled: what :func:`products` gives for it.
         room: tokens that the text may have.
     """
 
-    def __init__(self, model: Any, blocks: list[decode.CompiledBlock], room: int) -> None:
-        base, self._attention = model.base_model, model.base_model.layers[0].self_attn
-        self._model, self._blocks, width = model, blocks, self._attention.head_dim
-        # A head of another kind makes its logits itself.
-        self._head = None if type(model.lm_head) is nn.Linear else model.lm_head
-        head = None
-        if self._head is None:
-            found = decode.dense(model.lm_head.weight.detach(), _floats(model.lm_head.bias))
-            head = found, model.lm_head.out_features
-        self._sizes = decode.CompiledSizes(
-            hidden=model.config.hidden_size,
-            intermediate=model.config.intermediate_size,
-            heads=self._attention.q_proj.out_features // width,
-            shared=self._attention.k_proj.out_features // width,
-            width=width,
-            epsilon=base.norm.variance_epsilon,
-            scaling=self._attention.scaling,
+    def __init__(self, model: Any, compiled: Compiled, room: int) -> None:
+        self._model, self._blocks, self._sizes = model, compiled.blocks, compiled.sizes
+        self._head = None if compiled.head else model.lm_head
+        shape = (len(compiled.blocks), 2, compiled.sizes.shared, room, compiled.sizes.width)
+        self._caches = torch.empty(shape, dtype=compiled.dtype)
+        self._cosines, self._sines = compiled.angles(model, room)
+        self._compiled = decode.CompiledBlocks(
+            compiled.blocks, compiled.sizes, compiled.last_norm, compiled.head, self._caches
         )
-        self._caches = torch.empty(len(blocks), 2, self._sizes.shared, room, width, dtype=model.dtype)
-        angles = base.rotary_emb(torch.empty(0, dtype=model.dtype), torch.arange(room).unsqueeze(0))
-        self._cosines, self._sines = (one[0].float().contiguous() for one in angles)
-        last_norm = base.norm.weight.detach().float()
-        self._compiled = decode.CompiledBlocks(blocks, self._sizes, last_norm, head, self._caches)
         self._length = 0
-        runtime.use_large_pages([*model.parameters(), *model.buffers()])
 
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -140,24 +165,44 @@ class Decoder:
         return between.rotate(self._heads(x)[None], *angles, torch.bfloat16)[0]
 
 
-def products(model: Any) -> list[decode.CompiledBlock] | None:
-    """What every block computes a token with; None where the model or a layer is of another kind."""
+_KEPT = WeakKeyDictionary[nn.Module, Compiled]()
+
+
+def products(model: Any) -> Compiled | None:
+    """What a model's tokens are computed with; None where the model or a layer is of another kind.
+
+    It is kept until the model goes, or a tensor of it is another or has other values.
+    """
     if unsupported_reason(model) is not None:
         return None
-    found = []
-    for block in model.base_model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        made: list[Any] = [
-            _product(layer, model.dtype) for layer in (*layers, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        ]
-        if None in made:
+    kept = _KEPT.get(model)
+    if kept is None or kept.state != _state(model):
+        blocks = [_block(block, model.dtype) for block in model.base_model.layers]
+        known = [block for block in blocks if block is not None]
+        if len(known) < len(blocks):
             return None
-        norms = (block.input_layernorm, block.post_attention_layernorm)
-        of_heads = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-        weights: list[Any] = [None if norm is None else _floats(norm.weight) for norm in (*norms, *of_heads)]
-        found.append(decode.CompiledBlock(*made, *weights))
-    return found
+        # A layer may only now have brought its tensors into the order of its kernels.
+        kept = _KEPT[model] = Compiled(model, known, _state(model))
+    return kept
+
+
+def _state(model: nn.Module) -> Hashable:
+    """What changes with every tensor of a model."""
+    tensors = (*model.parameters(), *model.buffers())
+    versions = (None if tensor.is_inference() else tensor._version for tensor in tensors)
+    return tuple((tensor.data_ptr(), tensor.dtype, *given) for tensor, *given in zip(tensors, versions, strict=True))
+
+
+def _block(block: Any, dtype: torch.dtype) -> decode.CompiledBlock | None:
+    attention, mlp = block.self_attn, block.mlp
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    made: list[Any] = [_product(layer, dtype) for layer in (*layers, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    if None in made:
+        return None
+    norms = (block.input_layernorm, block.post_attention_layernorm)
+    of_heads = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    weights: list[Any] = [None if norm is None else _floats(norm.weight) for norm in (*norms, *of_heads)]
+    return decode.CompiledBlock(*made, *weights)
 
 
 def _product(layer: nn.Module, dtype: torch.dtype) -> Product | None:

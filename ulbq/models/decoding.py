@@ -256,9 +256,9 @@ def write_on(
     padding = all_ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = torch.tensor([list(tokens)], device=model.device)
     config = GenerationConfig(**settings, eos_token_id=ends, pad_token_id=padding)
-    blocks = products(model)
-    if blocks is not None:
-        decoder = Decoder(model, blocks, len(tokens) + settings["max_new_tokens"])
+    compiled = products(model)
+    if compiled is not None:
+        decoder = Decoder(model, compiled, len(tokens) + settings["max_new_tokens"])
         _write_compiled(decoder, ids, settings, all_ends, stream)
         return "stop" if stream.stopped or stream.last_token in all_ends else "length"
     model.generate(  # type: ignore[operator]

@@ -18,12 +18,12 @@ struct DenseLinear : Linear {
     DenseLinear(const void* weight, int64_t outs, int64_t columns, const float* bias) : Linear(outs, columns, bias), weight(weight) {}
 
     void multiply(const float* x, float* y, Own&, float*) const override {
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t begin = 0; begin < outs; begin += kRows) {
+        share((outs + kRows - 1) / kRows, [&](int64_t piece) {
+            const int64_t begin = piece * kRows;
             alignas(64) float found[kRows] = {};
             for (int64_t row = 0; row < kRows && begin + row < outs; ++row) found[row] = dot(x, (begin + row) * columns);
             for (int64_t at = 0; at < kRows && begin + at < outs; at += 16) put(y, begin + at, _mm512_load_ps(found + at));
-        }
+        });
     }
 
   private:
@@ -130,22 +130,29 @@ inline __m512 sums(__m512 (&v)[16]) {
     return _mm512_shuffle_f32x4(sum, sum, 0xd8);  // quarters hold vectors from 0, 8, 4 and 12 on
 }
 
-// One head of the token looks back: at the cache, and at itself, which it writes there.
+// The keys and values of a token join the cache, as those of a head that others share.
+template <int Type>
+void keep(const Layer& layer, const Step& step, int64_t head, const float* cosine, const float* sine, const float* keys,
+          const float* values) {
+    const int64_t width = step.width, own = (head * step.room + step.position) * width;
+    const Buffer<float> key = buffer<float>(width);
+    place(keys + head * width, layer.key_norm, step, cosine, sine, key.get());
+    for (int64_t at = 0; at < width; at += 16) {
+        store_floats(layer.key_cache, Type, own + at, first(width - at), load(key.get() + at, first(width - at)));
+        store_floats(layer.value_cache, Type, own + at, first(width - at), load(values + head * width + at, first(width - at)));
+    }
+}
+
+// One head of the token looks back, at itself too, which the cache has already.
 template <int Type>
 void attend(const Layer& layer, const Step& step, int64_t head, const float* cosine, const float* sine, const float* queries,
-            const float* keys, const float* values, float* output) {
+            float* output) {
     constexpr int64_t kSize = Type == kFloat32 ? 4 : 2;
-    const int64_t width = step.width, each = step.heads / step.shared, group = head / each, count = step.position + 1;
-    const int64_t first_place = group * step.room * width, own = step.position * width;
-    uint8_t *key_rows = layer.key_cache + first_place * kSize, *value_rows = layer.value_cache + first_place * kSize;
-    const Buffer<float> query = buffer<float>(width), key = buffer<float>(width), scores = buffer<float>(count + 16);
+    const int64_t width = step.width, group = head / (step.heads / step.shared), count = step.position + 1;
+    const int64_t first_place = group * step.room * width;
+    const uint8_t *key_rows = layer.key_cache + first_place * kSize, *value_rows = layer.value_cache + first_place * kSize;
+    const Buffer<float> query = buffer<float>(width), scores = buffer<float>(count + 16);
     place(queries + head * width, layer.query_norm, step, cosine, sine, query.get());
-    place(keys + group * width, layer.key_norm, step, cosine, sine, key.get());
-    // Heads that share keys all write the same.
-    for (int64_t at = 0; at < width; at += 16) {
-        store_floats(key_rows, Type, own + at, first(width - at), load(key.get() + at, first(width - at)));
-        store_floats(value_rows, Type, own + at, first(width - at), load(values + group * width + at, first(width - at)));
-    }
     __m512 most = all(-INFINITY);
     for (int64_t begin = 0; begin < count; begin += 16) {
         __m512 sum[16];
@@ -222,11 +229,14 @@ void block(const Layer& layer, const Step& step, const float* cosine, const floa
     layer.keys->multiply(inner, shared.keys.get(), own, shared.place(1));
     layer.values->multiply(inner, shared.values.get(), own, shared.place(2));
 #pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t head = 0; head < step.heads; ++head) {
-        attend<Type>(layer, step, head, cosine, sine, shared.queries.get(), shared.keys.get(), shared.values.get(),
-                     shared.looked.get());
-    }
+    share(step.shared, [&](int64_t head) {
+        keep<Type>(layer, step, head, cosine, sine, shared.keys.get(), shared.values.get());
+    });
+#pragma omp barrier
+    share(step.heads, [&](int64_t head) {
+        attend<Type>(layer, step, head, cosine, sine, shared.queries.get(), shared.looked.get());
+    });
+#pragma omp barrier
     own.renew();
     layer.output->multiply(shared.looked.get(), shared.output.get(), own, shared.place(0));
 #pragma omp barrier
@@ -255,7 +265,7 @@ extern "C" void ulbq_dense_linear(const void* weight, int type, int64_t outs, in
 extern "C" void ulbq_free_linear(const Linear* one) { delete one; }
 
 // The embedding x [hidden] of a token becomes what the last norm makes of it; `logits` what `head` makes of that, where
-// it is not null. `cosine` and `sine` [width] are of the token's position. Heads of keys and values that join the caches.
+// it is not null. `cosine` and `sine` [width] are of the token's position. Its keys and values join the caches.
 extern "C" void ulbq_decode(const Layer* layers, const Step* given, const float* last_norm, const Linear* head,
                             const float* cosine, const float* sine, float* x, float* logits, int threads) {
     const Step& step = *given;

@@ -1,6 +1,8 @@
 // Products of one token, made by a team of threads that runs already: each calls the same functions in the same order.
 #pragma once
 
+#include <omp.h>
+
 #include <optional>
 #include <tuple>
 
@@ -35,6 +37,20 @@ struct Own {
     Each<Activations<2>, Activations<3>> rounded_;
 #endif
 };
+
+// Shares pieces of work among the threads that run already, without a barrier behind them: few evenly, which costs
+// nothing, many as threads have time. Neighbours, which lie one behind the other in memory, go together.
+template <class Run>
+inline void share(int64_t pieces, const Run& run) {
+    const int threads = omp_get_num_threads();
+    if (pieces < 16 * threads) {
+#pragma omp for schedule(static) nowait
+        for (int64_t piece = 0; piece < pieces; ++piece) run(piece);
+    } else {
+#pragma omp for schedule(dynamic, pieces / (8 * threads)) nowait
+        for (int64_t piece = 0; piece < pieces; ++piece) run(piece);
+    }
+}
 
 // A matrix [outs][columns], and a bias [outs] or null.
 struct Linear {

@@ -275,12 +275,11 @@ struct TilesLinear : Linear {
   protected:
     template <class Put>
     void each_tile(const Input& rounded, const Put& put_sixteen) const {
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t tile = 0; tile < w.tiles(); ++tile) {
+        share(w.tiles(), [&](int64_t tile) {
             alignas(64) float result[kTile] = {};
             add_tile<Bits>(w, rounded, tile, result);
             for (int64_t out = 0; out < kTile; out += 16) put_sixteen(tile * kTile + out, _mm512_load_ps(result + out));
-        }
+        });
     }
 
     const Tiles w;

@@ -8,6 +8,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "linear.h"
@@ -705,14 +706,14 @@ struct Windows {
     __m512i from[8][2], shifts[8], mask;
 };
 
-// `kUnit` outputs of a matrix and one row, as Product has it.
+// A matrix and one row, as Product has it.
 template <int Bits>
 struct ByteProduct {
     explicit ByteProduct(const Trellis& w)
         : w(w), rest((kMiddle + kHalfway) * double(w.scale) + w.shift), multiplier(_mm512_set1_epi32(w.multiplier)), windows(w.state_bits) {}
 
-    void multiply_unit(const uint8_t* codes, const ByteInputs& x, int64_t begin, float* y) const {
-        const int64_t end = begin + kUnit < w.outs ? begin + kUnit : w.outs;
+    // Outputs from `begin` to `end`, at most kUnit.
+    void multiply_unit(const uint8_t* codes, const ByteInputs& x, int64_t begin, int64_t end, float* y) const {
         __m512 sums[kUnit / kSide][2][2] = {};
         for (int64_t chunk = 0; chunk < x.chunks; ++chunk) {
             for (int64_t output = begin; output < end; output += kSide) add_chunk(codes, x, output, chunk, sums[(output - begin) / kSide]);
@@ -770,6 +771,7 @@ struct TrellisLinear : Linear {
         in.run(x, [&](int64_t at, __m512 value) { _mm512_storeu_ps(inner + at, value); });
 #pragma omp barrier
         run(product, inner, found);
+#pragma omp barrier
         out.run(found, [&](int64_t at, __m512 value) { put(y, at, value); });
     }
 
@@ -777,19 +779,21 @@ struct TrellisLinear : Linear {
     template <int Bits>
     void run(const ByteProduct<Bits>& of, const float* x, float* y) const {
         const ByteInputs rounded(x, columns);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < outs; unit += kUnit) of.multiply_unit(codes, rounded, unit, y);
+        // Few outputs in small pieces, so that threads get as many.
+        const int64_t size = outs < 32 * kUnit ? kUnit / 2 : kUnit;
+        share((outs + size - 1) / size, [&](int64_t piece) {
+            of.multiply_unit(codes, rounded, piece * size, std::min(outs, (piece + 1) * size), y);
+        });
     }
 
     template <int Bits, bool Masked>
     void run(const Product<Bits, Masked>& of, const float* x, float* y) const {
         Inputs<Of::kSteps, 2> rounded(x, 1, columns);
         rounded.round_row(0);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < outs; unit += kUnit) {
+        share((outs + kUnit - 1) / kUnit, [&](int64_t unit) {
             alignas(64) float result[Of::kGroups * 32];
-            of.template multiply_unit<2>(codes, rounded, unit, 0, 1, result, y);
-        }
+            of.template multiply_unit<2>(codes, rounded, unit * kUnit, 0, 1, result, y);
+        });
     }
 
     const Of product;
