@@ -75,12 +75,32 @@ def test_products_by_two_threads(scheme: AnyScheme) -> None:
 
 @pytest.mark.usefixtures("_two_threads")
 @pytest.mark.parametrize("outliers", [0, 9])
-def test_products_with_codebooks(outliers: int) -> None:
-    widths = [2 + index % 3 for index in range(COLUMNS)]
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("of", [(2, 3, 4), (2,), (3,), (4, 2)])
+def test_products_with_codebooks(of: tuple[int, ...], whole: bool, outliers: int) -> None:
+    widths = [of[index % len(of)] for index in range(COLUMNS)]
     scheme, columns = random_columns(OUTS, widths, outliers)
     stored, x = codebook.pack(scheme, columns), token()
-    found = multiply(product_of(scheme, stored, None, whole=True), x)
-    assert_near(found, exact(scheme, stored, x), torch.float32, slack=4)
+    found = multiply(product_of(scheme, stored, None, whole=whole), x)
+    assert_near(found, exact(scheme, stored, x), torch.float32, slack=4 if whole else 200)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_codebooks_make_no_number_of_what_is_none(value: float, whole: bool) -> None:
+    scheme, columns = random_columns(OUTS, [2] * COLUMNS, 0)
+    x = token()
+    x[70] = value
+    assert not multiply(product_of(scheme, codebook.pack(scheme, columns), None, whole=whole), x).isfinite().any()
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES[0], DualBinaryScheme(group_size=64)], ids=lambda s: f"{s.format}-{s.label}")
+def test_one_wrong_sign_is_seen(scheme: AnyScheme) -> None:
+    stored, x = random_matrix(scheme, OUTS, COLUMNS), token()
+    wanted = exact(scheme, stored, x)
+    stored["codes"][0, 3, 5] ^= 16
+    with pytest.raises(AssertionError):
+        assert_near(multiply(product_of(scheme, stored, None, whole=False), x), wanted, torch.float32, slack=1200)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

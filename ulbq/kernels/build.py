@@ -72,6 +72,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_tiles_linear": (*_MATRIX, _AT, _INT, _AT),
     "ulbq_signs_linear": (*_MATRIX, *(_AT,) * 5, _LONG, _INT, _INT, _AT),
     "ulbq_columns_linear": (_AT, _LONG, _LONG, *(_AT,) * 8),
+    "ulbq_tiled_columns_linear": (_AT, _AT, _AT, _LONG, _LONG, *(_AT,) * 8),
     "ulbq_trellis_linear": (*_TRELLIS, _AT, _AT, _LONG, _AT, _LONG, _AT, _AT, _INT, _AT),
     "ulbq_dense_linear": (_AT, _INT, _LONG, _LONG, _AT, _AT),
     "ulbq_free_linear": (_AT,),
@@ -189,6 +190,11 @@ def _built(sources: Path, flags: tuple[str, ...], signatures: dict[str, tuple[ty
 def has_pairs() -> bool:
     """Whether the library has the products of pairs of bfloat16 (``cpu/dots.h``)."""
     return _PAIRS in cpu_features()
+
+
+def looks_up_bytes() -> bool:
+    """Whether the library has the products by tables of bytes (``cpu/lookups.h``)."""
+    return _BYTES in cpu_features()
 
 
 @functools.cache

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 
 from ulbq.formats import CodebookScheme, codebook
+from ulbq.formats.bits import pack_planes
+from ulbq.kernels import build, tiles
 from ulbq.kernels.build import library
 from ulbq.kernels.product import Product
 from ulbq.kernels.tiles import FLOATS, takes_pairs
@@ -91,10 +93,35 @@ def multiply(
 
 
 def product(
-    scheme: CodebookScheme, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    scheme: CodebookScheme,
+    tensors: Mapping[str, torch.Tensor],
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    *,
+    exact: bool,
 ) -> Product:
-    """What tokens are multiplied with, of stored and derived tensors. Nothing is rounded but in float32."""
+    """What tokens are multiplied with, of stored and derived tensors.
+
+    ``exact``, nothing is rounded but in float32. Otherwise codes are copied into the order of tiles, which is faster by
+    far, and what levels and inputs make is rounded to 16 bits of the largest of 64 columns; not on processors that
+    cannot look bytes up.
+    """
     names = ("column_order", "outlier_starts", "outlier_columns", "outlier_deltas")
-    derived = (tensors.get(name) for name in names)
+    derived = [tensors.get(name) for name in names]
     counts = plane_counts(scheme, shape[1])
-    return Product("ulbq_columns_linear", tensors["codes"], *shape, counts, tensors["codebooks"], *derived, bias)
+    rest = (*shape, counts, tensors["codebooks"], *derived, bias)
+    if exact or not build.looks_up_bytes():
+        return Product("ulbq_columns_linear", tensors["codes"], *rest)
+    return Product("ulbq_tiled_columns_linear", *_sections(scheme, tensors, shape[1]), *rest)
+
+
+def _sections(scheme: CodebookScheme, tensors: Mapping[str, torch.Tensor], columns: int) -> list[torch.Tensor | None]:
+    """Codes in tiles: of the columns of four bits, of three and of two; None where there are none."""
+    codes = codebook.unpack(scheme, tensors, columns).codes[tensors["column_order"].long()]
+    found, begin, widths = list[torch.Tensor | None](), 0, scheme.columns(columns)
+    for width in (4, 3, 2):
+        count = widths.get(width, 0)
+        own = codes[begin : begin + count].T.contiguous()
+        found.append(tiles.folded(pack_planes(own, width), width, count) if count else None)
+        begin += count
+    return found

@@ -85,14 +85,7 @@ def pack(scheme: AnyScheme, stored: Mapping[str, torch.Tensor], outs: int, colum
         outs, columns: the matrix's dimensions.
     """
     shape = shape_of(scheme, outs, columns)
-    tiles, chunks, size = -(-outs // TILE), -(-columns // TILE), 512 * shape.bits
-    codes = torch.zeros(tiles, chunks, shape.parts, size, dtype=torch.uint8)
-    planes = stored["codes"].contiguous()
-    for part in range(shape.parts):
-        source, target = planes[part * shape.bits :], codes[:, :, part]
-        library().ulbq_to_tiles(
-            source.data_ptr(), shape.bits, outs, columns, target.data_ptr(), size * shape.parts, torch.get_num_threads()
-        )
+    codes, tiles = folded(stored["codes"], shape.bits, columns), -(-outs // TILE)
     packed = {"tiled_codes": codes, "tiled_scales": _scales(scheme, stored, outs, tiles)}
     if isinstance(scheme, AffineScheme) and not scheme.symmetric:
         groups = columns // shape.group
@@ -100,6 +93,24 @@ def pack(scheme: AnyScheme, stored: Mapping[str, torch.Tensor], outs: int, colum
         tiled = torch.nn.functional.pad(zeros, (0, 0, 0, tiles * TILE - outs)).view(tiles, TILE, groups).transpose(1, 2)
         packed["tiled_zeros"] = (tiled[..., : TILE // 2] | tiled[..., TILE // 2 :] << 4).contiguous()
     return packed
+
+
+def folded(planes: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Codes in the order of tiles, ``[tiles, chunks, parts, 512 · bits]`` uint8.
+
+    Args:
+        planes: ``[parts · bits, out, ceil(in / 8)]`` uint8, the planes of one part after those of the other.
+        bits: of a part.
+        columns: the matrix's.
+    """
+    planes, outs, parts, size = planes.contiguous(), planes.shape[1], len(planes) // bits, 512 * bits
+    codes = torch.zeros(-(-outs // TILE), -(-columns // TILE), parts, size, dtype=torch.uint8)
+    for part in range(parts):
+        source, target = planes[part * bits :], codes[:, :, part]
+        library().ulbq_to_tiles(
+            source.data_ptr(), bits, outs, columns, target.data_ptr(), size * parts, torch.get_num_threads()
+        )
+    return codes
 
 
 def unpack(scheme: AnyScheme, packed: Mapping[str, torch.Tensor], outs: int, columns: int) -> dict[str, torch.Tensor]:

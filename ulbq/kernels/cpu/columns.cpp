@@ -8,6 +8,7 @@
 
 #include "codebooks.h"
 #include "linear.h"
+#include "tiles.h"
 
 namespace ulbq {
 
@@ -195,7 +196,7 @@ void multiply(const Columns* matrices, const Routes& routes, const void* x, int 
     }
 }
 
-// Codebooks and one row.
+// Codebooks as they are stored and one row.
 struct ColumnsLinear : Linear {
     ColumnsLinear(const Columns& w, const int64_t (&counts)[4], const float* bias)
         : Linear(w.outs, w.columns, bias), counts{counts[0], counts[1], counts[2], counts[3]}, w(w) {
@@ -234,6 +235,151 @@ struct ColumnsLinear : Linear {
     const Routes lone{1};
 };
 
+#ifdef __AVX512VBMI__
+
+// Columns of one width, in tiles (tiles.h), and the first of them in sorted order.
+struct Section {
+    const uint8_t* codes;
+    int64_t width, begin, count, level;  // where the levels of the first begin
+
+    int64_t chunks() const { return (count + kChunk - 1) / kChunk; }
+    int64_t chunk_bytes() const { return 512 * width; }
+    int64_t tables() const { return width == 2 ? 8 : 16; }  // of a chunk: of two columns of each byte, or of one
+};
+
+// Codebooks in tiles and one row, its products with levels rounded to 16 bits of the largest of 64 columns.
+struct TiledColumnsLinear : Linear {
+    TiledColumnsLinear(const Columns& w, const uint8_t* const (&codes)[3], const float* bias) : Linear(w.outs, w.columns, bias), w(w) {
+        int64_t begin = 0, level = 0;
+        for (int which = 0; which < 3; ++which) {
+            const int64_t width = 4 - which, next = which < 2 ? w.counts[3 - which] : w.columns;
+            sections.push_back({codes[which], width, begin, next - begin, level});
+            level += (next - begin) << width;
+            begin = next;
+        }
+        this->w.counts = nullptr;  // the caller's
+    }
+
+    int64_t scratch() const override {
+        int64_t count = 0;
+        for (const Section& of : sections) count += of.chunks() * size(of);
+        return count;
+    }
+
+    void multiply(const float* x, float* y, Own&, float* tables) const override {
+        float* to = tables;
+        for (const Section& of : sections) {
+#pragma omp for schedule(static) nowait
+            for (int64_t chunk = 0; chunk < of.chunks(); ++chunk) fill(of, chunk, x, to + chunk * size(of));
+            to += of.chunks() * size(of);
+        }
+#pragma omp barrier
+        // NaN where one of the inputs is not finite.
+        __m512 strange = _mm512_setzero_ps();
+        for (int64_t at = 0; at < columns; at += 16) {
+            const __m512 some = load(x + at, first(columns - at));
+            strange = _mm512_add_ps(strange, _mm512_sub_ps(some, some));
+        }
+        const __m512 start = all(_mm512_reduce_add_ps(strange));
+        share((outs + kTile - 1) / kTile, [&](int64_t tile) {
+            __m512 sum[kVectors] = {start, start, start, start};
+            const float* from = tables;
+            for (const Section& of : sections) {
+                if (of.width == 4) add<4>(of, tile, from, sum);
+                if (of.width == 3) add<3>(of, tile, from, sum);
+                if (of.width == 2) add<2>(of, tile, from, sum);
+                from += of.chunks() * size(of);
+            }
+            alignas(64) float result[kTile];
+            for (int v = 0; v < kVectors; ++v) _mm512_store_ps(result + 16 * v, sum[v]);
+            add_outliers(tile * kTile, x, result);
+            for (int64_t at = 0; at < kTile; at += 16) put(y, tile * kTile + at, _mm512_load_ps(result + at));
+        });
+    }
+
+  private:
+    // Floats of a chunk: its tables, and its factor on a line of its own.
+    static int64_t size(const Section& of) { return of.tables() * kTable / 4 + 16; }
+
+    // A chunk's tables: the products of levels and inputs, or sums of two, as integers, and by what these are multiplied.
+    void fill(const Section& of, int64_t chunk, const float* x, float* to) const {
+        alignas(64) float products[16][4][16];  // of each table: of each byte of a lane
+        __m512 largest = _mm512_setzero_ps();
+        for (int64_t table = 0; table < of.tables(); ++table) {
+            for (int64_t byte = 0; byte < 4; ++byte) {
+                const int64_t column = chunk * kChunk + (of.width == 2 ? 8 : 4) * table + byte;
+                __m512 product = times_levels(of, column, x, 0);
+                if (of.width == 2) product = _mm512_add_ps(product, times_levels(of, column + 4, x, 2));
+                largest = _mm512_max_ps(largest, _mm512_abs_ps(product));
+                _mm512_store_ps(products[table][byte], product);
+            }
+        }
+        const float most = _mm512_reduce_max_ps(largest);
+        const bool silent = !(most >= 1e-30f);
+        to[of.tables() * kTable / 4] = silent ? 0.0f : most / 32600.0f;
+        const __m512 inverse = all(silent ? 0.0f : 32600.0f / most);
+        uint8_t* bytes = reinterpret_cast<uint8_t*>(to);
+        for (int64_t table = 0; table < of.tables(); ++table, bytes += kTable) {
+            __m256i whole[4];
+            for (int byte = 0; byte < 4; ++byte) {
+                whole[byte] = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(products[table][byte]), inverse)));
+            }
+            store_table(_mm512_inserti64x4(_mm512_castsi256_si512(whole[0]), whole[1], 1),
+                        _mm512_inserti64x4(_mm512_castsi256_si512(whole[2]), whole[3], 1), bytes);
+        }
+    }
+
+    // An input times what two bits of sixteen codes from `bit` on name, or the codes; zeros behind the last column.
+    __m512 times_levels(const Section& of, int64_t column, const float* x, int bit) const {
+        if (column >= of.count) return _mm512_setzero_ps();
+        const __m512 input = all(x[w.order[of.begin + column]]);
+        const __m512 levels = load_floats(w.levels, kFloat16, of.level + (column << of.width), first(int64_t{1} << of.width));
+        if (of.width != 2) return _mm512_mul_ps(levels, input);
+        // Lane l has level l mod 4, or l / 4.
+        const __m512i index = bit ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
+                                  : _mm512_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+        return _mm512_mul_ps(_mm512_permutexvar_ps(index, levels), input);
+    }
+
+    template <int Width>
+    void add(const Section& of, int64_t tile, const float* tables, __m512 (&total)[kVectors]) const {
+        const uint8_t* chunk = of.codes + tile * of.chunks() * of.chunk_bytes();
+        for (int64_t index = 0; index < of.chunks(); ++index, chunk += of.chunk_bytes(), tables += size(of)) {
+            for (int64_t line = 0; line < of.chunk_bytes(); line += 64) _mm_prefetch(chunk + 8192 + line, _MM_HINT_T1);
+            const uint8_t* table = reinterpret_cast<const uint8_t*>(tables);
+            Looked found[kVectors];
+            if (Width == 3) {
+#pragma GCC unroll 16
+                for (int step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; ++v) found[v].look(unfold<3>(chunk, v, step), table + step * kTable);
+                }
+            } else {
+#pragma GCC unroll 1
+                for (int pair = 0; pair < 2 * Width; ++pair) {  // not unrolled: compilers would load all tables at first
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; ++v) found[v].add(load_bytes(chunk + (pair * kVectors + v) * 64), table + 2 * pair * kTable);
+                }
+            }
+            const __m512 factor = all(tables[of.tables() * kTable / 4]);
+            for (int v = 0; v < kVectors; ++v) total[v] = _mm512_fmadd_ps(found[v].sum(), factor, total[v]);
+        }
+    }
+
+    void add_outliers(int64_t begin, const float* x, float* result) const {
+        for (int64_t out = 0; w.starts && out < kTile && begin + out < outs; ++out) {
+            for (int32_t index = w.starts[begin + out]; index < w.starts[begin + out + 1]; ++index) {
+                result[out] += w.deltas[index] * x[w.outlier_columns[index]];
+            }
+        }
+    }
+
+    Columns w;
+    std::vector<Section> sections;
+};
+
+#endif
+
 }  // namespace ulbq
 
 using namespace ulbq;
@@ -245,6 +391,18 @@ extern "C" void ulbq_columns_linear(const uint8_t* codes, int64_t outs, int64_t 
                                     const Linear** made) {
     const int64_t own[4] = {counts[0], counts[1], counts[2], counts[3]};
     *made = new ColumnsLinear({codes, outs, columns, counts, levels, order, starts, outlier_columns, deltas}, own, bias);
+}
+
+// The same of codes in tiles: of the columns of 4 bits, of 3 and of 2, in sorted order. Nothing is made where the processor
+// does not look bytes up.
+extern "C" void ulbq_tiled_columns_linear(const uint8_t* of_four, const uint8_t* of_three, const uint8_t* of_two, int64_t outs,
+                                          int64_t columns, const int64_t* counts, const uint16_t* levels, const int32_t* order,
+                                          const int32_t* starts, const int32_t* outlier_columns, const float* deltas,
+                                          const float* bias, const Linear** made) {
+#ifdef __AVX512VBMI__
+    *made = new TiledColumnsLinear({nullptr, outs, columns, counts, levels, order, starts, outlier_columns, deltas},
+                                   {of_four, of_three, of_two}, bias);
+#endif
 }
 
 // y [rows][outs] = x [rows][columns] times the matrix, in the type of x. Eight divides outs.

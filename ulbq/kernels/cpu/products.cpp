@@ -9,7 +9,6 @@
 
 namespace ulbq {
 
-constexpr int64_t kAhead = 4096;  // bytes that are fetched before their turn
 
 // The integer dot products of one tile and `Rows` rows over `Count` columns of a chunk, as floats: in units of factors.
 template <int Bits, int Digits, int Rows, int Count>
@@ -92,9 +91,9 @@ inline void add_chunk(const Tiles& w, const Activations<Digits>& x, int64_t tile
     }
 }
 
-template <_mm_hint Where>
+template <_mm_hint Where, int64_t Ahead>
 inline void fetch_ahead(const Tiles& w, int64_t tile, int64_t chunk) {
-    const uint8_t* ahead = w.chunk(tile, chunk, 0) + kAhead;
+    const uint8_t* ahead = w.chunk(tile, chunk, 0) + Ahead;
     for (int64_t line = 0; line < w.parts * w.chunk_bytes(); line += 64) _mm_prefetch(ahead + line, Where);
 }
 
@@ -103,7 +102,7 @@ template <int Bits, int Digits>
 void multiply_tile(const Tiles& w, const Activations<Digits>& x, int64_t tile, int64_t begin, int64_t end, float* result) {
     std::memset(result, 0, (end - begin) * kTile * sizeof(float));
     for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
-        fetch_ahead<_MM_HINT_T0>(w, tile, chunk);
+        fetch_ahead<_MM_HINT_T0, 4096>(w, tile, chunk);
         int64_t row = begin;
         float* to = result;
         if (Digits == 2) {
@@ -232,7 +231,7 @@ inline void add_looked(const Tiles& w, const Tables& x, const Part (&parts)[Sets
 template <int Sets>
 void add_parts(const Tiles& w, const Tables& x, const Part (&parts)[Sets]) {
     for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
-        fetch_ahead<_MM_HINT_T1>(w, parts[0].tile, chunk);
+        fetch_ahead<_MM_HINT_T1, 8192>(w, parts[0].tile, chunk);
         if (w.unit() == kChunk) {
             add_looked<64>(w, x, parts, chunk, 0);
         } else {

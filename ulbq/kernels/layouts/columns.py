@@ -40,7 +40,9 @@ class ColumnsLayout(Layout):
     def product(
         self, scheme: AnyScheme, tensors: Tensors, shape: tuple[int, int], bias: torch.Tensor | None, *, exact: bool
     ) -> Product | None:
-        return columns.product(scheme, tensors, shape, bias) if isinstance(scheme, CodebookScheme) else None
+        if not isinstance(scheme, CodebookScheme):
+            return None
+        return columns.product(scheme, tensors, shape, bias, exact=exact)
 
     def prefers_dense(self, x: torch.Tensor) -> bool:
         return not (x.dtype in FLOATS and x.numel() <= columns.FEW_ROWS * x.shape[-1])
