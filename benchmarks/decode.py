@@ -1,6 +1,7 @@
 """Decoding and reading a prompt on a CPU in every packed format, beside bfloat16 and llama.cpp, in one run.
 
     python benchmarks/decode.py [--shape default] [--threads 1] [--only NAME …] [--rounds 3] [--results FILE]
+        [--gguf FILE]
 
 Weights are random: time depends on their number and format alone. ``default`` has the shapes of the default model,
 ``7b`` those of eight layers of Llama-2-7B. Contenders are processes of their own
@@ -8,6 +9,9 @@ that take turns, one round to warm up. A turn is ``--tokens`` tokens from a prom
 ``decode`` are tokens per second behind the first new one, ``prompt`` tokens of the prompt per second, of the best turn;
 ``peak`` is the most resident memory beyond the imports, in MB. bfloat16 is transformers as it is, formats go as
 ``ulbq generate`` does. llama.cpp, where ``xllamacpp`` is installed, has 4.5 bits (Q4_0) or the original file.
+
+A file of results (``benchmarks/results/decode-cpu.json``, which ``tables.py`` reads) may be filled by several runs, each
+with some contenders: every row has what llama.cpp did in turns with it. Rows that are there stay.
 """
 
 import argparse
@@ -235,25 +239,42 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="contenders (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="timed turns of each, after one that warms up")
     parser.add_argument("--results", type=Path, help="add the rows to a file of JSON")
+    parser.add_argument("--gguf", type=Path, help="where llama.cpp's random weights lie, or are put (default: nowhere)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(options)
-    names = options.only or ["bf16", *FORMATS]
-    if not options.only and importlib.util.find_spec("xllamacpp") is not None:
-        names += ["llama.cpp", OWN_FILE] if options.shape == "default" else ["llama.cpp"]
+    found = {"rows": {}}
+    if options.results and options.results.exists():
+        found = json.loads(options.results.read_text(encoding="utf-8"))
+    known = found["rows"].setdefault(f"{options.shape}, {options.threads}", {})
+    names = [name for name in options.only or ["bf16", *FORMATS] if name not in known]
+    if not names:
+        return
+    if importlib.util.find_spec("xllamacpp") is not None:
+        names = list(dict.fromkeys([*names, "llama.cpp"]))
+        if options.shape == "default" and not options.only and OWN_FILE not in known:
+            names.append(OWN_FILE)
     with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/random.gguf"
-        if "llama.cpp" in names:
-            gguf_file(options.shape, file)
-        rows = measure(names, file, options)
+        file = options.gguf or Path(folder) / "random.gguf"
+        if "llama.cpp" in names and not file.exists():
+            gguf_file(options.shape, str(file))
+        rows = measure(names, str(file), options)
     for name, row in rows.items():
-        print(f"{name:12}", *(f"{key} {value:9.2f}" for key, value in row.items()))
+        print(f"{name:20}", *(f"{key} {value:9.2f}" for key, value in row.items()))
+        beside = {f"llama.cpp {key}": value for key, value in rows.get("llama.cpp", {}).items()}
+        known[name] = {key: round(value, 2) for key, value in (row | beside).items()}
+    known.pop("llama.cpp", None)
     if options.results:
-        known = json.loads(options.results.read_text()) if options.results.exists() else {}
-        known[f"{options.shape}, {options.threads} threads"] = rows
-        options.results.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        found["processor"] = processor()
+        options.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def processor() -> str:
+    """What this machine calls its own."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
 
 
 def measure(names: list[str], file: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:

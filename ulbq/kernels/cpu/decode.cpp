@@ -32,8 +32,9 @@ struct DenseLinear : Linear {
     float dot(const float* x, int64_t row) const {
         __m512 sum[4] = {};
         for (int64_t at = 0; at < columns; at += 64) {
+            // What is fetched by hand drives a wide input out of the first cache.
             const char* ahead = static_cast<const char*>(weight) + (row + at) * kSize + 4096;
-            for (int64_t line = 0; line < 64 * kSize; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T1);
+            for (int64_t line = 0; columns < 2048 && line < 64 * kSize; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
 #pragma GCC unroll 4
             for (int part = 0; part < 4; ++part) {
                 const __mmask16 mask = first(columns - at - 16 * part);
