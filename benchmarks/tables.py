@@ -6,7 +6,8 @@ A page says where a figure comes from, in a comment before it: ``<!-- gptq-w2 --
 ``<!-- gptq-w2 bits -->2.28`` its true bits, ``<!-- apiq-r16 base -->82.51`` the perplexity without the adapter, and
 ``<!-- eqat-w2-s0 eqat-w2-s1 eqat-w2-s2 mean -->73.5 ± 3.8`` mean and standard deviation of several. The page
 ``docs/perplexity.md`` has every row of ours and of other programs (``quality-peers-cpu.json``), and the drawing;
-``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes.
+``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes, and ``docs/guides/running.md`` those
+of ``decode-cpu.json``, which ``decode.py`` writes.
 """
 
 import argparse
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE, DRAWING = ROOT / "docs" / "perplexity.md", ROOT / "docs" / "perplexity.svg"
 PEERS = "quality-peers-cpu.json"
 MIXTURE_PAGE, MIXTURE = ROOT / "docs" / "guides" / "experts.md", ROOT / "benchmarks" / "results" / "upcycle-cpu.json"
+DECODE_PAGE, DECODE = ROOT / "docs" / "guides" / "running.md", ROOT / "benchmarks" / "results" / "decode-cpu.json"
 FULL, MOST, WIDEST = 24.19, 1200.0, 5.5
 """The model in full precision; what the drawing has room for, perplexity and bits."""
 
@@ -35,6 +37,7 @@ _FIGURE = re.compile(
 )
 _TABLE = re.compile(r"(<!-- every row -->\n).*(<!-- end -->)", re.DOTALL)
 _MIXTURE = re.compile(r"(<!-- mixture -->\n).*(<!-- end -->)", re.DOTALL)
+_DECODE = re.compile(r"(<!-- decode ([\w]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _COLOURS = ("#2f6bd8", "#d9730d", "#12907d", "#b1458f", "#7b5bd6", "#a3851c", "#c2410c", "#4d7c0f", "#0e7490")
 _STYLE = """
 svg { background: #fff; font: 13px system-ui, sans-serif; }
@@ -74,6 +77,9 @@ def pages() -> Iterator[tuple[Path, str]]:
         if path == MIXTURE_PAGE and MIXTURE.is_file():
             lines = "\n".join(mixture(json.loads(MIXTURE.read_text(encoding="utf-8"))))
             text = _MIXTURE.sub(rf"\g<1>{lines}\n\g<2>", text)
+        if path == DECODE_PAGE:
+            measured = json.loads(DECODE.read_text(encoding="utf-8"))["rows"]
+            text = _DECODE.sub(lambda match: match[1] + "\n".join(decode(measured, match[2])) + "\n" + match[3], text)
         yield path, _FIGURE.sub(lambda match: f"<!-- {match[1]}{match[2] or ''} -->{_figure(match, found)}", text)
     yield DRAWING, drawing(list(found.values())) + "\n"
 
@@ -111,6 +117,29 @@ def mixture(measured: Row) -> Iterator[str]:
         if "unseen_error" in row:
             yield f"| `{name}` | {row['unseen_error']:.3f} | {row['other_error']:.3f} |"
     yield ""
+
+
+def decode(measured: Row, shape: str) -> Iterator[str]:
+    """Markdown: tokens per second of one thread and of two, beside what llama.cpp did in turns with each."""
+    one, two = (measured.get(f"{shape}, {threads}", {}) for threads in (1, 2))
+    names = list(dict.fromkeys([*one, *two]))
+    yield "\n| | writing, 1 thread | 2 threads | second thread | reading 256, 1 thread | 2 threads | most memory |"
+    yield "| --- " * 7 + "|"
+    for name in names:
+        rows = [found.get(name) for found in (one, two)]
+        writing, reading = ([_beside(row, key) for row in rows] for key in ("decode", "prompt"))
+        second = f"{rows[1]['decode'] / rows[0]['decode']:.2f}" if rows[0] and rows[1] else ""
+        peak = max(row["peak"] for row in rows if row)
+        yield f"| {name} | {writing[0]} | {writing[1]} | {second} | {reading[0]} | {reading[1]} | {peak:.0f} MB |"
+    yield ""
+
+
+def _beside(row: Row | None, key: str) -> str:
+    """Tokens per second, and how many times llama.cpp's."""
+    if row is None:
+        return ""
+    value = f"{row[key]:.1f}" if row[key] < 100 else f"{row[key]:.0f}"
+    return f"{value} ({row[key] / row[f'llama.cpp {key}']:.2f})"
 
 
 def drawing(found: Sequence[Row]) -> str:

@@ -90,7 +90,7 @@ using Chunks = const uint8_t* [Sets];
 // The sums of codes of one bit and the columns from 4 * `first_step` on, `Count` of them, in units of factors.
 template <int Count, int Sets>
 inline __attribute__((always_inline)) void look_up(const Chunks<Sets>& chunk, const uint8_t* tables, int first_step,
-                                                   __m512 (&product)[Sets][kVectors]) {
+                                                   __m512 (&product)[Sets][1][kVectors]) {
     Looked found[Sets][kVectors];
     const int64_t begin = first_step / 8;
 #pragma GCC unroll 1
@@ -102,7 +102,7 @@ inline __attribute__((always_inline)) void look_up(const Chunks<Sets>& chunk, co
         }
     }
     for (int set = 0; set < Sets; ++set) {
-        for (int v = 0; v < kVectors; ++v) product[set][v] = found[set][v].sum();
+        for (int v = 0; v < kVectors; ++v) product[set][0][v] = found[set][v].sum();
     }
 }
 

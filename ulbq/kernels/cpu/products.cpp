@@ -9,7 +9,6 @@
 
 namespace ulbq {
 
-
 // The integer dot products of one tile and `Rows` rows over `Count` columns of a chunk, as floats: in units of factors.
 template <int Bits, int Digits, int Rows, int Count>
 inline __attribute__((always_inline)) void accumulate(const uint8_t* chunk, const int8_t* const (&digit)[Rows][Digits],
@@ -50,18 +49,22 @@ inline __attribute__((always_inline)) void accumulate(const uint8_t* chunk, cons
     }
 }
 
-// Adds a unit's sums of rows or of several places, scaled, to 64 results.
-template <class Input>
+// Adds a unit's sums for rows, scaled, to `result` [Rows][64].
+template <int Rows, class Input>
 inline __attribute__((always_inline)) void add_scaled(const Tiles& w, const Input& x, int64_t tile, int part, int64_t unit,
-                                                      int64_t row, const __m512 (&product)[kVectors], float* result) {
+                                                      int64_t row, const __m512 (&product)[Rows][kVectors], float* result) {
     const int64_t group = w.group_of[unit];
-    const __m512 factor = _mm512_set1_ps(x.factors[row * x.units + unit]), total = _mm512_set1_ps(x.sums[row * x.units + unit]);
 #pragma GCC unroll 4
     for (int vector = 0; vector < kVectors; ++vector) {
         const __m512 scale = w.load_scale(tile, part, group, vector), zero = w.load_zero(tile, group, vector);
-        float* to = result + 16 * vector;
-        const __m512 centred = _mm512_fnmadd_ps(zero, total, _mm512_mul_ps(product[vector], factor));
-        _mm512_store_ps(to, _mm512_fmadd_ps(scale, centred, _mm512_load_ps(to)));
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+            const __m512 factor = _mm512_set1_ps(x.factors[(row + r) * x.units + unit]);
+            const __m512 total = _mm512_set1_ps(x.sums[(row + r) * x.units + unit]);
+            float* to = result + r * kTile + 16 * vector;
+            const __m512 centred = _mm512_fnmadd_ps(zero, total, _mm512_mul_ps(product[r][vector], factor));
+            _mm512_store_ps(to, _mm512_fmadd_ps(scale, centred, _mm512_load_ps(to)));
+        }
     }
 }
 
@@ -76,7 +79,7 @@ inline __attribute__((always_inline)) void add_unit(const Tiles& w, const Activa
     }
     __m512 product[Rows][kVectors];
     accumulate<Bits, Digits, Rows, Count>(w.chunk(tile, chunk, part), digit, first_step, product);
-    for (int r = 0; r < Rows; ++r) add_scaled(w, x, tile, part, unit, row + r, product[r], result + r * kTile);
+    add_scaled(w, x, tile, part, unit, row, product, result);
 }
 
 template <int Bits, int Rows, int Digits>
@@ -222,7 +225,7 @@ template <int Count, int Sets>
 inline void add_looked(const Tiles& w, const Tables& x, const Part (&parts)[Sets], int64_t chunk, int first_step) {
     Chunks<Sets> chunks;
     for (int set = 0; set < Sets; ++set) chunks[set] = w.chunk(parts[set].tile, chunk, parts[set].part);
-    __m512 product[Sets][kVectors];
+    __m512 product[Sets][1][kVectors];
     look_up<Count>(chunks, x.of_chunk(chunk), first_step, product);
     const int64_t unit = chunk * kChunk / w.unit() + first_step * 4 / Count;
     for (int set = 0; set < Sets; ++set) add_scaled(w, x, parts[set].tile, parts[set].part, unit, 0, product[set], parts[set].to);
