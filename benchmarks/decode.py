@@ -6,9 +6,9 @@
 Weights are random: time depends on their number and format alone. ``default`` has the shapes of the default model,
 ``7b`` those of eight layers of Llama-2-7B. Contenders are processes of their own
 that take turns, one round to warm up. A turn is ``--tokens`` tokens from a prompt of 16, and a prompt of 256.
-``decode`` are tokens per second behind the first new one, ``prompt`` tokens of the prompt per second, of the best turn;
-``peak`` is the most resident memory beyond the imports, in MB. bfloat16 is transformers as it is, formats go as
-``ulbq generate`` does. llama.cpp, where ``xllamacpp`` is installed, has 4.5 bits (Q4_0) or the original file.
+``decode`` are tokens per second behind the first new one, ``prompt`` those of the prompt per second, of the best turn;
+``peak`` is the most resident memory beyond the imports, in MB. bfloat16 is transformers as it is, formats go
+as ``ulbq generate`` does. llama.cpp, where ``xllamacpp`` is installed, has 4.5 bits (Q4_0) or the original file.
 
 A file of results (``benchmarks/results/decode-cpu.json``, which ``tables.py`` reads) may be filled by several runs, each
 with some contenders: every row has what llama.cpp did in turns with it. Rows that are there stay.
@@ -245,7 +245,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return work(options)
-    found = {"rows": {}}
+    found: dict[str, Any] = {"rows": {}}
     if options.results and options.results.exists():
         found = json.loads(options.results.read_text(encoding="utf-8"))
     known = found["rows"].setdefault(f"{options.shape}, {options.threads}", {})

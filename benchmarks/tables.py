@@ -6,8 +6,8 @@ A page says where a figure comes from, in a comment before it: ``<!-- gptq-w2 --
 ``<!-- gptq-w2 bits -->2.28`` its true bits, ``<!-- apiq-r16 base -->82.51`` the perplexity without the adapter, and
 ``<!-- eqat-w2-s0 eqat-w2-s1 eqat-w2-s2 mean -->73.5 ± 3.8`` mean and standard deviation of several. The page
 ``docs/perplexity.md`` has every row of ours and of other programs (``quality-peers-cpu.json``), and the drawing;
-``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes, and ``docs/guides/running.md`` those
-of ``decode-cpu.json``, which ``decode.py`` writes.
+``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes, and ``docs/guides/running.md``
+those of ``decode-cpu.json``, which ``decode.py`` writes.
 """
 
 import argparse
@@ -78,8 +78,7 @@ def pages() -> Iterator[tuple[Path, str]]:
             lines = "\n".join(mixture(json.loads(MIXTURE.read_text(encoding="utf-8"))))
             text = _MIXTURE.sub(rf"\g<1>{lines}\n\g<2>", text)
         if path == DECODE_PAGE:
-            measured = json.loads(DECODE.read_text(encoding="utf-8"))["rows"]
-            text = _DECODE.sub(lambda match: match[1] + "\n".join(decode(measured, match[2])) + "\n" + match[3], text)
+            text = _DECODE.sub(lambda match: match[1] + "\n".join(decode(match[2])) + "\n" + match[3], text)
         yield path, _FIGURE.sub(lambda match: f"<!-- {match[1]}{match[2] or ''} -->{_figure(match, found)}", text)
     yield DRAWING, drawing(list(found.values())) + "\n"
 
@@ -119,8 +118,9 @@ def mixture(measured: Row) -> Iterator[str]:
     yield ""
 
 
-def decode(measured: Row, shape: str) -> Iterator[str]:
+def decode(shape: str) -> Iterator[str]:
     """Markdown: tokens per second of one thread and of two, beside what llama.cpp did in turns with each."""
+    measured = json.loads(DECODE.read_text(encoding="utf-8"))["rows"]
     one, two = (measured.get(f"{shape}, {threads}", {}) for threads in (1, 2))
     names = list(dict.fromkeys([*one, *two]))
     yield "\n| | writing, 1 thread | 2 threads | second thread | reading 256, 1 thread | 2 threads | most memory |"
