@@ -10,8 +10,8 @@ that take turns, one round to warm up. A turn is ``--tokens`` tokens from a prom
 ``peak`` is the most resident memory beyond the imports, in MB. bfloat16 is transformers as it is, formats go
 as ``ulbq generate`` does. llama.cpp, where ``xllamacpp`` is installed, has 4.5 bits (Q4_0) or the original file.
 
-A file of results (``benchmarks/results/decode-cpu.json``, which ``tables.py`` reads) may be filled by several runs, each
-with some contenders: every row has what llama.cpp did in turns with it. Rows that are there stay.
+A file of results (``benchmarks/results/decode-cpu.json``, which ``tables.py`` reads) may be filled by several runs,
+each with some contenders: every row has what llama.cpp did in turns with it. Rows that are there stay.
 """
 
 import argparse
