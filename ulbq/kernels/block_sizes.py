@@ -1,8 +1,9 @@
 """Block sizes of the GPU kernels: a JSON file for each GPU that was tuned, and one for all others.
 
 A table is an object with the GPU's name under ``device`` and, for each kernel, block sizes by the bits of a code,
-``any`` for those not listed. ``python benchmarks/matmul.py --tune`` measures them on the GPU at hand and writes its
-table here.
+``any`` for those not listed, and ``float32`` for products that tensor cores do not make: these keep what they multiply
+in registers, so their blocks are smaller. ``python benchmarks/matmul.py --tune`` measures them on the GPU at hand and
+writes its table here.
 """
 
 import functools
@@ -34,10 +35,12 @@ class BlockSizes(NamedTuple):
     programs: int
 
 
-def blocks(device: str, kernel: Kernel, bits: int) -> BlockSizes:
-    """Those of a GPU by the name that torch gives it; an unknown one gets the defaults."""
-    table = _read(slug(device)) or _read("default")
-    by_bits = table[kernel]
+def blocks(device: str, kernel: Kernel, bits: int, wide: bool = False) -> BlockSizes:
+    """Those of a GPU by the name that torch gives it; an unknown one gets the defaults. ``wide`` is float32."""
+    default = _read("default").get(kernel, {})
+    by_bits = _read(slug(device)).get(kernel) or default
+    if wide and (found := by_bits.get("float32") or default.get("float32")):
+        return BlockSizes(**found)
     return BlockSizes(**(by_bits.get(str(bits)) or by_bits["any"]))
 
 

@@ -15,17 +15,18 @@ from ulbq.kernels.triton_launch import SPLIT_ROWS, VECTOR_ROWS, device_facts, on
 
 Tensor = torch.Tensor
 
-DEEP = 4
-"""Rows of tiles that a program of a matrix product takes at a time: 64 columns."""
+# Rows of tiles that a program of a matrix product takes at a time: 64 columns, and 32 of what lies in registers.
+_DEEP, _DEEP_WIDE = 4, 2
 # A thread of the vector kernel has an accumulator for every row and for two elements of each tile.
 _VECTOR_TILES = 8
 
 
 class TrellisCut(NamedTuple):
-    """How a product is divided: rows of a program, tiles across, rows of tiles of a share, shares, options."""
+    """How a product is divided: rows of a program, tiles across and down, rows of tiles of a share, shares, options."""
 
     block_m: int
     tiles: int
+    deep: int
     each: int
     splits: int
     start: dict[str, int]
@@ -38,7 +39,7 @@ def multiply(x: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tensor, sv: Te
     vector = len(x) <= VECTOR_ROWS
     inner = scaled_transform(x, torch.float32 if vector else x.dtype, before=su)
     rows, columns, outs = len(x), len(su), len(sv)
-    cut = cut_of("vector" if vector else "small" if rows <= SPLIT_ROWS else "large", scheme, codes, [rows])
+    cut = cut_of("vector" if vector else "small" if rows <= SPLIT_ROWS else "large", scheme, codes, [rows], inner.dtype)
     partial = x.new_empty(cut.splits, rows, outs, dtype=torch.float32)
     across = -(-codes.shape[1] // cut.tiles)
     sizes = (rows, columns, outs, cut.each)
@@ -49,7 +50,7 @@ def multiply(x: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tensor, sv: Te
             )
         else:
             _kernels().matrix_kernel[(-(-rows // cut.block_m), across, cut.splits)](
-                inner, codes, partial, *sizes, **constants(scheme), DEEP=DEEP, BLOCK_M=cut.block_m, TILES=cut.tiles,
+                inner, codes, partial, *sizes, **constants(scheme), DEEP=cut.deep, BLOCK_M=cut.block_m, TILES=cut.tiles,
                 **cut.start,
             )  # fmt: skip
     return scaled_transform(partial, x.dtype, after=sv)
@@ -60,11 +61,11 @@ def input_gradient(grad: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tenso
     if not len(grad):
         return grad.new_empty(0, len(su))
     inner = scaled_transform(grad, grad.dtype, before=sv)
-    cut = cut_of("gradient", scheme, codes, [len(grad)])
+    cut = cut_of("gradient", scheme, codes, [len(grad)], inner.dtype)
     result = grad.new_empty(len(grad), len(su), dtype=torch.float32)
     with on(grad):
-        _kernels().gradient_kernel[(-(-len(grad) // cut.block_m), -(-codes.shape[0] // DEEP))](
-            inner, codes, result, len(grad), len(su), len(sv), **constants(scheme), DEEP=DEEP, BLOCK_M=cut.block_m,
+        _kernels().gradient_kernel[(-(-len(grad) // cut.block_m), -(-codes.shape[0] // cut.deep))](
+            inner, codes, result, len(grad), len(su), len(sv), **constants(scheme), DEEP=cut.deep, BLOCK_M=cut.block_m,
             TILES=cut.tiles, **cut.start,
         )  # fmt: skip
     return scaled_transform(result, grad.dtype, after=su)
@@ -132,15 +133,16 @@ def blocks_transform(
     with on(x):
         _kernels().transform_kernel[(-(-rows // 16), width // block)](
             x, before, after, own, result, rows, width, x.numel() // result.numel(), block**-0.5, BLOCK_M=16,
-            BLOCK_N=block, num_warps=4,
+            BLOCK_N=block, DEPTH=min(32, block), num_warps=4,
         )  # fmt: skip
     return result
 
 
-def cut_of(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: Sequence[int]) -> TrellisCut:
-    """How matrices of these words are divided of which each is multiplied with so many rows."""
+def cut_of(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: Sequence[int], dtype: torch.dtype) -> TrellisCut:
+    """How matrices of these words are divided of which each is multiplied with so many rows of a dtype."""
     name, processors = device_facts(codes.device)
-    size = blocks(name, kernel, scheme.bits)
+    wide = dtype == torch.float32
+    size = blocks(name, kernel, scheme.bits, wide)
     down, across = codes.shape[:2]
     tiles = min(size.block_n // trellis.TILE, 1 << (across - 1).bit_length())
     start = {"num_warps": size.warps, "num_stages": size.stages}
@@ -149,13 +151,14 @@ def cut_of(kernel: Kernel, scheme: TrellisScheme, codes: Tensor, rows: Sequence[
     if kernel == "vector":
         tiles, deep = min(tiles, _VECTOR_TILES), 1
     else:
-        block_m, deep = max(16, block_m), DEEP
+        block_m = max(16, block_m)
+        deep = _DEEP_WIDE if wide and kernel in ("small", "large") else _DEEP
     programs = -(-across // tiles) * sum(-(-count // block_m) for count in rows)
     # As for other codes: large batches have programs enough.
     shares = 1 if kernel in ("large", "gradient") else max(1, -(-processors * size.programs // programs))
     spans = -(-down // deep)
     each = -(-spans // min(shares, spans)) * deep
-    return TrellisCut(block_m, tiles, each, -(-down // each), start)
+    return TrellisCut(block_m, tiles, deep, each, -(-down // each), start)
 
 
 def constants(scheme: TrellisScheme) -> dict[str, Any]:

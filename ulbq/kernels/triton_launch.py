@@ -136,7 +136,7 @@ def multiply(
         return result
     with on(x):
         kernel: Kernel = "vector" if len(x) <= VECTOR_ROWS else "small" if len(x) <= SPLIT_ROWS else "large"
-        cuts = [cut_of(part, kernel, [len(x)], outs, x.device) for part in matrix]
+        cuts = [cut_of(part, kernel, [len(x)], outs, x) for part in matrix]
         splits = sum(-(-cut.spans // cut.each) for cut in cuts)
         if splits == 1 and kernel != "vector" and not outliers and mixture is None and dtype == x.dtype:
             _matrix(x, matrix[0], cuts[0], result, words.padded(outs), outs)
@@ -161,7 +161,7 @@ def input_gradient(grad: Tensor, matrix: list[Part], columns: int, dtype: torch.
     outs = grad.shape[1]
     with on(grad):
         for part in matrix:
-            cut = cut_of(part, "gradient", [len(grad)], outs, grad.device)
+            cut = cut_of(part, "gradient", [len(grad)], outs, grad)
             _kernels().gradient_kernel[(-(-len(grad) // cut.block_m), cut.spans)](
                 grad, *_operands(part), result, len(grad), columns, words.padded(outs), outs, part.group,
                 *strides(part), **constants(part), LOOKUP=part.levels is not None,
@@ -207,11 +207,13 @@ class Cut(NamedTuple):
     start: dict[str, int]
 
 
-def cut_of(part: Part, kernel: Kernel, rows: Sequence[int], outs: int, device: torch.device) -> Cut:
-    """How matrices like a part are divided of which each is multiplied with so many rows."""
-    name, processors = device_facts(device)
-    size: BlockSizes = blocks(name, kernel, part.bits)
-    span = 32 if part.group % 64 else 64
+def cut_of(part: Part, kernel: Kernel, rows: Sequence[int], outs: int, x: Tensor) -> Cut:
+    """How matrices like a part are divided of which each is multiplied with so many rows like those of ``x``."""
+    name, processors = device_facts(x.device)
+    wide = x.dtype == torch.float32
+    size: BlockSizes = blocks(name, kernel, part.bits, wide)
+    # What tensor cores do not multiply lies in registers, and 64 columns of it do not fit.
+    span = 32 if part.group % 64 or (wide and kernel in ("small", "large")) else 64
     spans = -(-part.places // span)
     block_n = min(size.block_n, 1 << (words.padded(outs) - 1).bit_length())
     usual = max(rows) if kernel == "vector" else -(-sum(rows) // len(rows))

@@ -354,27 +354,35 @@ def transform_kernel(
     norm,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     """``(Σ x ⊙ before) · H ⊙ after``: ``[rows, width]`` of ``[splits, rows, width]``, ``BLOCK_N`` columns a program.
 
-    With ``own`` int64 ``[rows]`` each row has vectors of its own, so many elements behind those given.
+    With ``own`` int64 ``[rows]`` each row has vectors of its own, so many elements behind those given. ``DEPTH``
+    columns are multiplied at a time: registers do not hold a whole block and its signs.
     """
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
-    index = tl.arange(0, BLOCK_N)
-    n = (tl.program_id(1) * BLOCK_N + index)[None, :]
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for split in range(0, splits):
-        total += tl.load(x + (split * rows + m) * width + n, mask=m < rows, other=0.0).to(tl.float32)
-    begin = n if own is None else tl.load(own + m, mask=m < rows, other=0) + n
-    if before is not None:
-        total *= tl.load(before + begin).to(tl.float32)
-    # An element is negative where row and column share an odd number of bits.
-    shared = index[:, None] & index[None, :]
-    shared = shared ^ (shared >> 4)
-    shared = shared ^ (shared >> 2)
-    shared = shared ^ (shared >> 1)
-    sign = (1 - 2 * (shared & 1)).to(tl.float32)
-    transformed = tl.dot(total, sign, input_precision="ieee") * norm
+    begin = tl.program_id(1) * BLOCK_N
+    index = tl.arange(0, BLOCK_N)[None, :]
+    first = 0 if own is None else tl.load(own + m, mask=m < rows, other=0)
+    transformed = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for at in range(0, BLOCK_N, DEPTH):
+        k = at + tl.arange(0, DEPTH)
+        n = begin + k[None, :]
+        total = tl.zeros([BLOCK_M, DEPTH], tl.float32)
+        for split in range(0, splits):
+            total += tl.load(x + (split * rows + m) * width + n, mask=m < rows, other=0.0).to(tl.float32)
+        if before is not None:
+            total *= tl.load(before + first + n).to(tl.float32)
+        # An element is negative where row and column share an odd number of bits.
+        shared = k[:, None] & index
+        shared = shared ^ (shared >> 4)
+        shared = shared ^ (shared >> 2)
+        shared = shared ^ (shared >> 1)
+        sign = (1 - 2 * (shared & 1)).to(tl.float32)
+        transformed = tl.dot(total, sign, transformed, input_precision="ieee")
+    transformed *= norm
+    n = begin + index
     if after is not None:
-        transformed *= tl.load(after + begin).to(tl.float32)
+        transformed *= tl.load(after + first + n).to(tl.float32)
     tl.store(result + m * width + n, transformed.to(result.dtype.element_ty), mask=m < rows)

@@ -53,7 +53,7 @@ class WordsBank(_InWords):
         assert scales is not None
         part = triton_launch.part(codes, scales, zeros, bits, centre, self.scheme.group_size, self.columns)
         kernel, counts = _kernel(jobs)
-        cut = triton_launch.cut_of(part, kernel, counts, self.outs, x.device)
+        cut = triton_launch.cut_of(part, kernel, counts, self.outs, x)
         cut = cut._replace(block_m=min(cut.block_m, _MOST_ROWS))
         pieces = _pieces(jobs, cut.block_m)
         splits, wide = -(-cut.spans // cut.each), words.padded(self.outs)
@@ -99,7 +99,7 @@ class TrellisWordsBank(_InWords):
         x = x.repeat_interleave(share, 0)
         dtype = torch.float32 if kernel == "vector" else x.dtype
         inner = trellis_launch.blocks_transform(x, dtype, su, None, own[:, 1].contiguous())
-        cut = trellis_launch.cut_of(kernel, self.scheme, codes, counts)
+        cut = trellis_launch.cut_of(kernel, self.scheme, codes, counts, dtype)
         cut = cut._replace(block_m=min(cut.block_m, _MOST_ROWS))
         pieces = _pieces(jobs, cut.block_m)
         partial = x.new_empty(cut.splits, routes.places, self.outs, dtype=torch.float32)
@@ -114,7 +114,7 @@ class TrellisWordsBank(_InWords):
                 )
             else:
                 _trellis_kernels().matrix_each_kernel[(down, across, cut.splits)](
-                    *operands, *sizes, **constants, DEEP=trellis_launch.DEEP, BLOCK_M=cut.block_m
+                    *operands, *sizes, **constants, DEEP=cut.deep, BLOCK_M=cut.block_m
                 )
         y.copy_(trellis_launch.blocks_transform(partial, y.dtype, None, sv, own[:, 2].contiguous()))
 

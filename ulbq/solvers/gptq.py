@@ -5,7 +5,7 @@ With H the Hessian of the layer's output error and ``H⁻¹ = UᵀU``, quantizin
 ``tr((W − Q) H (W − Q)ᵀ)``. How a single column is quantized is the caller's: :class:`ColumnQuantizer`.
 
 On a CPU with a compiler affine grids go another way: the columns of a block are one compiled pass
-(:mod:`ulbq.kernels.solvers`).
+(:mod:`ulbq.kernels.solvers`). On a GPU they are one kernel (:mod:`ulbq.kernels.solver_launch`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ import torch
 
 from ulbq.formats import AffineScheme, UniformScheme
 from ulbq.formats.k_quant import KQuant
-from ulbq.kernels import solvers
+from ulbq.kernels import solver_launch, solvers
 from ulbq.quantizers.base import SCALE_FLOOR
 from ulbq.solvers.hessian import HessianFactor, activation_order, factorize, make_good
 from ulbq.solvers.k_quant import UniformCodes, find_grids
@@ -252,6 +252,8 @@ def _pass(
     """Quantize all columns to known grids, or to those that each group gets when its turn comes."""
     if solvers.take(weight, factor.upper):
         return _Compiled(factor, scheme, search, grids).run(weight, block_size)
+    if solver_launch.takes(weight) and (grids is not None or scheme.group_size <= solver_launch.MOST_COLUMNS):
+        return _Fused(factor, scheme, search, grids).run(weight, block_size)
     if grids is None:
         moving = _MovingGrids(scheme, factor, search)
         loss = compensate(weight, factor, moving, block_size).loss
@@ -302,6 +304,49 @@ class _Compiled:
         result = torch.empty_like(columns)
         result[self._factor.order] = columns
         return result
+
+
+class _Fused:
+    """Blocks of columns by a kernel each, on a GPU; does what :class:`_FixedGrids` and :class:`_MovingGrids` do."""
+
+    def __init__(self, factor: HessianFactor, scheme: UniformScheme, search: bool, grids: UniformCodes | None) -> None:
+        self._factor, self._scheme, self._search, self._known = factor, scheme, search, grids
+        self._row = scheme.model_copy(update={"group_size": -1})
+        self._found: list[UniformCodes] = []
+        self._codes: list[torch.Tensor] = []
+        self._loss: list[torch.Tensor] = []
+
+    def run(self, weight: torch.Tensor, block_size: int) -> _Passed:
+        """Quantize a matrix ``[out, in]``. Raises NumericsError."""
+        order, columns = self._factor.order, weight.shape[1]
+        known = self._known
+        if known is None:
+            block_size = self._scheme.group_size  # whose grid is found on what earlier ones left of it
+        else:
+            self._grids = known.scales.t().contiguous(), known.zeros.t().contiguous()
+            self._groups = order // (columns // len(self._grids[0]))
+        most = min(block_size, solver_launch.MOST_COLUMNS)
+        seen = _block_by_block(weight, self._factor, most, self._solve)
+        codes = in_original_order(self._codes, order)
+        if known is None:
+            scales, zeros = (torch.cat([getattr(one, name) for one in self._found], 1) for name in ("scales", "zeros"))
+            known = AffineCodes(codes, scales, zeros)
+        loss = torch.stack(self._loss).sum().item()
+        return _Passed(known._replace(codes=codes), loss, in_original_order([*seen], order))
+
+    def _solve(self, first: int, block: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        own = slice(first, first + len(block))
+        if self._known is None:
+            importance = self._factor.importance[own]
+            grid = find_grids(block.t(), self._row, importance=importance, search=self._search)
+            self._found.append(grid)
+            groups = torch.zeros_like(self._factor.order[own])
+            found = solver_launch.compensate(block, inside, groups, grid.scales.t(), grid.zeros.t(), self._scheme.bits)
+        else:
+            found = solver_launch.compensate(block, inside, self._groups[own], *self._grids, self._scheme.bits)
+        self._codes += found.codes
+        self._loss.append(found.errors.square().sum(dtype=torch.float64))
+        return found.errors
 
 
 class _Columns:
