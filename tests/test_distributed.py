@@ -97,6 +97,13 @@ def test_second_moments_are_summed(pair: tuple[Path, Path]) -> None:
     assert [layer.error for layer in two.layers] == pytest.approx([layer.error for layer in one.layers], rel=0.02)
 
 
+@work("parted")
+def test_all_go_on_with_what_one_process_solved(pair: tuple[Path, Path]) -> None:
+    _, two = map(quantized, pair)
+    assert two.processes == 2
+    assert different_codes(*pair) < 0.02
+
+
 @work("drift")
 def test_what_has_become_of_inputs_is_summed(pair: tuple[Path, Path], two: Path) -> None:
     # Of the first block: a code that a sum in another order turns moves the weights of all layers after it.

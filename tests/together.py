@@ -29,6 +29,7 @@ from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.saliency import saliency
 from ulbq.pipeline.tasks import load_task
 from ulbq.progress import Silent
+from ulbq.solvers import claq
 
 MODEL, TOKENS, BASE, ROWS = "model", "tokens.safetensors", "base", "rows.jsonl"
 _SIZE = {"bits": 3, "group_size": 32, "samples": 7, "sequence_length": 32, "precision": "fp32"}
@@ -66,6 +67,22 @@ def _quantized(**options: Any) -> Callable[[Path, Path], None]:
 def _request(inputs: Path, out: Path, **options: Any) -> QuantizeRequest:
     common = {"device": "cpu", "offline": True, "calibration": str(inputs / TOKENS), "out": out, **_SIZE}
     return QuantizeRequest(source=str(inputs / MODEL), **{**common, **options})
+
+
+def parted(inputs: Path, folder: Path) -> None:
+    """Codebooks that come out otherwise in the second process, as those of another GPU may."""
+    plain = claq.refit
+
+    def moved(*given: Any) -> Any:
+        found = plain(*given)
+        books = found.columns.codebooks * (1 + distributed.rank() / 64)
+        return found._replace(columns=found.columns._replace(codebooks=books))
+
+    claq.refit = moved
+    try:
+        quantize(_request(inputs, folder / "q", method="claq", group_size=None, only=("q_proj",), allow_partial=True))
+    finally:
+        claq.refit = plain
 
 
 def interrupted(inputs: Path, folder: Path) -> None:
@@ -179,6 +196,7 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
         teacher="cached",
         teacher_top_k=200,
     ),
+    "parted": parted,
     "interrupted": interrupted,
     "finetune": finetuned,
     "saliency": scores,

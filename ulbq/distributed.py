@@ -304,6 +304,11 @@ class _Raised:
     error: Exception
 
 
+def of_main(value: T) -> T:
+    """What the first process has, on all of them; tensors should be the host's."""
+    return value if _world is None else _from_main(value)
+
+
 def _from_main(value: Any) -> Any:
     from torch import distributed
 

@@ -97,6 +97,43 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """While it lasts, torch takes algorithms that repeat themselves, and warns where it has none; if that is wanted.
+
+    It must be entered before the first product on a GPU: cuBLAS reads its variable then.
+    """
+    if not wanted:
+        yield
+        return
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Gradients of these two kinds of attention are added up by atomics; the others' are not, in this mode.
+    attention = torch.backends.cuda
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        attention.mem_efficient_sdp_enabled(),
+        attention.cudnn_sdp_enabled(),
+    )
+    _determine(True, True, False, False, False)
+    try:
+        yield
+    finally:
+        _determine(*before)
+
+
+def _determine(wanted: bool, warn_only: bool, fill: bool, efficient: bool, cudnn: bool) -> None:
+    import torch
+
+    torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     try:

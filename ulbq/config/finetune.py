@@ -26,6 +26,7 @@ from ulbq.config.quantize import QuantizeRequest
 from ulbq.config.run import (
     DATA_SETS,
     DataDir,
+    Deterministic,
     Device,
     Force,
     LogTo,
@@ -41,7 +42,7 @@ VALIDATION = 64
 """Examples that are held out where nobody says how many; fewer where few are asked for."""
 
 NOT_IN_FINGERPRINT = frozenset(
-    {"source", "out", "force", "offline", "data_dir", "device", "recipe", "save_every", "log_to"}
+    {"source", "out", "force", "offline", "data_dir", "device", "recipe", "save_every", "log_to", "deterministic"}
 )
 """Fields that do not decide what a run makes."""
 
@@ -116,6 +117,7 @@ class FinetuneRequest(FinetuneForm):
         ),
     ] = None
     precision: Precision = "auto"
+    deterministic: Deterministic = False
     fresh: Annotated[
         bool,
         Option("Begin with a new adapter, and lose the artifact's own.", ADAPTER, flag="--fresh"),

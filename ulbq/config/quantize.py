@@ -24,6 +24,7 @@ from ulbq.config.run import (
     TEXTS,
     ActivationMemory,
     DataDir,
+    Deterministic,
     Device,
     Force,
     LogTo,
@@ -186,6 +187,7 @@ class _OfCalibrated(BaseModel):
     activation_memory: ActivationMemory | None = None
     stream: Stream = None
     precision: Precision | None = None
+    deterministic: Deterministic | None = None
 
 
 _DECLARED = {name: field for one in METHOD_OPTIONS.values() for name, field, _ in options(one)}
@@ -215,7 +217,7 @@ class QuantizeRequest(_Asked):
 NOT_IN_FINGERPRINT = frozenset(
     {
         *("source", "out", "force", "allow_partial", "data_dir", "offline", "activation_memory", "preset", "recipe"),
-        "stream",
+        *("stream", "deterministic"),
         *("calibration", "end_to_end_data", "device", "precision", "saliency", "log_to", "plan"),
     }
 )

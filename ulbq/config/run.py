@@ -58,6 +58,14 @@ Stream = Annotated[
         default="by what memory has room for",
     ),
 ]
+Deterministic = Annotated[
+    bool,
+    Option(
+        "On a GPU take algorithms that repeat themselves, where torch has them: slower, and the same bytes again.",
+        COMPUTE,
+        default="no-deterministic",
+    ),
+]
 PrefillCache = Annotated[
     bool,
     Option(

@@ -6,7 +6,18 @@ from pydantic import Field
 
 from ulbq.config.options import CALIBRATION, COMPUTE, MOST, Count, Option, Settings
 from ulbq.config.quantize import Calibration
-from ulbq.config.run import ActivationMemory, DataDir, Device, Force, Offline, Out, Precision, Seed, Stream
+from ulbq.config.run import (
+    ActivationMemory,
+    DataDir,
+    Deterministic,
+    Device,
+    Force,
+    Offline,
+    Out,
+    Precision,
+    Seed,
+    Stream,
+)
 
 SaliencyKind = Literal["fisher", "gradient", "hessian", "wanda", "magnitude"]
 SaliencyDtype = Literal["bf16", "fp16"]
@@ -39,6 +50,7 @@ class SaliencyRequest(Settings):
     activation_memory: ActivationMemory | None = None
     stream: Stream = None
     precision: Precision | None = None
+    deterministic: Deterministic | None = None
     seed: Seed = 0
     device: Device = "auto"
     data_dir: DataDir = None

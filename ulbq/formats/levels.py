@@ -22,6 +22,17 @@ def assign(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     return codes
 
 
+def sum_by_level(values: torch.Tensor, codes: torch.Tensor, levels: int) -> torch.Tensor:
+    """``[columns, levels]`` sums of values ``[columns, n]`` over those that have each code (int64, ``[columns, n]``).
+
+    On a GPU a pass for each level: adding to a few places from everywhere takes atomics there, whose order is another
+    every time.
+    """
+    if values.device.type == "cpu":
+        return values.new_zeros(len(values), levels).scatter_add_(1, codes, values)
+    return torch.stack([torch.where(codes == level, values, 0).sum(1) for level in range(levels)], 1)
+
+
 def limits(levels: torch.Tensor) -> torch.Tensor:
     """``[columns, k - 1]``: what is above a limit is nearer to the level above it."""
     lower, upper = levels[:, :-1], levels[:, 1:]

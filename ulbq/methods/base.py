@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -118,6 +118,17 @@ class BlockResult:
         """All that is stored."""
         parts = (*self.packed.values(), *self.adapters.values(), self.dense)
         return [tensor for named in parts for tensor in named.values()]
+
+    def on_host(self) -> "BlockResult":
+        """The same with all that is stored in the host's memory."""
+        packed, adapters = (
+            {layer: _on_host(one) for layer, one in part.items()} for part in (self.packed, self.adapters)
+        )
+        return replace(self, packed=packed, adapters=adapters, dense=_on_host(self.dense))
+
+
+def _on_host(tensors: Packed) -> Packed:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The end-to-end phase of a quantization run: the packed model goes on learning as a whole.
 
 The blocks' shards stay as they are until every block of the tuned model is written and noted; only then the new ones
-take their places. A run that was killed at any point goes on from its last checkpoint, to the same bytes.
+take their places. A run that was killed at any point goes on from its last checkpoint, on the CPU to the same bytes.
 """
 
 import math

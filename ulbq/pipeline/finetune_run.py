@@ -49,7 +49,7 @@ def finetune(
 ) -> tuple[Path, QuantizedManifest]:
     """Train an artifact's adapter, and its scales where that was asked for, on a task.
 
-    A run that was stopped goes on from its last checkpoint, to the same bytes on the CPU.
+    A run that was stopped goes on from its last checkpoint, on the CPU to the same bytes.
 
     Args:
         job: as :func:`~ulbq.pipeline.finetune_plan.prepare` settled it.
@@ -69,6 +69,7 @@ def finetune(
     identity = _fingerprint(job)
     out = job.request.out or free_output(DEFAULT_ROOT, name or telling_name(job), identity)
     with (
+        runtime.deterministic(job.request.deterministic),
         ArtifactWriter(out, identity, force=job.request.force, spare=[job.source.path]) as writer,
         tracked(job.request.log_to, writer.name, job.request.model_dump(mode="json")) as log,
     ):

@@ -82,7 +82,10 @@ def quantize(
         job.source.tokenizer()  # written out at the end: better missed now
     if job.method.needs.searches and job.start is None and (reason := solvers.slow_reason(job.precision.device)):
         progress.note(f"No compiled solvers ({reason}): the search for the best scales takes {solvers.SLOWER}.")
-    with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
+    with (
+        runtime.deterministic(bool(request.deterministic)),
+        ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer,
+    ):
         if writer.resumed:
             done = sum(key.isdigit() for key in writer.journal)
             progress.note(f"Resuming {out}: {done} of {job.found.n_blocks} blocks are done.")

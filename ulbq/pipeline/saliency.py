@@ -59,7 +59,10 @@ def saliency(
                 check_images({f"kind={job.request.kind}": job.request.kind in BACKWARD})
     identity = _fingerprint(job, drawn)
     out = request.out or free_output(DEFAULT_ROOT, f"{job.source.name}-saliency-{job.request.kind}", identity)
-    with ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer:
+    with (
+        runtime.deterministic(bool(request.deterministic)),
+        ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer,
+    ):
         if writer.resumed:
             done = sum(key.isdigit() for key in writer.journal)
             progress.note(f"Resuming {out}: {done} of {job.found.n_blocks} blocks are done.")

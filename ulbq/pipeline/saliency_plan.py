@@ -23,7 +23,10 @@ from ulbq.sensitivity.head import head_memory
 from ulbq.sensitivity.settings import BACKWARD
 from ulbq.training.precision import Precision
 
-_WITH_DATA = ("calibration", "samples", "sequence_length", "batch_size", "activation_memory", "precision", "stream")
+_WITH_DATA = (
+    *("calibration", "samples", "sequence_length", "batch_size", "activation_memory", "precision", "stream"),
+    "deterministic",
+)
 # Bytes of each of a block's weights as its scores are written, in float32 and in half precision: those of inputs are
 # products with weights, those of gradients quotients of sums, beside the weights.
 _SCORED = {"magnitude": 6, "wanda": 10, "hessian": 8, "fisher": 14, "gradient": 14}
@@ -40,7 +43,7 @@ _HEADER_BYTES, _TOLD_BYTES, _PAGE_BYTES, _TOKEN_BYTES = 188, 2650, 20_000, 4
 # What does not change the scores and so is no part of a run's identity, or stands there as what it came to.
 NOT_IN_FINGERPRINT = frozenset(
     {
-        *("source", "out", "force", "data_dir", "offline", "activation_memory", "stream"),
+        *("source", "out", "force", "data_dir", "offline", "activation_memory", "stream", "deterministic"),
         *("calibration", "device", "precision"),
     }
 )

@@ -13,7 +13,7 @@ from torch import nn
 from ulbq.formats import AnyScheme, codebook
 from ulbq.formats.bits import pack_planes, unpack_planes
 from ulbq.formats.codebook import CodebookScheme, Columns, Outliers
-from ulbq.formats.levels import assign
+from ulbq.formats.levels import assign, sum_by_level
 from ulbq.quantizers.base import CELL_MARGIN, SCALE_FLOOR, Quantizer
 
 
@@ -43,7 +43,7 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None]:
         (inside,) = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        levels = gradient.new_zeros(ctx.shape).scatter_add_(1, ctx.codes().long(), gradient)
+        levels = sum_by_level(gradient, ctx.codes().long(), ctx.shape[1])
         return levels, None, gradient * inside if inside is not None else None
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ulbq.formats.codebook import Columns, ascending
+from ulbq.formats.levels import sum_by_level
 from ulbq.solvers.hessian import HessianFactor, damped_diagonal
 
 _STEPS = 16
@@ -73,8 +74,7 @@ class _System:
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """``[in, k]`` sums of values ``[in, out]`` over those that have a level; the transpose of :meth:`matrix`."""
-        sums = torch.zeros(len(values), self._levels, device=values.device)
-        return sums.scatter_add_(1, self._codes, values * self._served)
+        return sum_by_level(values * self._served, self._codes, self._levels)
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
         """Codebooks ``[in, k]`` whose matrix M has ``gather(H M) = gather(right)``, by conjugate gradients."""
