@@ -144,6 +144,8 @@ class Trainer:
         settings, student = self._settings, self._student
         batch = self._examples.batch(indices)
         states, hidden = student.run(batch.tokens, hidden=settings.loss == "kl-hidden", adapted=adapted)
+        # Counted on the host, where the device need not be waited for.
+        places = batch.counted.flatten().nonzero().squeeze(1).to(states.device)
         batch = batch.to(states.device)
         targets = self._targets(indices) if settings.needs_teacher else None
         states, following = states.flatten(0, 1), batch.following.flatten()
@@ -153,7 +155,6 @@ class Trainer:
             logits = student.head.logits(states[places])
             return token_terms(settings.loss, logits, following[places], prediction, settings.dad_gamma)
 
-        places = batch.counted.flatten().nonzero().squeeze(1)
         chunk = student.head.chunk(LOGIT_COPIES if targets is None else LOGIT_COPIES_TAUGHT)
         if settings.loss == "dad":  # its weights are known when all tokens are
             found = in_chunks(partial(terms, states), places, chunk)
@@ -167,7 +168,7 @@ class Trainer:
 
             loss = sum_in_chunks(part, states, places, chunk)
         if hidden is not None and targets is not None and targets.hidden is not None:
-            ours, theirs = ([layer[batch.counted] for layer in layers] for layers in (hidden, targets.hidden))
+            ours, theirs = ([layer.flatten(0, 1)[places] for layer in layers] for layers in (hidden, targets.hidden))
             loss = loss + settings.hidden_weight * hidden_error(ours, theirs)
         return loss
 
@@ -220,17 +221,19 @@ class Trainer:
         self, last: TrainerCheckpoint, batch: torch.Tensor, optimizer: torch.optim.AdamW, adapted: bool
     ) -> TrainerCheckpoint:
         """One optimizer step on a batch of examples, a few of which run at once."""
-        total = 0.0
+        summed: float | torch.Tensor = 0.0
         with self._student.fast():
             for part, share in self._parts(batch):
                 loss = self._loss(part, adapted) * share
                 loss.backward()
-                total += loss.item()
-        (total,) = distributed.total(total)
+                summed = summed + loss.detach().double()
         distributed.sum_gradients(self.trained)
         # Without a limit it only measures.
-        norm = nn.utils.clip_grad_norm_(self.trained, self._settings.clip or math.inf)
-        failed = "loss" if not math.isfinite(total) else "" if math.isfinite(norm.item()) else "gradient"
+        norm = nn.utils.clip_grad_norm_(self.trained, self._settings.clip or math.inf).double()
+        # Read together: a GPU is waited for once a step.
+        own, size = torch.stack([torch.as_tensor(summed, dtype=norm.dtype, device=norm.device), norm]).tolist()
+        (total,) = distributed.total(own)
+        failed = "loss" if not math.isfinite(total) else "" if math.isfinite(size) else "gradient"
         if not failed:
             optimizer.step()
         optimizer.zero_grad()

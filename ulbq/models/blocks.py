@@ -281,7 +281,7 @@ def materialize(
         if parameter.is_floating_point():
             check_values(source, prefix + stored, tensor)
         kept = (dtype or parameter.dtype) if tensor.is_floating_point() else tensor.dtype
-        filled = nn.Parameter(tensor.to(device, kept), requires_grad=False)
+        filled = nn.Parameter(_sent(tensor, torch.device(device), kept), requires_grad=False)
         for name in names:
             assign(module, name, filled)
     for name, buffer in list(module.named_buffers()):
@@ -289,6 +289,13 @@ def materialize(
             continue
         value = _read_checked(source, prefix + name, buffer.shape) if name in persistent else buffer
         assign(module, name, value.to(device, buffer.dtype))
+
+
+def _sent(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on a device, in a dtype: to a GPU it goes as it is stored, from pinned memory, and is widened there."""
+    if device.type != "cuda":
+        return tensor.to(device, dtype)
+    return tensor.pin_memory().to(device, non_blocking=True).to(dtype)
 
 
 def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:

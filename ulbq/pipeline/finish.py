@@ -57,6 +57,8 @@ def layer_record(
         scheme: how; None where it is the method's.
     """
     scheme, shape = scheme or job.method.scheme, (original.shape[0], original.shape[1])
+    # What an artifact has stored, and a run leaves as it is, was read into the host's memory.
+    packed = {role: tensor.to(original.device) for role, tensor in packed.items()}
     error = relative_error(original, formats.dequantize(scheme, packed, shape[1]))
     sparsity = formats.sparsity(scheme, packed, shape[1])
     bits = {str(role): count for role, count in stored_bits(scheme.tensors(*shape)).items()}
