@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -110,11 +110,11 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Gradients of these two kinds of attention are added up by atomics; the others' are not, in this mode.
-    attention = torch.backends.cuda
+    attention, memory = torch.backends.cuda, cast(Any, torch.utils.deterministic)
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        memory.fill_uninitialized_memory,
         attention.mem_efficient_sdp_enabled(),
         attention.cudnn_sdp_enabled(),
     )
@@ -129,7 +129,7 @@ def _determine(wanted: bool, warn_only: bool, fill: bool, efficient: bool, cudnn
     import torch
 
     torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    cast(Any, torch.utils.deterministic).fill_uninitialized_memory = fill
     torch.backends.cuda.enable_mem_efficient_sdp(efficient)
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
