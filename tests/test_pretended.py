@@ -63,9 +63,8 @@ def test_nothing_mixes_devices_and_no_step_waits(group: str, guard: Path, tmp_pa
     failed = {name: case["said"][-1500:] for name, case in found.items() if case["code"]}
     assert not failed, "\n\n".join(f"{name}: {said}" for name, said in failed.items())
     # Blocks travel as they are stored, and are widened on the device.
-    sent = {what for case in found.values() for what in case["sent"] if what.startswith("models/blocks.py:_sent")}
-    assert "models/blocks.py:_sent bfloat16" in sent
-    assert "models/blocks.py:_sent float32" not in sent
+    sent = [what for what in found["rtn"]["sent"] if what.startswith("models/blocks.py:_sent")]
+    assert sent == ["models/blocks.py:_sent bfloat16"]
     waited = {name: case["steps"] for name, case in found.items()}
     assert all(count <= AT_MOST.get(where, 0) for steps in waited.values() for where, count in steps.items()), waited
 
