@@ -32,7 +32,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ulbq import formats, kernels
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, TrellisScheme
+from ulbq.formats import (
+    AffineScheme,
+    AnyScheme,
+    BinaryMosScheme,
+    CodebookScheme,
+    DualBinaryScheme,
+    KQuantScheme,
+    TrellisScheme,
+)
 from ulbq.kernels import build, dispatch
 from ulbq.kernels.layouts import int4
 
@@ -44,6 +52,7 @@ SCHEMES: list[AnyScheme] = [
     CodebookScheme(bits=2),
     *(TrellisScheme(bits=bits) for bits in (1, 2, 3, 4)),
     TrellisScheme(bits=2, state_bits=16),
+    *(KQuantScheme(bits=bits) for bits in (2, 3, 4)),
 ]
 ROWS = (1, 4, 16, 64)
 # Bytes of copies that a contender takes in turn: more than the last cache holds.

@@ -6,8 +6,9 @@ A page says where a figure comes from, in a comment before it: ``<!-- gptq-w2 --
 ``<!-- gptq-w2 bits -->2.28`` its true bits, ``<!-- apiq-r16 base -->82.51`` the perplexity without the adapter, and
 ``<!-- eqat-w2-s0 eqat-w2-s1 eqat-w2-s2 mean -->73.5 ± 3.8`` mean and standard deviation of several. The page
 ``docs/perplexity.md`` has every row of ours and of other programs (``quality-peers-cpu.json``), and the drawing;
-``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes, and ``docs/guides/running.md``
-those of ``decode-cpu.json``, which ``decode.py`` writes.
+``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes; ``docs/guides/running.md`` those
+of ``decode-cpu.json``, which ``decode.py`` writes; ``docs/guides/converting.md`` those of ``export-cpu.json``, which
+``export.py`` writes.
 """
 
 import argparse
@@ -29,6 +30,7 @@ PAGE, DRAWING = ROOT / "docs" / "perplexity.md", ROOT / "docs" / "perplexity.svg
 PEERS = "quality-peers-cpu.json"
 MIXTURE_PAGE, MIXTURE = ROOT / "docs" / "guides" / "experts.md", ROOT / "benchmarks" / "results" / "upcycle-cpu.json"
 DECODE_PAGE, DECODE = ROOT / "docs" / "guides" / "running.md", ROOT / "benchmarks" / "results" / "decode-cpu.json"
+ENGINES_PAGE, ENGINES = ROOT / "docs" / "guides" / "converting.md", ROOT / "benchmarks" / "results" / "export-cpu.json"
 FULL, MOST, WIDEST = 24.19, 1200.0, 5.5
 """The model in full precision; what the drawing has room for, perplexity and bits."""
 
@@ -38,6 +40,7 @@ _FIGURE = re.compile(
 _TABLE = re.compile(r"(<!-- every row -->\n).*(<!-- end -->)", re.DOTALL)
 _MIXTURE = re.compile(r"(<!-- mixture -->\n).*(<!-- end -->)", re.DOTALL)
 _DECODE = re.compile(r"(<!-- decode ([\w]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_ENGINES = re.compile(r"(<!-- engines -->\n).*(<!-- end -->)", re.DOTALL)
 _COLOURS = ("#2f6bd8", "#d9730d", "#12907d", "#b1458f", "#7b5bd6", "#a3851c", "#c2410c", "#4d7c0f", "#0e7490")
 _STYLE = """
 svg { background: #fff; font: 13px system-ui, sans-serif; }
@@ -79,6 +82,9 @@ def pages() -> Iterator[tuple[Path, str]]:
             text = _MIXTURE.sub(rf"\g<1>{lines}\n\g<2>", text)
         if path == DECODE_PAGE:
             text = _DECODE.sub(lambda match: match[1] + "\n".join(decode(match[2])) + "\n" + match[3], text)
+        if path == ENGINES_PAGE:
+            lines = "\n".join(engines(json.loads(ENGINES.read_text(encoding="utf-8"))["tiny"]))
+            text = _ENGINES.sub(lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text)
         yield path, _FIGURE.sub(lambda match: f"<!-- {match[1]}{match[2] or ''} -->{_figure(match, found)}", text)
     yield DRAWING, drawing(list(found.values())) + "\n"
 
@@ -140,6 +146,38 @@ def _beside(row: Row | None, key: str) -> str:
         return ""
     value = f"{row[key]:.1f}" if row[key] < 100 else f"{row[key]:.0f}"
     return f"{value} ({row[key] / row[f'llama.cpp {key}']:.2f})"
+
+
+def engines(measured: dict[str, Row]) -> Iterator[str]:
+    """Markdown: a row an artifact, a column an engine, and the reasons of cells without a difference below."""
+    about = ("format", "true_bits", "spread", "rounding", "tokens")
+    titles = list(dict.fromkeys(name for row in measured.values() for name in row if name not in about))
+    reasons: dict[str, str] = {}
+    yield from (
+        "",
+        f"| artifact | bits | spread | bfloat16 | {' | '.join(titles)} |",
+        "| --- " * (len(titles) + 4) + "|",
+    )
+    for name, row in measured.items():
+        cells = [_difference(row.get(title, "not run here"), reasons) for title in titles]
+        shown = [f"{row['true_bits']:.2f}", f"{row['spread']:.1f}", f"{row['rounding']:.2f}", *cells]
+        yield f"| {name} | {' | '.join(shown)} |"
+    yield ""
+    yield from (f"- ({letter}) {reason}." for reason, letter in reasons.items())
+    yield ""
+
+
+def _difference(cell: float | str, reasons: dict[str, str]) -> str:
+    """A cell of an engine; a letter where there is a reason, which joins the others."""
+    if not isinstance(cell, str):
+        return f"{cell:.0e}" if cell < 0.01 else f"{cell:.2f}"
+    kind, _, reason = cell.partition(": ")
+    if not reason:
+        return "not run"
+    # Of which layer, and how many bits: that differs from row to row.
+    short = re.sub(r"^'[^']*' is \w+ \S+, and ", "", reason).partition(", at 16 bits")[0]
+    letter = reasons.setdefault(short if kind == "refused" else f"it fails: {short}", chr(ord("a") + len(reasons)))
+    return f"({letter})" if kind == "refused" else f"fails ({letter})"
 
 
 def drawing(found: Sequence[Row]) -> str:

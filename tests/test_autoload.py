@@ -2,22 +2,17 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.models.tiny import save_tiny
 from tests.pipeline.runs import request
+from tests.wheel import unpack_wheel
 from ulbq.artifacts.shards import GUARD_NAME, LazyTensors
 from ulbq.pipeline.quantize import quantize
-
-ROOT = Path(__file__).parents[1]
-BUILT_FROM = ("ulbq", "commands", "pyproject.toml", "README.md", "LICENSE", "setup.py")
-_BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 
 # Without the tree that the tests run in: what finds it is an editable install, or the folder that they run in.
 _STRANGER = """
@@ -55,15 +50,7 @@ def _run(program: str, *arguments: Path | str, cwd: Path, **environment: str) ->
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A site folder with what pip would install."""
-    tree, folder = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("site")
-    for name in BUILT_FROM:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tree / name)
-    subprocess.run([sys.executable, "-c", _BUILD, folder], cwd=tree, check=True, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as packed:
-        packed.extractall(folder)
-    return folder
+    return unpack_wheel(tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    model = LLM(task["folder"], dtype="bfloat16", max_model_len=512, max_num_seqs=8, enable_prefix_caching=False)
+    bounds = {"max_model_len": 512, "max_num_seqs": 8, "enable_prefix_caching": False}
+    model = LLM(task["folder"], dtype="bfloat16", enforce_eager=task["eager"], **bounds)
     asked = SamplingParams(temperature=0, max_tokens=task["tokens"], ignore_eos=True)
     best: dict[int, dict[str, float]] = {}
     for requests in task["requests"] * task["rounds"]:

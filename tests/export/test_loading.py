@@ -1,5 +1,6 @@
 """What cards say of loading: every engine, its command, its hardware and its bits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,13 +102,19 @@ def test_an_adapter_lies_beside_or_is_merged() -> None:
         "`llama-server -m OUT/model.gguf`. Convert it with `ulbq convert DIR --for NAME --merge-adapter`.",
         *("CPU or GPU", "16"),
     ]
+    # peft has no DoRA beside GPTQ's layers.
+    assert "optimum and gptqmodel" in lora
+    assert "optimum and gptqmodel" not in dora
     assert "MLX: it has an adapter, and mlx-lm reads none" in lora
     assert "`ulbq convert DIR --to dense --merge-adapter` writes" in lora
 
 
-def test_vllms_plug_in_has_no_experts() -> None:
-    text = "\n".join(of_artifact(of(AffineScheme(bits=4, group_size=64), name="model.layers.0.mlp.experts.0.up_proj")))
-    assert "ulbq-vllm" not in text
+def test_vllms_plug_in_has_no_experts_and_no_tables() -> None:
+    experts = of(AffineScheme(bits=4, group_size=64), name="model.layers.0.mlp.experts.0.up_proj")
+    table = Layer(AffineScheme(bits=8, group_size=64, symmetric=True), (256, 64))
+    tables = replace(of(AffineScheme(bits=4, group_size=64)), tables={"model.embed_tokens": table})
+    for candidate in (experts, tables):
+        assert "ulbq-vllm" not in "\n".join(of_artifact(candidate))
 
 
 def test_a_layers_name_stays_text() -> None:

@@ -39,12 +39,14 @@ def environment(name: str) -> Path:
     return python
 
 
-def read(name: str, script: str, folder: Path, *last: str, given: torch.Tensor = TOKENS) -> np.ndarray:
-    """What a reader computes, logits mostly."""
+def read(
+    name: str, script: str, folder: Path, *last: str, given: torch.Tensor = TOKENS, limit: int = 500
+) -> np.ndarray:
+    """What a reader computes, logits mostly, in at most so many seconds."""
     inputs, out = folder.parent / "inputs.npy", folder.parent / "read.npy"
     np.save(inputs, given.numpy())
     command = [environment(name), READERS / script, folder, inputs, out, *last]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return np.load(out)
 

@@ -35,7 +35,10 @@ def case(**changes: object) -> Case:
 def test_the_table(changes: dict[str, object], name: str, reasons: dict[str, str]) -> None:
     choice = choose(case(**changes))
     assert choice.layout.name == name
-    assert choice.passed_over.keys() - {"bytes", "columns", "humming", "trellis", "triton"} == reasons.keys()
+    assert (
+        choice.passed_over.keys() - {"bytes", "columns", "humming", "super_blocks", "trellis", "triton"}
+        == reasons.keys()
+    )
     for backend, reason in reasons.items():
         assert reason in choice.passed_over[backend]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tests.formats.columns import random_columns
 from ulbq import formats
 from ulbq.artifacts import (
     ArtifactWriter,
@@ -18,10 +19,12 @@ from ulbq.artifacts.shards import write_index, write_shard
 from ulbq.formats import (
     AnyScheme,
     BinaryMosScheme,
+    CodebookScheme,
     DualBinaryScheme,
     TrellisScheme,
     affine,
     binary_mos,
+    codebook,
     dual_binary,
     trellis,
 )
@@ -50,6 +53,9 @@ def pack_some(scheme: AnyScheme, out_features: int, in_features: int) -> dict[st
         return trellis.pack(
             scheme, trellis.Trellis(sequences, torch.randn(in_features), 0.1 * torch.randn(out_features))
         )
+    if isinstance(scheme, CodebookScheme):
+        columns = random_columns(out_features, [scheme.bits] * in_features)[1]
+        return codebook.pack(scheme, columns._replace(codebooks=(0.1 * columns.codebooks).half().float()))
     codes = torch.randint(0, 2**scheme.bits, (out_features, in_features))
     zeros = None if scheme.symmetric else torch.randint(0, 2**scheme.bits, (out_features, groups))
     return affine.pack(scheme, codes, scales, zeros)

@@ -15,10 +15,12 @@ from tests.models.stored import write_quantized
 from tests.models.tiny import save_tiny
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.config.adapter import AdapterConfig
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, UsageError
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, TrellisScheme
+from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, CodebookScheme, DualBinaryScheme, TrellisScheme
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
+from ulbq.pipeline.quantize import quantize
 
 PLUGIN = Path(__file__).resolve().parents[2] / "plugins" / "vllm"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -102,6 +104,7 @@ def load(layer: Linear, stored: LazyTensors, prefix: str, names: list[str]) -> L
         AffineScheme(bits=2, group_size=32),
         DualBinaryScheme(group_size=32),
         BinaryMosScheme(experts=2),
+        CodebookScheme(bits=2),
         TrellisScheme.model_validate({"bits": 2}),
     ],
     ids=lambda scheme: scheme.format,
@@ -152,6 +155,13 @@ def test_what_vllm_cannot_have(registered: dict[str, Any], tmp_path: Path) -> No
     with pytest.raises(UsageError, match="fuses experts"):
         plain.get_quant_method(Experts(), "model.layers.0.mlp.experts")
     assert plain.get_quant_method(nn.Embedding(2, 2), "model.embed_tokens") is None
+    assert plain.get_quant_method(nn.Embedding(2, 2), "") is None
+    asked = {"method": "rtn", "bits": 4, "group_size": 32, "symmetric": True, "embedding_bits": 8}
+    made, _ = quantize(QuantizeRequest(source=str(dense.path), out=tmp_path / "t", device="cpu", offline=True, **asked))
+    tables = configured(registered, made)
+    for name in ("model.embed_tokens", ""):
+        with pytest.raises(UsageError, match="no packed embeddings"):
+            tables.get_quant_method(nn.Embedding(2, 2), name)
     method = Linear(plain, "model.layers.0.mlp.up_proj", 64, [128]).quant_method
     for columns, rows in ((32, 128), (64, 64)):
         with pytest.raises(UsageError, match="not split over devices"):

@@ -22,6 +22,8 @@ HUMMING = "--quantization humming"
 """What vLLM and SGLang want where Marlin's kernels do not do, and they do not take Humming's by themselves."""
 ON_CPU = "Its CPU build takes 4 bits or dense weights: `engine=vllm-cpu`."
 
+MERGE = "Use `to=dense` `merge_adapter`."
+
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that engines make one of."""
 
@@ -135,7 +137,7 @@ def lora_only(candidate: Candidate, name: str) -> Obstacle | None:
     """No DoRA."""
     if candidate.adapter != "DoRA":
         return None
-    return Obstacle(f"its adapter is a DoRA, and {name} applies LoRA only", "Use `to=dense` `merge_adapter`.")
+    return Obstacle(f"its adapter is a DoRA, and {name} applies LoRA only", MERGE)
 
 
 def no_experts(candidate: Candidate, name: str) -> Obstacle | None:
@@ -143,6 +145,13 @@ def no_experts(candidate: Candidate, name: str) -> Obstacle | None:
     if not candidate.unpacked and not any(".experts." in layer for layer in candidate.layers):
         return None
     return Obstacle(f"{name} fuses experts, and the plug-in reads none", "Leave out `to`.")
+
+
+def no_tables(candidate: Candidate, name: str) -> Obstacle | None:
+    """No packed table of tokens and no packed head."""
+    if not candidate.tables:
+        return None
+    return Obstacle(f"its table of tokens or head is packed, and {name} has none of those", "Leave out `to`.")
 
 
 def fused(candidate: Candidate, name: str) -> Obstacle | None:

@@ -16,6 +16,7 @@ from ulbq.kernels.layouts.columns import ColumnsLayout
 from ulbq.kernels.layouts.humming import HummingLayout
 from ulbq.kernels.layouts.int4 import Int4Layout
 from ulbq.kernels.layouts.stored import StoredLayout
+from ulbq.kernels.layouts.super_blocks import SuperBlocksLayout
 from ulbq.kernels.layouts.tiles import TilesLayout
 from ulbq.kernels.layouts.trellis import TrellisLayout
 from ulbq.kernels.layouts.words import WordsLayout
@@ -25,6 +26,7 @@ LAYOUTS: tuple[Layout, ...] = (
     TilesLayout(),
     ColumnsLayout(),
     TrellisLayout(),
+    SuperBlocksLayout(),
     Int4Layout(),
     HummingLayout(),
     WordsLayout(),

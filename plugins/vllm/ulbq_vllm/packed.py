@@ -4,6 +4,7 @@ vLLM makes one layer of q, k and v, and one of gate and up. Packed matrices cann
 stored one after the other, or their schemes differ: such a layer holds its parts side by side, and joins their outputs.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,8 @@ from ulbq.nn.quant_linear import QuantLinear
 
 _SHARDS: dict[str | None, int] = {"q": 0, "k": 1, "v": 2, None: 0}
 """Places of the parts that vLLM has letters for, or nothing where there is one."""
+
+_IN_BLOCKS = re.compile(r"\.\d+\.")
 
 
 @dataclass
@@ -129,7 +132,9 @@ class PackedConfig(QuantizationConfig):
                 hint="Convert the artifact: 'ulbq convert DIR --for vllm -o OUT'.",
             )
         if not isinstance(layer, LinearBase):
-            if prefix in self._own:
+            # vLLM gives the table of tokens no name in many families.
+            tables = [name for name in self._own if not _IN_BLOCKS.search(name)]
+            if prefix in tables or (tables and not prefix):
                 raise UsageError(
                     "vLLM has no packed embeddings and heads.",
                     hint="Convert the artifact: 'ulbq convert DIR --for vllm -o OUT'.",

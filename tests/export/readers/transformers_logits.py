@@ -1,4 +1,7 @@
-"""Logits of a packed model by transformers alone: ``transformers_logits.py DIR TOKENS.npy OUT.npy DTYPE``."""
+"""Logits of a packed model by transformers alone: ``transformers_logits.py DIR TOKENS.npy OUT.npy DTYPE``.
+
+An adapter in ``DIR/adapter`` is put beside it by peft.
+"""
 
 import json
 import os
@@ -26,6 +29,10 @@ model = AutoModelForCausalLM.from_pretrained(
 )
 if "ulbq" in sys.modules:
     sys.exit("this is not transformers' own load")
+if Path(folder, "adapter").is_dir():
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(model, f"{folder}/adapter")
 with torch.no_grad():
     logits = model(torch.from_numpy(np.load(tokens))).logits
 np.save(out, logits.float().numpy())

@@ -145,6 +145,12 @@ _FOUR = (rules.bits(4), *_ALIKE, rules.MARLIN_GROUPS)
 _SERVED = (rules.uniform, *rules.SERVED)
 
 
+def _no_dora(candidate: Candidate, name: str) -> Obstacle | None:
+    if candidate.adapter != "DoRA":
+        return None
+    return Obstacle("its adapter is a DoRA, and peft 0.21 puts none beside GPTQ's layers", rules.MERGE)
+
+
 class GptqTarget(Target):
     """The artifact's own codes in GPTQ's layout."""
 
@@ -154,7 +160,7 @@ class GptqTarget(Target):
     readers: ClassVar = {
         "gptqmodel": Reader("GPTQModel.load(DIR)", rules=(rules.ANY_GROUPS,)),
         "transformers": Reader(
-            rules.AUTO_MODEL, rules=(rules.uniform,), needs="It needs the packages optimum and gptqmodel."
+            rules.AUTO_MODEL, rules=(rules.uniform, _no_dora), needs="It needs the packages optimum and gptqmodel."
         ),
         "vllm": Reader(rules.VLLM, "NVIDIA GPU", 1, _SERVED, humming=_wants_humming, elsewhere=rules.ON_CPU),
         "vllm-cpu": Reader(rules.VLLM_CPU, "CPU", 1, (*_FOUR, *rules.SERVED), needs=rules.W4A8),

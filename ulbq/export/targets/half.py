@@ -19,7 +19,7 @@ from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.export import packed
 from ulbq.export.fit import Candidate
-from ulbq.export.rules import AUTO_MODEL, VLLM, Reader, lora_only, no_experts
+from ulbq.export.rules import AUTO_MODEL, VLLM, Reader, lora_only, no_experts, no_tables
 from ulbq.export.targets.base import FULL_PRECISION, Conversion, Target, Written
 from ulbq.formats.rounding import vanishes
 from ulbq.models.adapter_files import ADAPTER_FOLDER
@@ -32,7 +32,7 @@ _OWN = frozenset({"config.json", "README.md", "finetune.html", "report.html"})
 _SAMPLES = frozenset({CALIBRATION_FILE, TEXT_FILE})
 
 PLUGIN = "It needs the plug-in ulbq-vllm"
-_OF_PLUGIN = (lora_only, no_experts)
+_OF_PLUGIN = (lora_only, no_experts, no_tables)
 
 
 def wide_tensors(source: ModelSource) -> dict[str, torch.dtype]:
