@@ -115,7 +115,10 @@ def predict(
     # Opened again at the end; block by block where all of it would be the most there is.
     opened = load_memory(artifact, 2 * run.sizes.table)
     if OPENED_COPIES * artifact > memory:
-        opened = 2 * run.sizes.outer + run.packed() // found.n_blocks
+        # A block as it is read, and in the layout of its products.
+        block = 2 * run.packed() // found.n_blocks
+        ending = run.sizes.ending + run.sizes.head
+        opened = _COPIED * max(run.sizes.embedded, ending) + block
     memory = max(memory, started + opened)
     # Adapters and tables lie in the scratch folder too, the tuned blocks beside those whose places they take.
     beside = adapters + packed_tables + _TOKENIZER_BYTES * run.sizes.vocabulary
