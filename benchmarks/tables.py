@@ -6,7 +6,8 @@ A page says where a figure comes from, in a comment before it: ``<!-- gptq-w2 --
 ``<!-- gptq-w2 bits -->2.28`` its true bits, ``<!-- apiq-r16 base -->82.51`` the perplexity without the adapter, and
 ``<!-- eqat-w2-s0 eqat-w2-s1 eqat-w2-s2 mean -->73.5 ± 3.8`` mean and standard deviation of several. The page
 ``docs/perplexity.md`` has every row of ours and of other programs (``quality-peers-cpu.json``), and the drawing;
-``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes.
+``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes; ``docs/gpu.md`` those of every
+``gpu-*.json``, which ``gpu.py`` writes.
 """
 
 import argparse
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE, DRAWING = ROOT / "docs" / "perplexity.md", ROOT / "docs" / "perplexity.svg"
 PEERS = "quality-peers-cpu.json"
 MIXTURE_PAGE, MIXTURE = ROOT / "docs" / "guides" / "experts.md", ROOT / "benchmarks" / "results" / "upcycle-cpu.json"
+GPU_PAGE = ROOT / "docs" / "gpu.md"
+GPU_PARTS = ("tests", "kernels", "training", "methods", "resume", "decoding", "large")
 FULL, MOST, WIDEST = 24.19, 1200.0, 5.5
 """The model in full precision; what the drawing has room for, perplexity and bits."""
 
@@ -35,6 +38,7 @@ _FIGURE = re.compile(
 )
 _TABLE = re.compile(r"(<!-- every row -->\n).*(<!-- end -->)", re.DOTALL)
 _MIXTURE = re.compile(r"(<!-- mixture -->\n).*(<!-- end -->)", re.DOTALL)
+_GPU = re.compile(r"(<!-- gpu -->\n).*(<!-- end -->)", re.DOTALL)
 _COLOURS = ("#2f6bd8", "#d9730d", "#12907d", "#b1458f", "#7b5bd6", "#a3851c", "#c2410c", "#4d7c0f", "#0e7490")
 _STYLE = """
 svg { background: #fff; font: 13px system-ui, sans-serif; }
@@ -74,6 +78,8 @@ def pages() -> Iterator[tuple[Path, str]]:
         if path == MIXTURE_PAGE and MIXTURE.is_file():
             lines = "\n".join(mixture(json.loads(MIXTURE.read_text(encoding="utf-8"))))
             text = _MIXTURE.sub(rf"\g<1>{lines}\n\g<2>", text)
+        if path == GPU_PAGE:
+            text = _GPU.sub(lambda match: match[1] + "\n".join(gpus()) + "\n" + match[2], text)
         yield path, _FIGURE.sub(lambda match: f"<!-- {match[1]}{match[2] or ''} -->{_figure(match, found)}", text)
     yield DRAWING, drawing(list(found.values())) + "\n"
 
@@ -111,6 +117,46 @@ def mixture(measured: Row) -> Iterator[str]:
         if "unseen_error" in row:
             yield f"| `{name}` | {row['unseen_error']:.3f} | {row['other_error']:.3f} |"
     yield ""
+
+
+def gpus() -> Iterator[str]:
+    """Markdown: what every GPU was found to do, by parts; "not measured" where there is nothing."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))
+    measured = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for one in measured or [{"device": "Any GPU", "parts": {}}]:
+        yield from ("", f"## {one['device']}", "", "| part | |", "| --- | --- |")
+        for part in GPU_PARTS:
+            found = one["parts"].get(part)
+            if found is None:
+                yield f"| {part} | not measured |"
+            elif "failed" in found:
+                yield f"| {part} | not measured: {found['failed'].replace('|', '/')} |"
+            else:
+                yield from _gpu_part(part, found)
+    yield ""
+
+
+def _gpu_part(part: str, found: Row) -> Iterator[str]:
+    if part == "tests":
+        yield f"| tests | {found['summary']} |"
+    elif part == "kernels":
+        yield f"| kernels | a copy: {found['copy_gb_per_s']:,.0f} GB/s |"
+        for row in found["rows"]:
+            where = f"{row['shape']}, {row['scheme']}, {row['rows']} rows, {row['kernel']}"
+            if "failed" in row:
+                yield f"| {where} | not measured: {row['failed'].replace('|', '/')} |"
+            else:
+                taken = row["graph"] or row["eager"]
+                yield f"| {where} | {taken:.1f} µs, {row['of_copy']:.0%} of a copy |"
+    elif part == "training":
+        for name, row in found["medians"].items():
+            yield f"| training, {name} | {row['seconds_a_block']:.1f} s a block |"
+    elif part == "resume":
+        yield f"| resume | {len(found['different'])} of {found['blocks']} blocks are others after a kill |"
+    else:
+        for row in found["rows"]:
+            facts = [f"{name.replace('_', ' ')} {value}" for name, value in row.items()]
+            yield f"| {part} | {', '.join(facts)} |"
 
 
 def drawing(found: Sequence[Row]) -> str:
