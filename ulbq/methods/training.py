@@ -23,6 +23,7 @@ from ulbq.training.layers import LayerwiseTrainer
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.objective import Penalty
 from ulbq.training.penalty import WeightPenalty
+from ulbq.training.pieces import Pieces
 
 MakeQuantizer = Callable[[torch.Tensor, torch.Tensor, Any], Quantizer]
 """A quantizer of a weight ``[out, in]``, its importance (``[in]``, the mean squared input) and its scheme."""
@@ -45,6 +46,7 @@ class BlockTraining:
         self._scheme = scheme
         self._go_on = go_on
         self._adapter = options.adapter_config()
+        self._pieces = Pieces()
 
     @property
     def needs(self) -> Needs:
@@ -90,7 +92,7 @@ class BlockTraining:
         if reference is None:
             penalty = self._penalty(task, originals, task.linears, stages)
             trainer: BlockTrainer | LayerwiseTrainer = BlockTrainer(
-                task.block, task.data, settings, task.precision, stages=stages, penalty=penalty
+                task.block, task.data, settings, task.precision, stages=stages, penalty=penalty, pieces=self._pieces
             )
         else:
             trainer = LayerwiseTrainer(
@@ -101,6 +103,7 @@ class BlockTraining:
                 task.precision,
                 stages=stages,
                 penalty=lambda names: self._penalty(task, originals, names, stages),
+                pieces=self._pieces,
             )
         with own_randomness(task.seed, task.precision.device):
             outcome = trainer.train(task.seed, task.on_epoch)

@@ -199,6 +199,8 @@ def _outcome_notes(outcome: TrainOutcome) -> list[tuple[str, str]]:
     if outcome.fallback:
         why = "diverged" if outcome.diverged else "did not improve"
         found.append(("", f"{why} in training and kept the closed-form start."))
+    if outcome.at_once:
+        found.append(("", f"trained {outcome.at_once} samples at a time: the device had no room for more."))
     if outcome.end_error > _ALARM:
         found.append(("", f"ended at a relative error of {outcome.end_error:.2f}: expect the worst."))
     return found
