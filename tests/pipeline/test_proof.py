@@ -109,6 +109,7 @@ def test_a_configuration_that_makes_another_model_is_not_finished(
 
     monkeypatch.setattr(proof, "open_again", open_changed)
     monkeypatch.setattr(runtime, "available_memory", lambda: 1000)  # blocks are compared all the same
+    monkeypatch.setattr("ulbq.pipeline.quantize.check_room", lambda job, progress: None)
     with pytest.raises(InputError):
         quantize(request(tmp_path))
     assert not (tmp_path / "q").exists()

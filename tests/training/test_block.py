@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from tests.training.toy import CPU, WIDTH, ToyBlock, store
+from ulbq import runtime
 from ulbq.config.training import TrainSettings
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
 from ulbq.training.block import BlockTrainer
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.objective import BlockData, Objective, Validation
-from ulbq.training.optimizer import clip_gradients
+from ulbq.training.optimizer import clip_gradients, snapshot
 from ulbq.training.pieces import Pieces
 
 
@@ -223,3 +224,20 @@ def test_a_device_without_room_for_a_sample_says_so(problem: Any, monkeypatch: p
     Device(monkeypatch, room=0)
     with pytest.raises(torch.OutOfMemoryError):
         trainer(problem).train(seed=0)
+
+
+class _OnGpu:
+    """A parameter that says to lie on a GPU."""
+
+    device, nbytes = torch.device("cuda"), 1000
+
+    def detach(self) -> torch.Tensor:
+        return torch.ones(3)
+
+
+@pytest.mark.parametrize(("free", "where"), [(7999, "process"), (8000, "gpu")])
+def test_snapshots_leave_a_gpu_that_has_little_room(free: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "free_memory", lambda device: free)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: 2 * tensor)
+    kept = snapshot([_OnGpu(), _OnGpu()])  # type: ignore[list-item]
+    assert [copy.tolist() for copy in kept] == [[2.0 if where == "process" else 1.0] * 3] * 2

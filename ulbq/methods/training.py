@@ -52,7 +52,7 @@ class BlockTraining:
     def needs(self) -> Needs:
         """What the blocks' tasks must hold."""
         options = self._options
-        weighted = any(stage.penalized and stage.penalty for stage in self._stages(0))
+        weighted = self._penalized(self._stages(0))
         return Needs(
             epochs=sum(stage.epochs for stage in self._stages(0)),
             augmented=options.augmented_loss,
@@ -84,11 +84,13 @@ class BlockTraining:
             raise ValueError("training needs activations")
         layerwise = self._options.granularity == "layer"
         reference = deepcopy(task.block) if layerwise else None
-        originals = {linear: task.weight(linear) for linear in task.linears}
+        stages, settings = self._stages(task.index), self._options.settings()
+        # Held for penalties alone: it is as much memory as the block.
+        penalized = task.linears if self._penalized(stages) else ()
+        originals = {linear: task.weight(linear) for linear in penalized}
         # After the copy: the reference keeps the model's own norms, the block goes on from the artifact's.
         beside = beginning_vectors(task)
         layers = {linear: self._install(task, linear, make) for linear in task.linears}
-        stages, settings = self._stages(task.index), self._options.settings()
         if reference is None:
             penalty = self._penalty(task, originals, task.linears, stages)
             trainer: BlockTrainer | LayerwiseTrainer = BlockTrainer(
@@ -160,10 +162,14 @@ class BlockTraining:
                 adapter.init_magnitude(quantizer.dense(quantizer()))
         return adapter
 
+    @staticmethod
+    def _penalized(stages: Sequence[Stage]) -> bool:
+        return any(stage.penalized and stage.penalty for stage in stages)
+
     def _penalty(
         self, task: BlockTask, originals: Mapping[str, torch.Tensor], names: Sequence[str], stages: Sequence[Stage]
     ) -> Penalty | None:
-        if not any(stage.penalized and stage.penalty for stage in stages):
+        if not self._penalized(stages):
             return None
         scores, power = task.saliency, self._options.saliency_power
         saliency = None if scores is None else {name: scores[name] ** power for name in names}

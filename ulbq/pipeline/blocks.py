@@ -105,6 +105,8 @@ class BlockQuantizer:
         originals = {linear: linear_layer(block, linear).weight.detach() for linear in linears}
         for linear, weight in originals.items():
             check_range(prefix + linear, weight)
+        if job.method.needs.trains:
+            originals = {linear: set_aside(weight) for linear, weight in originals.items()}
         epochs = 0
 
         def on_epoch(error: float) -> None:
@@ -138,7 +140,9 @@ class BlockQuantizer:
         layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
         records: dict[str, Any] = {
             "layers": [
-                layer_record(job, prefix + name, originals[name], result.packed[name], result.schemes.get(name))
+                layer_record(
+                    job, prefix + name, _back(originals[name], job), result.packed[name], result.schemes.get(name)
+                )
                 for name in linears
             ]
         }
@@ -191,6 +195,16 @@ class BlockQuantizer:
         said = {index: journal[str(index)].get("warnings", ()) for index in range(self._job.found.n_blocks)}
         for sentence in gathered(said):
             self._progress.warn(sentence)
+
+
+def set_aside(weight: torch.Tensor) -> torch.Tensor:
+    """A weight out of training's way: in the process's memory, and in half precision where that changes no value."""
+    halves = (weight.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return next((half for half in halves if torch.equal(half.float(), weight)), weight).cpu()
+
+
+def _back(weight: torch.Tensor, job: Job) -> torch.Tensor:
+    return weight.to(job.precision.device, torch.float32)
 
 
 def _outcome_notes(outcome: TrainOutcome) -> list[tuple[str, str]]:
