@@ -31,6 +31,7 @@ from ulbq.pipeline.tasks import load_task
 from ulbq.progress import Silent
 
 MODEL, TOKENS, BASE, ROWS = "model", "tokens.safetensors", "base", "rows.jsonl"
+CPU = torch.device("cpu")
 _SIZE = {"bits": 3, "group_size": 32, "samples": 7, "sequence_length": 32, "precision": "fp32"}
 _TRAINING = {"method": "efficientqat", "epochs": 2, "batch_size": 3}
 
@@ -66,6 +67,16 @@ def _quantized(**options: Any) -> Callable[[Path, Path], None]:
 def _request(inputs: Path, out: Path, **options: Any) -> QuantizeRequest:
     common = {"device": "cpu", "offline": True, "calibration": str(inputs / TOKENS), "out": out, **_SIZE}
     return QuantizeRequest(source=str(inputs / MODEL), **{**common, **options})
+
+
+def unshared(inputs: Path, folder: Path) -> None:
+    """Have every process solve every layer."""
+    shared = distributed.shared
+    distributed.shared = lambda items, work, device: [work(item) for item in items]
+    try:
+        WORK["claq"](inputs, folder)
+    finally:
+        distributed.shared = shared
 
 
 def interrupted(inputs: Path, folder: Path) -> None:
@@ -155,6 +166,7 @@ def primitives(inputs: Path, folder: Path) -> None:
         "idle": idle.grad.tolist() if idle.grad is not None else None,
         "caught": caught,
         "agreed": agreed,
+        "shared": [one.tolist() for one in distributed.shared([0, 1, 2], lambda n: torch.tensor([float(n)]), CPU)],
         "rows": distributed.rows(torch.tensor([4, 1, 0])).tolist(),
     }
     every = distributed.gather(found)
@@ -162,11 +174,17 @@ def primitives(inputs: Path, folder: Path) -> None:
 
 
 WORK: dict[str, Callable[[Path, Path], None]] = {
+    "rtn": _quantized(method="rtn", **dict.fromkeys(("samples", "sequence_length", "calibration", "precision"))),
+    "claq": _quantized(method="claq", group_size=None, refit=True),
+    "unshared": unshared,
+    "trellis": _quantized(method="trellis", group_size=None, epochs=1, batch_size=3),
     "gptq": _quantized(method="gptq"),
     "drift": _quantized(method="gptq", target_inputs="full"),
     "efficientqat": _quantized(**_TRAINING, fit_temperature=True),
     "uniform": _quantized(**_TRAINING, micro_batch=2, token_weighting="uniform"),
     "apiq": _quantized(method="apiq", epochs=2, batch_size=3, granularity="layer", adapter=True, rank=4),
+    "db-llm": _quantized(method="db-llm", bits=None, epochs=1, batch_size=3),
+    "binary-mos": _quantized(method="binary-mos", bits=None, group_size=None, epochs=1, batch_size=3),
     "ulb-sapr": _quantized(
         method="ulb-sapr", batch_size=3, stages=[{"name": "wpt", "epochs": 1}, {"name": "mixed", "epochs": 1}]
     ),
