@@ -144,31 +144,51 @@ def _method(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def race(names: dict[str, str], options: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows by contestant."""
+    """Rows by contestant, of the default model's first blocks."""
     source = default_model()
     request = QuantizeRequest(method="rtn", calibration="wikitext2", sequence_length=options.length)
     tokens = draw(request, source, options.samples + heldout_samples(options.samples), Silent()).tokens
-    torch.save(tokens, folder / "tokens.pt")
     model = load_model(source, dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32)
     model.save_pretrained(folder / "model")
     source.tokenizer().save_pretrained(folder / "model")
     del model
-    task = {
-        **{name: getattr(options, name) for name in ("precision", "samples", "batch_size", "passes", "threads")},
-        "blocks": options.blocks + 1,
-        "bits": 2,
-        "group_size": 64,
-        "method": _method(options),
-        "compile": False if options.eager else None,
-        "tokens": str(folder / "tokens.pt"),
-        "model": str(folder / "model"),
-        "scratch": str(folder),
-        "efficientqat": str(options.efficientqat),
-    }
+    same = ("precision", "samples", "batch_size", "passes", "threads")
+    return compete(
+        names,
+        {
+            **{name: getattr(options, name) for name in same},
+            "device": "cpu",
+            "blocks": options.blocks + 1,
+            "group_size": 64,
+            "method": _method(options),
+            "compile": False if options.eager else None,
+            "model": str(folder / "model"),
+            "source": None,
+            "calibration": "wikitext2",
+            "efficientqat": str(options.efficientqat),
+        },
+        tokens,
+        folder,
+    )
+
+
+def compete(
+    names: dict[str, str], task: dict[str, Any], tokens: torch.Tensor, folder: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows by contestant.
+
+    Args:
+        names: of the contestants, and the Python that each of them runs with.
+        task: what the workers read, but for their samples.
+        tokens: int64 ``[samples, length]``; those beyond ``task["samples"]`` are held out.
+        folder: for what passes between.
+    """
+    torch.save(tokens, folder / "tokens.pt")
     written = folder / "task.json"
-    written.write_text(json.dumps(task), encoding="utf-8")
+    facts = {"bits": 2, "tokens": str(folder / "tokens.pt"), "scratch": str(folder)}
+    written.write_text(json.dumps(task | facts), encoding="utf-8")
     workers = [Worker(name, python, written, folder / f"{name}.log") for name, python in names.items()]
-    for _ in range(options.blocks + 1):
+    for _ in range(task["blocks"]):
         for worker in workers:
             row = worker.turn()
             print(json.dumps({"name": worker.name, **row}), flush=True)

@@ -7,7 +7,7 @@ from copy import deepcopy
 import torch
 
 from ulbq.export.targets import gptq
-from ulbq.formats import AffineScheme
+from ulbq.formats import AffineScheme, affine
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,7 +32,10 @@ def calls(
         tensors = gptq.encode(scheme, stored, shape, v1=False)
         size = sum(t.nbytes for t in tensors.values())
         found["gptqmodel"] = (_copied(_gptqmodel(scheme, tensors, shape), copies(size)), size, True)
-    if importlib.util.find_spec("hqq") is not None:
+    if importlib.util.find_spec("gemlite") is not None and weight.device.type == "cuda" and scheme.bits in (1, 2, 4):
+        layer, size = _gemlite(scheme, stored, shape)
+        found["gemlite"] = ([layer], size, True)
+    if importlib.util.find_spec("hqq") is not None and weight.device.type == "cpu":
         layer, size = _hqq(scheme, weight)
         found["HQQ"] = (_copied(layer, copies(size)), size, False)
     return found
@@ -40,6 +43,27 @@ def calls(
 
 def _copied(layer: torch.nn.Module, count: int) -> list[Call]:
     return [layer, *(deepcopy(layer) for _ in range(count - 1))]
+
+
+def _gemlite(
+    scheme: AffineScheme, stored: dict[str, torch.Tensor], shape: tuple[int, int]
+) -> tuple[torch.nn.Module, int]:
+    """Its Triton kernels at bfloat16; bytes of codes, scales and zero points."""
+    from gemlite.core import DType, GemLiteLinear
+
+    outs, columns = shape
+    codes, scales, zeros = affine.unpack(scheme, stored, columns)
+    layer = GemLiteLinear(
+        scheme.bits,
+        group_size=scheme.group_size,
+        in_features=columns,
+        out_features=outs,
+        input_dtype=DType.BF16,
+        output_dtype=DType.BF16,
+    )
+    scales = scales.bfloat16()
+    layer.pack(codes.to(torch.uint8), scales, zeros.to(scales.dtype), None)
+    return layer, outs * columns * scheme.bits // 8 + 4 * scales.numel()
 
 
 def _gptqmodel(scheme: AffineScheme, tensors: dict[str, torch.Tensor], shape: tuple[int, int]) -> torch.nn.Module:

@@ -8,7 +8,7 @@ A page says where a figure comes from, in a comment before it: ``<!-- gptq-w2 --
 ``docs/perplexity.md`` has every row of ours and of other programs (``quality-peers-cpu.json``), and the drawing;
 ``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes; ``docs/guides/running.md`` those
 of ``decode-cpu.json``, which ``decode.py`` writes; ``docs/guides/converting.md`` those of ``export-cpu.json``, which
-``export.py`` writes.
+``export.py`` writes; ``docs/gpu.md`` those of every ``gpu-*.json``, which ``gpu.py`` writes.
 """
 
 import argparse
@@ -31,6 +31,8 @@ PEERS = "quality-peers-cpu.json"
 MIXTURE_PAGE, MIXTURE = ROOT / "docs" / "guides" / "experts.md", ROOT / "benchmarks" / "results" / "upcycle-cpu.json"
 DECODE_PAGE, DECODE = ROOT / "docs" / "guides" / "running.md", ROOT / "benchmarks" / "results" / "decode-cpu.json"
 ENGINES_PAGE, ENGINES = ROOT / "docs" / "guides" / "converting.md", ROOT / "benchmarks" / "results" / "export-cpu.json"
+GPU_PAGE = ROOT / "docs" / "gpu.md"
+GPU_PARTS = ("tests", "kernels", "training", "methods", "resume", "decoding", "large")
 FULL, MOST, WIDEST = 24.19, 1200.0, 5.5
 """The model in full precision; what the drawing has room for, perplexity and bits."""
 
@@ -41,6 +43,7 @@ _TABLE = re.compile(r"(<!-- every row -->\n).*(<!-- end -->)", re.DOTALL)
 _MIXTURE = re.compile(r"(<!-- mixture -->\n).*(<!-- end -->)", re.DOTALL)
 _DECODE = re.compile(r"(<!-- decode ([\w]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _ENGINES = re.compile(r"(<!-- engines -->\n).*(<!-- end -->)", re.DOTALL)
+_GPU = re.compile(r"(<!-- gpu -->\n).*(<!-- end -->)", re.DOTALL)
 _COLOURS = ("#2f6bd8", "#d9730d", "#12907d", "#b1458f", "#7b5bd6", "#a3851c", "#c2410c", "#4d7c0f", "#0e7490")
 _STYLE = """
 svg { background: #fff; font: 13px system-ui, sans-serif; }
@@ -85,6 +88,8 @@ def pages() -> Iterator[tuple[Path, str]]:
         if path == ENGINES_PAGE:
             lines = "\n".join(engines(json.loads(ENGINES.read_text(encoding="utf-8"))["tiny"]))
             text = _ENGINES.sub(lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text)
+        if path == GPU_PAGE:
+            text = _GPU.sub(lambda match: match[1] + "\n".join(gpus()) + "\n" + match[2], text)
         yield path, _FIGURE.sub(lambda match: f"<!-- {match[1]}{match[2] or ''} -->{_figure(match, found)}", text)
     yield DRAWING, drawing(list(found.values())) + "\n"
 
@@ -178,6 +183,46 @@ def _difference(cell: float | str, reasons: dict[str, str]) -> str:
     short = re.sub(r"^'[^']*' is \w+ \S+, and ", "", reason).partition(", at 16 bits")[0]
     letter = reasons.setdefault(short if kind == "refused" else f"it fails: {short}", chr(ord("a") + len(reasons)))
     return f"({letter})" if kind == "refused" else f"fails ({letter})"
+
+
+def gpus() -> Iterator[str]:
+    """Markdown: what every GPU was found to do, by parts; "not measured" where there is nothing."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))
+    measured = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for one in measured or [{"device": "Any GPU", "parts": {}}]:
+        yield from ("", f"## {one['device']}", "", "| part | |", "| --- | --- |")
+        for part in GPU_PARTS:
+            found = one["parts"].get(part)
+            if found is None:
+                yield f"| {part} | not measured |"
+            elif "failed" in found:
+                yield f"| {part} | not measured: {found['failed'].replace('|', '/')} |"
+            else:
+                yield from _gpu_part(part, found)
+    yield ""
+
+
+def _gpu_part(part: str, found: Row) -> Iterator[str]:
+    if part == "tests":
+        yield f"| tests | {found['summary']} |"
+    elif part == "kernels":
+        yield f"| kernels | a copy: {found['copy_gb_per_s']:,.0f} GB/s |"
+        for row in found["rows"]:
+            where = f"{row['shape']}, {row['scheme']}, {row['rows']} rows, {row['kernel']}"
+            if "failed" in row:
+                yield f"| {where} | not measured: {row['failed'].replace('|', '/')} |"
+            else:
+                taken = row["graph"] or row["eager"]
+                yield f"| {where} | {taken:.1f} µs, {row['of_copy']:.0%} of a copy |"
+    elif part == "training":
+        for name, row in found["medians"].items():
+            yield f"| training, {name} | {row['seconds_a_block']:.1f} s a block |"
+    elif part == "resume":
+        yield f"| resume | {len(found['different'])} of {found['blocks']} blocks are others after a kill |"
+    else:
+        for row in found["rows"]:
+            facts = [f"{name.replace('_', ' ')} {value}" for name, value in row.items()]
+            yield f"| {part} | {', '.join(facts)} |"
 
 
 def drawing(found: Sequence[Row]) -> str:

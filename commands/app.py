@@ -226,7 +226,13 @@ def _as_ulbq_error(error: Exception) -> UlbqError | None:
             )
         case OSError():
             return ResourceError(f"{error.strerror or error}{_at(error)}.")
-        case RuntimeError() if _is_allocation_failure(error):
+        case RuntimeError() if type(error).__name__ == "OutOfMemoryError":  # torch may not even be imported
+            return ResourceError(
+                "The GPU has no room left.",
+                hint="Finished steps are kept: run again with a shorter `sequence_length` or a smaller `batch_size`; "
+                "end to end `checkpointing` and `teacher=cached` take less. See what else uses the GPU.",
+            )
+        case RuntimeError() if "can't allocate memory" in str(error):
             return _out_of_memory()
     return None
 
@@ -251,11 +257,6 @@ def _complaint(location: tuple[int | str, ...], message: str) -> str:
 
 def _at(error: OSError) -> str:
     return f" ({error.filename})" if error.filename else ""
-
-
-def _is_allocation_failure(error: RuntimeError) -> bool:
-    # torch.OutOfMemoryError on a GPU, a plain RuntimeError from the CPU allocator; torch may not even be imported.
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _out_of_memory() -> ResourceError:

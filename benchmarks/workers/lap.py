@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 class Done(Exception):
     """Every block that was asked for is done."""
@@ -47,6 +49,8 @@ class Laps:
             return
         wall, cpu = time.perf_counter() - self._begun[0], time.process_time() - self._begun[1]
         memory = {"imports_mb": self._imports, "peak_mb": _peak()}
+        if torch.cuda.is_initialized():
+            memory["device_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
         self._send({"block": self._block, "wall": wall, "cpu": cpu, "steps": steps, "parts": self._parts, **memory})
         self._block = -1
 

@@ -28,11 +28,12 @@ def main() -> None:
     tokens = torch.load(task["tokens"])
     request = QuantizeRequest(
         **task["method"],
-        device="cpu",
+        source=task["source"],
+        device=task["device"],
         precision=task["precision"],
         bits=task["bits"],
         group_size=task["group_size"],
-        calibration="wikitext2",
+        calibration=task["calibration"],
         samples=task["samples"],
         sequence_length=tokens.shape[1],
         epochs=task["passes"],
@@ -57,7 +58,7 @@ def _quantize(job: Any, streams: Streams, index: int, folder: Path) -> int:
     """One block; returns the steps that training took, retries included."""
     prefix, linears = job.names(index)
     block = streams.load(index)
-    streams.advance_full_precision(index, block)
+    streams.advance_full_precision(index, block, linears)
     epochs = 0
 
     def on_epoch(error: float) -> None:
@@ -70,6 +71,7 @@ def _quantize(job: Any, streams: Streams, index: int, folder: Path) -> int:
         block=block,
         linears=linears,
         importance=streams.importance,
+        tokens=dict(streams.tokens),
         data=streams.data(index),
         precision=job.precision,
         seed=index,
@@ -78,7 +80,7 @@ def _quantize(job: Any, streams: Streams, index: int, folder: Path) -> int:
     result = job.method.quantize_block(task)
     shard = folder / layout.block_shard(index)
     layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
-    streams.advance_quantized(index, shard)
+    streams.advance_quantized(index, shard, dict.fromkeys(linears, job.method.scheme))
     return int(epochs * -(-job.request.samples // job.request.batch_size))
 
 

@@ -63,7 +63,7 @@ TorchOutOfMemoryError.__name__ = "OutOfMemoryError"
         (NumericsError("Loss is not finite."), 5, "Loss is not finite."),
         (KeyboardInterrupt(), 130, "Interrupted."),
         (MemoryError(), 4, "Out of memory."),
-        (TorchOutOfMemoryError("CUDA out of memory"), 4, "Out of memory."),
+        (TorchOutOfMemoryError("CUDA out of memory"), 4, "The GPU has no room left."),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 4, "Out of memory."),
         (OSError(errno.ENOSPC, "No space left on device", "q/x"), 3, "The disk is full (q/x)."),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 4, "Permission denied (/root/x)."),

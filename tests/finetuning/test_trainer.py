@@ -192,6 +192,27 @@ def test_accumulated_samples_make_the_step_of_a_batch(tmp_path: Path, monkeypatc
         torch.testing.assert_close(ends[1][name], value, atol=2e-4, rtol=2e-4)
 
 
+def test_steps_without_room_are_taken_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FinetuneSettings, "together", lambda self, length: 4)
+    run_model, ends = Student.run, []
+
+    def limited(student: Student, tokens: torch.Tensor, **given: Any) -> Any:
+        found = run_model(student, tokens, **given)
+        if len(tokens) > 1 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    for name in ("whole", "pieces"):
+        student = make_student()
+        trainer = make_trainer(tmp_path / name, _made(tmp_path / name, student), batch_size=4)
+        run(trainer)
+        ends.append((state(student), trainer.pieces.said))
+        monkeypatch.setattr(Student, "run", limited)
+    assert [said for _, said in ends] == ["", "The device had no room for a step's samples: 1 ran at a time."]
+    for name, value in ends[0][0].items():
+        torch.testing.assert_close(ends[1][0][name], value, atol=2e-4, rtol=2e-4)
+
+
 def _made(folder: Path, student: Student) -> Student:
     folder.mkdir()
     return student

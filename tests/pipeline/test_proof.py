@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tests.models.tiny import save_tiny
 from ulbq import runtime
 from ulbq.artifacts.shards import LazyTensors, write_shard
+from ulbq.blockwise.streamed import PassedBlocks, StreamedModel
 from ulbq.config.convert import ConvertRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import InputError, NumericsError
@@ -108,6 +109,7 @@ def test_a_configuration_that_makes_another_model_is_not_finished(
 
     monkeypatch.setattr(proof, "open_again", open_changed)
     monkeypatch.setattr(runtime, "available_memory", lambda: 1000)  # blocks are compared all the same
+    monkeypatch.setattr("ulbq.pipeline.quantize.check_room", lambda job, progress: None)
     with pytest.raises(InputError):
         quantize(request(tmp_path))
     assert not (tmp_path / "q").exists()
@@ -141,9 +143,17 @@ def test_an_artifact_that_would_take_more_than_the_run_is_opened_block_by_block(
 ) -> None:
     monkeypatch.setattr(runtime, "peak_memory", lambda: 1000)
     monkeypatch.setattr(proof, "load_model", lambda *given, **options: pytest.fail("it was loaded"))
+    monkeypatch.setattr(StreamedModel, "whole", lambda model: pytest.fail("embedding and head were loaded together"))
     notes = Notes()
     quantize(request(tmp_path), notes)
     assert notes.said[-1] == "Opened again, and ran 8 tokens."
+
+
+def test_what_is_opened_block_by_block_must_predict_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "peak_memory", lambda: 1000)
+    monkeypatch.setattr(PassedBlocks, "logits", lambda *given: torch.full((1, 8, 256), torch.nan))
+    with pytest.raises(NumericsError, match="predicts what is no number"):
+        quantize(request(tmp_path))
 
 
 def make_infinite(shard: Path) -> None:

@@ -17,6 +17,7 @@ from ulbq.models.blocks import materialize, skeleton, structure
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
 from ulbq.sensitivity import Saliency, SaliencySettings, Spectrum, block_file, compute_saliency, head, stored
+from ulbq.sensitivity.passing import Passing, kept_every, kept_stores
 from ulbq.training.precision import Precision
 
 TOKENS = torch.randint(3, 250, (3, 32), generator=torch.Generator().manual_seed(7))
@@ -106,6 +107,29 @@ def test_a_head_in_chunks_and_activations_on_disk_change_nothing(
     blocks = compute(source, tmp_path, activation_memory=0, batch_size=2)
     assert_equal(reader(tmp_path, blocks), gradients(source, "fisher")[0])
     assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.usefixtures("exact")
+def test_inputs_that_are_computed_again_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = resolve(save_tiny("llama", tmp_path / "m", num_hidden_layers=9))
+    kept, most, backward = tmp_path / "kept", [0, 0], Passing.backward
+
+    def counted(walk: Passing, index: int, block: nn.Module) -> None:
+        most[1] = max(most[1], len(walk._stores))
+        backward(walk, index, block)
+
+    monkeypatch.setattr(Passing, "backward", counted)
+    for folder in (kept, tmp_path / "again"):
+        folder.mkdir()
+    whole = compute(source, kept)
+    most[:] = [most[1], 0]
+    again = compute(source, tmp_path / "again", activation_memory=0)
+    assert most == [10, kept_stores(9, kept_every(9, fits=False))]
+    names = [layer.name for block in whole for layer in block.layers]
+    scores = [reader(tmp_path / name, blocks) for name, blocks in (("kept", whole), ("again", again))]
+    assert all(torch.equal(scores[0].score(name), scores[1].score(name)) for name in names)
+    # Llama-3-70B: 18 stores and not 81.
+    assert kept_stores(80, kept_every(80, fits=False)) == 18
 
 
 @pytest.mark.usefixtures("exact")

@@ -1,9 +1,13 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from tests.solvers.moments import damped, moments
 from ulbq.errors import NumericsError
-from ulbq.solvers.hessian import HessianSum, activation_order, factorize
+from ulbq.solvers import hessian as module
+from ulbq.solvers.hessian import HessianSum, activation_order, factor_memory, factorize
 
 
 def test_the_sum_is_the_mean_over_all_tokens_in_whatever_pieces_they_come() -> None:
@@ -137,3 +141,45 @@ def test_rows_of_a_group_count_by_their_weights() -> None:
         torch.testing.assert_close(found.matrices[group], 2 / 35 * (inputs * own).t() @ inputs)
         assert torch.equal(alike.matrices[group], plain.matrix)
     torch.testing.assert_close(found.matrix, found.matrices.mean(0))
+
+
+def test_a_large_matrix_is_factored_in_pieces_to_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(300, 150, generator=torch.Generator().manual_seed(2))
+    hessian = inputs.T @ inputs
+    whole = factorize(hessian).upper
+    monkeypatch.setattr(module, "_SOLVED", 40)
+    monkeypatch.setattr(module, "_STRIP", 16)
+    monkeypatch.setattr(module, "_WHOLE", 20)
+    torch.testing.assert_close(factorize(hessian).upper, whole, rtol=1e-6, atol=1e-9)
+    singular = torch.zeros(150, 150)
+    singular[:] = 1
+    assert factorize(singular, damping=0).damping > 0
+
+
+_FACTORED = """
+import torch
+from ulbq import runtime
+from ulbq.solvers import hessian
+
+runtime.map_large_blocks()
+hessian._SOLVED, hessian._STRIP, hessian._WHOLE = 300, 128, 128
+size = 2560
+matrix = 2 * torch.eye(size) + 0.001
+runtime.forget_peak_memory()
+before = runtime.peak_memory()
+hessian.factorize(matrix)
+print((runtime.peak_memory() - before) / size**2, hessian.factor_memory(size) / size**2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux'")
+def test_factoring_takes_one_matrix_in_float64_and_the_result() -> None:
+    done = subprocess.run([sys.executable, "-c", _FACTORED], stdout=subprocess.PIPE, text=True, check=True)
+    taken, predicted = map(float, done.stdout.split())
+    # What is small at this size stays in the heap; a copy more would be 8.
+    assert predicted == pytest.approx(12, abs=0.5)
+    assert taken < predicted + 6
+
+
+def test_a_factor_of_28672_columns_fits_in_14_gb() -> None:
+    assert 4 * 28672**2 + factor_memory(28672) < 14e9

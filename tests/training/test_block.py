@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from tests.training.toy import CPU, WIDTH, ToyBlock, store
+from ulbq import runtime
 from ulbq.config.training import TrainSettings
 from ulbq.formats.dual_binary import DualBinaryScheme
 from ulbq.quantizers.dual_binary import DualBinaryQuantizer, search_scales
 from ulbq.training.block import BlockTrainer
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.objective import BlockData, Objective, Validation
-from ulbq.training.optimizer import clip_gradients
+from ulbq.training.optimizer import clip_gradients, snapshot
+from ulbq.training.pieces import Pieces
 
 
 @pytest.fixture
@@ -171,3 +173,71 @@ def test_patience_stops_a_block_that_no_longer_improves(problem: Any) -> None:
     best = seen.index(min(seen))
     assert len(seen) < 60
     assert len(seen) - 1 - best == 3
+
+
+class Device:
+    """Has room for so many samples at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.ran: list[int] = []
+        run = Objective._run
+
+        def limited(objective: Objective, own: torch.Tensor, *, adapted: bool, training: bool) -> torch.Tensor:
+            found = run(objective, own, adapted=adapted, training=training)
+            if training and len(own) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            self.ran += [len(own)] * training
+            return found
+
+        monkeypatch.setattr(Objective, "_run", limited)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_steps_without_room_are_taken_in_pieces(
+    micro_batch: int | None, problem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, data = problem
+    start, settings = state(block), {"micro_batch": micro_batch, "clip": 0.5}
+    whole, plain = trainer(problem, **settings).train(seed=0), state(block)
+    block.load_state_dict(start)
+    device = Device(monkeypatch, room=1)
+    outcome = trainer((block, data), **settings).train(seed=0)
+    assert (whole.at_once, outcome.at_once) == (0, 1)
+    assert set(device.ran) == {1}
+    assert len(device.ran) == 4 * outcome.steps == 4 * whole.steps
+    assert outcome.end_error == pytest.approx(whole.end_error, rel=1e-5)
+    for name, value in state(block).items():
+        torch.testing.assert_close(value, plain[name], atol=1e-5, rtol=1e-4)
+
+
+def test_what_did_not_fit_once_is_not_tried_in_the_next_block(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces, settings = Pieces(), TrainSettings(epochs=1, batch_size=4)
+    device = Device(monkeypatch, room=2)
+    BlockTrainer(*problem, settings, CPU, pieces=pieces).train(seed=0)
+    assert pieces.most == 2
+    device.ran.clear()
+    BlockTrainer(*problem, settings, CPU, pieces=pieces).train(seed=0)
+    assert device.ran == [2] * 8
+
+
+def test_a_device_without_room_for_a_sample_says_so(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Device(monkeypatch, room=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer(problem).train(seed=0)
+
+
+class _OnGpu:
+    """A parameter that says to lie on a GPU."""
+
+    device, nbytes = torch.device("cuda"), 1000
+
+    def detach(self) -> torch.Tensor:
+        return torch.ones(3)
+
+
+@pytest.mark.parametrize(("free", "where"), [(7999, "process"), (8000, "gpu")])
+def test_snapshots_leave_a_gpu_that_has_little_room(free: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "free_memory", lambda device: free)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: 2 * tensor)
+    kept = snapshot([_OnGpu(), _OnGpu()])  # type: ignore[list-item]
+    assert [copy.tolist() for copy in kept] == [[2.0 if where == "process" else 1.0] * 3] * 2

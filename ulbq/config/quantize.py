@@ -303,6 +303,12 @@ class Quantization(_OfAll):
         """Samples of a step of block-wise training."""
         return self.options.batch_size if isinstance(self.options, TrainOptions) else 1
 
+    @property
+    def at_once(self) -> int:
+        """Samples of such a step that run at once."""
+        most = self.options.micro_batch if isinstance(self.options, TrainOptions) else None
+        return min(most or self.batch_size, self.batch_size)
+
 
 def preset_values(request: QuantizeRequest, preset: PresetName) -> dict[str, Any]:
     """Samples, length and epochs of the preset that a request names, or of ``preset``, where its method has them."""

@@ -21,6 +21,7 @@ from ulbq.finetuning.teacher import Targets, Teacher
 from ulbq.progress import Phase
 from ulbq.tracking import Log, nowhere
 from ulbq.training.optimizer import Group, make_optimizer
+from ulbq.training.pieces import Pieces
 
 # Float32 copies of a chunk's logits that live together: themselves, log-probabilities, gradients; the teacher's too.
 LOGIT_COPIES, LOGIT_COPIES_TAUGHT = 4, 10
@@ -42,6 +43,11 @@ class Trainer:
         seeds: of an epoch, counted from 1: of the order of its examples, of dropout and of the steps without adapter.
         folder: for the states.
         log: told every step's loss, and what the validation examples lose.
+
+    Attributes:
+        trained: the parameters.
+        steps: of all epochs.
+        pieces: that steps were taken in.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Trainer:
             parameter.requires_grad_(True)
         adapted = any(layer.adapter is not None for layer in student.layers.values())
         self._share = settings.base_share if adapted else 0.0
+        self.pieces = Pieces()
         if examples.ragged:
             runtime.map_large_blocks()
         self._steps_per_epoch = math.ceil(examples.training / settings.batch_size)
@@ -132,12 +139,13 @@ class Trainer:
     def _parts(self, indices: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
         """Examples in the portions that run at once, each with its share of all predictions that count.
 
-        Of several processes each gets its share of the portions, which may be none.
+        Of several processes each gets its share of the portions, which may be none, and cuts them as its memory wants.
         """
         whole = self._examples.predictions(indices)
         share = -(-len(indices) // distributed.size())
         parts = distributed.own(indices.split(min(share, self._settings.together(self._examples.length))))
-        return [(part, self._examples.predictions(part) / whole) for part in parts]
+        pieces = [piece for part in parts for piece in self.pieces.split(part)]
+        return [(piece, self._examples.predictions(piece) / whole) for piece in pieces]
 
     def _loss(self, indices: torch.Tensor, adapted: bool) -> torch.Tensor:
         """Loss of a few examples, a scalar in nats a token (and the hidden states' error)."""
@@ -221,17 +229,28 @@ class Trainer:
         self, last: TrainerCheckpoint, batch: torch.Tensor, optimizer: torch.optim.AdamW, adapted: bool
     ) -> TrainerCheckpoint:
         """One optimizer step on a batch of examples, a few of which run at once."""
-        summed: float | torch.Tensor = 0.0
-        with self._student.fast():
-            for part, share in self._parts(batch):
-                loss = self._loss(part, adapted) * share
-                loss.backward()
-                summed = summed + loss.detach().double()
+
+        def gradients() -> torch.Tensor:
+            summed = torch.zeros((), dtype=torch.float64, device=self.trained[0].device)
+            with self._student.fast():
+                for part, share in self._parts(batch):
+                    loss = self._loss(part, adapted) * share
+                    loss.backward()
+                    summed += loss.detach()
+            return summed
+
+        def undo() -> None:
+            optimizer.zero_grad()
+            for layer in self._student.layers.values():
+                layer.matrix = None
+
+        at_once = min(self._settings.together(self._examples.length), len(batch))
+        summed = self.pieces.run(at_once, gradients, undo)
         distributed.sum_gradients(self.trained)
         # Without a limit it only measures.
         norm = nn.utils.clip_grad_norm_(self.trained, self._settings.clip or math.inf).double()
         # Read together: a GPU is waited for once a step.
-        own, size = torch.stack([torch.as_tensor(summed, dtype=norm.dtype, device=norm.device), norm]).tolist()
+        own, size = torch.stack([summed.to(norm), norm]).tolist()
         (total,) = distributed.total(own)
         failed = "loss" if not math.isfinite(total) else "" if math.isfinite(size) else "gradient"
         if not failed:

@@ -186,6 +186,11 @@ class Needs:
     heldout_moments: bool = False
 
     @property
+    def trains(self) -> bool:
+        """Whether the weights of a block train, which takes several copies of them."""
+        return self.copies > 2
+
+    @property
     def originals(self) -> bool:
         """Whether the full-precision stream before the block is wanted."""
         return self.layerwise or self.drifts

@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 import torch
 from torch import nn
 
-from ulbq import formats
+from ulbq import distributed, formats
 from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import ClaqOptions
 from ulbq.formats import AnyScheme, codebook
@@ -129,16 +129,20 @@ class Claq:
             note = self._note(inputs, factor)
             if note:
                 notes.append((", ".join(linears), f"{note}."))
-            made = {}
-            for linear in linears:
+
+            def clustered(linear: str) -> tuple[AnyScheme, Packed]:
                 weight = task.weight(linear)
                 plan = self._plan(task.prefix + linear, weight, factor, budgets[linear])
                 plan = ColumnPlan(plan.widths.to(weight.device), plan.outliers.to(weight.device))
                 heldout = None if inputs.heldout is None else inputs.heldout.matrix
                 columns = claq(weight, hessian, factor, plan, self._settings, heldout).columns
-                scheme = schemes[linear] = allocation.scheme_of(plan, self.options.bits)
-                packed[linear] = codebook.pack(scheme, columns)
-                made[linear] = formats.dequantize(scheme, packed[linear], weight.shape[1])
+                scheme = allocation.scheme_of(plan, self.options.bits)
+                return scheme, codebook.pack(scheme, columns)
+
+            found = distributed.shared(linears, clustered, hessian.device)
+            made = {}
+            for linear, (schemes[linear], packed[linear]) in zip(linears, found, strict=True):
+                made[linear] = formats.dequantize(schemes[linear], packed[linear], len(hessian))
             return made
 
         one_by_one, heldout = self.options.true_sequential, self.needs.heldout_moments

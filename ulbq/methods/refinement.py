@@ -20,6 +20,7 @@ from ulbq.quantizers.trainable import TRAINABLE
 from ulbq.quantizers.unquantized import Unquantized
 from ulbq.training.block import BlockTrainer, TrainOutcome
 from ulbq.training.linear import TrainedLinear
+from ulbq.training.pieces import Pieces
 
 
 class Refinement:
@@ -38,6 +39,7 @@ class Refinement:
         self._settings = settings
         self._before = beginning_vectors(task)
         self._outcomes: list[TrainOutcome] = []
+        self._pieces = Pieces()
 
     def train(self, packed: dict[str, Packed], schemes: Mapping[str, AnyScheme]) -> None:
         """Train the block as it stands, and leave it with dense layers again.
@@ -62,7 +64,7 @@ class Refinement:
                 quantizers[linear] = fixed.from_packed(weight, stored, scheme, train_weights=False)
             block.set_submodule(linear, TrainedLinear(quantizers[linear].to(weight.device), layer.bias))
         with torch.enable_grad(), own_randomness(task.seed, task.precision.device):
-            trainer = BlockTrainer(block, self._data, self._settings, task.precision)
+            trainer = BlockTrainer(block, self._data, self._settings, task.precision, pieces=self._pieces)
             self._outcomes.append(trainer.train(task.seed, task.on_epoch))
         block.requires_grad_(False)
         for linear, layer in dense.items():
@@ -100,6 +102,7 @@ class Refinement:
             fallback=all(one.fallback for one in self._outcomes),
             diverged=any(one.diverged for one in self._outcomes),
             sinks=last.sinks,
+            at_once=last.at_once,
         )
 
     def moved(self) -> dict[str, torch.Tensor]:

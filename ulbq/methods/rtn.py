@@ -4,6 +4,7 @@ from typing import ClassVar, Self
 
 import torch
 
+from ulbq import distributed
 from ulbq.config.groups import AffineOptions, MethodOptions, UniformOptions
 from ulbq.config.methods import RtnOptions
 from ulbq.formats import AffineScheme, KQuantScheme, UniformScheme, affine, k_quant
@@ -39,12 +40,13 @@ class Rtn:
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block; only its weights are looked at."""
-        packed: dict[str, Packed] = {}
-        for linear in task.linears:
+
+        def rounded(linear: str) -> Packed:
             scheme = uniform_of(task, linear, self.scheme)
-            found = find_grids(task.weight(linear), scheme, search=self._search)
-            packed[linear] = pack_codes(linear, scheme, found)
-        return BlockResult(packed, schemes=task.schemes)
+            return pack_codes(linear, scheme, find_grids(task.weight(linear), scheme, search=self._search))
+
+        packed = distributed.shared(task.linears, rounded, task.precision.device)
+        return BlockResult(dict(zip(task.linears, packed, strict=True)), schemes=task.schemes)
 
 
 def uniform_of(task: BlockTask, linear: str, scheme: UniformScheme) -> UniformScheme:

@@ -23,6 +23,7 @@ from ulbq.training.layers import LayerwiseTrainer
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.objective import Penalty
 from ulbq.training.penalty import WeightPenalty
+from ulbq.training.pieces import Pieces
 
 MakeQuantizer = Callable[[torch.Tensor, torch.Tensor, Any], Quantizer]
 """A quantizer of a weight ``[out, in]``, its importance (``[in]``, the mean squared input) and its scheme."""
@@ -45,12 +46,13 @@ class BlockTraining:
         self._scheme = scheme
         self._go_on = go_on
         self._adapter = options.adapter_config()
+        self._pieces = Pieces()
 
     @property
     def needs(self) -> Needs:
         """What the blocks' tasks must hold."""
         options = self._options
-        weighted = any(stage.penalized and stage.penalty for stage in self._stages(0))
+        weighted = self._penalized(self._stages(0))
         return Needs(
             epochs=sum(stage.epochs for stage in self._stages(0)),
             augmented=options.augmented_loss,
@@ -82,15 +84,17 @@ class BlockTraining:
             raise ValueError("training needs activations")
         layerwise = self._options.granularity == "layer"
         reference = deepcopy(task.block) if layerwise else None
-        originals = {linear: task.weight(linear) for linear in task.linears}
+        stages, settings = self._stages(task.index), self._options.settings()
+        # Held for penalties alone: it is as much memory as the block.
+        penalized = task.linears if self._penalized(stages) else ()
+        originals = {linear: task.weight(linear) for linear in penalized}
         # After the copy: the reference keeps the model's own norms, the block goes on from the artifact's.
         beside = beginning_vectors(task)
         layers = {linear: self._install(task, linear, make) for linear in task.linears}
-        stages, settings = self._stages(task.index), self._options.settings()
         if reference is None:
             penalty = self._penalty(task, originals, task.linears, stages)
             trainer: BlockTrainer | LayerwiseTrainer = BlockTrainer(
-                task.block, task.data, settings, task.precision, stages=stages, penalty=penalty
+                task.block, task.data, settings, task.precision, stages=stages, penalty=penalty, pieces=self._pieces
             )
         else:
             trainer = LayerwiseTrainer(
@@ -101,6 +105,7 @@ class BlockTraining:
                 task.precision,
                 stages=stages,
                 penalty=lambda names: self._penalty(task, originals, names, stages),
+                pieces=self._pieces,
             )
         with own_randomness(task.seed, task.precision.device):
             outcome = trainer.train(task.seed, task.on_epoch)
@@ -157,10 +162,14 @@ class BlockTraining:
                 adapter.init_magnitude(quantizer.dense(quantizer()))
         return adapter
 
+    @staticmethod
+    def _penalized(stages: Sequence[Stage]) -> bool:
+        return any(stage.penalized and stage.penalty for stage in stages)
+
     def _penalty(
         self, task: BlockTask, originals: Mapping[str, torch.Tensor], names: Sequence[str], stages: Sequence[Stage]
     ) -> Penalty | None:
-        if not any(stage.penalized and stage.penalty for stage in stages):
+        if not self._penalized(stages):
             return None
         scores, power = task.saliency, self._options.saliency_power
         saliency = None if scores is None else {name: scores[name] ** power for name in names}

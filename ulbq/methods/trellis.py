@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 
 import torch
 
+from ulbq import distributed
 from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import TrellisOptions
 from ulbq.formats import AnyScheme, trellis
@@ -97,21 +98,26 @@ class TrellisMethod:
         notes: list[tuple[str, str]] = []
 
         def solve_layers(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
-            hessian, made = self._hessian(inputs), {}
+            hessian = self._hessian(inputs)
             if inputs.known_by < FEWEST_TOKENS * len(hessian):
                 few = f"{inputs.known_by} tokens are too few for {len(hessian)} columns"
                 notes.append((", ".join(linears), f"errors are not made good in other tiles, {few}."))
-            for linear in linears:
-                weight = task.weight(linear)
+            schemes.update({linear: self._scheme(task, linear) for linear in linears})
+
+            def coded(linear: str) -> tuple[Packed, torch.Tensor, float]:
+                weight, scheme = task.weight(linear), self._scheme(task, linear)
                 generator = torch.Generator().manual_seed(task.seed ^ zlib.crc32(linear.encode()))
-                scheme = schemes[linear] = self._scheme(task, linear)
                 between = task.between(linear)
                 found = solve(weight, hessian, scheme, generator, outputs=between, **self.options.feedback)
-                if found.damping > self.options.damping:
-                    notes.append((linear, f"damping raised to {found.damping:g}, its inputs are singular."))
-                packed[linear] = trellis.pack(scheme, found.trellis)
-                check_packed(linear, scheme, packed[linear], found.weight)
-                made[linear] = found.weight
+                stored = trellis.pack(scheme, found.trellis)
+                check_packed(linear, scheme, stored, found.weight)
+                return stored, found.weight, found.damping
+
+            made = {}
+            shared = distributed.shared(linears, coded, hessian.device)
+            for linear, (packed[linear], made[linear], damping) in zip(linears, shared, strict=True):
+                if damping > self.options.damping:
+                    notes.append((linear, f"damping raised to {damping:g}, its inputs are singular."))
             return made
 
         settle = None if refinement is None else partial(refinement.train, packed, schemes)

@@ -105,6 +105,8 @@ class BlockQuantizer:
         originals = {linear: linear_layer(block, linear).weight.detach() for linear in linears}
         for linear, weight in originals.items():
             check_range(prefix + linear, weight)
+        if job.method.needs.trains:
+            originals = {linear: set_aside(weight) for linear, weight in originals.items()}
         epochs = 0
 
         def on_epoch(error: float) -> None:
@@ -139,7 +141,9 @@ class BlockQuantizer:
         layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
         records: dict[str, Any] = {
             "layers": [
-                layer_record(job, prefix + name, originals[name], result.packed[name], result.schemes.get(name))
+                layer_record(
+                    job, prefix + name, _back(originals[name], job), result.packed[name], result.schemes.get(name)
+                )
                 for name in linears
             ]
         }
@@ -194,12 +198,24 @@ class BlockQuantizer:
             self._progress.warn(sentence)
 
 
+def set_aside(weight: torch.Tensor) -> torch.Tensor:
+    """A weight out of training's way: in the process's memory, and in half precision where that changes no value."""
+    halves = (weight.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return next((half for half in halves if torch.equal(half.float(), weight)), weight).cpu()
+
+
+def _back(weight: torch.Tensor, job: Job) -> torch.Tensor:
+    return weight.to(job.precision.device, torch.float32)
+
+
 def _outcome_notes(outcome: TrainOutcome) -> list[tuple[str, str]]:
     """What a person must read of how a block trained."""
     found = []
     if outcome.fallback:
         why = "diverged" if outcome.diverged else "did not improve"
         found.append(("", f"{why} in training and kept the closed-form start."))
+    if outcome.at_once:
+        found.append(("", f"trained {outcome.at_once} samples at a time: the device had no room for more."))
     if outcome.end_error > _ALARM:
         found.append(("", f"ended at a relative error of {outcome.end_error:.2f}: expect the worst."))
     return found

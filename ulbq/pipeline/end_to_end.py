@@ -120,6 +120,8 @@ def _train(phase: _Phase, log: Log) -> TrainerCheckpoint:
     )
     with phase.progress.phase("Training end to end", trainer.steps) as bar:
         last = trainer.train(latest(writer), bar, partial(note, writer))
+    if trainer.pieces.said:
+        phase.progress.note(trainer.pieces.said)
     if last.best[0]:
         _write(phase, student)
     return last

@@ -189,7 +189,10 @@ def _train(job: FinetuneJob, trainer: Trainer, writer: ArtifactWriter, progress:
         note(writer, checkpoint, files)
 
     with progress.phase(f"Learning {job.request.task}", job.plan.steps) as bar, writing(writer.out):
-        return trainer.train(latest(writer), bar, on_checkpoint)
+        last = trainer.train(latest(writer), bar, on_checkpoint)
+    if trainer.pieces.said:
+        progress.note(trainer.pieces.said)
+    return last
 
 
 def _measure(trainer: Trainer, progress: Progress) -> float:

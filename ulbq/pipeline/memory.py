@@ -14,12 +14,11 @@ from ulbq.methods.base import Needs
 from ulbq.methods.in_sequence import FEWEST_TOKENS
 from ulbq.models.blocks import Linear, block_list
 from ulbq.models.tables import has_plain_tables
+from ulbq.solvers.hessian import factor_memory
 
 FLOAT, HALF = 4, 2
-# Columns² of a Hessian while it is factored (`solvers/hessian.py`): float64 as reversed, as factored and as turned
-# back, and the float32 that comes of it.
-_FACTOR_BYTES = 3 * 8 + FLOAT
-# The same as a drift of inputs is made good (`solvers/drift.py`): both sums in float64, the factor and what is solved.
+# Columns² of a Hessian as a drift of inputs is made good (`solvers/drift.py`): both sums in float64, the factor, and
+# what is solved.
 _DRIFT_BYTES = 4 * 8 + FLOAT
 OPENED_COPIES = 2
 """Of an artifact's weights that live together while it is opened at the end of a run."""
@@ -219,7 +218,7 @@ def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int) -> int:
             enough = tokens >= FEWEST_TOKENS * columns
             if enough or not needs.rounds_few:
                 factored = max(columns, wide(layers)) if needs.between_outputs else columns
-                solving = max(solving, _FACTOR_BYTES * factored**2 + (FLOAT * size if needs.stacked else 0))
+                solving = max(solving, factor_memory(factored) + (FLOAT * size if needs.stacked else 0))
             if enough and drifts:
                 solving, correcting = solving + FLOAT * whole, _DRIFT_BYTES * columns**2
             most = max(most, solved + live + max(solving, correcting))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ from ulbq.methods.rtn import PACKING_BYTES
 from ulbq.models.blocks import Linear, ModelStructure
 from ulbq.pipeline.memory import (
     FLOAT,
+    HALF,
     OPENED_COPIES,
     TABLE_PART,
     Sizes,
@@ -57,7 +59,8 @@ class Cost(BaseModel):
     """Predicted cost of a run, in bytes.
 
     Attributes:
-        peak_memory: largest resident memory of the process (CPU), or of process and device together.
+        peak_memory: largest resident memory of the process.
+        device_memory: the most that is taken on a GPU; 0 where the run has none.
         disk: the artifact plus what lies on disk meanwhile.
         artifact: the finished folder's weights.
     """
@@ -65,15 +68,24 @@ class Cost(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     peak_memory: int
+    device_memory: int = 0
     disk: int
     artifact: int
 
 
 class _Need(NamedTuple):
-    """Bytes of a phase."""
+    """Bytes of a phase.
+
+    Attributes:
+        memory: all of it, on a CPU.
+        host: where the work is done on a GPU, what is in the process's memory.
+        device: and what is on the GPU at least; None for the rest of ``memory``.
+    """
 
     memory: int
-    disk: int
+    host: int = 0
+    disk: int = 0
+    device: int | None = None
 
 
 def predict(
@@ -108,14 +120,22 @@ def predict(
     started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
     blocks, whole = run.untouched() if blocks_stay else run.blocks(), run.end_to_end()
     # One phase after the other: what one leaves free goes back to the system.
-    phases = [run.copying(), blocks.memory, run.temperature(), whole.memory]
+    phases = [run.copying(), blocks, run.temperature(), whole]
     if run.writes:
-        phases.append(run.writing())
-    memory = started + gguf_size + max(phases)
+        phases.append(_Need(run.writing()))
+    on_gpu = precision.device.type == "cuda"
+    needed = (phase.memory - phase.host if phase.device is None else phase.device for phase in phases)
+    device = max(needed) if on_gpu else 0
+    # What goes to a GPU passes the process's memory, one tensor after the other.
+    held = (phase.host + run.passing() if on_gpu else phase.memory for phase in phases)
+    memory = started + gguf_size + max(held)
     # Opened again at the end; block by block where all of it would be the most there is.
     opened = load_memory(artifact, 2 * run.sizes.table)
     if OPENED_COPIES * artifact > memory:
-        opened = 2 * run.sizes.outer + run.packed() // found.n_blocks
+        # A block as it is read, and in the layout of its products.
+        block = 2 * run.packed() // found.n_blocks
+        ending = run.sizes.ending + run.sizes.head
+        opened = _COPIED * max(run.sizes.embedded, ending) + block
     memory = max(memory, started + opened)
     # Adapters and tables lie in the scratch folder too, the tuned blocks beside those whose places they take.
     beside = adapters + packed_tables + _TOKENIZER_BYTES * run.sizes.vocabulary
@@ -123,12 +143,15 @@ def predict(
     disk = artifact + beside + max(blocks.disk, tuned)
     if method.needs.saliency in KINDS and not blocks_stay:
         peak, on_disk, scores = run.scoring(TypeAdapter(SaliencyKind).validate_python(method.needs.saliency))
-        memory, disk = max(memory, peak), max(disk + scores, on_disk)
+        memory, device = (memory, max(device, peak - started)) if on_gpu else (max(memory, peak), 0)
+        disk = max(disk + scores, on_disk)
     if run.needs.output_groups and not blocks_stay:
         costs = sum(run.output_costs(block) for block in found.linears)
         peak, on_disk, _ = run.scoring("fisher")
-        memory, disk = max(memory, peak + max(map(run.output_costs, found.linears))), max(disk, on_disk) + costs
-    return Cost(peak_memory=memory, disk=disk, artifact=artifact)
+        peak += max(map(run.output_costs, found.linears))
+        memory, device = (memory, max(device, peak - started)) if on_gpu else (max(memory, peak), 0)
+        disk = max(disk, on_disk) + costs
+    return Cost(peak_memory=memory, device_memory=device, disk=disk, artifact=artifact)
 
 
 def whole_memory(
@@ -226,11 +249,16 @@ class _Sizes:
         batches = steps * ceil(settings.batch_size / together) + ceil(rest / together)
         return settings.epochs * batches + (settings.epochs + 1) * ceil(heldout_samples(training) / together)
 
-    def copying(self) -> int:
+    def passing(self) -> int:
+        """Bytes of the largest tensor on its way to a GPU: as it is stored, and in float32."""
+        return (HALF + FLOAT) * max(self.sizes.table, layer_size(self.layers))
+
+    def copying(self) -> _Need:
         """What is no block, as it is written out."""
         # A table as it is packed: what is packed twice, and of some rows what their rounding takes.
         packing = 2 * self.tables_held()[1] + (round(PACKING_BYTES * TABLE_PART) if self.tables else 0)
-        return (_COPIED_FROM_GGUF if self.gguf_size else _COPIED) * self.sizes.outer + packing
+        copied = (_COPIED_FROM_GGUF if self.gguf_size else _COPIED) * self.sizes.outer + packing
+        return _Need(copied, copied)
 
     def tables_held(self) -> tuple[int, int]:
         """Values of the tables that are packed, and bytes that they take."""
@@ -244,21 +272,43 @@ class _Sizes:
 
     def blocks(self) -> _Need:
         """The walk over the blocks, beside the artifact."""
-        largest = max(map(self._block, range(self.found.n_blocks)))
+        every = range(self.found.n_blocks)
+        largest = max(map(self._block, every))
+        on_gpu = max(self._block(index, on_gpu=True) for index in every)
         if not self.method.Options.calibrated:
-            return _Need(largest, 0)
+            return _Need(largest)
         held = self.samples + heldout_samples(self.samples)
         # Each has its share of the memory, and lies on disk whole where that is not enough.
         stores = [FLOAT * held * self.length * width for width in self._widths()]
         kept = sum(size for size in stores if size <= self.limit // self.needs.stores)
-        return _Need(max(self.sizes.walk_begins(kept), largest + kept), sum(stores) - kept)
+        memory = max(self.sizes.walk_begins(kept), largest + kept)
+        aside = max(map(self._aside, every))
+        return _Need(memory, kept + aside, sum(stores) - kept, max(self.sizes.walk_begins(0), on_gpu))
 
     def untouched(self) -> _Need:
         """Copying blocks that stay: one of them in float32, to say how far its layers are from the model's."""
-        return _Need(FLOAT * max(self.sizes.inside) + compared_layer(self.layers), 0)
+        return _Need(FLOAT * max(self.sizes.inside) + compared_layer(self.layers))
 
-    def _block(self, index: int) -> int:
-        """Bytes at the peak of one block's work.
+    def _aside(self, index: int) -> int:
+        """Bytes of what a GPU may have no room for while a block trains: the weights as read, and snapshots."""
+        snapshots = 2 * FLOAT * self._trains(index) if self.needs.trains else 0
+        return snapshots + self._as_read(index)
+
+    def _as_read(self, index: int) -> int:
+        """Bytes of a block's weights beside what trains: to be compared with, or looked at by a penalty."""
+        exact = self.model.config.get_text_config().dtype in (torch.bfloat16, torch.float16)
+        halved = exact and self.needs.trains and self.needs.saliency is None
+        return (HALF if halved else FLOAT) * self.quantized[index]
+
+    def _trains(self, index: int) -> int:
+        """Weights of a block that train at once: all, or those of layers that read the same input."""
+        if not self.needs.layerwise:
+            return self.quantized[index]
+        groups = input_groups(self.found.linears[index]).values()
+        return max((sum(x.out_features * x.in_features for x in layers) for layers in groups), default=0)
+
+    def _block(self, index: int, *, on_gpu: bool = False) -> int:
+        """Bytes at the peak of one block's work, or what of it is on a GPU at least.
 
         First its layers are solved, or where a search or rounding begins their training, one after the other. Then
         they train: at the start of the way back their matrices and all activations live; at its end, or as the best of
@@ -275,18 +325,18 @@ class _Sizes:
         passing = tokens * passed_activations(self.sizes.hidden, wide(linears)) if self.method.Options.calibrated else 0
         phases = [held + solving, held + passing, held + compared_layer(linears)]
         if needs.epochs or needs.adapter is not None:
-            phases.append(held + self._training(index, tokens))
+            trained = min(self.request.at_once, self.samples) * self.length
+            training = held - FLOAT * quantized + self._training(index, trained)
+            aside = self._aside(index) if on_gpu and needs.saliency is None else 0
+            phases.append(training + self._as_read(index) - aside)
         return max(phases)
 
     def _training(self, index: int, tokens: int) -> int:
         """Bytes of a block's training beside the block as it was read."""
         linears, quantized, copies = self.found.linears[index], self.quantized[index], self.needs.copies - 1
         fixed = _ADAPTER_COPIES * FLOAT * self.adapter_values(linears)
-        trains = quantized
-        if self.needs.layerwise:
-            # A reference, and one set of layers that read the same input after the other.
-            groups = input_groups(linears).values()
-            trains = max((sum(x.out_features * x.in_features for x in layers) for layers in groups), default=0)
+        trains = self._trains(index)
+        if self.needs.layerwise:  # a reference
             fixed += FLOAT * (self.sizes.inside[index] + quantized - trains)
         gradients = FLOAT * trains if copies > 1 else 0
         kept = tokens * trained_activations(self.sizes.hidden, wide(linears), self.itemsize)
@@ -306,16 +356,16 @@ class _Sizes:
         (_, columns), rows = max(groups.items(), key=lambda group: 2 * group[0][1] + outputs * group[1])
         return widths + [columns] * 2 + [rows] * outputs
 
-    def temperature(self) -> int:
+    def temperature(self) -> _Need:
         """Bytes of fitting the temperature: the held-out streams, a block or the head, and the logits of a chunk."""
         if not self.request.fit_temperature:
-            return 0
+            return _Need(0)
         sizes = self.sizes
         streams = FLOAT * 2 * heldout_samples(self.samples) * self.length * sizes.hidden
         # Of a packed head the original and what is stored.
         head = (2 if self.tables else 1) * FLOAT * sizes.ending + 2 * sizes.head_at_work(self.itemsize)
         head += head_memory(sizes.vocabulary, self.length)
-        return streams + max(head, sizes.walk_begins(0))
+        return _Need(streams + max(head, sizes.walk_begins(0)), streams)
 
     def end_to_end(self) -> _Need:
         """The end-to-end phase: memory, and its states on disk; 0 without one.
@@ -327,7 +377,7 @@ class _Sizes:
         """
         settings, sizes = self.needs.end_to_end, self.sizes
         if settings is None:
-            return _Need(0, 0)
+            return _Need(0)
         beside = self._trained_beside_weights()
         trained = beside + (sum(self.quantized) if settings.train == "all" else 0)
         tokens = settings.together(self.length) * self.length
@@ -345,7 +395,9 @@ class _Sizes:
         training = teacher + student + self._step(settings, tokens) + logits + heads
         # Values and moments.
         states = settings.states(self.request.text_samples) * 3 * FLOAT * trained
-        return _Need(_TRAINING_LIBRARY + max(asking, reading, training), states + cached)
+        kept = teacher if settings.needs_teacher and settings.teacher == "cached" else 0
+        memory = _TRAINING_LIBRARY + max(asking, reading, training)
+        return _Need(memory, _TRAINING_LIBRARY + kept, states + cached)
 
     def _teacher(self, settings: FinetuneSettings) -> tuple[int, int, int]:
         """Bytes of a teacher beside the student, of a teacher at the most before it is there, and on disk."""

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ulbq import formats, runtime
 from ulbq.blockwise.samples import Samples
-from ulbq.blockwise.streamed import StreamedModel
+from ulbq.blockwise.streamed import AnyModel, StreamedModel
 from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import InputError, NumericsError
 from ulbq.export.dense import open_again
@@ -172,15 +172,29 @@ def _run(
     if target is None or candidate is None:
         source = opened or open_again(folder)
         if streamed:
-            model = StreamedModel(source, dtype=_DTYPE, device=torch.device("cpu"), directory=folder).whole()
+            _run_streamed(StreamedModel(source, dtype=_DTYPE, device=torch.device("cpu"), directory=folder))
         else:
-            model = load_model(source, dtype=_DTYPE)
-        _generate(model)
+            _generate(load_model(source, dtype=_DTYPE))
         return f"Opened again, and ran {_TOKENS} tokens."
     if (why := target.unopened_reason(candidate, folder)) is not None:
         return why
     _generate(target.load(folder, _DTYPE))
     return f"{target.opened}, and ran {_TOKENS} tokens."
+
+
+def _run_streamed(model: StreamedModel) -> None:
+    """Run tokens through one part of a model after the other: its embedding and head are not in memory together.
+
+    Raises:
+        NumericsError: as :func:`_generate`.
+    """
+    try:
+        passed = model.pass_blocks(torch.full((1, _TOKENS), _first_token(model)), 1)
+    except InputError:
+        # Blocks that are no plain chain can write. Whatever else is wrong shows again.
+        _generate(model.whole())
+        return
+    _check_finite(passed.logits(slice(0, 1)))
 
 
 @torch.inference_mode()
@@ -197,13 +211,18 @@ def _generate(model: PreTrainedModel) -> None:
         output_logits=True,
         return_dict_in_generate=True,
     )
-    if not all(logits.isfinite().all() for logits in found.logits):
+    _check_finite(torch.stack(found.logits))
+
+
+def _check_finite(logits: torch.Tensor) -> None:
+    """Refuse predictions that are no numbers. Raises NumericsError."""
+    if not logits.isfinite().all():
         raise NumericsError(
             "What was written predicts what is no number, in bf16.",
             hint="Try 'ulbq eval --dtype fp32' on the model that it was made from: it may overflow itself.",
         )
 
 
-def _first_token(model: PreTrainedModel) -> int:
+def _first_token(model: AnyModel) -> int:
     first = getattr(model.config.get_text_config(), "bos_token_id", None)
     return first if isinstance(first, int) else 0

@@ -28,6 +28,7 @@ from ulbq.pipeline.finish import (
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare, replanned
+from ulbq.pipeline.room import check_room
 from ulbq.pipeline.samples import check_images, draw, draw_text, written_samples
 from ulbq.pipeline.sensitivity import decided, score_weights, weigh_layer_outputs
 from ulbq.pipeline.tables import read_tables, with_tables
@@ -65,13 +66,14 @@ def quantize(
 
     Raises:
         UsageError, InputError: as :func:`plan`; also where the output is taken or another run's.
-        ResourceError: data, memory or disk are missing.
+        ResourceError: data, memory or disk are missing, or far more memory is predicted than is free.
         NumericsError: the numbers went wrong beyond repair. The finished blocks stay for a resumed run.
     """
     progress = Recording(progress or Silent())
     job = prepare(request, progress)
     if on_plan is not None:
         on_plan(job.plan)
+    check_room(job, progress)
     watch = runtime.Stopwatch()
     runtime.seed_everything(job.request.seed)
     drawn, text = _drawn(job, watch, progress)

@@ -20,6 +20,7 @@ from ulbq.pipeline.samples import choose_streamed, default_calibration
 from ulbq.progress import Progress
 from ulbq.sensitivity import SaliencySettings
 from ulbq.sensitivity.head import head_memory
+from ulbq.sensitivity.passing import kept_every, kept_stores
 from ulbq.sensitivity.settings import BACKWARD
 from ulbq.training.precision import Precision
 
@@ -195,8 +196,10 @@ def predict_scoring(
     block = max(sizes.inside)
     memory, disk = _SCORED[request.kind] * block + written, artifact
     if request.kind != "magnitude":
-        activations = FLOAT * samples * length * sizes.hidden * (found.n_blocks + 1 if backward else 1)
-        kept = min(activations, request.activation_memory or 0)
+        store, limit = FLOAT * samples * length * sizes.hidden, request.activation_memory or 0
+        every = kept_every(found.n_blocks, fits=store * (found.n_blocks + 1) <= limit)
+        activations = store * (kept_stores(found.n_blocks, every) if backward else 1)
+        kept = min(activations, limit)
         together = min(request.batch_size or 1, samples or 1) * length
         step = together * passed_activations(sizes.hidden, wide(layers))
         if backward:

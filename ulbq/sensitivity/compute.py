@@ -133,6 +133,7 @@ class _Scoring:
         loss = passing.turn()
         first = min(index for index in range(self.found.n_blocks) if index not in self.done)
         for index in reversed(range(first, self.found.n_blocks)):
+            passing.reach(index)
             block = passing.walk.load(index)
             if index in self.done:
                 passing.backward(index, block)

@@ -119,6 +119,7 @@ def weigh_outputs(
             phase.advance(detail=f"block {index} forward")
         passing.turn(settings.seed)
         for index in reversed(range(left[0], found.n_blocks)):
+            passing.reach(index)
             block = passing.walk.load(index).requires_grad_(False)
             prefix = f"{found.blocks_prefix}.{index}."
             names = [linear.name.removeprefix(prefix) for linear in found.linears[index]]

@@ -1,5 +1,6 @@
 """Hidden states on their way through a model's blocks, and the gradient of the loss on its way back."""
 
+from math import ceil, isqrt
 from pathlib import Path
 
 import torch
@@ -11,15 +12,28 @@ from ulbq.blockwise.activations import ActivationStore
 from ulbq.blockwise.samples import Samples
 from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import NumericsError
+from ulbq.models.blocks import block_list
 from ulbq.models.source import ModelSource
 from ulbq.sensitivity.head import LossHead
 from ulbq.sensitivity.settings import PassSettings
 
 
-class Passing:
-    """One block at a time forward, every block's inputs kept, and one at a time back.
+def kept_every(blocks: int, *, fits: bool) -> int:
+    """Of how many blocks the inputs of one are kept: of each where memory holds all, else so that least is stored."""
+    return 1 if fits else max(1, isqrt(blocks))
 
-    Of several processes each has its share of the samples.
+
+def kept_stores(blocks: int, every: int) -> int:
+    """How many blocks' inputs are there at once, those of one stretch that is run again and the outputs too."""
+    return ceil(blocks / every) + every
+
+
+class Passing:
+    """One block at a time forward, inputs kept, and one at a time back.
+
+    Where memory holds the inputs of all blocks they are kept. Else those of every n-th block are, and on the way back
+    the blocks between two of them run once more: on disk lie twice the root of as many stores instead of all, for one
+    way forward in three. The numbers are the same. Of several processes each has its share of the samples.
 
     Args:
         model: a skeleton of the source's model.
@@ -51,18 +65,33 @@ class Passing:
             directory=scratch,
             batch_size=settings.batch_size,
         )
-        self._stores = [self._counted(self.walk.hidden)]
+        blocks, hidden = len(block_list(model)[1]), self.walk.hidden
+        # Images add to hidden states between blocks, once.
+        fits = samples.inputs is not None or hidden.nbytes * (blocks + 1) <= settings.activation_memory
+        self._every = kept_every(blocks, fits=fits)
+        self._stores = {0: self._counted(hidden)}
 
     def forward(self, index: int, block: nn.Module, *, keep: bool) -> None:
-        """Pass a block; ``keep`` its inputs for the way back."""
-        inputs, settings = self._stores[-1], self._settings
-        outputs = self._like(inputs) if keep else inputs
+        """Pass a block; ``keep`` what the way back wants of its inputs."""
+        kept = keep and index % self._every == 0
+        inputs = self._stores[index] if kept else self._stores.pop(index)
+        outputs = self._like(inputs) if kept else inputs
+        self._advance(index, block, inputs, outputs)
+        self.walk.add_between(index, outputs)
+        self._stores[index + 1] = outputs
+
+    def reach(self, index: int) -> None:
+        """Have the inputs of a block there on the way back: those that were not kept are computed again."""
+        for before in range(max(kept for kept in self._stores if kept <= index), index):
+            inputs = self._stores[before]
+            self._stores[before + 1] = self._like(inputs)
+            self._advance(before, self.walk.load(before), inputs, self._stores[before + 1])
+
+    def _advance(self, index: int, block: nn.Module, inputs: ActivationStore, outputs: ActivationStore) -> None:
+        settings = self._settings
         self.walk.advance(
             index, block, inputs, outputs, batch_size=settings.batch_size, context=settings.precision.autocast
         )
-        self.walk.add_between(index, outputs)
-        if keep:
-            self._stores.append(outputs)
 
     def turn(self, seed: int | None = None) -> float:
         """Put the gradient in the place of the last block's outputs. Returns the mean loss of the sequences.
@@ -70,7 +99,7 @@ class Passing:
         Args:
             seed: of tokens that the model predicts, drawn where the text's own would be; None for the text's own.
         """
-        outputs, precision = self._stores[-1], self._settings.precision
+        outputs, precision = self._stores[max(self._stores)], self._settings.precision
         head = LossHead(self._model, self._source, precision, extras=self.walk.extras)
         losses = torch.empty(len(self._tokens), dtype=torch.float64)
         for row in range(len(self._tokens)):
@@ -88,8 +117,11 @@ class Passing:
         return distributed.mean(losses).item()
 
     def backward(self, index: int, block: nn.Module) -> None:
-        """Take the gradient from behind a block to before it. Its inputs, now of no more use, are let go."""
-        gradients, inputs = self._stores.pop(), self._stores[-1]
+        """Take the gradient from behind a block to before it. Its inputs, now of no more use, are let go.
+
+        They have to be there (:meth:`reach`).
+        """
+        gradients, inputs = self._stores.pop(index + 1), self._stores[index]
         for row in range(len(self._tokens)):
             one = slice(row, row + 1)
             hidden = inputs.get(one).to(self._settings.precision.device).requires_grad_()
@@ -99,7 +131,7 @@ class Passing:
                 torch.autograd.backward(output, gradients.get(one).to(output))
             if hidden.grad is not None:
                 gradients.set(row, hidden.grad)
-        self._stores[-1] = gradients
+        self._stores[index] = gradients
         self._room += inputs.nbytes if inputs.in_memory else 0
 
     def _like(self, store: ActivationStore) -> ActivationStore:

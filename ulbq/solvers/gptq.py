@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ulbq import distributed
 from ulbq.formats import AffineScheme, UniformScheme
 from ulbq.formats.k_quant import KQuant
 from ulbq.kernels import solver_launch, solvers
@@ -180,7 +181,7 @@ def gptq(
     factor = factorize(hessian, damping=settings.damping, order=order)
     if outputs is None:
         parts = weight.split(max(1, AT_ONCE // weight.shape[1]))
-        return _joined([_solve(part, factor, scheme, settings) for part in parts])
+        return _joined([_shared(part, factor, scheme, settings) for part in parts])
     order = activation_order(outputs) if settings.act_order else None
     rows = factorize(outputs, damping=settings.damping, order=order)
     found: list[Solution] = []
@@ -215,14 +216,28 @@ def _values(codes: UniformCodes) -> torch.Tensor:
     return values
 
 
+def _shared(weight: torch.Tensor, factor: HessianFactor, scheme: UniformScheme, settings: GptqSettings) -> Solution:
+    """Quantize rows that know nothing of each other, some of them in each process."""
+    parts = weight.split(-(-len(weight) // distributed.size()))
+    tried = distributed.shared(parts, lambda rows: _tried(rows, factor, scheme, settings), weight.device)
+    return min(map(_joined, zip(*tried, strict=True)), key=lambda solution: solution.loss)
+
+
 def _solve(weight: torch.Tensor, factor: HessianFactor, scheme: UniformScheme, settings: GptqSettings) -> Solution:
     """Quantize rows that know nothing of each other."""
+    return min(_tried(weight, factor, scheme, settings), key=lambda solution: solution.loss)
+
+
+def _tried(
+    weight: torch.Tensor, factor: HessianFactor, scheme: UniformScheme, settings: GptqSettings
+) -> list[Solution]:
+    """What was found for rows, of which the one with the lowest loss counts."""
     group_size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
     if isinstance(scheme, AffineScheme) and not settings.act_order and group_size < weight.shape[1]:
         # Every group has to lie in one block, where its grid can be found.
         block_size = group_size * max(1, settings.block_size // group_size)
         found = _pass(weight, factor, scheme, settings.search, block_size, None)
-        return Solution(found.codes, found.loss, factor.damping)
+        return [Solution(found.codes, found.loss, factor.damping)]
     solutions = []
     values = weight
     for _ in range(2 if settings.search else 1):
@@ -230,7 +245,7 @@ def _solve(weight: torch.Tensor, factor: HessianFactor, scheme: UniformScheme, s
         found = _pass(weight, factor, scheme, settings.search, settings.block_size, grids)
         solutions.append(Solution(found.codes, found.loss, factor.damping))
         values = found.seen
-    return min(solutions, key=lambda solution: solution.loss)
+    return solutions
 
 
 class _Passed(NamedTuple):

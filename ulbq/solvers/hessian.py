@@ -17,6 +17,8 @@ _STRIP = 1024
 """Columns of a sum of squares that are added up at once, of those on and below the diagonal alone."""
 _WHOLE = 512
 """A triangular matrix of up to so many rows is inverted at once."""
+_SOLVED = 4096
+"""Rows or columns that are factored, or solved for, at once."""
 
 _TINY = 1e-12
 """A token whose input is smaller counts for nothing."""
@@ -146,6 +148,14 @@ def activation_order(hessian: torch.Tensor) -> torch.Tensor:
     return hessian.diagonal().argsort(descending=True, stable=True)
 
 
+def factor_memory(columns: int) -> int:
+    """Bytes that :func:`factorize` takes beside a Hessian, its result among them."""
+    double, single = 8 * columns**2, 4 * columns**2
+    # A square is factored in a copy of its own; strips of the result are turned round as they are rounded.
+    factoring, ending = 16 * min(columns, _SOLVED) ** 2, single + 8 * columns * min(columns, _STRIP)
+    return double + max(factoring, ending)
+
+
 @torch.no_grad()
 def factorize(hessian: torch.Tensor, *, damping: float = 0.01, order: torch.Tensor | None = None) -> HessianFactor:
     """Damp, permute and factor a Hessian; the arithmetic is float64.
@@ -169,10 +179,8 @@ def factorize(hessian: torch.Tensor, *, damping: float = 0.01, order: torch.Tens
     order = torch.arange(len(hessian), device=hessian.device) if order is None else order
     dead = hessian.diagonal() <= 0
     reverse = order.flip(0)
-    reversed_ = hessian[reverse][:, reverse].double()
     while True:
-        reversed_.diagonal().copy_(damped_diagonal(hessian, damping)[reverse])
-        upper = _inverse_factor(reversed_)
+        upper = _inverse_factor(hessian, damped_diagonal(hessian, damping), reverse)
         if upper is not None:
             return HessianFactor(upper, order, dead, _importance(upper, order, dead), damping)
         if damping >= _MOST_DAMPING:
@@ -197,16 +205,45 @@ def _importance(upper: torch.Tensor, order: torch.Tensor, dead: torch.Tensor) ->
     return cost if dead.all() else cost.masked_fill(dead, cost[~dead].min().item())
 
 
-def _inverse_factor(reversed_: torch.Tensor) -> torch.Tensor | None:
-    """U of a Hessian whose columns come last first; None where it is singular."""
-    lower, failed = torch.linalg.cholesky_ex(reversed_)
-    if failed.item():
+def _inverse_factor(hessian: torch.Tensor, diagonal: torch.Tensor, reverse: torch.Tensor) -> torch.Tensor | None:
+    """U of a Hessian with this diagonal, its columns taken last first; None where it is singular.
+
+    There is one matrix in float64, which is filled, factored and inverted in its place.
+    """
+    size = len(hessian)
+    lower = torch.empty(size, size, dtype=torch.float64, device=hessian.device)
+    for first in range(0, size, _STRIP):
+        lower[first : first + _STRIP] = hessian[reverse[first : first + _STRIP]][:, reverse]
+    lower.diagonal().copy_(diagonal[reverse])
+    if not _factor_(lower):
         return None
     _invert_(lower)
-    inverse = lower.flip(0, 1).float()
+    inverse = torch.empty_like(hessian, memory_format=torch.contiguous_format)
+    for first in range(0, size, _STRIP):
+        last = min(first + _STRIP, size)
+        inverse[first:last] = lower[size - last : size - first].flip(0, 1)
+    del lower  # what looks at all values takes as much again
     # Float32 has less room than float64: a step would be divided by a diagonal of 0 or infinity.
     usable = torch.isfinite(inverse).all() and (inverse.diagonal() > 0).all()
     return inverse if usable else None
+
+
+def _factor_(matrix: torch.Tensor) -> bool:
+    """Put a matrix's Cholesky factor in its place; False where it is singular, and left half done."""
+    for first in range(0, len(matrix), _SOLVED):
+        last = first + _SOLVED
+        before = matrix[first:last, :first]
+        square = matrix[first:last, first:last].addmm_(before, before.mT, alpha=-1)
+        lower, failed = torch.linalg.cholesky_ex(square)
+        if failed.item():
+            return False
+        square.copy_(lower)
+        for at in range(last, len(matrix), _SOLVED):
+            rows = matrix[at : at + _SOLVED]
+            below = rows[:, first:last].addmm_(rows[:, :first], before.mT, alpha=-1)
+            below.copy_(torch.linalg.solve_triangular(lower.mT, below, upper=True, left=False))
+        matrix[first:last, last:] = 0
+    return True
 
 
 def _invert_(lower: torch.Tensor) -> None:
@@ -220,8 +257,10 @@ def _invert_(lower: torch.Tensor) -> None:
         return
     half = len(lower) // 2
     above, corner, below = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    right = torch.linalg.solve_triangular(above, corner, upper=False, left=False)
-    corner.copy_(torch.linalg.solve_triangular(below, right, upper=False)).neg_()
+    for rows in corner.split(_SOLVED):
+        rows.copy_(torch.linalg.solve_triangular(above, rows, upper=False, left=False))
+    for columns in corner.split(_SOLVED, 1):
+        columns.copy_(torch.linalg.solve_triangular(below, columns, upper=False)).neg_()
     _invert_(above)
     _invert_(below)
 

@@ -21,6 +21,7 @@ from ulbq.training.optimizer import (
     sign_descent,
     snapshot,
 )
+from ulbq.training.pieces import Pieces
 from ulbq.training.precision import Precision
 
 _RETRY_FACTOR = 0.25
@@ -38,6 +39,7 @@ class TrainOutcome:
         fallback: no training improved on the closed-form start, which is what the block now holds.
         diverged: a loss was not finite at least once.
         sinks: held-out tokens that became attention sinks, which they are not in full precision.
+        at_once: samples of a step that ran at once, as the device had no room for more; 0 where it had for all.
     """
 
     start_error: float
@@ -47,6 +49,7 @@ class TrainOutcome:
     fallback: bool
     diverged: bool
     sinks: int = 0
+    at_once: int = 0
 
 
 class BlockTrainer:
@@ -59,6 +62,7 @@ class BlockTrainer:
         precision: device and dtype.
         stages: what to minimize and how long; None for the output loss over ``settings.epochs``.
         penalty: on the weights, for the stages that want it.
+        pieces: that steps of this run had to be taken in before.
     """
 
     def __init__(
@@ -70,8 +74,10 @@ class BlockTrainer:
         *,
         stages: Sequence[Stage] | None = None,
         penalty: Penalty | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
         self._settings = settings
+        self._pieces = pieces or Pieces()
         self._samples = data.training
         self._stages = [Stage(epochs=settings.epochs)] if stages is None else list(stages)
         self._objective = Objective(block, data, settings, precision, penalty)
@@ -98,6 +104,7 @@ class BlockTrainer:
             fallback=bool(ends) and not steps,
             diverged=any(end.diverged for end in ends),
             sinks=end.sinks,
+            at_once=self._pieces.most or 0,
         )
 
     def _stage(self, stage: Stage, seed: int, on_epoch: Callable[[float], None]) -> "_StageEnd":
@@ -137,11 +144,7 @@ class BlockTrainer:
             order = torch.randperm(self._samples, generator=generator)
             total = torch.zeros((), device=self._device)
             for batch in order.split(settings.batch_size):
-                for part in batch.split(settings.micro_batch or len(batch)):
-                    loss = self._objective.training(part, stage, generator) * (len(part) / len(batch))
-                    if loss.requires_grad:
-                        loss.backward()
-                    total += loss.detach()
+                total += self._gradients(batch, stage, generator, trained)
                 distributed.sum_gradients(trained)
                 if settings.clip:
                     clip_gradients(trained, settings.clip)
@@ -164,6 +167,32 @@ class BlockTrainer:
                     break
         restore(trained, best)
         return best_error, steps
+
+    def _gradients(
+        self, batch: torch.Tensor, stage: Stage, generator: torch.Generator, trained: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Loss of a batch, its gradients added up; in smaller parts where the device has no room for these."""
+        before, at_once = generator.get_state(), self._settings.micro_batch or len(batch)
+
+        def step() -> torch.Tensor:
+            total = torch.zeros((), device=self._device)
+            for part in batch.split(at_once):
+                drawn = generator.get_state()
+                for piece in self._pieces.split(part):
+                    generator.set_state(drawn)  # all of a part draw what it would draw as a whole
+                    loss = self._objective.training(piece, stage, generator) * (len(piece) / len(batch))
+                    if loss.requires_grad:
+                        loss.backward()
+                    total += loss.detach()
+            return total
+
+        def undo() -> None:
+            generator.set_state(before)
+            self._objective.forget()
+            for parameter in trained:
+                parameter.grad = None
+
+        return self._pieces.run(min(at_once, len(batch)), step, undo)
 
     def _groups(self, stage: Stage) -> list[Group]:
         """The optimizer's groups of a stage; whatever trains at a rate of 0 is frozen."""

@@ -21,6 +21,7 @@ from ulbq.models.watch import Enough, distinct_inputs, watching
 from ulbq.training.block import BlockTrainer, TrainOutcome
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.objective import BlockData, Objective, Penalty
+from ulbq.training.pieces import Pieces
 from ulbq.training.precision import Precision
 
 
@@ -46,6 +47,7 @@ class LayerwiseTrainer:
         precision: device and dtype.
         stages: as :class:`~ulbq.training.block.BlockTrainer` takes them, for every group anew.
         penalty: makes the penalty of some layers, by their names; None where they have none.
+        pieces: as :class:`~ulbq.training.block.BlockTrainer` takes them.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class LayerwiseTrainer:
         *,
         stages: Sequence[Stage] | None = None,
         penalty: Callable[[Sequence[str]], Penalty | None] = lambda names: None,
+        pieces: Pieces | None = None,
     ) -> None:
         if data.originals is None:
             raise ValueError("layer-wise training needs the full-precision inputs")
@@ -69,6 +72,7 @@ class LayerwiseTrainer:
         self._precision = precision
         self._stages = stages
         self._penalty = penalty
+        self._pieces = pieces or Pieces()
 
     def train(self, seed: int, on_epoch: Callable[[float], None] = lambda error: None) -> TrainOutcome:
         """Train group after group; errors are of the whole block. ``on_epoch`` hears of the last group's epochs."""
@@ -91,6 +95,7 @@ class LayerwiseTrainer:
             fallback=all(end.fallback for end in ends),
             diverged=any(end.diverged for end in ends),
             sinks=end.sinks,
+            at_once=self._pieces.most or 0,
         )
 
     def _group(self, names: Sequence[str], layers: dict[str, TrainedLinear]) -> BlockTrainer:
@@ -105,7 +110,15 @@ class LayerwiseTrainer:
         by_index = {f"layers.{i}": name for i, name in enumerate(names)}
         own = self._penalty(names)
         penalty = None if own is None else lambda found: own({by_index[key]: layer for key, layer in found.items()})
-        return BlockTrainer(group, data, self._settings, self._precision, stages=self._stages, penalty=penalty)
+        return BlockTrainer(
+            group,
+            data,
+            self._settings,
+            self._precision,
+            stages=self._stages,
+            penalty=penalty,
+            pieces=self._pieces,
+        )
 
     def _capture(self, block: nn.Module, names: Sequence[str], hidden: ActivationStore) -> ActivationStore:
         """What the layers of a group read for every sample, ``[samples, length, in]``."""

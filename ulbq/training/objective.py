@@ -102,10 +102,13 @@ class Objective:
             loss = loss + stage.output * self._output(batch, adapted=not alone, generator=generator)
         if stage.penalized and self._penalty is not None and stage.penalty:
             loss = loss + stage.penalty * self._penalty(self.layers) / distributed.size()
-        # What a step leaves behind must not be taken for the next step's.
+        self.forget()
+        return loss
+
+    def forget(self) -> None:
+        """What a step leaves behind must not be taken for the next step's."""
         for layer in self.layers.values():
             layer.matrix = None
-        return loss
 
     @torch.no_grad()
     def validation_loss(self, stage: Stage, output: Validation | None = None) -> float:

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ulbq import runtime
 from ulbq.config.finetuning import FinetuneSettings
 from ulbq.config.training import TrainSettings
 from ulbq.training.linear import TrainedLinear
+
+_AMPLE = 4
+"""Free memory of a GPU, in sizes of what trains, at which a copy of that may lie there too."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,11 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> None:
 
 
 def snapshot(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
-    """Copies of the parameters' values."""
+    """Copies of the parameters' values, in the process's memory where a GPU has little room left."""
+    size = sum(p.nbytes for p in parameters)
+    device = parameters[0].device if parameters else torch.device("cpu")
+    if device.type == "cuda" and runtime.free_memory(device) < _AMPLE * size:
+        return [p.detach().cpu() for p in parameters]
     return [p.detach().clone() for p in parameters]
 
 

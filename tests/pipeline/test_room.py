@@ -1,0 +1,129 @@
+"""A run that memory has no room for is refused before its work begins, with a setting that fits."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from tests.models.tiny import save_tiny
+from ulbq import runtime
+from ulbq.config.quantize import QuantizeRequest, resolve
+from ulbq.errors import ResourceError
+from ulbq.models.blocks import structure
+from ulbq.models.skeleton import empty_model
+from ulbq.pipeline import room
+from ulbq.pipeline.blocks import set_aside
+from ulbq.pipeline.predict import Cost, predict
+from ulbq.pipeline.quantization_plan import Job, build_method, prepare
+from ulbq.pipeline.quantize import quantize
+from ulbq.progress import Silent
+from ulbq.training.precision import Precision
+
+
+class Notes(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def asked(folder: Path, **options: Any) -> QuantizeRequest:
+    save_file({"tokens": torch.randint(3, 250, (20, 256)).int()}, folder / "tokens.safetensors")
+    given = {"method": "efficientqat", "bits": 2, "group_size": 32, "samples": 16, "sequence_length": 256}
+    given |= {"batch_size": 8, "calibration": str(folder / "tokens.safetensors"), "device": "cpu", "offline": True}
+    return QuantizeRequest(source=str(save_tiny("llama", folder / "m")), out=folder / "q", **{**given, **options})
+
+
+def on_gpu(job: Job, free: int, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """The job as on a GPU with so much memory: nothing is computed on it."""
+    monkeypatch.setattr(runtime, "free_memory", lambda device: free)
+    monkeypatch.setattr(runtime, "describe_device", lambda device: "a GPU")
+    moved = dataclasses.replace(job, precision=Precision(torch.device("cuda"), torch.bfloat16))
+    return dataclasses.replace(moved, plan=job.plan.model_copy(update={"cost": room._cost(moved)}))
+
+
+def device_memory(job: Job, **changes: Any) -> int:
+    return room._cost(job, **changes).device_memory
+
+
+def test_a_run_that_takes_far_more_than_is_free_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "available_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"predicted to take 0\.\d GiB of memory, and 0\.0 GiB are free") as error:
+        quantize(asked(tmp_path))
+    assert error.value.hint == "Free some, or take a machine with more memory."
+    assert not list(tmp_path.glob("q*"))
+
+
+def test_a_run_that_may_not_fit_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, told = prepare(asked(tmp_path), Silent()), Notes()
+    more = job.plan.cost.peak_memory - runtime.peak_memory()
+    monkeypatch.setattr(runtime, "available_memory", lambda: round(0.9 * more))
+    room.check_room(job, told)
+    assert "it may end for lack of it" in told.said[-1]
+
+
+def test_the_hint_is_a_setting_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = on_gpu(prepare(asked(tmp_path), Silent()), 0, monkeypatch)
+    one = room._one_by_one(job)
+    whole, least, half = device_memory(job), device_memory(job, **one), device_memory(job, sequence_length=128, **one)
+    assert half < least < whole
+    told = Notes()
+    # Samples can run one after the other: that is found out as they train.
+    room.check_room(on_gpu(job, least, monkeypatch), told)
+    assert not told.said
+    with pytest.raises(ResourceError, match="of a GPU, and") as error:
+        room.check_room(on_gpu(job, half, monkeypatch), told)
+    assert error.value.hint == "With `sequence_length=128` it fits."
+    with pytest.raises(ResourceError) as error:
+        room.check_room(on_gpu(job, half // 2, monkeypatch), told)
+    assert "`device=cpu`" in error.value.hint
+
+
+def test_device_and_host_are_predicted_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = prepare(asked(tmp_path), Silent())
+    cpu, gpu = job.plan.cost, on_gpu(job, 1 << 30, monkeypatch).plan.cost
+    assert cpu.device_memory == 0 < gpu.device_memory
+    assert gpu.peak_memory < cpu.peak_memory
+    assert (gpu.disk, gpu.artifact) == (cpu.disk, cpu.artifact)
+    # Activations stay on the host, and beyond the memory for them on disk.
+    stores = 4 * 64 * 256 * 18
+    small = room._cost(on_gpu(job, 1 << 30, monkeypatch), activation_memory=0)
+    assert gpu.peak_memory - small.peak_memory == pytest.approx(3 * stores, rel=0.4)
+    assert small.device_memory == gpu.device_memory
+
+
+def predicted_70b(method: str, **options: Any) -> Cost:
+    """What a model of Llama-70B's shape takes on a GPU."""
+    config = AutoConfig.for_model("llama", **_70B, vocab_size=128256, dtype="bfloat16", tie_word_embeddings=False)
+    model = empty_model(config, torch.float32)
+    request = QuantizeRequest.model_validate(
+        {"method": method, "group_size": 64, "calibration": "wikitext2", **options}
+    )
+    run = resolve(request, "quick", rotate=False, calibration="wikitext2")
+    precision = Precision(torch.device("cuda"), torch.bfloat16)
+    return predict(run, build_method(request), structure(model), model, precision)
+
+
+_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+_70B |= {"num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(("method", "batch_size"), [("efficientqat", 4), ("db-llm", 2), ("gptq", None)])
+def test_a_block_of_70b_fits_in_24_gb(method: str, batch_size: int | None) -> None:
+    options = {"batch_size": batch_size} if batch_size else {"bits": 3}
+    assert predicted_70b(method, samples=128, sequence_length=1024, **options).device_memory < 24e9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_are_set_aside_without_a_change(dtype: torch.dtype) -> None:
+    weight = (torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) / 3).to(dtype).float()
+    kept = set_aside(weight)
+    assert kept.dtype == dtype
+    assert torch.equal(kept.float(), weight)

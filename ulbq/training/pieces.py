@@ -1,0 +1,56 @@
+"""Steps that a device has no room for, taken in pieces."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Pieces:
+    """How many samples of a step run at once: half as many whenever the device has no room for them.
+
+    Gradients add up over the pieces, so a step is the same but for the order of its sums. One object goes with a whole
+    run: what did not fit once is not tried again.
+
+    Attributes:
+        most: samples at once; None as long as everything fitted.
+    """
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+
+    @property
+    def said(self) -> str:
+        """What a person has to know; empty where everything fitted."""
+        return f"The device had no room for a step's samples: {self.most} ran at a time." if self.most else ""
+
+    def split(self, samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Samples that should run at once, in pieces for which there is room."""
+        found: tuple[torch.Tensor, ...] = samples.split(self.most or len(samples))
+        return found
+
+    def run(self, at_once: int, step: Callable[[], T], undo: Callable[[], object]) -> T:
+        """Take a step, which splits its samples; where memory is missing undo it, and take it in smaller pieces.
+
+        Args:
+            at_once: the most samples that should run together.
+            step: takes it.
+            undo: forgets what a step has left behind that did not come to its end.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for a single sample.
+        """
+        while True:
+            try:
+                return step()
+            except torch.OutOfMemoryError:
+                largest = min(self.most or at_once, at_once)
+                if largest <= 1:
+                    raise
+                self.most = -(-largest // 2)
+            # Not while the error is handled: its traceback holds on to what the step has allocated.
+            undo()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
