@@ -44,7 +44,9 @@ $(READY): $(BARE)
 run: $(BARE)  ## quantize the default model to 2 bits; show size, scores, speed and words beside its parent's
 	$(BIN)/ulbq quantize $(QUANTIZE) </dev/null | $(BIN)/ulbq eval --prompt '$(subst ','\'',$(PROMPT))'
 
-test: lint docs  ## run every check and the test suite
+# mypy and mkdocs have one thread each, so that they run side by side.
+test: $(READY)  ## run every check and the test suite
+	$(MAKE) --jobs 2 --output-sync lint docs
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY)  ## run ruff and mypy

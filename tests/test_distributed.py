@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests import together
 from tests.pipeline.runs import logits
+from tests.processes import run
 from ulbq import distributed
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
 from ulbq.artifacts.whole import verify
@@ -57,8 +60,11 @@ def count(request: pytest.FixtureRequest) -> int:
 def two(inputs: Path, count: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes, or four, made of every piece of work."""
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun("tests.together", inputs, folder, *together.WORK, count=count)
-    assert not done.returncode, done.stderr
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    works = [partial(together.as_one_of, rank, count, port, inputs, folder) for rank in range(count)]
+    done = run(works, ROOT)
+    assert not done.code, done.err
     return folder
 
 
@@ -240,7 +246,7 @@ def test_the_command_line_gives_one_path(inputs: Path, tmp_path: Path) -> None:
 def test_who_fails_alone_speaks_for_all(inputs: Path, tmp_path: Path) -> None:
     words = ["quantize", inputs / together.MODEL, "--method", "gptq", "--group-size", 32, "--device", "cpu"]
     data = ["--calibration", inputs / together.TOKENS, "--samples", 4, "--sequence-length", 32, "-o", tmp_path / "q"]
-    done = torchrun("tests.together", "break", *words, *data)
+    done = torchrun("tests.together", *words, *data)
     assert done.returncode
     assert done.stdout == ""
     assert done.stderr.count("error:") == 1

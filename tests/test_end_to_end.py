@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.processes import shell, start, ulbq, wait
+from tests.told import Told
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
 
@@ -20,12 +22,13 @@ ULBQ = f"{shlex.quote(sys.executable)} -c 'import sys; from ulbq.commands.app im
 SMALL = "--group-size 32 --samples 6 --sequence-length 32 --epochs 2 --device cpu --offline"
 
 
-def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line in which ``ulbq`` stands for this environment's own, as in a shell with ``pipefail``."""
+def from_nothing(line: str, folder: Path) -> Told:
+    """Run a line in a shell with ``pipefail``: each ``ulbq`` is this environment's own, and imports what it needs."""
     script = f'set -o pipefail; ulbq() {{ {ULBQ} "$@"; }}; {line}'
-    return subprocess.run(
+    done = subprocess.run(
         ["bash", "-c", script], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )
+    return Told(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -37,36 +40,36 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_chain_of_the_readme(tiny_llama: Path, text: Path, data_dir: Path, tmp_path: Path) -> None:
-    chain = shell(
+    chain = from_nothing(
         f"ulbq quantize {tiny_llama} --method db-llm {SMALL} --calibration {text}"
         f" | ulbq eval --tasks piqa --limit 4 --device cpu --offline --data-dir {data_dir}",
         tmp_path,
     )
-    assert chain.returncode == 0, chain.stderr
-    evaluation = tmp_path / chain.stdout.strip()
-    assert chain.stdout == f"{evaluation.relative_to(tmp_path)}\n"
+    assert chain.code == 0, chain.err
+    evaluation = tmp_path / chain.out.strip()
+    assert chain.out == f"{evaluation.relative_to(tmp_path)}\n"
     results = json.loads((evaluation / "results.json").read_text())
     (scored,) = [model for model in results["models"] if model["subject"]["method"] == "db-llm"]
     assert "piqa" in scored["tasks"]
     assert (evaluation / "report.html").stat().st_size > 1000
 
     newest = shell("ulbq convert --to dense --dtype fp32 -o dense --offline", tmp_path)
-    assert newest.returncode == 0, newest.stderr
-    assert newest.stdout == "dense\n"
+    assert newest.code == 0, newest.err
+    assert newest.out == "dense\n"
     looked = shell("ulbq inspect dense --verify --json", tmp_path)
-    assert json.loads(looked.stdout)["parents"][0]["kind"] == "quantized"
+    assert json.loads(looked.out)["parents"][0]["kind"] == "quantized"
 
 
 def test_json_gives_the_manifest_and_nothing_else(tiny_llama: Path, tmp_path: Path) -> None:
     done = shell(f"ulbq quantize {tiny_llama} --method rtn --group-size 32 -o q --json", tmp_path)
-    assert json.loads(done.stdout) == json.loads((tmp_path / "q" / "manifest.json").read_text())
+    assert json.loads(done.out) == json.loads((tmp_path / "q" / "manifest.json").read_text())
 
 
 def test_a_failed_command_stops_the_chain_with_its_own_code(tmp_path: Path) -> None:
     chain = shell("ulbq quantize nowhere/at/all --method rtn | ulbq eval", tmp_path)
-    assert chain.returncode == 3
-    assert chain.stdout == ""
-    assert chain.stderr.count("error:") == 2
+    assert chain.code == 3
+    assert chain.out == ""
+    assert chain.err.count("error:") == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,7 +78,7 @@ def test_four_bits_converted_to_dense_give_transformers_the_same_logits(tiny_lla
         f"ulbq quantize {tiny_llama} --method rtn --bits 4 --group-size 32 -o q | ulbq convert --to dense -o dense",
         tmp_path,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     tokens = torch.arange(3, 67).view(2, 32)
     with torch.no_grad():
         packed = load_model(resolve(tmp_path / "q"), dtype=torch.bfloat16)(tokens).logits
@@ -87,29 +90,21 @@ def test_four_bits_converted_to_dense_give_transformers_the_same_logits(tiny_lla
 def test_a_killed_run_goes_on_to_the_same_bytes(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     asked = f"ulbq quantize {tiny_llama} --method db-llm {SMALL} --epochs 12 --calibration {text} -q"
     straight = shell(f"{asked} -o straight", tmp_path)
-    assert straight.returncode == 0, straight.stderr
+    assert straight.code == 0, straight.err
 
-    process = subprocess.Popen(
-        ["bash", "-c", f'ulbq() {{ exec {ULBQ} "$@"; }}; {asked} -o killed'],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with open(os.devnull, "r+b") as nothing:
+        process = start(ulbq(*shlex.split(asked), "-o", "killed"), tmp_path, (nothing.fileno(),) * 3)
     journal = tmp_path / "killed.partial" / ".journal.jsonl"
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        # A header, then a line a block: two lines are one finished block.
-        if journal.exists() and journal.read_bytes().count(b"\n") >= 2:
-            os.killpg(process.pid, signal.SIGKILL)
-            break
+    # A header, then a line a block: two lines are one finished block.
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(process, signal.SIGKILL)
+    assert wait(process) == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
 
     resumed = shell(f"{asked} -o killed", tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.code == 0, resumed.err
     for path in sorted((tmp_path / "straight").glob("*.safetensors")):
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes(), path.name
 
@@ -119,18 +114,18 @@ def test_an_artifact_from_a_pipe_is_fine_tuned(tiny_llama: Path, tmp_path: Path)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tune = "ulbq finetune --task end-to-end --data pairs.jsonl --samples 4 --sequence-length 24 --lr-factor 2 --offline"
     chain = shell(f"ulbq quantize {tiny_llama} --method rtn --bits 3 --group-size 32 -o q | {tune}", tmp_path)
-    assert chain.returncode == 0, chain.stderr
-    assert chain.stdout == "artifacts/q-end-to-end\n"
+    assert chain.code == 0, chain.err
+    assert chain.out == "artifacts/q-end-to-end\n"
     # Without a source and a pipe: the newest artifact, which is the one just made.
     again = shell(f"{tune} --loss kl --seed 1 --json", tmp_path)
-    assert again.returncode == 0, again.stderr
-    manifest = json.loads(again.stdout)
-    assert "taking the newest artifact, artifacts/q-end-to-end" in " ".join(again.stderr.split())
+    assert again.code == 0, again.err
+    manifest = json.loads(again.out)
+    assert "taking the newest artifact, artifacts/q-end-to-end" in " ".join(again.err.split())
     assert (manifest["method"], manifest["end_to_end"]["loss"]) == ("rtn", "kl")
     assert manifest["end_to_end"]["data"]["name"] == "pairs.jsonl"
     piped = shell(
-        "ls -d q | ulbq finetune - --task end-to-end --data pairs.jsonl --samples 4 --sequence-length 24 "
+        "ulbq inspect q -q | ulbq finetune - --task end-to-end --data pairs.jsonl --samples 4 --sequence-length 24 "
         "--offline -o last -q | ulbq inspect - --json",
         tmp_path,
     )
-    assert json.loads(piped.stdout)["name"] == "last"
+    assert json.loads(piped.out)["name"] == "last"

@@ -1,10 +1,10 @@
-"""What one process or two together do, for ``test_distributed``: ``torchrun -m tests.together INPUTS FOLDER NAME …``.
+"""What one process or two together do, for ``test_distributed``: each piece of work has a folder of its own.
 
-Each piece of work leaves its result in a folder of its own. ``torchrun -m tests.together break WORD …`` is the command
-line, in which the second process cannot read blocks.
+``torchrun -m tests.together WORD …`` is the command line, in which the second process cannot read blocks.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -242,6 +242,16 @@ def do(name: str, inputs: Path, folder: Path) -> None:
     WORK[name](inputs, folder / name)
 
 
+def as_one_of(rank: int, count: int, port: int, inputs: Path, folder: Path) -> int:
+    """All pieces of work, by a process that others wait for at a port; returns its exit code."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    with distributed.joined():
+        for name in WORK:
+            do(name, inputs, folder)
+    return 0
+
+
 def break_second(words: list[str]) -> int:
     """Run a command; returns its exit code."""
     from ulbq.blockwise import walk
@@ -257,8 +267,4 @@ def break_second(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "break":
-        raise SystemExit(break_second(sys.argv[2:]))
-    with distributed.joined():
-        for chosen in sys.argv[3:]:
-            do(chosen, Path(sys.argv[1]), Path(sys.argv[2]))
+    raise SystemExit(break_second(sys.argv[1:]))

@@ -5,19 +5,19 @@ import io
 import os
 import pty
 import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.processes import start, wait
 from ulbq.commands import conversation
 from ulbq.commands.app import main
 from ulbq.commands.conversation import Questions
 from ulbq.progress import Silent
 
-ULBQ = [sys.executable, "-c", "import sys; from ulbq.commands.app import main; sys.exit(main())"]
 SAID = ["--chat", "--offline", "--device", "cpu", "-n", "5"]
 
 
@@ -132,11 +132,7 @@ class _Typist:
 
     def __init__(self, *words: str) -> None:
         controller, terminal = pty.openpty()
-        environment = {**os.environ, "TERM": "dumb", "INPUTRC": os.devnull}
-        self.process = subprocess.Popen(
-            [*ULBQ, *words], stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True,
-            preexec_fn=_take_terminal,
-        )  # fmt: skip
+        self.process = start(partial(_at_terminal, words), Path(), (terminal,) * 3)
         os.close(terminal)
         self._controller = controller
         self.shown = ""
@@ -156,16 +152,18 @@ class _Typist:
             while more := os.read(self._controller, 4096):
                 self.shown += more.decode(errors="replace")
         os.close(self._controller)
-        return self.process.wait(30)
+        return wait(self.process)
 
 
-def _take_terminal() -> None:
-    """Let Ctrl-C of the terminal reach the process."""
+def _at_terminal(words: tuple[str, ...]) -> int:
+    """A command that Ctrl-C of the terminal reaches."""
     import fcntl
     import termios
 
+    os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(TERM="dumb", INPUTRC=os.devnull)
+    return main(words)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals of Unix")

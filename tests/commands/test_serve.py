@@ -1,20 +1,17 @@
 """``ulbq serve``: from the shell's side."""
 
 import json
+import os
 import signal
 import socket
-import subprocess
-import sys
 import urllib.request
-from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.processes import start, ulbq, wait
 from ulbq.commands.app import main
 from ulbq.pipeline import serve as pipeline
-
-ULBQ = [sys.executable, "-c", "import sys; from ulbq.commands.app import main; sys.exit(main())"]
 
 
 @pytest.fixture
@@ -66,21 +63,23 @@ def test_bad_input_has_its_exit_code(folder, capsys, words, code, sentence):
 
 def test_from_the_address_to_the_interrupt(folder):
     pytest.importorskip("uvicorn")
-    words = ["serve", "artifacts/q", "--port", "0", "--device", "cpu", "--offline"]
-    # What a script starts in the background ignores the signal, and so do its tests.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*ULBQ, *words], preexec_fn=heard, **pipes)
-    address = process.stdout.readline().strip()
-    with urllib.request.urlopen(f"{address}/models") as answer:
-        assert json.load(answer)["data"][0]["id"] == "q"
-    body = json.dumps({"prompt": "once", "max_tokens": 3}).encode()
-    wanted = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(wanted) as answer:
-        assert json.load(answer)["usage"]["completion_tokens"] == 3
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert "4 tokens in, 3 out: the first after" in err
-    assert "Traceback" not in err
-    assert "error" not in err
+    words = ["ulbq", "serve", "artifacts/q", "--port", "0", "--device", "cpu", "--offline"]
+    (told, out), (said, err) = os.pipe(), os.pipe()
+    with open(os.devnull) as nothing:
+        process = start(ulbq(*words), Path(), (nothing.fileno(), out, err))
+    os.close(out)
+    os.close(err)
+    with open(told) as output, open(said) as errors:
+        address = output.readline().strip()
+        with urllib.request.urlopen(f"{address}/models") as answer:
+            assert json.load(answer)["data"][0]["id"] == "q"
+        body = json.dumps({"prompt": "once", "max_tokens": 3}).encode()
+        wanted = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(wanted) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 3
+        os.kill(process, signal.SIGINT)
+        assert (wait(process), output.read()) == (130, "")
+        err = errors.read()
+        assert "4 tokens in, 3 out: the first after" in err
+        assert "Traceback" not in err
+        assert "error" not in err

@@ -46,6 +46,8 @@ SETTINGS = {
     "binary-mos": {"method": "binary-mos", "experts": 2, "epochs": 1, **TEXT},
     "claq": {"method": "claq", "bits": 2, **TEXT},
     "trellis": {"method": "trellis", "bits": 2, **TEXT},
+    "tables": {"method": "rtn", "bits": 4, "group_size": 32, "embedding_bits": 8},
+    "plan": {"method": "rtn", "bits": 2, "group_size": 32, "plan": "plan.yaml"},
 }
 TABLE = [
     evidence("rtn-w2", 9.0, 10, **SETTINGS["rtn-w2"]),
@@ -72,6 +74,7 @@ def test_the_size_is_that_of_the_artifact(
 ) -> None:
     monkeypatch.setattr(module, "shipped", lambda: [evidence(name, 1.5, **SETTINGS[name])])
     save_tiny("llama", tmp_path / "base", tied=tied)
+    (tmp_path / "plan.yaml").write_text("mlp.down_proj: {bits: 4, group_size: 64}\nlayers.1.self_attn: {skip: true}\n")
     (tmp_path / "text.txt").write_text("".join(f"Line {i} says {i * i % 97}.\n\n" for i in range(800)))
     told = ask(tmp_path / "base", fit=1 << 33).best
     text = {"calibration": str(tmp_path / "text.txt")} if "samples" in told.options else {}

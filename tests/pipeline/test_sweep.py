@@ -16,7 +16,7 @@ from tests.evaluation.sample import model_scores, results, write_mirror
 from tests.evaluation.test_report import Page
 from tests.models.tiny import save_tiny
 from tests.pipeline.runs import shards
-from ulbq.artifacts import ArtifactWriter, SweepManifest, SweepRun, read_manifest, verify
+from ulbq.artifacts import ArtifactWriter, LayerRecord, SweepManifest, SweepRun, read_manifest, verify
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.config.sweep import SweepRequest
@@ -30,6 +30,7 @@ from ulbq.pipeline.evaluate import evaluate
 from ulbq.pipeline.listing import artifacts
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.sweep import sweep
+from ulbq.pipeline.sweep_page import _blocks
 from ulbq.pipeline.sweep_plan import expand, plan, prepare
 from ulbq.pipeline.sweep_points import by_setting, front
 from ulbq.progress import Silent
@@ -429,6 +430,14 @@ def run(setting: str, bits: float, seed: int = 0) -> SweepRun:
         name=f"{setting}-s{seed}", setting=setting, seed=seed, options={}, method="gptq", scheme="w2", bits=bits,
         weights=1, size=1, seconds=1, peak_memory=1,
     )  # fmt: skip
+
+
+def test_a_block_that_is_left_out_leaves_its_place() -> None:
+    layers = [LayerRecord.model_construct(name=f"model.layers.{block}.x", error=0.5) for block in (0, 2, 2)]
+    assert sweep_runs._errors(layers) == (0.5, 0.0, 0.5)
+    one = run("a", 2.0).model_copy(update={"errors": sweep_runs._errors(layers)})
+    shown = str(_blocks(by_setting([one], results(model_scores("a-s0", parent="full", perplexity=30.0)))))
+    assert [f"block {number}:" in shown for number in range(3)] == [True, False, True]
 
 
 def test_the_front_has_what_nothing_beats_with_as_few_bits() -> None:

@@ -108,7 +108,8 @@ class SweepRun(Record):
         seconds: wall time of all phases; of the last part alone where ``resumed``.
         peak_memory: bytes of resident memory.
         resumed: whether it was stopped and went on.
-        errors: of each block's layers, the mean squared difference from the original weights, relative to these.
+        errors: of each block's layers, the mean squared difference from the original weights, relative to these; 0 for
+            a block none of which is quantized.
     """
 
     name: str

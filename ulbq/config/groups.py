@@ -34,6 +34,11 @@ MOST_OUTLIER_BITS = 0.25
 """A weight: what all candidates for outliers take that a look at a matrix keeps."""
 
 
+def k_group_size(bits: int) -> int:
+    """Columns that share a scale in llama.cpp's K type of so many bits."""
+    return 32 if bits == 4 else 16
+
+
 class MethodOptions(Settings):
     """What every method's ``Options`` is made of. Building one raises UsageError where values do not go together.
 
@@ -194,7 +199,7 @@ class UniformOptions(AffineOptions):
     @property
     def own_groups(self) -> int | None:
         """Columns that share a scale, -1 for none, where the format says how many; None where ``group_size`` does."""
-        return super().own_groups if not self.k_quant else 32 if self.bits == 4 else 16
+        return k_group_size(self.bits) if self.k_quant else super().own_groups
 
     def idle(self) -> dict[str, str]:
         """K types have the grid that goes with their bits."""

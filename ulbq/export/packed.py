@@ -99,14 +99,17 @@ def unopened_reason(candidate: Candidate, folder: Path, *packages: str) -> str |
 
 def write_folder(
     conversion: Conversion, folder: Path, on_shard: Callable[[str], None], layout: PackedLayout | None = None
-) -> list[str]:
-    """Write a model as shards, one of which is in memory at a time, and what lies beside them; gives the names.
+) -> tuple[list[str], int]:
+    """Write a model as shards, one of which is in memory at a time, and what lies beside them.
 
     Args:
         conversion: of a model that the layout holds.
         folder: exists; side files, tokenizer, configuration and adapter land there too.
         on_shard: called with each shard's name once it is written and read back.
         layout: of the packed layers, whose scales are float16 whatever the dtype; None where all is to be dense.
+
+    Returns:
+        The names of the files, and the bits of the packed layers, those of tables not among them.
 
     Raises:
         InputError: a tensor is missing; there is no adapter to merge, or it is damaged.
@@ -116,6 +119,7 @@ def write_folder(
     model = skeleton(source)
     adapters = adapters_to_merge(source, model) if merge else {}
     packed = {**conversion.candidate.layers, **layout.tables} if layout is not None else {}
+    stored = 0
     aliases, shards, naming = state_names(model), dict[str, tuple[str, ...]](), StoredNames(source.config)
     for shard, names in shard_names(model).items():
         tensors: dict[str, torch.Tensor] = {}
@@ -125,6 +129,8 @@ def write_folder(
             if layout is not None and linear != name and linear in packed:
                 found = layout.encode(packed[linear].scheme, source.read_packed(linear), packed[linear].shape)
                 encoded |= {f"{naming.layer(linear)}.{short}": tensor for short, tensor in found.items()}
+                if linear not in layout.tables:
+                    stored += 8 * sum(tensor.nbytes for tensor in found.values())
             else:
                 tensors[name] = dense_tensor(
                     source, model, name, aliases[name], dtype, adapters.get(linear), keeps=conversion.keeps
@@ -144,26 +150,14 @@ def write_folder(
     if layout is not None:
         tied = bool(getattr(source.config, "tie_word_embeddings", False)) and not conversion.untie
         changes = {"tie_word_embeddings": tied, **changes, layout.key: layout.configuration}
-    return [*shards, INDEX_NAME, *write_beside(source, folder, changes, adapter=not merge)]
+    return [*shards, INDEX_NAME, *write_beside(source, folder, changes, adapter=not merge)], stored
 
 
 def write_packed(
     conversion: Conversion, folder: Path, layout: PackedLayout, on_shard: Callable[[str], None]
 ) -> Written:
     """:func:`write_folder` with packed layers, and how they are stored."""
-    stored = 0
-
-    def encode(*layer: Any) -> dict[str, torch.Tensor]:
-        nonlocal stored
-        tensors = layout.encode(*layer)
-        stored += 8 * sum(tensor.nbytes for tensor in tensors.values())
-        return tensors
-
-    names = write_folder(conversion, folder, on_shard, layout._replace(encode=encode))
-    for name, (scheme, shape) in layout.tables.items():
-        # What was counted is to be that of the layers.
-        again = layout.encode(scheme, conversion.source.read_packed(name), shape)
-        stored -= 8 * sum(tensor.nbytes for tensor in again.values())
+    names, stored = write_folder(conversion, folder, on_shard, layout)
     rest = "as it is stored there" if conversion.keeps else f"in {conversion.dtype}"
     return Written(
         f"the artifact's own codes, to the bit; what is not packed {rest}", names, bits=stored, tables=layout.tables

@@ -26,12 +26,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ulbq.config.groups import k_group_size
 from ulbq.formats.bits import BaseScheme, Format, TensorSpec, pack_planes, unpack_planes
 
 SUPER_BLOCK = 256
+"""Columns."""
 _LEAST = 2.0**-24
 """float16's smallest positive number: a super-block of zeros keeps it."""
-"""Columns."""
 
 
 class KQuantScheme(BaseScheme):
@@ -47,7 +48,7 @@ class KQuantScheme(BaseScheme):
     @property
     def group_size(self) -> int:
         """Columns that share ``a`` and ``b``."""
-        return 32 if self.bits == 4 else 16
+        return k_group_size(self.bits)
 
     @property
     def label(self) -> str:

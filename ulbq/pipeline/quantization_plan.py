@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
@@ -204,9 +204,7 @@ def prepare(request: QuantizeRequest, progress: Progress, *, outline: bool = Fal
     _check_processes(run, method)
     _check_tracking(run, method)
     model = skeleton(source, packed=None if start is None else start.source.packed)
-    tables = _tables(run, model, start)
-    selected, schemes = _selected(run, method, model, start)
-    selected = selected.storing(tables)
+    selected, schemes, tables, bits, covered = quantized_share(run, method, source, model, start)
     found = selected.found
     _check_model(run, method, source, model, found)
     if method.needs.target_bits is not None:
@@ -218,8 +216,6 @@ def prepare(request: QuantizeRequest, progress: Progress, *, outline: bool = Fal
     sized |= {"tables": tables, "schemes": schemes}
     cost = predict(run, method, found, model, precision, **sized)
     reads = whole_passes(run, method, found, model, precision) if streamed else 0
-    bits = _bits_per_weight(method, found, schemes)
-    covered = coverage(model, selected, bits=bits, carried=source.carried_values, tables=tables)
     check_coverage(covered, found, progress, allow_partial=run.allow_partial or start is not None)
     described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered, reads, bits)
     named = {layer.name: schemes.get(layer.name, method.scheme) for block in found.linears for layer in block}
@@ -229,6 +225,40 @@ def prepare(request: QuantizeRequest, progress: Progress, *, outline: bool = Fal
     if method.needs.survey:
         _check_score(method, saliency)
     return Job(run, source, model, selected, method, precision, described, start, saliency, schemes, tables)
+
+
+class QuantizedShare(NamedTuple):
+    """What of a model is quantized, and what is stored for it.
+
+    Attributes:
+        selected: the layers.
+        schemes: of those that have one of their own, by full name.
+        tables: of the table of tokens and the head, those that are stored in few bits.
+        bits: true bits a weight of the layers, adapters included.
+        coverage: of the model.
+    """
+
+    selected: Selection
+    schemes: Mapping[str, AnyScheme]
+    tables: Mapping[Linear, AffineScheme]
+    bits: float
+    coverage: Coverage
+
+
+def quantized_share(
+    run: Quantization, method: Method, source: ModelSource, model: PreTrainedModel, start: Start | None = None
+) -> QuantizedShare:
+    """What of a model a run quantizes; ``model`` is its skeleton.
+
+    Raises:
+        UsageError, InputError: a plan, layers, tables or groups that the model has no place for.
+    """
+    tables = _tables(run, model, start)
+    selected, schemes = _selected(run, method, model, start)
+    selected = selected.storing(tables)
+    bits = _bits_per_weight(method, selected.found, schemes)
+    covered = coverage(model, selected, bits=bits, carried=source.carried_values, tables=tables)
+    return QuantizedShare(selected, schemes, tables, bits, covered)
 
 
 def _tables(run: Quantization, model: PreTrainedModel, start: Start | None) -> dict[Linear, AffineScheme]:

@@ -17,19 +17,19 @@ from ulbq.artifacts.store import DEFAULT_ROOT
 from ulbq.config.convert import ENGINES
 from ulbq.config.options import bare, options, typed
 from ulbq.config.quantize import QuantizeRequest
+from ulbq.config.quantize import resolve as resolve_request
 from ulbq.config.recommend import RecommendRequest
 from ulbq.errors import InputError, UlbqError, UsageError
 from ulbq.evaluation.table import size
 from ulbq.export.engines import services
 from ulbq.export.fit import Candidate, Layer, left_dense, nameless
+from ulbq.formats import AnyScheme
 from ulbq.methods.base import Method
-from ulbq.models.blocks import ModelStructure, skeleton, structure
-from ulbq.models.coverage import coverage
-from ulbq.models.selection import Selection, fitting, select
+from ulbq.models.blocks import Linear, skeleton
+from ulbq.models.config import cache_bytes
 from ulbq.models.source import DEFAULT_NAME, ModelSource, resolve
 from ulbq.pipeline.evidence import Evidence, shipped, swept
-from ulbq.pipeline.predict import planned_bits
-from ulbq.pipeline.quantization_plan import QuantizePlan, build_method
+from ulbq.pipeline.quantization_plan import QuantizedShare, QuantizePlan, build_method, quantized_share
 from ulbq.pipeline.quantization_plan import plan as plan_run
 from ulbq.progress import Progress, Silent
 
@@ -115,16 +115,12 @@ class _Model:
     given: str
     source: ModelSource
     model: PreTrainedModel
-    found: ModelStructure
     context: int
 
     @property
     def cache(self) -> int:
         """Bytes of keys and values of all tokens in half precision, were every block to attend to all of them."""
-        text = self.source.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return 2 * 2 * int(text.num_hidden_layers) * int(heads) * int(width) * self.context
+        return cache_bytes(self.source.config, 2) * self.context
 
 
 def recommend(request: RecommendRequest, progress: Progress | None = None) -> tuple[Recommendation, QuantizeRequest]:
@@ -150,7 +146,7 @@ def recommend(request: RecommendRequest, progress: Progress | None = None) -> tu
             f"'{source.given}' is quantized already.", hint="Give the full-precision model that it was made from."
         )
     model = skeleton(source)
-    of = _Model(request.source or DEFAULT_NAME, source, model, structure(model), _context(request, source.config))
+    of = _Model(request.source or DEFAULT_NAME, source, model, _context(request, source.config))
     found = list(_proposals(of, request, device, progress))
     if not found:
         name = ENGINES[request.engine] if request.engine else "ulbq"
@@ -210,7 +206,7 @@ def _proposals(of: _Model, request: RecommendRequest, device: torch.device, prog
     mine = of.source.content_hash if here and any(one.model == of.source.name for one in own) else ""
     table |= {_key(one.options): one for one in own if _key(one.options) not in table}
     table |= {_key(one.options): one for one in own if one.sha256 == mine}
-    services_of: dict[Any, float | None] = {}
+    services_of: dict[str, float | None] = {}
     where = request.model_dump(include=set(_PLACE), exclude_defaults=True)
     with progress.phase("Weighing", len(table)) as phase:
         for one in table.values():
@@ -218,41 +214,35 @@ def _proposals(of: _Model, request: RecommendRequest, device: torch.device, prog
             try:
                 asked = QuantizeRequest.model_validate(one.options)
                 method = build_method(asked)
-                usual = 64 if method.Options.grouped else -1
-                group = usual if asked.group_size is None else asked.group_size
-                selected = fitting(select(of.found, asked.skip, asked.only), method.scheme, group)
+                share = quantized_share(resolve_request(asked, "quick"), method, of.source, of.model)
             except (UlbqError, ValidationError):  # a width or group that this model has no layers for; an old option
                 continue
-            key = (str(method.scheme), method.needs.adapter is not None)
+            adapter: Literal["", "LoRA"] = "" if method.needs.adapter is None else "LoRA"
+            key = str((method.scheme, share.schemes, share.tables, adapter))
             if request.engine is not None and key not in services_of:
-                services_of[key] = _packed_bits(of, selected, method, request.engine)
+                services_of[key] = _packed_bits(of, share, method, adapter, request.engine)
             if request.engine is None or services_of[key] is not None:
-                served = services_of.get(key) or 0.0
-                yield _proposal(one, of, method, selected, max(served, _bits(method, selected)), mine, device, where)
+                yield _proposal(one, of, share, max(services_of.get(key) or 0.0, share.bits), mine, device, where)
 
 
 def _key(asked: Mapping[str, Any]) -> str:
     return str(sorted((name, str(value)) for name, value in asked.items() if name != "calibration"))
 
 
-def _bits(method: Method, selected: Selection) -> float:
-    """True bits a weight, those of an adapter too."""
-    layers = [linear for block in selected.found.linears for linear in block]
-    adapter, count = method.needs.adapter, sum(x.out_features * x.in_features for x in layers)
-    beside = 0 if adapter is None else sum(
-        adapter.bits(x.out_features, x.in_features) for x in layers if adapter.matches(x.name)
-    )  # fmt: skip
-    return planned_bits(method, layers) + beside / count
-
-
-def _packed_bits(of: _Model, selected: Selection, method: Method, engine: str) -> float | None:
+def _packed_bits(
+    of: _Model, share: QuantizedShare, method: Method, adapter: Literal["", "LoRA"], engine: str
+) -> float | None:
     """Bits a weight in an engine; None where it takes it dense or not at all."""
-    found = selected.found
-    layers = {x.name: Layer(method.scheme, (x.out_features, x.in_features)) for block in found.linears for x in block}
+
+    def packed(own: Mapping[Linear, AnyScheme]) -> dict[str, Layer]:
+        return {x.name: Layer(scheme, (x.out_features, x.in_features)) for x, scheme in own.items()}
+
+    found = share.selected.found
+    linears = [linear for block in found.linears for linear in block]
+    layers = packed({linear: share.schemes.get(linear.name, method.scheme) for linear in linears})
     inside, routers = left_dense(found.skipped, layers)
     unpacked = nameless(inside, of.model) if inside else ()
-    adapter: Literal["", "LoRA", "DoRA"] = "" if method.needs.adapter is None else "LoRA"
-    candidate = Candidate(of.source.given, of.source.config, layers, adapter, unpacked, routers)
+    candidate = Candidate(of.source.given, of.source.config, layers, adapter, unpacked, routers, packed(share.tables))
     service = services(candidate)[0].get(engine)
     return None if service is None or service.bits >= _DENSE else service.bits
 
@@ -260,15 +250,13 @@ def _packed_bits(of: _Model, selected: Selection, method: Method, engine: str) -
 def _proposal(
     one: Evidence,
     of: _Model,
-    method: Method,
-    selected: Selection,
+    share: QuantizedShare,
     served: float,
     mine: str,
     device: torch.device,
     where: Mapping[str, Any],
 ) -> Proposal:
-    bits = _bits(method, selected)
-    whole = coverage(of.model, selected, bits=bits, carried=of.source.carried_values)
+    whole, bits = share.coverage, share.bits
     stored = round(whole.bits * whole.total / 8)
     running = stored + round((served - bits) * whole.quantized / 8) + of.cache + PROGRAM
     low, high = min(one.ratios), max(one.ratios)

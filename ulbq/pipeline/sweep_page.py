@@ -63,7 +63,7 @@ def page(manifest: SweepManifest, results: Results, layers: Mapping[str, Sequenc
         heads=["setting", "bits", "size", *better, "time", "peak memory"],
         rows=[_row(point, fronts) for point in points],
         footnotes=footnotes(results),
-        blocks=_blocks(manifest, points),
+        blocks=_blocks(points),
         sensitive=_sensitive([layers[run.name] for run in manifest.runs]),
         left_out=[f"{name}: {why}" for name, why in manifest.left_out.items()],
         warnings=manifest.warnings,
@@ -140,7 +140,7 @@ def layers_by_block(layers: Sequence[LayerRecord]) -> dict[int, list[float]]:
     return found
 
 
-def _blocks(manifest: SweepManifest, points: Sequence[Point]) -> Markup | None:
+def _blocks(points: Sequence[Point]) -> Markup | None:
     """A map of the mean error of each block's layers, settings by blocks: logarithmic."""
     rows = {point.setting: point.runs[0].errors for point in points}
     errors = [error for row in rows.values() for error in row if error > 0]
@@ -149,11 +149,12 @@ def _blocks(manifest: SweepManifest, points: Sequence[Point]) -> Markup | None:
     low, high = math.log(min(errors)), math.log(max(errors))
     cells = {
         (setting, block): (
-            (math.log(error) - low) / (high - low) if error > 0 and high > low else 0.0,
+            (math.log(error) - low) / (high - low) if high > low else 0.0,
             f"{setting}, block {block}: {error:.4f}",
         )
         for setting, row in rows.items()
         for block, error in enumerate(row)
+        if error > 0
     }
     ends, label = (number(min(errors)), number(max(errors))), "of the weights' squared norm, logarithmic"
     return heat_map(cells, "Mean relative squared error of each block's layers", ends, label)

@@ -191,5 +191,6 @@ def _options(run: Run, manifest: QuantizedManifest) -> dict[str, Any]:
 
 
 def _errors(layers: Sequence[LayerRecord]) -> tuple[float, ...]:
-    """Mean error of each block's layers."""
-    return tuple(mean(errors) for errors in layers_by_block(layers).values())
+    """Mean error of each block's layers, up to the last one that has any."""
+    found = layers_by_block(layers)
+    return tuple(mean(found.get(block, [0.0])) for block in range(max(found, default=-1) + 1))

@@ -41,7 +41,7 @@ class DenseTarget(Target):
     def write(self, conversion: Conversion, folder: Path, on_step: Callable[[str], None]) -> Written:
         keeps, dtype = conversion.keeps, conversion.dtype
         stored = f"what was packed in {dtype}, the rest as it is stored there" if keeps else f"all weights in {dtype}"
-        return Written(stored, packed.write_folder(conversion, folder, on_step))
+        return Written(stored, packed.write_folder(conversion, folder, on_step)[0])
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         open_again(folder)
