@@ -188,7 +188,7 @@ def kernel_rows(scheme: AnyScheme, outs: int, columns: int, counts: tuple[int, .
 def kernel_table(options: Namespace, folder: Path) -> Result:
     """Every format and number of bits."""
     torch.manual_seed(0)
-    shapes, counts = (((192, 128),), (1, 3)) if options.tiny else (SHAPES, ROWS)
+    shapes, counts = (((192, 256),), (1, 3)) if options.tiny else (SHAPES, ROWS)
     if options.device == "cpu":
         copied = matmul.copy_bandwidth()
     else:

@@ -46,10 +46,11 @@ def runs(job: SweepJob, writer: ArtifactWriter, progress: Progress) -> Iterator[
             :func:`~ulbq.pipeline.quantize.quantize`.
     """
     open_runs = [run for run in job.runs if _key(run) not in writer.journal]
+    begun = {run.name for run in open_runs if partial_of(writer.path / RUNS / run.name).exists()}
     with _making(open_runs, _at_a_time(job, open_runs, progress), writer, progress, job.device) as make:
         for number, run in enumerate(job.runs, 1):
             progress.note(f"Run {number} of {len(job.runs)}: {run.name}.")
-            yield run, _made(run, writer, progress, make)
+            yield run, _made(run, writer, progress, make, resumed=run.name in begun)
 
 
 def _key(run: Run) -> str:
@@ -145,14 +146,15 @@ def _quantize(run: Run, root: Path, shared: Path, progress: Progress) -> None:
     quantize(run.request, progress, name=run.name, root=root, shared=shared)
 
 
-def _made(run: Run, writer: ArtifactWriter, progress: Progress, make: Callable[[Run], None]) -> SweepRun | str:
+def _made(
+    run: Run, writer: ArtifactWriter, progress: Progress, make: Callable[[Run], None], *, resumed: bool
+) -> SweepRun | str:
     """What a run gave, now or before this sweep was stopped; why it gave nothing where its numbers went wrong."""
     key = _key(run)
     if key in writer.journal:
         recorded = writer.journal[key]
         return recorded if isinstance(recorded, str) else SweepRun.model_validate(recorded)
     folder = writer.path / RUNS / run.name
-    resumed = partial_of(folder).exists()
     if not is_artifact(folder):
         try:
             make(run)
