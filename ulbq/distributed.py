@@ -52,6 +52,7 @@ class _World:
         alone: the first process is doing something by itself; the others wait.
         gpu: index of this process's GPU among those that it sees.
         shared_gpu: whether another process has the same one.
+        neighbours: how many of them are on this machine, this one counted.
     """
 
     rank: int
@@ -60,6 +61,7 @@ class _World:
     alone: bool = False
     gpu: int = 0
     shared_gpu: bool = False
+    neighbours: int = 1
 
 
 _world: _World | None = None
@@ -78,6 +80,11 @@ def rank() -> int:
 def size() -> int:
     """Number of processes that have joined."""
     return 1 if _world is None else _world.size
+
+
+def neighbours() -> int:
+    """Number of processes of the run that share this machine."""
+    return 1 if _world is None else _world.neighbours
 
 
 def is_main() -> bool:
@@ -121,9 +128,12 @@ def joined() -> Iterator[None]:
             hint="Start them with torchrun; GLOO_SOCKET_IFNAME names the network interface.",
         ) from error
     _world = _World(own, count, store, gpu=gpu)
-    if with_gpus and gpu < torch.cuda.device_count():
-        every = gather((socket.gethostname(), str(torch.cuda.get_device_properties(gpu).uuid)))
-        _world.shared_gpu = every.count(every[own]) > 1
+    # All take part, those without a GPU of their own, too.
+    has_gpu = with_gpus and gpu < torch.cuda.device_count()
+    uuid = str(torch.cuda.get_device_properties(gpu).uuid) if has_gpu else ""
+    every = gather((socket.gethostname(), uuid))
+    _world.shared_gpu = has_gpu and every.count(every[own]) > 1
+    _world.neighbours = sum(host == every[own][0] for host, _ in every)
     yield
     barrier()
     _world = None
@@ -334,7 +344,7 @@ class _Raised:
 
 def of_main(value: T) -> T:
     """What the first process has, on all of them; tensors should be the host's."""
-    return value if _world is None else _from_main(value)
+    return value if _world is None or _world.alone else _from_main(value)
 
 
 def _from_main(value: Any) -> Any:

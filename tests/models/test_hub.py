@@ -138,6 +138,23 @@ def test_a_plan_fetches_headers_and_a_run_the_weights(hub: Hub, tmp_path: Path) 
     assert weights(hub)[0] == 0
 
 
+def test_a_model_that_has_to_be_looked_into_is_fetched(tmp_path: Path) -> None:
+    """Its head is tied by its configuration and stored all the same: values say whether that is so."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny("llama", tmp_path / "model", tied=True)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"another tool's")
+    home = tmp_path / "home"
+    home.mkdir()
+    with Hub(folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        told = command(server, home, "quantize", "me/model", "--method", "rtn", "--dry-run", "--json")
+        server.shutdown()
+    assert told.returncode == 0, told.stderr
+
+
 def test_no_tensor_of_an_outline_is_given(tmp_path: Path) -> None:
     from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
 

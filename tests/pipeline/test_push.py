@@ -180,12 +180,17 @@ def test_a_repository_does_not_hold_the_folders_of_this_machine(artifact: Path, 
 def test_names_of_the_hub_stay(artifact: Path) -> None:
     made = read_manifest(artifact)
     parent = made.parents[0].model_copy(update={"kind": "hub", "path": "meta/llama", "absolute": ""})
-    request = {**made.request, "source": "meta/llama", "calibration": ["my/texts.jsonl:2", "c4:1"], "out": "a/b/"}
+    request = {
+        **made.request,
+        "source": "meta/llama",
+        "calibration": "my/texts.jsonl:2,c4:1,tatsu-lab/alpaca:0.5",
+        "out": "./a/b/",
+    }
     warned = ("There is no 'here/or/there.txt' with a/b.",)
     changed = made.model_copy(update={"parents": (parent,), "request": request, "warnings": warned})
     data = json.loads(published(changed))
     assert (data["request"]["source"], data["request"]["out"]) == ("meta/llama", "b")
-    assert data["request"]["calibration"] == ["texts.jsonl:2", "c4:1"]
+    assert data["request"]["calibration"] == "texts.jsonl:2,c4:1,tatsu-lab/alpaca:0.5"
     assert data["warnings"] == ["There is no 'there.txt' with a/b."]
     assert data["parents"][0]["path"] == "meta/llama"
 

@@ -34,6 +34,7 @@ from ulbq.pipeline.sweep_page import _blocks
 from ulbq.pipeline.sweep_plan import expand, plan, prepare
 from ulbq.pipeline.sweep_points import by_setting, front
 from ulbq.progress import Silent
+from ulbq.runtime import LIBRARY_MEMORY
 
 
 @pytest.fixture(scope="module")
@@ -300,10 +301,24 @@ def _ended(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_a_stopped_sweep_goes_on_with_several_runs_at_a_time(made: Path, tmp_path: Path) -> None:
+    """The second run is done, and nobody has seen it, when the first one's scores are broken off."""
+    asked = request(made, method=("gptq",), bits=(2,), seeds=(0, 1, 2), parallel=2, out=tmp_path / "s")
+    names = ["gptq-w2-s0", "gptq-w2-s1", "gptq-w2-s2"]
+    with pytest.raises(KeyboardInterrupt):
+        sweep(asked, StopAt(f"Loading {names[0]}"))
+    folder = tmp_path / "s.partial" / "runs"
+    if not (folder / names[1] / "manifest.json").exists():  # the other process was ended a moment too early
+        quantize(next(run.request for run in expand(asked)[0] if run.name == names[1]), name=names[1], root=folder)
+    out, manifest = sweep(asked)
+    assert [run.name for run in manifest.runs] == names
+    assert sorted(path.name for path in (out / "runs").iterdir()) == names
+
+
 def test_as_many_runs_go_at_a_time_as_memory_holds(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = request(made, parallel=3, out=tmp_path / "s")
     peak = max(run.cost.peak_memory for run in plan(asked).runs)
-    monkeypatch.setattr(sweep_runs.runtime, "available_memory", lambda: peak * 5 // 2)
+    monkeypatch.setattr(sweep_runs.runtime, "available_memory", lambda: peak * 5 // 2 + LIBRARY_MEMORY)
     job = prepare(asked, Silent())
     told = Noting()
     assert sweep_runs._at_a_time(job, job.runs, told) == 2

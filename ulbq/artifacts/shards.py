@@ -60,6 +60,10 @@ _DTYPES = {
 }
 
 
+class HeaderOnlyError(InputError):
+    """A tensor was asked for of which only the header is here."""
+
+
 class _Stored(NamedTuple):
     """Where a tensor lies, from its file's header.
 
@@ -179,7 +183,7 @@ class LazyTensors:
         stored = self._find(name)
         self.dtype(name)
         if not stored.here:
-            raise InputError(f"Only the header of '{stored.file.name}' was fetched: it holds no tensors.")
+            raise HeaderOnlyError(f"Only the header of '{stored.file.name}' was fetched: it holds no tensors.")
         check_unchanged(stored.file, stored.stamp)
         self._check(stored.file)
         # Not through safetensors: it maps the whole file, and a mapped file pins pages, dies with the file, and may not
@@ -338,7 +342,7 @@ def _header(file: Path) -> dict[str, _Stored]:
         raise InputError(
             f"'{file}' is missing.", hint="The model was only copied or fetched in part: fetch it again."
         ) from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         _refuse_scarcity(file)
         raise InputError(
             f"'{file}' is not a whole safetensors file: {error}.",

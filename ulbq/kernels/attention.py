@@ -36,7 +36,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         tensors = [_rows(x) for x in (query, key, value)]
-        output, logs = _side_by_side(query), torch.empty(query.shape[:3])
+        output, logs = _side_by_side(query), torch.empty(query.shape[:3], dtype=torch.float32)
         build.library().ulbq_attend(
             *_places(*tensors, output), *_shape(query, key), scaling, logs.data_ptr(), torch.get_num_threads()
         )

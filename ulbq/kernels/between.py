@@ -38,7 +38,7 @@ class _Norm(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.set_materialize_grads(False)
         rows = x.numel() // x.shape[-1]
-        whole, factors = torch.empty_like(x), torch.empty(rows)
+        whole, factors = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
         rounded = torch.empty_like(x, dtype=torch.bfloat16) if half else None
         build.library().ulbq_norm(
             *_at(x, weight), epsilon, rows, x.shape[-1], *_at(whole, rounded, factors), torch.get_num_threads()

@@ -121,7 +121,7 @@ class CompiledBlocks:
 
     def _run(self, step: _Step, x: Tensor, *angles: Tensor | None) -> Tensor:
         head, count = self._head or (None, 0)
-        logits = torch.empty(count)
+        logits = torch.empty(count, dtype=torch.float32)
         library().ulbq_decode(
             self._table.data_ptr(), ctypes.byref(step), self._last_norm.data_ptr(), _address(head),
             *map(_address, angles), x.data_ptr(), logits.data_ptr(), torch.get_num_threads(),

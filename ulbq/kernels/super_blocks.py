@@ -24,7 +24,7 @@ def takes(rows: torch.Tensor) -> bool:
 def multiply(scheme: KQuantScheme, stored: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
     """Products ``[n, out]`` of ``rows`` ``[n, in]``, in their dtype; the arithmetic is float32."""
     x, outs = rows.float().contiguous(), len(stored["scales"])
-    y = torch.empty(len(x), outs)
+    y = torch.empty(len(x), outs, dtype=torch.float32)
     tensors = [stored.get(name) for name in _NAMES]
     places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     threads = torch.get_num_threads()

@@ -142,7 +142,7 @@ def inner_product(x: torch.Tensor, scheme: TrellisScheme, codes: torch.Tensor, *
         exact: the result will not be rounded to 16 bits.
     """
     x, outs = x.contiguous(), codes.shape[1] * trellis.TILE
-    y = torch.empty(len(x), outs)
+    y = torch.empty(len(x), outs, dtype=torch.float32)
     threads = torch.get_num_threads() if x.numel() * outs > _WORTH_A_THREAD else 1
     library().ulbq_multiply_trellis(
         *_matrix(scheme, codes), x.data_ptr(), len(x), 2 if exact else 1, y.data_ptr(), threads

@@ -70,16 +70,18 @@ class Compiled:
             scaling=attention.scaling,
         )
         self.last_norm = base.norm.weight.detach().float()
-        self._cosines = self._sines = torch.empty(0, width)
+        self._angles = (torch.empty(0, width), torch.empty(0, width))
         runtime.use_large_pages([*model.parameters(), *model.buffers()])
 
     def angles(self, model: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines ``[≥ count, width]`` float32 of the first positions."""
-        if len(self._cosines) < count:
+        found = self._angles
+        if len(found[0]) < count:
             none, places = torch.empty(0, dtype=self.dtype), torch.arange(count).unsqueeze(0)
             both = model.base_model.rotary_emb(none, places)
-            self._cosines, self._sines = (one[0].float().contiguous() for one in both)
-        return self._cosines, self._sines
+            # Both at once: another thread may write a text of its own.
+            self._angles = found = (both[0][0].float().contiguous(), both[1][0].float().contiguous())
+        return found
 
 
 class Decoder:
@@ -173,10 +175,14 @@ def products(model: Any) -> Compiled | None:
 
     It is kept until the model goes, or a tensor of it is another or has other values.
     """
-    if unsupported_reason(model) is not None:
-        return None
     kept = _KEPT.get(model)
-    if kept is None or kept.state != _state(model):
+    supported = unsupported_reason(model) is None
+    if kept is not None and supported and kept.state == _state(model):
+        return kept
+    # First, so that two copies of packed weights are in memory at no time.
+    kept = None
+    _KEPT.pop(model, None)
+    if supported:
         blocks = [_block(block, model.dtype) for block in model.base_model.layers]
         known = [block for block in blocks if block is not None]
         if len(known) < len(blocks):
@@ -186,11 +192,22 @@ def products(model: Any) -> Compiled | None:
     return kept
 
 
-def _state(model: nn.Module) -> Hashable:
-    """What changes with every tensor of a model."""
-    tensors = (*model.parameters(), *model.buffers())
-    versions = (None if tensor.is_inference() else tensor._version for tensor in tensors)
-    return tuple((tensor.data_ptr(), tensor.dtype, *given) for tensor, *given in zip(tensors, versions, strict=True))
+def _state(model: Any) -> Hashable:
+    """What changes with every module and tensor of a model, and with the values of vectors, which may be copied."""
+    modules = tuple((id(module), type(module)) for module in model.modules())
+    tensors = tuple(
+        (tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version, _values(tensor))
+        for tensor in (*model.parameters(), *model.buffers())
+    )
+    scalings = tuple(getattr(block.self_attn, "scaling", None) for block in model.base_model.layers)
+    return modules, tensors, scalings
+
+
+def _values(tensor: torch.Tensor) -> bytes | None:
+    if tensor.dim() != 1:
+        return None
+    found: bytes = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return found
 
 
 def _block(block: Any, dtype: torch.dtype) -> decode.CompiledBlock | None:
@@ -208,7 +225,8 @@ def _block(block: Any, dtype: torch.dtype) -> decode.CompiledBlock | None:
 def _product(layer: nn.Module, dtype: torch.dtype) -> Product | None:
     """What tokens are multiplied with; None for an adapter, or a layout that has nothing for them."""
     if type(layer) is QuantLinear:
-        return layer.product(exact=dtype == torch.float32)
+        # What is rounded costs about what bfloat16 does, and ten times what float16 does.
+        return layer.product(exact=dtype != torch.bfloat16)
     if is_dense_linear(layer) and layer.weight.dtype in FLOATS:
         return decode.dense(layer.weight.detach(), _floats(layer.bias))
     return None

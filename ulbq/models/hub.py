@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from ulbq.artifacts.shards import OUTLINE, LazyTensors
 from ulbq.errors import InputError, ResourceError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+_WANTED = [*_SMALL, "*.safetensors"]
 # Subfolders hold other formats of the same weights, and so does Mistral's consolidated file. Only further chat
 # templates are wanted: the patterns are all that a folder can be called that does not begin like theirs.
 _UNWANTED = ["?/*", "??/*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]
@@ -70,8 +72,7 @@ def outline(repo_id: str, *, offline: bool) -> Path:
     if offline:
         return download(repo_id, offline=True)
     with _reaching(repo_id, offline):
-        patterns = [pattern for pattern in _WANTED if "safetensors" not in pattern]
-        small = Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=_UNWANTED))
+        small = Path(snapshot_download(repo_id, allow_patterns=_SMALL, ignore_patterns=_UNWANTED))
         try:
             LazyTensors.folder(small)
         except InputError:  # a shard is missing
@@ -84,20 +85,27 @@ def _outlined(repo_id: str, small: Path) -> Path:
     """A folder with a snapshot's small files, and with the outlines of its weights."""
     try:
         found = get_safetensors_metadata(repo_id, revision=small.name)
-    except SafetensorsParsingError as error:
-        raise InputError(f"A weight file of '{repo_id}' has no header that can be read: {error}") from error
+    except (SafetensorsParsingError, TypeError, AttributeError) as error:
+        raise _unreadable(repo_id, error) from error
     except NotASafetensorsRepoError:  # :func:`download` says what there is instead
         return download(repo_id, offline=False)
     folder = tempfile.TemporaryDirectory(prefix="ulbq-")
     _OUTLINES.append(folder)
     place = Path(folder.name)
     for file in small.rglob("*"):
-        if file.is_file():
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in _SMALL):
             (place / file.relative_to(small)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place / file.relative_to(small))
-    for name, header in found.files_metadata.items():
-        _write_outline(place / component(name), header)
+    try:
+        for name, header in found.files_metadata.items():
+            _write_outline(place / component(name), header)
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
+        raise _unreadable(repo_id, error) from error
     return place
+
+
+def _unreadable(repo_id: str, error: Exception) -> InputError:
+    return InputError(f"A weight file of '{repo_id}' has no header that can be read: {error}.")
 
 
 _OUTLINES: list["tempfile.TemporaryDirectory[str]"] = []

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -32,7 +33,7 @@ from ulbq.artifacts.manifest import (
 from ulbq.artifacts.names import local_path
 from ulbq.artifacts.parents import places
 from ulbq.artifacts.records import LayerRecord, Parent, RotationRecord
-from ulbq.artifacts.shards import LazyTensors, write_carried
+from ulbq.artifacts.shards import HeaderOnlyError, LazyTensors, write_carried
 from ulbq.artifacts.whole import check_small_files
 from ulbq.errors import InputError, ResourceError
 from ulbq.formats import AnyScheme, dequantize, read_scheme
@@ -328,8 +329,10 @@ def resolve(
     if given.lower() == DEFAULT_NAME:
         return default_model(offline=offline, outline=outline)
     if hub.looks_like_hub_id(given):
-        folder = (hub.outline if outline else hub.download)(given, offline=offline)
-        return _open_folder(folder, given, hub_id=given)
+        if outline:
+            with suppress(HeaderOnlyError):  # values say how it is to be read, as whether a stored head is tied
+                return _open_folder(hub.outline(given, offline=offline), given, hub_id=given)
+        return _open_folder(hub.download(given, offline=offline), given, hub_id=given)
     raise InputError(f"There is no file or folder '{given}'.", hint="Check the path.")
 
 

@@ -134,9 +134,9 @@ class BlockQuantizer:
             schemes={name: job.schemes[prefix + name] for name in linears if prefix + name in job.schemes},
         )
         result = _as_it_is(task.start) if job.blocks_stay and task.start else self._by_method(task, streams)
-        check_finite(index, result)
         if distributed.size() > 1:  # sums of different orders round otherwise: one process's result is everyone's
             result = distributed.of_main(result.on_host())
+        check_finite(index, result)
         shard = self._writer.path / layout.block_shard(index)
         layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
         records: dict[str, Any] = {

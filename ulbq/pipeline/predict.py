@@ -49,6 +49,10 @@ _ADAPTER_COPIES = 6
 _SCORE_COPIES = 2
 # Of each value outside the blocks as it is copied: half precision; out of a GGUF file it is float32 before.
 _COPIED, _COPIED_FROM_GGUF = 2, 6
+
+_NOTHING_KEPT = 1
+"""Memory for activations that holds none of them."""
+
 # Bytes of a tokenizer's files for each token of the vocabulary, as measured on SmolLM2's.
 _TOKENIZER_BYTES = 72
 # What torch imports as it checkpoints and clips.
@@ -142,14 +146,15 @@ def predict(
     tuned = whole.disk and whole.disk + run.packed() + adapters
     disk = artifact + beside + max(blocks.disk, tuned)
     if method.needs.saliency in KINDS and not blocks_stay:
-        peak, on_disk, scores = run.scoring(TypeAdapter(SaliencyKind).validate_python(method.needs.saliency))
-        memory, device = (memory, max(device, peak - started)) if on_gpu else (max(memory, peak), 0)
+        kind: SaliencyKind = TypeAdapter(SaliencyKind).validate_python(method.needs.saliency)
+        peak, on_disk, scores = run.scoring(kind)
+        memory, device = run.placed(kind, memory, device, started, peak) if on_gpu else (max(memory, peak), 0)
         disk = max(disk + scores, on_disk)
     if run.needs.output_groups and not blocks_stay:
         costs = sum(run.output_costs(block) for block in found.linears)
         peak, on_disk, _ = run.scoring("fisher")
         peak += max(map(run.output_costs, found.linears))
-        memory, device = (memory, max(device, peak - started)) if on_gpu else (max(memory, peak), 0)
+        memory, device = run.placed("fisher", memory, device, started, peak) if on_gpu else (max(memory, peak), 0)
         disk = max(disk, on_disk) + costs
     return Cost(peak_memory=memory, device_memory=device, disk=disk, artifact=artifact)
 
@@ -216,14 +221,20 @@ class _Sizes:
             return 0
         return sum(adapter.bits(x.out_features, x.in_features) for x in linears if adapter.matches(x.name)) // 16
 
-    def scoring(self, kind: SaliencyKind) -> tuple[int, int, int]:
+    def placed(self, kind: SaliencyKind, memory: int, device: int, started: int, peak: int) -> tuple[int, int]:
+        """The host's and a GPU's bytes, scoring counted: activations that are kept lie on the host."""
+        kept = peak - self.scoring(kind, limit=_NOTHING_KEPT)[0]
+        on_host = started + self.gguf_size + kept + self.passing()
+        return max(memory, on_host), max(device, peak - kept - self.gguf_size - started)
+
+    def scoring(self, kind: SaliencyKind, *, limit: int | None = None) -> tuple[int, int, int]:
         """Bytes of scoring the weights first: memory at its peak, that of the process included; disk; the scores."""
         asked = SaliencyRequest(
             kind=kind,
             samples=self.samples,
             sequence_length=self.length,
             batch_size=SaliencySettings.batch_size,
-            activation_memory=self.limit,
+            activation_memory=self.limit if limit is None else limit,
         )
         return predict_scoring(asked, self.model, self.found, self.precision, gguf_size=self.gguf_size)
 

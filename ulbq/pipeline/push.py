@@ -29,6 +29,7 @@ from ulbq.progress import Progress, Silent
 
 _CARD = "README.md"
 _WEIGHTS = ("*.safetensors", "*.gguf")
+_FILE = re.compile(r"\.(jsonl?|txt|parquet|safetensors|ya?ml|gguf|csv)$")
 _QUOTED_PATH = re.compile(r"'[^']*/([^'/]+)/?'")
 
 
@@ -120,7 +121,18 @@ def _named(value: Any, hub: set[str]) -> Any:
         return {key: _named(one, hub) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_named(one, hub) for one in value]
-    return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) and value not in hub else value
+    if not isinstance(value, str) or value in hub:
+        return value
+    # Several sources may stand in one text, each with its weight.
+    return ",".join(part.rstrip("/").rpartition("/")[2] if _is_here(part) else part for part in value.split(","))
+
+
+def _is_here(text: str) -> bool:
+    """Whether a text names a place on this machine."""
+    path = re.sub(r":[\d.]+$", "", text)
+    return path.startswith(("/", "~", "./", "../")) or (
+        "/" in path and (Path(path).exists() or bool(_FILE.search(path)))
+    )
 
 
 def _upload(path: Path, planned: PushPlan, *, private: bool) -> str:

@@ -25,8 +25,9 @@ def check_room(job: Job, progress: Progress) -> None:
             setting that fits, if one does.
     """
     cost, device = job.plan.cost, job.precision.device
-    free = runtime.available_memory() // distributed.size()
-    more = cost.peak_memory - runtime.peak_memory()
+    free = runtime.available_memory() // distributed.neighbours()
+    # A mapped file's pages count as free.
+    more = cost.peak_memory - job.source.gguf_size - runtime.peak_memory()
     _compare(job, more, free, "memory", progress)
     if device.type == "cuda":
         least = _cost(job, **_one_by_one(job)).device_memory
@@ -43,7 +44,8 @@ def _compare(job: Job, wanted: int, free: int, where: str, progress: Progress) -
     on_gpu = where != "memory"
     for words, changes in _smaller(job, on_gpu=on_gpu):
         cost = _cost(job, **changes)
-        if (cost.device_memory if on_gpu else cost.peak_memory - runtime.peak_memory()) <= free:
+        host = cost.peak_memory - job.source.gguf_size - runtime.peak_memory()
+        if (cost.device_memory if on_gpu else host) <= free:
             raise ResourceError(f"{said}.", hint=f"With {words} it fits.")
     other = "a GPU with more memory, or `device=cpu`" if on_gpu else "a machine with more memory"
     raise ResourceError(f"{said}.", hint=f"Free some, or take {other}.")

@@ -1,6 +1,8 @@
 """The calibration samples of a run, drawn from text or written by the model itself."""
 
-from collections.abc import Mapping
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,6 +180,17 @@ def parent_model(
     return StreamedModel(source, directory=writer.scratch, limit=limit, progress=progress, **options)
 
 
+@contextmanager
+def _alone(kept: Path | None) -> Iterator[None]:
+    """Let other runs wait that would write the same samples, as those of a sweep at the same time."""
+    if kept is None or not distributed.is_main():
+        yield
+        return
+    with kept.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def written_samples(
     request: Sampled,
     source: ModelSource,
@@ -211,13 +224,14 @@ def written_samples(
 
     words = f"{samples}x{request.sequence_length}-{request.seed}-{precision.dtype}-{source.content_hash}.safetensors"
     kept = None if shared is None else shared / words
-    if kept is not None and kept.exists():
-        written = load_calibration(kept)
-    else:
-        # One process writes for all: each word hangs on those before it.
-        written = distributed.on_main(write)
-        if kept is not None:
-            save_calibration(kept, written)
+    with _alone(kept):
+        if kept is not None and kept.exists():
+            written = load_calibration(kept)
+        else:
+            # One process writes for all: each word hangs on those before it.
+            written = distributed.on_main(write)
+            if kept is not None:
+                save_calibration(kept, written)
     save_calibration(saved, written)
     writer.record(step, {}, files=[saved])
     # Read back: what a model wrote while it kept no gradients takes none later.

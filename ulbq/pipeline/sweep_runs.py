@@ -45,12 +45,15 @@ def runs(job: SweepJob, writer: ArtifactWriter, progress: Progress) -> Iterator[
         ResourceError: a process with a run ended by itself, as where memory was short; and as
             :func:`~ulbq.pipeline.quantize.quantize`.
     """
-    open_runs = [run for run in job.runs if _key(run) not in writer.journal]
-    begun = {run.name for run in open_runs if partial_of(writer.path / RUNS / run.name).exists()}
+    root = writer.path / RUNS
+    open_runs = [run for run in job.runs if _key(run) not in writer.journal and not is_artifact(root / run.name)]
+    made_here = {run.name for run in open_runs}
+    begun = {run.name for run in open_runs if partial_of(root / run.name).exists()}
     with _making(open_runs, _at_a_time(job, open_runs, progress), writer, progress, job.device) as make:
         for number, run in enumerate(job.runs, 1):
             progress.note(f"Run {number} of {len(job.runs)}: {run.name}.")
-            yield run, _made(run, writer, progress, make, resumed=run.name in begun)
+            maker = make if run.name in made_here else None
+            yield run, _made(run, writer, progress, maker, resumed=run.name in begun)
 
 
 def _key(run: Run) -> str:
@@ -61,10 +64,17 @@ def _at_a_time(job: SweepJob, open_runs: Sequence[Run], progress: Progress) -> i
     """How many runs go at a time: as many as were asked for, as far as memory holds them."""
     asked = min(job.request.parallel, len(open_runs))
     names = {run.name for run in open_runs}
-    peaks = sorted((run.cost.peak_memory for run in job.plan.runs if run.name in names), reverse=True)
-    count, free = asked, runtime.available_memory()
+    costs = [run.cost for run in job.plan.runs if run.name in names]
+    peaks = sorted((cost.peak_memory for cost in costs), reverse=True)
+    # This process measures one model meanwhile.
+    beside = runtime.LIBRARY_MEMORY + max((cost.artifact for cost in costs), default=0)
+    count, free = asked, runtime.available_memory() - beside
     while count > 1 and sum(peaks[:count]) > free:
         count -= 1
+    if job.device.type == "cuda":
+        cards = torch.cuda.device_count() if job.device.index is None else 1
+        on_one = runtime.free_memory(job.device) // max([1, *(cost.device_memory for cost in costs)])
+        count = max(1, min(count, cards * on_one))
     if count < asked:
         progress.note(f"{asked} runs at a time want {size(sum(peaks[:asked]))}, and {size(free)} are free: {count} go.")
     return count
@@ -87,6 +97,7 @@ def _making(
     threads = max(1, torch.get_num_threads() // count)
     # A device that was named is that of all runs.
     cards = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
+    before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, context, _settle, (places, threads, cards, warnings.filters))
     try:
         made = {run.name: pool.submit(partial(_quantize, run, root, shared, Silent())) for run in open_runs}
@@ -94,12 +105,12 @@ def _making(
     except BrokenProcessPool as error:
         raise ResourceError(
             "A process with a run was ended, as the system does it where memory is short.",
-            hint="Run the same command again, with a smaller `parallel`.",
+            hint="Run it again with a smaller `parallel`. A script must call it behind its main guard.",
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         # What is unfinished goes on at its next block when the sweep does.
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - before:
             process.terminate()
             process.join()
 
@@ -147,7 +158,7 @@ def _quantize(run: Run, root: Path, shared: Path, progress: Progress) -> None:
 
 
 def _made(
-    run: Run, writer: ArtifactWriter, progress: Progress, make: Callable[[Run], None], *, resumed: bool
+    run: Run, writer: ArtifactWriter, progress: Progress, make: Callable[[Run], None] | None, *, resumed: bool
 ) -> SweepRun | str:
     """What a run gave, now or before this sweep was stopped; why it gave nothing where its numbers went wrong."""
     key = _key(run)
@@ -155,7 +166,7 @@ def _made(
         recorded = writer.journal[key]
         return recorded if isinstance(recorded, str) else SweepRun.model_validate(recorded)
     folder = writer.path / RUNS / run.name
-    if not is_artifact(folder):
+    if make is not None:
         try:
             make(run)
         except NumericsError as error:

@@ -13,7 +13,7 @@ from ulbq.config.finetuning import FinetuneSettings
 from ulbq.config.training import TrainSettings
 from ulbq.training.linear import TrainedLinear
 
-_AMPLE = 4
+_AMPLE = 7  # a second copy, gradients and both moments still follow
 """Free memory of a GPU, in sizes of what trains, at which a copy of that may lie there too."""
 
 
