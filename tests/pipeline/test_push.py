@@ -156,8 +156,8 @@ def test_the_repository_holds_the_artifact_and_no_other_weights(artifact: Path, 
     assert len(writing) == 4
     assert {hub.tokens[path] for path in writing} == {"Bearer hf_secret"}, hub.tokens
     own = {str(path.relative_to(artifact)): path.read_bytes() for path in artifact.rglob("*") if path.is_file()}
-    manifest = hub.files["manifest.json"]
-    assert hub.files == own | {"notes.txt": b"a person's", "manifest.json": manifest}
+    changed = {name: hub.files[name] for name in ("manifest.json", "README.md", "report.html") if name in own}
+    assert hub.files == own | {"notes.txt": b"a person's"} | changed
     assert {"README.md", "manifest.json", "model-outer.safetensors"} < own.keys()
     assert {hashlib.sha256(data).hexdigest() for data in hub.large.values()} == hub.large.keys()
 
@@ -177,6 +177,18 @@ def test_a_repository_does_not_hold_the_folders_of_this_machine(artifact: Path, 
     verify(pulled)
 
 
+def test_what_a_task_was_learnt_from_and_the_base_of_an_adapter_have_names_alone() -> None:
+    made = Path(__file__).parents[1] / "golden" / "artifacts" / "finetuned"
+    found = published(made, read_manifest(made), "me/model")
+    assert found.keys() == {"manifest.json", "README.md", "finetune.html", "adapter/adapter_config.json"}
+    whole = {str(path.relative_to(made)): path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    assert [name for name, data in whole.items() if b"/golden" in data] != []
+    assert [name for name, data in (whole | found).items() if b"/golden" in data] == []
+    assert json.loads(found["adapter/adapter_config.json"])["base_model_name_or_path"] == "me/model"
+    entry = json.loads(found["manifest.json"])["files"]["README.md"]
+    assert entry == {"size": len(found["README.md"]), "sha256": hashlib.sha256(found["README.md"]).hexdigest()}
+
+
 def test_names_of_the_hub_stay(artifact: Path) -> None:
     made = read_manifest(artifact)
     parent = made.parents[0].model_copy(update={"kind": "hub", "path": "meta/llama", "absolute": ""})
@@ -188,7 +200,7 @@ def test_names_of_the_hub_stay(artifact: Path) -> None:
     }
     warned = ("There is no 'here/or/there.txt' with a/b.",)
     changed = made.model_copy(update={"parents": (parent,), "request": request, "warnings": warned})
-    data = json.loads(published(changed))
+    data = json.loads(published(artifact, changed, "me/model")["manifest.json"])
     assert (data["request"]["source"], data["request"]["out"]) == ("meta/llama", "b")
     assert data["request"]["calibration"] == "texts.jsonl:2,c4:1,tatsu-lab/alpaca:0.5"
     assert data["warnings"] == ["There is no 'there.txt' with a/b."]
@@ -210,7 +222,8 @@ def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(artifact: Path, ulbq: A
     assert any(line.endswith("  README.md") for line in lines)
     planned = plan(PushRequest(source=str(artifact), repo="me/model"))
     sizes = {path.name: path.stat().st_size for path in artifact.rglob("*") if path.is_file()}
-    assert planned.files == sizes | {"manifest.json": len(published(read_manifest(artifact)))}
+    changed = published(artifact, read_manifest(artifact), "me/model")
+    assert planned.files == sizes | {name: len(data) for name, data in changed.items()}
     assert lines[-1].endswith(f"in {len(planned.files)} files, to me/model, revision main")
 
 

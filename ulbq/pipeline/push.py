@@ -1,8 +1,11 @@
 """``push``: an artifact with its model card to the Hugging Face Hub."""
 
+import json
 import re
 import warnings
+from collections.abc import Mapping
 from fnmatch import fnmatch
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,14 @@ from ulbq.artifacts.manifest import (
     sealed,
 )
 from ulbq.artifacts.names import local_path
+from ulbq.artifacts.records import FileEntry
 from ulbq.artifacts.whole import verify
 from ulbq.config.push import PushRequest
 from ulbq.data.hub import offline_by_environment
 from ulbq.errors import InputError, ResourceError, UsageError
 from ulbq.progress import Progress, Silent
 
-_CARD = "README.md"
+_CARD, _ADAPTER = "README.md", "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.gguf")
 _FILE = re.compile(r"\.(jsonl?|txt|parquet|safetensors|ya?ml|gguf|csv)$")
 _QUOTED_PATH = re.compile(r"'[^']*/([^'/]+)/?'")
@@ -72,7 +76,7 @@ def plan(request: PushRequest) -> PushPlan:
     if _CARD not in manifest.files:
         raise InputError(f"'{request.source}' has no model card.", hint="Make the artifact again.")
     sizes = {name: entry.size for name, entry in sorted(manifest.files.items())}
-    files = sizes | {MANIFEST_NAME: len(published(manifest))}
+    files = sizes | {name: len(data) for name, data in published(path, manifest, request.repo).items()}
     return PushPlan(repo=request.repo, revision=request.revision or "main", files=files)
 
 
@@ -103,28 +107,65 @@ def push(request: PushRequest, progress: Progress | None = None) -> str:
         return _upload(path, planned, private=request.private)
 
 
-def published(manifest: AnyManifest) -> bytes:
-    """``manifest.json`` for others to read: of paths of this machine the last names alone."""
+def published(path: Path, manifest: AnyManifest, repo: str) -> dict[str, bytes]:
+    """The files that go out otherwise than they lie here: of paths of this machine they have the last names alone.
+
+    Args:
+        path: the artifact.
+        manifest: its own.
+        repo: what an adapter's base is called there.
+
+    Returns:
+        Their content by name, the manifest's among them, which knows the others as they go out.
+    """
     hub = {parent.path for parent in manifest.parents if parent.kind == "hub"}
-    parents = tuple(
+    places: dict[str, str] = {}
+    request = _named(manifest.request, hub, places)
+    for one in manifest.parents:
+        places |= {place: one.name for place in (one.path, one.absolute) if "/" in place and one.path not in hub}
+    changed: dict[str, Any] = {"request": request}
+    if isinstance(manifest, QuantizedManifest) and manifest.finetune is not None:
+        data = _named(manifest.finetune.data, hub, places)
+        changed["finetune"] = manifest.finetune.model_copy(update={"data": data})
+    found = {name: _without(path / name, places, repo) for name in manifest.files if _is_text(name)}
+    found = {name: data for name, data in found.items() if data != (path / name).read_bytes()}
+    entries = {name: FileEntry(size=len(data), sha256=sha256(data).hexdigest()) for name, data in found.items()}
+    changed["files"] = manifest.files | entries
+    changed["parents"] = tuple(
         one if one.path in hub else one.model_copy(update={"path": one.name, "absolute": "", "relative": ""})
         for one in manifest.parents
     )
-    told = tuple(_QUOTED_PATH.sub(r"'\1'", warning) for warning in manifest.warnings)
-    changed = {"parents": parents, "request": _named(manifest.request, hub), "warnings": told}
-    return sealed(manifest.model_copy(update=changed))
+    changed["warnings"] = tuple(_QUOTED_PATH.sub(r"'\1'", warning) for warning in manifest.warnings)
+    return found | {MANIFEST_NAME: sealed(manifest.model_copy(update=changed))}
 
 
-def _named(value: Any, hub: set[str]) -> Any:
-    """A request without folders of this machine."""
+def _is_text(name: str) -> bool:
+    return name == _CARD or name.endswith((".html", _ADAPTER))
+
+
+def _without(file: Path, places: Mapping[str, str], repo: str) -> bytes:
+    """A file's content, with names for places of this machine."""
+    text = file.read_text(encoding="utf-8")
+    if file.name == _ADAPTER:
+        told = json.loads(text)
+        return json.dumps({**told, "base_model_name_or_path": repo}, indent=2, sort_keys=True).encode()
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(place, places[place])
+    return text.encode()
+
+
+def _named(value: Any, hub: set[str], places: dict[str, str]) -> Any:
+    """A value without folders of this machine; adds those that it had to ``places``, with the names they get."""
     if isinstance(value, dict):
-        return {key: _named(one, hub) for key, one in value.items()}
+        return {key: _named(one, hub, places) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_named(one, hub) for one in value]
+        return [_named(one, hub, places) for one in value]
     if not isinstance(value, str) or value in hub:
         return value
     # Several sources may stand in one text, each with its weight.
-    return ",".join(part.rstrip("/").rpartition("/")[2] if _is_here(part) else part for part in value.split(","))
+    here = {part: part.rstrip("/").rpartition("/")[2] for part in value.split(",") if _is_here(part)}
+    places |= here
+    return ",".join(here.get(part, part) for part in value.split(","))
 
 
 def _is_here(text: str) -> bool:
@@ -142,8 +183,8 @@ def _upload(path: Path, planned: PushPlan, *, private: bool) -> str:
             address = api.create_repo(planned.repo, private=private, exist_ok=True)
             if planned.revision != "main":
                 api.create_branch(planned.repo, branch=planned.revision, exist_ok=True)
-            adding = {name: path / name for name in planned.files if name != MANIFEST_NAME}
-            content = adding | {MANIFEST_NAME: published(read_manifest(path))}
+            content: dict[str, Path | bytes] = {name: path / name for name in planned.files}
+            content |= published(path, read_manifest(path), planned.repo)
             # What an earlier artifact left would be loaded with this one.
             before = api.list_repo_files(planned.repo, revision=planned.revision)
             stale = [name for name in before if any(fnmatch(name, one) for one in _WEIGHTS) and name not in content]
