@@ -235,7 +235,7 @@ class _OnGpu:
         return torch.ones(3)
 
 
-@pytest.mark.parametrize(("free", "where"), [(7999, "process"), (8000, "gpu")])
+@pytest.mark.parametrize(("free", "where"), [(13999, "process"), (14000, "gpu")])
 def test_snapshots_leave_a_gpu_that_has_little_room(free: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "free_memory", lambda device: free)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: 2 * tensor)
