@@ -295,6 +295,14 @@ def test_a_tensor_is_read_as_it_is_stored(dtype: torch.dtype, tmp_path: Path) ->
         assert torch.equal(read.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
+@pytest.mark.parametrize("entry", [["F32", [1], [0, 4]], {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}, 7])
+def test_an_odd_header_is_no_safetensors_file(entry: object, tmp_path: Path) -> None:
+    text = json.dumps({"a": entry}).encode()
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        LazyTensors([tmp_path / "m.safetensors"])
+
+
 def test_a_file_may_be_larger_than_the_memory(tmp_path: Path) -> None:
     large = 1 << 41
     header = {

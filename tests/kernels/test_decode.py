@@ -8,7 +8,14 @@ import torch
 from tests.formats.columns import random_columns
 from tests.kernels.matrices import assert_near, exact, random_matrix
 from ulbq import kernels
-from ulbq.formats import AffineScheme, AnyScheme, BinaryMosScheme, DualBinaryScheme, TrellisScheme, codebook
+from ulbq.formats import (
+    AffineScheme,
+    AnyScheme,
+    BinaryMosScheme,
+    DualBinaryScheme,
+    TrellisScheme,
+    codebook,
+)
 from ulbq.kernels import build, decode
 
 pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
@@ -60,9 +67,28 @@ def test_products(scheme: AnyScheme, whole: bool) -> None:
     bias = torch.randn(OUTS, generator=torch.Generator().manual_seed(1))
     wanted = exact(scheme, stored, x) + bias
     found = multiply(product_of(scheme, stored, bias, whole=whole), x)
-    # Inputs of 16 bits lose far less than what is rounded to bfloat16, those of 8 bits (trellis) about as much.
-    slack = 6000 if scheme.format == "trellis" else 1200
-    assert_near(found, wanted, torch.float32, slack=4 if whole else slack)
+    # Inputs of 16 bits lose far less than what is rounded to bfloat16.
+    assert_near(found, wanted, torch.float32, slack=4 if whole else 1200)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [*SCHEMES[:1], *SCHEMES[-1:], AffineScheme(bits=8, group_size=64)],
+    ids=lambda s: f"{s.format}-{s.label}",
+)
+def test_torchs_default_dtype_says_nothing(scheme: AnyScheme, default: torch.dtype) -> None:
+    """Engines set another while they load a model; kernels write float32."""
+    stored, x = random_matrix(scheme, OUTS, 256), torch.randn(3, 256)
+    ready = kernels.prepare(scheme, stored, OUTS, 256)
+    wanted = ready.layout.multiply(scheme, ready.tensors, x, OUTS)
+    torch.set_default_dtype(default)
+    try:
+        found = ready.layout.multiply(scheme, ready.tensors, x, OUTS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.usefixtures("_two_threads")

@@ -41,6 +41,19 @@ def test_products_and_gradients_are_those_of_the_dense_weight(
 
 
 @compiled
+def test_torchs_default_dtype_says_nothing() -> None:
+    scheme = KQuantScheme(bits=4)
+    stored, x = k_quant.pack(scheme, random_matrix(scheme)), torch.randn(64, 512)
+    wanted = super_blocks.multiply(scheme, stored, x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = super_blocks.multiply(scheme, stored, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
+
+
+@compiled
 @labels
 def test_a_token(bits: int) -> None:
     scheme = KQuantScheme.model_validate({"bits": bits})

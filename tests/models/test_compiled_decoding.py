@@ -1,6 +1,8 @@
 """Tokens through compiled code are those of transformers: logits, caches, and what is left to transformers."""
 
 import copy
+import gc
+import weakref
 from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -151,6 +153,54 @@ def test_products_stay_until_a_tensor_changes() -> None:
     mlp.up_proj, mlp.gate_proj = mlp.gate_proj, mlp.up_proj
     assert products(model) is not changed
     assert_same(model)
+
+
+class _Tripled(QuantLinear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(x)
+
+
+def test_products_go_with_a_layer_of_another_kind() -> None:
+    model = packed_model("llama", SCHEMES[0])
+    assert products(model) is not None
+    model.base_model.layers[0].mlp.up_proj.__class__ = _Tripled
+    assert products(model) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_that_torch_does_not_count_are_seen(dtype: torch.dtype) -> None:
+    model = packed_model("llama", SCHEMES[0], dtype)
+    first = products(model)
+    assert first is not None
+    model.base_model.layers[0].input_layernorm.weight.data.mul_(4)
+    second = products(model)
+    assert second is not first
+    assert_same(model)
+    for block in model.base_model.layers:
+        block.self_attn.scaling *= 2
+    assert products(model) is not second
+    assert_same(model)
+
+
+def test_products_of_a_model_that_has_none_any_more_are_let_go() -> None:
+    model = packed_model("llama", SCHEMES[0])
+    kept = weakref.ref(products(model))
+    assert kept() is not None
+    hook = model.base_model.register_forward_hook(lambda *_: None)
+    assert products(model) is None
+    hook.remove()
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_models_in_bfloat16_are_rounded(dtype: torch.dtype) -> None:
+    model = packed_model("llama", SCHEMES[-1], dtype)
+    asked = []
+    usual = QuantLinear.product
+    with patch.object(QuantLinear, "product", lambda self, *, exact: asked.append(exact) or usual(self, exact=exact)):
+        products(model)
+    assert set(asked) == {dtype != torch.bfloat16}
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "mistral"])

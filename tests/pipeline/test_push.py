@@ -189,6 +189,12 @@ def test_what_a_task_was_learnt_from_and_the_base_of_an_adapter_have_names_alone
     assert entry == {"size": len(found["README.md"]), "sha256": hashlib.sha256(found["README.md"]).hexdigest()}
 
 
+def test_what_only_looks_like_a_place_stays() -> None:
+    places = {"/a": "a", "/": "", "/home/me/x.jsonl": "x.jsonl", "run/q": "q"}
+    text = "https://b/a/c </a> /a, '/home/me/x.jsonl' of run/q, not of run/q2 or my/run/q"
+    assert pushing._named_in(text, places) == "https://b/a/c </a> a, 'x.jsonl' of q, not of run/q2 or my/run/q"
+
+
 def test_names_of_the_hub_stay(artifact: Path) -> None:
     made = read_manifest(artifact)
     parent = made.parents[0].model_copy(update={"kind": "hub", "path": "meta/llama", "absolute": ""})

@@ -99,6 +99,29 @@ def test_device_and_host_are_predicted_apart(tmp_path: Path, monkeypatch: pytest
     assert small.device_memory == gpu.device_memory
 
 
+def test_a_mapped_file_and_other_machines_take_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, told = prepare(asked(tmp_path), Silent()), Notes()
+    more = job.plan.cost.peak_memory - runtime.peak_memory()
+    mapped = 40 << 30
+    cost = job.plan.cost.model_copy(update={"peak_memory": job.plan.cost.peak_memory + mapped})
+    source = dataclasses.replace(job.source, path=tmp_path / "m.gguf", kind="gguf")
+    with (tmp_path / "m.gguf").open("wb") as file:
+        file.truncate(mapped)
+    job = dataclasses.replace(job, source=source, plan=job.plan.model_copy(update={"cost": cost}))
+    monkeypatch.setattr(runtime, "available_memory", lambda: 2 * more)
+    monkeypatch.setattr(room.distributed, "size", lambda: 16)
+    room.check_room(job, told)
+    assert not told.said
+
+
+def test_activations_that_scores_keep_are_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = asked(tmp_path, method="gptq", bits=3, target_bits=3.9, batch_size=None)
+    job = on_gpu(prepare(request, Silent()), 1 << 30, monkeypatch)
+    large, small = room._cost(job, activation_memory=1 << 30), room._cost(job, activation_memory=1)
+    assert large.device_memory == small.device_memory
+    assert large.peak_memory > small.peak_memory
+
+
 def predicted_70b(method: str, **options: Any) -> Cost:
     """What a model of Llama-70B's shape takes on a GPU."""
     config = AutoConfig.for_model("llama", **_70B, vocab_size=128256, dtype="bfloat16", tie_word_embeddings=False)

@@ -1,6 +1,7 @@
 """Sweeps of tiny models: which runs there are, what comes of them, and what a killed one keeps."""
 
 import csv
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.artifacts.sample import check_hashes
@@ -323,6 +325,22 @@ def test_as_many_runs_go_at_a_time_as_memory_holds(made: Path, tmp_path: Path, m
     told = Noting()
     assert sweep_runs._at_a_time(job, job.runs, told) == 2
     assert told.notes[-1].endswith("are free: 2 go.")
+
+
+def test_as_many_runs_go_at_a_time_as_gpus_hold(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = prepare(request(made, parallel=4, out=tmp_path / "s"), Silent())
+    cost = {"device_memory": 3 << 30}
+    runs = [run.model_copy(update={"cost": run.cost.model_copy(update=cost)}) for run in job.plan.runs]
+    planned = job.plan.model_copy(update={"runs": tuple(runs)})
+    moved = dataclasses.replace(job, plan=planned, device=torch.device("cuda"))
+    monkeypatch.setattr(sweep_runs.runtime, "available_memory", lambda: 1 << 40)
+    monkeypatch.setattr(sweep_runs.runtime, "free_memory", lambda device: 4 << 30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    told = Noting()
+    assert sweep_runs._at_a_time(moved, moved.runs, told) == 3
+    assert "of a GPU" in told.notes[-1]
+    named = dataclasses.replace(moved, device=torch.device("cuda", 1))
+    assert sweep_runs._at_a_time(named, named.runs, told) == 1
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(

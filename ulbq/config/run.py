@@ -61,7 +61,7 @@ Stream = Annotated[
 Deterministic = Annotated[
     bool,
     Option(
-        "On a GPU take algorithms that repeat themselves, where torch has them: slower, and the same bytes again.",
+        "On a GPU take algorithms that give the same results again, where torch has them.",
         COMPUTE,
         default="no-deterministic",
     ),

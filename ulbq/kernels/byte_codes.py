@@ -54,7 +54,7 @@ def multiply(
 ) -> torch.Tensor:
     """Products ``[n, out]`` of ``rows`` ``[n, in]``, in their dtype; the arithmetic is float32."""
     x, (outs, columns) = rows.float().contiguous(), codes.shape
-    y = torch.empty(len(x), outs)
+    y = torch.empty(len(x), outs, dtype=torch.float32)
     plain, centre = (None, zeros) if isinstance(zeros, float) else (zeros.data_ptr(), 0.0)
     library().ulbq_multiply_bytes(
         *(codes.data_ptr(), scales.data_ptr(), plain, centre, outs, columns, columns // scales.shape[1]),

@@ -46,8 +46,8 @@ def dual_binary_back(
         latents, scales, step: as :func:`dual_binary` takes them.
         gradient: of the weight, ``[out, in]`` in its dtype.
     """
-    found = torch.empty(latents.shape) if to_latents else None
-    to_scales = torch.empty(scales.shape)
+    found = torch.empty(latents.shape, dtype=torch.float32) if to_latents else None
+    to_scales = torch.empty(scales.shape, dtype=torch.float32)
     given = [tensor.contiguous() for tensor in (latents, scales, step)]
     incoming = gradient.contiguous()
     build.library().ulbq_fake_dual_binary_back(
@@ -92,8 +92,9 @@ def affine_back(
         latents, scales, zeros, step, top: as :func:`affine` takes them.
         gradient: of the weight, ``[out, in]`` in its dtype.
     """
-    found = torch.empty(latents.shape) if to_latents else None
-    of_scales, of_zeros = torch.empty(scales.shape), torch.empty(scales.shape) if to_zeros else None
+    found = torch.empty(latents.shape, dtype=torch.float32) if to_latents else None
+    of_scales = torch.empty(scales.shape, dtype=torch.float32)
+    of_zeros = torch.empty_like(of_scales) if to_zeros else None
     given = [tensor.contiguous() for tensor in (latents, scales, zeros, step)]
     incoming = gradient.contiguous()
     build.library().ulbq_fake_affine_back(
@@ -146,7 +147,8 @@ def fixed_back(
         planes, scales, zeros: as :func:`fixed` takes them.
         gradient: of the weight, ``[out, in]`` in its dtype.
     """
-    of_scales, of_zeros = torch.empty(scales.shape), torch.empty(scales.shape) if to_zeros else None
+    of_scales = torch.empty(scales.shape, dtype=torch.float32)
+    of_zeros = torch.empty_like(of_scales) if to_zeros else None
     given = [tensor.contiguous() for tensor in (planes, scales, gradient)]
     offsets = None if zeros is None else zeros.contiguous()
     build.library().ulbq_fixed_back(

@@ -70,7 +70,7 @@ def round_to_nearest(
     """
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    scales, zeros = (torch.empty(rows, columns // group_size) for _ in range(2))
+    scales, zeros = (torch.empty(rows, columns // group_size, dtype=torch.float32) for _ in range(2))
     importance = None if importance is None else importance.contiguous()
     failed = ctypes.c_int(0)
     solvers().ulbq_round_to_nearest(
@@ -101,7 +101,7 @@ def search_scales(
         refits: least squares fits after the search.
     """
     rows, columns = weight.shape
-    scales = torch.empty(2, rows, columns // group_size)
+    scales = torch.empty(2, rows, columns // group_size, dtype=torch.float32)
     importance, fractions = importance.contiguous(), fractions.contiguous()
     solvers().ulbq_search_scales(
         *(weight.data_ptr(), rows, columns, *weight.stride()),
@@ -152,7 +152,7 @@ def compensate(
         group_size: columns in a group.
     """
     count, rows = block.shape
-    codes, errors = torch.empty(count, rows, dtype=torch.uint8), torch.empty(count, rows)
+    codes, errors = torch.empty(count, rows, dtype=torch.uint8), torch.empty(count, rows, dtype=torch.float32)
     losses = torch.empty(-(-rows // _ROWS), dtype=torch.float64)
     failed = ctypes.c_int(0)
     scales, zeros = grids

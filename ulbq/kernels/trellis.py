@@ -68,7 +68,7 @@ def multiply(
 def product(
     scheme: TrellisScheme, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, *, exact: bool
 ) -> Product:
-    """What tokens are multiplied with, of tensors as stored; inputs are rounded to 8 bits, ``exact`` to 24."""
+    """What tokens are multiplied with, of tensors as stored; inputs are rounded to 16 bits, ``exact`` to 24."""
     codes, su, sv = (tensors[name] for name in ("codes", "su", "sv"))
     _, *matrix = _matrix(scheme, codes)
     ends = (part for width in (len(su), len(sv)) for part in (trellis.block_width(width), mixing(width)))

@@ -327,7 +327,7 @@ class _Sizes:
         """
         quantized, inside = self.quantized[index], self.sizes.inside[index]
         linears, needs = self.found.linears[index], self.needs
-        scores = 0 if needs.saliency is None else (_SCORE_COPIES if needs.copies > 2 else 1) * FLOAT * quantized
+        scores = 0 if needs.saliency is None else (_SCORE_COPIES if needs.trains else 1) * FLOAT * quantized
         tokens = min(self.request.batch_size, self.samples) * self.length
         # What a block holds beside its linear layers (experts, for one) is there once.
         held = FLOAT * inside + scores + (self.packed() * quantized // sum(self.quantized))

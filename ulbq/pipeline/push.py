@@ -25,7 +25,7 @@ from ulbq.artifacts.manifest import (
 )
 from ulbq.artifacts.names import local_path
 from ulbq.artifacts.records import FileEntry
-from ulbq.artifacts.whole import verify
+from ulbq.artifacts.whole import check_small_files, verify
 from ulbq.config.push import PushRequest
 from ulbq.data.hub import offline_by_environment
 from ulbq.errors import InputError, ResourceError, UsageError
@@ -75,6 +75,7 @@ def plan(request: PushRequest) -> PushPlan:
         raise InputError(f"'{request.source}' holds scores, and no model.", hint="Push the model itself.")
     if _CARD not in manifest.files:
         raise InputError(f"'{request.source}' has no model card.", hint="Make the artifact again.")
+    check_small_files(path, manifest)
     sizes = {name: entry.size for name, entry in sorted(manifest.files.items())}
     files = sizes | {name: len(data) for name, data in published(path, manifest, request.repo).items()}
     return PushPlan(repo=request.repo, revision=request.revision or "main", files=files)
@@ -135,7 +136,7 @@ def published(path: Path, manifest: AnyManifest, repo: str) -> dict[str, bytes]:
         one if one.path in hub else one.model_copy(update={"path": one.name, "absolute": "", "relative": ""})
         for one in manifest.parents
     )
-    changed["warnings"] = tuple(_QUOTED_PATH.sub(r"'\1'", warning) for warning in manifest.warnings)
+    changed["warnings"] = tuple(_QUOTED_PATH.sub(r"'\1'", _named_in(one, places)) for one in manifest.warnings)
     return found | {MANIFEST_NAME: sealed(manifest.model_copy(update=changed))}
 
 
@@ -149,9 +150,16 @@ def _without(file: Path, places: Mapping[str, str], repo: str) -> bytes:
     if file.name == _ADAPTER:
         told = json.loads(text)
         return json.dumps({**told, "base_model_name_or_path": repo}, indent=2, sort_keys=True).encode()
+    return _named_in(text, places).encode()
+
+
+def _named_in(text: str, places: Mapping[str, str]) -> str:
+    """A text with names for places; what only begins or ends like one, as an address does, stays."""
     for place in sorted(places, key=len, reverse=True):
-        text = text.replace(place, places[place])
-    return text.encode()
+        if places[place]:
+            name = places[place].replace("\\", r"\\")
+            text = re.sub(rf"(?<![\w/.<-]){re.escape(place)}(?![\w-])", name, text)
+    return text
 
 
 def _named(value: Any, hub: set[str], places: dict[str, str]) -> Any:

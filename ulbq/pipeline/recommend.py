@@ -165,8 +165,13 @@ def recommend(request: RecommendRequest, progress: Progress | None = None) -> tu
         except UlbqError as error:  # of options that this model has no place for
             progress.note(f"{best.name} does not go with '{source.given}': {error.message}")
             continue
-        if planned.cost.peak_memory > runtime.available_memory():
-            progress.note(f"{best.name} wants {size(planned.cost.peak_memory)} to quantize, more than is free here.")
+        cost = planned.cost
+        places = [("here", cost.peak_memory, runtime.available_memory())]
+        if cost.device_memory:
+            places.append((f"on {runtime.describe_device(device)}", cost.device_memory, runtime.free_memory(device)))
+        if short := [(where, wanted) for where, wanted, free in places if wanted > free]:
+            where, wanted = short[0]
+            progress.note(f"{best.name} wants {size(wanted)} to quantize, more than is free {where}.")
             continue
         return _told(source, best, kept[number + 1 :], planned, limits, request), asked
     raise UsageError("Nothing that keeps the limits can be made on this machine.", hint="Free memory, or widen them.")

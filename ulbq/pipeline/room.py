@@ -26,9 +26,7 @@ def check_room(job: Job, progress: Progress) -> None:
     """
     cost, device = job.plan.cost, job.precision.device
     free = runtime.available_memory() // distributed.neighbours()
-    # A mapped file's pages count as free.
-    more = cost.peak_memory - job.source.gguf_size - runtime.peak_memory()
-    _compare(job, more, free, "memory", progress)
+    _compare(job, _more(job, cost), free, "memory", progress)
     if device.type == "cuda":
         least = _cost(job, **_one_by_one(job)).device_memory
         _compare(job, least, runtime.free_memory(device), runtime.describe_device(device), progress)
@@ -44,11 +42,15 @@ def _compare(job: Job, wanted: int, free: int, where: str, progress: Progress) -
     on_gpu = where != "memory"
     for words, changes in _smaller(job, on_gpu=on_gpu):
         cost = _cost(job, **changes)
-        host = cost.peak_memory - job.source.gguf_size - runtime.peak_memory()
-        if (cost.device_memory if on_gpu else host) <= free:
+        if (cost.device_memory if on_gpu else _more(job, cost)) <= free:
             raise ResourceError(f"{said}.", hint=f"With {words} it fits.")
     other = "a GPU with more memory, or `device=cpu`" if on_gpu else "a machine with more memory"
     raise ResourceError(f"{said}.", hint=f"Free some, or take {other}.")
+
+
+def _more(job: Job, cost: Cost) -> int:
+    """Bytes that this process does not have yet; pages of a mapped GGUF file count as free."""
+    return cost.peak_memory - job.source.gguf_size - runtime.peak_memory()
 
 
 def _smaller(job: Job, *, on_gpu: bool) -> Iterator[tuple[str, dict[str, Any]]]:

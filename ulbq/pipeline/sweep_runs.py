@@ -65,19 +65,26 @@ def _at_a_time(job: SweepJob, open_runs: Sequence[Run], progress: Progress) -> i
     asked = min(job.request.parallel, len(open_runs))
     names = {run.name for run in open_runs}
     costs = [run.cost for run in job.plan.runs if run.name in names]
-    peaks = sorted((cost.peak_memory for cost in costs), reverse=True)
+    if asked < 2:
+        return asked
     # This process measures one model meanwhile.
-    beside = runtime.LIBRARY_MEMORY + max((cost.artifact for cost in costs), default=0)
-    count, free = asked, runtime.available_memory() - beside
-    while count > 1 and sum(peaks[:count]) > free:
-        count -= 1
-    if job.device.type == "cuda":
-        cards = torch.cuda.device_count() if job.device.index is None else 1
-        on_one = runtime.free_memory(job.device) // max([1, *(cost.device_memory for cost in costs)])
-        count = max(1, min(count, cards * on_one))
+    free = runtime.available_memory() - runtime.LIBRARY_MEMORY - max(cost.artifact for cost in costs)
+    peaks = sorted((cost.peak_memory for cost in costs), reverse=True)
+    count = max([1, *(number for number in range(2, asked + 1) if sum(peaks[:number]) <= free)])
     if count < asked:
         progress.note(f"{asked} runs at a time want {size(sum(peaks[:asked]))}, and {size(free)} are free: {count} go.")
+    if job.device.type == "cuda":
+        most, there = max(cost.device_memory for cost in costs), runtime.free_memory(job.device)
+        on_gpus = max(1, _cards(job.device) * (there // max(1, most)))
+        if on_gpus < count:
+            progress.note(f"A run wants {size(most)} of a GPU, and {size(there)} are free: {on_gpus} go at a time.")
+            count = on_gpus
     return count
+
+
+def _cards(device: torch.device) -> int:
+    """How many GPUs the runs have; one that was named is that of all."""
+    return 0 if device.type != "cuda" else torch.cuda.device_count() if device.index is None else 1
 
 
 @contextmanager
@@ -95,10 +102,8 @@ def _making(
     for number in range(count):
         places.put(number)
     threads = max(1, torch.get_num_threads() // count)
-    # A device that was named is that of all runs.
-    cards = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(count, context, _settle, (places, threads, cards, warnings.filters))
+    pool = ProcessPoolExecutor(count, context, _settle, (places, threads, _cards(device), warnings.filters))
     try:
         made = {run.name: pool.submit(partial(_quantize, run, root, shared, Silent())) for run in open_runs}
         yield lambda run: _awaited(made[run.name], root / run.name, progress)

@@ -620,42 +620,57 @@ struct Side {
     }
 };
 
-// One row of inputs, rounded to 8 bits of the largest of 64 columns, for decoded elements in lanes of 32 bits.
+// One row of inputs, rounded to 16 bits of the largest of 64 columns, for decoded elements in lanes of 32 bits.
 //
-// Behind the transform inputs are like random numbers of one size: what rounding adds is some 0.6 % of a product, which
-// the transform spreads over all outputs. A product instruction then adds up four bytes times their input.
+// An instruction adds up the four bytes of an element times a digit of its input. Decoding takes longer than that, so
+// the second digit costs little.
 struct ByteInputs {
+    static constexpr int kDigits = 2;  // the upper one first
+
     ByteInputs(const float* x, int64_t columns)
-        : chunks((columns + kChunk - 1) / kChunk), values(buffer<int32_t>(chunks * kChunk)), starts(buffer<int32_t>(chunks * 4)),
-          factors(buffer<float>(chunks)) {
+        : chunks((columns + kChunk - 1) / kChunk), values(buffer<int32_t>(chunks * kDigits * kChunk)),
+          starts(buffer<int32_t>(chunks * kDigits * 4)), factors(buffer<float>(chunks)) {
         int32_t from[16];  // lane 4 e + t takes what element e mod 4 of thread t mod 4 does
         for (int lane = 0; lane < 16; ++lane) from[lane] = kFirst[lane / 4] + 2 * (lane % 4);
         const __m512i order = _mm512_loadu_si512(from), low = _mm512_set1_epi32(255), copies = _mm512_set1_epi32(0x01010101);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            const Fixed fixed(x, kFloat32, 0, columns, chunk, 127.0f);
-            __m512i sum = _mm512_setzero_si512();
+            const Fixed fixed(x, kFloat32, 0, columns, chunk, 32600.0f);
+            __m512i sums[kDigits] = {};
             for (int quarter = 0; quarter < 4; ++quarter) {
-                const __m512i turned = _mm512_permutexvar_epi32(order, fixed.whole[quarter]);
-                sum = _mm512_add_epi32(sum, turned);
-                const __m512i bytes = _mm512_mullo_epi32(_mm512_and_si512(turned, low), copies);
-                _mm512_store_si512(values.get() + chunk * kChunk + quarter * 16, bytes);
+                const __m512i whole = _mm512_permutexvar_epi32(order, fixed.whole[quarter]);
+                // The nearest multiple of 256 leaves a digit from -128 to 127.
+                const __m512i above = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+                const __m512i digits[kDigits] = {above, _mm512_sub_epi32(whole, _mm512_slli_epi32(above, 8))};
+                for (int digit = 0; digit < kDigits; ++digit) {
+                    sums[digit] = _mm512_add_epi32(sums[digit], digits[digit]);
+                    const __m512i bytes = _mm512_mullo_epi32(_mm512_and_si512(digits[digit], low), copies);
+                    _mm512_store_si512(values_of(chunk, digit) + quarter * 16, bytes);
+                }
             }
             factors[chunk] = fixed.factor;
-            total += fixed.factor * static_cast<float>(_mm512_reduce_add_epi32(sum));
-            sum = _mm512_add_epi32(sum, _mm512_shuffle_i64x2(sum, sum, 0x4e));
-            sum = _mm512_add_epi32(sum, _mm512_shuffle_i64x2(sum, sum, 0xb1));
-            const __m512i start = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-kHalfway));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(starts.get() + 4 * chunk), _mm512_castsi512_si128(start));
+            float of_chunk = 0.0f;
+            for (int digit = 0; digit < kDigits; ++digit) {
+                __m512i sum = sums[digit];
+                of_chunk = 256.0f * of_chunk + static_cast<float>(_mm512_reduce_add_epi32(sum));
+                sum = _mm512_add_epi32(sum, _mm512_shuffle_i64x2(sum, sum, 0x4e));
+                sum = _mm512_add_epi32(sum, _mm512_shuffle_i64x2(sum, sum, 0xb1));
+                const __m512i start = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-kHalfway));
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(starts_of(chunk, digit)), _mm512_castsi512_si128(start));
+            }
+            total += fixed.factor * of_chunk;
         }
     }
+
+    int32_t* values_of(int64_t chunk, int digit) const { return values.get() + (chunk * kDigits + digit) * kChunk; }
+    int32_t* starts_of(int64_t chunk, int digit) const { return starts.get() + (chunk * kDigits + digit) * 4; }
 
     static __m512i of_threads(const int32_t* from) {
         return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
 
     const int64_t chunks;
-    const Buffer<int32_t> values;  // [chunks][4 tiles][4 elements][4 threads], each a byte four times
-    const Buffer<int32_t> starts;  // [chunks][4 threads]: sums begin with them, so that they are those of elements less kHalfway
+    const Buffer<int32_t> values;  // [chunks][digits][4 tiles][4 elements][4 threads], each a byte four times
+    const Buffer<int32_t> starts;  // [chunks][digits][4 threads]: sums begin with them, so that they are those of elements less kHalfway
     const Buffer<float> factors;
     float total = 0.0f;
 };
@@ -735,20 +750,29 @@ struct ByteProduct {
                                                          __m512 (&sums)[2][2]) const {
         const int64_t row = chunk * kTilesOfChunk, left = w.columns / kSide - row, stride = w.outs / kSide * 32 * Bits;
         const uint8_t* tile = codes + row * stride + output / kSide * 32 * Bits;
-        const __m512i start = ByteInputs::of_threads(x.starts.get() + 4 * chunk);
-        __m512i sum[2][2] = {{start, start}, {start, start}};
+        __m512i sum[2][2][ByteInputs::kDigits];
+        for (int digit = 0; digit < ByteInputs::kDigits; ++digit) {
+            const __m512i start = ByteInputs::of_threads(x.starts_of(chunk, digit));
+            sum[0][0][digit] = sum[0][1][digit] = sum[1][0][digit] = sum[1][1][digit] = start;
+        }
         for (int64_t index = 0; index < kTilesOfChunk && index < left; ++index, tile += stride) {
             _mm_prefetch(reinterpret_cast<const char*>(tile + kTilesOfChunk * stride), _MM_HINT_T0);
-            const int32_t* values = x.values.get() + chunk * kChunk + index * kSide;
             windows.run(tile, [&](int element, int half, __m512i state) __attribute__((always_inline)) {
-                const __m512i input = ByteInputs::of_threads(values + element % 4 * 4);
-                __m512i& to = sum[element / 4][half];
-                to = _mm512_dpbusd_epi32(to, _mm512_mullo_epi32(state, multiplier), input);
+                const __m512i bytes = _mm512_mullo_epi32(state, multiplier);
+#pragma GCC unroll 2
+                for (int digit = 0; digit < ByteInputs::kDigits; ++digit) {
+                    const int32_t* values = x.values_of(chunk, digit) + index * kSide;
+                    __m512i& to = sum[element / 4][half][digit];
+                    to = _mm512_dpbusd_epi32(to, bytes, ByteInputs::of_threads(values + element % 4 * 4));
+                }
             });
         }
         const __m512 factor = all(w.scale * x.factors[chunk]);
         for (int at = 0; at < 4; ++at) {
-            sums[at / 2][at % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[at / 2][at % 2]), factor, sums[at / 2][at % 2]);
+            // 16 sums of four products and the start: at most some 3 million, times 256.
+            const auto& digits = sum[at / 2][at % 2];
+            const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(digits[0], 8), digits[1]);
+            sums[at / 2][at % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), factor, sums[at / 2][at % 2]);
         }
     }
 
@@ -758,7 +782,7 @@ struct ByteProduct {
     const Windows<Bits> windows;
 };
 
-// Trellis codes and one row; inputs of 24 bits with a Product, of 8 with a ByteProduct.
+// Trellis codes and one row; inputs of 24 bits with a Product, of 16 with a ByteProduct.
 template <class Of>
 struct TrellisLinear : Linear {
     TrellisLinear(const Of& product, const uint8_t* codes, const Side& in, const Side& out, const float* bias)
@@ -846,7 +870,7 @@ extern "C" void ulbq_trellis_each(const int64_t* table, int bits, int state_bits
 }
 
 // A matrix for ulbq_decode, with vectors and transforms as of ulbq_trellis_each; `exact` inputs are rounded to 24 bits of
-// their largest, others to 8.
+// their largest, others to 16.
 extern "C" void ulbq_trellis_linear(const uint8_t* codes, int bits, int state_bits, uint32_t multiplier, float scale, float shift,
                                     int64_t outs, int64_t columns, const uint16_t* su, const uint16_t* sv, int64_t in_block,
                                     const float* in_mix, int64_t out_block, const float* out_mix, const float* bias, int exact,
