@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
+import torch
+
 from tests.told import Told
 from ulbq.commands.app import main
 
@@ -54,6 +56,7 @@ def start(work: Work, folder: Path, streams: tuple[int, int, int]) -> int:
         return process
     code = 70
     try:
+        torch.set_num_threads(torch.get_num_threads())  # else threads of the child race to make torch's pool anew
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)

@@ -7,13 +7,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.models.tiny import save_tiny
+from tests.stand_in import Answers, StandIn
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.errors import InputError
 from ulbq.models.hub import _write_outline
@@ -22,24 +22,17 @@ PROGRAM = "import sys; from ulbq.commands.app import main; sys.exit(main())"
 COMMIT = "1" * 40
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(StandIn):
     """A stand-in for the Hub with one repository, which counts the bytes that it gives of each file."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Answers)
+        super().__init__(_Answers)
         self.folder = folder
         self.given: dict[str, int] = {}
 
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
-
-class _Answers(BaseHTTPRequestHandler):
+class _Answers(Answers):
     server: Hub
-
-    def log_message(self, *_: object) -> None:
-        return
 
     def do_HEAD(self) -> None:
         self._file(head=True)
@@ -53,7 +46,7 @@ class _Answers(BaseHTTPRequestHandler):
                     {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": _sum(file)}
                     for file in files
                 ]
-            return self._say(json.dumps(told).encode(), {"Content-Type": "application/json"})
+            return self.say(json.dumps(told).encode(), {"Content-Type": "application/json"})
         return self._file(head=False)
 
     def _file(self, *, head: bool) -> None:
@@ -69,17 +62,9 @@ class _Answers(BaseHTTPRequestHandler):
         if asked:
             first, _, last = asked.partition("-")
             data = data[int(first) : int(last or len(data)) + 1]
-        self._say(data, headers, code=206 if asked else 200, head=head)
+        self.say(data, headers, code=206 if asked else 200, head=head)
         if not head:
             self.server.given[file.name] = self.server.given.get(file.name, 0) + len(data)
-
-    def _say(self, data: bytes, headers: dict[str, str], code: int = 200, *, head: bool = False) -> None:
-        self.send_response(code)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if not head:
-            self.wfile.write(data)
 
 
 def _sum(file: Path) -> str:

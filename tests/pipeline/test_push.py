@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 
 import ulbq
 from tests.pipeline.runs import request
+from tests.stand_in import Answers, StandIn
 from ulbq.artifacts.manifest import read_manifest
 from ulbq.artifacts.whole import verify
 from ulbq.config.push import PushRequest
@@ -27,27 +27,20 @@ from ulbq.pipeline.quantize import quantize
 PROGRAM = "import sys; from ulbq.commands.app import main; sys.exit(main())"
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(StandIn):
     """A stand-in for the Hub: repositories in memory, by the calls that its client makes."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Answers)
+        super().__init__(_Answers)
         self.files: dict[str, bytes] = {"old.safetensors": b"an earlier artifact's", "notes.txt": b"a person's"}
         self.large: dict[str, bytes] = {}
         self.tokens: dict[str, str] = {}
         self.created: dict[str, Any] = {}
         self.refuses = False
 
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
-
-class _Answers(BaseHTTPRequestHandler):
+class _Answers(Answers):
     server: Hub
-
-    def log_message(self, *_: object) -> None:
-        return
 
     def do_GET(self) -> None:
         self._note()
@@ -117,12 +110,7 @@ class _Answers(BaseHTTPRequestHandler):
         self.server.tokens[self.path] = self.headers.get("Authorization") or ""
 
     def _say(self, answer: Any, code: int = 200) -> None:
-        data = json.dumps(answer).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self.say(json.dumps(answer).encode(), {"Content-Type": "application/json"}, code)
 
 
 @pytest.fixture

@@ -108,6 +108,8 @@ def _unreadable(repo_id: str, error: Exception) -> InputError:
     return InputError(f"A weight file of '{repo_id}' has no header that can be read: {error}.")
 
 
+_MOST = 1 << 43  # bytes of a file that disks have room for the size of
+
 _OUTLINES: list["tempfile.TemporaryDirectory[str]"] = []
 """Removed when the process ends."""
 
@@ -119,6 +121,8 @@ def _write_outline(file: Path, header: SafetensorsFileMetadata) -> None:
     }
     text = json.dumps({"__metadata__": {OUTLINE: "true"}, **tensors}).encode()
     end = max((one.data_offsets[1] for one in header.tensors.values()), default=0)
+    if not 0 <= end < _MOST:
+        raise ValueError(f"it says {end} bytes")
     with file.open("xb") as written:
         written.write(len(text).to_bytes(8, "little") + text)
         written.truncate(8 + len(text) + end)

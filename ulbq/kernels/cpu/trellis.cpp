@@ -8,7 +8,6 @@
 
 #include <omp.h>
 
-#include <algorithm>
 #include <cmath>
 
 #include "linear.h"
@@ -620,170 +619,8 @@ struct Side {
     }
 };
 
-// One row of inputs, rounded to 16 bits of the largest of 64 columns, for decoded elements in lanes of 32 bits.
-//
-// An instruction adds up the four bytes of an element times a digit of its input. Decoding takes longer than that, so
-// the second digit costs little.
-struct ByteInputs {
-    static constexpr int kDigits = 2;  // the upper one first
-
-    ByteInputs(const float* x, int64_t columns)
-        : chunks((columns + kChunk - 1) / kChunk), values(buffer<int32_t>(chunks * kDigits * kChunk)),
-          starts(buffer<int32_t>(chunks * kDigits * 4)), factors(buffer<float>(chunks)) {
-        int32_t from[16];  // lane 4 e + t takes what element e mod 4 of thread t mod 4 does
-        for (int lane = 0; lane < 16; ++lane) from[lane] = kFirst[lane / 4] + 2 * (lane % 4);
-        const __m512i order = _mm512_loadu_si512(from), low = _mm512_set1_epi32(255), copies = _mm512_set1_epi32(0x01010101);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            const Fixed fixed(x, kFloat32, 0, columns, chunk, 32600.0f);
-            __m512i sums[kDigits] = {};
-            for (int quarter = 0; quarter < 4; ++quarter) {
-                const __m512i whole = _mm512_permutexvar_epi32(order, fixed.whole[quarter]);
-                // The nearest multiple of 256 leaves a digit from -128 to 127.
-                const __m512i above = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-                const __m512i digits[kDigits] = {above, _mm512_sub_epi32(whole, _mm512_slli_epi32(above, 8))};
-                for (int digit = 0; digit < kDigits; ++digit) {
-                    sums[digit] = _mm512_add_epi32(sums[digit], digits[digit]);
-                    const __m512i bytes = _mm512_mullo_epi32(_mm512_and_si512(digits[digit], low), copies);
-                    _mm512_store_si512(values_of(chunk, digit) + quarter * 16, bytes);
-                }
-            }
-            factors[chunk] = fixed.factor;
-            float of_chunk = 0.0f;
-            for (int digit = 0; digit < kDigits; ++digit) {
-                __m512i sum = sums[digit];
-                of_chunk = 256.0f * of_chunk + static_cast<float>(_mm512_reduce_add_epi32(sum));
-                sum = _mm512_add_epi32(sum, _mm512_shuffle_i64x2(sum, sum, 0x4e));
-                sum = _mm512_add_epi32(sum, _mm512_shuffle_i64x2(sum, sum, 0xb1));
-                const __m512i start = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-kHalfway));
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(starts_of(chunk, digit)), _mm512_castsi512_si128(start));
-            }
-            total += fixed.factor * of_chunk;
-        }
-    }
-
-    int32_t* values_of(int64_t chunk, int digit) const { return values.get() + (chunk * kDigits + digit) * kChunk; }
-    int32_t* starts_of(int64_t chunk, int digit) const { return starts.get() + (chunk * kDigits + digit) * 4; }
-
-    static __m512i of_threads(const int32_t* from) {
-        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    }
-
-    const int64_t chunks;
-    const Buffer<int32_t> values;  // [chunks][digits][4 tiles][4 elements][4 threads], each a byte four times
-    const Buffer<int32_t> starts;  // [chunks][digits][4 threads]: sums begin with them, so that they are those of elements less kHalfway
-    const Buffer<float> factors;
-    float total = 0.0f;
-};
-
-// States of a tile in lanes of 32 bits: of its 32 threads in two registers, an element of each at a time.
-template <int Bits>
-struct Windows {
-    // The state of an element ends so many bits before the end of this unit of 16.
-    static constexpr int unit(int t, int element) { return (Bits * (8 * t + element + 1) + 15) / 16 - 1; }
-    static constexpr int shift(int t, int element) { return 16 * (unit(t, element) + 1) - Bits * (8 * t + element + 1); }
-    // Whether the two units differ from those of the element before.
-    static constexpr bool moves(int element) {
-        return element == 0 || unit(0, element) != unit(0, element - 1) || unit(1, element) != unit(1, element - 1);
-    }
-
-    explicit Windows(int state_bits) : mask(_mm512_set1_epi32((1 << state_bits) - 1)) {
-        for (int element = 0; element < 8; ++element) {
-            shifts[element] = _mm512_set1_epi64(int64_t{shift(1, element)} << 32 | shift(0, element));
-            for (int half = 0; half < 2; ++half) {
-                from[element][half] = units([&](int lane) {  // of a lane's two, the later one comes behind
-                    const int here = unit(16 * half + lane / 2, element);
-                    return lane % 2 ? here : (here + 16 * Bits - 1) % (16 * Bits);
-                });
-            }
-        }
-    }
-
-    template <class Take>
-    inline __attribute__((always_inline)) void run(const uint8_t* tile, const Take& take) const {
-        const __m512i first = _mm512_maskz_loadu_epi64(Bits == 1 ? 0xf : 0xff, tile);
-        const __m512i rest = _mm512_maskz_loadu_epi64(Bits == 4 ? 0xff : Bits == 3 ? 0xf : 0, tile + 64);
-        __m512i words[2];
-#pragma GCC unroll 8
-        for (int element = 0; element < 8; ++element) {
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-                if (moves(element)) {
-                    words[half] = Bits < 3 ? _mm512_permutexvar_epi16(from[element][half], first)
-                                           : _mm512_permutex2var_epi16(first, from[element][half], rest);
-                }
-                const __m512i moved = shift(0, element) == shift(1, element) ? _mm512_srli_epi32(words[half], shift(0, element))
-                                                                             : _mm512_srlv_epi32(words[half], shifts[element]);
-                take(element, half, _mm512_and_si512(moved, mask));
-            }
-        }
-    }
-
-    __m512i from[8][2], shifts[8], mask;
-};
-
-// A matrix and one row, as Product has it.
-template <int Bits>
-struct ByteProduct {
-    explicit ByteProduct(const Trellis& w)
-        : w(w), rest((kMiddle + kHalfway) * double(w.scale) + w.shift), multiplier(_mm512_set1_epi32(w.multiplier)), windows(w.state_bits) {}
-
-    // Outputs from `begin` to `end`, at most kUnit.
-    void multiply_unit(const uint8_t* codes, const ByteInputs& x, int64_t begin, int64_t end, float* y) const {
-        __m512 sums[kUnit / kSide][2][2] = {};
-        for (int64_t chunk = 0; chunk < x.chunks; ++chunk) {
-            for (int64_t output = begin; output < end; output += kSide) add_chunk(codes, x, output, chunk, sums[(output - begin) / kSide]);
-        }
-        for (int64_t output = begin; output < end; output += kSide) {
-            const auto& of_tile = sums[(output - begin) / kSide];
-            for (int at = 0; at < 4; ++at) {  // four lanes each, of outputs 0 to 3, 4 to 7, …
-                __m512 sum = of_tile[at / 2][at % 2];
-                sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xb1));
-                sum = _mm512_add_ps(_mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4e)), all(rest * x.total));
-                _mm_storeu_ps(y + output + 4 * at, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sum)));
-            }
-        }
-    }
-
-  private:
-    // Adds to sums of outputs: [0 to 7, 8 to 15][the former four, the others].
-    inline __attribute__((always_inline)) void add_chunk(const uint8_t* codes, const ByteInputs& x, int64_t output, int64_t chunk,
-                                                         __m512 (&sums)[2][2]) const {
-        const int64_t row = chunk * kTilesOfChunk, left = w.columns / kSide - row, stride = w.outs / kSide * 32 * Bits;
-        const uint8_t* tile = codes + row * stride + output / kSide * 32 * Bits;
-        __m512i sum[2][2][ByteInputs::kDigits];
-        for (int digit = 0; digit < ByteInputs::kDigits; ++digit) {
-            const __m512i start = ByteInputs::of_threads(x.starts_of(chunk, digit));
-            sum[0][0][digit] = sum[0][1][digit] = sum[1][0][digit] = sum[1][1][digit] = start;
-        }
-        for (int64_t index = 0; index < kTilesOfChunk && index < left; ++index, tile += stride) {
-            _mm_prefetch(reinterpret_cast<const char*>(tile + kTilesOfChunk * stride), _MM_HINT_T0);
-            windows.run(tile, [&](int element, int half, __m512i state) __attribute__((always_inline)) {
-                const __m512i bytes = _mm512_mullo_epi32(state, multiplier);
-#pragma GCC unroll 2
-                for (int digit = 0; digit < ByteInputs::kDigits; ++digit) {
-                    const int32_t* values = x.values_of(chunk, digit) + index * kSide;
-                    __m512i& to = sum[element / 4][half][digit];
-                    to = _mm512_dpbusd_epi32(to, bytes, ByteInputs::of_threads(values + element % 4 * 4));
-                }
-            });
-        }
-        const __m512 factor = all(w.scale * x.factors[chunk]);
-        for (int at = 0; at < 4; ++at) {
-            // 16 sums of four products and the start: at most some 3 million, times 256.
-            const auto& digits = sum[at / 2][at % 2];
-            const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(digits[0], 8), digits[1]);
-            sums[at / 2][at % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), factor, sums[at / 2][at % 2]);
-        }
-    }
-
-    const Trellis w;
-    const float rest;
-    const __m512i multiplier;
-    const Windows<Bits> windows;
-};
-
-// Trellis codes and one row; inputs of 24 bits with a Product, of 16 with a ByteProduct.
-template <class Of>
+// Trellis codes and one row, rounded to digits of as many parts.
+template <class Of, int Parts>
 struct TrellisLinear : Linear {
     TrellisLinear(const Of& product, const uint8_t* codes, const Side& in, const Side& out, const float* bias)
         : Linear(out.width, in.width, bias), product(product), codes(codes), in(in), out(out) {}
@@ -794,32 +631,17 @@ struct TrellisLinear : Linear {
         float *inner = shared, *found = shared + (columns + 15) / 16 * 16;
         in.run(x, [&](int64_t at, __m512 value) { _mm512_storeu_ps(inner + at, value); });
 #pragma omp barrier
-        run(product, inner, found);
+        Inputs<Of::kSteps, Parts> rounded(inner, 1, columns);
+        rounded.round_row(0);
+        share((outs + kUnit - 1) / kUnit, [&](int64_t unit) {
+            alignas(64) float result[Of::kGroups * 32];
+            product.template multiply_unit<Parts>(codes, rounded, unit * kUnit, 0, 1, result, found);
+        });
 #pragma omp barrier
         out.run(found, [&](int64_t at, __m512 value) { put(y, at, value); });
     }
 
   private:
-    template <int Bits>
-    void run(const ByteProduct<Bits>& of, const float* x, float* y) const {
-        const ByteInputs rounded(x, columns);
-        // Few outputs in small pieces, so that threads get as many.
-        const int64_t size = outs < 32 * kUnit ? kUnit / 2 : kUnit;
-        share((outs + size - 1) / size, [&](int64_t piece) {
-            of.multiply_unit(codes, rounded, piece * size, std::min(outs, (piece + 1) * size), y);
-        });
-    }
-
-    template <int Bits, bool Masked>
-    void run(const Product<Bits, Masked>& of, const float* x, float* y) const {
-        Inputs<Of::kSteps, 2> rounded(x, 1, columns);
-        rounded.round_row(0);
-        share((outs + kUnit - 1) / kUnit, [&](int64_t unit) {
-            alignas(64) float result[Of::kGroups * 32];
-            of.template multiply_unit<2>(codes, rounded, unit * kUnit, 0, 1, result, y);
-        });
-    }
-
     const Of product;
     const uint8_t* const codes;
     const Side in, out;
@@ -877,16 +699,14 @@ extern "C" void ulbq_trellis_linear(const uint8_t* codes, int bits, int state_bi
                                     const Linear** made) {
     const Side in{columns, in_block, in_mix, su, nullptr}, out{outs, out_block, out_mix, nullptr, sv};
     const Trellis w{codes, outs, columns, multiplier, state_bits, scale, shift};
-    const auto make = [&](const auto& product) {
-        *made = new TrellisLinear<std::decay_t<decltype(product)>>(product, codes, in, out, bias);
-    };
-    if (exact) return by_bits(w, bits, make);
-    switch (bits) {
-        case 1: return make(ByteProduct<1>(w));
-        case 2: return make(ByteProduct<2>(w));
-        case 3: return make(ByteProduct<3>(w));
-        case 4: return make(ByteProduct<4>(w));
-    }
+    by_bits(w, bits, [&](const auto& product) {
+        using Of = std::decay_t<decltype(product)>;
+        if (exact) {
+            *made = new TrellisLinear<Of, 2>(product, codes, in, out, bias);
+        } else {
+            *made = new TrellisLinear<Of, 1>(product, codes, in, out, bias);
+        }
+    });
 }
 
 // dense [columns][count]: the inner matrix's rows `begin` to `begin + count`, transposed; both are multiples of 32, or the

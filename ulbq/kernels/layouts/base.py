@@ -105,7 +105,7 @@ class Layout:
             scheme, tensors: of the matrix, as for :meth:`multiply`.
             shape: its outputs and inputs.
             bias: float32 ``[out]``, or None.
-            exact: inputs are rounded to 24 bits of their largest, not to 8 (trellis), 14 (signs) or 16.
+            exact: inputs are rounded to 24 bits of their largest, not to 14 (signs) or 16.
         """
         return None
 
