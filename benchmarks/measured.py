@@ -1,9 +1,10 @@
-"""Write ``ulbq/pipeline/measured.json``, which ``ulbq recommend`` reads, from ``benchmarks/results/quality-*.json``.
+"""Write ``ulbq/pipeline/measured.json``, which ``ulbq recommend`` reads, from ``benchmarks/results/``.
 
     python benchmarks/measured.py [--check]
 
-A setting that went on from another's artifact stands there as the one command that does both, its seeds together. Those
-of other programs, and those that lost the model, are left out.
+A setting of ``quality-*.json`` that went on from another's artifact stands there as the one command that does both, its
+seeds together. One of a sweep, ``swept-*.json``, takes the place of those with its options. Other programs, and those
+that lost the model, are left out.
 """
 
 import argparse
@@ -46,8 +47,23 @@ def options(name: str) -> dict[str, Any]:
     return {**options(setting.start), **{key: value for key, value in own.items() if (key, value) != ("epochs", 0)}}
 
 
-def table() -> Iterator[Evidence]:
-    """Every setting, its seeds together."""
+def table() -> list[Evidence]:
+    """Every setting."""
+    found = {json.dumps(one.options, sort_keys=True): one for one in (*single(), *swept())}
+    return sorted(found.values(), key=lambda one: one.name)
+
+
+def swept() -> Iterator[Evidence]:
+    """Every setting of a sweep."""
+    for file in sorted((ROOT / "benchmarks" / "results").glob("swept-*.json")):
+        for row in json.loads(file.read_text(encoding="utf-8"))["settings"].values():
+            found = row["evidence"] and Evidence.model_validate(row["evidence"])
+            if found and found.ratio <= MOST:
+                yield found
+
+
+def single() -> Iterator[Evidence]:
+    """Every setting of the runs one by one, its seeds together."""
     files = sorted((ROOT / "benchmarks" / "results").glob("quality-*.json"))
     rows = {row["setting"]: row for file in files for row in json.loads(file.read_text(encoding="utf-8"))}
     grouped: dict[str, list[dict[str, Any]]] = {}

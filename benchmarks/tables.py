@@ -8,7 +8,8 @@ A page says where a figure comes from, in a comment before it: ``<!-- gptq-w2 --
 ``docs/perplexity.md`` has every row of ours and of other programs (``quality-peers-cpu.json``), and the drawing;
 ``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes; ``docs/guides/running.md`` those
 of ``decode-cpu.json``, which ``decode.py`` writes; ``docs/guides/converting.md`` those of ``export-cpu.json``, which
-``export.py`` writes; ``docs/gpu.md`` those of every ``gpu-*.json``, which ``gpu.py`` writes.
+``export.py`` writes; ``docs/gpu.md`` those of every ``gpu-*.json``, which ``gpu.py`` writes. ``<!-- sweep NAME -->``
+on any page is the table of ``swept-NAME-cpu.json``, which ``swept.py`` writes.
 """
 
 import argparse
@@ -44,6 +45,7 @@ _MIXTURE = re.compile(r"(<!-- mixture -->\n).*(<!-- end -->)", re.DOTALL)
 _DECODE = re.compile(r"(<!-- decode ([\w]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _ENGINES = re.compile(r"(<!-- engines -->\n).*(<!-- end -->)", re.DOTALL)
 _GPU = re.compile(r"(<!-- gpu -->\n).*(<!-- end -->)", re.DOTALL)
+_SWEPT = re.compile(r"(<!-- sweep ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _COLOURS = ("#2f6bd8", "#d9730d", "#12907d", "#b1458f", "#7b5bd6", "#a3851c", "#c2410c", "#4d7c0f", "#0e7490")
 _STYLE = """
 svg { background: #fff; font: 13px system-ui, sans-serif; }
@@ -88,6 +90,7 @@ def pages() -> Iterator[tuple[Path, str]]:
         if path == ENGINES_PAGE:
             lines = "\n".join(engines(json.loads(ENGINES.read_text(encoding="utf-8"))["tiny"]))
             text = _ENGINES.sub(lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text)
+        text = _SWEPT.sub(lambda match: match[1] + "\n".join(swept(match[2])) + "\n" + match[3], text)
         if path == GPU_PAGE:
             text = _GPU.sub(lambda match: match[1] + "\n".join(gpus()) + "\n" + match[2], text)
         yield path, _FIGURE.sub(lambda match: f"<!-- {match[1]}{match[2] or ''} -->{_figure(match, found)}", text)
@@ -185,6 +188,26 @@ def _difference(cell: float | str, reasons: dict[str, str]) -> str:
     short = re.sub(r"^'[^']*' is \w+ \S+, and ", "", reason).partition(", at 16 bits")[0]
     letter = reasons.setdefault(short if kind == "refused" else f"it fails: {short}", chr(ord("a") + len(reasons)))
     return f"({letter})" if kind == "refused" else f"fails ({letter})"
+
+
+def swept(name: str) -> Iterator[str]:
+    """Markdown: a row a setting by true bits, means over the seeds with the least and the most; the front is bold."""
+    found = json.loads((ROOT / "benchmarks" / "results" / f"swept-{name}-cpu.json").read_text(encoding="utf-8"))
+    titles = list(found["better"])
+    yield from ("", f"| setting | true bits | weights | {' | '.join(titles)} | time | memory |")
+    yield "| --- " * (5 + len(titles)) + "|"
+    for setting, row in sorted(found["settings"].items(), key=lambda item: item[1]["bits"]):
+        cells = [_over_seeds(row["values"][title], bold=setting in found["front"][title]) for title in titles]
+        taken = f"{mean(row['seconds']):.0f} s" if not row["resumed"] else ""
+        size, memory = f"{row['size'] / 1e6:.0f} MB", f"{row['peak_memory'] / 1e9:.2f} GB"
+        yield f"| `{setting}` | {row['bits']:.2f} | {size} | {' | '.join(cells)} | {taken} | {memory} |"
+    yield ""
+
+
+def _over_seeds(values: Sequence[float], *, bold: bool) -> str:
+    shown = perplexity(mean(values))
+    whole = f"**{shown}**" if bold else shown
+    return whole if len(values) == 1 else f"{whole} ({perplexity(min(values))} to {perplexity(max(values))})"
 
 
 def gpus() -> Iterator[str]:

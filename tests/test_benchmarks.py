@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+GOLDEN = Path(__file__).parent / "golden" / "artifacts"
 
 # A machine with a GPU may have no data and no harness: neither they nor the default model are asked for.
 _BARE = """
@@ -70,3 +71,19 @@ def test_what_a_gpu_is_asked_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.M
     parts["resume"] = {"failed": "stopped | after 3 s"}
     results.write_text(json.dumps({"device": "this", "parts": parts}))
     assert "| resume | not measured: stopped / after 3 s |" in "\n".join(tables.gpus())
+
+
+def test_what_stays_of_a_sweep_becomes_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    swept, tables = importlib.import_module("swept"), importlib.import_module("tables")
+    results = tmp_path / "benchmarks" / "results" / "swept-golden-cpu.json"
+    results.parent.mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["swept.py", str(GOLDEN / "sweep"), str(results)])
+    swept.main()
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    _, head, _, *rows, _ = tables.swept("golden")
+    assert head == "| setting | true bits | weights | mean KL, nats | time | memory |"
+    assert rows == [
+        "| `rtn-w2` | 2.56 | 0 MB | **0.25** | 0 s | 0.45 GB |",
+        "| `rtn-w3` | 3.59 | 0 MB | **0.08** | 0 s | 0.58 GB |",
+    ]
