@@ -33,8 +33,9 @@ from ulbq.formats import (
 from ulbq.kernels import banks, solver_launch, trellis_launch, triton_launch
 
 OUTS, COLUMNS = 512, 512
-# What ends as another kernel: one row, four, and what matrices take with 16, 32, 64 and 128 rows at a time.
-ROWS = (1, 2, 4, 16, 32, 64, 128)
+# What ends as another kernel: one row, four, what matrices take with 16, 32 and 64 rows at a time, dense weights, and
+# 128 rows, the last, which have a gradient.
+ROWS = (1, 2, 4, 16, 32, 64, 512, 128)
 PROCESSORS = 132
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int8: "*i8",

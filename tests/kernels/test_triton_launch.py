@@ -5,6 +5,7 @@ are small, and one of each kind.
 """
 
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from ulbq.formats import (
     dequantize,
     trellis,
 )
-from ulbq.kernels import dispatch, solvers, trellis_launch, triton_launch, words
+from ulbq.kernels import block_sizes, dispatch, solvers, trellis_launch, triton_launch, words
+from ulbq.kernels.block_sizes import DenseRows
 from ulbq.kernels.ops import binary_mos, linear
 from ulbq.nn.quant_linear import QuantLinear
 
@@ -202,6 +204,50 @@ def test_zero_points_between_the_codes(device: str) -> None:
         x = fresh(rows, 96, torch.float32, device)
         found = multiply(scheme, ready, x, OUTS)
         assert_near(found.cpu(), x.cpu().double() @ weight.flatten(1).T, torch.float32)
+
+
+@on_devices
+@pytest.mark.parametrize("slab", [1 << 26, 1])
+@pytest.mark.parametrize(("scheme", "columns"), [*SCHEMES[2::2], (None, len(MIXED))], ids=str)
+def test_many_rows_take_a_dense_weight(
+    scheme: AnyScheme | None, columns: int, slab: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, and some outputs at a time."""
+    monkeypatch.setattr(triton_launch, "dense_rows", lambda *_: DenseRows(16, 8))
+    monkeypatch.setattr(triton_launch, "SLAB", slab)
+    kind, stored = codebooks(40) if scheme is None else (scheme, random_matrix(scheme, OUTS, columns))
+    with patch.object(triton_launch, "_matrix", side_effect=AssertionError):
+        check(kind, stored, columns, device, 17)
+        check_gradient(kind, stored, columns, device)
+
+
+@on_devices
+@pytest.mark.parametrize("slab", [1 << 26, 1])
+def test_many_rows_take_the_elements_of_a_trellis(slab: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = TrellisScheme(bits=2)
+    outs, columns = 144, 96
+    stored = random_matrix(scheme, outs, columns)
+    moved = {name: tensor.to(device) for name, tensor in stored.items()}
+    ready = in_layout("triton", scheme, moved, outs, columns)
+    x = fresh(17, columns, torch.float32, device).requires_grad_()
+    wide = x.detach().cpu().double().requires_grad_()
+    wanted = exact(scheme, stored, wide)
+    (should,) = torch.autograd.grad(wanted.sum(), wide)
+    monkeypatch.setattr(triton_launch, "dense_rows", lambda *_: DenseRows(16, 8))
+    monkeypatch.setattr(trellis_launch, "SLAB", slab)
+    with patch.object(trellis_launch, "cut_of", side_effect=AssertionError):
+        product = multiply(scheme, ready, x, outs)
+        (found,) = torch.autograd.grad(product.sum(), x)
+    assert_near(product.cpu(), wanted, torch.float32, slack=2)
+    assert_near(found.cpu(), should, torch.float32, slack=2)
+
+
+def test_a_dense_weight_that_is_kept_is_taken_from_fewer_rows_on() -> None:
+    made, kept = block_sizes.dense_rows("", 2)
+    words_layout = named("triton")
+    assert not words_layout.prefers_dense(torch.empty(kept - 1, 64))
+    assert words_layout.prefers_dense(torch.empty(kept, 64))
+    assert kept < made
 
 
 @on_devices

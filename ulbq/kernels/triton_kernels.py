@@ -535,6 +535,43 @@ def gradient_kernel(
 
 
 @triton.jit
+def weight_kernel(
+    words,
+    scales,
+    zeros,
+    order,
+    levels,
+    result,
+    columns,
+    outs,
+    begin,
+    count,
+    group,
+    part_words,
+    part_scales,
+    CENTRE: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Dense weights ``[columns, count]`` of the outputs from ``begin`` on, ``SPAN`` columns a program."""
+    at = tl.program_id(0) * SPAN
+    n = (begin + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    weight = _weights(
+        words, scales, zeros, levels, at, n, outs, group, part_words, part_scales,
+        CENTRE, BITS, PARTS, HAS_ZEROS, LOOKUP, SPAN,
+    )  # fmt: skip
+    k = at + tl.arange(0, SPAN)[:, None]
+    if LOOKUP:
+        k = tl.load(order + k)
+    inside = (k >= 0) & (k < columns) & (n < begin + count)
+    tl.store(result + k.to(tl.int64) * count + (n - begin), weight.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def reduce_kernel(
     partial,
     result,
