@@ -157,7 +157,7 @@ def input_groups(
 
     def run() -> None:
         with precision.autocast():
-            run_block(block, hidden.get(slice(0, 1)).to(precision.device), kwargs, [0])
+            run_block(block, hidden.get(slice(0, 1), precision.device), kwargs, [0])
 
     found = distinct_inputs({name: block.get_submodule(name) for name in linears}, run)
     for one in found:
