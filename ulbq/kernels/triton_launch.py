@@ -20,6 +20,8 @@ from ulbq.kernels.block_sizes import BlockSizes, Kernel, blocks, dense_rows
 
 VECTOR_ROWS = 4
 SPLIT_ROWS = 64
+EXPONENT = 150 << 23
+"""That of float32 numbers whose last place is one. It is no constant of the kernel: constants cost an operation."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 SLAB = 1 << 26
 """Weights that are dense at a time."""
@@ -289,9 +291,8 @@ def _vector(x: Tensor, part: Part, cut: Cut, share: Tensor, outs: int, _: int) -
     grid = (-(-outs // cut.block_n), len(share), -(-len(x) // cut.block_m))
     _kernels().vector_kernel[grid](
         x, *_operands(part), share, len(x), x.shape[1], outs, part.group, cut.spans, cut.each,
-        *strides(part), **constants(part), LOOKUP=part.levels is not None,
-        EVEN=part.order is None and part.places % cut.span == 0, SPAN=cut.span, ROWS=cut.block_m,
-        BLOCK_N=cut.block_n, **cut.start,
+        *strides(part), EXPONENT, **constants(part), LOOKUP=part.levels is not None, **loads(x, part, cut),
+        SPAN=cut.span, ROWS=cut.block_m, BLOCK_N=cut.block_n, **cut.start,
     )  # fmt: skip
 
 
@@ -330,6 +331,14 @@ def strides(part: Part) -> tuple[int, int]:
     if part.planes == 1 or part.scales is None:
         return 0, 0
     return part.codes[0].numel(), part.scales[0].numel()
+
+
+def loads(x: Tensor, part: Part, cut: Cut) -> dict[str, bool]:
+    """How the kernel for vectors reads activations: without looking for their end, and two at once."""
+    even = part.order is None and part.places % cut.span == 0
+    # Of more rows than two, what pairs want beside them does not fit into the registers.
+    pairs = even and cut.block_m <= 2 and x.dtype.itemsize == 2 and x.data_ptr() % 4 == 0
+    return {"EVEN": even, "PAIRS": pairs}
 
 
 def constants(part: Part) -> dict[str, Any]:
