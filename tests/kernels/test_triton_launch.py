@@ -261,12 +261,21 @@ def test_many_rows_take_the_elements_of_a_trellis(slab: int, device: str, monkey
     assert_near(found.cpu(), should, torch.float32, slack=2)
 
 
-def test_a_dense_weight_that_is_kept_is_taken_from_fewer_rows_on() -> None:
+def test_a_dense_weight_that_is_kept_is_taken_from_fewer_rows_on(monkeypatch: pytest.MonkeyPatch) -> None:
     made, kept = block_sizes.dense_rows("", 2)
-    words_layout = named("triton")
-    assert not words_layout.prefers_dense(torch.empty(kept - 1, 64))
-    assert words_layout.prefers_dense(torch.empty(kept, 64))
     assert kept < made
+    monkeypatch.setattr(dispatch, "best", lambda *_: named("triton"))
+    scheme = AffineScheme(bits=2, group_size=64)
+    stored = random_matrix(scheme, OUTS, 64)
+    layer = QuantLinear(scheme, 64, OUTS, cache=True)
+    layer.assign(stored)
+    with patch.object(triton_launch, "multiply", side_effect=AssertionError):
+        with pytest.raises(AssertionError):
+            layer(torch.zeros(kept - 1, 64))
+        assert layer.cached_bytes == 0
+        x = torch.randn(kept, 64)
+        assert_near(layer(x), exact(scheme, stored, x), torch.float32)
+    assert layer.cached_bytes == 4 * 64 * OUTS
 
 
 @on_devices
