@@ -222,11 +222,11 @@ def free_memory(device: "torch.device") -> int:
 def logits_room(device: "torch.device", on_cpu: int) -> int:
     """Bytes that one chunk of logits may take on a device: on the CPU those given, on a GPU a share of its memory.
 
-    A head is read once for each chunk, and a GPU's products want many rows.
+    A head is read once for each chunk, and a GPU's products want many rows. Of a GPU that is not here nothing is known.
     """
     import torch
 
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return on_cpu
     return max(on_cpu, int(torch.cuda.get_device_properties(device).total_memory) // _LOGITS_SHARE)
 

@@ -94,6 +94,9 @@ def test_logits_are_counted_by_the_positions_of_a_chunk() -> None:
 
 def test_chunks_of_logits_grow_with_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     facts, gpu = SimpleNamespace(total_memory=64 << 30), torch.device("cuda")
+    if not torch.cuda.is_available():
+        assert logits_memory(1000, 4, 10**6, gpu) == logits_memory(1000, 4, 10**6, CPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     assert logits_memory(1000, 4, 10**6, gpu) == pytest.approx(2 << 30, rel=1e-3)
     assert head_memory(10**6, 10**6, gpu) == 2 << 30
