@@ -20,7 +20,7 @@ and no lm-eval. Where the default model's file is missing a random model of its 
 * ``methods``: ``gptq``, ``claq``, ``efficientqat`` and ``trellis`` on CPU and GPU: seconds, and perplexities on text
   that the model wrote.
 * ``resume``: a run is killed after its first block and goes on; blocks that are not those of a run that was not killed.
-* ``decoding``: tokens per second with a static cache, with and without CUDA graphs.
+* ``decoding``: tokens per second with and without CUDA graphs, behind the first.
 * ``large``: a block of Llama-70B's shape through ``gptq`` and through block training; most memory of device and host.
 """
 
@@ -52,6 +52,8 @@ from ulbq.evaluation.perplexity import perplexity
 from ulbq.formats import AffineScheme, AnyScheme
 from ulbq.kernels import dispatch
 from ulbq.kernels.block_sizes import slug
+from ulbq.models.decoding import TextStream, greedy, write_on
+from ulbq.models.graph_decoding import record
 from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, default_model, resolve
 from ulbq.pipeline.predict import heldout_samples
@@ -125,15 +127,8 @@ def microseconds(calls: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.T
         for call in calls:
             call(x)
         return None, (time.perf_counter() - begun) / len(calls) * 1e6
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        launch()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    return _events(graph.replay), _events(launch)
+    _, replay = record(launch, lambda: None)
+    return _events(replay), _events(launch)
 
 
 def _events(work: Callable[[], object]) -> float:
@@ -327,24 +322,14 @@ def decoding(options: Namespace, folder: Path) -> Result:
     new = 8 if options.tiny else 128
     rows = []
     for given, label in ((resolve(str(out)), "rtn, 2 bits"), (source, "bf16")):
-        model = load_model(given, dtype=torch.bfloat16, device=options.device)
-        prompt = torch.ones(1, 8, dtype=torch.long, device=options.device)
+        model, tokenizer = load_model(given, dtype=torch.bfloat16, device=options.device), given.tokenizer()
         for graphs in (False, True) if options.device != "cpu" else (False,):
-            settings: dict[str, Any] = {"cache_implementation": "static", "do_sample": False, "pad_token_id": 0}
-            if not graphs:
-                settings["disable_compile"] = True
-
-            def write(count: int, model: Any = model, prompt: torch.Tensor = prompt, settings: Any = settings) -> float:
-                begun = time.perf_counter()
-                model.generate(prompt, min_new_tokens=count, max_new_tokens=count, **settings)
-                if options.device != "cpu":
-                    torch.cuda.synchronize()
-                return time.perf_counter() - begun
-
-            for _ in range(2):
-                write(new)  # compiles, captures
-            seconds = min(write(new) for _ in range(3)) - min(write(1) for _ in range(3))
-            rows.append({"weights": label, "graphs": graphs, "tokens_per_second": round((new - 1) / seconds, 1)})
+            found = []
+            for _ in range(4):  # the first compiles, and records
+                stream = TextStream(tokenizer)
+                write_on(model, tokenizer, [1] * 8, greedy(new, at_least=new), stream, cuda_graphs=graphs)
+                found.append(stream.tokens_per_second or 0.0)
+            rows.append({"weights": label, "graphs": graphs, "tokens_per_second": max(found)})
     return {"model": name, "rows": rows}
 
 

@@ -58,6 +58,6 @@ def inspect(
         if kernels:
             from .kernel_table import show_kernels
 
-            show_kernels(report, inspection.manifest)
+            show_kernels(report, inspection)
         return
     emit(path, inspection.manifest)

@@ -65,6 +65,10 @@ def test_nothing_mixes_devices_and_no_step_waits(group: str, guard: Path, tmp_pa
     # Blocks travel as they are stored, and are widened on the device.
     sent = [what for what in found["rtn"]["sent"] if what.startswith("models/blocks.py:_sent")]
     assert sent == ["models/blocks.py:_sent bfloat16"]
+    # So do activations, from pinned memory.
+    moved = {what for case in found.values() for what in case["sent"]}
+    assert "blockwise/activations.py:get float32" in moved
+    assert not [what for what in moved if what.startswith("training/objective.py")]
     waited = {name: case["steps"] for name, case in found.items()}
     assert all(count <= AT_MOST.get(where, 0) for steps in waited.values() for where, count in steps.items()), waited
 

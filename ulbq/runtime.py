@@ -31,6 +31,7 @@ _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 _COLLAPSE = 25  # Linux' MADV_COLLAPSE, since 6.1
 _PAGE, _GAP = 2 << 20, 64 << 10  # of large pages, and bytes between tensors that belong together
 
+_LOGITS_SHARE = 32  # of a GPU's memory, which the logits of a chunk may take a part of: 750 MB of 24 GB
 _PACKAGES = ("torch", "transformers", "safetensors", "datasets", "lm-eval", "gguf", "numpy")
 
 
@@ -216,6 +217,18 @@ def free_memory(device: "torch.device") -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return available_memory() // distributed.neighbours()
+
+
+def logits_room(device: "torch.device", on_cpu: int) -> int:
+    """Bytes that one chunk of logits may take on a device: on the CPU those given, on a GPU a share of its memory.
+
+    A head is read once for each chunk, and a GPU's products want many rows. Of a GPU that is not here nothing is known.
+    """
+    import torch
+
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return on_cpu
+    return max(on_cpu, int(torch.cuda.get_device_properties(device).total_memory) // _LOGITS_SHARE)
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tests.artifacts.sample import SCHEME, parent_of, quantized, write_artifact
 from tests.evaluation.sample import model_scores, results
+from tests.models.tiny import save_tiny
 from ulbq.artifacts import (
     BitsReport,
     BlockRecord,
@@ -81,6 +82,18 @@ class TestCommand:
         assert "tiles this processor has no avx512_vnni" in shown
         assert "dense yes slabs of dense weights" in shown
         assert "× w2g64 bfloat16" in shown
+        # No model: an artifact made up for tests.
+        assert "a text is written by here nothing" in shown
+
+    def test_what_writes_a_text_is_told(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        save_tiny("llama", tmp_path / "base")
+        made = ["quantize", str(tmp_path / "base"), "--method", "rtn", "--bits", "2", "--group-size", "32", "-o", "q"]
+        assert main([*made, "--quiet", "--device", "cpu"]) == 0
+        capsys.readouterr()
+        assert main(["inspect", "q", "--kernels"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        here = build.unavailable_reason()
+        assert f"compiled {here or 'yes'} cuda graph on cpu: CUDA GPUs transformers {'yes' if here else 'not'}" in shown
 
     def test_json_is_the_manifest(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_artifact(Path("q"))

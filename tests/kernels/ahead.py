@@ -33,8 +33,9 @@ from ulbq.formats import (
 from ulbq.kernels import banks, solver_launch, trellis_launch, triton_launch
 
 OUTS, COLUMNS = 512, 512
-# What ends as another kernel: one row, four, and what matrices take with 16, 32, 64 and 128 rows at a time.
-ROWS = (1, 2, 4, 16, 32, 64, 128)
+# What ends as another kernel: one row, four, what matrices take with 16, 32 and 64 rows at a time, dense weights, and
+# 128 rows, the last, which have a gradient.
+ROWS = (1, 2, 4, 16, 32, 64, 512, 128)
 PROCESSORS = 132
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int8: "*i8",
@@ -106,7 +107,7 @@ def _start(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Start:
 
 
 def compiled(start: Start, capability: int) -> dict[str, Any]:
-    """Registers and bytes of stack of a thread, and bytes of shared memory of a program."""
+    """Registers and bytes of stack of a thread, bytes of shared memory of a program, instructions of a loop."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -121,11 +122,23 @@ def compiled(start: Start, capability: int) -> dict[str, Any]:
         file.write(made.asm["cubin"])
         file.flush()
         told = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        code = subprocess.run([dump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     facts = dict(re.findall(r"\b(REG|STACK):(\d+)", told.stdout + told.stderr))
     return {
         "capability": capability, "kernel": start.name, "registers": int(facts["REG"]), "stack": int(facts["STACK"]),
-        "shared": made.metadata.shared,
+        "shared": made.metadata.shared, "loop": _longest_loop(code),
     }  # fmt: skip
+
+
+def _longest_loop(code: str) -> int:
+    """Instructions between a jump back and its goal."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", code)]
+    found = 0
+    for at, text in lines:
+        goal = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if goal and int(goal[1], 16) < at:
+            found = max(found, sum(int(goal[1], 16) <= place <= at for place, _ in lines))
+    return found
 
 
 def _products(scheme: AnyScheme, stored: dict[str, torch.Tensor], columns: int, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ulbq.kernels import block_sizes
-from ulbq.kernels.block_sizes import BlockSizes, blocks, slug
+from ulbq.kernels.block_sizes import BlockSizes, DenseRows, blocks, dense_rows, slug
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -35,6 +35,9 @@ def test_tables_are_whole(path: Path) -> None:
             size = blocks(table["device"], kernel, bits)
             assert size.block_n & (size.block_n - 1) == 0
             assert size.block_m == 4 if kernel == "vector" else size.block_m >= 16
+    assert all(
+        1 <= dense_rows(table["device"], bits).kept <= dense_rows(table["device"], bits).made for bits in range(5)
+    )
 
 
 def test_an_unknown_gpu_gets_the_defaults() -> None:
@@ -48,11 +51,16 @@ def test_the_fastest_candidates_are_written(
     def measure(kernel: str, bits: int, size: BlockSizes) -> float:
         return float("inf") if size.warps != 4 else abs(size.block_n - 64 * bits) + size.stages
 
-    tuning.write("Some GPU", tmp_path / "some-gpu.json", measure)
+    def cross(bits: int, large: dict[str, int]) -> DenseRows:
+        return DenseRows(large["block_n"] * bits, 65)
+
+    tuning.write("Some GPU", tmp_path / "some-gpu.json", measure, cross)
     monkeypatch.setattr(block_sizes, "FOLDER", tmp_path)
     block_sizes._read.cache_clear()
     found = {(kernel, bits): blocks("Some GPU", kernel, bits) for kernel in tuning.CANDIDATES for bits in (1, 2, 4)}
+    made = [dense_rows("Some GPU", bits).made for bits in (1, 2, 4)]
     block_sizes._read.cache_clear()
+    assert made == [64, 256, 1024]
     assert [found["large", bits].block_n for bits in (1, 2, 4)] == [64, 128, 256]
     assert [found["small", bits].block_n for bits in (1, 2)] == [64, 128]
     assert {(size.warps, size.stages) for size in found.values()} <= {(4, 1), (4, 2)}

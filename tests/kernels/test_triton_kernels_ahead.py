@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,12 @@ QUICK = {
 }
 
 
-def check(capability: int, names: list[str]) -> None:
+LOOP = 1200
+"""Instructions for 64 columns of four outputs of 3 bits and one row of bfloat16 on an H100: 4.2 a weight. With codes
+freed of what lies in front of them in a mantissa, and activations loaded one by one, they are 5.8."""
+
+
+def check(capability: int, names: list[str]) -> list[dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.ahead", str(capability), *names],
@@ -45,11 +51,15 @@ def check(capability: int, names: list[str]) -> None:
         or row["stack"] > next((most for name, most in KNOWN.items() if name in row["kernel"]), SPILLED)
     ]
     assert not bad, json.dumps(bad, indent=1)
+    return rows
 
 
 @pytest.mark.parametrize("capability", QUICK)
 def test_some_of_them(capability: int) -> None:
-    check(capability, QUICK[capability])
+    rows = check(capability, QUICK[capability])
+    if capability == 90:
+        vectors = [row for row in rows if "vector_kernel" in row["kernel"] and "ROWS=1," in row["kernel"]]
+        assert [row["loop"] <= LOOP for row in vectors] == [True], vectors
 
 
 @pytest.mark.slow

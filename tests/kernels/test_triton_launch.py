@@ -5,6 +5,7 @@ are small, and one of each kind.
 """
 
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from ulbq.formats import (
     dequantize,
     trellis,
 )
-from ulbq.kernels import dispatch, solvers, trellis_launch, triton_launch, words
+from ulbq.kernels import block_sizes, dispatch, solvers, trellis_launch, triton_launch, words
+from ulbq.kernels.block_sizes import DenseRows
 from ulbq.kernels.ops import binary_mos, linear
 from ulbq.nn.quant_linear import QuantLinear
 
@@ -202,6 +204,78 @@ def test_zero_points_between_the_codes(device: str) -> None:
         x = fresh(rows, 96, torch.float32, device)
         found = multiply(scheme, ready, x, OUTS)
         assert_near(found.cpu(), x.cpu().double() @ weight.flatten(1).T, torch.float32)
+
+
+@on_devices
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("scheme", [*(AffineScheme(bits=bits, group_size=64) for bits in (1, 2, 3, 4)), SCHEMES[-5][0]])
+def test_pairs_of_activations_lose_next_to_nothing(scheme: AnyScheme, rows: int, device: str) -> None:
+    """Codes keep what lies in front of them in a mantissa until the end. Before the result is rounded it shows."""
+    stored = random_matrix(scheme, OUTS, 128)
+    packed = in_words(scheme, stored, 128, device).tensors
+    part = linear.matrix(scheme, "words", packed, OUTS, 128).part
+    # One behind the beginning of a word no two are in one.
+    apart = fresh(1, rows * 128 + 1, torch.float16, device)[0, 1:].view(rows, 128)
+    for x, pairs in ((apart.clone(), True), (apart, False)):
+        cut = triton_launch.cut_of(part, "vector", [rows], OUTS, x)
+        assert triton_launch.loads(x, part, cut)["PAIRS"] == pairs
+        found = triton_launch.multiply(x, [part], OUTS, dtype=torch.float32).cpu()
+        wanted = exact(scheme, stored, x.cpu())
+        # Up to 1e-5 was measured; float16 rounds to 3e-4.
+        assert (found - wanted).norm() <= (3e-5 if pairs else 5e-7) * wanted.norm()
+
+
+@on_devices
+@pytest.mark.parametrize("slab", [1 << 26, 1])
+@pytest.mark.parametrize(("scheme", "columns"), [*SCHEMES[2::2], (None, len(MIXED))], ids=str)
+def test_many_rows_take_a_dense_weight(
+    scheme: AnyScheme | None, columns: int, slab: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, and some outputs at a time."""
+    monkeypatch.setattr(triton_launch, "dense_rows", lambda *_: DenseRows(16, 8))
+    monkeypatch.setattr(triton_launch, "SLAB", slab)
+    kind, stored = codebooks(40) if scheme is None else (scheme, random_matrix(scheme, OUTS, columns))
+    with patch.object(triton_launch, "_matrix", side_effect=AssertionError):
+        check(kind, stored, columns, device, 17)
+        check_gradient(kind, stored, columns, device)
+
+
+@on_devices
+@pytest.mark.parametrize("slab", [1 << 26, 1])
+def test_many_rows_take_the_elements_of_a_trellis(slab: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = TrellisScheme(bits=2)
+    outs, columns = 144, 96
+    stored = random_matrix(scheme, outs, columns)
+    moved = {name: tensor.to(device) for name, tensor in stored.items()}
+    ready = in_layout("triton", scheme, moved, outs, columns)
+    x = fresh(17, columns, torch.float32, device).requires_grad_()
+    wide = x.detach().cpu().double().requires_grad_()
+    wanted = exact(scheme, stored, wide)
+    (should,) = torch.autograd.grad(wanted.sum(), wide)
+    monkeypatch.setattr(triton_launch, "dense_rows", lambda *_: DenseRows(16, 8))
+    monkeypatch.setattr(trellis_launch, "SLAB", slab)
+    with patch.object(trellis_launch, "cut_of", side_effect=AssertionError):
+        product = multiply(scheme, ready, x, outs)
+        (found,) = torch.autograd.grad(product.sum(), x)
+    assert_near(product.cpu(), wanted, torch.float32, slack=2)
+    assert_near(found.cpu(), should, torch.float32, slack=2)
+
+
+def test_a_dense_weight_that_is_kept_is_taken_from_fewer_rows_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, kept = block_sizes.dense_rows("", 2)
+    assert kept < made
+    monkeypatch.setattr(dispatch, "best", lambda *_: named("triton"))
+    scheme = AffineScheme(bits=2, group_size=64)
+    stored = random_matrix(scheme, OUTS, 64)
+    layer = QuantLinear(scheme, 64, OUTS, cache=True)
+    layer.assign(stored)
+    with patch.object(triton_launch, "multiply", side_effect=AssertionError):
+        with pytest.raises(AssertionError):
+            layer(torch.zeros(kept - 1, 64))
+        assert layer.cached_bytes == 0
+        x = torch.randn(kept, 64)
+        assert_near(layer(x), exact(scheme, stored, x), torch.float32)
+    assert layer.cached_bytes == 4 * 64 * OUTS
 
 
 @on_devices

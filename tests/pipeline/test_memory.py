@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from ulbq.methods.base import Needs
 from ulbq.models.blocks import Linear, skeleton
 from ulbq.models.source import resolve
 from ulbq.pipeline.memory import Sizes, solving_memory
+from ulbq.sensitivity.head import head_memory
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
 
 _Q, _O = Linear("layers.0.self_attn.q_proj", 64, 64), Linear("layers.0.self_attn.o_proj", 64, 64)
 _UP, _DOWN = Linear("layers.0.mlp.up_proj", 256, 64), Linear("layers.0.mlp.down_proj", 64, 256)
@@ -83,10 +86,22 @@ def test_methods_tell_what_they_hold() -> None:
 
 
 def test_logits_are_counted_by_the_positions_of_a_chunk() -> None:
-    assert logits_memory(1000, 4, 20) == 4 * 4 * 1000 * 20
+    assert logits_memory(1000, 4, 20, CPU) == 4 * 4 * 1000 * 20
     # As many as take the memory of a chunk, and sixteen at least.
-    assert logits_memory(1000, 4, 10**6) == pytest.approx(LOGITS_MEMORY, rel=1e-3)
-    assert logits_memory(10**6, 4, 10**6) == 4 * 4 * 10**6 * 16
+    assert logits_memory(1000, 4, 10**6, CPU) == pytest.approx(LOGITS_MEMORY, rel=1e-3)
+    assert logits_memory(10**6, 4, 10**6, CPU) == 4 * 4 * 10**6 * 16
+
+
+def test_chunks_of_logits_grow_with_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts, gpu = SimpleNamespace(total_memory=64 << 30), torch.device("cuda")
+    if not torch.cuda.is_available():
+        assert logits_memory(1000, 4, 10**6, gpu) == logits_memory(1000, 4, 10**6, CPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    assert logits_memory(1000, 4, 10**6, gpu) == pytest.approx(2 << 30, rel=1e-3)
+    assert head_memory(10**6, 10**6, gpu) == 2 << 30
+    facts.total_memory = 1 << 30
+    assert logits_memory(1000, 4, 10**6, gpu) == logits_memory(1000, 4, 10**6, CPU)
 
 
 _FREED = """

@@ -64,6 +64,7 @@ CASES: dict[str, str] = {
     "--stream -o scored-streamed",
     "generate": f"generate rtn {SMALL} --prompt Hello -n 6",
     "generate adapter": f"generate apiq {SMALL} --prompt Hello -n 6 --top-p 0.9 --temperature 0.7",
+    "generate kernel by kernel": f"generate rtn {SMALL} --prompt Hello -n 6 --no-cuda-graphs",
     "kernels generate": f"generate rtn {SMALL} --prompt Hello -n 2 --dtype fp32",
     "convert": "convert rtn --to dense --offline -o dense",
     "inspect": "inspect rtn --verify",

@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tests.models import recorded
 from ulbq.nn.quant_linear import QuantLinear
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -29,12 +30,12 @@ MEMORY = 8 << 30
 WAITS: Counter[str] = Counter()
 """How often the host waited, by our ``file:function``."""
 STEPS: Counter[str] = Counter()
-"""The same within the steps of a training, what is measured between them left out."""
+"""The same within the steps of a training, what is measured between them left out, and within recorded steps."""
 
 SENT: set[str] = set()
 """What was sent to the device: our ``file:function``, and the dtype."""
 
-_STEPS = {"finetuning/trainer.py:_step", "training/block.py:_attempt"}
+_STEPS = {"finetuning/trainer.py:_step", "training/block.py:_attempt", "models/graph_decoding.py:_run"}
 _BETWEEN = {"training/objective.py:validation_loss", "training/objective.py:validation_output"}
 
 _ROOT = Path(__file__).resolve().parents[2] / "ulbq"
@@ -74,6 +75,8 @@ class Far(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.Tensor.tolist:
             return args[0].cpu().tolist()
+        if func is torch.Tensor.data_ptr:
+            return args[0].near.data_ptr()
         if func is torch.Tensor.numpy and (kwargs.get("force") or args[1:2] == (True,)):
             return args[0].detach().cpu().numpy()
         if func is torch.Tensor.new_tensor:
@@ -185,6 +188,10 @@ def pretend() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.get_autocast_gpu_dtype = lambda: torch.bfloat16  # type: ignore[attr-defined]
+    # Now that it finds what takes the place of inference mode.
+    from ulbq.models import graph_decoding
+
+    graph_decoding.record = recorded.record  # type: ignore[assignment]
     # A tensor is of one subclass.
     QuantLinear.weight = property(lambda layer: layer.weight_dense(layer.dtype))  # type: ignore[assignment, method-assign]
     _Pretending().__enter__()

@@ -10,6 +10,7 @@ import torch
 
 from ulbq.artifacts.disk import writing
 
+CPU = torch.device("cpu")
 Hidden = torch.Tensor
 """Hidden states ``[batch, length, hidden]``."""
 
@@ -52,11 +53,17 @@ class ActivationStore:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def get(self, indices: slice | Sequence[int] | torch.Tensor) -> Hidden:
-        """Copy of some samples ``[n, length, hidden]``, on the CPU."""
+    def get(self, indices: slice | Sequence[int] | torch.Tensor, device: torch.device = CPU) -> Hidden:
+        """Copy of some samples ``[n, length, hidden]`` on a device.
+
+        To a GPU they go from pinned memory, and nobody waits for them: the next ones are read while it computes.
+        """
         rows = self._tensor[indices]
         # A slice is a view, and later calls of set() must not show in it; lists of indices copy by themselves.
-        taken = rows.clone() if isinstance(indices, slice) else rows
+        if device.type == "cuda":
+            taken = rows.pin_memory().to(device, non_blocking=True)
+        else:
+            taken = rows.clone() if isinstance(indices, slice) else rows
         self._release()
         return taken
 

@@ -162,7 +162,7 @@ class BlockWalk:
         """
         for start in range(0, len(inputs), batch_size):
             with context():
-                result = self.call(index, block, inputs.get(slice(start, start + batch_size)), start)
+                result = self.call(index, block, inputs.get(slice(start, start + batch_size), self._device), start)
             outputs.set(start, result.float())
 
 

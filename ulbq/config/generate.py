@@ -45,6 +45,9 @@ class GenerationSettings(Settings):
     device: Device = "auto"
     adapter: Annotated[bool, Option("With the adapter of the artifact, or its base alone.", HOW)] = True
     prefill_cache: PrefillCache = False
+    cuda_graphs: Annotated[
+        bool, Option("On a GPU, record the work of a token once and replay it, or launch it kernel by kernel.", HOW)
+    ] = True
     offline: Offline = False
     verify: Verify = True
 

@@ -10,20 +10,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ulbq.runtime import logits_room
 from ulbq.training.precision import Precision
 
 LOGITS_MEMORY = 128 << 20
-"""Bytes that all copies of one chunk's logits may take."""
+"""Bytes that all copies of one chunk's logits may take on a CPU."""
 
 
-def logits_memory(vocabulary: int, copies: int, positions: int) -> int:
+def logits_memory(vocabulary: int, copies: int, positions: int, device: torch.device) -> int:
     """Bytes of one chunk's logits, of so many positions at most, where so many float32 copies live together."""
-    return 4 * copies * vocabulary * min(positions_at_once(vocabulary, copies), positions)
+    return 4 * copies * vocabulary * min(positions_at_once(vocabulary, copies, device), positions)
 
 
-def positions_at_once(vocabulary: int, copies: int) -> int:
+def positions_at_once(vocabulary: int, copies: int, device: torch.device) -> int:
     """Positions of a chunk, where so many float32 copies of their logits live together."""
-    return max(16, LOGITS_MEMORY // (4 * copies * vocabulary))
+    return max(16, logits_room(device, LOGITS_MEMORY) // (4 * copies * vocabulary))
 
 
 class Head:
@@ -50,7 +51,7 @@ class Head:
 
     def chunk(self, copies: int) -> int:
         """Positions that may go through at once where so many float32 copies of their logits live together."""
-        return positions_at_once(self._vocabulary, copies)
+        return positions_at_once(self._vocabulary, copies, self._precision.device)
 
 
 class _States(BaseModelOutputWithPast):

@@ -140,7 +140,7 @@ class PassedTeacher:
         own = torch.arange(distributed.rank(), len(examples), distributed.size())
         tokens = examples.batch(own).tokens if len(own) else torch.zeros(0, examples.length, dtype=torch.int64)
         self._passed = model.pass_blocks(tokens, 1)
-        self._chunk = positions_at_once(model.config.get_text_config().vocab_size, TEACHER_COPIES)
+        self._chunk = positions_at_once(model.config.get_text_config().vocab_size, TEACHER_COPIES, model.device)
 
     @torch.no_grad()
     def guesses(self, index: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

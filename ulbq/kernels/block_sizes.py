@@ -2,7 +2,8 @@
 
 A table is an object with the GPU's name under ``device`` and, for each kernel, block sizes by the bits of a code,
 ``any`` for those not listed, and ``float32`` for products that tensor cores do not make: these keep what they multiply
-in registers, so their blocks are smaller. ``python benchmarks/matmul.py --tune`` measures them on the GPU at hand and
+in registers, so their blocks are smaller. ``dense`` are rows from which torch's product with dense weights is faster.
+``python benchmarks/matmul.py --tune`` measures them on the GPU at hand and
 writes its table here.
 """
 
@@ -42,6 +43,24 @@ def blocks(device: str, kernel: Kernel, bits: int, wide: bool = False) -> BlockS
     if wide and (found := by_bits.get("float32") or default.get("float32")):
         return BlockSizes(**found)
     return BlockSizes(**(by_bits.get(str(bits)) or by_bits["any"]))
+
+
+class DenseRows(NamedTuple):
+    """From how many rows on torch's product with a dense weight is faster than the kernels.
+
+    Attributes:
+        made: where the weight is made for each product.
+        kept: where it is there.
+    """
+
+    made: int
+    kept: int
+
+
+def dense_rows(device: str, bits: int) -> DenseRows:
+    """Those of a GPU, as of :func:`blocks`."""
+    by_bits = _read(slug(device)).get("dense") or _read("default")["dense"]
+    return DenseRows(**(by_bits.get(str(bits)) or by_bits["any"]))
 
 
 def slug(device: str) -> str:

@@ -4,14 +4,14 @@ Two transforms go around each product; the second one adds up the shares of the 
 product.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ulbq.formats import TrellisScheme, trellis
 from ulbq.kernels.block_sizes import Kernel, blocks
-from ulbq.kernels.triton_launch import SPLIT_ROWS, VECTOR_ROWS, device_facts, on, unavailable_reason
+from ulbq.kernels.triton_launch import SLAB, SPLIT_ROWS, VECTOR_ROWS, device_facts, is_many, on, unavailable_reason
 
 Tensor = torch.Tensor
 
@@ -19,6 +19,8 @@ Tensor = torch.Tensor
 _DEEP, _DEEP_WIDE = 4, 2
 # A thread of the vector kernel has an accumulator for every row and for two elements of each tile.
 _VECTOR_TILES = 8
+# Tiles across of a program that makes dense weights.
+_DENSE_TILES = 4
 
 
 class TrellisCut(NamedTuple):
@@ -39,6 +41,11 @@ def multiply(x: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tensor, sv: Te
     vector = len(x) <= VECTOR_ROWS
     inner = scaled_transform(x, torch.float32 if vector else x.dtype, before=su)
     rows, columns, outs = len(x), len(su), len(sv)
+    if is_many(x, scheme.bits):
+        product = x.new_empty(rows, outs)
+        for some, weight in slabs(scheme, codes, x):
+            torch.mm(inner, weight, out=product[:, some])
+        return scaled_transform(product, x.dtype, after=sv)
     cut = cut_of("vector" if vector else "small" if rows <= SPLIT_ROWS else "large", scheme, codes, [rows], inner.dtype)
     partial = x.new_empty(cut.splits, rows, outs, dtype=torch.float32)
     across = -(-codes.shape[1] // cut.tiles)
@@ -61,6 +68,11 @@ def input_gradient(grad: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tenso
     if not len(grad):
         return grad.new_empty(0, len(su))
     inner = scaled_transform(grad, grad.dtype, before=sv)
+    if is_many(grad, scheme.bits):
+        wide = grad.new_zeros(len(grad), len(su), dtype=torch.float32)
+        for some, weight in slabs(scheme, codes, grad):
+            wide += inner[:, some] @ weight.T
+        return scaled_transform(wide, grad.dtype, after=su)
     cut = cut_of("gradient", scheme, codes, [len(grad)], inner.dtype)
     result = grad.new_empty(len(grad), len(su), dtype=torch.float32)
     with on(grad):
@@ -69,6 +81,22 @@ def input_gradient(grad: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tenso
             TILES=cut.tiles, **cut.start,
         )  # fmt: skip
     return scaled_transform(result, grad.dtype, after=su)
+
+
+def slabs(scheme: TrellisScheme, codes: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Elements ``[columns, n]`` of some outputs at a time, between the transforms, in the dtype of ``x``."""
+    columns, outs = (trellis.TILE * count for count in codes.shape[:2])
+    wide = trellis.TILE * _DENSE_TILES
+    step = max(wide, SLAB // columns // wide * wide)
+    for begin in range(0, outs, step):
+        count = min(step, outs - begin)
+        weight = x.new_empty(columns, count)
+        with on(x):
+            _kernels().weight_kernel[(-(-codes.shape[0] // _DEEP), -(-count // wide))](
+                codes, weight, columns, outs, begin, count, **constants(scheme), DEEP=_DEEP, TILES=_DENSE_TILES,
+                num_warps=4,
+            )  # fmt: skip
+        yield slice(begin, begin + count), weight
 
 
 def searches(sequences: Tensor) -> bool:

@@ -4,7 +4,8 @@ Importing this needs the package ``triton``. Under ``TRITON_INTERPRET=1`` the ke
 arithmetic is wrong there without a word, floats are widened as they are loaded.
 
 All sums are float32. Codes are exact in every floating type, so products are made of codes and scaled by the group:
-``Σ s·(q − z)·x = s·(Σ q·x − z·Σ x)``.
+``Σ s·(q − z)·x = s·(Σ q·x − z·Σ x)``. For a row or two of 16 bits the kernel for vectors adds up
+``Σ (2ᵉ + q)·x`` and takes what comes of 2ᵉ ≤ 256 off once a group: 1e-5 of the result, and an operation a weight less.
 """
 # mypy: ignore-errors
 # Kernels are a language of their own, without types. They take what they need as plain arguments; names in capitals are
@@ -80,6 +81,112 @@ def _fields(
 
 
 @triton.jit
+def _pair(where, KIND: tl.constexpr):
+    """Two activations of 16 bits, loaded as one word, float32."""
+    both = tl.load(where)
+    if tl.bfloat16 == KIND:
+        return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+    else:
+        low, high = (both & 0xFFFF).to(tl.int16), (both >> 16).to(tl.int16)
+        return low.to(KIND, bitcast=True).to(tl.float32), high.to(KIND, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _behind(word, exponent, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """The code at a bit from 15 to 22, and 2²³ over the value of that bit, float32."""
+    return ((word & (MASK << SHIFT)) | (exponent - (SHIFT << 23))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _shift(low, high, FIELD: tl.constexpr, WIDTH: tl.constexpr):
+    """What comes with the codes of two fields of a byte, of the sums of their activations."""
+    return (1 << (8 - FIELD * WIDTH)) * 1.0 * low + (1 << (8 - (FIELD + 1) * WIDTH)) * 1.0 * high
+
+
+@triton.jit
+def _pairs(
+    sums,
+    totals,
+    shifts,
+    word,
+    x,
+    at,
+    exponent,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """What ``_fields`` adds, of one row or two, for activations ``x`` of 16 bits, two in a word.
+
+    A code stands behind an exponent whose last place is one, and is not freed of it: what comes with it is the same for
+    all outputs, and is added to ``shifts``. Each byte of the word is moved to the upper end of a mantissa, where that
+    is at most 2⁸. ``exponent`` is that of 2²³, and no constant: so one logical operation takes a code out and puts it
+    behind.
+    """
+    x0, x1, _, _ = x
+    s0, s1, s2, s3 = sums
+    t0, t1, t2, t3 = totals
+    b0, b1 = shifts
+    fields: tl.constexpr = 8 // WIDTH
+    mask: tl.constexpr = (1 << BITS) - 1
+    nil = tl.full([], 0.0, tl.float32)
+    for j in tl.static_range(0, fields, 2):
+        l0, h0, l1, h1 = nil, nil, nil, nil
+        for byte in tl.static_range(4):
+            moved = word << (15 - 8 * byte) if byte < 2 else word >> (8 * byte - 15)
+            first = _behind(moved, exponent, 15 + j * WIDTH, mask)
+            second = _behind(moved, exponent, 15 + (j + 1) * WIDTH, mask)
+            pair = at // 2 + (byte * fields + j) // 2
+            v, w = _pair(x0 + pair, KIND)
+            s0 += first * v
+            s0 += second * w
+            l0 += v
+            h0 += w
+            if ROWS > 1:
+                v, w = _pair(x1 + pair, KIND)
+                s1 += first * v
+                s1 += second * w
+                l1 += v
+                h1 += w
+        t0, t1 = t0 + (l0 + h0), t1 + (l1 + h1)
+        b0 += _shift(l0, h0, j, WIDTH)
+        b1 += _shift(l1, h1, j, WIDTH)
+    return (s0, s1, s2, s3), (t0, t1, t2, t3), (b0, b1)
+
+
+@triton.jit
+def _word(
+    sums,
+    totals,
+    shifts,
+    word,
+    x,
+    order,
+    levels,
+    at,
+    columns,
+    exponent,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The products with all codes of one word: by pairs of activations, or one by one."""
+    if PAIRS:
+        x0, x1, x2, x3 = x
+        two: tl.constexpr = tl.pointer_type(tl.int32)
+        kind: tl.constexpr = x0.dtype.element_ty
+        both = x0.to(two), x1.to(two), x2.to(two), x3.to(two)
+        return _pairs(sums, totals, shifts, word, both, at, exponent, WIDTH, BITS, kind, ROWS)
+    else:
+        sums, totals = _fields(sums, totals, word, x, order, levels, at, columns, WIDTH, BITS, LOOKUP, EVEN, ROWS)
+        return sums, totals, shifts
+
+
+@triton.jit
 def _activation(where, inside, EVEN: tl.constexpr):
     """One activation, float32."""
     if EVEN:
@@ -105,12 +212,14 @@ def _vectors(
     spans_each,
     part_words,
     part_scales,
+    exponent,
     CENTRE: tl.constexpr,
     BITS: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     LOOKUP: tl.constexpr,
     EVEN: tl.constexpr,
+    PAIRS: tl.constexpr,
     SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -128,6 +237,7 @@ def _vectors(
         for part in tl.static_range(PARTS):
             sums = none, none, none, none
             totals = nil, nil, nil, nil
+            shifts = nil, nil
             for chunk in tl.static_range(SPAN // 32):
                 at = span * SPAN + chunk * 32
                 here = words + part * part_words + (at // 32 * BITS) * outs + n
@@ -136,18 +246,22 @@ def _vectors(
                     for m in tl.static_range(4):
                         low = tl.load(here + (m // 2) * outs, mask=inside, other=0) >> (m % 2 * 2)
                         word = (low & 0x33333333) | (((high >> m) & 0x11111111) << 2)
-                        sums, totals = _fields(
-                            sums, totals, word, x, order, levels, at + m * 8, columns, 4, 3, LOOKUP, EVEN, ROWS,
+                        sums, totals, shifts = _word(
+                            sums, totals, shifts, word, x, order, levels, at + m * 8, columns, exponent, 4, 3, LOOKUP,
+                            EVEN, PAIRS, ROWS,
                         )  # fmt: skip
                 else:
                     for m in tl.static_range(BITS):
                         word = tl.load(here + m * outs, mask=inside, other=0)
-                        sums, totals = _fields(
-                            sums, totals, word, x, order, levels, at + m * (32 // BITS), columns, BITS, BITS, LOOKUP,
-                            EVEN, ROWS,
+                        sums, totals, shifts = _word(
+                            sums, totals, shifts, word, x, order, levels, at + m * (32 // BITS), columns, exponent,
+                            BITS, BITS, LOOKUP, EVEN, PAIRS, ROWS,
                         )  # fmt: skip
             s0, s1, s2, s3 = sums
             t0, t1, t2, t3 = totals
+            if PAIRS:
+                b0, b1 = shifts
+                s0, s1 = s0 - b0, s1 - b1
             if LOOKUP:
                 r0, r1, r2, r3 = r0 + s0, r1 + s1, r2 + s2, r3 + s3
             else:
@@ -178,12 +292,14 @@ def vector_kernel(
     spans_each,
     part_words,
     part_scales,
+    exponent,
     CENTRE: tl.constexpr,
     BITS: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     LOOKUP: tl.constexpr,
     EVEN: tl.constexpr,
+    PAIRS: tl.constexpr,
     SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -201,7 +317,7 @@ def vector_kernel(
     x3 = x + tl.minimum(row + 3, last) * columns
     r0, r1, r2, r3 = _vectors(
         (x0, x1, x2, x3), words, scales, zeros, order, levels, n, split, columns, outs, group, spans, spans_each,
-        part_words, part_scales, CENTRE, BITS, PARTS, HAS_ZEROS, LOOKUP, EVEN, SPAN, ROWS, BLOCK_N,
+        part_words, part_scales, exponent, CENTRE, BITS, PARTS, HAS_ZEROS, LOOKUP, EVEN, PAIRS, SPAN, ROWS, BLOCK_N,
     )  # fmt: skip
     where = partial + (split * rows + row).to(tl.int64) * outs + n
     tl.store(where, r0, mask=inside)
@@ -396,11 +512,13 @@ def vectors_each_kernel(
     spans_each,
     part_words,
     part_scales,
+    exponent,
     CENTRE: tl.constexpr,
     BITS: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     EVEN: tl.constexpr,
+    PAIRS: tl.constexpr,
     SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -431,7 +549,7 @@ def vectors_each_kernel(
         zeros += tl.multiple_of(tl.load(own + 2), 16)
     r0, r1, r2, r3 = _vectors(
         (x0, x1, x2, x3), words, scales, zeros, None, None, n, split, columns, outs, group, spans, spans_each,
-        part_words, part_scales, CENTRE, BITS, PARTS, HAS_ZEROS, False, EVEN, SPAN, ROWS, BLOCK_N,
+        part_words, part_scales, exponent, CENTRE, BITS, PARTS, HAS_ZEROS, False, EVEN, PAIRS, SPAN, ROWS, BLOCK_N,
     )  # fmt: skip
     where = partial + split.to(tl.int64) * rows * outs + n
     tl.store(where + p0 * outs, r0, mask=inside)
@@ -532,6 +650,43 @@ def gradient_kernel(
         k = tl.load(order + k)
     inside = (m < rows) & (k >= 0) & (k < columns)
     tl.store(result + m * columns + k, total.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def weight_kernel(
+    words,
+    scales,
+    zeros,
+    order,
+    levels,
+    result,
+    columns,
+    outs,
+    begin,
+    count,
+    group,
+    part_words,
+    part_scales,
+    CENTRE: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Dense weights ``[columns, count]`` of the outputs from ``begin`` on, ``SPAN`` columns a program."""
+    at = tl.program_id(0) * SPAN
+    n = (begin + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    weight = _weights(
+        words, scales, zeros, levels, at, n, outs, group, part_words, part_scales,
+        CENTRE, BITS, PARTS, HAS_ZEROS, LOOKUP, SPAN,
+    )  # fmt: skip
+    k = at + tl.arange(0, SPAN)[:, None]
+    if LOOKUP:
+        k = tl.load(order + k)
+    inside = (k >= 0) & (k < columns) & (n < begin + count)
+    tl.store(result + k.to(tl.int64) * count + (n - begin), weight.to(result.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -1,25 +1,32 @@
 """Calls of the Triton kernels: which one for how many rows, how the columns are divided, and what is added up.
 
 Up to :data:`VECTOR_ROWS` rows are taken by the kernel for vectors; more by that for matrices, whose programs share the
-columns (split-K) up to :data:`SPLIT_ROWS`. Shares are float32 sums, which a second small kernel adds up. How programs
-are cut comes from :mod:`ulbq.kernels.block_sizes`. Triton is imported by the first product.
+columns (split-K) up to :data:`SPLIT_ROWS`. Shares are float32 sums, which a second small kernel adds up. From some
+number of rows on the dense weight is made, and torch multiplies. That number, and how programs are cut, come from
+:mod:`ulbq.kernels.block_sizes`. Triton is imported by the first product.
 """
 
 import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ulbq.kernels import words
-from ulbq.kernels.block_sizes import BlockSizes, Kernel, blocks
+from ulbq.kernels.block_sizes import BlockSizes, Kernel, blocks, dense_rows
 
 VECTOR_ROWS = 4
 SPLIT_ROWS = 64
+EXPONENT = 150 << 23
+"""That of float32 numbers whose last place is one. It is no constant of the kernel: constants cost an operation."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+SLAB = 1 << 26
+"""Weights that are dense at a time."""
+# Outputs of a program that makes them, and its warps.
+_DENSE_OUTS, _DENSE_WARPS = 128, 4
 
 Tensor = torch.Tensor
 
@@ -134,6 +141,8 @@ def multiply(
     result = x.new_empty(len(x), outs, dtype=dtype)
     if not result.numel():
         return result
+    if is_many(x, matrix[0].bits):
+        return _by_weight(x, matrix, result, outliers, mixture)
     with on(x):
         kernel: Kernel = "vector" if len(x) <= VECTOR_ROWS else "small" if len(x) <= SPLIT_ROWS else "large"
         cuts = [cut_of(part, kernel, [len(x)], outs, x) for part in matrix]
@@ -159,6 +168,11 @@ def input_gradient(grad: Tensor, matrix: list[Part], columns: int, dtype: torch.
     if not result.numel():
         return result
     outs = grad.shape[1]
+    if is_many(grad, matrix[0].bits):
+        wide = torch.zeros_like(result, dtype=torch.float32)
+        for some, weight in slabs(matrix, outs, columns, grad):
+            wide += grad[:, some] @ weight.T
+        return result.copy_(wide)
     with on(grad):
         for part in matrix:
             cut = cut_of(part, "gradient", [len(grad)], outs, grad)
@@ -168,6 +182,48 @@ def input_gradient(grad: Tensor, matrix: list[Part], columns: int, dtype: torch.
                 SPAN=cut.span, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, **cut.start,
             )  # fmt: skip
     return result
+
+
+def is_many(x: Tensor, bits: int) -> bool:
+    """Whether so many rows ``[n, in]`` are faster with a dense weight that is made for them."""
+    return len(x) >= dense_rows(device_facts(x.device)[0], bits).made
+
+
+def prefers_dense(x: Tensor) -> bool:
+    """Whether torch's product with a dense weight that is there is faster for activations ``[..., in]``."""
+    return x.numel() >= dense_rows(device_facts(x.device)[0], 0).kept * x.shape[-1]
+
+
+def _by_weight(
+    x: Tensor, matrix: list[Part], result: Tensor, outliers: list[Tensor] | None, mixture: GatedMixture | None
+) -> Tensor:
+    """What :func:`multiply` gives, by torch's product with dense weights in the dtype of ``x``."""
+    rows, outs = result.shape
+    plain = not outliers and mixture is None and result.dtype == x.dtype
+    product = result if plain else x.new_empty(rows, words.padded(outs))
+    for some, weight in slabs(matrix, outs, x.shape[1], x):
+        torch.mm(x, weight, out=product[:, some])
+    if not plain:
+        with on(x):
+            reduce(product.float()[None], result, x, outliers, mixture)
+    return result
+
+
+def slabs(matrix: list[Part], outs: int, columns: int, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Dense weights ``[columns, n]`` of some outputs at a time, outliers apart, in the dtype of ``x``."""
+    step = max(words.PAD, SLAB // columns // words.PAD * words.PAD)
+    for begin in range(0, outs, step):
+        count = min(step, outs - begin)
+        weight = x.new_empty(columns, count)
+        with on(x):
+            for part in matrix:
+                span = _span(part)
+                _kernels().weight_kernel[(-(-part.places // span), -(-count // _DENSE_OUTS))](
+                    *_operands(part), weight, columns, words.padded(outs), begin, count, part.group,
+                    *strides(part), **constants(part), LOOKUP=part.levels is not None, SPAN=span,
+                    BLOCK_N=_DENSE_OUTS, num_warps=_DENSE_WARPS,
+                )  # fmt: skip
+        yield slice(begin, begin + count), weight
 
 
 def gate(x: Tensor, in_scales: Tensor, router: Tensor | None, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +269,7 @@ def cut_of(part: Part, kernel: Kernel, rows: Sequence[int], outs: int, x: Tensor
     wide = x.dtype == torch.float32
     size: BlockSizes = blocks(name, kernel, part.bits, wide)
     # What tensor cores do not multiply lies in registers, and 64 columns of it do not fit.
-    span = 32 if part.group % 64 or (wide and kernel in ("small", "large")) else 64
+    span = 32 if wide and kernel in ("small", "large") else _span(part)
     spans = -(-part.places // span)
     block_n = min(size.block_n, 1 << (words.padded(outs) - 1).bit_length())
     usual = max(rows) if kernel == "vector" else -(-sum(rows) // len(rows))
@@ -226,13 +282,17 @@ def cut_of(part: Part, kernel: Kernel, rows: Sequence[int], outs: int, x: Tensor
     return Cut(span, spans, -(-spans // min(shares, spans)), block_m, block_n, start)
 
 
+def _span(part: Part) -> int:
+    """Columns that share a scale, and are taken at once."""
+    return 32 if part.group % 64 else 64
+
+
 def _vector(x: Tensor, part: Part, cut: Cut, share: Tensor, outs: int, _: int) -> None:
     grid = (-(-outs // cut.block_n), len(share), -(-len(x) // cut.block_m))
     _kernels().vector_kernel[grid](
         x, *_operands(part), share, len(x), x.shape[1], outs, part.group, cut.spans, cut.each,
-        *strides(part), **constants(part), LOOKUP=part.levels is not None,
-        EVEN=part.order is None and part.places % cut.span == 0, SPAN=cut.span, ROWS=cut.block_m,
-        BLOCK_N=cut.block_n, **cut.start,
+        *strides(part), EXPONENT, **constants(part), LOOKUP=part.levels is not None, **loads(x, part, cut),
+        SPAN=cut.span, ROWS=cut.block_m, BLOCK_N=cut.block_n, **cut.start,
     )  # fmt: skip
 
 
@@ -271,6 +331,14 @@ def strides(part: Part) -> tuple[int, int]:
     if part.planes == 1 or part.scales is None:
         return 0, 0
     return part.codes[0].numel(), part.scales[0].numel()
+
+
+def loads(x: Tensor, part: Part, cut: Cut) -> dict[str, bool]:
+    """How the kernel for vectors reads activations: without looking for their end, and two at once."""
+    even = part.order is None and part.places % cut.span == 0
+    # Of more rows than two, what pairs want beside them does not fit into the registers.
+    pairs = even and cut.block_m <= 2 and x.dtype.itemsize == 2 and x.data_ptr() % 4 == 0
+    return {"EVEN": even, "PAIRS": pairs}
 
 
 def constants(part: Part) -> dict[str, Any]:

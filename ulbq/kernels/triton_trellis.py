@@ -342,6 +342,34 @@ def gradient_kernel(
 
 
 @triton.jit
+def weight_kernel(
+    words,
+    result,
+    columns,
+    outs,
+    begin,
+    count,
+    MULTIPLIER: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    STATE_BITS: tl.constexpr,
+    DEEP: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Elements ``[columns, count]`` of the outputs from ``begin`` on, ``16 · DEEP`` columns a program."""
+    at = tl.program_id(0) * DEEP
+    across = tl.program_id(1) * TILES
+    weight = _weights(
+        words, at, begin // 16 + across, columns, outs, MULTIPLIER, SCALE, SHIFT, BITS, STATE_BITS, DEEP, TILES,
+    )  # fmt: skip
+    k = (at * 16 + tl.arange(0, 16 * DEEP))[:, None]
+    n = (across * 16 + tl.arange(0, 16 * TILES))[None, :]
+    where = result + k.to(tl.int64) * count + n
+    tl.store(where, weight.to(result.dtype.element_ty), mask=(k < columns) & (n < count))
+
+
+@triton.jit
 def transform_kernel(
     x,
     before,

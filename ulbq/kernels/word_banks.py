@@ -62,11 +62,13 @@ class WordsBank(_InWords):
         across, down = -(-wide // cut.block_n), len(pieces)
         operands = x, codes, scales, zeros, self.offsets, pieces.to(x.device), routes.order, result
         sizes = part.group, cut.spans, cut.each, *triton_launch.strides(part)
+        loads = triton_launch.loads(x, part, cut)
         with triton_launch.on(x):
             if kernel == "vector":
                 _kernels().vectors_each_kernel[(across, splits, down)](
-                    *operands, routes.places, share, self.columns, wide, *sizes, **triton_launch.constants(part),
-                    EVEN=part.places % cut.span == 0, SPAN=cut.span, ROWS=cut.block_m, BLOCK_N=cut.block_n, **cut.start,
+                    *operands, routes.places, share, self.columns, wide, *sizes, triton_launch.EXPONENT,
+                    **triton_launch.constants(part), **loads, SPAN=cut.span, ROWS=cut.block_m, BLOCK_N=cut.block_n,
+                    **cut.start,
                 )  # fmt: skip
             else:
                 width = self.outs if whole else wide

@@ -246,7 +246,7 @@ def _run(task: BlockTask, row: int) -> None:
 
 def _pass(task: BlockTask, block: nn.Module, inputs: ActivationStore, row: int) -> None:
     with task.precision.autocast():
-        hidden = inputs.get(slice(row, row + 1)).to(task.precision.device)
+        hidden = inputs.get(slice(row, row + 1), task.precision.device)
         run_block(block, hidden, _activations(task).kwargs, [row])
 
 

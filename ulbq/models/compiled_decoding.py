@@ -17,17 +17,22 @@ from ulbq.kernels.tiles import FLOATS
 from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
 _MODELS = frozenset(f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3"))
-_ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
+ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary positions that do not depend on a text's length."""
 
 
-def unsupported_reason(model: PreTrainedModel) -> str | None:
-    """Why a model's texts do not go through compiled code, whatever its layers; None where they do."""
-    name = type(model).__name__
+def unsupported_reason(model: PreTrainedModel, device: torch.device | None = None) -> str | None:
+    """Why a model's texts do not go through compiled code, whatever its layers; None where they do.
+
+    Args:
+        model: with its weights, or without.
+        device: where it shall run, if it is not there.
+    """
+    name, kind = type(model).__name__, (device or model.device).type
     if name not in _MODELS or not type(model).__module__.startswith("transformers."):
         return f"{name}: one of {', '.join(sorted(_MODELS))}"
-    if model.device.type != "cpu" or model.dtype not in FLOATS:
-        return f"{model.dtype} on {model.device.type}: float32, bfloat16 or float16 on the CPU"
+    if kind != "cpu" or model.dtype not in FLOATS:
+        return f"{model.dtype} on {kind}: float32, bfloat16 or float16 on the CPU"
     kinds = getattr(model.config, "layer_types", None) or []
     window = getattr(model.config, "sliding_window", None) if not kinds else None
     if window or any(kind != "full_attention" for kind in kinds):
@@ -36,12 +41,16 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     if 2 * len(base.rotary_emb.inv_freq) != base.layers[0].self_attn.head_dim:
         return "rotary positions of a part of a head: of all of it"
     rotation = getattr(model.base_model.rotary_emb, "rope_type", None)
-    if model.config.hidden_act != "silu" or rotation not in _ROTATIONS:
-        return f"{model.config.hidden_act}, rotary positions '{rotation}': silu, one of {', '.join(sorted(_ROTATIONS))}"
-    for module in model.modules():
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-            return "its modules are watched"
-    return build.unavailable_reason()
+    if model.config.hidden_act != "silu" or rotation not in ROTATIONS:
+        return f"{model.config.hidden_act}, rotary positions '{rotation}': silu, one of {', '.join(sorted(ROTATIONS))}"
+    return "its modules are watched" if watched(model) else build.unavailable_reason()
+
+
+def watched(model: nn.Module) -> bool:
+    """Whether calls of a module do more than its class says."""
+    return any(
+        "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    )
 
 
 class Compiled:
@@ -192,15 +201,19 @@ def products(model: Any) -> Compiled | None:
     return kept
 
 
-def _state(model: Any) -> Hashable:
-    """What changes with every module and tensor of a model, and with the values of vectors, which may be copied."""
-    modules = tuple((id(module), type(module)) for module in model.modules())
-    tensors = tuple(
-        (tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version, _values(tensor))
+def addresses(model: nn.Module) -> Hashable:
+    """What changes with every module and tensor of a model, and with the factors of its attention."""
+    modules = tuple((id(module), type(module), getattr(module, "scaling", None)) for module in model.modules())
+    return modules, tuple((tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _state(model: nn.Module) -> Hashable:
+    """The same, and what changes with the values of vectors, which may be copied."""
+    values = tuple(
+        (None if tensor.is_inference() else tensor._version, _values(tensor))
         for tensor in (*model.parameters(), *model.buffers())
     )
-    scalings = tuple(getattr(block.self_attn, "scaling", None) for block in model.base_model.layers)
-    return modules, tensors, scalings
+    return addresses(model), values
 
 
 def _values(tensor: torch.Tensor) -> bytes | None:

@@ -24,8 +24,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from ulbq.errors import NumericsError, UsageError
+from ulbq.models import graph_decoding
 from ulbq.models.attention import own_attention
 from ulbq.models.compiled_decoding import Decoder, products
+from ulbq.models.graph_decoding import GraphDecoder
 from ulbq.models.source import ModelSource
 from ulbq.models.stop_strings import StopStrings
 
@@ -234,6 +236,8 @@ def write_on(
     tokens: Sequence[int],
     settings: dict[str, Any],
     stream: TextStream,
+    *,
+    cuda_graphs: bool = True,
 ) -> Ending:
     """Go on from a prompt until the model, ``settings`` or ``stream`` end the text.
 
@@ -243,12 +247,14 @@ def write_on(
         tokens: of the prompt, at least one.
         settings: options of transformers' ``GenerationConfig``, as of :func:`greedy`.
         stream: gets the prompt and every new token.
+        cuda_graphs: on a GPU, record the work of a token once and replay it, where the model allows it.
 
     Returns:
         Why the text ended.
 
     Raises:
         NumericsError: the model's predictions are not finite.
+        ResourceError: the work of a token cannot be recorded.
     """
     own = model.generation_config
     ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
@@ -256,10 +262,14 @@ def write_on(
     padding = all_ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = torch.tensor([list(tokens)], device=model.device)
     config = GenerationConfig(**settings, eos_token_id=ends, pad_token_id=padding)
-    compiled = products(model)
+    compiled, room = products(model), len(tokens) + settings["max_new_tokens"]
     if compiled is not None:
-        decoder = Decoder(model, compiled, len(tokens) + settings["max_new_tokens"])
-        _write_compiled(decoder, ids, settings, all_ends, stream)
+        _write(Decoder(model, compiled, room), ids, settings, all_ends, stream)
+        return "stop" if stream.stopped or stream.last_token in all_ends else "length"
+    if cuda_graphs and graph_decoding.unsupported_reason(model) is None:
+        decoder = GraphDecoder(model, room, last_logits(model))
+        _write(decoder, ids, settings, all_ends, stream)
+        decoder.keep()
         return "stop" if stream.stopped or stream.last_token in all_ends else "length"
     model.generate(  # type: ignore[operator]
         input_ids=ids,
@@ -272,8 +282,12 @@ def write_on(
     return "stop" if stream.stopped or stream.last_token in all_ends else "length"
 
 
-def _write_compiled(
-    decoder: Decoder, ids: torch.Tensor, settings: dict[str, Any], ends: list[int], stream: TextStream
+def _write(
+    decoder: Callable[[torch.Tensor], torch.Tensor],
+    ids: torch.Tensor,
+    settings: dict[str, Any],
+    ends: list[int],
+    stream: TextStream,
 ) -> None:
     """As transformers does with these settings, which takes milliseconds for every token beside its work."""
     processors, prompt = _processors(settings), ids.shape[1]

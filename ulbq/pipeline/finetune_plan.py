@@ -271,7 +271,7 @@ def _cost(
     shapes = [Linear(name, layer.out_features, layer.in_features) for name, layer in layers.items()]
     # Behind the end of each example one token more.
     width = 1 + max(len(example.tokens) for example in (*examples.train, *examples.validation))
-    activations = _activations(request, sizes, shapes, width * request.micro_batch, itemsize, scales > 0)
+    activations = _activations(request, sizes, shapes, width * request.micro_batch, precision, scales > 0)
     training = (parameters + scales) * FLOAT * _TRAINED_COPIES
     loading = load_memory(held, itemsize * sizes.table)
     # An adapter asks each layer for its weight as it is put beside it.
@@ -285,17 +285,18 @@ def _cost(
 
 
 def _activations(
-    request: FinetuneRequest, sizes: Sizes, linears: list[Linear], tokens: int, itemsize: int, scales: bool
+    request: FinetuneRequest, sizes: Sizes, linears: list[Linear], tokens: int, precision: Precision, scales: bool
 ) -> int:
     """Bytes of so many tokens on their way through blocks and head, and back."""
-    blocks, total = len(sizes.inside), sum(linear.in_features * linear.out_features for linear in linears)
+    itemsize, blocks = precision.dtype.itemsize, len(sizes.inside)
+    total = sum(linear.in_features * linear.out_features for linear in linears)
     block = tokens * trained_activations(sizes.hidden, wide(linears), itemsize)
     if scales:
         # What scales multiply is made dense for a product, and kept for the gradients.
         block += total // blocks * itemsize
     states = FLOAT * tokens * sizes.hidden * blocks
     kept = states + block if request.checkpointing else max(states, block * blocks)
-    logits = logits_memory(sizes.vocabulary, LOGIT_COPIES, tokens) + sizes.head_at_work(itemsize)
+    logits = logits_memory(sizes.vocabulary, LOGIT_COPIES, tokens, precision.device) + sizes.head_at_work(itemsize)
     return kept + trained_layer(layer_size(linears)) + logits
 
 

@@ -9,10 +9,17 @@ from ulbq.artifacts.records import Record
 from ulbq.errors import InputError
 from ulbq.formats import read_scheme
 from ulbq.kernels import Case, choose
+from ulbq.models import compiled_decoding, graph_decoding
+from ulbq.models.load import unfilled_model
+from ulbq.models.source import resolve
 
 ROWS = (1, 16, 512)
 """A token at a time, a small batch, a prompt."""
 DTYPES = (torch.bfloat16, torch.float32)
+
+
+WRITERS = {"compiled": compiled_decoding.unsupported_reason, "cuda graph": graph_decoding.unsupported_reason}
+"""What makes a text's tokens, in that order; transformers where no other does. Each tells why it does not."""
 
 
 class Plan(Record):
@@ -57,3 +64,13 @@ def plans(manifest: QuantizedManifest, device: str) -> list[Plan]:
         )
         for (label, dtype, names, reasons), count in found.items()
     ]
+
+
+def writers(path: str, device: torch.device) -> dict[str, str | None]:
+    """Why each of :data:`WRITERS` does not write an artifact's texts in bfloat16 on a device; None where it does.
+
+    Raises:
+        InputError: the artifact makes no model.
+    """
+    model = unfilled_model(resolve(path, offline=True, verify=False), torch.bfloat16)
+    return {name: reason(model, device) for name, reason in WRITERS.items()}

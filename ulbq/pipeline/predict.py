@@ -375,7 +375,7 @@ class _Sizes:
         streams = FLOAT * 2 * heldout_samples(self.samples) * self.length * sizes.hidden
         # Of a packed head the original and what is stored.
         head = (2 if self.tables else 1) * FLOAT * sizes.ending + 2 * sizes.head_at_work(self.itemsize)
-        head += head_memory(sizes.vocabulary, self.length)
+        head += head_memory(sizes.vocabulary, self.length, self.precision.device)
         return _Need(streams + max(head, sizes.walk_begins(0)), streams)
 
     def end_to_end(self) -> _Need:
@@ -401,7 +401,7 @@ class _Sizes:
         reading = teacher + (0 if sizes.halved and self.itemsize < FLOAT else FLOAT * (sizes.outer + sizes.table))
         student = self.itemsize * sizes.outer + inside + FLOAT * beside + 3 * FLOAT * trained
         copies = LOGIT_COPIES_TAUGHT if settings.needs_teacher else LOGIT_COPIES
-        logits = logits_memory(sizes.vocabulary, copies, tokens)
+        logits = logits_memory(sizes.vocabulary, copies, tokens, self.precision.device)
         heads = (1 + (teacher > 0)) * sizes.head_at_work(self.itemsize)
         training = teacher + student + self._step(settings, tokens) + logits + heads
         # Values and moments.
@@ -428,7 +428,7 @@ class _Sizes:
             return kept, asking, guesses - kept
         states = tokens * self.itemsize * sizes.hidden
         beside = states if states <= self.limit else 0
-        logits = logits_memory(sizes.vocabulary, TEACHER_COPIES, self.length)
+        logits = logits_memory(sizes.vocabulary, TEACHER_COPIES, self.length, self.precision.device)
         asking = sizes.passed(self.itemsize, beside, self.length, wide(self.layers), logits) + kept
         return kept, asking, guesses - kept + states - beside
 

@@ -206,7 +206,7 @@ def predict_scoring(
             # One sequence after the other; the float32 of what is between the products is torch's to keep.
             step = max(step, length * trained_activations(sizes.hidden, wide(layers), FLOAT))
             ending = FLOAT * sizes.ending + 2 * sizes.head_at_work(precision.dtype.itemsize)
-            memory = max(memory, ending + head_memory(sizes.vocabulary, length))
+            memory = max(memory, ending + head_memory(sizes.vocabulary, length, precision.device))
         two = _TWO_BLOCKS_BACKWARD if backward else _TWO_BLOCKS
         memory = max(memory + kept, two * block + kept + step, sizes.walk_begins(kept))
         disk += activations - kept

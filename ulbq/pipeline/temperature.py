@@ -149,4 +149,4 @@ def _chunks(job: Job, head: LossHead, store: ActivationStore) -> Iterator[torch.
 
 def _states(store: ActivationStore, row: int, job: Job) -> torch.Tensor:
     """Hidden states ``[length, hidden]`` of a sample."""
-    return store.get(slice(row, row + 1))[0].to(job.precision.device)
+    return store.get(slice(row, row + 1), job.precision.device)[0]

@@ -6,18 +6,19 @@ from transformers import PreTrainedModel
 
 from ulbq.blockwise.end import ModelEnd
 from ulbq.models.source import ModelSource
+from ulbq.runtime import logits_room
 from ulbq.training.precision import Precision
 
 HEAD_MEMORY = 256 << 20
-"""Bytes that the logits of one chunk may take, with all that is made of them."""
+"""Bytes that the logits of one chunk may take on a CPU, with all that is made of them."""
 
 # Float32 copies that live together: logits, what caps or scales them, log-probabilities, gradient.
 _COPIES = 4
 
 
-def head_memory(vocabulary: int, positions: int) -> int:
+def head_memory(vocabulary: int, positions: int, device: torch.device) -> int:
     """Bytes that the logits of one chunk take, of so many positions at most."""
-    return min(HEAD_MEMORY, vocabulary * 4 * _COPIES * max(16, positions))
+    return min(logits_room(device, HEAD_MEMORY), vocabulary * 4 * _COPIES * max(16, positions))
 
 
 class LossHead:
@@ -41,7 +42,7 @@ class LossHead:
         self._precision = precision
         self._end = ModelEnd(model, source, torch.float32, precision.device, extras=extras)
         vocabulary = model.config.get_text_config().vocab_size
-        self.chunk = max(16, HEAD_MEMORY // (vocabulary * 4 * _COPIES))
+        self.chunk = max(16, logits_room(precision.device, HEAD_MEMORY) // (vocabulary * 4 * _COPIES))
 
     def gradient(
         self, hidden: torch.Tensor, tokens: torch.Tensor, drawn: torch.Generator | None = None

@@ -103,7 +103,7 @@ class Passing:
         head = LossHead(self._model, self._source, precision, extras=self.walk.extras)
         losses = torch.empty(len(self._tokens), dtype=torch.float64)
         for row in range(len(self._tokens)):
-            hidden = outputs.get(slice(row, row + 1)).to(precision.device)
+            hidden = outputs.get(slice(row, row + 1), precision.device)
             tokens, drawn = self._tokens[row : row + 1].to(precision.device), None
             if seed is not None:
                 sample = distributed.rank() + row * distributed.size()
@@ -124,7 +124,7 @@ class Passing:
         gradients, inputs = self._stores.pop(index + 1), self._stores[index]
         for row in range(len(self._tokens)):
             one = slice(row, row + 1)
-            hidden = inputs.get(one).to(self._settings.precision.device).requires_grad_()
+            hidden = inputs.get(one, self._settings.precision.device).requires_grad_()
             with self._settings.precision.autocast():
                 output = self.walk.call(index, block, hidden, row)
             if output.requires_grad:

@@ -128,4 +128,5 @@ class TextGenerator:
         """Go on from a prompt, as :func:`~ulbq.models.decoding.write_on`; the model is loaded."""
         if self.model is None:
             raise RuntimeError("the model is not loaded")
-        return write_on(self.model, self.tokenizer, tokens, settings, stream)
+        graphs = self._request.cuda_graphs
+        return write_on(self.model, self.tokenizer, tokens, settings, stream, cuda_graphs=graphs)

@@ -130,15 +130,15 @@ class LayerwiseTrainer:
                     raise _partial(name)
             return found[names[0]]
 
-        return _store(hidden, run)
+        return _store(hidden, run, self._precision.device)
 
     def _outputs(self, group: nn.Module, inputs: ActivationStore) -> ActivationStore:
         def run(rows: torch.Tensor, sample: int) -> torch.Tensor:
             with self._precision.autocast():
-                result: torch.Tensor = group(rows.to(self._precision.device))
+                result: torch.Tensor = group(rows)
             return result
 
-        return _store(inputs, run)
+        return _store(inputs, run, self._precision.device)
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def input_groups(
 
     def run() -> None:
         with precision.autocast():
-            run_block(block, hidden.get(slice(0, 1)).to(precision.device), kwargs, [0])
+            run_block(block, hidden.get(slice(0, 1), precision.device), kwargs, [0])
 
     found = distinct_inputs({name: block.get_submodule(name) for name in linears}, run)
     for one in found:
@@ -186,16 +186,18 @@ def _inputs_of(
 
     layers = {name: block.get_submodule(name) for name in names}
     with watching(layers, catch), precision.autocast(), suppress(Enough):
-        run_block(block, rows.to(precision.device), kwargs, [sample])
+        run_block(block, rows, kwargs, [sample])
     return caught
 
 
 @torch.no_grad()
-def _store(inputs: ActivationStore, run: Callable[[torch.Tensor, int], torch.Tensor]) -> ActivationStore:
-    """What ``run`` makes of every sample, stored as ``inputs`` are."""
+def _store(
+    inputs: ActivationStore, run: Callable[[torch.Tensor, int], torch.Tensor], device: torch.device
+) -> ActivationStore:
+    """What ``run`` makes of every sample on a device, stored as ``inputs`` are."""
     made: ActivationStore | None = None
     for start in range(len(inputs)):
-        rows = run(inputs.get(slice(start, start + 1)), start).float()
+        rows = run(inputs.get(slice(start, start + 1), device), start).float()
         if made is None:
             made = inputs.alike(rows.shape[1], rows.shape[2])
         made.set(start, rows)

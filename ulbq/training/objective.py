@@ -139,7 +139,7 @@ class Objective:
         loss, sinks = 0.0, 0
         for batch in indices.split(self._settings.batch_size):
             own = distributed.rows(batch)
-            targets = self._data.targets.get(own).to(self._precision.device)
+            targets = self._data.targets.get(own, self._precision.device)
             weights = token_weights(targets, self._settings.token_weighting)
             if len(own):
                 outputs = self._run(own, adapted=adapted, training=False)
@@ -151,7 +151,7 @@ class Objective:
     def _output(self, batch: torch.Tensor, *, adapted: bool, generator: torch.Generator) -> torch.Tensor:
         device = self._precision.device
         own = distributed.rows(batch)
-        targets = self._data.targets.get(own).to(device)
+        targets = self._data.targets.get(own, device)
         weights = token_weights(targets, self._settings.token_weighting)
         if not len(own):
             return torch.zeros((), device=device)
@@ -168,7 +168,7 @@ class Objective:
         """What the block makes of some of this process's samples, ``[batch, length, hidden]``."""
         settings = self._adapters_set(adapted=adapted, training=training)
         with settings, chunked_attention(self._precision), self._fused.active(), self._precision.autocast():
-            hidden = self._data.inputs.get(own).to(self._precision.device)
+            hidden = self._data.inputs.get(own, self._precision.device)
             return run_block(self._block, hidden, self._data.kwargs, own)
 
     def _distance(
@@ -178,7 +178,7 @@ class Objective:
         weighting, augmented = self._settings.token_weighting, self._data.augmented
         loss = output_loss(outputs, targets, weights, weighting)
         if augmented is not None:
-            loss = loss + output_loss(outputs, augmented.get(own).to(targets.device), weights, weighting)
+            loss = loss + output_loss(outputs, augmented.get(own, targets.device), weights, weighting)
         return loss
 
     @contextmanager

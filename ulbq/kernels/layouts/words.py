@@ -15,7 +15,7 @@ class WordsLayout(Layout):
     """Words in place of the stored codes, and of the scales and zero points where those are of groups."""
 
     name = "triton"
-    summary = "our Triton kernels for CUDA GPUs: every format at 1 to 4 bits, vectors and batches"
+    summary = "our Triton kernels for CUDA GPUs: every format at 1 to 4 bits; large batches by a dense weight"
     device = "cuda"
     formats: ClassVar[tuple[str, ...] | None] = ("affine", "dual_binary", "binary_mos", "codebook", "trellis")
     form = "words"
@@ -49,4 +49,4 @@ class WordsLayout(Layout):
         return kinds.get(scheme.format)
 
     def prefers_dense(self, x: torch.Tensor) -> bool:
-        return x.dtype not in triton_launch.FLOATS
+        return x.dtype not in triton_launch.FLOATS or triton_launch.prefers_dense(x)

@@ -1,0 +1,188 @@
+"""Tokens by a recorded step are those of transformers; what a GPU records is run again here in its place."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.models import recorded
+from tests.models.test_compiled_decoding import packed_model
+from tests.models.tiny import FAMILIES, MIXTURES, tiny_config, tiny_model, tiny_tokenizer
+from ulbq.formats import AffineScheme
+from ulbq.models import decoding, graph_decoding
+from ulbq.models.decoding import TextStream, greedy, last_logits, write_on
+from ulbq.models.experts import unfuse
+from ulbq.models.graph_decoding import GraphDecoder, unsupported_reason
+
+GPU = torch.device("cuda")
+SCHEME = AffineScheme(bits=2, group_size=32)
+TAKEN = ("llama", "qwen2", "qwen3", "olmo2", "phi3", "smollm3", "seed_oss", "granite", "gemma", "gpt_neox")
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Steps are recorded without a GPU; counts the recordings by the room that they have."""
+    rooms: list[int] = []
+
+    def record(step: Callable[[], torch.Tensor], rewind: Callable[[], object]) -> Any:
+        made = recorded.record(step, rewind)
+        rooms.append(1)
+        return made
+
+    monkeypatch.setattr(graph_decoding, "record", record)
+    yield rooms
+    graph_decoding._KEPT.clear()
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel, tokens: torch.Tensor, start: int, room: int | None = None) -> torch.Tensor:
+    """Of what comes behind the first tokens, read at once, and behind each of the others."""
+    decoder = GraphDecoder(model, room or len(tokens) + 1, last_logits(model))
+    made = [decoder(part).clone() for part in (tokens[:start], *tokens[start:].split(1))]
+    decoder.keep()
+    return torch.stack(made)
+
+
+@torch.inference_mode()
+def plain(model: PreTrainedModel, tokens: torch.Tensor, start: int) -> torch.Tensor:
+    return model(tokens[None]).logits[0, start - 1 :].float()
+
+
+def some_tokens(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 250, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", TAKEN)
+def test_families(family: str) -> None:
+    model = tiny_model(tiny_config(family))
+    assert unsupported_reason(model, GPU) is None
+    tokens = some_tokens(40)
+    for start in (1, 7):
+        torch.testing.assert_close(logits(model, tokens, start), plain(model, tokens, start), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_layers_and_eager_attention() -> None:
+    model, tokens = packed_model("llama", SCHEME), some_tokens(20)
+    torch.testing.assert_close(logits(model, tokens, 4), plain(model, tokens, 4), rtol=1e-4, atol=1e-4)
+    model.set_attn_implementation("eager")
+    assert unsupported_reason(model, GPU) is None
+    torch.testing.assert_close(logits(model, tokens, 4), plain(model, tokens, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_room_grows_with_the_text(stand_in: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_decoding, "_LEAST", 8)
+    monkeypatch.setattr(graph_decoding, "_AHEAD", 4)
+    model, tokens = tiny_model(tiny_config("llama")), some_tokens(40)
+    found = logits(model, tokens, 5, room=200)
+    torch.testing.assert_close(found, plain(model, tokens, 5), rtol=1e-4, atol=1e-4)
+    # 16, 32, 64.
+    assert len(stand_in) == 3
+
+
+def test_the_next_text_replays_what_was_recorded(stand_in: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_config("llama"))
+    logits(model, some_tokens(60), 50)
+    tokens = some_tokens(20, seed=1)
+    found = logits(model, tokens, 3)
+    assert len(stand_in) == 1
+    torch.testing.assert_close(found, plain(model, tokens, 3), rtol=1e-4, atol=1e-4)
+    # Much less than the room: the whole of it would be looked at for every token.
+    monkeypatch.setattr(graph_decoding, "_LEAST", 8)
+    logits(model, tokens, 3, room=30)
+    assert len(stand_in) == 2
+
+
+@pytest.mark.parametrize("change", ["tensor", "module", "factor"])
+def test_a_changed_model_is_recorded_anew(stand_in: list[int], change: str) -> None:
+    model, tokens = packed_model("llama", SCHEME), some_tokens(12)
+    logits(model, tokens, 3)
+    mlp = model.base_model.layers[1].mlp
+    if change == "tensor":
+        model.base_model.norm.weight.data = 2 * model.base_model.norm.weight.data
+    elif change == "module":
+        mlp.up_proj, mlp.gate_proj = mlp.gate_proj, mlp.up_proj
+    else:
+        model.base_model.layers[0].self_attn.scaling *= 2
+    found = logits(model, tokens, 3)
+    assert len(stand_in) == 2
+    torch.testing.assert_close(found, plain(model, tokens, 3), rtol=1e-4, atol=1e-4)
+
+
+def test_values_that_change_in_place_need_no_recording(stand_in: list[int]) -> None:
+    model, tokens = tiny_model(tiny_config("llama")), some_tokens(12)
+    logits(model, tokens, 3)
+    with torch.no_grad():
+        model.base_model.norm.weight.mul_(2)
+    found = logits(model, tokens, 3)
+    assert len(stand_in) == 1
+    torch.testing.assert_close(found, plain(model, tokens, 3), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"repetition_penalty": 1.3}, {"do_sample": True, "temperature": 0.7, "top_p": 0.8}, {"do_sample": True}],
+    ids=str,
+)
+def test_what_is_written_is_what_transformers_writes(changes: dict[str, Any], stand_in: list[int]) -> None:
+    model, tokenizer = packed_model("llama", SCHEME), tiny_tokenizer()
+    settings, tokens, texts = greedy(30, at_least=3) | changes, list(range(60, 67)), []
+    with (
+        patch.object(decoding, "products", return_value=None),
+        patch.object(graph_decoding, "unsupported_reason", return_value=None),
+    ):
+        for graphs in (True, False):
+            torch.manual_seed(1)
+            stream = TextStream(tokenizer)
+            ending = write_on(model, tokenizer, tokens, settings, stream, cuda_graphs=graphs)
+            texts.append((stream.text, stream.new_tokens, ending))
+    assert texts[0] == texts[1]
+    assert texts[0][0]
+    assert len(stand_in) == 1
+
+
+def test_a_text_whose_predictions_are_not_finite_leaves_nothing(stand_in: list[int]) -> None:
+    model = tiny_model(tiny_config("llama"))
+    decoder = GraphDecoder(model, 20, {})
+    with torch.inference_mode():
+        decoder(some_tokens(4))
+    assert model not in graph_decoding._KEPT
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in TAKEN])
+def test_attention_of_a_window_is_left_to_transformers(family: str) -> None:
+    assert "of a window" in str(unsupported_reason(tiny_model(tiny_config(family)), GPU))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_are_left_to_transformers(family: str) -> None:
+    model = tiny_model(tiny_config(family))
+    unfuse(model, None)
+    assert unsupported_reason(model, GPU) is not None
+
+
+def test_others_are_left_to_transformers() -> None:
+    model = tiny_model(tiny_config("llama"))
+    assert unsupported_reason(model) == "on cpu: CUDA GPUs"
+    hook = model.base_model.register_forward_hook(lambda *_: None)
+    assert unsupported_reason(model, GPU) == "its modules are watched"
+    hook.remove()
+    longer = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    stretched = tiny_model(tiny_config("llama", rope_parameters=longer))
+    assert "rotary positions 'dynamic'" in str(unsupported_reason(stretched, GPU))
+
+
+def test_recorded_steps_go_with_their_model() -> None:
+    model = tiny_model(tiny_config("llama"))
+    decoder = GraphDecoder(model, 20, {})
+    with torch.inference_mode():
+        decoder(some_tokens(4))
+    decoder.keep()
+    gone = weakref.ref(model)
+    del model, decoder
+    gc.collect()
+    assert gone() is None
