@@ -187,6 +187,11 @@ class ModelSource:
                 hint="Give the full-precision model it was made from; 'ulbq eval', 'generate' and 'convert' take it.",
             )
 
+    @property
+    def quantized(self) -> QuantizedManifest | None:
+        """The manifest of a quantized artifact; None for anything else."""
+        return self.manifest if isinstance(self.manifest, QuantizedManifest) else None
+
     @cached_property
     def packed(self) -> Mapping[str, AnyScheme]:
         """Schemes of the packed linear layers by full module name; empty where all is dense.
@@ -194,7 +199,7 @@ class ModelSource:
         Raises:
             InputError: the manifest names a scheme that this version does not know.
         """
-        layers = self.manifest.layers if isinstance(self.manifest, QuantizedManifest) else ()
+        layers = self.quantized.layers if self.quantized else ()
         try:
             return {layer.name: read_scheme(layer.scheme) for layer in layers}
         except ValueError as error:
@@ -206,7 +211,7 @@ class ModelSource:
     @cached_property
     def tables(self) -> Mapping[str, LayerRecord]:
         """The table of tokens and the head by full module name, those that are packed; a tied head is the former."""
-        tables = self.manifest.tables if isinstance(self.manifest, QuantizedManifest) else ()
+        tables = self.quantized.tables if self.quantized else ()
         return {table.name: table for table in tables}
 
     def tell(self, progress: Progress) -> None:
@@ -237,9 +242,8 @@ class ModelSource:
     @property
     def parent(self) -> str | None:
         """Of a quantized artifact, the full-precision model it was made from, as its maker gave it."""
-        if not isinstance(self.manifest, QuantizedManifest):
-            return None
-        return next((parent.path for parent in self.manifest.parents if parent.kind in FULL_PRECISION), None)
+        parents = self.quantized.parents if self.quantized else ()
+        return next((parent.path for parent in parents if parent.kind in FULL_PRECISION), None)
 
     @cached_property
     def content_hash(self) -> str:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
 from ulbq import limits
 from ulbq.artifacts.names import local_path
+from ulbq.artifacts.records import Record
 from ulbq.artifacts.small_files import read_small
 from ulbq.artifacts.yaml_files import parse_yaml
 from ulbq.errors import InputError, UsageError
@@ -16,7 +16,7 @@ from ulbq.errors import InputError, UsageError
 _SUFFIXES = (".yaml", ".yml")
 
 
-class Recipe(BaseModel):
+class Recipe(Record):
     """One recipe, or one task.
 
     Attributes:
@@ -26,8 +26,6 @@ class Recipe(BaseModel):
         options: fields of a request, not yet completed.
         sha256: of the file's bytes.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     description: str
