@@ -1,7 +1,7 @@
 """A block's layers solved in execution order, each from the second moments of its inputs."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -70,9 +70,19 @@ def solve_in_sequence(
         heldout: give ``solve`` second moments of the samples that are held out, too.
         settle: called after each pass, when what it served is solved.
     """
+    stages: dict[str, list[Input]] = {}
+    known: dict[str, str] = {}
+    # The first sample is the first process's; with experts, another sample may well call other layers.
+    inputs = distributed.on_main(lambda: distinct_inputs(_layers(task.block, task.linears), lambda: _run(task, 0)))
+    for one in inputs:
+        places = [_place(task.block, layer) for layer in one.layers]
+        # An expert that the first sample missed comes where its like do.
+        stage = known.get(places[0], places[0]) if one_by_one else ""
+        known |= dict.fromkeys(places, stage)
+        stages.setdefault(stage, []).append(one)
     reference = copy.deepcopy(task.block) if full_inputs and _activations(task).originals is not None else None
     mixtures = [module for module in task.block.modules() if isinstance(module, Experts)]
-    for together in _stages(task, one_by_one=one_by_one):
+    for together in stages.values():
         with showing({mixture: range(len(mixture)) for mixture in mixtures} if all_experts else {}):
             sums = _gather(task, together, weighting, reference, heldout)
         members = {name: place for name in sums if (place := place_of(task.block, name)) is not None}
@@ -94,21 +104,6 @@ def solve_in_sequence(
                 _put(task.block, solve((name,), own.pop(name)))
         if settle is not None:
             settle()
-
-
-def _stages(task: BlockTask, *, one_by_one: bool) -> Collection[list[Input]]:
-    """Inputs of a block's layers in execution order, those together whose layers are solved from the same pass."""
-    stages: dict[str, list[Input]] = {}
-    known: dict[str, str] = {}
-    # The first sample is the first process's; with experts, another sample may well call other layers.
-    inputs = distributed.on_main(lambda: distinct_inputs(_layers(task.block, task.linears), lambda: _run(task, 0)))
-    for one in inputs:
-        places = [_place(task.block, layer) for layer in one.layers]
-        # An expert that the first sample missed comes where its like do.
-        stage = known.get(places[0], places[0]) if one_by_one else ""
-        known |= dict.fromkeys(places, stage)
-        stages.setdefault(stage, []).append(one)
-    return stages.values()
 
 
 def _put(block: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

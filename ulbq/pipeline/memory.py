@@ -171,7 +171,7 @@ def compared_layer(linears: Sequence[Linear]) -> int:
 
 def layer_size(linears: Sequence[Linear]) -> int:
     """Weights of the largest of some layers."""
-    return max((linear.weights for linear in linears), default=0)
+    return max((linear.out_features * linear.in_features for linear in linears), default=0)
 
 
 def input_groups(linears: Sequence[Linear]) -> dict[tuple[str, int], list[Linear]]:
@@ -210,7 +210,7 @@ def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int) -> int:
         live = sum(sums)
         for key, own in zip(keys, sums, strict=True):
             layers, columns = groups[key], key[1]
-            whole = sum(linear.weights for linear in layers)
+            whole = sum(linear.out_features * linear.in_features for linear in layers)
             size = whole if needs.stacked else layer_size(layers)
             at_once = min(size, needs.at_once or size)
             solving = FLOAT * columns**2 + round(needs.layer_bytes * at_once + _SOLVED_BYTES * (size - at_once))
@@ -224,4 +224,4 @@ def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int) -> int:
             most = max(most, solved + live + max(solving, correcting))
             # What it was is still wanted to compare with; its second moments are not.
             solved, live = solved + FLOAT * whole, live - own
-    return most + drifts * FLOAT * sum(linear.weights for linear in linears)
+    return most + drifts * FLOAT * sum(linear.out_features * linear.in_features for linear in linears)
