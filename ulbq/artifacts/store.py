@@ -15,23 +15,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from ulbq import __version__, distributed
-from ulbq.artifacts.disk import (
-    disk_full,
-    remove_tree,
-    sha256_file,
-    sync,
-    write_atomically,
-    writing,
-)
+from ulbq.artifacts.disk import disk_full, remove_tree, sha256_file, sync, write_atomically, writing
 from ulbq.artifacts.journal import Journal
-from ulbq.artifacts.manifest import (
-    MANIFEST_NAME,
-    PARTIAL_SUFFIX,
-    Manifest,
-    canonical_json,
-    is_replaceable,
-    sealed,
-)
+from ulbq.artifacts.manifest import MANIFEST_NAME, PARTIAL_SUFFIX, Manifest, canonical_json, is_replaceable, sealed
 from ulbq.artifacts.names import is_component
 from ulbq.artifacts.parents import seen_from
 from ulbq.artifacts.partial import (

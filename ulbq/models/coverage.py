@@ -21,12 +21,7 @@ _NAMED = 4
 
 
 def coverage(
-    model: PreTrainedModel,
-    selected: Selection,
-    *,
-    bits: float,
-    carried: int,
-    tables: Mapping[Linear, AnyScheme] = {},
+    model: PreTrainedModel, selected: Selection, *, bits: float, carried: int, tables: Mapping[Linear, AnyScheme] = {}
 ) -> Coverage:
     """Count what of a model is quantized.
 

@@ -18,10 +18,7 @@ from transformers.initialization import no_init_weights
 from ulbq.errors import InputError
 
 # A bad value shows wherever a model's own code stumbles over it.
-BUILD_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError),
-    *(RuntimeError, TypeError, ValueError),
-)
+BUILD_ERRORS = (*(ArithmeticError, AssertionError, AttributeError, LookupError), *(RuntimeError, TypeError, ValueError))
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

@@ -68,8 +68,7 @@ def read_recipe(
     content = _yaml(title, given, raw)
     if not isinstance(content, dict) or required - content.keys() or not isinstance(content["options"], dict):
         raise InputError(
-            f"'{given}' is no {what}.",
-            hint="It has the keys name, description, source and options, the last a map.",
+            f"'{given}' is no {what}.", hint="It has the keys name, description, source and options, the last a map."
         )
     texts = {key: str(content.get(key) or "") for key in ("name", "description", "source")}
     return content | texts, hashlib.sha256(raw).hexdigest()

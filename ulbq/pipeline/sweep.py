@@ -28,9 +28,7 @@ REPORT, TABLE = "report.html", "table.csv"
 
 
 def sweep(
-    request: SweepRequest,
-    progress: Progress | None = None,
-    on_plan: Callable[[SweepPlan], None] = lambda plan: None,
+    request: SweepRequest, progress: Progress | None = None, on_plan: Callable[[SweepPlan], None] = lambda plan: None
 ) -> tuple[Path, SweepManifest]:
     """Quantize a model by many settings and measure what comes of each. A stopped sweep goes on where it was.
 
