@@ -92,7 +92,8 @@ def _check_blocks(job: Job, source: ModelSource, folder: Path) -> None:
     for index in sorted({0, job.found.n_blocks - 1}):
         prefix = job.names(index)[0]
         packed = {name.removeprefix(prefix): one for name, one in source.packed.items() if name.startswith(prefix)}
-        opened = load_block(model, source, index, torch.float32)
+        # A walk has the first already.
+        opened = load_block(model, source, index, torch.float32) if walks[0] is None else walks[0].load(index)
         shard = folder / layout.block_shard(index)
         stored = layout.packed_block(job.model, index, shard, tuple(packed), job.method.scheme, packed)
         answers = [_answer(walk, index, block) for walk, block in zip(walks, (opened, stored), strict=True)]
