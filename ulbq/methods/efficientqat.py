@@ -8,7 +8,6 @@ the paper does, and the recipes ``efficientqat-w2`` … ``-w4`` have the rest of
 """
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Self
 
@@ -20,7 +19,7 @@ from ulbq.config.methods import BlockTrained, EfficientQatOptions, GptqOptions
 from ulbq.formats import KQuantScheme, UniformScheme
 from ulbq.formats.k_quant import KQuant
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Needs
-from ulbq.methods.budget import Widths, budgeted, decide_widths, survey_widths
+from ulbq.methods.budget import WidthsOfBudget, budgeted
 from ulbq.methods.gptq import Gptq
 from ulbq.methods.rtn import uniform_scheme
 from ulbq.methods.training import BlockTraining
@@ -39,7 +38,7 @@ _FORMS: dict[BlockTrained, AffineForm] = {
 }
 
 
-class EfficientQat:
+class EfficientQat(WidthsOfBudget):
     """Affine codes trained block by block from a start of choice.
 
     Args:
@@ -49,6 +48,7 @@ class EfficientQat:
 
     name: ClassVar[str] = "efficientqat"
     Options: ClassVar[type[MethodOptions]] = EfficientQatOptions
+    options: EfficientQatOptions
 
     def __init__(self, scheme: UniformScheme, options: EfficientQatOptions) -> None:
         self.scheme = scheme
@@ -79,14 +79,6 @@ class EfficientQat:
     def from_options(cls, options: EfficientQatOptions, group_size: int) -> Self:
         """The method that a request asks for."""
         return cls(uniform_scheme(options, group_size), options)
-
-    def survey_block(self, task: BlockTask) -> dict[str, Widths]:
-        """What bits would do for the layers of a block."""
-        return survey_widths(task, self.scheme, self.options.token_weighting)
-
-    def decide(self, surveys: Mapping[str, Widths]) -> dict[str, torch.Tensor]:
-        """Bits of all layers."""
-        return decide_widths(surveys, self.scheme, self.options.target_bits or 0.0)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Find the start, train, pack."""

@@ -17,7 +17,7 @@ from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import GptqOptions
 from ulbq.formats import UniformScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
-from ulbq.methods.budget import Widths, decide_widths, survey_widths
+from ulbq.methods.budget import WidthsOfBudget
 from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
 from ulbq.methods.rtn import pack_codes, uniform_of, uniform_scheme
 from ulbq.solvers.gptq import AT_ONCE, GptqSettings, gptq, joined
@@ -31,7 +31,7 @@ GROUPS = 4
 """Of a layer's rows with a Hessian of their own, as GuidedQuant has it for small models."""
 
 
-class Gptq:
+class Gptq(WidthsOfBudget):
     """Affine codes with errors made good in later columns.
 
     Args:
@@ -41,6 +41,7 @@ class Gptq:
 
     name: ClassVar[str] = "gptq"
     Options: ClassVar[type[MethodOptions]] = GptqOptions
+    options: GptqOptions
 
     def __init__(self, scheme: UniformScheme, options: GptqOptions) -> None:
         self.scheme = scheme
@@ -74,14 +75,6 @@ class Gptq:
     def from_options(cls, options: GptqOptions, group_size: int) -> Self:
         """The method that a request asks for."""
         return cls(uniform_scheme(options, group_size), options)
-
-    def survey_block(self, task: BlockTask) -> dict[str, Widths]:
-        """What bits would do for the layers of a block."""
-        return survey_widths(task, self.scheme, self.options.token_weighting)
-
-    def decide(self, surveys: Mapping[str, Widths]) -> dict[str, torch.Tensor]:
-        """Bits of all layers."""
-        return decide_widths(surveys, self.scheme, self.options.target_bits or 0.0)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block from the inputs of its layers."""
