@@ -17,6 +17,7 @@ from ulbq.errors import InputError, UsageError
 from ulbq.formats import FORMATS, AnyScheme, read_scheme
 from ulbq.models.blocks import Linear, ModelStructure, check_group
 from ulbq.models.selection import matches
+from ulbq.printable import one_line
 
 if TYPE_CHECKING:
     from ulbq.pipeline.quantization_plan import QuantizePlan
@@ -62,7 +63,7 @@ def read_plan(given: str | None) -> LayerPlan:
         where = ".".join(map(str, first["loc"])) or "the settings of a pattern"
         raise InputError(f"The plan '{given}' cannot be read: {where}: {first['msg'].lower()}.", hint=_HINT) from error
     except (ValueError, yaml.YAMLError) as error:
-        cause = " ".join(str(error).split())
+        cause = one_line(str(error))
         raise InputError(f"The plan '{given}' cannot be read: {cause}.", hint=_HINT) from error
     for pattern, settings in found.items():
         if all(value is None for value in settings.model_dump(exclude_unset=True).values()):

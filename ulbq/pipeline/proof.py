@@ -28,6 +28,7 @@ from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline import layout
 from ulbq.pipeline.memory import OPENED_COPIES
 from ulbq.pipeline.quantization_plan import Job
+from ulbq.printable import one_line
 from ulbq.progress import Progress
 
 _TOKENS = 8
@@ -73,7 +74,7 @@ def _look(
         try:
             said = _run(folder, target, candidate, opened, streamed=needed > min(free, runtime.peak_memory()))
         except BUILD_ERRORS as error:
-            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            cause = one_line(f"{type(error).__name__}: {error}")
             raise InputError(
                 f"What was written to '{folder}' does not run ({cause[:200]}).",
                 hint="transformers, or ulbq, cannot compute with this model as it is stored: please report it.",
