@@ -77,7 +77,7 @@ class WidthsOfBudget:
             for linear in linears:
                 weight = task.weight(linear)
                 weights += weight.numel()
-                scores = None if task.saliency is None else task.saliency[linear]
+                scores = None if task.saliency is None else task.saliency(linear)
                 cost = output_cost(weight, hessian, inputs.tokens, scores)
                 for bits in losses:
                     own = _affine_of(task, linear, self.scheme).model_copy(update={"bits": bits})

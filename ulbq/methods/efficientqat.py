@@ -12,7 +12,6 @@ from functools import partial
 from typing import ClassVar, Self
 
 import torch
-from torch import nn
 
 from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import BlockTrained, EfficientQatOptions, GptqOptions
@@ -23,7 +22,6 @@ from ulbq.methods.budget import WidthsOfBudget, budgeted
 from ulbq.methods.gptq import Gptq
 from ulbq.methods.rtn import uniform_scheme
 from ulbq.methods.training import BlockTraining
-from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.affine import AffineForm, AffineQuantizer
 from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.k_quant import KQuantizer
@@ -84,10 +82,8 @@ class EfficientQat(WidthsOfBudget):
         """Find the start, train, pack."""
         if task.start is not None or self._solver is None:
             return self._training.quantize(task, self._round)
-        originals = {linear: task.weight(linear) for linear in task.linears}
         solved = self._solver.quantize_block(task)
-        for linear, weight in originals.items():
-            linear_layer(task.block, linear).weight = nn.Parameter(weight, requires_grad=False)
+        task.restore()
         result = self._training.quantize(
             dataclasses.replace(task, start=BlockStart(solved.packed, {}, schemes=solved.schemes))
         )

@@ -168,6 +168,11 @@ class ModelSource:
                 return told.stored_as
         return None
 
+    @property
+    def halves(self) -> bool:
+        """Whether matrices are stored in half precision; those of blocks are read so where nothing is rotated."""
+        return self.stored_as is None and self.config.get_text_config().dtype in (torch.bfloat16, torch.float16)
+
     def check_parent(self) -> None:
         """Refuse what is only to be run and converted: another tool's integers, or ours in another tool's layout.
 

@@ -12,7 +12,7 @@ from ulbq import distributed, runtime
 from ulbq.artifacts.records import BlockRecord, experts_sentence, sinks_sentence
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration
-from ulbq.methods.base import BlockResult, BlockStart, BlockTask, check_finite, check_range
+from ulbq.methods.base import BlockResult, BlockStart, BlockTask, check_finite, check_range, set_aside
 from ulbq.methods.training import vectors_beside
 from ulbq.models.blocks import load_block
 from ulbq.models.selection import NEVER_CALLED
@@ -117,11 +117,12 @@ class BlockQuantizer:
             phase.advance(int(epochs <= most), f"block {index}, error {error:.4f}")
             self._log(index * (most + 1) + min(epochs, most), {"blocks/validation_error": error})
 
-        task = self._task(index, block, linears, streams, on_epoch)
+        task = self._task(index, block, originals, streams, on_epoch)
         result = _as_it_is(task.start) if job.blocks_stay and task.start else self._by_method(task, streams)
         if distributed.size() > 1:  # sums of different orders round otherwise: one process's result is everyone's
             result = distributed.of_main(result.on_host())
         check_finite(index, result)
+        block.to_empty(device="meta")  # all that is wanted of it now is in the result and in the originals
         shard = self._writer.path / layout.block_shard(index)
         layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
         layers = []
@@ -149,11 +150,11 @@ class BlockQuantizer:
         self,
         index: int,
         block: nn.Module,
-        linears: tuple[str, ...],
+        originals: dict[str, torch.Tensor],
         streams: Streams | None,
         on_epoch: Callable[[float], None],
     ) -> BlockTask:
-        job, prefix = self._job, self._job.names(index)[0]
+        job, prefix, linears = self._job, self._job.names(index)[0], tuple(originals)
         return BlockTask(
             index=index,
             block=block,
@@ -163,12 +164,13 @@ class BlockQuantizer:
             precision=job.precision,
             seed=job.request.seed + index,
             on_epoch=on_epoch,
-            saliency=layer_scores(self._saliency, job.precision.device, prefix, linears),
+            saliency=layer_scores(self._saliency, job.precision.device, prefix),
             start=self._start(block, prefix, linears),
             prefix=prefix,
             tokens={} if streams is None else dict(streams.tokens),
             outputs=output_costs(job, self._writer.scratch, index),
             schemes={name: job.schemes[prefix + name] for name in linears if prefix + name in job.schemes},
+            originals=originals,
         )
 
     def _by_method(self, task: BlockTask, streams: Streams | None) -> BlockResult:
@@ -204,12 +206,6 @@ class BlockQuantizer:
         said = {index: journal[str(index)].get("warnings", ()) for index in range(self._job.found.n_blocks)}
         for sentence in gathered(said):
             self._progress.warn(sentence)
-
-
-def set_aside(weight: torch.Tensor) -> torch.Tensor:
-    """A weight out of training's way: in the process's memory, and in half precision where that changes no value."""
-    halves = (weight.to(dtype) for dtype in (torch.bfloat16, torch.float16))
-    return next((half for half in halves if torch.equal(half.float(), weight)), weight).cpu()
 
 
 def _outcome_notes(outcome: TrainOutcome) -> list[tuple[str, str]]:

@@ -120,7 +120,7 @@ def prepare(request: SaliencyRequest, progress: Progress, *, outline: bool = Fal
     if request.kind != "magnitude":
         check_length(model, request.sequence_length or 0)
     streamed = choose_streamed(request.stream, _writing(request, model, precision, streamed=False), device, progress)
-    sized: dict[str, Any] = {"gguf_size": source.gguf_size, "streamed": streamed}
+    sized: dict[str, Any] = {"gguf_size": source.gguf_size, "halves": source.halves, "streamed": streamed}
     peak_memory, disk, artifact = predict_scoring(request, model, found, precision, **sized)
     reads = writing_passes(model.config, precision.dtype, *_amounts(request)) if streamed else 0
     disk += _TOLD_BYTES * len(found.layers) + _PAGE_BYTES
@@ -179,10 +179,11 @@ def predict_scoring(
     precision: Precision,
     *,
     gguf_size: int = 0,
+    halves: bool = False,
     streamed: bool = False,
 ) -> tuple[int, int, int]:
     """Peak memory, disk and artifact of a completed request, in bytes; the last two as of ``predict``."""
-    sizes, length = Sizes.of(model), request.sequence_length or 0
+    sizes, length = Sizes.of(model, halves=halves), request.sequence_length or 0
     layers = found.layers
     backward, samples = request.kind in BACKWARD, request.samples or 0
     artifact = sum(2 * x.in_features * (1 if request.kind == "hessian" else x.out_features) for x in layers)

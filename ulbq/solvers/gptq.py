@@ -8,7 +8,7 @@ On a CPU with a compiler affine grids go another way: the columns of a block are
 (:mod:`ulbq.kernels.solvers`). On a GPU they are one kernel (:mod:`ulbq.kernels.solver_launch`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -144,18 +144,22 @@ class Solution(NamedTuple):
     Attributes:
         codes: codes, scales and zero points.
         loss: ``tr((W − Q) H (W − Q)ᵀ)``, H with its damping; W of each row with the errors of rows before it made good.
-        damping: the one that was used, above the settings' where that left the Hessian singular.
     """
 
     codes: UniformCodes
     loss: float
-    damping: float
+
+
+def factored(hessian: torch.Tensor, settings: GptqSettings, *, overwrite: bool = False) -> HessianFactor:
+    """A Hessian as :func:`gptq` wants it; arguments and errors are those of :func:`~ulbq.solvers.hessian.factorize`."""
+    order = activation_order(hessian) if settings.act_order else None
+    return factorize(hessian, damping=settings.damping, order=order, overwrite=overwrite)
 
 
 @torch.no_grad()
 def gptq(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    factor: HessianFactor,
     scheme: UniformScheme,
     settings: GptqSettings,
     outputs: torch.Tensor | None = None,
@@ -168,38 +172,50 @@ def gptq(
     quantized as it would be alone.
 
     Args:
-        weight: ``[out, in]`` float32; matrices that read the same input may be stacked along ``out``.
-        hessian: ``[in, in]`` float32 second moments of that input.
+        weights: ``[out, in]`` float32 each; of matrices that read the same input, which are solved as one.
+        factor: of the second moments of that input, as :func:`factored` gives it.
         scheme: the group size divides ``in``. Symmetric grids are tried in both orientations.
         settings: order and damping.
         outputs: ``[out, out]``, what errors of two outputs cost together; None for nothing.
 
     Raises:
-        NumericsError: a Hessian that cannot be factored; a group's scale overflows.
+        NumericsError: costs of outputs that cannot be factored; a group's scale overflows.
     """
-    order = activation_order(hessian) if settings.act_order else None
-    factor = factorize(hessian, damping=settings.damping, order=order)
     if outputs is None:
-        parts = weight.split(max(1, AT_ONCE // weight.shape[1]))
-        return _joined([_shared(part, factor, scheme, settings) for part in parts])
-    order = activation_order(outputs) if settings.act_order else None
-    rows = factorize(outputs, damping=settings.damping, order=order)
+        return _joined([_shared(part, factor, scheme, settings) for part in parts(weights)])
+    rows = factored(outputs, settings)
     found: list[Solution] = []
 
     def solve(block: torch.Tensor) -> torch.Tensor:
         found.append(_solve(block, factor, scheme, settings))
         return _values(found[-1].codes)
 
-    make_good(weight, rows, _ROWS, solve)
+    make_good(torch.cat(tuple(weights)), rows, _ROWS, solve)
     places, whole = rows.order.argsort(), _joined(found)
     return whole._replace(codes=type(whole.codes)(*(part[places] for part in whole.codes)))
+
+
+def parts(weights: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The rows of matrices below each other, as many at once as :data:`AT_ONCE` says; all are never copied at once."""
+    most = max(1, AT_ONCE // weights[0].shape[1])
+    part: list[torch.Tensor] = []
+    for weight in weights:
+        first = 0
+        while first < len(weight):
+            part.append(weight[first : first + most - sum(map(len, part))])
+            first += len(part[-1])
+            if sum(map(len, part)) == most:
+                yield torch.cat(part) if len(part) > 1 else part[0]
+                part = []
+    if part:
+        yield torch.cat(part) if len(part) > 1 else part[0]
 
 
 def _joined(found: Sequence[Solution]) -> Solution:
     """What was found for the rows of a matrix, some after the others."""
     if len(found) == 1:
         return found[0]
-    return Solution(joined([one.codes for one in found]), sum(one.loss for one in found), found[0].damping)
+    return Solution(joined([one.codes for one in found]), sum(one.loss for one in found))
 
 
 def joined(codes: Sequence[UniformCodes]) -> UniformCodes:
@@ -237,13 +253,13 @@ def _tried(
         # Every group has to lie in one block, where its grid can be found.
         block_size = group_size * max(1, settings.block_size // group_size)
         found = _pass(weight, factor, scheme, settings.search, block_size, None)
-        return [Solution(found.codes, found.loss, factor.damping)]
+        return [Solution(found.codes, found.loss)]
     solutions = []
     values = weight
     for _ in range(2 if settings.search else 1):
         grids = find_grids(values, scheme, importance=factor.importance, search=settings.search)
         found = _pass(weight, factor, scheme, settings.search, settings.block_size, grids)
-        solutions.append(Solution(found.codes, found.loss, factor.damping))
+        solutions.append(Solution(found.codes, found.loss))
         values = found.seen
     return solutions
 
