@@ -4,10 +4,10 @@ import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -133,6 +133,13 @@ class ModelSource:
                 del self._fused[next(iter(self._fused))]
             self._fused[part.fused] = self.tensors.read(part.fused)
         return part.take(self._fused[part.fused])
+
+    def rows(self, name: str) -> Callable[[Sequence[int]], torch.Tensor] | None:
+        """Reads rows of a matrix as :meth:`read` gives it; None for one that is not stored as it is, by its name."""
+        stored = self.stored if type(self.stored) is LazyTensors else None
+        if stored is None or self.rotation is not None or name not in stored.names:
+            return None
+        return partial(stored.read_rows, name)
 
     @property
     def single_experts(self) -> frozenset[str]:

@@ -110,8 +110,12 @@ class Sizes:
         return held + max(beside, dtype.itemsize * self.table if streamed_room is None else 0)
 
     def held_at_once(self, itemsize: int, *, streamed: bool) -> int:
-        """Bytes of the weights that are in memory while the model is called: all, or one block of them."""
-        return itemsize * (self.outer + max(self.inside) if streamed else self.weights)
+        """Bytes of the weights that are in memory while the model is called: all, or one block of them.
+
+        With one block, rows of an embedding in half precision come from the disk, unless it is the head.
+        """
+        outer = self.ending if self.halved else self.outer
+        return itemsize * (outer + max(self.inside) if streamed else self.weights)
 
     def passed(self, itemsize: int, kept: int, tokens: int, widest: int, logits: int) -> int:
         """Bytes of passing all blocks one after the other, and of the head behind them.
