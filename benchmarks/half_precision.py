@@ -43,7 +43,7 @@ def main() -> None:
     settings = job.method.needs.end_to_end
     assert settings is not None
     text = load_calibration(options.artifact / CALIBRATION_FILE)
-    examples = Examples(text.tokens, job.text_samples, text.mask)
+    examples = Examples(text.tokens, job.request.text_samples, text.mask)
     with tempfile.TemporaryDirectory() as scratch:
         folders = Folders(options.artifact, Path(scratch))
         student = build_student(job, folders, train=settings.train, checkpointing=settings.checkpointing)

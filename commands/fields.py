@@ -25,10 +25,7 @@ _NAMED = re.compile(r"`(\w+)(?:=([^`]*))?`")
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="Any option by its name in recipes; repeat for others.",
-        show_default=False,
+        "--set", metavar="NAME=VALUE", help="Any option by its name in recipes; repeat for others.", show_default=False
     ),
 ]
 

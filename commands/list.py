@@ -12,8 +12,7 @@ from .streams import write
 
 def list(
     folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="FOLDER", help="Where to look, also below.", show_default="./artifacts"),
+        Path | None, typer.Argument(metavar="FOLDER", help="Where to look, also below.", show_default="./artifacts")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="A JSON list on standard output, not a table.")] = False,
     debug: Debug = False,

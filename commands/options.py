@@ -49,8 +49,7 @@ DryRun = Annotated[
 ]
 _TERMINAL = "Terminal"
 Json = Annotated[
-    bool,
-    typer.Option("--json", help="Write the manifest instead of the path.", rich_help_panel=_TERMINAL),
+    bool, typer.Option("--json", help="Write the manifest instead of the path.", rich_help_panel=_TERMINAL)
 ]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors only.", rich_help_panel=_TERMINAL)
@@ -58,10 +57,7 @@ Quiet = Annotated[
 Debug = Annotated[
     bool,
     typer.Option(
-        "--debug",
-        help="Tracebacks, and the libraries' own logs.",
-        callback=_remember_debug,
-        rich_help_panel=_TERMINAL,
+        "--debug", help="Tracebacks, and the libraries' own logs.", callback=_remember_debug, rich_help_panel=_TERMINAL
     ),
 ]
 

@@ -106,6 +106,27 @@ def test_one_block_is_there_at_a_time_and_read_once(
     assert len(alive) == 3
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_is_no_head_stays_on_disk(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, reads = resolve(save_tiny("llama", tmp_path / "m", tied=tied)), list[str]()
+    read = ModelSource.read
+
+    def noting(self: ModelSource, name: str) -> torch.Tensor:
+        reads.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(ModelSource, "read", noting)
+    model = streamed(source, tmp_path).whole()
+    assert ("model.embed_tokens.weight" in reads) == tied
+    assert model.device == torch.device("cpu")
+    expected = read(source, "model.embed_tokens.weight")[TOKENS]
+    assert torch.equal(model.get_input_embeddings()(TOKENS), expected)
+    with pytest.raises(IndexError):
+        model.get_input_embeddings()(torch.tensor([[10**6]]))
+
+
 def test_what_loading_takes_is_known_before(tmp_path: Path) -> None:
     dense, packed = resolve(save_tiny("llama", tmp_path / "m", tied=False)), resolve(GOLDEN / "affine", offline=True)
     table = 256 * 64 * 2

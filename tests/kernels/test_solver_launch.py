@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.test_triton_launch import on_devices
+from tests.solvers.moments import solved
 from ulbq.formats import AffineScheme
 from ulbq.kernels import solver_launch, triton_launch
 from ulbq.solvers import gptq, kmeans
@@ -36,10 +37,10 @@ def test_gptq_by_blocks_is_as_good_as_by_columns(
     weight, hessian = problem(device)
     scheme = AffineScheme(bits=bits, group_size=group_size, symmetric=symmetric)
     settings = GptqSettings(act_order=act_order, block_size=64)
-    found = gptq.gptq(weight, hessian, scheme, settings)
+    found = solved(weight, hessian, scheme, settings)
     monkeypatch.setattr(solver_launch, "takes", lambda tensor: False)
     monkeypatch.setattr("ulbq.kernels.solvers.take", lambda *tensors: False)
-    wanted = gptq.gptq(weight, hessian, scheme, settings)
+    wanted = solved(weight, hessian, scheme, settings)
     assert (found.codes.codes != wanted.codes.codes).float().mean() < 0.02
     assert found.loss == pytest.approx(wanted.loss, rel=0.01)
     # The loss told is that of the codes.

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.solvers.moments import moments
+from tests.solvers.moments import moments, solved
 from ulbq.errors import NumericsError
 from ulbq.formats.affine import AffineScheme
 from ulbq.kernels import build, solvers
 from ulbq.quantizers.dual_binary import nearest, search_scales
-from ulbq.solvers.gptq import GptqSettings, gptq
+from ulbq.solvers.gptq import GptqSettings
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
@@ -208,8 +208,8 @@ class TestDualBinary:
 
 def check_compensation(scheme: AffineScheme, settings: GptqSettings) -> None:
     weight, hessian = weights(50), moments(COLUMNS, 600)
-    ours = gptq(weight, hessian, scheme, settings)
-    theirs = by_torch(gptq, weight, hessian, scheme, settings)
+    ours = solved(weight, hessian, scheme, settings)
+    theirs = by_torch(solved, weight, hessian, scheme, settings)
     # One code on the border between two sends the rest of its row another way.
     assert (ours.codes.codes == theirs.codes.codes).all(1).float().mean() >= 0.9
     assert ours.loss == pytest.approx(theirs.loss, rel=0.01)
@@ -235,15 +235,17 @@ class TestCompensation:
     def test_any_number_of_rows_and_columns(self, rows: int, block_size: int) -> None:
         weight, hessian, scheme = weights(rows), moments(COLUMNS, 600), AffineScheme(bits=4, group_size=32)
         settings = GptqSettings(search=False, block_size=block_size)
-        ours = gptq(weight, hessian, scheme, settings).codes
-        assert torch.equal(ours.codes, by_torch(gptq, weight, hessian, scheme, settings).codes.codes)
+        ours = solved(weight, hessian, scheme, settings).codes
+        assert torch.equal(ours.codes, by_torch(solved, weight, hessian, scheme, settings).codes.codes)
 
     @pytest.mark.parametrize("act_order", [False, True])
     def test_a_group_without_a_finite_error_is_refused(self, act_order: bool) -> None:
         weight = weights()
         weight[3, 40] = float("inf")
         with pytest.raises(NumericsError, match="float16"):
-            gptq(weight, moments(COLUMNS, 600), AffineScheme(bits=4, group_size=32), GptqSettings(act_order=act_order))
+            solved(
+                weight, moments(COLUMNS, 600), AffineScheme(bits=4, group_size=32), GptqSettings(act_order=act_order)
+            )
 
 
 @pytest.fixture
@@ -294,7 +296,7 @@ def test_other_processors_find_the_same_to_the_bit(
             search_scales(weights(), costs(), 48),
         ]
         solved = [
-            gptq(weights(), moments(COLUMNS, 600), AffineScheme(bits=3, group_size=32), GptqSettings(act_order=order))
+            solved(weights(), moments(COLUMNS, 600), AffineScheme(bits=3, group_size=32), GptqSettings(act_order=order))
             for order in (False, True)
         ]
         return plain + [tensor for one in solved for tensor in one.codes]

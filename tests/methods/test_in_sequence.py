@@ -18,6 +18,7 @@ from ulbq.methods.gptq import Gptq
 from ulbq.methods.in_sequence import solve_in_sequence
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.sensitivity.outputs import OutputCosts
+from ulbq.solvers import hessian
 from ulbq.solvers.hessian import HessianSum
 from ulbq.training.objective import BlockData
 from ulbq.training.precision import Precision
@@ -191,6 +192,41 @@ def test_layers_with_too_few_tokens_are_rounded_and_named(true_sequential: bool,
     assert "experts.0" not in told
     for name, tensors in result.packed.items():
         assert set(tensors) == {"codes", "scales", "zeros"}, name
+
+
+def test_of_too_few_tokens_the_diagonal_alone_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (in_sequence, hessian):
+        monkeypatch.setattr(module, "FEWEST_TOKENS", 2)
+    asked, met = task(tmp_path), dict[str, HessianSum]()
+    assert asked.data is not None
+    asked = dataclasses.replace(asked, data=dataclasses.replace(asked.data, training=1))
+
+    def keep(linears, inputs):  # type: ignore[no-untyped-def]
+        met.update(dict.fromkeys(linears, inputs))
+        return {name: asked.weight(name) for name in linears}
+
+    solve_in_sequence(asked, keep, one_by_one=True, weighting=TokenWeighting.UNIFORM, rounds_few=True)
+    # 20 tokens: enough of 8 columns, too few of 16; of experts nobody knows before how many they see.
+    for name, alone in (("query", True), ("mix.2", True), ("out", False), ("experts.0.up", False)):
+        if alone:
+            with pytest.raises(ValueError, match="diagonal"):
+                _ = met[name].matrix
+        rows = inputs_of(asked.block, name, asked.data.inputs.get(slice(0, 1)))
+        torch.testing.assert_close(met[name].diagonal, 2 / 20 * rows.square().sum(0))
+        assert met[name].tokens == 20
+    assert {name for name, inputs in met.items() if not inputs.few} == {"out"}
+
+
+def test_what_a_layer_was_is_kept_in_half_precision_where_that_changes_nothing(tmp_path: Path) -> None:
+    asked = task(tmp_path)
+    layer = linear_layer(asked.block, "out")
+    layer.weight = nn.Parameter(layer.weight.bfloat16().float(), requires_grad=False)
+    before = {name: asked.weight(name) for name in LINEARS}
+    solved(asked, one_by_one=True)
+    assert {name for name, kept in asked.originals.items() if kept.dtype == torch.bfloat16} == {"out"}
+    assert all(torch.equal(asked.originals[name].float(), before[name]) for name in LINEARS)
+    asked.restore()
+    assert all(torch.equal(asked.weight(name), before[name]) for name in LINEARS)
 
 
 def test_a_singular_input_is_told(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ def layers(block: Block) -> dict[str, nn.Module]:
 
 def test_layers_that_are_called_with_the_very_same_tensor_share_an_input() -> None:
     block = Block()
-    found = distinct_inputs(layers(block), lambda: block(torch.ones(1, 4)))
-    assert found == [Input(("k", "q"), 1), Input(("o",), 1), Input(("down",), 2), Input(("spare",), 0)]
+    found = distinct_inputs(layers(block), lambda: block(torch.ones(1, 5, 4)))
+    assert found == [Input(("k", "q"), 1, 5), Input(("o",), 1, 5), Input(("down",), 2, 10), Input(("spare",), 0, 0)]
 
 
 def test_equal_values_are_not_the_same_tensor() -> None:

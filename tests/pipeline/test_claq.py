@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.tiny import FAMILIES, save_tiny
+from tests.pipeline.conftest import Quantized
 from tests.pipeline.runs import StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.whole import verify
@@ -63,13 +64,14 @@ def test_families_are_packed_and_reload_to_the_simulated_model(
 )
 def test_a_budget_is_spent_and_pays(
     changes: dict[str, Any],
+    quantized: Quantized,
     tiny_llama: Path,
     samples: Path,
     tmp_path: Path,
 ) -> None:
     tokens = load_file(samples)["tokens"][:8].long()
     exact = logits(tiny_llama, tokens)
-    plain, narrow = quantize(asked(tiny_llama, tmp_path / "plain", samples))
+    plain, narrow = quantized(asked)
     path, manifest = quantize(asked(tiny_llama, tmp_path / "q", samples, target_bits=4.4, **changes))
     assert narrow.bits.bits_per_weight < 4.1
     assert 4.35 < manifest.bits.bits_per_weight <= 4.4
@@ -79,8 +81,8 @@ def test_a_budget_is_spent_and_pays(
     assert min(widths) < max(widths)
 
 
-def test_outliers_alone(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
-    _, narrow = quantize(asked(tiny_llama, tmp_path / "plain", samples))
+def test_outliers_alone(quantized: Quantized, tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+    _, narrow = quantized(asked)
     _, manifest = quantize(asked(tiny_llama, tmp_path / "q", samples, outlier_bits=0.3, allocation="outlier"))
     assert max(mean_widths(manifest)) < 2.1  # what the outliers left over
     assert 0.2 < manifest.bits.bits_per_weight - narrow.bits.bits_per_weight <= 0.3
@@ -134,11 +136,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert shards(resumed) == shards(straight)
 
 
-def test_sweeps_leave_the_bits_and_go_on_to_the_same_bytes(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
-    _, plain = quantize(asked(tiny_llama, tmp_path / "plain", samples))
+def test_sweeps_leave_the_bits_and_go_on_to_the_same_bytes(
+    quantized: Quantized, tiny_llama: Path, samples: Path, tmp_path: Path
+) -> None:
+    folder, plain = quantized(asked)
     straight, manifest = quantize(asked(tiny_llama, tmp_path / "straight", samples, sweeps=2))
     assert manifest.bits == plain.bits
-    assert shards(straight) != shards(tmp_path / "plain")
+    assert shards(straight) != shards(folder)
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
         quantize(asked(tiny_llama, out, samples, sweeps=2), StopAt(out, 2))
@@ -149,11 +153,12 @@ def test_sweeps_leave_the_bits_and_go_on_to_the_same_bytes(tiny_llama: Path, sam
 @pytest.mark.parametrize("train_weights", [False, True])
 def test_training_lowers_the_errors_and_leaves_the_bits(
     train_weights: bool,
+    quantized: Quantized,
     tiny_llama: Path,
     samples: Path,
     tmp_path: Path,
 ) -> None:
-    start, before = quantize(asked(tiny_llama, tmp_path / "start", samples, outlier_bits=0.1))
+    start, before = quantized(asked, outlier_bits=0.1)
     options = {"outlier_bits": 0.1, "epochs": 4, "batch_size": 1, "train_weights": train_weights}
     trained, after = quantize(asked(tiny_llama, tmp_path / "trained", samples, **options))
     assert all(block.end_error <= block.start_error for block in after.blocks)
@@ -168,8 +173,8 @@ def test_training_lowers_the_errors_and_leaves_the_bits(
     assert any(block.end_error < block.start_error for block in further.blocks)
 
 
-def test_codes_move_only_where_weights_train(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
-    start, _ = quantize(asked(tiny_llama, tmp_path / "start", samples))
+def test_codes_move_only_where_weights_train(quantized: Quantized, samples: Path, tmp_path: Path) -> None:
+    start, _ = quantized(asked)
     codes = {}
     for train in (False, True):
         path, _ = quantize(asked(start, tmp_path / str(train), samples, epochs=2, train_weights=train))
@@ -259,8 +264,8 @@ def test_what_does_not_go_together_is_refused(
         plan(asked(tiny_llama, tmp_path / "q", samples, **changes))
 
 
-def test_what_an_artifact_has_already_is_not_asked_for(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
-    start, _ = quantize(asked(tiny_llama, tmp_path / "start", samples))
+def test_what_an_artifact_has_already_is_not_asked_for(quantized: Quantized, samples: Path, tmp_path: Path) -> None:
+    start, _ = quantized(asked)
     for changes in ({"target_bits": 4.3}, {"outlier_bits": 0.1}, {"refit": False}, {"damping": 0.1}):
         with pytest.raises(UsageError, match="means nothing to an artifact"):
             plan(asked(start, tmp_path / "q", samples, **changes))

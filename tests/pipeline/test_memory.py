@@ -1,5 +1,6 @@
 """What parts of models and of runs hold, counted by hand and, slowly, in runs that hold nothing else."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from ulbq.models.blocks import Linear, skeleton
 from ulbq.models.source import resolve
 from ulbq.pipeline.memory import Sizes, solving_memory
 from ulbq.sensitivity.head import head_memory
+from ulbq.solvers.hessian import factor_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -55,14 +57,29 @@ def test_moments_of_too_few_tokens_are_not_factored_where_a_method_rounds_then()
     needs = Needs(hessians="sequence", layer_bytes=1, stacked=True, rounds_few=True)
     few, enough = (solving_memory(_BLOCK, needs, tokens) for tokens in (63, 64))
     solved = 4 * (2 * 64**2 + 256 * 64)
-    assert few == solved + (4 + 4) * 256**2 + 64 * 256
-    assert enough == solved + (4 + 24) * 256**2 + 4 * 64 * 256
+    # Of what is stacked codes, scales and what they stand for.
+    assert few == solved + 4 * 256**2 + 5.5 * 64 * 256
+    assert enough == solved + (4 + 24) * 256**2
+    wide = (Linear("layers.0.mlp.down_proj", 8, 16384),)
+    few, enough = (solving_memory(wide, needs, tokens) for tokens in (4095, 4096))
+    assert few == 4 * 1024 * 16384 + 5.5 * 8 * 16384  # squares on the diagonal
+    assert enough == 4 * 16384**2 + factor_memory(16384, overwrite=True)
+
+
+def test_what_was_solved_lies_beside_in_half_precision() -> None:
+    needs = Needs(hessians="sequence", layer_bytes=30)
+    whole, half = (solving_memory(_BLOCK, needs, 64, aside=aside) for aside in (4, 2))
+    assert whole - half == 2 * (2 * 64**2 + 256 * 64)
 
 
 def test_a_matrix_that_is_solved_in_parts_takes_less() -> None:
     needs = Needs(hessians="sequence", layer_bytes=20, rounds_few=True, at_once=64 * 64)
     size = 64 * 256
-    assert solving_memory((_DOWN,), needs, 1) == 4 * 256**2 + 4 * 256**2 + 20 * 64 * 64 + 5.5 * (size - 64 * 64)
+    assert solving_memory((_DOWN,), needs, 1) == 4 * 256**2 + 20 * 64 * 64 + 1.5 * (size - 64 * 64)
+    # A part that goes over the end of a layer is copied.
+    stacked = dataclasses.replace(needs, stacked=True, layer_bytes=40)
+    both = (dataclasses.replace(_DOWN, name="layers.0.mlp.one"), dataclasses.replace(_DOWN, name="layers.0.mlp.two"))
+    assert solving_memory(both, stacked, 1) == 4 * 256**2 + 44 * 64 * 64 + 1.5 * (2 * size - 64 * 64)
 
 
 def test_moments_of_a_whole_block_live_together() -> None:
@@ -78,6 +95,7 @@ def test_methods_tell_what_they_hold() -> None:
     # As read and as latents; gradients, moments and two snapshots of what trains.
     assert needs("efficientqat").copies == needs("db-llm").copies == 7
     assert needs("efficientqat", train="grid").copies == 2
+    assert needs("efficientqat", optimizer="adamw-bf16").copies == 6
     assert needs("efficientqat", train="rounding", optimizer="sign").copies == 7
     started, solver = needs("efficientqat", start="gptq"), METHODS["gptq"].from_options(GptqOptions(bits=2), 64).needs
     assert (started.layer_bytes, started.stacked) == (solver.layer_bytes, solver.stacked)

@@ -13,10 +13,10 @@ from tests.models.tiny import save_tiny
 from ulbq import runtime
 from ulbq.config.quantize import QuantizeRequest, resolve
 from ulbq.errors import ResourceError
+from ulbq.methods.base import set_aside
 from ulbq.models.blocks import structure
 from ulbq.models.skeleton import empty_model
 from ulbq.pipeline import room
-from ulbq.pipeline.blocks import set_aside
 from ulbq.pipeline.predict import Cost, predict
 from ulbq.pipeline.quantization_plan import Job, build_method, prepare
 from ulbq.pipeline.quantize import quantize
@@ -122,6 +122,21 @@ def test_activations_that_scores_keep_are_on_the_host(tmp_path: Path, monkeypatc
     assert large.peak_memory > small.peak_memory
 
 
+def test_what_passes_a_teacher_that_is_read_by_blocks_is_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = asked(tmp_path, end_to_end="kl", teacher="cached", stream=True, epochs=0)
+    job = on_gpu(prepare(request, Silent()), 1 << 30, monkeypatch)
+    large, small = room._cost(job, activation_memory=1 << 30), room._cost(job, activation_memory=0)
+    assert job.streamed
+    assert large.device_memory == small.device_memory
+    # Guesses of 18 samples, and their hidden states in half precision.
+    settings = job.method.needs.end_to_end
+    assert settings is not None
+    beside = 18 * 256 * (settings.teacher_top_k * 8 + 4 + 2 * 64)
+    assert large.peak_memory - small.peak_memory == beside
+
+
 def predicted_70b(method: str, **options: Any) -> Cost:
     """What a model of Llama-70B's shape takes on a GPU."""
     config = AutoConfig.for_model("llama", **_70B, vocab_size=128256, dtype="bfloat16", tie_word_embeddings=False)
@@ -131,17 +146,28 @@ def predicted_70b(method: str, **options: Any) -> Cost:
     )
     run = resolve(request, "quick", rotate=False, calibration="wikitext2")
     precision = Precision(torch.device("cuda"), torch.bfloat16)
-    return predict(run, build_method(request), structure(model), model, precision)
+    return predict(run, build_method(request), structure(model), model, precision, halves=True)
 
 
 _70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
 _70B |= {"num_hidden_layers": 2}
 
 
-@pytest.mark.parametrize(("method", "batch_size"), [("efficientqat", 4), ("db-llm", 2), ("gptq", None)])
+@pytest.mark.parametrize(
+    ("method", "batch_size"), [("efficientqat", 4), ("db-llm", 2), ("gptq", None), ("ulb-sapr", 1)]
+)
 def test_a_block_of_70b_fits_in_24_gb(method: str, batch_size: int | None) -> None:
     options = {"batch_size": batch_size} if batch_size else {"bits": 3}
     assert predicted_70b(method, samples=128, sequence_length=1024, **options).device_memory < 24e9
+
+
+def test_moments_in_bfloat16_take_half_as_much() -> None:
+    whole, half = (
+        predicted_70b("ulb-sapr", samples=128, sequence_length=1024, batch_size=1, optimizer=optimizer)
+        for optimizer in ("adamw", "adamw-bf16")
+    )
+    weights = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
+    assert whole.device_memory - half.device_memory == 4 * weights
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.tiny import FAMILIES, save_tiny
+from tests.pipeline.conftest import Quantized
 from tests.pipeline.runs import StopAt, logits, request, shards, simulated_logits
 from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.whole import verify
@@ -41,22 +42,24 @@ def test_families_are_packed_and_reload_to_the_simulated_model(family: str, samp
     verify(path)
 
 
-def test_more_bits_are_nearer(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+def test_more_bits_are_nearer(quantized: Quantized, tiny_llama: Path, samples: Path) -> None:
     tokens = load_file(samples)["tokens"][:8].long()
     exact = logits(tiny_llama, tokens)
 
-    def error(bits: int) -> float:
-        path, _ = quantize(asked(tiny_llama, tmp_path / str(bits), samples, bits=bits))
+    def error(**bits: int) -> float:
+        path, _ = quantized(asked, **bits)
         return (logits(path, tokens) - exact).norm().item()
 
-    one, two, three = (error(bits) for bits in (1, 2, 3))
+    one, two, three = error(bits=1), error(), error(bits=3)
     assert one > 1.5 * two > 1.5 * 1.5 * three
 
 
-def test_a_budget_is_spent_where_scores_are_high(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+def test_a_budget_is_spent_where_scores_are_high(
+    quantized: Quantized, tiny_llama: Path, samples: Path, tmp_path: Path
+) -> None:
     tokens = load_file(samples)["tokens"][:8].long()
     exact = logits(tiny_llama, tokens)
-    plain, narrow = quantize(asked(tiny_llama, tmp_path / "plain", samples))
+    plain, narrow = quantized(asked)
     path, manifest = quantize(asked(tiny_llama, tmp_path / "q", samples, target_bits=3.0))
     assert narrow.bits.bits_per_weight < 2.5
     assert 2.8 < manifest.bits.bits_per_weight <= 3.0
@@ -98,10 +101,12 @@ def test_vectors_and_norms_train_end_to_end_and_codes_stay(tiny_llama: Path, sam
     assert {"su", "sv"} <= changed
 
 
-def test_weights_that_are_not_coded_yet_make_good_what_is(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_coded_yet_make_good_what_is(
+    quantized: Quantized, tiny_llama: Path, samples: Path, tmp_path: Path
+) -> None:
     tokens = load_file(samples)["tokens"][:8].long()
     exact = logits(tiny_llama, tokens)
-    plain, _ = quantize(asked(tiny_llama, tmp_path / "plain", samples))
+    plain, _ = quantized(asked)
     path, manifest = quantize(asked(tiny_llama, tmp_path / "q", samples, epochs=4, weight_lr=0.01))
     assert (logits(path, tokens) - exact).norm() < 0.9 * (logits(plain, tokens) - exact).norm()
     first, last = ({**load_file(next(one.glob("model-block-00001*")))} for one in (plain, path))
@@ -179,8 +184,8 @@ def test_few_tokens_are_told(tiny_llama: Path, samples: Path, tmp_path: Path) ->
     assert any("errors are not made good in other tiles" in message for message in told)
 
 
-def test_how_codes_were_found_means_nothing_to_an_artifact(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
-    start, _ = quantize(asked(tiny_llama, tmp_path / "start", samples))
+def test_how_codes_were_found_means_nothing_to_an_artifact(quantized: Quantized, samples: Path, tmp_path: Path) -> None:
+    start, _ = quantized(asked)
     solving = {name for name, _, option in options(QuantizeRequest) if option.section == COLUMNS}
     for name in sorted(solving & METHODS["trellis"].Options.taken()):
         default = METHODS["trellis"].Options.model_fields[name].default
@@ -188,7 +193,7 @@ def test_how_codes_were_found_means_nothing_to_an_artifact(tiny_llama: Path, sam
             plan(asked(start, tmp_path / "q", samples, end_to_end="ce", **{name: default}))
 
 
-def test_an_artifact_is_not_solved_again(tiny_llama: Path, samples: Path, tmp_path: Path) -> None:
-    path, _ = quantize(asked(tiny_llama, tmp_path / "one", samples))
+def test_an_artifact_is_not_solved_again(quantized: Quantized, samples: Path, tmp_path: Path) -> None:
+    path, _ = quantized(asked)
     with pytest.raises(InputError, match="does not go on"):
         quantize(asked(path, tmp_path / "two", samples))

@@ -2,6 +2,9 @@
 
 import torch
 
+from ulbq.formats import UniformScheme
+from ulbq.solvers.gptq import GptqSettings, Solution, factored, gptq
+
 
 def moments(columns: int = 24, tokens: int = 400, seed: int = 0) -> torch.Tensor:
     """Second moments of correlated inputs of different sizes."""
@@ -15,3 +18,14 @@ def moments(columns: int = 24, tokens: int = 400, seed: int = 0) -> torch.Tensor
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     return hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian)).double()
+
+
+def solved(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scheme: UniformScheme,
+    settings: GptqSettings,
+    outputs: torch.Tensor | None = None,
+) -> Solution:
+    """One matrix by GPTQ, from the second moments of its inputs."""
+    return gptq([weight], factored(hessian, settings), scheme, settings, outputs)

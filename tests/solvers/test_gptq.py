@@ -3,9 +3,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.solvers.moments import damped, moments
+from tests.solvers.moments import damped, moments, solved
 from ulbq.formats.affine import AffineScheme
-from ulbq.solvers.gptq import GptqSettings, compensate, gptq
+from ulbq.solvers.gptq import GptqSettings, compensate, factored, gptq
+from ulbq.solvers.gptq import parts as split
 from ulbq.solvers.hessian import activation_order, factorize
 from ulbq.solvers.rtn import AffineCodes, round_to_nearest
 
@@ -62,7 +63,7 @@ def textbook(
 def test_the_loop_is_the_textbooks(bits: Any, group_size: int, symmetric: bool) -> None:
     weight, hessian = matrix(), moments(COLUMNS, 600)
     scheme = AffineScheme(bits=bits, group_size=group_size, symmetric=symmetric)
-    plain = gptq(weight, hessian, scheme, PLAIN).codes
+    plain = solved(weight, hessian, scheme, PLAIN).codes
     expected = textbook(weight, hessian, scheme, list(range(COLUMNS)), moving=group_size == 16)
     # A scale that rounds to the next float16 number sends its row another way.
     same = (plain.codes == expected.codes).all(1)
@@ -70,7 +71,7 @@ def test_the_loop_is_the_textbooks(bits: Any, group_size: int, symmetric: bool) 
     torch.testing.assert_close(plain.scales[same], expected.scales[same], rtol=1e-3, atol=0)
     assert torch.equal(plain.zeros[same], expected.zeros[same])
     order = activation_order(hessian).tolist()
-    ordered = gptq(weight, hessian, scheme, GptqSettings(search=False)).codes
+    ordered = solved(weight, hessian, scheme, GptqSettings(search=False)).codes
     for ours, theirs in zip(ordered, textbook(weight, hessian, scheme, order, moving=False), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -80,7 +81,7 @@ def test_the_loop_is_the_textbooks(bits: Any, group_size: int, symmetric: bool) 
 def test_it_beats_rounding_in_the_layers_output(bits: Any, act_order: bool) -> None:
     weight, hessian = matrix(), moments(COLUMNS, 600)
     scheme = AffineScheme(bits=bits, group_size=32)
-    ours = cost(weight, decoded(gptq(weight, hessian, scheme, GptqSettings(act_order=act_order)).codes), hessian)
+    ours = cost(weight, decoded(solved(weight, hessian, scheme, GptqSettings(act_order=act_order)).codes), hessian)
     rounded = decoded(round_to_nearest(weight, scheme, importance=hessian.diagonal()))
     assert ours < (0.6 if bits > 1 else 0.9) * cost(weight, rounded, hessian)
 
@@ -89,7 +90,7 @@ def test_order_and_search_pay() -> None:
     weight, hessian, scheme = matrix(64), moments(COLUMNS, 600), AffineScheme(bits=2, group_size=32)
 
     def loss(**settings: Any) -> float:
-        return gptq(weight, hessian, scheme, GptqSettings(**settings)).loss
+        return solved(weight, hessian, scheme, GptqSettings(**settings)).loss
 
     assert loss() < 0.9 * loss(act_order=False)
     assert loss() < 0.9 * loss(search=False)
@@ -100,7 +101,7 @@ def test_order_and_search_pay() -> None:
 def test_the_loss_is_the_error_of_the_output(act_order: bool, search: bool) -> None:
     weight, hessian, scheme = matrix(), moments(COLUMNS, 600), AffineScheme(bits=3, group_size=32)
     settings = GptqSettings(damping=0.05, act_order=act_order, search=search)
-    found = gptq(weight, hessian, scheme, settings)
+    found = solved(weight, hessian, scheme, settings)
     assert found.loss == pytest.approx(cost(weight, decoded(found.codes), damped(hessian, 0.05)), rel=1e-4)
 
 
@@ -112,7 +113,7 @@ def test_the_second_search_is_kept_only_where_it_is_better() -> None:
         factor = factorize(hessian, order=activation_order(hessian))
         grids = round_to_nearest(weight, scheme, importance=factor.importance)
         first = compensate(weight, factor, _Grids(grids, factor.order.tolist(), 32, 3)).loss
-        both = gptq(weight, hessian, scheme, GptqSettings()).loss
+        both = solved(weight, hessian, scheme, GptqSettings()).loss
         assert both <= first * (1 + 1e-6)
         better += both < 0.999 * first
     assert better
@@ -162,8 +163,8 @@ def test_blocks_change_nothing_and_are_seen_as_they_change(block_size: int, orde
 @pytest.mark.parametrize("column_block", [1, 48, 1000])
 def test_groups_are_whole_whatever_the_block(column_block: int) -> None:
     weight, hessian, scheme = matrix(), moments(COLUMNS, 600), AffineScheme(bits=3, group_size=32)
-    found = gptq(weight, hessian, scheme, GptqSettings(act_order=False, block_size=column_block))
-    expected = gptq(weight, hessian, scheme, GptqSettings(act_order=False))
+    found = solved(weight, hessian, scheme, GptqSettings(act_order=False, block_size=column_block))
+    expected = solved(weight, hessian, scheme, GptqSettings(act_order=False))
     assert torch.equal(found.codes.codes, expected.codes.codes)
 
 
@@ -171,7 +172,7 @@ def test_groups_are_whole_whatever_the_block(column_block: int) -> None:
 def test_inputs_that_know_nothing_of_each_other_leave_rounding(act_order: bool) -> None:
     weight, scheme = matrix(), AffineScheme(bits=2, group_size=16)
     for hessian in (torch.eye(COLUMNS), torch.zeros(COLUMNS, COLUMNS)):
-        found = gptq(weight, hessian, scheme, GptqSettings(act_order=act_order)).codes
+        found = solved(weight, hessian, scheme, GptqSettings(act_order=act_order)).codes
         for ours, theirs in zip(found, round_to_nearest(weight, scheme), strict=True):
             torch.testing.assert_close(ours, theirs)
 
@@ -180,21 +181,20 @@ def test_a_dead_column_is_rounded_and_changes_no_other() -> None:
     weight, hessian = matrix(), moments(COLUMNS, 600)
     hessian[9], hessian[:, 9] = 0, 0
     scheme, settings = AffineScheme(bits=4, group_size=16), GptqSettings(search=False)
-    found = gptq(weight, hessian, scheme, settings).codes
+    found = solved(weight, hessian, scheme, settings).codes
     rounded = round_to_nearest(weight, scheme, search=False).codes
     assert torch.equal(found.codes[:, 9], rounded[:, 9])
     assert not torch.equal(found.codes, rounded)
     other = weight.clone()
     weight[:, 9], other[:, 9] = 0.01, -0.01
-    first, second = (gptq(matrix, hessian, scheme, settings).codes.codes for matrix in (weight, other))
+    first, second = (solved(matrix, hessian, scheme, settings).codes.codes for matrix in (weight, other))
     assert (first != second).any(0).nonzero().flatten().tolist() == [9]
 
 
 def test_the_damping_that_was_used_is_told() -> None:
     rows = torch.randn(8, COLUMNS, generator=torch.Generator().manual_seed(0))
-    found = gptq(matrix(), rows.t() @ rows, AffineScheme(bits=4, group_size=16), GptqSettings(damping=0.0))
-    assert found.damping > 0
-    assert gptq(matrix(), rows.t() @ rows, AffineScheme(bits=4, group_size=16), GptqSettings()).damping == 0.01
+    assert factored(rows.t() @ rows, GptqSettings(damping=0.0)).damping > 0
+    assert factored(rows.t() @ rows, GptqSettings()).damping == 0.01
 
 
 def test_stacked_matrices_are_quantized_as_each_by_itself() -> None:
@@ -202,8 +202,8 @@ def test_stacked_matrices_are_quantized_as_each_by_itself() -> None:
     scheme = AffineScheme(bits=3, group_size=32)
     # Without the second search, which is kept or not for all rows together.
     settings = GptqSettings(search=False)
-    both = gptq(torch.cat([first, second]), hessian, scheme, settings).codes.codes
-    alone = [gptq(weight, hessian, scheme, settings).codes.codes for weight in (first, second)]
+    both = solved(torch.cat([first, second]), hessian, scheme, settings).codes.codes
+    alone = [solved(weight, hessian, scheme, settings).codes.codes for weight in (first, second)]
     assert torch.equal(both, torch.cat(alone))
 
 
@@ -211,17 +211,29 @@ def test_stacked_matrices_are_quantized_as_each_by_itself() -> None:
 def test_rows_in_parts_are_quantized_as_all_together(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian, scheme = matrix(), moments(COLUMNS), AffineScheme(bits=3, group_size=16)
     settings = GptqSettings(act_order=act_order, search=False)
-    whole = gptq(weight, hessian, scheme, settings)
+    whole = solved(weight, hessian, scheme, settings)
     monkeypatch.setattr("ulbq.solvers.gptq.AT_ONCE", 5 * COLUMNS)
-    parts = gptq(weight, hessian, scheme, settings)
+    parts = solved(weight, hessian, scheme, settings)
     assert parts.codes.codes.shape == weight.shape
     assert torch.equal(parts.codes.codes, whole.codes.codes)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    apart = gptq([weight[:3], weight[3:4], weight[4:]], factored(hessian, settings), scheme, settings)
+    assert all(map(torch.equal, apart.codes, parts.codes))
+
+
+def test_parts_go_over_the_ends_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ulbq.solvers.gptq.AT_ONCE", 5 * COLUMNS)
+    weights = [matrix(rows) for rows in (3, 9, 1, 2)]
+    parts = list(split(weights))
+    assert list(map(len, parts)) == [5, 5, 5]
+    assert torch.equal(torch.cat(parts), torch.cat(weights))
+    assert parts[1].data_ptr() == weights[1][2:].data_ptr()
+    assert [len(part) for part in split([matrix(4)])] == [4]
 
 
 def test_the_symmetric_grid_turns_towards_the_longer_tail() -> None:
     weight = matrix().abs() * 2 - 0.05
-    found = gptq(weight, moments(COLUMNS, 600), AffineScheme(bits=2, group_size=32, symmetric=True), GptqSettings())
+    found = solved(weight, moments(COLUMNS, 600), AffineScheme(bits=2, group_size=32, symmetric=True), GptqSettings())
     assert (found.codes.scales < 0).any()
     assert (found.codes.zeros == 2).all()
 
@@ -230,8 +242,8 @@ def test_the_symmetric_grid_turns_towards_the_longer_tail() -> None:
 def test_rows_that_cost_nothing_together_are_quantized_as_ever(act_order: bool) -> None:
     weight, hessian = matrix(40), moments(COLUMNS, 600)
     scheme, settings = AffineScheme(bits=2, group_size=32), GptqSettings(act_order=act_order)
-    plain = gptq(weight, hessian, scheme, settings)
-    for ours, theirs in zip(gptq(weight, hessian, scheme, settings, torch.eye(40)).codes, plain.codes, strict=True):
+    plain = solved(weight, hessian, scheme, settings)
+    for ours, theirs in zip(solved(weight, hessian, scheme, settings, torch.eye(40)).codes, plain.codes, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -243,5 +255,5 @@ def test_later_rows_make_good_what_earlier_ones_leave() -> None:
         left = (weight - decoded(found)).double()
         return ((outputs.double() @ left @ hessian.double()) * left).sum().item()
 
-    plain = error(gptq(weight, hessian, scheme, GptqSettings()).codes)
-    assert error(gptq(weight, hessian, scheme, GptqSettings(), outputs).codes) < 0.8 * plain
+    plain = error(solved(weight, hessian, scheme, GptqSettings()).codes)
+    assert error(solved(weight, hessian, scheme, GptqSettings(), outputs).codes) < 0.8 * plain

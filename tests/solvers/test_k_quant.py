@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from tests.solvers.moments import moments
+from tests.solvers.moments import moments, solved
 from ulbq import formats
 from ulbq.errors import NumericsError
 from ulbq.formats import AffineScheme, KQuantScheme, k_quant
 from ulbq.formats.k_quant import KQuant
 from ulbq.solvers import k_quant as solver
-from ulbq.solvers.gptq import GptqSettings, gptq
+from ulbq.solvers.gptq import GptqSettings
 from ulbq.solvers.k_quant import find_grids
 
 SCHEMES = [KQuantScheme.model_validate({"bits": bits}) for bits in (2, 3, 4)]
@@ -95,7 +95,7 @@ def test_zeros_stay_zeros_and_what_float16_cannot_hold_is_refused(scheme: KQuant
 def test_gptq_makes_errors_good_on_these_grids(scheme: KQuantScheme, act_order: bool) -> None:
     dense = weight(16, 256)
     hessian = moments(256, 1000)
-    found = gptq(dense, hessian, scheme, GptqSettings(act_order=act_order))
+    found = solved(dense, hessian, scheme, GptqSettings(act_order=act_order))
     assert isinstance(found.codes, KQuant)
 
     def loss(codes: object) -> float:
@@ -110,7 +110,7 @@ def test_gptq_makes_errors_good_on_these_grids(scheme: KQuantScheme, act_order: 
 
 def test_gptq_in_torch_finds_much_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, hessian = weight(16, 256), moments(256, 1000)
-    compiled = gptq(dense, hessian, SCHEMES[0], GptqSettings())
+    compiled = solved(dense, hessian, SCHEMES[0], GptqSettings())
     monkeypatch.setattr("ulbq.kernels.solvers.take", lambda *tensors: False)
-    plain = gptq(dense, hessian, SCHEMES[0], GptqSettings())
+    plain = solved(dense, hessian, SCHEMES[0], GptqSettings())
     assert plain.loss == pytest.approx(compiled.loss, rel=0.02)

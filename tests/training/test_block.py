@@ -210,6 +210,20 @@ def test_steps_without_room_are_taken_in_pieces(
         torch.testing.assert_close(value, plain[name], atol=1e-5, rtol=1e-4)
 
 
+def test_what_a_step_without_room_drew_is_drawn_again(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, data = problem
+    block.get_submodule("up").register_forward_hook(lambda module, given, out: nn.functional.dropout(out, 0.2))
+    start, states = state(block), []
+    for room, micro_batch in ((20, 2), (2, None)):
+        block.load_state_dict(start)
+        with monkeypatch.context() as patch, torch.random.fork_rng():
+            torch.manual_seed(3)
+            Device(patch, room)
+            trainer((block, data), micro_batch=micro_batch, epochs=2).train(seed=0)
+        states.append(state(block))
+    assert same(*states)
+
+
 def test_what_did_not_fit_once_is_not_tried_in_the_next_block(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces, settings = Pieces(), TrainSettings(epochs=1, batch_size=4)
     device = Device(monkeypatch, room=2)

@@ -66,7 +66,8 @@ def layers(block: nn.Module) -> dict[str, TrainedLinear]:
 
 def penalty(block: nn.Module, saliency: dict[str, torch.Tensor] | None = None, **options: Any) -> WeightPenalty:
     dense = dense_block()
-    return WeightPenalty({name: dense.get_submodule(name).weight for name in layers(block)}, saliency, **options)
+    scores = None if saliency is None else saliency.__getitem__
+    return WeightPenalty({name: dense.get_submodule(name).weight for name in layers(block)}, scores, **options)
 
 
 def test_the_penalty_is_the_weighted_relative_error_of_the_weights() -> None:
@@ -81,6 +82,14 @@ def test_the_penalty_is_the_weighted_relative_error_of_the_weights() -> None:
     # A score's unit cancels: one λ serves every model.
     scaled = {name: 1e-9 * score for name, score in scores.items()}
     assert penalty(block, scaled)(layers(block)).item() == pytest.approx(above / below, rel=1e-5)
+
+
+def test_a_penalty_reads_half_precision_as_what_it_is() -> None:
+    block, dense = quantized(dense_block()), dense_block()
+    halves = {name: dense.get_submodule(name).weight.detach().bfloat16() for name in layers(block)}
+    whole = {name: half.float() for name, half in halves.items()}
+    ours, theirs = (WeightPenalty(weights, None)(layers(block)) for weights in (halves, whole))
+    assert torch.equal(ours, theirs)
 
 
 def test_after_the_adapter_the_penalty_sees_both() -> None:

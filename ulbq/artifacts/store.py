@@ -14,24 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ulbq import distributed
-from ulbq.artifacts.disk import (
-    disk_full,
-    remove_tree,
-    sha256_file,
-    sync,
-    write_atomically,
-    writing,
-)
+from ulbq import __version__, distributed
+from ulbq.artifacts.disk import disk_full, remove_tree, sha256_file, sync, write_atomically, writing
 from ulbq.artifacts.journal import Journal
-from ulbq.artifacts.manifest import (
-    MANIFEST_NAME,
-    PARTIAL_SUFFIX,
-    Manifest,
-    canonical_json,
-    is_replaceable,
-    sealed,
-)
+from ulbq.artifacts.manifest import MANIFEST_NAME, PARTIAL_SUFFIX, Manifest, canonical_json, is_replaceable, sealed
 from ulbq.artifacts.names import is_component
 from ulbq.artifacts.parents import seen_from
 from ulbq.artifacts.partial import (
@@ -50,6 +36,7 @@ from ulbq.artifacts.partial import (
 )
 from ulbq.artifacts.records import FileEntry
 from ulbq.errors import InputError, ResourceError
+from ulbq.progress import Progress
 
 DEFAULT_ROOT = Path("artifacts")
 """Where artifacts go, and are looked for, that were given no folder."""
@@ -180,10 +167,40 @@ class ArtifactWriter:
                 raise
         return self._journal.entries, resumed
 
+    @classmethod
+    def begin(
+        cls,
+        out: Path | None,
+        stem: str,
+        decisive: Mapping[str, Any],
+        *,
+        root: Path = DEFAULT_ROOT,
+        force: bool = False,
+        spare: Iterable[Path] = (),
+        nested: str | None = None,
+    ) -> Self:
+        """The writer of a run that this version of ulbq makes.
+
+        Args:
+            out: where the artifact will stand; None for the first free name of ``stem`` below ``root``.
+            decisive: what decides the run's result, beside the version.
+            force, spare, nested: as of the class.
+
+        Raises:
+            InputError, ResourceError: as of :func:`free_output` and the class.
+        """
+        identity = fingerprint({"ulbq": __version__, **decisive})
+        return cls(out or free_output(root, stem, identity), identity, force=force, spare=spare, nested=nested)
+
     @property
     def name(self) -> str:
         """What the artifact is called: the last component of ``out``, spelled out where that is ``.`` or ``..``."""
         return os.path.basename(os.path.abspath(self.out))
+
+    def tell(self, progress: Progress, done: str) -> None:
+        """Say where a run is resumed that it is, and what is done."""
+        if self.resumed:
+            progress.note(f"Resuming {self.out}: {done} are done.")
 
     @property
     def journal(self) -> dict[str, Any]:

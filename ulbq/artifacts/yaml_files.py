@@ -3,6 +3,7 @@
 import yaml
 
 from ulbq import limits
+from ulbq.printable import one_line
 
 _BAD_VALUES = (ValueError, OverflowError, TypeError, RecursionError)
 
@@ -33,7 +34,7 @@ def parse_yaml(text: str, keys: frozenset[str] | None = None) -> object:
         raise
     except _BAD_VALUES as error:
         deep = isinstance(error, RecursionError)
-        raise ValueError("it is nested too deeply" if deep else " ".join(str(error).split())) from error
+        raise ValueError("it is nested too deeply" if deep else one_line(str(error))) from error
     finally:
         loader.dispose()
 

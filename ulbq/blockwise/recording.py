@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ulbq.blockwise.activations import Hidden
 from ulbq.errors import InputError
 from ulbq.models.skeleton import BUILD_ERRORS
+from ulbq.printable import one_line
 
 
 class _Arrived(Exception):
@@ -138,7 +139,7 @@ def _run(outer: PreTrainedModel, tokens: torch.Tensor, inputs: Mapping[str, torc
     except BUILD_ERRORS as error:
         if inputs is None:
             raise
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = one_line(f"{type(error).__name__}: {error}")
         raise InputError(
             f"The model type '{outer.config.model_type}' does not take what its processor makes of images ({cause}).",
             hint="Calibrate on text: a model of images takes it too.",

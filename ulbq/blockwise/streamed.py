@@ -17,6 +17,7 @@ from ulbq.models.adapter_files import adapter_folder, load_adapters
 from ulbq.models.blocks import block_list, empty_copy, load_block, load_outer
 from ulbq.models.load import model_memory, unfilled_model
 from ulbq.models.source import ModelSource
+from ulbq.models.tables import has_plain_tables
 from ulbq.nn.adapter import AdaptedLinear, Adapter
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.progress import Progress, Silent
@@ -74,12 +75,34 @@ class StreamedModel:
         self._held: dict[int, int] = {}
 
     def whole(self) -> PreTrainedModel:
-        """The model itself, with embeddings and head in memory; each of its blocks is read whenever it is called."""
+        """The model itself, with its head in memory; each of its blocks is read whenever it is called.
+
+        Of an embedding that the head does not share, rows are read as their tokens come.
+        """
         model = empty_copy(self._model)
+        self._read_by_rows(model)
         load_outer(model, self._source, None, self.device)
         for index, block in enumerate(block_list(model)[1]):
             block.forward = partial(self._call, index)
         return model
+
+    def _read_by_rows(self, model: PreTrainedModel) -> None:
+        """Leave an embedding on disk, if it lies there as it is."""
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        name = next(name for name, module in model.named_modules() if module is table)
+        rows = self._source.rows(f"{name}.weight") if has_plain_tables(model) else None
+        if rows is None or head.weight is table.weight:
+            return
+
+        def look_up(tokens: torch.Tensor) -> torch.Tensor:
+            distinct, places = tokens.unique(return_inverse=True)
+            found = rows(distinct.tolist()).to(self.device, self.dtype)
+            return found[places]
+
+        table.forward = look_up
+        # Who asks the model for its device looks at its first parameter.
+        width = table.get_parameter("weight").shape[1]
+        table.weight = nn.Parameter(torch.empty(0, width, dtype=self.dtype, device=self.device), False)
 
     @torch.no_grad()
     def pass_blocks(self, tokens: torch.Tensor, batch_size: int) -> "PassedBlocks":

@@ -19,8 +19,7 @@ class AdapterForm(Settings):
     dropout: Annotated[Part, Option("Share of the adapter's inputs dropped in training.", ADAPTER, "X")] = 0.0
     dora: Annotated[bool, Option("Learn the rows' magnitudes too, or not.", ADAPTER, flag="--dora/--lora")] = False
     targets: Annotated[
-        Layers,
-        Option("Layers with an adapter, as in q_proj,v_proj.", ADAPTER, "NAME,…", default="all", offers=LAYERS),
+        Layers, Option("Layers with an adapter, as in q_proj,v_proj.", ADAPTER, "NAME,…", default="all", offers=LAYERS)
     ] = ()
 
 

@@ -61,8 +61,7 @@ class ConvertRequest(Settings):
         ),
     ] = None
     merge_adapter: Annotated[
-        bool,
-        Option("Make the adapter part of the weights; else it is copied beside them.", flag="--merge-adapter"),
+        bool, Option("Make the adapter part of the weights; else it is copied beside them.", flag="--merge-adapter")
     ] = False
     block_types: Annotated[
         Literal["smallest", "fastest"] | None,

@@ -5,18 +5,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, ValidationInfo
 
 from ulbq.config.options import HOW, MEASURE, Option, Settings
-from ulbq.config.run import (
-    DataDir,
-    Device,
-    DtypeName,
-    Force,
-    Offline,
-    Out,
-    PrefillCache,
-    Seed,
-    Template,
-    Verify,
-)
+from ulbq.config.run import DataDir, Device, DtypeName, Force, Offline, Out, PrefillCache, Seed, Template, Verify
 from ulbq.errors import UsageError
 
 _TASKS = (

@@ -174,8 +174,7 @@ class CompensationOptions(SequenceOptions):
 
     act_order: Annotated[bool, Option("Take columns with the largest inputs first.", COLUMNS)] = True
     column_block: Annotated[
-        Count,
-        Option("Columns after which errors are handed on to all others; changes speed alone.", COLUMNS, "N"),
+        Count, Option("Columns after which errors are handed on to all others; changes speed alone.", COLUMNS, "N")
     ] = 128
 
 

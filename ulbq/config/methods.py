@@ -180,8 +180,7 @@ class TrellisOptions(EndToEndOptions, EpochSettings, BudgetOptions, SaliencyOpti
         Literal[12, 16], Option("Of a trellis's state: 16 are better, and take 20 times as long.", FORMAT)
     ] = 12
     row_feedback: Annotated[
-        bool,
-        Option("Make errors good in later rows too, with smaller scales for inputs of high energy.", COLUMNS),
+        bool, Option("Make errors good in later rows too, with smaller scales for inputs of high energy.", COLUMNS)
     ] = False
     saliency: str = "fisher"
     end_to_end_train: Literal["scales"] = "scales"

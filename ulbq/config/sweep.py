@@ -23,8 +23,7 @@ class SweepRequest(ScoreOptions):
 
     source: str | None = None
     method: Annotated[
-        Names,
-        Option("Methods to try.", "", "NAME,…", flag="--method -m", offers=tuple(METHOD_OPTIONS), primary=True),
+        Names, Option("Methods to try.", "", "NAME,…", flag="--method -m", offers=tuple(METHOD_OPTIONS), primary=True)
     ] = ()
     bits: Annotated[
         tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...],

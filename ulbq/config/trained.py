@@ -143,10 +143,7 @@ class EndToEndOptions(MethodOptions):
     end_to_end_lr_factor: Annotated[
         Positive,
         Option(
-            "Learning rates, as a share of those of the blocks.",
-            END_TO_END,
-            "X",
-            formerly=("end_to_end_rate", "rate"),
+            "Learning rates, as a share of those of the blocks.", END_TO_END, "X", formerly=("end_to_end_rate", "rate")
         ),
     ] = 0.4
     end_to_end_train: Annotated[

@@ -10,7 +10,7 @@ from ulbq.config.options import ADAPTER, MOST, TRAINING, Count, Number, Option, 
 Role = Literal["weights", "scales", "zeros", "norms", "adapter", "magnitudes", "router"]
 """What parameters are for; each role has a rate of its own. Magnitudes are DoRA's, where they have one."""
 
-OptimizerKind = Literal["adamw", "sign"]
+OptimizerKind = Literal["adamw", "adamw-bf16", "sign"]
 
 
 class TokenWeighting(StrEnum):
@@ -74,7 +74,12 @@ class EpochSettings(RateSettings, TokenSettings):
             "Samples that run at once; a step adds up several. For less memory.", TRAINING, "N", default="the batch"
         ),
     ] = None
-    optimizer: Annotated[OptimizerKind, Option("AdamW, or descent by the gradients' signs.", TRAINING)] = "adamw"
+    optimizer: Annotated[
+        OptimizerKind,
+        Option(
+            "AdamW; the same with moments in bfloat16, for less memory; or descent by the gradients' signs.", TRAINING
+        ),
+    ] = "adamw"
     weight_lr: Annotated[
         Number,
         Option(

@@ -86,15 +86,7 @@ def self_samples(
     shares = zip(starts.tensor_split(parts), torch.arange(len(begun)).tensor_split(parts), strict=True)
     turns = [writer.turn(some, chat, len(asked)) for some, asked in shares]
     together = max(1, room // _MEMORY)
-    texts: list[torch.Tensor] = []
-    chats: list[torch.Tensor] = []
-    steps = -(-parts // together) * (each - 1)
-    with batched_attention(model.device), (progress or Silent()).phase("Writing samples", steps) as phase:
-        for first in range(0, parts, together):
-            turn = _Turn.joined(turns[first : first + together])
-            written = writer.write(turn, chat, phase)
-            texts.extend(written[: len(turn.starts)])
-            chats.extend(written[len(turn.starts) :])
+    texts, chats = writer.write_all(turns, chat, together, progress or Silent())
     return Calibration("self", _rows(leading, texts, chats, begun, samples, length), seed)
 
 
@@ -237,6 +229,20 @@ class _Writer:
             return torch.stack(each) if each else torch.empty(0, count)
 
         return _Turn(starts, draw(begun - 1, len(starts)), draw(self._length - begun, len(starts) + chats))
+
+    def write_all(
+        self, turns: Sequence[_Turn], chat: _Chat | None, together: int, progress: Progress
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The texts of turns, and their chats, so many turns ``together``."""
+        texts, chats = list[torch.Tensor](), list[torch.Tensor]()
+        steps = -(-len(turns) // together) * (self._length - 1)
+        with batched_attention(self._model.device), progress.phase("Writing samples", steps) as phase:
+            for first in range(0, len(turns), together):
+                turn = _Turn.joined(turns[first : first + together])
+                written = self.write(turn, chat, phase)
+                texts.extend(written[: len(turn.starts)])
+                chats.extend(written[len(turn.starts) :])
+        return texts, chats
 
     def write(self, turn: _Turn, chat: _Chat | None, phase: Phase) -> torch.Tensor:
         """The texts of a turn, and its chats behind them: int64 ``[texts + chats, length]``."""

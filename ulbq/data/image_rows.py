@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from ulbq.data.files import CHAT, ROW_SUFFIXES, Row, numbered_rows, suffix_of, text_of
 from ulbq.errors import InputError
 from ulbq.models.skeleton import BUILD_ERRORS
+from ulbq.printable import one_line
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -167,4 +168,4 @@ def _file(folder: Path, name: object, where: str) -> Path:
 
 
 def cause(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return one_line(f"{type(error).__name__}: {error}")[:200]

@@ -252,6 +252,5 @@ def _image(path: Path) -> Any:
         return Image.open(BytesIO(_bytes(path))).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
-            f"'{path}' is not an image that Pillow can read ({cause(error)}).",
-            hint="Write it again, as a PNG or JPEG.",
+            f"'{path}' is not an image that Pillow can read ({cause(error)}).", hint="Write it again, as a PNG or JPEG."
         ) from error

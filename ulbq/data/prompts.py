@@ -20,6 +20,7 @@ from ulbq.config.run import Template
 from ulbq.data.files import ROLES, first, joined_turns
 from ulbq.errors import InputError, UsageError
 from ulbq.limits import bounded
+from ulbq.printable import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -272,7 +273,7 @@ def render_chat(
         with bounded(f"{where}: the chat template", hint=hint, address_space=alone):
             return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
     except _TEMPLATE_ERRORS as error:
-        why = " ".join(f"{error}".split())[:200] or type(error).__name__
+        why = one_line(str(error))[:200] or type(error).__name__
         raise InputError(f"{where}: the chat template refuses it ({why}).", hint=hint) from error
 
 

@@ -45,9 +45,7 @@ class TextSet:
 TEXT_SETS: Mapping[str, TextSet] = MappingProxyType(
     {
         "wikitext2": TextSet(
-            "Salesforce/wikitext",
-            "wikitext-2-raw-v1",
-            {"train": "train", "validation": "validation", "test": "test"},
+            "Salesforce/wikitext", "wikitext-2-raw-v1", {"train": "train", "validation": "validation", "test": "test"}
         ),
         "c4": TextSet(
             "allenai/c4",
@@ -187,8 +185,7 @@ def _resolve(wanted: HubSplit, data_dir: Path | None, offline: bool) -> Iterable
 def _nowhere(wanted: HubSplit, root: Path | None, reason: str) -> ResourceError:
     places = f"the mirror {root or '(none given)'}, the caches {' and '.join(hub.cache_folders())}, the Hub ({reason})"
     return ResourceError(
-        f"{wanted} was found nowhere. Looked in {places}.",
-        hint="Give a mirror with `data_dir` or ULBQ_DATA_DIR.",
+        f"{wanted} was found nowhere. Looked in {places}.", hint="Give a mirror with `data_dir` or ULBQ_DATA_DIR."
     )
 
 

@@ -38,10 +38,8 @@ class EvaluatedModel:
     @property
     def quantized(self) -> QuantizedManifest | None:
         """The manifest of a quantized model, its bits those of what is measured; None for any other."""
-        manifest = self.source.manifest
-        if not isinstance(manifest, QuantizedManifest):
-            return None
-        return manifest if self.adapter else base_alone(manifest)
+        manifest = self.source.quantized
+        return manifest if manifest is None or self.adapter else base_alone(manifest)
 
     @property
     def subject(self) -> Subject:

@@ -34,10 +34,7 @@ class KeptLogits:
     """
 
     def __init__(
-        self,
-        load: "Callable[[], AnyModel]",
-        windows: "Callable[[AnyModel], torch.Tensor]",
-        folder: Path,
+        self, load: "Callable[[], AnyModel]", windows: "Callable[[AnyModel], torch.Tensor]", folder: Path
     ) -> None:
         self._load = load
         self._folder = folder

@@ -163,9 +163,7 @@ def _score(samples: Sequence[Sample], template: Template, new_tokens: int, chanc
         fewshot=0,
         version=_VERSION,
         writing=Writing(
-            template=template,
-            new_tokens=new_tokens,
-            unanswered=sum(sample.extracted is None for sample in samples),
+            template=template, new_tokens=new_tokens, unanswered=sum(sample.extracted is None for sample in samples)
         ),
     )
 

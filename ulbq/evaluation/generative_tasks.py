@@ -126,10 +126,7 @@ _TASKS = {
         WrittenTask("piqa-instruct", "piqa", _words("solution1", "solution2"), _COMMONSENSE_TOKENS),
         WrittenTask("siqa-instruct", "siqa", _ANSWERS, _COMMONSENSE_TOKENS),
         WrittenTask(
-            "hellaswag-instruct",
-            "hellaswag",
-            _words("ending1", "ending2", "ending3", "ending4"),
-            _COMMONSENSE_TOKENS,
+            "hellaswag-instruct", "hellaswag", _words("ending1", "ending2", "ending3", "ending4"), _COMMONSENSE_TOKENS
         ),
         WrittenTask("winogrande-instruct", "winogrande", _words("option1", "option2"), _COMMONSENSE_TOKENS),
         WrittenTask("arc_easy-instruct", "arc_easy", _ANSWERS, _COMMONSENSE_TOKENS),

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from pydantic import ValidationError
 
 from ulbq import limits
-from ulbq.artifacts.manifest import EvaluationManifest, QuantizedManifest, read_manifest
+from ulbq.artifacts.manifest import EvaluationManifest, read_manifest
 from ulbq.artifacts.names import leads_out
 from ulbq.artifacts.records import Coverage
 from ulbq.artifacts.small_files import read_small
@@ -174,10 +174,10 @@ def converted_card(
         merged: its adapter is a part of the weights.
         scores_in: folders that may hold evaluations of the source.
     """
-    manifest = source.manifest
+    manifest = source.quantized
     made = [f"Stored as {target.name}: {stored}"]
     tags = [target.name]
-    if isinstance(manifest, QuantizedManifest):
+    if manifest is not None:
         told = manifest.request.get("recipe")
         recipe = told.get("name") if isinstance(told, dict) else None
         if manifest.finetune is not None:  # then the request, and its recipe, are the fine-tuning's

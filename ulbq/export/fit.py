@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.shards import EXPERT
 from ulbq.config.convert import TARGETS
 from ulbq.errors import InputError, UsageError
@@ -58,12 +57,12 @@ class Candidate:
     @classmethod
     def of(cls, source: ModelSource) -> "Candidate":
         """What a source's manifest and configuration say. Raises InputError where its adapter is damaged."""
-        manifest = source.manifest
+        manifest = source.quantized
         folder = adapter_folder(source)
         kind: Literal["", "LoRA", "DoRA"] = ""
         if folder is not None:
             kind = "DoRA" if read_config(folder).dora else "LoRA"
-        if not isinstance(manifest, QuantizedManifest):
+        if manifest is None:
             return cls(source.given, source.config, {}, kind)
         packed = source.packed
         layers = {record.name: Layer(packed[record.name], record.shape) for record in manifest.layers}

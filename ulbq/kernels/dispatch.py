@@ -10,12 +10,11 @@ import torch
 
 from ulbq.formats import AnyScheme
 from ulbq.kernels.banks import Bank
-from ulbq.kernels.layouts.base import Case, Layout
+from ulbq.kernels.layouts.base import Case, Layout, StoredLayout
 from ulbq.kernels.layouts.byte_codes import BytesLayout
 from ulbq.kernels.layouts.columns import ColumnsLayout
 from ulbq.kernels.layouts.humming import HummingLayout
 from ulbq.kernels.layouts.int4 import Int4Layout
-from ulbq.kernels.layouts.stored import StoredLayout
 from ulbq.kernels.layouts.super_blocks import SuperBlocksLayout
 from ulbq.kernels.layouts.tiles import TilesLayout
 from ulbq.kernels.layouts.trellis import TrellisLayout

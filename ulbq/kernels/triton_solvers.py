@@ -13,18 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def compensate_kernel(
-    columns,
-    upper,
-    groups,
-    scales,
-    zeros,
-    codes,
-    errors,
-    count,
-    outs,
-    top,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    columns, upper, groups, scales, zeros, codes, errors, count, outs, top, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Quantize a block of columns ``[count, outs]`` one after the other, ``BLOCK_N`` outputs a program.
 
@@ -52,15 +41,7 @@ def compensate_kernel(
 
 
 @triton.jit
-def refine_kernel(
-    values,
-    weights,
-    levels,
-    count,
-    STEPS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def refine_kernel(values, weights, levels, count, STEPS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
     """``STEPS`` of Lloyd's steps for the centroids ``[LEVELS]`` of a row of ``values`` ``[rows, count]``, in place."""
     row = tl.program_id(0).to(tl.int64)
     values += row * count

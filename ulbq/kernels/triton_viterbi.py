@@ -12,14 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def search_kernel(
-    sequences,
-    values,
-    origins,
-    codes,
-    found,
-    BITS: tl.constexpr,
-    STATE_BITS: tl.constexpr,
-    LENGTH: tl.constexpr,
+    sequences, values, origins, codes, found, BITS: tl.constexpr, STATE_BITS: tl.constexpr, LENGTH: tl.constexpr
 ):
     """Codes uint8 and values float32 of a sequence, ``[LENGTH]`` each; ``origins`` uint8 ``[LENGTH, 2^(L − K)]``.
 

@@ -7,7 +7,6 @@ the grid, and the weights may move; ``--freeze-weights --token-weighting uniform
 """
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Self
 
@@ -17,14 +16,14 @@ from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import ApiQOptions
 from ulbq.formats.affine import AffineScheme
 from ulbq.methods.base import BlockResult, BlockTask
-from ulbq.methods.budget import Widths, budgeted, decide_widths, survey_widths
+from ulbq.methods.budget import WidthsOfBudget, budgeted
 from ulbq.methods.rtn import affine_scheme
 from ulbq.methods.training import BlockTraining
 from ulbq.quantizers.affine import AffineQuantizer
 from ulbq.solvers.rtn import round_to_nearest
 
 
-class ApiQ:
+class ApiQ(WidthsOfBudget):
     """Affine codes with learnable clipping and an adapter.
 
     Args:
@@ -34,6 +33,7 @@ class ApiQ:
 
     name: ClassVar[str] = "apiq"
     Options: ClassVar[type[MethodOptions]] = ApiQOptions
+    options: ApiQOptions
 
     def __init__(self, scheme: AffineScheme, options: ApiQOptions) -> None:
         self.scheme = scheme
@@ -48,14 +48,6 @@ class ApiQ:
     def from_options(cls, options: ApiQOptions, group_size: int) -> Self:
         """The method that a request asks for."""
         return cls(affine_scheme(options, group_size), options)
-
-    def survey_block(self, task: BlockTask) -> dict[str, Widths]:
-        """What bits would do for the layers of a block."""
-        return survey_widths(task, self.scheme, self.options.token_weighting)
-
-    def decide(self, surveys: Mapping[str, Widths]) -> dict[str, torch.Tensor]:
-        """Bits of all layers."""
-        return decide_widths(surveys, self.scheme, self.options.target_bits or 0.0)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Search the start, train, pack."""

@@ -25,6 +25,8 @@ Packed = dict[str, torch.Tensor]
 
 # Rounding a float32 scale to float16 moves a level by at most 2^-11 of itself; the levels of a matrix add two scales.
 _ROUNDING = 2.0**-9
+# Weights that are compared at a time.
+_COMPARED = 1 << 20
 # A matrix of zeros keeps the smallest scale, which float16 stores as 0.
 _UNDERFLOW = 1e-8
 
@@ -60,12 +62,14 @@ class BlockTask:
         precision: device and dtype of the work.
         seed: of everything random in this block.
         on_epoch: called with the held-out loss after each epoch.
-        saliency: ``[out, in]`` float32 score of each layer's weights; None where none was asked for.
+        saliency: reads the score of a layer's weights, ``[out, in]`` float32; None where none was asked for.
         start: what to go on from; None for a fresh start.
         prefix: full name of the block, with the dot.
         tokens: that the layers of a mixture's experts saw, by their names; the method fills it in.
         outputs: what an error at each layer's outputs costs; None where all tokens and outputs count alike.
         schemes: how layers are stored that are to be stored otherwise than by the method's scheme, by their names.
+        originals: full-precision weights ``[out, in]`` of layers whose weight in the block is not it any more, those
+            that were set aside in half precision.
     """
 
     index: int
@@ -76,20 +80,41 @@ class BlockTask:
     precision: Precision
     seed: int
     on_epoch: Callable[[float], None]
-    saliency: Mapping[str, torch.Tensor] | None = None
+    saliency: Callable[[str], torch.Tensor] | None = None
     start: BlockStart | None = None
     prefix: str = ""
     tokens: dict[str, int] = field(default_factory=dict)
     outputs: Mapping[str, OutputCosts] | None = None
     schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def weight(self, linear: str) -> torch.Tensor:
-        """Full-precision weight ``[out, in]`` of a layer."""
+        """Weight ``[out, in]`` of a layer, in full precision as long as the block was not changed."""
         return linear_layer(self.block, linear).weight.detach()
+
+    def set_aside(self, linear: str) -> None:
+        """Have a layer's full-precision weight kept, before the block gets another."""
+        original = self.originals.get(linear, self.weight(linear))
+        self.originals[linear] = original if original.itemsize == 2 else set_aside(original)
+
+    def restore(self) -> None:
+        """Give the block its full-precision weights back."""
+        for linear, weight in self.originals.items():
+            whole = weight.to(self.precision.device, torch.float32)
+            linear_layer(self.block, linear).weight = nn.Parameter(whole, requires_grad=False)
 
     def between(self, linear: str) -> torch.Tensor | None:
         """What errors of two outputs of a layer cost together, ``[out, out]``; None for nothing."""
         return None if self.outputs is None else self.outputs[linear].between
+
+
+def set_aside(weight: torch.Tensor) -> torch.Tensor:
+    """A weight out of the work's way: in the process's memory, and in half precision where that changes no value."""
+    for dtype in (torch.bfloat16, torch.float16):
+        half, rows = weight.to(dtype), max(1, _COMPARED // weight.shape[1])
+        if all(torch.equal(own.float(), part) for own, part in zip(half.split(rows), weight.split(rows), strict=True)):
+            return half.cpu()
+    return weight.cpu()
 
 
 @dataclass(frozen=True)
@@ -158,7 +183,8 @@ class Needs:
         layer_bytes: memory that the closed form of a layer takes at its peak, for each of its weights beside itself.
         stacked: whether layers that read the same input are solved as one.
         at_once: weights of a matrix that are solved at a time; 0 for all.
-        rounds_few: whether second moments of too few tokens are not factored.
+        rounds_few: whether second moments of too few tokens are no more than a diagonal, and all others are factored
+            in their place.
         heldout_moments: second moments of the samples held out, too.
     """
 

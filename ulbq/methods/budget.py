@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ulbq.config.training import TokenWeighting
+from ulbq.config.methods import ApiQOptions, EfficientQatOptions, GptqOptions
 from ulbq.formats import AffineScheme, UniformScheme, total_bits
 from ulbq.methods.base import BlockTask, Needs
 from ulbq.methods.in_sequence import solve_in_sequence
@@ -46,37 +46,62 @@ def budgeted(needs: Needs, target_bits: float | None, saliency: str) -> Needs:
     )
 
 
-def survey_widths(task: BlockTask, scheme: UniformScheme, weighting: TokenWeighting) -> dict[str, Widths]:
-    """What bits would do for a block's layers, by their full names with commas.
+class WidthsOfBudget:
+    """A method whose layers may have the widths that one budget gives them: those of affine codes.
 
-    Every layer is rounded at every width. An error counts by the second moments of the layer's inputs, and by what
-    :func:`~ulbq.solvers.hessian.output_cost` says of its outputs.
+    Attributes:
+        scheme: what every layer has at least.
+        options: the budget, and how tokens count.
     """
-    found: dict[str, Widths] = {}
 
-    def look(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
-        hessian = inputs.matrix
-        moments = hessian.diagonal()
-        losses = dict.fromkeys((bits for bits in WIDTHS if bits >= scheme.bits), 0.0)
-        stored, weights = dict.fromkeys(losses, 0), 0
-        for linear in linears:
-            weight = task.weight(linear)
-            weights += weight.numel()
-            scores = None if task.saliency is None else task.saliency[linear]
-            cost = output_cost(weight, hessian, inputs.tokens, scores)
-            for bits in losses:
-                own = _affine_of(task, linear, scheme).model_copy(update={"bits": bits})
-                codes, scales, zeros = round_to_nearest(weight, own, importance=moments if moments.any() else None)
-                steps = codes.view(*scales.shape, -1) - zeros.unsqueeze(-1)
-                error = steps.mul_(scales.unsqueeze(-1)).flatten(1).sub_(weight)
-                losses[bits] += cost * (error.square_() @ moments).sum().item()
-                stored[bits] += total_bits(own, (weight.shape[0], weight.shape[1]))
-        names = ",".join(task.prefix + linear for linear in linears)
-        found[names] = Widths(weights, [Priced(stored[bits], loss) for bits, loss in losses.items()])
-        return {}
+    scheme: UniformScheme
+    options: GptqOptions | ApiQOptions | EfficientQatOptions
 
-    solve_in_sequence(task, look, one_by_one=False, weighting=weighting)
-    return found
+    @property
+    def _widths(self) -> list[int]:
+        return [bits for bits in WIDTHS if bits >= self.scheme.bits]
+
+    def survey_block(self, task: BlockTask) -> dict[str, Widths]:
+        """What bits would do for a block's layers, by their full names with commas.
+
+        Every layer is rounded at every width. An error counts by the second moments of the layer's inputs, and by what
+        :func:`~ulbq.solvers.hessian.output_cost` says of its outputs.
+        """
+        found: dict[str, Widths] = {}
+
+        def look(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
+            hessian = inputs.matrix
+            moments = hessian.diagonal()
+            losses = dict.fromkeys(self._widths, 0.0)
+            stored, weights = dict.fromkeys(losses, 0), 0
+            for linear in linears:
+                weight = task.weight(linear)
+                weights += weight.numel()
+                scores = None if task.saliency is None else task.saliency(linear)
+                cost = output_cost(weight, hessian, inputs.tokens, scores)
+                for bits in losses:
+                    own = _affine_of(task, linear, self.scheme).model_copy(update={"bits": bits})
+                    codes, scales, zeros = round_to_nearest(weight, own, importance=moments if moments.any() else None)
+                    steps = codes.view(*scales.shape, -1) - zeros.unsqueeze(-1)
+                    error = steps.mul_(scales.unsqueeze(-1)).flatten(1).sub_(weight)
+                    losses[bits] += cost * (error.square_() @ moments).sum().item()
+                    stored[bits] += total_bits(own, (weight.shape[0], weight.shape[1]))
+            names = ",".join(task.prefix + linear for linear in linears)
+            found[names] = Widths(weights, [Priced(stored[bits], loss) for bits, loss in losses.items()])
+            return {}
+
+        solve_in_sequence(task, look, one_by_one=False, weighting=self.options.token_weighting)
+        return found
+
+    def decide(self, surveys: Mapping[str, Widths]) -> dict[str, torch.Tensor]:
+        """Bits of all layers, by their full names and ``.bits``: one budget given out among them."""
+        budget = (self.options.target_bits or 0.0) * sum(one.weights for one in surveys.values())
+        taken = give_out([one.choices for one in surveys.values()], budget)
+        return {
+            f"{name}.bits": torch.tensor(self._widths[index])
+            for names, index in zip(surveys, taken, strict=True)
+            for name in names.split(",")
+        }
 
 
 def _affine_of(task: BlockTask, linear: str, scheme: UniformScheme) -> AffineScheme:
@@ -84,15 +109,3 @@ def _affine_of(task: BlockTask, linear: str, scheme: UniformScheme) -> AffineSch
     if not isinstance(own, AffineScheme):
         raise TypeError(f"'{linear}' is {own.format}, whose widths no budget gives out")
     return own
-
-
-def decide_widths(surveys: Mapping[str, Widths], scheme: UniformScheme, target_bits: float) -> dict[str, torch.Tensor]:
-    """Bits of all layers, by their full names and ``.bits``: those of one budget given out among them."""
-    widths = [bits for bits in WIDTHS if bits >= scheme.bits]
-    budget = target_bits * sum(one.weights for one in surveys.values())
-    taken = give_out([one.choices for one in surveys.values()], budget)
-    return {
-        f"{name}.bits": torch.tensor(widths[index])
-        for names, index in zip(surveys, taken, strict=True)
-        for name in names.split(",")
-    }

@@ -13,7 +13,6 @@ from functools import partial
 from typing import ClassVar, Self
 
 import torch
-from torch import nn
 
 from ulbq import distributed, formats
 from ulbq.config.groups import MethodOptions
@@ -21,9 +20,8 @@ from ulbq.config.methods import ClaqOptions
 from ulbq.formats import AnyScheme, codebook
 from ulbq.formats.codebook import CodebookScheme
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Packed
-from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
+from ulbq.methods.in_sequence import solve_in_sequence
 from ulbq.methods.training import BlockTraining
-from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.codebook import CodebookQuantizer
 from ulbq.solvers import allocation
 from ulbq.solvers.allocation import Survey
@@ -83,7 +81,7 @@ class Claq:
             hessian, factor = self._factored(inputs)
             for linear in linears:
                 weight = task.weight(linear)
-                scores = None if task.saliency is None else task.saliency[linear]
+                scores = None if task.saliency is None else task.saliency(linear)
                 importance = factor.importance * output_cost(weight, hessian, inputs.tokens, scores)
                 found[task.prefix + linear] = allocation.survey(weight, importance, self.options.bits)
             return {}
@@ -121,8 +119,7 @@ class Claq:
         packed: dict[str, Packed] = {}
         schemes: dict[str, AnyScheme] = {}
         notes: list[tuple[str, str]] = []
-        originals = {linear: task.weight(linear) for linear in task.linears}
-        budgets = self._budgets(originals)
+        budgets = self._budgets({linear: task.weight(linear) for linear in task.linears})
 
         def solve(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
             hessian, factor = self._factored(inputs)
@@ -147,23 +144,22 @@ class Claq:
 
         one_by_one, heldout = self.options.true_sequential, self.needs.heldout_moments
         solve_in_sequence(task, solve, one_by_one=one_by_one, heldout=heldout, **self.options.gathering)
-        for linear, weight in originals.items():
-            linear_layer(task.block, linear).weight = nn.Parameter(weight, requires_grad=False)
+        task.restore()
         return BlockResult({linear: packed[linear] for linear in task.linears}, schemes=schemes, notes=tuple(notes))
 
     def _factored(self, inputs: HessianSum) -> tuple[torch.Tensor, HessianFactor]:
         """Second moments and their factor; where there are too few tokens, of columns that know nothing of others."""
         hessian = inputs.matrix
-        if inputs.known_by < FEWEST_TOKENS * len(hessian):
+        if inputs.few:
             hessian = hessian.diagonal().diag()
         order = activation_order(hessian) if self.options.act_order else None
         return hessian, factorize(hessian, damping=self.options.damping, order=order)
 
     def _note(self, inputs: HessianSum, factor: HessianFactor) -> str:
         """What has to be said of layers that read an input; empty for nothing."""
-        columns = len(factor.order)
-        if inputs.known_by < FEWEST_TOKENS * columns:
-            return f"errors are not made good in other columns, {inputs.known_by} tokens are too few for {columns}"
+        if inputs.few:
+            few = f"{inputs.known_by} tokens are too few for {inputs.columns}"
+            return f"errors are not made good in other columns, {few}"
         if factor.damping > self.options.damping:
             return f"damping raised to {factor.damping:g}, its inputs are singular"
         return ""

@@ -8,23 +8,20 @@ the paper does, and the recipes ``efficientqat-w2`` … ``-w4`` have the rest of
 """
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Self
 
 import torch
-from torch import nn
 
 from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import BlockTrained, EfficientQatOptions, GptqOptions
 from ulbq.formats import KQuantScheme, UniformScheme
 from ulbq.formats.k_quant import KQuant
 from ulbq.methods.base import BlockResult, BlockStart, BlockTask, Needs
-from ulbq.methods.budget import Widths, budgeted, decide_widths, survey_widths
+from ulbq.methods.budget import WidthsOfBudget, budgeted
 from ulbq.methods.gptq import Gptq
 from ulbq.methods.rtn import uniform_scheme
 from ulbq.methods.training import BlockTraining
-from ulbq.nn.quant_linear import linear_layer
 from ulbq.quantizers.affine import AffineForm, AffineQuantizer
 from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.k_quant import KQuantizer
@@ -39,7 +36,7 @@ _FORMS: dict[BlockTrained, AffineForm] = {
 }
 
 
-class EfficientQat:
+class EfficientQat(WidthsOfBudget):
     """Affine codes trained block by block from a start of choice.
 
     Args:
@@ -49,6 +46,7 @@ class EfficientQat:
 
     name: ClassVar[str] = "efficientqat"
     Options: ClassVar[type[MethodOptions]] = EfficientQatOptions
+    options: EfficientQatOptions
 
     def __init__(self, scheme: UniformScheme, options: EfficientQatOptions) -> None:
         self.scheme = scheme
@@ -80,22 +78,12 @@ class EfficientQat:
         """The method that a request asks for."""
         return cls(uniform_scheme(options, group_size), options)
 
-    def survey_block(self, task: BlockTask) -> dict[str, Widths]:
-        """What bits would do for the layers of a block."""
-        return survey_widths(task, self.scheme, self.options.token_weighting)
-
-    def decide(self, surveys: Mapping[str, Widths]) -> dict[str, torch.Tensor]:
-        """Bits of all layers."""
-        return decide_widths(surveys, self.scheme, self.options.target_bits or 0.0)
-
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Find the start, train, pack."""
         if task.start is not None or self._solver is None:
             return self._training.quantize(task, self._round)
-        originals = {linear: task.weight(linear) for linear in task.linears}
         solved = self._solver.quantize_block(task)
-        for linear, weight in originals.items():
-            linear_layer(task.block, linear).weight = nn.Parameter(weight, requires_grad=False)
+        task.restore()
         result = self._training.quantize(
             dataclasses.replace(task, start=BlockStart(solved.packed, {}, schemes=solved.schemes))
         )

@@ -17,11 +17,11 @@ from ulbq.config.groups import MethodOptions
 from ulbq.config.methods import GptqOptions
 from ulbq.formats import UniformScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed
-from ulbq.methods.budget import Widths, decide_widths, survey_widths
-from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
+from ulbq.methods.budget import WidthsOfBudget
+from ulbq.methods.in_sequence import solve_in_sequence
 from ulbq.methods.rtn import pack_codes, uniform_of, uniform_scheme
-from ulbq.solvers.gptq import AT_ONCE, GptqSettings, gptq, joined
-from ulbq.solvers.hessian import HessianSum
+from ulbq.solvers.gptq import AT_ONCE, GptqSettings, factored, gptq, joined, parts
+from ulbq.solvers.hessian import HessianFactor, HessianSum
 from ulbq.solvers.k_quant import UniformCodes, find_grids
 
 _LAYER_BYTES = 18.5
@@ -31,7 +31,7 @@ GROUPS = 4
 """Of a layer's rows with a Hessian of their own, as GuidedQuant has it for small models."""
 
 
-class Gptq:
+class Gptq(WidthsOfBudget):
     """Affine codes with errors made good in later columns.
 
     Args:
@@ -41,6 +41,7 @@ class Gptq:
 
     name: ClassVar[str] = "gptq"
     Options: ClassVar[type[MethodOptions]] = GptqOptions
+    options: GptqOptions
 
     def __init__(self, scheme: UniformScheme, options: GptqOptions) -> None:
         self.scheme = scheme
@@ -75,14 +76,6 @@ class Gptq:
         """The method that a request asks for."""
         return cls(uniform_scheme(options, group_size), options)
 
-    def survey_block(self, task: BlockTask) -> dict[str, Widths]:
-        """What bits would do for the layers of a block."""
-        return survey_widths(task, self.scheme, self.options.token_weighting)
-
-    def decide(self, surveys: Mapping[str, Widths]) -> dict[str, torch.Tensor]:
-        """Bits of all layers."""
-        return decide_widths(surveys, self.scheme, self.options.target_bits or 0.0)
-
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize one block from the inputs of its layers."""
         packed: dict[str, Packed] = {}
@@ -93,34 +86,45 @@ class Gptq:
             for linear in linears:
                 alike.setdefault(uniform_of(task, linear, self.scheme), []).append(linear)
             made: dict[str, torch.Tensor] = {}
+            # Second moments are wanted no more.
+            factors = [] if inputs.few else [factored(one, self._settings, overwrite=True) for one in inputs.matrices]
+            if note := self._note(inputs, factors):
+                notes.append((", ".join(linears), f"{note}."))
             for scheme, names in alike.items():
                 weights = [task.weight(linear) for linear in names]
                 # Rows know nothing of each other: layers that read the same input are one matrix.
-                codes, note = self._solve(torch.cat(weights), scheme, inputs, task.between(names[0]))
-                if note:
-                    notes.append((", ".join(names), f"{note}."))
-                parts = [tensor.split([len(weight) for weight in weights]) for tensor in codes]
-                for linear, *own in zip(names, *parts, strict=True):
+                codes = self._solve(weights, scheme, inputs, factors, task.between(names[0]))
+                rows = [tensor.split([len(weight) for weight in weights]) for tensor in codes]
+                for linear, *own in zip(names, *rows, strict=True):
                     packed[linear] = pack_codes(linear, scheme, type(codes)(*own))
                     made[linear] = formats.dequantize(scheme, packed[linear], weights[0].shape[1])
             return made
 
-        solve_in_sequence(task, solve, one_by_one=self.options.true_sequential, **self.options.gathering)
+        one_by_one = self.options.true_sequential
+        solve_in_sequence(task, solve, one_by_one=one_by_one, rounds_few=True, **self.options.gathering)
         ordered = {linear: packed[linear] for linear in task.linears}
         return BlockResult(ordered, schemes=task.schemes, notes=tuple(notes))
 
     def _solve(
-        self, weight: torch.Tensor, scheme: UniformScheme, inputs: HessianSum, outputs: torch.Tensor | None
-    ) -> tuple[UniformCodes, str]:
-        """Codes of a matrix, and what has to be said of them."""
-        if inputs.known_by < FEWEST_TOKENS * weight.shape[1]:
-            importance = inputs.matrix.diagonal()
-            known = importance if importance.any() else None
-            codes = find_grids(weight, scheme, importance=known, search=self.options.search)
-            return codes, f"rounded to nearest, {inputs.known_by} tokens are too few for {weight.shape[1]} columns"
-        groups = zip(weight.tensor_split(len(inputs.matrices)), inputs.matrices, strict=True)
-        found = [gptq(rows, hessian, scheme, self._settings, outputs) for rows, hessian in groups]
-        codes = joined([one.codes for one in found])
-        damping = max(one.damping for one in found)
-        raised = damping > self.options.damping
-        return codes, f"damping raised to {damping:g}, its inputs are singular" if raised else ""
+        self,
+        weights: Sequence[torch.Tensor],
+        scheme: UniformScheme,
+        inputs: HessianSum,
+        factors: Sequence[HessianFactor],
+        outputs: torch.Tensor | None,
+    ) -> UniformCodes:
+        """Codes of matrices below each other."""
+        if not factors:
+            known, search = inputs.diagonal if inputs.diagonal.any() else None, self.options.search
+            return joined([find_grids(rows, scheme, importance=known, search=search) for rows in parts(weights)])
+        # Of several factors each is of some rows of one matrix.
+        groups = [weights] if len(factors) == 1 else [[rows] for rows in weights[0].tensor_split(len(factors))]
+        found = zip(groups, factors, strict=True)
+        return joined([gptq(rows, one, scheme, self._settings, outputs).codes for rows, one in found])
+
+    def _note(self, inputs: HessianSum, factors: Sequence[HessianFactor]) -> str:
+        """What has to be said of layers that read an input; empty for nothing."""
+        if not factors:
+            return f"rounded to nearest, {inputs.known_by} tokens are too few for {inputs.columns} columns"
+        damping = max(factor.damping for factor in factors)
+        return f"damping raised to {damping:g}, its inputs are singular" if damping > self.options.damping else ""

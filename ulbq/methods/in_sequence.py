@@ -17,16 +17,11 @@ from ulbq.models.watch import Enough, Input, distinct_inputs, watching
 from ulbq.nn.experts import Experts, Place, place_of, showing
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.solvers.drift import Drift
-from ulbq.solvers.hessian import HessianSum
+from ulbq.solvers.hessian import FEWEST_TOKENS, HessianSum
 from ulbq.training.objective import BlockData
 
 Solve = Callable[[Sequence[str], HessianSum], Mapping[str, torch.Tensor]]
 """Quantizes the layers of some names, which share second moments; gives their weights ``[out, in]`` as stored."""
-
-
-FEWEST_TOKENS = 1 / 4
-"""Tokens a column. With fewer, errors go to where these samples happen not to look: on other samples of correlated
-random inputs, the error is then no lower than that of rounding to nearest; at two a column it is a quarter of that."""
 
 
 class _InputSums(NamedTuple):
@@ -50,6 +45,7 @@ def solve_in_sequence(
     all_experts: bool = False,
     full_inputs: bool = False,
     heldout: bool = False,
+    rounds_few: bool = False,
     settle: Callable[[], None] | None = None,
 ) -> None:
     """Solve every layer of a block. Layers that are called with the very same tensor are solved together.
@@ -68,6 +64,8 @@ def solve_in_sequence(
             model (:mod:`ulbq.solvers.drift`), whose activations the task has. Members of a list are left out: other
             tokens may call them.
         heldout: give ``solve`` second moments of the samples that are held out, too.
+        rounds_few: ``solve`` looks at the diagonal alone where :attr:`HessianSum.few` tokens tell of an input: nothing
+            else is added up of one that will have too few. Of members of a list nobody knows that before.
         settle: called after each pass, when what it served is solved.
     """
     stages: dict[str, list[Input]] = {}
@@ -84,7 +82,10 @@ def solve_in_sequence(
     mixtures = [module for module in task.block.modules() if isinstance(module, Experts)]
     for together in stages.values():
         with showing({mixture: range(len(mixture)) for mixture in mixtures} if all_experts else {}):
-            sums = _gather(task, together, weighting, reference, heldout)
+            empty = _empty(
+                task, together, weighting, drifts=reference is not None, heldout=heldout, rounds_few=rounds_few
+            )
+            sums = _gather(task, together, empty, reference)
         members = {name: place for name in sums if (place := place_of(task.block, name)) is not None}
         task.tokens.update({name: sums[name].hessian.tokens for name in members})
         if not all_experts:
@@ -92,24 +93,21 @@ def solve_in_sequence(
         for one in together:
             # Taken out, so that each goes as soon as it has served.
             hessian, drift, own = sums.pop(one.layers[0])
-            if drift is not None and hessian.tokens >= FEWEST_TOKENS * len(hessian.matrix):
+            if drift is not None and not hessian.few:
                 correction = drift.correction(hessian.matrix)
-                _put(
-                    task.block,
-                    {name: torch.addmm(w, w, correction) for name in one.layers for w in [task.weight(name)]},
-                )
+                _put(task, {name: torch.addmm(w, w, correction) for name in one.layers for w in [task.weight(name)]})
             if task.outputs is None:
-                _put(task.block, solve(one.layers, hessian))
+                _put(task, solve(one.layers, hessian))
             for name in list(own):
-                _put(task.block, solve((name,), own.pop(name)))
+                _put(task, solve((name,), own.pop(name)))
         if settle is not None:
             settle()
 
 
-def _put(block: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def _put(task: BlockTask, weights: Mapping[str, torch.Tensor]) -> None:
     for name, weight in weights.items():
-        # A new parameter: the old one's values are still wanted to compare with.
-        linear_layer(block, name).weight = nn.Parameter(weight, requires_grad=False)
+        task.set_aside(name)
+        linear_layer(task.block, name).weight = nn.Parameter(weight, requires_grad=False)
 
 
 def _lend(
@@ -121,7 +119,7 @@ def _lend(
     none has H. What enters the experts is the same for all of them, so that H is the mean of theirs; what their last
     layers read is each one's own, and comes of showing it all tokens.
     """
-    poor = {name: place for name, place in places.items() if sums[name].tokens < len(sums[name].matrix)}
+    poor = {name: place for name, place in places.items() if sums[name].tokens < sums[name].columns}
     inner = [name for name, place in poor.items() if place.projection == "down_proj"]
     whole = _shown_all(task, inner, weighting) if inner else {}
     for owner in {place.owner for name, place in poor.items() if name not in whole}:
@@ -130,7 +128,7 @@ def _lend(
         mean = HessianSum.mean(list({place.expert: sums[name] for name, place in entering.items()}.values()))
         whole |= dict.fromkeys(entering.keys() & poor.keys(), mean)
     for name in poor:
-        sums[name].borrow(whole[name], FEWEST_TOKENS * len(sums[name].matrix))
+        sums[name].borrow(whole[name], FEWEST_TOKENS * sums[name].columns)
 
 
 def _shown_all(task: BlockTask, linears: Sequence[str], weighting: TokenWeighting) -> dict[str, HessianSum]:
@@ -140,8 +138,10 @@ def _shown_all(task: BlockTask, linears: Sequence[str], weighting: TokenWeightin
         mixture = task.block.get_submodule(place.owner)
         if isinstance(mixture, Experts):
             shown.setdefault(mixture, []).append(place.expert)
+    inputs = [Input((linear,), 0, 0) for linear in linears]
+    empty = _empty(task, inputs, weighting, drifts=False, heldout=False, rounds_few=False)
     with showing(shown):
-        found = _gather(task, [Input((linear,), 0) for linear in linears], weighting, None)
+        found = _gather(task, inputs, empty, None)
     return {name: one.hessian for name, one in found.items()}
 
 
@@ -155,14 +155,13 @@ def _place(block: nn.Module, name: str) -> str:
 def _gather(
     task: BlockTask,
     inputs: Sequence[Input],
-    weighting: TokenWeighting,
+    sums: dict[str, _InputSums],
     reference: nn.Module | None,
-    heldout: bool = False,
 ) -> dict[str, _InputSums]:
-    """Sums over the samples that train, of some inputs, by the first layer that reads them."""
+    """Sums over the samples that train, of some inputs, by the first layer that reads them; they come empty."""
     samples, originals = _activations(task).training, _activations(task).originals
     costs = task.outputs
-    sums = _empty(task, inputs, weighting, drifts=reference is not None, heldout=heldout)
+    heldout = any(one.hessian.heldout is not None for one in sums.values())
     # Where a layer was missed, as experts are, another sample may well call it, and no call is known to be the last.
     expected = sum(one.calls for one in inputs) if all(one.calls for one in inputs) else 0
     drifting = {one.layers[0]: one.calls for one in inputs if sums[one.layers[0]].drift is not None}
@@ -202,7 +201,13 @@ def _gather(
 
 
 def _empty(
-    task: BlockTask, inputs: Sequence[Input], weighting: TokenWeighting, *, drifts: bool, heldout: bool
+    task: BlockTask,
+    inputs: Sequence[Input],
+    weighting: TokenWeighting,
+    *,
+    drifts: bool,
+    heldout: bool,
+    rounds_few: bool,
 ) -> dict[str, _InputSums]:
     """Sums of nothing yet."""
     device, relative = task.precision.device, weighting is TokenWeighting.ENERGY
@@ -210,10 +215,12 @@ def _empty(
     for one in inputs:
         name = one.layers[0]
         width = linear_layer(task.block, name).in_features
-        drift = Drift(width, device, relative=relative) if drifts and _place(task.block, name) == name else None
-        costs = {} if task.outputs is None else {layer: task.outputs[layer] for layer in one.layers}
-        own = {layer: HessianSum(width, device, groups=cost.tokens.shape[2]) for layer, cost in costs.items()}
-        hessian = HessianSum(width, device, relative=relative)
+        alone = _place(task.block, name) == name
+        few = rounds_few and alone and 0 < one.rows * _activations(task).training < FEWEST_TOKENS * width
+        drift = Drift(width, device, relative=relative) if drifts and alone and not few else None
+        costs = {} if task.outputs is None else {layer: task.outputs[layer].tokens.shape[2] for layer in one.layers}
+        own = {layer: HessianSum(width, device, groups=groups, diagonal=few) for layer, groups in costs.items()}
+        hessian = HessianSum(width, device, relative=relative, diagonal=few)
         hessian.heldout = HessianSum(width, device, relative=relative) if heldout else None
         sums[name] = _InputSums(hessian, drift, own)
     return sums

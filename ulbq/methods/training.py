@@ -87,7 +87,9 @@ class BlockTraining:
         stages, settings = self._stages(task.index), self._options.settings()
         # Held for penalties alone: it is as much memory as the block.
         penalized = task.linears if self._penalized(stages) else ()
-        originals = {linear: task.weight(linear) for linear in penalized}
+        originals = {
+            linear: task.originals.get(linear, task.weight(linear)).to(task.precision.device) for linear in penalized
+        }
         # After the copy: the reference keeps the model's own norms, the block goes on from the artifact's.
         beside = beginning_vectors(task)
         layers = {linear: self._install(task, linear, make) for linear in task.linears}
@@ -172,13 +174,14 @@ class BlockTraining:
         if not self._penalized(stages):
             return None
         scores, power = task.saliency, self._options.saliency_power
-        saliency = None if scores is None else {name: scores[name] ** power for name in names}
+        saliency = None if scores is None else lambda name: scores(name) ** power
         return WeightPenalty({name: originals[name] for name in names}, saliency, self._options.penalize)
 
 
 def copies_of_weights(optimizer: OptimizerKind, *, trained: bool) -> int:
     """Copies of a block's weights: as read and as latents; of what trains gradients, moments and two snapshots."""
-    return 2 + (1 + 2 * (optimizer == "adamw") + 2 if trained else 0)
+    moments = {"adamw": 2, "adamw-bf16": 1, "sign": 0}[optimizer]
+    return 2 + (1 + moments + 2 if trained else 0)
 
 
 @torch.no_grad()

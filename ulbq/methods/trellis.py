@@ -19,7 +19,7 @@ from ulbq.config.methods import TrellisOptions
 from ulbq.formats import AnyScheme, trellis
 from ulbq.formats.trellis import TrellisScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
-from ulbq.methods.in_sequence import FEWEST_TOKENS, solve_in_sequence
+from ulbq.methods.in_sequence import solve_in_sequence
 from ulbq.methods.refinement import Refinement
 from ulbq.methods.training import copies_of_weights
 from ulbq.solvers.hessian import HessianSum, output_cost
@@ -74,7 +74,7 @@ class TrellisMethod:
             hessian = self._hessian(inputs)
             for linear in linears:
                 weight = task.weight(linear)
-                scores = None if task.saliency is None else task.saliency[linear]
+                scores = None if task.saliency is None else task.saliency(linear)
                 cost = output_cost(weight, hessian, inputs.tokens, scores)
                 found[task.prefix + linear] = demand(weight, hessian, cost, **self.options.feedback)
             return {}
@@ -99,7 +99,7 @@ class TrellisMethod:
 
         def solve_layers(linears: Sequence[str], inputs: HessianSum) -> Mapping[str, torch.Tensor]:
             hessian = self._hessian(inputs)
-            if inputs.known_by < FEWEST_TOKENS * len(hessian):
+            if inputs.few:
                 few = f"{inputs.known_by} tokens are too few for {len(hessian)} columns"
                 notes.append((", ".join(linears), f"errors are not made good in other tiles, {few}."))
             schemes.update({linear: self._scheme(task, linear) for linear in linears})
@@ -138,5 +138,4 @@ class TrellisMethod:
 
     def _hessian(self, inputs: HessianSum) -> torch.Tensor:
         """Second moments; where there are too few tokens, of columns that know nothing of each other."""
-        hessian = inputs.matrix
-        return hessian.diagonal().diag() if inputs.known_by < FEWEST_TOKENS * len(hessian) else hessian
+        return inputs.diagonal.diag() if inputs.few else inputs.matrix

@@ -36,6 +36,11 @@ class Linear:
     out_features: int
     in_features: int
 
+    @property
+    def weights(self) -> int:
+        """How many it has."""
+        return self.out_features * self.in_features
+
 
 @dataclass(frozen=True)
 class ModelStructure:
@@ -59,6 +64,11 @@ class ModelStructure:
     tied: bool
     linears: tuple[tuple[Linear, ...], ...]
     skipped: tuple[str, ...]
+
+    @property
+    def layers(self) -> list[Linear]:
+        """The linear layers of all blocks."""
+        return [linear for block in self.linears for linear in block]
 
 
 def skeleton(
@@ -184,12 +194,11 @@ def check_group_size(found: ModelStructure, group_size: int) -> None:
     check_group(group_size)
     if group_size == -1:
         return
-    layers = [linear for block in found.linears for linear in block]
-    bad = next((linear for linear in layers if linear.in_features % group_size), None)
+    bad = next((linear for linear in found.layers if linear.in_features % group_size), None)
     if bad is None:
         return
     # Narrower ones, which none of these sizes divides, can be left out.
-    common = math.gcd(*(x.in_features for x in layers if x.in_features >= min(_GROUP_SIZES)))
+    common = math.gcd(*(x.in_features for x in found.layers if x.in_features >= min(_GROUP_SIZES)))
     choices = [str(size) for size in _GROUP_SIZES if common % size == 0]
     raise InputError(
         f"The group size {group_size} does not divide the {bad.in_features} inputs of '{bad.name}'.",

@@ -54,6 +54,8 @@ class Checkpoint:
         model: the model, on the meta device or not; only its names count.
 
     Attributes:
+        names: parameters (and persistent buffers) of the model that the checkpoint holds, those of single experts too.
+        unplaced: stored names that lead to no parameter, each with the name that the model would have for it.
         idle: stored names of experts beyond those that a mixture runs, as LongCat's that give a token itself have them
             where transformers saved the model. They are among those that lead to no parameter.
     """
@@ -61,18 +63,8 @@ class Checkpoint:
     def __init__(self, stored: TensorReader, model: PreTrainedModel) -> None:
         self._stored = stored
         self._model = model
-        self._recipes, self._unplaced, self.idle = _recipes(stored.names, model)
-        self._names = frozenset(self._recipes)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Parameters (and persistent buffers) of the model that the checkpoint holds, those of single experts too."""
-        return self._names
-
-    @property
-    def unplaced(self) -> dict[str, str]:
-        """Stored names that lead to no parameter, each with the name that the model would have for it."""
-        return self._unplaced
+        self._recipes, self.unplaced, self.idle = _recipes(stored.names, model)
+        self.names = frozenset(self._recipes)
 
     def sources(self, name: str) -> tuple[str, ...]:
         """Stored names of the tensors that the parameter ``name`` is made of."""

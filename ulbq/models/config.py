@@ -47,11 +47,7 @@ _MOST = (
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 """Keys of a configuration, at any depth, under which tools describe how they packed the weights."""
 
-_QUANTIZATION_FILES = {
-    "hf_quant_config.json": "modelopt",
-    "quantize_config.json": "gptq",
-    "quant_config.json": "awq",
-}
+_QUANTIZATION_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files beside the weights that say the same, with the tool that writes each."""
 
 _GGUF_SIZES = {

@@ -21,12 +21,7 @@ _NAMED = 4
 
 
 def coverage(
-    model: PreTrainedModel,
-    selected: Selection,
-    *,
-    bits: float,
-    carried: int,
-    tables: Mapping[Linear, AnyScheme] = {},
+    model: PreTrainedModel, selected: Selection, *, bits: float, carried: int, tables: Mapping[Linear, AnyScheme] = {}
 ) -> Coverage:
     """Count what of a model is quantized.
 
@@ -40,12 +35,12 @@ def coverage(
     found = selected.found
     tensors = model.state_dict()
     sizes = {name: tensors[name].numel() for name in state_names(model)}
-    quantized = sum(linear.out_features * linear.in_features for block in found.linears for linear in block)
+    quantized = sum(linear.weights for linear in found.layers)
     decoder = found.blocks_prefix.rpartition(".")[0]
     outside = {f"{name}.weight" for name in found.embeddings if name.startswith(decoder)} | {f"{found.head}.weight"}
     total = sum(sizes.values()) + carried
     embeddings = sum(size for name, size in sizes.items() if name in outside)
-    packed = {table: table.out_features * table.in_features for table in tables}
+    packed = {table: table.weights for table in tables}
     of_tables = sum(
         bits_per_weight(scheme, table.out_features, table.in_features) * packed[table]
         for table, scheme in tables.items()

@@ -76,6 +76,7 @@ class GgufTensors:
         model: the model that the file's configuration describes; only its names count.
 
     Attributes:
+        names: parameters of the model that the file holds.
         unplaced: names in the file of the tensors that lead to no parameter.
 
     Raises:
@@ -96,15 +97,10 @@ class GgufTensors:
             name = self._parameters.get(stored) or self._parameters.get(stored.removesuffix(".weight"))
             if name is not None:
                 self._sources.setdefault(name, []).append(stored)
-        self._names = frozenset(self._sources)
+        self.names = frozenset(self._sources)
         self._path, self._stamp = path, stamp_of(path)
         placed = {stored for some in self._sources.values() for stored in some}
         self.unplaced = frozenset(header.tensors.keys() - placed)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Parameters of the model that the file holds."""
-        return self._names
 
     @property
     def stored_as(self) -> tuple[str, float] | None:

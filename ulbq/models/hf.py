@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ulbq.artifacts.shards import LazyTensors
     from ulbq.formats import AnyScheme
-    from ulbq.nn.quant_embedding import QuantEmbedding
+    from ulbq.nn.quant_linear import QuantLinear
 
 METHOD = "ulbq"
 """The ``quant_method`` of our artifacts."""
@@ -65,6 +65,12 @@ class UlbqConfig(QuantizationConfigMixin):
     def scheme(self) -> dict[str, Any]:
         """Fields of the scheme that layers share; empty where the configuration names none."""
         return {name: value for name, value in vars(self).items() if name not in (*_ABOUT, "quant_method")}
+
+    def name_schemes(self, own: "Mapping[str, AnyScheme]", shared: "AnyScheme | None") -> None:
+        """Say how layers are packed: what is saved from here on has no manifest to look it up in."""
+        for field, value in (shared.model_dump(mode="json") if shared is not None else {}).items():
+            setattr(self, field, value)
+        self.layers = {name: scheme.model_dump(mode="json") for name, scheme in own.items() if scheme != shared}
 
     def to_dict(self) -> dict[str, Any]:
         """As ``config.json`` has it."""
@@ -122,10 +128,7 @@ class UlbqQuantizer(HfQuantizer):
         import torch
 
         from ulbq.artifacts.shards import LazyTensors
-        from ulbq.models.experts import unfuse
-        from ulbq.nn.experts import Experts
-        from ulbq.nn.quant_embedding import swap_table
-        from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
+        from ulbq.nn.quant_linear import is_dense_linear
 
         files = [Path(file) for file in checkpoint_files or ()]
         if not files or any(file.suffix != ".safetensors" for file in files):
@@ -138,11 +141,7 @@ class UlbqQuantizer(HfQuantizer):
         base = f"{model.base_model_prefix}."
         # Those that were left out too, which are stored one by one and in full.
         layers = {name.rpartition(".")[0] for name in stored.names}
-        unfuse(model, {spelled for name in layers for spelled in (name, base + name, name.removeprefix(base))})
-        for module in model.modules():
-            if any(isinstance(child, Experts) for child in module.children()):
-                # Qwen3-Omni's would draw the fused weights that are not there any more.
-                module._is_hf_initialized = True  # type: ignore[assignment]
+        _unfuse(model, {spelled for name in layers for spelled in (name, base + name, name.removeprefix(base))})
         found: dict[str, str] = {}
         for name, linear in list(model.named_modules()):
             spelled = (name, base + name, name.removeprefix(base))
@@ -155,18 +154,8 @@ class UlbqQuantizer(HfQuantizer):
                     f"How '{key}' in '{self._folder}' is packed is written nowhere.",
                     hint="Copy the whole artifact again, its manifest.json above all.",
                 )
-            rows, columns = linear.weight.shape
-            _check_stored(stored, key, scheme, (rows, columns))
-            with torch.device("meta"):
-                packed: QuantLinear
-                if isinstance(linear, torch.nn.Embedding):
-                    table = packed = _table(key, scheme, linear, dtype or model.dtype)
-                    swap_table(model, name, table, _untie(model, name))
-                else:
-                    packed = QuantLinear(
-                        scheme, columns, rows, bias=linear.bias is not None, dtype=dtype or model.dtype
-                    )
-                    model.set_submodule(name, packed)
+            _check_stored(stored, key, scheme, (linear.weight.shape[0], linear.weight.shape[1]))
+            packed = _exchanged(model, name, key, scheme, dtype or model.dtype)
             packed.cache = self.quantization_config.prefill_cache
             # transformers would draw random weights for it otherwise.
             packed._is_hf_initialized = True  # type: ignore[assignment]
@@ -179,12 +168,7 @@ class UlbqQuantizer(HfQuantizer):
         self._packed = frozenset(found)
         guards = {re.escape(f"{name}.weight") for name, key in found.items() if f"{key}.weight" in stored.guards}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *guards}
-        # What is saved from here on has no manifest to look it up in.
-        for field, value in (shared.model_dump(mode="json") if shared is not None else {}).items():
-            setattr(self.quantization_config, field, value)
-        self.quantization_config.layers = {
-            key: own[key].model_dump(mode="json") for key in found.values() if key in own and own[key] != shared
-        }
+        self.quantization_config.name_schemes({key: own[key] for key in found.values() if key in own}, shared)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         """Bring packed weights into the layout that products take, and attach the adapter."""
@@ -274,14 +258,44 @@ def read_schemes(config: UlbqConfig, folder: Path) -> "tuple[dict[str, AnyScheme
         ) from error
 
 
-def _table(name: str, scheme: "AnyScheme", embedding: "torch.nn.Embedding", dtype: "torch.dtype") -> "QuantEmbedding":
-    """An empty packed table. Raises InputError where its scheme is none of a table's."""
-    from ulbq.nn.quant_embedding import QuantEmbedding
+def _unfuse(model: "PreTrainedModel", layers: set[str]) -> None:
+    """Put single experts in the place of fused ones of which some of these layers are."""
+    from ulbq.models.experts import unfuse
+    from ulbq.nn.experts import Experts
 
-    try:
-        return QuantEmbedding(scheme, embedding, dtype=dtype)
-    except ValueError as error:
-        raise _mismatch(name, str(error)) from error
+    unfuse(model, layers)
+    for module in model.modules():
+        if any(isinstance(child, Experts) for child in module.children()):
+            # Qwen3-Omni's would draw the fused weights that are not there any more.
+            module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _exchanged(
+    model: "PreTrainedModel", name: str, stored: str, scheme: "AnyScheme", dtype: "torch.dtype"
+) -> "QuantLinear":
+    """The empty packed layer or table that now stands in the place of a dense one, which is ``stored`` by that name.
+
+    Raises:
+        InputError: the scheme is none of a table's.
+    """
+    import torch
+
+    from ulbq.nn.quant_embedding import QuantEmbedding, swap_table
+    from ulbq.nn.quant_linear import QuantLinear
+
+    dense: Any = model.get_submodule(name)
+    with torch.device("meta"):
+        if not isinstance(dense, torch.nn.Embedding):
+            bias = dense.bias is not None
+            layer = QuantLinear(scheme, dense.in_features, dense.out_features, bias=bias, dtype=dtype)
+            model.set_submodule(name, layer)
+            return layer
+        try:
+            table = QuantEmbedding(scheme, dense, dtype=dtype)
+        except ValueError as error:
+            raise _mismatch(stored, str(error)) from error
+        swap_table(model, name, table, _untie(model, name))
+        return table
 
 
 def _untie(model: "PreTrainedModel", embedding: str) -> list[str]:

@@ -7,7 +7,6 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ulbq import limits
-from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.small_files import parse_json, read_small
 from ulbq.config.run import DtypeName
 from ulbq.errors import InputError
@@ -84,8 +83,8 @@ def unfilled_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
 
 def loading_memory(source: ModelSource, dtype: torch.dtype) -> int:
     """Bytes that :func:`load_model` takes: all weights, packed ones as they are stored; the largest matrix twice."""
-    manifest = source.manifest
-    layers = (*manifest.layers, *manifest.tables) if isinstance(manifest, QuantizedManifest) else ()
+    manifest = source.quantized
+    layers = (*manifest.layers, *manifest.tables) if manifest else ()
     packed = {f"{layer.name}.weight" for layer in layers}
     dense = [p.nbytes for name, p in unfilled_model(source, dtype).named_parameters() if name not in packed]
     return sum(sum(layer.bits.values()) for layer in layers) // 8 + sum(dense) + max(dense) + source.gguf_size

@@ -7,6 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 from ulbq.errors import InputError, ResourceError
 from ulbq.models.skeleton import BUILD_ERRORS, auto_class
 from ulbq.models.source import ModelSource
+from ulbq.printable import one_line
 
 
 def load_processor(source: ModelSource) -> ProcessorMixin:
@@ -26,7 +27,7 @@ def load_processor(source: ModelSource) -> ProcessorMixin:
     try:
         found = AutoProcessor.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
     except ImportError as error:
-        cause = " ".join(str(error).split())
+        cause = one_line(str(error))
         raise ResourceError(
             f"The processor of '{source.given}' needs another package ({cause[:200]}).",
             hint="pip install 'ulbq[images]'",

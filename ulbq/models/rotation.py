@@ -72,18 +72,16 @@ class RotatedTensors:
     Args:
         stored: the tensors as they are.
         changes: what is to be done, by parameter name.
+
+    Attributes:
+        names: every name that can be read; the head of a model that was tied is one of them.
     """
 
     def __init__(self, stored: TensorReader, changes: Mapping[str, "Change"]) -> None:
         self._stored = stored
         self._changes = changes
         made = {name for name, change in changes.items() if change.stored in stored.names}
-        self._names = frozenset(stored.names - changes.keys() | made)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Every name that can be read; the head of a model that was tied is one of them."""
-        return self._names
+        self.names = frozenset(stored.names - changes.keys() | made)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU. Raises KeyError for a name that is not there."""

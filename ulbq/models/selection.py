@@ -1,7 +1,7 @@
 """Which of a model's linear layers are quantized, and why the others are not."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ulbq.errors import InputError
@@ -60,7 +60,7 @@ def select(found: ModelStructure, skip: Sequence[str], only: Sequence[str]) -> S
     Raises:
         InputError: a pattern matches no layer.
     """
-    layers = list(_layers(found))
+    layers = found.layers
     for pattern in (*skip, *only):
         if not any(matches(pattern, layer.name) for layer in layers):
             names = dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers)
@@ -75,7 +75,7 @@ def select(found: ModelStructure, skip: Sequence[str], only: Sequence[str]) -> S
 def of_artifact(found: ModelStructure, packed: Mapping[str, AnyScheme]) -> Selection:
     """The layers that an artifact has packed, to go on from them."""
     return Selection(found).without(
-        {layer.name: "not packed in the artifact" for layer in _layers(found) if layer.name not in packed}
+        {layer.name: "not packed in the artifact" for layer in found.layers if layer.name not in packed}
     )
 
 
@@ -87,7 +87,7 @@ def fitting(
     Raises:
         InputError: nothing is left, or it cannot store more than a tenth of the weights.
     """
-    layers = list(_layers(selected.found))
+    layers = selected.found.layers
     if not layers:
         raise InputError("No layer is left to be quantized.", hint="Leave out less with `skip` and `only`.")
     reasons: dict[str, str] = {}
@@ -99,18 +99,14 @@ def fitting(
             reason = f"groups of {size} do not divide its {layer.in_features} inputs"
         if reason is not None:
             reasons[layer.name] = reason
-    unfit = sum(layer.out_features * layer.in_features for layer in layers if layer.name in reasons)
-    if unfit > _UNFIT * sum(layer.out_features * layer.in_features for layer in layers):
+    unfit = sum(layer.weights for layer in layers if layer.name in reasons)
+    if unfit > _UNFIT * sum(layer.weights for layer in layers):
         check_group_size(selected.found, group_size)
         name, reason = next(iter(reasons.items()))
         raise InputError(
             f"'{name}': {reason}.", hint="Take another format, as that of `method=gptq` without `k_quant`."
         )
     return selected.without(reasons)
-
-
-def _layers(found: ModelStructure) -> Iterator[Linear]:
-    return (linear for block in found.linears for linear in block)
 
 
 def _left_out(name: str, skip: Sequence[str], only: Sequence[str]) -> str | None:

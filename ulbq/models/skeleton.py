@@ -16,12 +16,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from ulbq.errors import InputError
+from ulbq.printable import one_line
 
 # A bad value shows wherever a model's own code stumbles over it.
-BUILD_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError),
-    *(RuntimeError, TypeError, ValueError),
-)
+BUILD_ERRORS = (*(ArithmeticError, AssertionError, AttributeError, LookupError), *(RuntimeError, TypeError, ValueError))
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -57,7 +55,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) ->
         with init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
     except BUILD_ERRORS as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = one_line(f"{type(error).__name__}: {error}")
         raise InputError(
             f"The configuration of '{config.name_or_path or config.model_type}' makes no model ({cause}).",
             hint="Its config.json is damaged, or was written for another version of transformers.",

@@ -4,10 +4,10 @@ import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -134,6 +134,13 @@ class ModelSource:
             self._fused[part.fused] = self.tensors.read(part.fused)
         return part.take(self._fused[part.fused])
 
+    def rows(self, name: str) -> Callable[[Sequence[int]], torch.Tensor] | None:
+        """Reads rows of a matrix as :meth:`read` gives it; None for one that is not stored as it is, by its name."""
+        stored = self.stored if type(self.stored) is LazyTensors else None
+        if stored is None or self.rotation is not None or name not in stored.names:
+            return None
+        return partial(stored.read_rows, name)
+
     @property
     def single_experts(self) -> frozenset[str]:
         """Layers of experts that an artifact stores one by one and in full, as those that were left out."""
@@ -168,6 +175,11 @@ class ModelSource:
                 return told.stored_as
         return None
 
+    @property
+    def halves(self) -> bool:
+        """Whether matrices are stored in half precision; those of blocks are read so where nothing is rotated."""
+        return self.stored_as is None and self.config.get_text_config().dtype in (torch.bfloat16, torch.float16)
+
     def check_parent(self) -> None:
         """Refuse what is only to be run and converted: another tool's integers, or ours in another tool's layout.
 
@@ -187,6 +199,11 @@ class ModelSource:
                 hint="Give the full-precision model it was made from; 'ulbq eval', 'generate' and 'convert' take it.",
             )
 
+    @property
+    def quantized(self) -> QuantizedManifest | None:
+        """The manifest of a quantized artifact; None for anything else."""
+        return self.manifest if isinstance(self.manifest, QuantizedManifest) else None
+
     @cached_property
     def packed(self) -> Mapping[str, AnyScheme]:
         """Schemes of the packed linear layers by full module name; empty where all is dense.
@@ -194,7 +211,7 @@ class ModelSource:
         Raises:
             InputError: the manifest names a scheme that this version does not know.
         """
-        layers = self.manifest.layers if isinstance(self.manifest, QuantizedManifest) else ()
+        layers = self.quantized.layers if self.quantized else ()
         try:
             return {layer.name: read_scheme(layer.scheme) for layer in layers}
         except ValueError as error:
@@ -206,7 +223,7 @@ class ModelSource:
     @cached_property
     def tables(self) -> Mapping[str, LayerRecord]:
         """The table of tokens and the head by full module name, those that are packed; a tied head is the former."""
-        tables = self.manifest.tables if isinstance(self.manifest, QuantizedManifest) else ()
+        tables = self.quantized.tables if self.quantized else ()
         return {table.name: table for table in tables}
 
     def tell(self, progress: Progress) -> None:
@@ -237,9 +254,8 @@ class ModelSource:
     @property
     def parent(self) -> str | None:
         """Of a quantized artifact, the full-precision model it was made from, as its maker gave it."""
-        if not isinstance(self.manifest, QuantizedManifest):
-            return None
-        return next((parent.path for parent in self.manifest.parents if parent.kind in FULL_PRECISION), None)
+        parents = self.quantized.parents if self.quantized else ()
+        return next((parent.path for parent in parents if parent.kind in FULL_PRECISION), None)
 
     @cached_property
     def content_hash(self) -> str:

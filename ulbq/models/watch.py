@@ -35,10 +35,12 @@ class Input(NamedTuple):
     Attributes:
         layers: their names, in execution order.
         calls: how often a pass calls each of them; 0 for a layer that it misses.
+        rows: vectors ``[in]`` that it gives each of them.
     """
 
     layers: tuple[str, ...]
     calls: int
+    rows: int
 
 
 def distinct_inputs(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list[Input]:
@@ -55,5 +57,6 @@ def distinct_inputs(layers: Mapping[str, nn.Module], run: Callable[[], object]) 
     shared: dict[tuple[int, ...], list[str]] = {}
     for name, tensors in calls.items():
         shared.setdefault(tuple(map(id, tensors)), []).append(name)
-    found = [Input(tuple(names), len(key)) for key, names in shared.items()]
-    return found + [Input((name,), 0) for name in layers if name not in calls]
+    rows = {key: sum(tensor[..., 0].numel() for tensor in calls[names[0]]) for key, names in shared.items()}
+    found = [Input(tuple(names), len(key), rows[key]) for key, names in shared.items()]
+    return found + [Input((name,), 0, 0) for name in layers if name not in calls]

@@ -32,12 +32,7 @@ class Adapter(nn.Module):
     """
 
     def __init__(
-        self,
-        config: AdapterConfig,
-        in_features: int,
-        out_features: int,
-        *,
-        generator: torch.Generator | None = None,
+        self, config: AdapterConfig, in_features: int, out_features: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         self.config = config

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ulbq import distributed, runtime
 from ulbq.artifacts.records import BlockRecord, experts_sentence, sinks_sentence
 from ulbq.artifacts.store import ArtifactWriter
 from ulbq.data.calibration import Calibration
-from ulbq.methods.base import BlockResult, BlockStart, BlockTask, check_finite, check_range
+from ulbq.methods.base import BlockResult, BlockStart, BlockTask, check_finite, check_range, set_aside
 from ulbq.methods.training import vectors_beside
 from ulbq.models.blocks import load_block
 from ulbq.models.selection import NEVER_CALLED
@@ -102,51 +103,33 @@ class BlockQuantizer:
     ) -> None:
         job, started = self._job, time.monotonic()
         prefix, planned = job.names(index)
+        most, epochs = job.method.needs.epochs, 0
         originals = {linear: linear_layer(block, linear).weight.detach() for linear in linears}
         for linear, weight in originals.items():
             check_range(prefix + linear, weight)
         if job.method.needs.trains:
             originals = {linear: set_aside(weight) for linear, weight in originals.items()}
-        epochs = 0
 
         def on_epoch(error: float) -> None:
             nonlocal epochs
             epochs += 1
             # Retries repeat epochs that were counted already.
-            most = job.method.needs.epochs
             phase.advance(int(epochs <= most), f"block {index}, error {error:.4f}")
             self._log(index * (most + 1) + min(epochs, most), {"blocks/validation_error": error})
 
-        task = BlockTask(
-            index=index,
-            block=block,
-            linears=linears,
-            importance={} if streams is None else streams.importance,
-            data=None if streams is None else streams.data(index),
-            precision=job.precision,
-            seed=job.request.seed + index,
-            on_epoch=on_epoch,
-            saliency=layer_scores(self._saliency, job.precision.device, prefix, linears),
-            start=self._start(block, prefix, linears),
-            prefix=prefix,
-            tokens={} if streams is None else dict(streams.tokens),
-            outputs=output_costs(job, self._writer.scratch, index),
-            schemes={name: job.schemes[prefix + name] for name in linears if prefix + name in job.schemes},
-        )
+        task = self._task(index, block, originals, streams, on_epoch)
         result = _as_it_is(task.start) if job.blocks_stay and task.start else self._by_method(task, streams)
         if distributed.size() > 1:  # sums of different orders round otherwise: one process's result is everyone's
             result = distributed.of_main(result.on_host())
         check_finite(index, result)
+        block.to_empty(device="meta")  # all that is wanted of it now is in the result and in the originals
         shard = self._writer.path / layout.block_shard(index)
         layout.write_block(shard, prefix, job.source, job.model.get_submodule(prefix[:-1]), result)
-        records: dict[str, Any] = {
-            "layers": [
-                layer_record(
-                    job, prefix + name, _back(originals[name], job), result.packed[name], result.schemes.get(name)
-                )
-                for name in linears
-            ]
-        }
+        layers = []
+        for name, weight in originals.items():
+            original = weight.to(job.precision.device, torch.float32)
+            layers.append(layer_record(job, prefix + name, original, result.packed[name], result.schemes.get(name)))
+        records: dict[str, Any] = {"layers": layers}
         if result.outcome is not None:
             records["block"] = block_record(index, result.outcome, time.monotonic() - started)
             self._report(index, result.outcome)
@@ -161,7 +144,34 @@ class BlockQuantizer:
             files.append(self._writer.scratch / layout.adapter_shard(index))
             layout.write_adapters(files[-1], prefix, result.adapters)
         self._writer.record(str(index), records, files=files)
-        phase.advance(1 + job.method.needs.epochs - min(epochs, job.method.needs.epochs), f"block {index}")
+        phase.advance(1 + most - min(epochs, most), f"block {index}")
+
+    def _task(
+        self,
+        index: int,
+        block: nn.Module,
+        originals: dict[str, torch.Tensor],
+        streams: Streams | None,
+        on_epoch: Callable[[float], None],
+    ) -> BlockTask:
+        job, prefix, linears = self._job, self._job.names(index)[0], tuple(originals)
+        return BlockTask(
+            index=index,
+            block=block,
+            linears=linears,
+            importance={} if streams is None else streams.importance,
+            data=None if streams is None else streams.data(index),
+            precision=job.precision,
+            seed=job.request.seed + index,
+            on_epoch=on_epoch,
+            saliency=layer_scores(self._saliency, job.precision.device, prefix),
+            start=self._start(block, prefix, linears),
+            prefix=prefix,
+            tokens={} if streams is None else dict(streams.tokens),
+            outputs=output_costs(job, self._writer.scratch, index),
+            schemes={name: job.schemes[prefix + name] for name in linears if prefix + name in job.schemes},
+            originals=originals,
+        )
 
     def _by_method(self, task: BlockTask, streams: Streams | None) -> BlockResult:
         """What the method makes of a block; where no full-precision stream has called its layers, the method has to."""
@@ -196,16 +206,6 @@ class BlockQuantizer:
         said = {index: journal[str(index)].get("warnings", ()) for index in range(self._job.found.n_blocks)}
         for sentence in gathered(said):
             self._progress.warn(sentence)
-
-
-def set_aside(weight: torch.Tensor) -> torch.Tensor:
-    """A weight out of training's way: in the process's memory, and in half precision where that changes no value."""
-    halves = (weight.to(dtype) for dtype in (torch.bfloat16, torch.float16))
-    return next((half for half in halves if torch.equal(half.float(), weight)), weight).cpu()
-
-
-def _back(weight: torch.Tensor, job: Job) -> torch.Tensor:
-    return weight.to(job.precision.device, torch.float32)
 
 
 def _outcome_notes(outcome: TrainOutcome) -> list[tuple[str, str]]:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ulbq import __version__, runtime
+from ulbq import runtime
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import ConvertedManifest, Manifest, QuantizedManifest, read_manifest
 from ulbq.artifacts.records import BitsReport
-from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter
 from ulbq.config.convert import ENGINES, ConvertRequest
 from ulbq.errors import InputError, UsageError
 from ulbq.export import card, engines, fit, packed
@@ -38,21 +38,12 @@ def convert(
     source = resolve(request.source, offline=request.offline, verify=request.verify)
     source.tell(progress)
     into, job = _plan(request, source, progress)
-    identity = fingerprint(
-        {
-            "ulbq": __version__,
-            "source": source.content_hash,
-            "to": into.name,
-            "dtype": job.dtype,
-            "merge_adapter": job.merge_adapter,
-            "untie": job.untie,
-        }
-        | ({"fast_types": True} if job.fast_types else {})
-    )
+    decisive = {"source": source.content_hash, "to": into.name, "dtype": job.dtype, "untie": job.untie}
+    decisive |= {"merge_adapter": job.merge_adapter} | ({"fast_types": True} if job.fast_types else {})
     stem = f"{source.name}-{'merged-' if job.merge_adapter else ''}{into.name}"
-    out = request.out or free_output(DEFAULT_ROOT, f"{stem}-{job.dtype}" if into.name == "dense" else stem, identity)
+    stem += f"-{job.dtype}" if into.name == "dense" else ""
     watch = runtime.Stopwatch()
-    with ArtifactWriter(out, identity, force=request.force, spare=[source.path]) as writer:
+    with ArtifactWriter.begin(request.out, stem, decisive, force=request.force, spare=[source.path]) as writer:
         with watch.phase("write"), progress.phase("Writing", into.steps(source)) as phase:
             written = into.write(job, writer.path, lambda name: phase.advance(detail=name))
             writer.plan(*written.names)

@@ -90,7 +90,7 @@ def train_end_to_end(
     settings = job.method.needs.end_to_end
     if settings is None:
         raise ValueError("there is no end-to-end phase")
-    phase = _Phase(job, writer, progress, settings, Examples(text.tokens, job.text_samples, text.mask))
+    phase = _Phase(job, writer, progress, settings, Examples(text.tokens, job.request.text_samples, text.mask))
     phase.after.blocks.mkdir(exist_ok=True)
     last = latest(writer)
     if last is None or not phase.over or (last.best[0] and not phase.tuned):

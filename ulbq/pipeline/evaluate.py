@@ -3,18 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ulbq import __version__, distributed, runtime
-from ulbq.artifacts import (
-    DEFAULT_ROOT,
-    ArtifactWriter,
-    EvaluationManifest,
-    Parent,
-    QuantizedManifest,
-    fingerprint,
-    free_output,
-    read_back,
-)
+from ulbq import distributed, runtime
+from ulbq.artifacts import ArtifactWriter, EvaluationManifest, Parent, QuantizedManifest, read_back
 from ulbq.artifacts.names import local_path
 from ulbq.config.evaluate import EvaluateRequest
 from ulbq.evaluation.generative import Sample
@@ -53,13 +45,10 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
     progress = Recording(progress or Silent())
     job = prepare(request, progress)
     runtime.seed_everything(request.seed)
-    identity = _fingerprint(job)
-    out = request.out or free_output(DEFAULT_ROOT, _stem(job), identity)
     watch = runtime.Stopwatch()
     used = [one.source.path for one in [*job.candidates, *job.parents]] + [local_path(one.path) for one in job.recorded]
-    with ArtifactWriter(out, identity, force=request.force, spare=used) as writer:
-        if writer.resumed:
-            progress.note(f"Resuming {out}: {len(writer.journal)} measurements are done.")
+    with ArtifactWriter.begin(request.out, _stem(job), _decisive(job), force=request.force, spare=used) as writer:
+        writer.tell(progress, f"{len(writer.journal)} measurements")
         measurer = Measurer(request, job.measures, writer, watch, progress) if job.measures else None
         results = _measure(job, measurer)
         manifest = EvaluationManifest(
@@ -72,27 +61,29 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> tupl
             results=results.model_dump(mode="json"),
             warnings=tuple(progress.warnings),
         )
-        distributed.on_main(_write, job, results, manifest, writer.path)
-        if measurer is not None and measurer.samples:
-            distributed.on_main(_write_samples, measurer.samples, writer.path)
-        writer.plan(RESULTS, REPORT, *([SAMPLES] if measurer is not None and measurer.samples else []))
+        samples = measurer.samples if measurer else []
+        distributed.on_main(_write, job, results, manifest, samples, writer.path)
+        writer.plan(RESULTS, REPORT, *([SAMPLES] if samples else []))
         path = writer.finish(manifest)
     return path, read_back(path, EvaluationManifest)
 
 
-def _write(job: EvaluationJob, results: Results, manifest: EvaluationManifest, folder: Path) -> None:
+def _write(
+    job: EvaluationJob,
+    results: Results,
+    manifest: EvaluationManifest,
+    samples: Sequence[tuple[str, Sample]],
+    folder: Path,
+) -> None:
     text = json.dumps(manifest.results, indent=2, ensure_ascii=False) + "\n"
     (folder / RESULTS).write_text(text, encoding="utf-8")
     title = job.candidates[0].name if len(job.candidates) == 1 and not job.recorded else "Comparison"
     created = f"{manifest.created[:16].replace('T', ' ')} UTC"
     page = report(title, results, _quantized(job), created=created)
     (folder / REPORT).write_text(page, encoding="utf-8")
-
-
-def _write_samples(samples: Sequence[tuple[str, Sample]], folder: Path) -> None:
-    """One line an answer, for people to look at."""
-    lines = (json.dumps({"model": name, **sample.model_dump()}, ensure_ascii=False) for name, sample in samples)
-    (folder / SAMPLES).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    if samples:  # for people to look at
+        lines = (json.dumps({"model": name, **sample.model_dump()}, ensure_ascii=False) for name, sample in samples)
+        (folder / SAMPLES).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _measure(job: EvaluationJob, measurer: Measurer | None) -> Results:
@@ -106,23 +97,21 @@ def _measure(job: EvaluationJob, measurer: Measurer | None) -> Results:
     return Results(protocol=job.protocol, models=merge(scores, job.recorded))
 
 
-def _fingerprint(job: EvaluationJob) -> str:
+def _decisive(job: EvaluationJob) -> dict[str, Any]:
+    """What decides the result."""
     request = job.request.model_dump(
         mode="json",
         exclude={"out", "force", "sources", "parent", "data_dir", "offline", "verify", "score_cache", "stream"},
     )
     measured = job.measures
-    return fingerprint(
-        {
-            "ulbq": __version__,
-            "request": request,
-            "protocol": job.protocol,
-            "texts": [measured.perplexity, measured.fidelity] if measured else [],
-            "models": {one.name: one.source.content_hash for one in [*job.candidates, *job.parents]},
-            "recorded": [one.manifest.digest for one in job.recorded],
-            "device": str(job.device),
-        }
-    )
+    return {
+        "request": request,
+        "protocol": job.protocol,
+        "texts": [measured.perplexity, measured.fidelity] if measured else [],
+        "models": {one.name: one.source.content_hash for one in [*job.candidates, *job.parents]},
+        "recorded": [one.manifest.digest for one in job.recorded],
+        "device": str(job.device),
+    }
 
 
 def _ancestors(job: EvaluationJob) -> tuple[Parent, ...]:

@@ -96,10 +96,7 @@ def prepare(request: EvaluateRequest, progress: Progress) -> EvaluationJob:
 
 
 def measures_of(
-    request: EvaluateRequest,
-    candidates: Sequence[EvaluatedModel],
-    device: torch.device,
-    progress: Progress,
+    request: EvaluateRequest, candidates: Sequence[EvaluatedModel], device: torch.device, progress: Progress
 ) -> Measures:
     """What a request comes to for these models. Raises as :func:`prepare`."""
     perplexity, fidelity = _texts(request, candidates, progress)

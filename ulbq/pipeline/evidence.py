@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ulbq.artifacts import SweepManifest
 from ulbq.artifacts.manifest import MANIFEST_NAME, load_manifest
+from ulbq.artifacts.records import Record
 from ulbq.errors import InputError
 from ulbq.evaluation.results import Results
 from ulbq.pipeline.recipes import OPTIONS
@@ -20,7 +21,7 @@ from ulbq.pipeline.sweep_points import by_setting, measured
 _TEXT = "perplexity, wikitext2"
 
 
-class Evidence(BaseModel):
+class Evidence(Record):
     """What a setting gave on one model.
 
     Attributes:
@@ -33,8 +34,6 @@ class Evidence(BaseModel):
         seconds: of quantizing it; None where nobody knows.
         device: on which that took so long.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     options: dict[str, Any]

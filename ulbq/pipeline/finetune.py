@@ -8,12 +8,12 @@ from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.config.finetune import END_TO_END_NAMES, OF_END_TO_END, OF_TASKS, FinetuneOptions
 from ulbq.config.options import renamed
 from ulbq.config.quantize import QuantizeRequest, takes
-from ulbq.errors import InputError, UsageError
+from ulbq.errors import UsageError
 from ulbq.methods import METHODS
 from ulbq.models.adapter_files import adapter_folder, read_adapter
-from ulbq.models.source import ModelSource, resolve
+from ulbq.models.source import ModelSource
 from ulbq.pipeline import finetune_plan, finetune_run, quantize
-from ulbq.pipeline.finetune_plan import FinetuneJob, FinetunePlan
+from ulbq.pipeline.finetune_plan import FinetuneJob, FinetunePlan, open_quantized
 from ulbq.pipeline.quantization_plan import QuantizePlan
 from ulbq.pipeline.tasks import load_task
 from ulbq.progress import Progress
@@ -96,13 +96,7 @@ def end_to_end_request(source: str, options: Mapping[str, Any]) -> QuantizeReque
     Raises:
         InputError: no quantized artifact, or one that cannot be read.
     """
-    found = resolve(source, offline=bool(options.get("offline")))
-    if not isinstance(found.manifest, QuantizedManifest):
-        raise InputError(
-            f"'{source}' is no quantized artifact, and there is nothing to fine-tune end to end.",
-            hint="Quantize it first: 'ulbq quantize'.",
-        )
-    manifest = found.manifest
+    found, manifest = open_quantized(source, "fine-tune end to end", offline=bool(options.get("offline")), verify=True)
     own = manifest.method in METHODS and "end_to_end" in takes(manifest.method)
     method = manifest.method if own else TRAINABLE[manifest.scheme["format"]].method
     known = takes(method)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from torch.nn import Linear as DenseLinear
 from transformers import PreTrainedModel
 
 from ulbq import runtime
 from ulbq.artifacts.disk import changed, sha256_file
 from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.artifacts.records import Record
 from ulbq.artifacts.shards import INDEX_NAME
 from ulbq.blockwise.walk import check_length
 from ulbq.config.adapter import AdapterConfig
@@ -49,7 +49,7 @@ from ulbq.training.precision import Precision
 _TRAINED_COPIES = 4
 
 
-class FinetuneCost(BaseModel):
+class FinetuneCost(Record):
     """Predicted cost of a run, in bytes.
 
     Attributes:
@@ -59,15 +59,13 @@ class FinetuneCost(BaseModel):
         activations: one micro-batch's activations and logits.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     peak_memory: int
     base: int
     training: int
     activations: int
 
 
-class FinetunePlan(BaseModel):
+class FinetunePlan(Record):
     """What a run would do and cost.
 
     Attributes:
@@ -80,8 +78,6 @@ class FinetunePlan(BaseModel):
         template: how questions are laid out; None for plain text.
         steps: optimiser steps.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     request: FinetuneRequest
     model: str
@@ -143,7 +139,7 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
         InputError: no quantized artifact, a damaged one, one that cannot be trained; unreadable data.
         ResourceError: data or device are missing.
     """
-    source, manifest = _open(given, offline=bool(options.get("offline")))
+    source, manifest = open_quantized(given, "fine-tune", offline=bool(options.get("offline")), verify=False)
     folder = adapter_folder(source)
     request = request_of(given, task, options, adapted=folder is not None)
     check_tracker(request.log_to)
@@ -170,7 +166,7 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
         progress=progress,
     )
     settings = settings_of(request, len(examples.train))
-    parameters, cost = _cost(request, source, model, adapter, linears, examples, precision)
+    parameters, cost = _cost(request, source, manifest, model, adapter, linears, examples, precision)
     plan = FinetunePlan(
         request=request,
         model=manifest.name,
@@ -190,15 +186,15 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
     return FinetuneJob(request, source, manifest, examples, settings, precision, adapter, trained, linears, plan)
 
 
-def _open(given: str, *, offline: bool) -> tuple[ModelSource, QuantizedManifest]:
-    """The artifact that learns; nothing of it is hashed yet. Raises InputError."""
-    source = resolve(given, offline=offline, verify=False)
-    if not isinstance(source.manifest, QuantizedManifest):
+def open_quantized(given: str, what: str, *, offline: bool, verify: bool) -> tuple[ModelSource, QuantizedManifest]:
+    """The artifact that learns, and its manifest; ``what`` is done to it. Raises InputError for anything else."""
+    source = resolve(given, offline=offline, verify=verify)
+    if source.quantized is None:
         raise InputError(
-            f"'{given}' is no quantized artifact, and there is nothing to fine-tune.",
+            f"'{given}' is no quantized artifact, and there is nothing to {what}.",
             hint="Quantize it first: 'ulbq quantize'.",
         )
-    return source, source.manifest
+    return source, source.quantized
 
 
 def _check_whole(folder: Path, manifest: QuantizedManifest, *, adapter: bool) -> None:
@@ -246,6 +242,7 @@ def _check_trainable(source: ModelSource, adapter: AdapterConfig, linears: tuple
 def _cost(
     request: FinetuneRequest,
     source: ModelSource,
+    manifest: QuantizedManifest,
     model: PreTrainedModel,
     adapter: AdapterConfig,
     linears: tuple[str, ...],
@@ -253,7 +250,7 @@ def _cost(
     precision: Precision,
 ) -> tuple[int, FinetuneCost]:
     """How many parameters train, and what the run needs."""
-    layers, manifest = {name: linear_layer(model, name) for name in source.packed}, _manifest(source)
+    layers = {name: linear_layer(model, name) for name in source.packed}
     parameters = sum(
         adapter.rank * (layers[name].in_features + layers[name].out_features)
         + (layers[name].out_features if adapter.dora else 0)
@@ -305,12 +302,6 @@ def _scales(scheme: AnyScheme, layer: DenseLinear) -> int:
     specs = scheme.tensors(layer.out_features, layer.in_features).values()
     trained = [s for s in specs if s.dtype == "float16" and s.role in ("scales", "codebooks", "zeros")]
     return sum(spec.bits for spec in trained) // 16
-
-
-def _manifest(source: ModelSource) -> QuantizedManifest:
-    if not isinstance(source.manifest, QuantizedManifest):
-        raise TypeError("no quantized artifact")
-    return source.manifest
 
 
 def side_files(manifest: QuantizedManifest) -> list[str]:

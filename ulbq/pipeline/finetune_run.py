@@ -5,16 +5,17 @@ import operator
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 
-from ulbq import __version__, distributed, runtime
+from ulbq import distributed, runtime
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
 from ulbq.artifacts.records import FinetuneRecord
-from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.artifacts.store import ArtifactWriter
 from ulbq.config.finetune import NOT_IN_FINGERPRINT
 from ulbq.data.examples import ExampleSet, padding
 from ulbq.errors import NumericsError
@@ -66,16 +67,15 @@ def finetune(
     """
     progress = Recording(progress or Silent())
     watch = runtime.Stopwatch()
-    identity = _fingerprint(job)
-    out = job.request.out or free_output(DEFAULT_ROOT, name or telling_name(job), identity)
+    place: dict[str, Any] = {"force": job.request.force, "spare": [job.source.path]}
     with (
         runtime.deterministic(job.request.deterministic),
-        ArtifactWriter(out, identity, force=job.request.force, spare=[job.source.path]) as writer,
+        ArtifactWriter.begin(job.request.out, name or telling_name(job), _decisive(job), **place) as writer,
         tracked(job.request.log_to, writer.name, job.request.model_dump(mode="json")) as log,
     ):
         noted = latest(writer)
-        if writer.resumed and noted is not None:
-            progress.note(f"Resuming {out}: {noted.step} of {job.plan.steps} steps are done.")
+        if noted is not None:
+            writer.tell(progress, f"{noted.step} of {job.plan.steps} steps")
         distributed.on_main(take_over, job, writer)
         with watch.phase("load"):
             model = _load(job)
@@ -110,19 +110,17 @@ def telling_name(job: FinetuneJob) -> str:
     return f"{Path(job.request.source).resolve().name}-{job.request.task}"
 
 
-def _fingerprint(job: FinetuneJob) -> str:
-    return fingerprint(
-        {
-            "command": "finetune",
-            "ulbq": __version__,
-            "schema": SCHEMA_VERSION,
-            "source": job.source.content_hash,
-            "request": job.request.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
-            "device": job.precision.device.type,
-            "precision": job.plan.precision,
-            "data": job.examples.sha256,
-        }
-    )
+def _decisive(job: FinetuneJob) -> dict[str, Any]:
+    """What decides the result."""
+    return {
+        "command": "finetune",
+        "schema": SCHEMA_VERSION,
+        "source": job.source.content_hash,
+        "request": job.request.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
+        "device": job.precision.device.type,
+        "precision": job.plan.precision,
+        "data": job.examples.sha256,
+    }
 
 
 def _load(job: FinetuneJob) -> PeftModel:

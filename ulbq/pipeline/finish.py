@@ -194,8 +194,8 @@ def _temperature(job: Job, writer: ArtifactWriter) -> TemperatureRecord | None:
     """What was fitted in this run, or lies in the artifact that it went on from."""
     if TEMPERATURE in writer.journal:
         return TemperatureRecord.model_validate(writer.journal[TEMPERATURE])
-    manifest = None if job.start is None else job.start.source.manifest
-    return manifest.temperature if isinstance(manifest, QuantizedManifest) else None
+    manifest = None if job.start is None else job.start.source.quantized
+    return None if manifest is None else manifest.temperature
 
 
 def _write_adapter(job: Job, writer: ArtifactWriter) -> int:

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from ulbq import runtime
+from ulbq.artifacts.records import Record
 from ulbq.config.generate import GenerateRequest
 from ulbq.models.decoding import TextStream, check_room
 from ulbq.models.load import model_memory
@@ -13,7 +13,7 @@ from ulbq.progress import Progress, Silent
 from ulbq.serving.generator import TextGenerator
 
 
-class Generation(BaseModel):
+class Generation(Record):
     """What was written, and what it took.
 
     Attributes:
@@ -29,8 +29,6 @@ class Generation(BaseModel):
         peak_memory: largest resident memory of the process, in bytes, all libraries included.
         device_memory: largest memory taken on a GPU, in bytes; None on a CPU.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     device: str

@@ -5,18 +5,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from ulbq import limits
 from ulbq.artifacts.disk import write_atomically, writing
 from ulbq.artifacts.names import local_path
-from ulbq.artifacts.records import LayerRecord
+from ulbq.artifacts.records import LayerRecord, Record
 from ulbq.artifacts.small_files import read_small
 from ulbq.artifacts.yaml_files import parse_yaml
 from ulbq.errors import InputError, UsageError
 from ulbq.formats import FORMATS, AnyScheme, read_scheme
 from ulbq.models.blocks import Linear, ModelStructure, check_group
 from ulbq.models.selection import matches
+from ulbq.printable import one_line
 
 if TYPE_CHECKING:
     from ulbq.pipeline.quantization_plan import QuantizePlan
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
 _HINT = "A plan is a YAML map, as in 'mlp.down_proj: {bits: 4, group_size: 32}' and 'layers.0: {skip: true}'."
 
 
-class LayerSettings(BaseModel):
+class LayerSettings(Record):
     """What a plan says of the layers of one pattern; None leaves what the run's options say."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: Literal[1, 2, 3, 4, 6, 8] | None = None
     group_size: int | None = None
@@ -64,7 +63,7 @@ def read_plan(given: str | None) -> LayerPlan:
         where = ".".join(map(str, first["loc"])) or "the settings of a pattern"
         raise InputError(f"The plan '{given}' cannot be read: {where}: {first['msg'].lower()}.", hint=_HINT) from error
     except (ValueError, yaml.YAMLError) as error:
-        cause = " ".join(str(error).split())
+        cause = one_line(str(error))
         raise InputError(f"The plan '{given}' cannot be read: {cause}.", hint=_HINT) from error
     for pattern, settings in found.items():
         if all(value is None for value in settings.model_dump(exclude_unset=True).values()):
@@ -76,7 +75,7 @@ def read_plan(given: str | None) -> LayerPlan:
 
 def skipped_by(plan: LayerPlan, found: ModelStructure) -> tuple[str, ...]:
     """Full names of the layers that a plan leaves out. Raises InputError for a pattern that no layer matches."""
-    layers = [layer for block in found.linears for layer in block]
+    layers = found.layers
     for pattern in plan:
         if not any(matches(pattern, layer.name) for layer in layers):
             raise InputError(f"The plan's pattern '{pattern}' matches no linear layer of the model's blocks.")

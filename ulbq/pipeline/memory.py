@@ -11,10 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ulbq.data.generate import writing_memory
 from ulbq.methods.base import Needs
-from ulbq.methods.in_sequence import FEWEST_TOKENS
 from ulbq.models.blocks import Linear, block_list
 from ulbq.models.tables import has_plain_tables
-from ulbq.solvers.hessian import factor_memory
+from ulbq.solvers.hessian import FEWEST_TOKENS, factor_memory, sum_memory
 
 FLOAT, HALF = 4, 2
 # Columns² of a Hessian as a drift of inputs is made good (`solvers/drift.py`): both sums in float64, the factor, and
@@ -24,8 +23,8 @@ OPENED_COPIES = 2
 """Of an artifact's weights that live together while it is opened at the end of a run."""
 # A weight of a packed layer while it is made dense to be looked at: codes, float32, and the dtype that is asked for.
 DENSE_BYTES = 9
-# Of each weight of a matrix whose turn was, or is to come: itself as stacked, its code, and its share of a scale.
-_SOLVED_BYTES = 5.5
+# Of each weight that is solved: its code, and its share of a scale.
+_FOUND_BYTES = 1.5
 # Weights of a table of tokens, or of a head, that are rounded at a time.
 TABLE_PART = 1 << 22
 # Values of a layer that are compared at a time with what is stored: both in float64, and their difference.
@@ -62,8 +61,8 @@ class Sizes:
     halved: int = 0
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Sizes":
-        """Of a skeleton."""
+    def of(cls, model: PreTrainedModel, *, halves: bool = False) -> "Sizes":
+        """Of a skeleton, and whether its matrices are stored in half precision."""
         config = model.config.get_text_config()
         weights = sum(p.numel() for p in model.parameters())
         inside = tuple(sum(p.numel() for p in block.parameters()) for block in block_list(model)[1])
@@ -72,7 +71,7 @@ class Sizes:
         tables = [0 if one is None else sum(p.numel() for p in one.parameters()) for one in (embedding, head)]
         tied = head is None or head.weight is embedding.weight
         own = [0, 0] if tied else tables
-        half = has_plain_tables(model) and config.dtype in (torch.bfloat16, torch.float16)
+        half = halves and has_plain_tables(model)
         return cls(
             hidden=int(config.hidden_size),
             vocabulary=int(config.vocab_size),
@@ -111,8 +110,12 @@ class Sizes:
         return held + max(beside, dtype.itemsize * self.table if streamed_room is None else 0)
 
     def held_at_once(self, itemsize: int, *, streamed: bool) -> int:
-        """Bytes of the weights that are in memory while the model is called: all, or one block of them."""
-        return itemsize * (self.outer + max(self.inside) if streamed else self.weights)
+        """Bytes of the weights that are in memory while the model is called: all, or one block of them.
+
+        With one block, rows of an embedding in half precision come from the disk, unless it is the head.
+        """
+        outer = self.ending if self.halved else self.outer
+        return itemsize * (outer + max(self.inside) if streamed else self.weights)
 
     def passed(self, itemsize: int, kept: int, tokens: int, widest: int, logits: int) -> int:
         """Bytes of passing all blocks one after the other, and of the head behind them.
@@ -182,13 +185,14 @@ def input_groups(linears: Sequence[Linear]) -> dict[tuple[str, int], list[Linear
     return groups
 
 
-def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int) -> int:
+def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int, *, aside: int = FLOAT) -> int:
     """Bytes that the closed forms of a block's layers take, the block itself not counted.
 
     Args:
         linears: of the block.
         needs: of the method.
         tokens: that second moments are made of.
+        aside: of each weight that was solved, bytes of what it was.
     """
     if needs.hessians == "none":
         return round(needs.layer_bytes * layer_size(linears))
@@ -202,26 +206,41 @@ def solving_memory(linears: Sequence[Linear], needs: Needs, tokens: int) -> int:
     drifts = needs.drifts
     solved = most = 0
     for keys in stages.values():
-        # Of an input, how far it has drifted, and of each layer that reads it its own.
-        sums = [
-            (1 + drifts + needs.heldout_moments + needs.output_groups * len(groups[key])) * FLOAT * key[1] ** 2
-            for key in keys
-        ]
+        sums = [_moments(key, len(groups[key]), needs, tokens) for key in keys]
         live = sum(sums)
         for key, own in zip(keys, sums, strict=True):
             layers, columns = groups[key], key[1]
             whole = sum(linear.out_features * linear.in_features for linear in layers)
-            size = whole if needs.stacked else layer_size(layers)
-            at_once = min(size, needs.at_once or size)
-            solving = FLOAT * columns**2 + round(needs.layer_bytes * at_once + _SOLVED_BYTES * (size - at_once))
-            correcting = 0
-            enough = tokens >= FEWEST_TOKENS * columns
-            if enough or not needs.rounds_few:
-                factored = max(columns, wide(layers)) if needs.between_outputs else columns
-                solving = max(solving, factor_memory(factored) + (FLOAT * size if needs.stacked else 0))
-            if enough and drifts:
-                solving, correcting = solving + FLOAT * whole, _DRIFT_BYTES * columns**2
+            solving, correcting = _solving(layers, columns, needs, tokens), 0
+            if drifts and tokens >= FEWEST_TOKENS * columns:
+                solving, correcting = solving + aside * whole, _DRIFT_BYTES * columns**2
             most = max(most, solved + live + max(solving, correcting))
             # What it was is still wanted to compare with; its second moments are not.
-            solved, live = solved + FLOAT * whole, live - own
+            solved, live = solved + aside * whole, live - own
     return most + drifts * FLOAT * sum(linear.out_features * linear.in_features for linear in linears)
+
+
+def _moments(key: tuple[str, int], layers: int, needs: Needs, tokens: int) -> int:
+    """Bytes of the sums of one input that some layers read; of members of a list nobody knows who sees few tokens."""
+    few = needs.rounds_few and tokens < FEWEST_TOKENS * key[1] and not key[0].rpartition(".")[2].isdigit()
+    # How far it has drifted, and of each layer that reads it its own.
+    count = 1 + needs.heldout_moments + needs.output_groups * layers
+    return count * sum_memory(key[1], diagonal=few) + needs.drifts * (not few) * sum_memory(key[1])
+
+
+def _solving(layers: Sequence[Linear], columns: int, needs: Needs, tokens: int) -> int:
+    """Bytes of solving some layers that read one input, its second moments not counted."""
+    size = layer_size(layers)
+    if needs.stacked:
+        size = sum(linear.out_features * linear.in_features for linear in layers)
+    at_once = min(size, needs.at_once or size)
+    # A part that goes over the end of a layer is a copy.
+    copied = FLOAT * at_once if at_once < size and len(layers) > 1 else 0
+    solving = copied + round(needs.layer_bytes * at_once + _FOUND_BYTES * (size - at_once))
+    solving = max(solving, round((FLOAT + _FOUND_BYTES) * size))
+    if needs.between_outputs:
+        solving += FLOAT * wide(layers) ** 2
+        solving = max(solving, factor_memory(wide(layers)))
+    if not needs.rounds_few:
+        return max(solving + FLOAT * columns**2, factor_memory(columns))
+    return max(solving, factor_memory(columns, overwrite=True) if tokens >= FEWEST_TOKENS * columns else 0)

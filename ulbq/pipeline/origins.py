@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ulbq.artifacts.manifest import QuantizedManifest, SaliencyManifest, is_artifact, read_manifest
 from ulbq.artifacts.names import local_path
-from ulbq.artifacts.records import RotationRecord
 from ulbq.config.adapter import AdapterConfig
 from ulbq.errors import InputError
 from ulbq.formats import AnyScheme, read_scheme
@@ -46,8 +45,8 @@ def open_origins(given: str | None, *, offline: bool, outline: bool = False) -> 
         if isinstance(manifest, SaliencyManifest):
             return Origins(_parent(path, manifest, offline), saliency=given)
     source = resolve(given, offline=offline, outline=outline)
-    if isinstance(source.manifest, QuantizedManifest):
-        return Origins(_parent(source.path, source.manifest, offline), start=source)
+    if source.quantized is not None:
+        return Origins(_parent(source.path, source.quantized, offline), start=source)
     source.check_parent()
     return Origins(source)
 
@@ -80,7 +79,7 @@ def rotation_seed(asked: bool | None, seed: int, start: ModelSource | None) -> i
     """
     if start is None:
         return seed if asked else None
-    recorded = _rotation(start)
+    recorded = start.quantized.rotation if start.quantized else None
     if asked is not None and asked != (recorded is not None):
         raise InputError(
             f"'{start.given}' was made {'without' if asked else 'with'} `rotate`, and its codes cannot be changed to "
@@ -88,10 +87,6 @@ def rotation_seed(asked: bool | None, seed: int, start: ModelSource | None) -> i
             hint="Leave out the option, or start from the full-precision model.",
         )
     return None if recorded is None else recorded.seed
-
-
-def _rotation(start: ModelSource) -> RotationRecord | None:
-    return start.manifest.rotation if isinstance(start.manifest, QuantizedManifest) else None
 
 
 class Start:
@@ -116,7 +111,7 @@ class Start:
                 hint=f"Give the full-precision model it was made from{f': {source.parent}' if source.parent else ''}.",
             )
         # Layers may have widths of their own, as a plan or a budget gave them; the rest is common to all.
-        usual = read_scheme(source.manifest.scheme) if isinstance(source.manifest, QuantizedManifest) else scheme
+        usual = read_scheme(source.quantized.scheme) if source.quantized else scheme
         others = {found for found in source.packed.values() if found.format != scheme.format}
         if usual.nominal != scheme.nominal or others:
             found = min(others, key=str, default=usual)

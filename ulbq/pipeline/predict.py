@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedModel
 
@@ -45,8 +44,6 @@ from ulbq.training.precision import Precision
 
 # Float32 copies of a block's adapters: values, gradient, two moments, two snapshots.
 _ADAPTER_COPIES = 6
-# Scores of a block's weights in float32 beside it: as read, and as they count where they weigh a penalty.
-_SCORE_COPIES = 2
 # Of each value outside the blocks as it is copied: half precision; out of a GGUF file it is float32 before.
 _COPIED, _COPIED_FROM_GGUF = 2, 6
 
@@ -100,6 +97,7 @@ def predict(
     precision: Precision,
     *,
     gguf_size: int = 0,
+    halves: bool = False,
     blocks_stay: bool = False,
     streamed: bool = False,
     tables: Mapping[Linear, AnyScheme] = {},
@@ -112,12 +110,13 @@ def predict(
         model: the skeleton of which ``found`` tells.
         precision: of the run.
         gguf_size: bytes of the model's GGUF file, which is mapped and dequantized; 0 where it has none.
+        halves: its matrices are stored in half precision.
         blocks_stay: an artifact's blocks are taken as they are.
         streamed: where all of the full-precision model is wanted, its blocks are read one after the other.
         tables: matrices outside the blocks that are packed, and how.
         schemes: of the layers that have one of their own, by full name.
     """
-    run = _Sizes(request, method, found, model, precision, gguf_size, streamed, tables, schemes)
+    run = _Sizes(request, method, found, model, precision, gguf_size, streamed, halves, tables, schemes)
     adapters = 2 * sum(run.adapter_values(block) for block in found.linears)
     whole_tables, packed_tables = run.tables_held()
     artifact = run.packed() + 2 * (run.sizes.weights - sum(run.quantized) - whole_tables) + packed_tables + adapters
@@ -192,11 +191,12 @@ class _Sizes:
     precision: Precision
     gguf_size: int
     streamed: bool
+    halves: bool = False
     tables: Mapping[Linear, AnyScheme] = field(default_factory=dict)
     schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sizes = Sizes.of(self.model)
+        self.sizes = Sizes.of(self.model, halves=self.halves)
         self.needs = self.method.needs
         self.samples, self.length = self.request.samples, self.request.sequence_length
         self.limit = self.request.activation_memory
@@ -236,7 +236,8 @@ class _Sizes:
             batch_size=SaliencySettings.batch_size,
             activation_memory=self.limit if limit is None else limit,
         )
-        return predict_scoring(asked, self.model, self.found, self.precision, gguf_size=self.gguf_size)
+        sized: dict[str, Any] = {"gguf_size": self.gguf_size, "halves": self.halves}
+        return predict_scoring(asked, self.model, self.found, self.precision, **sized)
 
     def output_costs(self, linears: Sequence[Linear]) -> int:
         """Bytes of what errors at the outputs of some layers cost."""
@@ -307,9 +308,13 @@ class _Sizes:
 
     def _as_read(self, index: int) -> int:
         """Bytes of a block's weights beside what trains: to be compared with, or looked at by a penalty."""
-        exact = self.model.config.get_text_config().dtype in (torch.bfloat16, torch.float16)
-        halved = exact and self.needs.trains and self.needs.saliency is None
-        return (HALF if halved else FLOAT) * self.quantized[index]
+        halved = self.needs.trains or self.needs.hessians != "none"
+        return (self._aside_bytes if halved else FLOAT) * self.quantized[index]
+
+    @property
+    def _aside_bytes(self) -> int:
+        """Bytes of a weight that is set aside."""
+        return HALF if self.halves and not self.request.rotate else FLOAT
 
     def _trains(self, index: int) -> int:
         """Weights of a block that train at once: all, or those of layers that read the same input."""
@@ -327,19 +332,28 @@ class _Sizes:
         """
         quantized, inside = self.quantized[index], self.sizes.inside[index]
         linears, needs = self.found.linears[index], self.needs
-        scores = 0 if needs.saliency is None else (_SCORE_COPIES if needs.trains else 1) * FLOAT * quantized
+        # All those that weigh a penalty; others are read layer by layer.
+        scores = 0 if needs.saliency is None else FLOAT * (quantized if needs.trains else layer_size(linears))
         tokens = min(self.request.batch_size, self.samples) * self.length
         # What a block holds beside its linear layers (experts, for one) is there once.
         held = FLOAT * inside + scores + (self.packed() * quantized // sum(self.quantized))
-        solving = solving_memory(linears, needs, self.samples * self.length)
+        # All of them before training, else one after the other.
+        halved = needs.trains and self._aside_bytes == HALF
+        aside = 0 if on_gpu else self._aside_bytes
+        solving = solving_memory(linears, needs, self.samples * self.length, aside=0 if halved else aside)
+        solving += aside * quantized * halved
         solving += self.output_costs(linears) if needs.output_groups else 0
         passing = tokens * passed_activations(self.sizes.hidden, wide(linears)) if self.method.Options.calibrated else 0
-        phases = [held + solving, held + passing, held + compared_layer(linears)]
+        # Behind it all the block is gone, but for what its layers were.
+        back = FLOAT * layer_size(linears) if self._as_read(index) < FLOAT * quantized else 0
+        compared = held - FLOAT * inside + self._as_read(index) + back + compared_layer(linears)
+        phases = [held + solving, held + passing, compared]
         if needs.epochs or needs.adapter is not None:
             trained = min(self.request.at_once, self.samples) * self.length
             training = held - FLOAT * quantized + self._training(index, trained)
-            aside = self._aside(index) if on_gpu and needs.saliency is None else 0
-            phases.append(training + self._as_read(index) - aside)
+            # A penalty looks at the weights as read.
+            looked = self._as_read(index) if needs.saliency is not None else 0
+            phases.append(training + self._as_read(index) - (self._aside(index) - looked if on_gpu else 0))
         return max(phases)
 
     def _training(self, index: int, tokens: int) -> int:
@@ -392,7 +406,7 @@ class _Sizes:
         beside = self._trained_beside_weights()
         trained = beside + (sum(self.quantized) if settings.train == "all" else 0)
         tokens = settings.together(self.length) * self.length
-        teacher, asking, cached = self._teacher(settings)
+        teacher, asking, passed, on_disk = self._teacher(settings)
         inside = FLOAT * sum(sizes.inside)
         if settings.train != "all":
             a_weight = TRAINABLE[self.method.scheme.format].fixed_bytes
@@ -402,35 +416,38 @@ class _Sizes:
         student = self.itemsize * sizes.outer + inside + FLOAT * beside + 3 * FLOAT * trained
         copies = LOGIT_COPIES_TAUGHT if settings.needs_teacher else LOGIT_COPIES
         logits = logits_memory(sizes.vocabulary, copies, tokens, self.precision.device)
-        heads = (1 + (teacher > 0)) * sizes.head_at_work(self.itemsize)
+        cached = settings.needs_teacher and settings.teacher == "cached"
+        heads = (1 + (settings.needs_teacher and not cached)) * sizes.head_at_work(self.itemsize)
         training = teacher + student + self._step(settings, tokens) + logits + heads
         # Values and moments.
         states = settings.states(self.request.text_samples) * 3 * FLOAT * trained
-        kept = teacher if settings.needs_teacher and settings.teacher == "cached" else 0
+        kept = teacher if cached else 0
         memory = _TRAINING_LIBRARY + max(asking, reading, training)
-        return _Need(memory, _TRAINING_LIBRARY + kept, states + cached)
+        # Guesses, and the states that pass the teacher's blocks, stay on the host.
+        device = max(asking - kept - passed, reading - kept, training - kept)
+        return _Need(memory, _TRAINING_LIBRARY + kept + passed, states + on_disk, device)
 
-    def _teacher(self, settings: FinetuneSettings) -> tuple[int, int, int]:
-        """Bytes of a teacher beside the student, of a teacher at the most before it is there, and on disk."""
+    def _teacher(self, settings: FinetuneSettings) -> tuple[int, int, int, int]:
+        """Bytes of a teacher beside the student, and of one before it is there: in all, of its states, and on disk."""
         if not settings.needs_teacher:
-            return 0, 0, 0
+            return 0, 0, 0, 0
         sizes = self.sizes
         held = sizes.held_at_once(self.itemsize, streamed=self.streamed)
         asking = load_memory(held, self.itemsize * sizes.table)
         if settings.teacher == "streamed":
-            return held, asking, 0
+            return held, asking, 0, 0
         # It is gone before the student comes.
         drawn = self.request.text_samples
         tokens = (drawn + heldout_samples(drawn)) * self.length
         guesses = tokens * (settings.teacher_top_k * 8 + 4)
         kept = min(guesses, self.limit)
         if not self.streamed:
-            return kept, asking, guesses - kept
+            return kept, asking, 0, guesses - kept
         states = tokens * self.itemsize * sizes.hidden
         beside = states if states <= self.limit else 0
         logits = logits_memory(sizes.vocabulary, TEACHER_COPIES, self.length, self.precision.device)
         asking = sizes.passed(self.itemsize, beside, self.length, wide(self.layers), logits) + kept
-        return kept, asking, guesses - kept + states - beside
+        return kept, asking, beside, guesses - kept + states - beside
 
     def _step(self, settings: FinetuneSettings, tokens: int) -> int:
         """Bytes that an end-to-end step keeps of the blocks for the way back."""

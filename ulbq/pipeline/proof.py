@@ -28,6 +28,7 @@ from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline import layout
 from ulbq.pipeline.memory import OPENED_COPIES
 from ulbq.pipeline.quantization_plan import Job
+from ulbq.printable import one_line
 from ulbq.progress import Progress
 
 _TOKENS = 8
@@ -73,7 +74,7 @@ def _look(
         try:
             said = _run(folder, target, candidate, opened, streamed=needed > min(free, runtime.peak_memory()))
         except BUILD_ERRORS as error:
-            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            cause = one_line(f"{type(error).__name__}: {error}")
             raise InputError(
                 f"What was written to '{folder}' does not run ({cause[:200]}).",
                 hint="transformers, or ulbq, cannot compute with this model as it is stored: please report it.",
@@ -92,7 +93,8 @@ def _check_blocks(job: Job, source: ModelSource, folder: Path) -> None:
     for index in sorted({0, job.found.n_blocks - 1}):
         prefix = job.names(index)[0]
         packed = {name.removeprefix(prefix): one for name, one in source.packed.items() if name.startswith(prefix)}
-        opened = load_block(model, source, index, torch.float32)
+        # A walk has the first already.
+        opened = load_block(model, source, index, torch.float32) if walks[0] is None else walks[0].load(index)
         shard = folder / layout.block_shard(index)
         stored = layout.packed_block(job.model, index, shard, tuple(packed), job.method.scheme, packed)
         answers = [_answer(walk, index, block) for walk, block in zip(walks, (opened, stored), strict=True)]

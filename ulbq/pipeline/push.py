@@ -13,7 +13,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from pydantic import BaseModel, ConfigDict
 
 from ulbq.artifacts.manifest import (
     MANIFEST_NAME,
@@ -24,7 +23,7 @@ from ulbq.artifacts.manifest import (
     sealed,
 )
 from ulbq.artifacts.names import local_path
-from ulbq.artifacts.records import FileEntry
+from ulbq.artifacts.records import FileEntry, Record
 from ulbq.artifacts.whole import check_small_files, verify
 from ulbq.config.push import PushRequest
 from ulbq.data.hub import offline_by_environment
@@ -37,14 +36,12 @@ _FILE = re.compile(r"\.(jsonl?|txt|parquet|safetensors|ya?ml|gguf|csv)$")
 _QUOTED_PATH = re.compile(r"'[^']*/([^'/]+)/?'")
 
 
-class PushPlan(BaseModel):
+class PushPlan(Record):
     """What an upload would send.
 
     Attributes:
         files: bytes by the name that they have in the repository.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     repo: str
     revision: str

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from ulbq import distributed, runtime
-from ulbq.artifacts.manifest import QuantizedManifest
-from ulbq.artifacts.records import Coverage, RotationRecord
+from ulbq.artifacts.records import Coverage, Record, RotationRecord
 from ulbq.artifacts.shards import EXPERT
 from ulbq.blockwise.walk import check_length
 from ulbq.config.options import CODEBOOKS, COLUMNS, options
@@ -45,7 +44,7 @@ from ulbq.tracking import check_tracker
 from ulbq.training.precision import Precision
 
 
-class QuantizePlan(BaseModel):
+class QuantizePlan(Record):
     """What a run would do and cost.
 
     Attributes:
@@ -59,8 +58,6 @@ class QuantizePlan(BaseModel):
         reads: how often all of the full-precision model is read, block by block; 0 where it is loaded, or not wanted.
         schemes: of the layers by full name, as far as they are known; left_out: those that were to be left out.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     request: QuantizeRequest
     model: str
@@ -124,19 +121,14 @@ class Job:
     @property
     def made_by(self) -> str:
         """The method that found the codes."""
-        manifest = self.start.source.manifest if self.start is not None and self.blocks_stay else None
-        return manifest.method if isinstance(manifest, QuantizedManifest) else self.method.name
+        manifest = self.start.source.quantized if self.start is not None and self.blocks_stay else None
+        return self.method.name if manifest is None else manifest.method
 
     @property
     def calibrated(self) -> bool:
         """Whether calibration samples are wanted: by all but an end-to-end phase with a text of its own."""
         fit = self.request.fit_temperature
         return self.method.Options.calibrated and not _only_text(self.request.text, fit, self.method.needs, self.start)
-
-    @property
-    def text_samples(self) -> int:
-        """Samples that train end to end, those held out not counted."""
-        return self.request.text_samples
 
     @property
     def streamed(self) -> bool:
@@ -213,12 +205,12 @@ def prepare(request: QuantizeRequest, progress: Progress, *, outline: bool = Fal
     whole = whole_memory(run, method, found, model, precision)
     streamed = choose_streamed(run.stream, whole, device, progress)
     sized: dict[str, Any] = {"gguf_size": source.gguf_size, "blocks_stay": stay, "streamed": streamed}
-    sized |= {"tables": tables, "schemes": schemes}
+    sized |= {"halves": source.halves, "tables": tables, "schemes": schemes}
     cost = predict(run, method, found, model, precision, **sized)
     reads = whole_passes(run, method, found, model, precision) if streamed else 0
     check_coverage(covered, found, progress, allow_partial=run.allow_partial or start is not None)
     described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered, reads, bits)
-    named = {layer.name: schemes.get(layer.name, method.scheme) for block in found.linears for layer in block}
+    named = {layer.name: schemes.get(layer.name, method.scheme) for layer in found.layers}
     left = tuple(name for name, why in selected.reasons.items() if why == ASKED)
     described = described.model_copy(update={"schemes": named, "left_out": left})
     saliency = open_saliency(method.needs.saliency, source)
@@ -296,8 +288,7 @@ def _selected(
         raise UsageError("`target_bits` gives out the bits that the plan gives.", hint="Leave one of them out.")
     reasons = dict.fromkeys(skipped_by(plan, found), ASKED)
     selected = select(found, run.skip, run.only).without(reasons)
-    layers = [layer for block in selected.found.linears for layer in block]
-    schemes = planned_schemes(plan, layers, method.scheme)
+    schemes = planned_schemes(plan, selected.found.layers, method.scheme)
     return fitting(selected, method.scheme, run.group_size, schemes), schemes
 
 
@@ -308,7 +299,7 @@ def _check_model(
     check_complete(source, model)
     if method.Options.calibrated:
         check_length(model, run.sequence_length)
-    _check_targets(method, [linear for block in found.linears for linear in block])
+    _check_targets(method, found.layers)
     _check_outputs(method, found)
 
 
@@ -324,7 +315,7 @@ def _described(
     reads: int,
     bits: float,
 ) -> QuantizePlan:
-    layers = [linear for block in found.linears for linear in block]
+    layers = found.layers
     return QuantizePlan(
         request=run.record,
         model=source.name,
@@ -424,17 +415,16 @@ def _calibration(request: QuantizeRequest, method: Method, start: Start | None, 
 
 def _bits_per_weight(method: Method, found: ModelStructure, schemes: Mapping[str, AnyScheme]) -> float:
     """True bits a weight that the layers will have, adapters included."""
-    layers = [linear for block in found.linears for linear in block]
-    return planned_bits(method, layers, schemes) + _adapter_bits(method, found)
+    return planned_bits(method, found.layers, schemes) + _adapter_bits(method, found)
 
 
 def _adapter_bits(method: Method, found: ModelStructure) -> float:
     """Bits a weight of the layers' adapters; 0 without any."""
-    layers, adapter = [linear for block in found.linears for linear in block], method.needs.adapter
+    layers, adapter = found.layers, method.needs.adapter
     if adapter is None:
         return 0.0
     adapted = sum(adapter.bits(x.out_features, x.in_features) for x in layers if adapter.matches(x.name))
-    return adapted / sum(x.out_features * x.in_features for x in layers)
+    return adapted / sum(x.weights for x in layers)
 
 
 _DECIDED = (
@@ -466,7 +456,7 @@ def _check_target_bits(
     """Refuse a budget that cannot be kept, or not be spent. Raises UsageError."""
     target, reserved = method.needs.target_bits or 0.0, run.record.outlier_bits or 0.0
     # Each block keeps the target by itself, unless the whole model does.
-    whole = [linear for block in found.linears for linear in block]
+    whole = found.layers
     parts = [whole] if method.needs.survey else [block for block in found.linears if block]
     least = max(scheme_bits(method.scheme, part, schemes) for part in parts)
     if target - reserved < least:

@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ulbq import __version__, distributed, runtime
+from ulbq import distributed, runtime
 from ulbq.artifacts.manifest import SCHEMA_VERSION, QuantizedManifest, read_back
 from ulbq.artifacts.records import TemperatureRecord
 from ulbq.artifacts.shards import LazyTensors
-from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter
 from ulbq.config.quantize import NOT_IN_FINGERPRINT, QuantizeRequest
 from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE, Calibration, save_calibration
 from ulbq.errors import InputError
@@ -20,11 +21,7 @@ from ulbq.models.selection import NEVER_CALLED
 from ulbq.pipeline import layout
 from ulbq.pipeline.blocks import BlockQuantizer
 from ulbq.pipeline.end_to_end import train_end_to_end
-from ulbq.pipeline.finish import (
-    TEMPERATURE,
-    finish,
-    recorded_schemes,
-)
+from ulbq.pipeline.finish import TEMPERATURE, finish, recorded_schemes
 from ulbq.pipeline.predict import heldout_samples
 from ulbq.pipeline.proof import proof
 from ulbq.pipeline.quantization_plan import Job, QuantizePlan, plan, prepare, replanned
@@ -45,7 +42,7 @@ __all__ = ["QuantizePlan", "QuantizeRequest", "plan", "quantize"]
 def quantize(
     request: QuantizeRequest,
     progress: Progress | None = None,
-    on_plan: Callable[[QuantizePlan], None] | None = None,
+    on_plan: Callable[[QuantizePlan], None] = lambda plan: None,
     *,
     name: str | None = None,
     root: Path = DEFAULT_ROOT,
@@ -71,32 +68,28 @@ def quantize(
     """
     progress = Recording(progress or Silent())
     job = prepare(request, progress)
-    if on_plan is not None:
-        on_plan(job.plan)
+    on_plan(job.plan)
     check_room(job, progress)
     watch = runtime.Stopwatch()
     runtime.seed_everything(job.request.seed)
     drawn, text = _drawn(job, watch, progress)
-    identity = _fingerprint(job, drawn, text)
-    telling = f"{job.source.name}-{job.method.name}-{job.method.scheme.label}"
-    out = request.out or free_output(root, name or telling, identity)
+    name = name or f"{job.source.name}-{job.method.name}-{job.method.scheme.label}"
+    place: dict[str, Any] = {"root": root, "force": request.force, "spare": [job.source.path]}
     if job.source.kind == "gguf":
         job.source.tokenizer()  # written out at the end: better missed now
     if job.method.needs.searches and job.start is None and (reason := solvers.slow_reason(job.precision.device)):
         progress.note(f"No compiled solvers ({reason}): the search for the best scales takes {solvers.SLOWER}.")
     with (
         runtime.deterministic(bool(request.deterministic)),
-        ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer,
+        ArtifactWriter.begin(request.out, name, _decisive(job, drawn, text), **place) as writer,
     ):
-        if writer.resumed:
-            done = sum(key.isdigit() for key in writer.journal)
-            progress.note(f"Resuming {out}: {done} of {job.found.n_blocks} blocks are done.")
+        writer.tell(progress, f"{sum(map(str.isdigit, writer.journal))} of {job.found.n_blocks} blocks")
         if job.calibrated and drawn is None:
             with watch.phase("calibration"):
-                drawn = _written_samples(job, writer, progress, shared)
+                drawn = _written(job, job.request.drawn_samples, CALIBRATION_FILE, writer, progress, shared)
         if job.request.text is not None and text is None:
             with watch.phase("text"):
-                text = _written_text(job, writer, progress, shared)
+                text = _written(job, job.request.text_samples, TEXT_FILE, writer, progress, shared)
         for file, samples in ((CALIBRATION_FILE, drawn), (TEXT_FILE, text)):
             if samples is not None:
                 save_calibration(writer.path / file, samples)
@@ -114,8 +107,9 @@ def _drawn(job: Job, watch: runtime.Stopwatch, progress: Progress) -> tuple[Cali
         with watch.phase("calibration"):
             drawn = _draw(job, progress)
     if job.request.text not in (None, "self"):
-        with watch.phase("text"):
-            text = _draw_text(job, progress)
+        samples = job.request.text_samples
+        with watch.phase("text"), _telling_of_others(samples):
+            text = draw_text(job.request, job.source, samples + heldout_samples(samples), progress)
     return drawn, text
 
 
@@ -157,7 +151,7 @@ def _work(
         with watch.phase("temperature"):
             _write_outer(job, writer, _temperature(job, writer, calibration, progress))
     tuned = None
-    learnt = text or (None if drawn is None else _share(drawn, job.text_samples))
+    learnt = text or (None if drawn is None else _share(drawn, job.request.text_samples))
     if job.method.needs.end_to_end is not None and learnt is not None:
         with watch.phase("end to end"):
             # A tracker's steps go up: those of the blocks were before.
@@ -185,11 +179,6 @@ def _draw(job: Job, progress: Progress) -> Calibration:
     return drawn
 
 
-def _draw_text(job: Job, progress: Progress) -> Calibration:
-    with _telling_of_others(job.text_samples):
-        return draw_text(job.request, job.source, job.text_samples + heldout_samples(job.text_samples), progress)
-
-
 def _share(drawn: Calibration, samples: int) -> Calibration:
     """The first samples, which train, and of those that are held out behind them all as many as they want."""
     held = heldout_samples(samples)
@@ -205,14 +194,6 @@ def _telling_of_others(samples: int) -> Iterator[None]:
     except InputError as error:
         extra = f"Besides the {samples} that train, {heldout_samples(samples)} are drawn and held out."
         raise InputError(error.message, hint=f"{error.hint} {extra}" if error.hint else extra) from error
-
-
-def _written_samples(job: Job, writer: ArtifactWriter, progress: Progress, shared: Path | None) -> Calibration:
-    return _written(job, job.request.drawn_samples, CALIBRATION_FILE, writer, progress, shared)
-
-
-def _written_text(job: Job, writer: ArtifactWriter, progress: Progress, shared: Path | None) -> Calibration:
-    return _written(job, job.text_samples, TEXT_FILE, writer, progress, shared)
 
 
 def _written(
@@ -237,7 +218,7 @@ def _as_made(job: Job, writer: ArtifactWriter) -> Job:
     """The run with those layers alone that were quantized in it: its samples call no others."""
     entries = [writer.journal[str(index)] for index in range(job.found.n_blocks)]
     made = {name for entry in entries for name in recorded_schemes(entry, "")}
-    planned = [linear.name for block in job.found.linears for linear in block]
+    planned = [linear.name for linear in job.found.layers]
     if made.issuperset(planned):
         return job
     selected = job.selected.without({name: NEVER_CALLED for name in planned if name not in made})
@@ -266,20 +247,18 @@ def _temperature(job: Job, writer: ArtifactWriter, calibration: Calibration, pro
     return TemperatureRecord.model_validate(writer.journal[TEMPERATURE])
 
 
-def _fingerprint(job: Job, drawn: Calibration | None, text: Calibration | None) -> str:
-    return fingerprint(
-        {
-            "ulbq": __version__,
-            "schema": SCHEMA_VERSION,
-            "source": job.source.content_hash,
-            "request": job.request.record.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
-            "device": job.precision.device.type,
-            "precision": job.plan.precision,
-            "calibration": drawn.sha256 if drawn else job.request.calibration,
-            "text": text.sha256 if text else job.request.text,
-            "schemes": {name: scheme.model_dump(mode="json") for name, scheme in job.schemes.items()},
-            "layers": [linear.name for block in job.found.linears for linear in block] if job.request.plan else [],
-            "start": job.start.source.content_hash if job.start else None,
-            "saliency": job.saliency.digest if job.saliency else job.method.needs.saliency,
-        }
-    )
+def _decisive(job: Job, drawn: Calibration | None, text: Calibration | None) -> dict[str, Any]:
+    """What decides the result."""
+    return {
+        "schema": SCHEMA_VERSION,
+        "source": job.source.content_hash,
+        "request": job.request.record.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
+        "device": job.precision.device.type,
+        "precision": job.plan.precision,
+        "calibration": drawn.sha256 if drawn else job.request.calibration,
+        "text": text.sha256 if text else job.request.text,
+        "schemes": {name: scheme.model_dump(mode="json") for name, scheme in job.schemes.items()},
+        "layers": [linear.name for linear in job.found.layers] if job.request.plan else [],
+        "start": job.start.source.content_hash if job.start else None,
+        "saliency": job.saliency.digest if job.saliency else job.method.needs.saliency,
+    }

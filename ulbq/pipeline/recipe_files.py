@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
 from ulbq import limits
 from ulbq.artifacts.names import local_path
+from ulbq.artifacts.records import Record
 from ulbq.artifacts.small_files import read_small
 from ulbq.artifacts.yaml_files import parse_yaml
 from ulbq.errors import InputError, UsageError
@@ -16,7 +16,7 @@ from ulbq.errors import InputError, UsageError
 _SUFFIXES = (".yaml", ".yml")
 
 
-class Recipe(BaseModel):
+class Recipe(Record):
     """One recipe, or one task.
 
     Attributes:
@@ -26,8 +26,6 @@ class Recipe(BaseModel):
         options: fields of a request, not yet completed.
         sha256: of the file's bytes.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     description: str
@@ -70,8 +68,7 @@ def read_recipe(
     content = _yaml(title, given, raw)
     if not isinstance(content, dict) or required - content.keys() or not isinstance(content["options"], dict):
         raise InputError(
-            f"'{given}' is no {what}.",
-            hint="It has the keys name, description, source and options, the last a map.",
+            f"'{given}' is no {what}.", hint="It has the keys name, description, source and options, the last a map."
         )
     texts = {key: str(content.get(key) or "") for key in ("name", "description", "source")}
     return content | texts, hashlib.sha256(raw).hexdigest()

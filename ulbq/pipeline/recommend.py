@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ulbq import runtime
-from ulbq.artifacts.manifest import QuantizedManifest
+from ulbq.artifacts.records import Record
 from ulbq.artifacts.store import DEFAULT_ROOT
 from ulbq.config.convert import ENGINES
 from ulbq.config.options import bare, options, typed
@@ -44,7 +44,7 @@ _PLACE = ("device", "data_dir", "offline", "out", "force")
 """What a recommendation hands on to the run."""
 
 
-class Proposal(BaseModel):
+class Proposal(Record):
     """A setting on this model.
 
     Attributes:
@@ -60,8 +60,6 @@ class Proposal(BaseModel):
         sure: how far that tells of this model.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     name: str
     options: dict[str, Any]
     command: str
@@ -76,7 +74,7 @@ class Proposal(BaseModel):
     sure: Literal["this model", "another model"]
 
 
-class Recommendation(BaseModel):
+class Recommendation(Record):
     """What to do with a model.
 
     Attributes:
@@ -87,8 +85,6 @@ class Recommendation(BaseModel):
         others: what keeps the limits too.
         limits: in words.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     best: Proposal
@@ -141,7 +137,7 @@ def recommend(request: RecommendRequest, progress: Progress | None = None) -> tu
     progress = progress or Silent()
     device = runtime.resolve_device(request.device)
     source = resolve(request.source, offline=request.offline, outline=True)
-    if isinstance(source.manifest, QuantizedManifest):
+    if source.quantized is not None:
         raise InputError(
             f"'{source.given}' is quantized already.", hint="Give the full-precision model that it was made from."
         )
@@ -243,8 +239,7 @@ def _packed_bits(
         return {x.name: Layer(scheme, (x.out_features, x.in_features)) for x, scheme in own.items()}
 
     found = share.selected.found
-    linears = [linear for block in found.linears for linear in block]
-    layers = packed({linear: share.schemes.get(linear.name, method.scheme) for linear in linears})
+    layers = packed({linear: share.schemes.get(linear.name, method.scheme) for linear in found.layers})
     inside, routers = left_dense(found.skipped, layers)
     unpacked = nameless(inside, of.model) if inside else ()
     candidate = Candidate(of.source.given, of.source.config, layers, adapter, unpacked, routers, packed(share.tables))

@@ -80,6 +80,7 @@ def _cost(job: Job, **changes: Any) -> Cost:
         job.model,
         job.precision,
         gguf_size=job.source.gguf_size,
+        halves=job.source.halves,
         blocks_stay=job.blocks_stay,
         streamed=job.streamed,
         tables=job.tables,

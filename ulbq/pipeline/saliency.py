@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from ulbq import __version__, distributed, runtime
+from ulbq import distributed, runtime
 from ulbq.artifacts import BlockScores, SaliencyLayer, SaliencyManifest, read_back
 from ulbq.artifacts.disk import writing
 from ulbq.artifacts.manifest import SCHEMA_VERSION
-from ulbq.artifacts.store import DEFAULT_ROOT, ArtifactWriter, fingerprint, free_output
+from ulbq.artifacts.store import ArtifactWriter
 from ulbq.config.saliency import SaliencyRequest
 from ulbq.data.calibration import CALIBRATION_FILE, Calibration, save_calibration
 from ulbq.pipeline.saliency_page import page
@@ -28,7 +29,9 @@ def plan(request: SaliencyRequest, progress: Progress | None = None) -> Saliency
 
 
 def saliency(
-    request: SaliencyRequest, progress: Progress | None = None, on_plan: Callable[[SaliencyPlan], None] | None = None
+    request: SaliencyRequest,
+    progress: Progress | None = None,
+    on_plan: Callable[[SaliencyPlan], None] = lambda plan: None,
 ) -> tuple[Path, SaliencyManifest]:
     """Score the weights of a model.
 
@@ -47,25 +50,17 @@ def saliency(
     """
     progress = progress or Silent()
     job = prepare(request, progress)
-    if on_plan is not None:
-        on_plan(job.plan)
+    on_plan(job.plan)
     watch = runtime.Stopwatch()
     runtime.seed_everything(job.request.seed)
-    drawn = None
-    if job.request.calibration not in (None, "self"):
-        with watch.phase("calibration"):
-            drawn = draw(job.request, job.source, job.request.samples or 0, progress)
-            if drawn.images is not None:
-                check_images({f"kind={job.request.kind}": job.request.kind in BACKWARD})
-    identity = _fingerprint(job, drawn)
-    out = request.out or free_output(DEFAULT_ROOT, f"{job.source.name}-saliency-{job.request.kind}", identity)
+    drawn = _drawn(job, watch, progress)
+    name = f"{job.source.name}-saliency-{job.request.kind}"
+    place: dict[str, Any] = {"force": request.force, "spare": [job.source.path]}
     with (
         runtime.deterministic(bool(request.deterministic)),
-        ArtifactWriter(out, identity, force=request.force, spare=[job.source.path]) as writer,
+        ArtifactWriter.begin(request.out, name, _decisive(job, drawn), **place) as writer,
     ):
-        if writer.resumed:
-            done = sum(key.isdigit() for key in writer.journal)
-            progress.note(f"Resuming {out}: {done} of {job.found.n_blocks} blocks are done.")
+        writer.tell(progress, f"{sum(map(str.isdigit, writer.journal))} of {job.found.n_blocks} blocks")
         calibration = drawn
         if job.request.calibration == "self":
             with watch.phase("calibration"):
@@ -91,19 +86,28 @@ def saliency(
     return path, read_back(path, SaliencyManifest)
 
 
-def _fingerprint(job: SaliencyJob, drawn: Calibration | None) -> str:
-    return fingerprint(
-        {
-            "command": "saliency",
-            "ulbq": __version__,
-            "schema": SCHEMA_VERSION,
-            "source": job.source.content_hash,
-            "request": job.request.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
-            "device": job.settings.precision.device.type,
-            "precision": job.plan.precision,
-            "calibration": drawn.sha256 if drawn else job.request.calibration,
-        }
-    )
+def _drawn(job: SaliencyJob, watch: runtime.Stopwatch, progress: Progress) -> Calibration | None:
+    """The samples, where the model does not write them; None where it does, or none are wanted."""
+    if job.request.calibration in (None, "self"):
+        return None
+    with watch.phase("calibration"):
+        drawn = draw(job.request, job.source, job.request.samples or 0, progress)
+        if drawn.images is not None:
+            check_images({f"kind={job.request.kind}": job.request.kind in BACKWARD})
+    return drawn
+
+
+def _decisive(job: SaliencyJob, drawn: Calibration | None) -> dict[str, Any]:
+    """What decides the result."""
+    return {
+        "command": "saliency",
+        "schema": SCHEMA_VERSION,
+        "source": job.source.content_hash,
+        "request": job.request.model_dump(mode="json", exclude=set(NOT_IN_FINGERPRINT)),
+        "device": job.settings.precision.device.type,
+        "precision": job.plan.precision,
+        "calibration": drawn.sha256 if drawn else job.request.calibration,
+    }
 
 
 def _score(

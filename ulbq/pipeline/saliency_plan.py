@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from ulbq import runtime
+from ulbq.artifacts.records import Record
 from ulbq.blockwise.walk import check_length
 from ulbq.config.saliency import SaliencyRequest
 from ulbq.data.calibration import check_calibration
@@ -50,7 +50,7 @@ NOT_IN_FINGERPRINT = frozenset(
 )
 
 
-class SaliencyPlan(BaseModel):
+class SaliencyPlan(Record):
     """What a run would do and cost.
 
     Attributes:
@@ -60,8 +60,6 @@ class SaliencyPlan(BaseModel):
         disk: predicted bytes of the artifact and of what lies on disk meanwhile.
         artifact: bytes of the scores.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     request: SaliencyRequest
     model: str
@@ -121,33 +119,31 @@ def prepare(request: SaliencyRequest, progress: Progress, *, outline: bool = Fal
     check_complete(source, model)
     if request.kind != "magnitude":
         check_length(model, request.sequence_length or 0)
-    settings = SaliencySettings(
-        kind=request.kind,
-        precision=precision,
-        dtype=request.dtype,
-        batch_size=request.batch_size or 1,
-        activation_memory=request.activation_memory or 0,
-    )
-    layers = [linear for block in found.linears for linear in block]
-    whole = _writing(request, model, precision, streamed=False)
-    streamed = choose_streamed(request.stream, whole, device, progress)
-    sized: dict[str, Any] = {"gguf_size": source.gguf_size, "streamed": streamed}
+    streamed = choose_streamed(request.stream, _writing(request, model, precision, streamed=False), device, progress)
+    sized: dict[str, Any] = {"gguf_size": source.gguf_size, "halves": source.halves, "streamed": streamed}
     peak_memory, disk, artifact = predict_scoring(request, model, found, precision, **sized)
     reads = writing_passes(model.config, precision.dtype, *_amounts(request)) if streamed else 0
-    disk += _TOLD_BYTES * len(layers) + _PAGE_BYTES
+    disk += _TOLD_BYTES * len(found.layers) + _PAGE_BYTES
     disk += _TOKEN_BYTES * (request.samples or 0) * (request.sequence_length or 0)
     plan = SaliencyPlan(
         request=request,
         model=source.name,
         blocks=found.n_blocks,
-        layers=len(layers),
-        weights=sum(linear.out_features * linear.in_features for linear in layers),
+        layers=len(found.layers),
+        weights=sum(linear.weights for linear in found.layers),
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
         reads=reads,
         peak_memory=peak_memory,
         disk=disk,
         artifact=artifact,
+    )
+    settings = SaliencySettings(
+        kind=request.kind,
+        precision=precision,
+        dtype=request.dtype,
+        batch_size=request.batch_size or 1,
+        activation_memory=request.activation_memory or 0,
     )
     return SaliencyJob(request, source, model, found, settings, plan)
 
@@ -183,11 +179,12 @@ def predict_scoring(
     precision: Precision,
     *,
     gguf_size: int = 0,
+    halves: bool = False,
     streamed: bool = False,
 ) -> tuple[int, int, int]:
     """Peak memory, disk and artifact of a completed request, in bytes; the last two as of ``predict``."""
-    sizes, length = Sizes.of(model), request.sequence_length or 0
-    layers = [linear for block in found.linears for linear in block]
+    sizes, length = Sizes.of(model, halves=halves), request.sequence_length or 0
+    layers = found.layers
     backward, samples = request.kind in BACKWARD, request.samples or 0
     artifact = sum(2 * x.in_features * (1 if request.kind == "hessian" else x.out_features) for x in layers)
     artifact += _HEADER_BYTES * len(layers)

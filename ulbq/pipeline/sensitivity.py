@@ -1,6 +1,7 @@
 """What is measured before the first block is quantized: saliency, what errors cost, what a method decides by both."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -112,10 +113,6 @@ def decided(
     return dataclasses.replace(job, method=method, schemes={**job.schemes, **schemes})
 
 
-def layer_scores(
-    saliency: Saliency | None, device: torch.device, prefix: str, linears: tuple[str, ...]
-) -> dict[str, torch.Tensor] | None:
-    """Scores of a block's layers, by name inside the block; None where there are none."""
-    if saliency is None:
-        return None
-    return {linear: saliency.score(prefix + linear).to(device) for linear in linears}
+def layer_scores(saliency: Saliency | None, device: torch.device, prefix: str) -> Callable[[str], torch.Tensor] | None:
+    """Reads scores of a block's layers, by name inside the block; None where there are none."""
+    return None if saliency is None else lambda linear: saliency.score(prefix + linear).to(device)

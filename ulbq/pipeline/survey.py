@@ -15,8 +15,8 @@ from ulbq.progress import Progress
 from ulbq.sensitivity.outputs import OutputCosts
 from ulbq.training.objective import BlockData
 
-Scores = Callable[[str, tuple[str, ...]], dict[str, torch.Tensor] | None]
-"""Saliency of a block's layers, by the block's name with the dot and the layers' names inside it."""
+Scores = Callable[[str], Callable[[str], torch.Tensor] | None]
+"""Reads the saliency of a block's layers: by the block's name with the dot, then a layer's inside it."""
 Outputs = Callable[[int], dict[str, OutputCosts] | None]
 """What errors at the outputs of a block's layers cost, by the block's index."""
 
@@ -60,7 +60,7 @@ def survey(
                 precision=job.precision,
                 seed=job.request.seed + index,
                 on_epoch=lambda error: None,
-                saliency=scores(prefix, linears),
+                saliency=scores(prefix),
                 prefix=prefix,
                 outputs=outputs(index),
                 schemes={name: job.schemes[prefix + name] for name in linears if prefix + name in job.schemes},

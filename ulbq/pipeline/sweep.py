@@ -5,19 +5,10 @@ import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ulbq import __version__, runtime
-from ulbq.artifacts import (
-    DEFAULT_ROOT,
-    ArtifactWriter,
-    LayerRecord,
-    QuantizedManifest,
-    SweepManifest,
-    SweepRun,
-    fingerprint,
-    free_output,
-    read_back,
-)
+from ulbq import runtime
+from ulbq.artifacts import ArtifactWriter, LayerRecord, QuantizedManifest, SweepManifest, SweepRun, read_back
 from ulbq.config.sweep import SweepRequest
 from ulbq.errors import NumericsError
 from ulbq.evaluation.evaluated import EvaluatedModel
@@ -37,9 +28,7 @@ REPORT, TABLE = "report.html", "table.csv"
 
 
 def sweep(
-    request: SweepRequest,
-    progress: Progress | None = None,
-    on_plan: Callable[[SweepPlan], None] | None = None,
+    request: SweepRequest, progress: Progress | None = None, on_plan: Callable[[SweepPlan], None] = lambda plan: None
 ) -> tuple[Path, SweepManifest]:
     """Quantize a model by many settings and measure what comes of each. A stopped sweep goes on where it was.
 
@@ -59,33 +48,14 @@ def sweep(
     job = prepare(request, progress)
     for name, why in job.plan.left_out.items():
         progress.note(f"Left out: {name}. {why}")
-    if on_plan is not None:
-        on_plan(job.plan)
-    identity = _fingerprint(job)
-    out = request.out or free_output(DEFAULT_ROOT, f"{job.original.name}-sweep", identity)
-    watch = runtime.Stopwatch()
-    spare = [job.original.source.path]
-    with ArtifactWriter(out, identity, force=request.force, spare=spare, nested=RUNS) as writer:
-        if writer.resumed:
-            done = sum(f"{run.name}: quantize" in writer.journal for run in job.runs)
-            progress.note(f"Resuming {out}: {done} of {len(job.runs)} runs are done.")
+    on_plan(job.plan)
+    watch, name = runtime.Stopwatch(), f"{job.original.name}-sweep"
+    place: dict[str, Any] = {"force": request.force, "spare": [job.original.source.path], "nested": RUNS}
+    with ArtifactWriter.begin(request.out, name, _decisive(job), **place) as writer:
+        done = sum(f"{run.name}: quantize" in writer.journal for run in job.runs)
+        writer.tell(progress, f"{done} of {len(job.runs)} runs")
         measurer = Measurer(job.scoring, job.measures, writer, watch, progress, writer.scratch / "parent")
-        scores = [measurer.measure(job.original)]
-        found: list[SweepRun] = []
-        left_out = dict(job.plan.left_out)
-        for run, made in runs(job, writer, progress):
-            if isinstance(made, str):
-                left_out[run.name] = made
-                continue
-            try:
-                scores.append(measurer.measure(_candidate(writer, run, job.original)))
-            except NumericsError as error:
-                progress.warn(f"{run.name}: {error.message}")
-                left_out[run.name] = error.message
-                continue
-            found.append(made)
-        if not found:
-            raise NumericsError(f"No run of this sweep came to scores. {next(iter(left_out.values()))}")
+        found, scores, left_out = _measured(job, measurer, writer, progress)
         manifest = SweepManifest(
             name=writer.name,
             request=request.model_dump(mode="json"),
@@ -101,6 +71,28 @@ def sweep(
         _write(manifest, writer)
         path = writer.finish(manifest)
     return path, read_back(path, SweepManifest)
+
+
+def _measured(
+    job: SweepJob, measurer: Measurer, writer: ArtifactWriter, progress: Progress
+) -> tuple[list[SweepRun], list[ModelScores], dict[str, str]]:
+    """Every run that came to scores, those after the original's, and why the others did not, by their names."""
+    scores, left_out = [measurer.measure(job.original)], dict(job.plan.left_out)
+    found: list[SweepRun] = []
+    for run, made in runs(job, writer, progress):
+        if isinstance(made, str):
+            left_out[run.name] = made
+            continue
+        try:
+            scores.append(measurer.measure(_candidate(writer, run, job.original)))
+        except NumericsError as error:
+            progress.warn(f"{run.name}: {error.message}")
+            left_out[run.name] = error.message
+            continue
+        found.append(made)
+    if not found:
+        raise NumericsError(f"No run of this sweep came to scores. {next(iter(left_out.values()))}")
+    return found, scores, left_out
 
 
 def _candidate(writer: ArtifactWriter, run: Run, original: EvaluatedModel) -> EvaluatedModel:
@@ -138,16 +130,14 @@ def table(made: Sequence[SweepRun], scores: Sequence[ModelScores]) -> str:
     return text.getvalue()
 
 
-def _fingerprint(job: SweepJob) -> str:
+def _decisive(job: SweepJob) -> dict[str, Any]:
+    """What decides the result."""
     skipped = {"source", "out", "force", "data_dir", "offline", "settings", "parallel"}
-    return fingerprint(
-        {
-            "ulbq": __version__,
-            "source": job.original.source.content_hash,
-            "request": job.request.model_dump(mode="json", exclude=skipped),
-            "runs": [[run.name, run.request.model_dump(mode="json", exclude=skipped)] for run in job.runs],
-            "protocol": job.protocol,
-            "texts": [job.measures.perplexity, job.measures.fidelity],
-            "device": str(job.device),
-        }
-    )
+    return {
+        "source": job.original.source.content_hash,
+        "request": job.request.model_dump(mode="json", exclude=skipped),
+        "runs": [[run.name, run.request.model_dump(mode="json", exclude=skipped)] for run in job.runs],
+        "protocol": job.protocol,
+        "texts": [job.measures.perplexity, job.measures.fidelity],
+        "device": str(job.device),
+    }

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from ulbq import runtime
-from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.artifacts.names import is_component
+from ulbq.artifacts.records import Record
 from ulbq.config.evaluate import EvaluateRequest, ScoreOptions
 from ulbq.config.methods import method_options
 from ulbq.config.options import renamed
@@ -67,10 +67,8 @@ class Run:
     request: QuantizeRequest
 
 
-class PlannedRun(BaseModel):
+class PlannedRun(Record):
     """What one run would do and cost; :class:`~ulbq.pipeline.quantization_plan.QuantizePlan` has more."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     options: dict[str, Any]
@@ -79,14 +77,12 @@ class PlannedRun(BaseModel):
     cost: Cost
 
 
-class SweepPlan(BaseModel):
+class SweepPlan(Record):
     """What a sweep would do.
 
     Attributes:
         left_out: why cells of the grid have no run, by their names.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     device: str
@@ -136,7 +132,7 @@ def prepare(request: SweepRequest, progress: Progress, *, outline: bool = False)
         text_set(name)
     device = runtime.resolve_device(request.device)
     source = resolve(request.source, offline=request.offline, outline=outline)
-    if isinstance(source.manifest, QuantizedManifest):
+    if source.quantized is not None:
         raise InputError(
             f"'{source.given}' is quantized, and a sweep compares with the full-precision model.",
             hint="Give the model that it was made from.",

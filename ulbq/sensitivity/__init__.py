@@ -5,12 +5,4 @@ from ulbq.sensitivity.settings import KINDS, SaliencySettings
 from ulbq.sensitivity.spectrum import TOP, Spectrum
 from ulbq.sensitivity.stored import Saliency, block_file
 
-__all__ = [
-    "KINDS",
-    "TOP",
-    "Saliency",
-    "SaliencySettings",
-    "Spectrum",
-    "block_file",
-    "compute_saliency",
-]
+__all__ = ["KINDS", "TOP", "Saliency", "SaliencySettings", "Spectrum", "block_file", "compute_saliency"]

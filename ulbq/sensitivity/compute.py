@@ -24,12 +24,9 @@ from ulbq.models.source import ModelSource
 from ulbq.models.watch import watching
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.progress import Phase, Progress, Silent
-from ulbq.sensitivity.passing import Passing
+from ulbq.sensitivity.passing import BACK, Passing
 from ulbq.sensitivity.settings import BACKWARD, SaliencySettings
 from ulbq.sensitivity.stored import block_file, write_scores
-
-BACK = 3
-"""Steps that a block's way back counts as, where its way forward counts as one: that again, and twice as much back."""
 
 
 def compute_saliency(
@@ -127,14 +124,7 @@ class _Scoring:
 
     def gradients(self, passing: Passing, phase: Phase) -> None:
         """Score by the gradients of the loss, on one pass forward and one back."""
-        for index in range(self.found.n_blocks):
-            passing.forward(index, passing.walk.load(index), keep=True)
-            phase.advance(detail=f"block {index} forward")
-        loss = passing.turn()
-        first = min(index for index in range(self.found.n_blocks) if index not in self.done)
-        for index in reversed(range(first, self.found.n_blocks)):
-            passing.reach(index)
-            block = passing.walk.load(index)
+        for index, block, loss in passing.both_ways(self.done, phase):
             if index in self.done:
                 passing.backward(index, block)
             else:
@@ -143,8 +133,6 @@ class _Scoring:
                     passing.backward(index, block)
                 share = 1 if self.settings.kind == "fisher" else passing.samples
                 self._write(index, {linear: sums[weight] / share for linear, weight in weights.items()}, loss)
-            phase.advance(BACK, detail=f"block {index} backward")
-        phase.advance(BACK * first)
 
     def _write(self, index: int, scores: Mapping[Linear, torch.Tensor], loss: float | None = None) -> None:
         bad = next((linear.name for linear, values in scores.items() if not values.isfinite().all()), None)

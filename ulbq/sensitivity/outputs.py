@@ -27,8 +27,7 @@ from ulbq.models.blocks import ModelStructure
 from ulbq.models.source import ModelSource
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.progress import Progress
-from ulbq.sensitivity.compute import BACK
-from ulbq.sensitivity.passing import Passing
+from ulbq.sensitivity.passing import BACK, Passing
 from ulbq.sensitivity.settings import PassSettings
 
 _TINY = 1e-30
@@ -109,18 +108,12 @@ def weigh_outputs(
         ResourceError: the disk is full.
         NumericsError: a loss or a cost is not finite.
     """
-    left = [index for index in range(found.n_blocks) if index not in done]
-    if not left:
+    if len(done) == found.n_blocks:
         return
     with progress.phase("Weighing outputs", found.n_blocks * (1 + BACK)) as phase:
         passing = Passing(model, source, samples, settings, scratch)
-        for index in range(found.n_blocks):
-            passing.forward(index, passing.walk.load(index), keep=True)
-            phase.advance(detail=f"block {index} forward")
-        passing.turn(settings.seed)
-        for index in reversed(range(left[0], found.n_blocks)):
-            passing.reach(index)
-            block = passing.walk.load(index).requires_grad_(False)
+        for index, block, _ in passing.both_ways(done, phase, settings.seed):
+            block.requires_grad_(False)
             prefix = f"{found.blocks_prefix}.{index}."
             names = [linear.name.removeprefix(prefix) for linear in found.linears[index]]
             with _watching_outputs({name: linear_layer(block, name) for name in names}, settings) as sums:
@@ -136,8 +129,6 @@ def weigh_outputs(
                     )
                 write_shard(folder / output_file(index), tensors)
                 on_block(index)
-            phase.advance(BACK, detail=f"block {index} backward")
-        phase.advance(BACK * left[0])
 
 
 class _OutputSums:

@@ -1,5 +1,6 @@
 """Hidden states on their way through a model's blocks, and the gradient of the loss on its way back."""
 
+from collections.abc import Collection, Iterator
 from math import ceil, isqrt
 from pathlib import Path
 
@@ -14,8 +15,12 @@ from ulbq.blockwise.walk import BlockWalk
 from ulbq.errors import NumericsError
 from ulbq.models.blocks import block_list
 from ulbq.models.source import ModelSource
+from ulbq.progress import Phase
 from ulbq.sensitivity.head import LossHead
 from ulbq.sensitivity.settings import PassSettings
+
+BACK = 3
+"""Steps that a block's way back counts as, where its way forward counts as one: that again, and twice as much back."""
 
 
 def kept_every(blocks: int, *, fits: bool) -> int:
@@ -65,11 +70,35 @@ class Passing:
             directory=scratch,
             batch_size=settings.batch_size,
         )
-        blocks, hidden = len(block_list(model)[1]), self.walk.hidden
+        self._blocks, hidden = len(block_list(model)[1]), self.walk.hidden
         # Images add to hidden states between blocks, once.
-        fits = samples.inputs is not None or hidden.nbytes * (blocks + 1) <= settings.activation_memory
-        self._every = kept_every(blocks, fits=fits)
+        fits = samples.inputs is not None or hidden.nbytes * (self._blocks + 1) <= settings.activation_memory
+        self._every = kept_every(self._blocks, fits=fits)
         self._stores = {0: self._counted(hidden)}
+
+    def both_ways(
+        self, done: Collection[int], phase: Phase, seed: int | None = None
+    ) -> Iterator[tuple[int, nn.Module, float]]:
+        """Pass all blocks forward, and go back as far as the first that is not ``done``.
+
+        Args:
+            phase: told of every block.
+            seed: as of :meth:`turn`.
+
+        Yields:
+            On the way back each block's index, the block, through which the caller takes the gradient
+            (:meth:`backward`), and the mean loss.
+        """
+        for index in range(self._blocks):
+            self.forward(index, self.walk.load(index), keep=True)
+            phase.advance(detail=f"block {index} forward")
+        loss = self.turn(seed)
+        first = min(index for index in range(self._blocks) if index not in done)
+        for index in reversed(range(first, self._blocks)):
+            self.reach(index)
+            yield index, self.walk.load(index), loss
+            phase.advance(BACK, detail=f"block {index} backward")
+        phase.advance(BACK * first)
 
     def forward(self, index: int, block: nn.Module, *, keep: bool) -> None:
         """Pass a block; ``keep`` what the way back wants of its inputs."""

@@ -8,7 +8,7 @@ On a CPU with a compiler affine grids go another way: the columns of a block are
 (:mod:`ulbq.kernels.solvers`). On a GPU they are one kernel (:mod:`ulbq.kernels.solver_launch`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -144,18 +144,22 @@ class Solution(NamedTuple):
     Attributes:
         codes: codes, scales and zero points.
         loss: ``tr((W − Q) H (W − Q)ᵀ)``, H with its damping; W of each row with the errors of rows before it made good.
-        damping: the one that was used, above the settings' where that left the Hessian singular.
     """
 
     codes: UniformCodes
     loss: float
-    damping: float
+
+
+def factored(hessian: torch.Tensor, settings: GptqSettings, *, overwrite: bool = False) -> HessianFactor:
+    """A Hessian as :func:`gptq` wants it; arguments and errors are those of :func:`~ulbq.solvers.hessian.factorize`."""
+    order = activation_order(hessian) if settings.act_order else None
+    return factorize(hessian, damping=settings.damping, order=order, overwrite=overwrite)
 
 
 @torch.no_grad()
 def gptq(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    factor: HessianFactor,
     scheme: UniformScheme,
     settings: GptqSettings,
     outputs: torch.Tensor | None = None,
@@ -168,38 +172,50 @@ def gptq(
     quantized as it would be alone.
 
     Args:
-        weight: ``[out, in]`` float32; matrices that read the same input may be stacked along ``out``.
-        hessian: ``[in, in]`` float32 second moments of that input.
+        weights: ``[out, in]`` float32 each; of matrices that read the same input, which are solved as one.
+        factor: of the second moments of that input, as :func:`factored` gives it.
         scheme: the group size divides ``in``. Symmetric grids are tried in both orientations.
         settings: order and damping.
         outputs: ``[out, out]``, what errors of two outputs cost together; None for nothing.
 
     Raises:
-        NumericsError: a Hessian that cannot be factored; a group's scale overflows.
+        NumericsError: costs of outputs that cannot be factored; a group's scale overflows.
     """
-    order = activation_order(hessian) if settings.act_order else None
-    factor = factorize(hessian, damping=settings.damping, order=order)
     if outputs is None:
-        parts = weight.split(max(1, AT_ONCE // weight.shape[1]))
-        return _joined([_shared(part, factor, scheme, settings) for part in parts])
-    order = activation_order(outputs) if settings.act_order else None
-    rows = factorize(outputs, damping=settings.damping, order=order)
+        return _joined([_shared(part, factor, scheme, settings) for part in parts(weights)])
+    rows = factored(outputs, settings)
     found: list[Solution] = []
 
     def solve(block: torch.Tensor) -> torch.Tensor:
         found.append(_solve(block, factor, scheme, settings))
         return _values(found[-1].codes)
 
-    make_good(weight, rows, _ROWS, solve)
+    make_good(torch.cat(tuple(weights)), rows, _ROWS, solve)
     places, whole = rows.order.argsort(), _joined(found)
     return whole._replace(codes=type(whole.codes)(*(part[places] for part in whole.codes)))
+
+
+def parts(weights: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The rows of matrices below each other, as many at once as :data:`AT_ONCE` says; all are never copied at once."""
+    most = max(1, AT_ONCE // weights[0].shape[1])
+    part: list[torch.Tensor] = []
+    for weight in weights:
+        first = 0
+        while first < len(weight):
+            part.append(weight[first : first + most - sum(map(len, part))])
+            first += len(part[-1])
+            if sum(map(len, part)) == most:
+                yield torch.cat(part) if len(part) > 1 else part[0]
+                part = []
+    if part:
+        yield torch.cat(part) if len(part) > 1 else part[0]
 
 
 def _joined(found: Sequence[Solution]) -> Solution:
     """What was found for the rows of a matrix, some after the others."""
     if len(found) == 1:
         return found[0]
-    return Solution(joined([one.codes for one in found]), sum(one.loss for one in found), found[0].damping)
+    return Solution(joined([one.codes for one in found]), sum(one.loss for one in found))
 
 
 def joined(codes: Sequence[UniformCodes]) -> UniformCodes:
@@ -237,13 +253,13 @@ def _tried(
         # Every group has to lie in one block, where its grid can be found.
         block_size = group_size * max(1, settings.block_size // group_size)
         found = _pass(weight, factor, scheme, settings.search, block_size, None)
-        return [Solution(found.codes, found.loss, factor.damping)]
+        return [Solution(found.codes, found.loss)]
     solutions = []
     values = weight
     for _ in range(2 if settings.search else 1):
         grids = find_grids(values, scheme, importance=factor.importance, search=settings.search)
         found = _pass(weight, factor, scheme, settings.search, settings.block_size, grids)
-        solutions.append(Solution(found.codes, found.loss, factor.damping))
+        solutions.append(Solution(found.codes, found.loss))
         values = found.seen
     return solutions
 
@@ -267,19 +283,16 @@ def _pass(
     """Quantize all columns to known grids, or to those that each group gets when its turn comes."""
     if solvers.take(weight, factor.upper):
         return _Compiled(factor, scheme, search, grids).run(weight, block_size)
-    if solver_launch.takes(weight) and (grids is not None or scheme.group_size <= solver_launch.MOST_COLUMNS):
-        return _Fused(factor, scheme, search, grids).run(weight, block_size)
     if grids is None:
-        moving = _MovingGrids(scheme, factor, search)
-        loss = compensate(weight, factor, moving, block_size).loss
-        return _Passed(moving.result(), loss, weight)
-    fixed = _FixedGrids(grids, factor, scheme.bits)
-    loss = compensate(weight, factor, fixed, block_size).loss
-    return _Passed(fixed.result(), loss, fixed.seen())
+        block_size = scheme.group_size  # whose grid is found on what earlier ones left of it
+    if solver_launch.takes(weight) and (grids is not None or block_size <= solver_launch.MOST_COLUMNS):
+        most = min(block_size, solver_launch.MOST_COLUMNS)
+        return _ByBlocks(factor, scheme, search, grids, solver_launch.compensate).run(weight, most)
+    return _ByBlocks(factor, scheme, search, grids, _rounded).run(weight, block_size)
 
 
 class _Compiled:
-    """Blocks of columns by the compiled loop; does what :class:`_FixedGrids` and :class:`_MovingGrids` do."""
+    """Blocks of columns by the compiled loop; does what :class:`_ByBlocks` does."""
 
     def __init__(self, factor: HessianFactor, scheme: UniformScheme, search: bool, grids: UniformCodes | None) -> None:
         self._factor, self._known = factor, grids
@@ -321,11 +334,22 @@ class _Compiled:
         return result
 
 
-class _Fused:
-    """Blocks of columns by a kernel each, on a GPU; does what :class:`_FixedGrids` and :class:`_MovingGrids` do."""
+class _ByBlocks:
+    """Blocks of columns, one after the other, by what quantizes one: :func:`_rounded`, or a kernel on a GPU.
 
-    def __init__(self, factor: HessianFactor, scheme: UniformScheme, search: bool, grids: UniformCodes | None) -> None:
+    Without known grids a block is a group.
+    """
+
+    def __init__(
+        self,
+        factor: HessianFactor,
+        scheme: UniformScheme,
+        search: bool,
+        grids: UniformCodes | None,
+        quantize: Callable[..., solver_launch.Quantized],
+    ) -> None:
         self._factor, self._scheme, self._search, self._known = factor, scheme, search, grids
+        self._quantize = quantize
         self._row = scheme.model_copy(update={"group_size": -1})
         self._found: list[UniformCodes] = []
         self._codes: list[torch.Tensor] = []
@@ -335,13 +359,10 @@ class _Fused:
         """Quantize a matrix ``[out, in]``. Raises NumericsError."""
         order, columns = self._factor.order, weight.shape[1]
         known = self._known
-        if known is None:
-            block_size = self._scheme.group_size  # whose grid is found on what earlier ones left of it
-        else:
+        if known is not None:
             self._grids = known.scales.t().contiguous(), known.zeros.t().contiguous()
             self._groups = order // (columns // len(self._grids[0]))
-        most = min(block_size, solver_launch.MOST_COLUMNS)
-        seen = _block_by_block(weight, self._factor, most, self._solve)
+        seen = _block_by_block(weight, self._factor, block_size, self._solve)
         codes = in_original_order(self._codes, order)
         if known is None:
             scales, zeros = (torch.cat([getattr(one, name) for one in self._found], 1) for name in ("scales", "zeros"))
@@ -356,31 +377,30 @@ class _Fused:
             grid = find_grids(block.t(), self._row, importance=importance, search=self._search)
             self._found.append(grid)
             groups = torch.zeros_like(self._factor.order[own])
-            found = solver_launch.compensate(block, inside, groups, grid.scales.t(), grid.zeros.t(), self._scheme.bits)
+            found = self._quantize(block, inside, groups, grid.scales.t(), grid.zeros.t(), self._scheme.bits)
         else:
-            found = solver_launch.compensate(block, inside, self._groups[own], *self._grids, self._scheme.bits)
+            found = self._quantize(block, inside, self._groups[own], *self._grids, self._scheme.bits)
         self._codes += found.codes
         self._loss.append(found.errors.square().sum(dtype=torch.float64))
         return found.errors
 
 
-class _Columns:
-    """Codes and values of the columns as their turns came, in processing order."""
-
-    def __init__(self, factor: HessianFactor, bits: int) -> None:
-        self._order = factor.order
-        self._top = 2**bits - 1
-        self._codes: list[torch.Tensor] = []
-
-    def round(self, column: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-        """Take in a column ``[out]`` and round it to the grids ``[out]`` of its group."""
-        codes = (column / scales).add_(zeros).round_().clamp_(0, self._top)
-        self._codes.append(codes.to(torch.uint8))
-        return codes.sub_(zeros).mul_(scales)
-
-    def codes(self) -> torch.Tensor:
-        """``[out, in]`` uint8, in original order."""
-        return in_original_order(self._codes, self._order)
+def _rounded(
+    block: torch.Tensor,
+    upper: torch.Tensor,
+    groups: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bits: int,
+) -> solver_launch.Quantized:
+    """What :func:`ulbq.kernels.solver_launch.compensate` does, by torch, for any number of columns."""
+    codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+    for step, (column, group, pivot) in enumerate(zip(block, groups.tolist(), upper.diagonal().tolist(), strict=True)):
+        levels = (column / scales[group]).add_(zeros[group]).round_().clamp_(0, 2**bits - 1)
+        codes[step] = levels
+        error = torch.sub(column, levels.sub_(zeros[group]).mul_(scales[group]), out=errors[step]).div_(pivot)
+        block[step + 1 :].addr_(upper[step, step + 1 :], error, alpha=-1)
+    return solver_launch.Quantized(codes, errors)
 
 
 def in_original_order(columns: list[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
@@ -388,62 +408,3 @@ def in_original_order(columns: list[torch.Tensor], order: torch.Tensor) -> torch
     matrix = torch.empty(len(columns[0]), len(columns), dtype=columns[0].dtype, device=columns[0].device)
     matrix[:, order] = torch.stack(columns, 1)
     return matrix
-
-
-class _FixedGrids:
-    """Rounds columns to grids that are known up front."""
-
-    def __init__(self, grids: UniformCodes, factor: HessianFactor, bits: int) -> None:
-        self._grids = grids
-        self._factor = factor
-        self._columns = _Columns(factor, bits)
-        self._scales, self._zeros = grids.scales.t().contiguous(), grids.zeros.t().contiguous()
-        self._groups = (factor.order // (len(factor.order) // len(self._scales))).tolist()
-        self._seen: list[torch.Tensor] = []
-
-    def begin(self, first: int, columns: torch.Tensor) -> None:
-        return None
-
-    def quantize(self, index: int, column: torch.Tensor) -> torch.Tensor:
-        group = self._groups[index]
-        self._seen.append(column.clone())
-        return self._columns.round(column, self._scales[group], self._zeros[group])
-
-    def seen(self) -> torch.Tensor:
-        """``[out, in]`` the values that the columns had when their turn came."""
-        return in_original_order(self._seen, self._factor.order)
-
-    def result(self) -> UniformCodes:
-        return self._grids._replace(codes=self._columns.codes())
-
-
-class _MovingGrids:
-    """Finds a group's grid when its first column's turn comes; for columns in plain order."""
-
-    def __init__(self, scheme: UniformScheme, factor: HessianFactor, search: bool) -> None:
-        self._size = scheme.group_size
-        self._row = scheme.model_copy(update={"group_size": -1})
-        self._importance = factor.importance
-        self._search = search
-        self._columns = _Columns(factor, scheme.bits)
-        self._scales: list[torch.Tensor] = []
-        self._zeros: list[torch.Tensor] = []
-
-    def begin(self, first: int, columns: torch.Tensor) -> None:
-        self._first, self._block = first, columns
-
-    def quantize(self, index: int, column: torch.Tensor) -> torch.Tensor:
-        if index % self._size == 0:
-            start = index - self._first
-            grid = find_grids(
-                self._block[:, start : start + self._size],
-                self._row,
-                importance=self._importance[index : index + self._size],
-                search=self._search,
-            )
-            self._scales.append(grid.scales[:, 0])
-            self._zeros.append(grid.zeros[:, 0])
-        return self._columns.round(column, self._scales[-1], self._zeros[-1])
-
-    def result(self) -> AffineCodes:
-        return AffineCodes(self._columns.codes(), torch.stack(self._scales, 1), torch.stack(self._zeros, 1))

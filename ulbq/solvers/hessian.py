@@ -23,6 +23,10 @@ _SOLVED = 4096
 _TINY = 1e-12
 """A token whose input is smaller counts for nothing."""
 
+FEWEST_TOKENS = 1 / 4
+"""Tokens a column. With fewer, errors go to where these samples happen not to look: on other samples of correlated
+random inputs, the error is then no lower than that of rounding to nearest; at two a column it is a quarter of that."""
+
 
 class HessianSum:
     """``2/n XᵀX``, the Hessian of a layer's squared output error, added up input by input.
@@ -33,6 +37,7 @@ class HessianSum:
         relative: divide each row of X by its root mean square, so that every token counts by its relative error. An
             attention sink's activations are larger than all others together: by plain squares they are all that counts.
         groups: of the layer's outputs, each with a weight of its own for every token.
+        diagonal: keep the squares on the diagonal alone, for inputs of which there will be too few tokens.
 
     Attributes:
         tokens: how many rows of X it is made of.
@@ -40,10 +45,17 @@ class HessianSum:
     """
 
     def __init__(
-        self, columns: int, device: torch.device | str = "cpu", *, relative: bool = False, groups: int = 1
+        self,
+        columns: int,
+        device: torch.device | str = "cpu",
+        *,
+        relative: bool = False,
+        groups: int = 1,
+        diagonal: bool = False,
     ) -> None:
         self._relative = relative
-        self._sums = torch.zeros(groups, columns, columns, device=device)
+        self._diagonal = diagonal
+        self._sums = torch.zeros(groups, columns, min(columns, _STRIP) if diagonal else columns, device=device)
         self._whole = True
         self.tokens = 0
         self.heldout: HessianSum | None = None
@@ -55,8 +67,28 @@ class HessianSum:
         return self.tokens + self._lent
 
     @property
+    def columns(self) -> int:
+        """Input dimension of the layer."""
+        return self._sums.shape[1]
+
+    @property
+    def few(self) -> bool:
+        """Whether it is known by too few tokens to say how columns depend on each other."""
+        return self._diagonal or self.known_by < FEWEST_TOKENS * self.columns
+
+    @property
+    def diagonal(self) -> torch.Tensor:
+        """``[in]`` float32, the mean over the groups."""
+        if not self._diagonal:
+            return self.matrix.diagonal()
+        squares = self._sums.split(_STRIP, 1)
+        return torch.cat([square.diagonal(dim1=1, dim2=2) for square in squares], 1).mean(0)
+
+    @property
     def matrices(self) -> torch.Tensor:
         """``[groups, in, in]`` float32; zeros before the first token."""
+        if self._diagonal:
+            raise ValueError("the diagonal alone was kept")
         if not self._whole:
             for first in range(0, self._sums.shape[1], _STRIP):
                 last = first + _STRIP
@@ -93,9 +125,10 @@ class HessianSum:
             for first in range(0, len(own), _STRIP):
                 strip = weighted[:, first : first + _STRIP]
                 # It is symmetric: what lies above the strip's square has been added up below the diagonal.
-                below = own[first:, first : first + _STRIP]
-                below.addmm_(rows[:, first:].t(), strip, beta=self.tokens / total, alpha=2 / total)
-        self._whole = self._sums.shape[1] <= _STRIP
+                last, at = (first + _STRIP, 0) if self._diagonal else (None, first)
+                below = own[first:last, at : at + strip.shape[1]]
+                below.addmm_(rows[:, first:last].t(), strip, beta=self.tokens / total, alpha=2 / total)
+        self._whole = self.columns <= _STRIP
         self.tokens = total
 
     @classmethod
@@ -117,9 +150,10 @@ class HessianSum:
     def reduce(self) -> None:
         """Take in what the other processes of the run have added up; all hold the same then."""
         total = int(distributed.total(self.tokens)[0])
+        sums = self._sums if self._diagonal else self.matrices
         if total > self.tokens:
-            self.matrices.mul_(self.tokens / total)
-        distributed.sum_(self.matrices)
+            sums.mul_(self.tokens / total)
+        distributed.sum_(sums)
         self.tokens = total
 
 
@@ -148,16 +182,25 @@ def activation_order(hessian: torch.Tensor) -> torch.Tensor:
     return hessian.diagonal().argsort(descending=True, stable=True)
 
 
-def factor_memory(columns: int) -> int:
+def sum_memory(columns: int, *, diagonal: bool = False) -> int:
+    """Bytes of a :class:`HessianSum`."""
+    return 4 * columns * (min(columns, _STRIP) if diagonal else columns)
+
+
+def factor_memory(columns: int, *, overwrite: bool = False) -> int:
     """Bytes that :func:`factorize` takes beside a Hessian, its result among them."""
-    double, single = 8 * columns**2, 4 * columns**2
-    # A square is factored in a copy of its own; strips of the result are turned round as they are rounded.
-    factoring, ending = 16 * min(columns, _SOLVED) ** 2, single + 8 * columns * min(columns, _STRIP)
-    return double + max(factoring, ending)
+    double, single = 8 * columns**2, 0 if overwrite else 4 * columns**2
+    half = columns // 2
+    # A square is factored in a copy of its own. What is solved with is copied, and of what is solved for some rows
+    # twice. Strips of the result are turned round as they are rounded.
+    factoring, inverting = 16 * min(columns, _SOLVED) ** 2, 8 * half * (half + 2 * min(half, _SOLVED))
+    return double + max(factoring, inverting, single + 8 * columns * min(columns, _STRIP))
 
 
 @torch.no_grad()
-def factorize(hessian: torch.Tensor, *, damping: float = 0.01, order: torch.Tensor | None = None) -> HessianFactor:
+def factorize(
+    hessian: torch.Tensor, *, damping: float = 0.01, order: torch.Tensor | None = None, overwrite: bool = False
+) -> HessianFactor:
     """Damp, permute and factor a Hessian; the arithmetic is float64.
 
     GPTQ inverts H and factors the inverse. With J the reversal of all columns and ``JHJ = LLᵀ``, its factor is
@@ -167,6 +210,7 @@ def factorize(hessian: torch.Tensor, *, damping: float = 0.01, order: torch.Tens
         hessian: ``[in, in]`` symmetric, positive semi-definite. All zeros are taken for an identity.
         damping: share of the mean diagonal to add to the diagonal, raised tenfold as long as H is singular.
         order: ``[in]`` int64, the columns in processing order; None for as they are.
+        overwrite: put the factor in the Hessian's place, which takes less memory.
 
     Raises:
         NumericsError: values that are not finite, or a matrix that no damping makes positive definite.
@@ -180,7 +224,7 @@ def factorize(hessian: torch.Tensor, *, damping: float = 0.01, order: torch.Tens
     dead = hessian.diagonal() <= 0
     reverse = order.flip(0)
     while True:
-        upper = _inverse_factor(hessian, damped_diagonal(hessian, damping), reverse)
+        upper = _inverse_factor(hessian, damped_diagonal(hessian, damping), reverse, overwrite=overwrite)
         if upper is not None:
             return HessianFactor(upper, order, dead, _importance(upper, order, dead), damping)
         if damping >= _MOST_DAMPING:
@@ -205,7 +249,9 @@ def _importance(upper: torch.Tensor, order: torch.Tensor, dead: torch.Tensor) ->
     return cost if dead.all() else cost.masked_fill(dead, cost[~dead].min().item())
 
 
-def _inverse_factor(hessian: torch.Tensor, diagonal: torch.Tensor, reverse: torch.Tensor) -> torch.Tensor | None:
+def _inverse_factor(
+    hessian: torch.Tensor, diagonal: torch.Tensor, reverse: torch.Tensor, *, overwrite: bool
+) -> torch.Tensor | None:
     """U of a Hessian with this diagonal, its columns taken last first; None where it is singular.
 
     There is one matrix in float64, which is filled, factored and inverted in its place.
@@ -218,14 +264,20 @@ def _inverse_factor(hessian: torch.Tensor, diagonal: torch.Tensor, reverse: torc
     if not _factor_(lower):
         return None
     _invert_(lower)
-    inverse = torch.empty_like(hessian, memory_format=torch.contiguous_format)
+    # Float32 has less room than float64: a step would be divided by a diagonal of 0 or infinity.
+    if not ((lower.diagonal().float() > 0).all() and all(_fits(rows) for rows in lower.split(_STRIP))):
+        return None
+    inverse = hessian if overwrite else torch.empty_like(hessian, memory_format=torch.contiguous_format)
     for first in range(0, size, _STRIP):
         last = min(first + _STRIP, size)
         inverse[first:last] = lower[size - last : size - first].flip(0, 1)
-    del lower  # what looks at all values takes as much again
-    # Float32 has less room than float64: a step would be divided by a diagonal of 0 or infinity.
-    usable = torch.isfinite(inverse).all() and (inverse.diagonal() > 0).all()
-    return inverse if usable else None
+    return inverse
+
+
+def _fits(rows: torch.Tensor) -> bool:
+    """Whether values in float64 are finite in float32."""
+    ends = torch.stack(rows.aminmax()).float()
+    return bool(ends.isfinite().all())
 
 
 def _factor_(matrix: torch.Tensor) -> bool:

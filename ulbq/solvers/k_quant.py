@@ -25,11 +25,7 @@ _SLAB = 1 << 18
 
 @torch.no_grad()
 def find_grids(
-    weight: torch.Tensor,
-    scheme: UniformScheme,
-    *,
-    importance: torch.Tensor | None = None,
-    search: bool = True,
+    weight: torch.Tensor, scheme: UniformScheme, *, importance: torch.Tensor | None = None, search: bool = True
 ) -> UniformCodes:
     """Quantize a matrix group by group, as :func:`~ulbq.solvers.rtn.round_to_nearest` says, on either kind of grid."""
     if isinstance(scheme, AffineScheme):

@@ -14,6 +14,7 @@ from ulbq.training.objective import BlockData, Objective, Penalty, Validation
 from ulbq.training.optimizer import (
     Group,
     clip_gradients,
+    half_adamw,
     lr_factor,
     make_optimizer,
     parameters_by_role,
@@ -27,6 +28,7 @@ from ulbq.training.precision import Precision
 _RETRY_FACTOR = 0.25
 _OPTIMIZERS: dict[OptimizerKind, Callable[[Sequence[Group], float], torch.optim.Optimizer]] = {
     "adamw": make_optimizer,
+    "adamw-bf16": half_adamw,
     "sign": sign_descent,
 }
 

@@ -1,6 +1,6 @@
 """ULB-SAPR's regularizer: salient weights shall stay where full precision had them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -16,26 +16,26 @@ class WeightPenalty:
     such a share too, so that λ has no unit. Which layer and weight counts how much within a block is as published.
 
     Args:
-        originals: ``[out, in]`` full-precision weight of each layer, by name.
-        saliency: S of each layer, ``[out, in]`` float32; None for 1 everywhere.
+        originals: ``[out, in]`` full-precision weight of each layer, by name; in half precision where that has it.
+        saliency: S of a layer, ``[out, in]`` float32, by its name; asked twice for each. None for 1 everywhere.
         penalized: whether ``W_eff`` is the quantized weight alone or with the adapter on top.
     """
 
     def __init__(
         self,
         originals: Mapping[str, torch.Tensor],
-        saliency: Mapping[str, torch.Tensor] | None,
+        saliency: Callable[[str], torch.Tensor] | None,
         penalized: Penalized = "before-adapter",
     ) -> None:
         self._originals = originals
         self._with_adapter = penalized == "after-adapter"
-        scores = saliency or {name: torch.ones_like(weight) for name, weight in originals.items()}
+        score = saliency or (lambda name: torch.ones_like(originals[name], dtype=torch.float32))
         total = sum(
-            ((scores[name] * weight.float().square()).sum().double() for name, weight in originals.items()),
+            ((score(name) * weight.float().square()).sum().double() for name, weight in originals.items()),
             start=torch.zeros((), dtype=torch.float64),
         )
         scale = 1.0 / total.clamp_min(torch.finfo(torch.float32).tiny).item()
-        self._scores = {name: (scores[name].double() * scale).float().to(originals[name].device) for name in originals}
+        self._scores = {name: (score(name).double() * scale).float() for name in originals}
 
     def __call__(self, layers: Mapping[str, TrainedLinear]) -> torch.Tensor:
         """The penalty of a block's layers, a scalar; ``layers`` by the same names."""

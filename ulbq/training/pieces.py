@@ -37,11 +37,13 @@ class Pieces:
         Args:
             at_once: the most samples that should run together.
             step: takes it.
-            undo: forgets what a step has left behind that did not come to its end.
+            undo: forgets what a step has left behind that did not come to its end. What torch's own generators drew is
+                drawn again, so that dropout is that of a run which took these pieces from the first.
 
         Raises:
             torch.OutOfMemoryError: there is no room for a single sample.
         """
+        drawn = _drawn()
         while True:
             try:
                 return step()
@@ -52,5 +54,17 @@ class Pieces:
                 self.most = -(-largest // 2)
             # Not while the error is handled: its traceback holds on to what the step has allocated.
             undo()
+            _draw_again(drawn)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def _drawn() -> list[torch.Tensor]:
+    """How far torch's own generators are: the CPU's, and that of the GPU in use."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+
+
+def _draw_again(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)

@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ulbq import __version__, formats
-from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.config.run import DtypeName
 from ulbq.export import packed, rules
 from ulbq.export.dense import open_again
@@ -60,7 +59,7 @@ def configuration(source: ModelSource, candidate: Candidate) -> dict[str, Any]:
     """The ``quantization_config``, as exllamav3 writes it; ``bits`` are those of a mean weight."""
     sizes = {name: layer.shape[0] * layer.shape[1] for name, layer in candidate.layers.items()}
     bits = sum(layer.scheme.bits * sizes[name] for name, layer in candidate.layers.items()) / sum(sizes.values())
-    data = source.manifest.calibration if isinstance(source.manifest, QuantizedManifest) else {}
+    data = source.quantized.calibration if source.quantized else {}
     rows = {"rows": data.get("samples", 0), "cols": data.get("sequence_length", 0)}
     return {
         "quant_method": exl3.METHOD,

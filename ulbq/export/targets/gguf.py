@@ -14,14 +14,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from gguf import (
-    MODEL_ARCH_NAMES,
-    GGMLQuantizationType,
-    GGUFWriter,
-    LlamaFileType,
-    get_tensor_name_map,
-    size_label,
-)
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map, size_label
 from transformers import PreTrainedModel
 
 from ulbq import formats

@@ -114,6 +114,13 @@ class Layout:
         return ops.multiply(scheme, self.form, tensors, x, out_features)
 
 
+class StoredLayout(Layout):
+    """Tensors as artifacts store them: products of dense weights, some outputs at a time where the format can."""
+
+    name = "dense"
+    summary = "slabs of dense weights, then torch's product: everything, on every device"
+
+
 def one_of(dtype: torch.dtype, *known: torch.dtype) -> str | None:
     """Why activations of a dtype are not taken; None for those that are."""
     if dtype in known:
