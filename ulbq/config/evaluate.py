@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 from ulbq.config.options import HOW, MEASURE, Option, Settings
 from ulbq.config.run import (
     DataDir,
-    Device,
+    Devices,
     DtypeName,
     Force,
     Offline,
@@ -155,7 +155,7 @@ class EvaluateRequest(ScoreOptions):
         Option("Read a model block by block as it runs, or load it.", HOW, default="by what memory has room for"),
     ] = None
     seed: Seed = 0
-    device: Device = "auto"
+    device: Devices = "auto"
     data_dir: DataDir = None
     offline: Offline = False
     verify: Verify = True
