@@ -82,6 +82,7 @@ def _cost(job: Job, **changes: Any) -> Cost:
         gguf_size=job.source.gguf_size,
         blocks_stay=job.blocks_stay,
         streamed=job.streamed,
+        sharded=job.plan.sharded,
         tables=job.tables,
         schemes=job.schemes,
     )
