@@ -25,7 +25,7 @@ def show_plan(plan: "QuantizePlan") -> None:
         "method": f"{plan.request.method}, {plan.scheme}, {bits_words(plan.bits_per_weight, plan.adapter_bits)}",
         **({"rotation": plan.rotation.label} if plan.rotation is not None else {}),
         **_what_is_done(plan.request),
-        "compute": f"{plan.device}, {plan.precision}{read_by_block(plan.reads)}",
+        "compute": f"{plan.device}, {plan.precision}{read_by_block(plan.reads)}{in_parts(plan.sharded)}",
         "predicted": predicted(cost.peak_memory, cost.disk, cost.artifact, cost.device_memory),
     }
     rows["weights"] = plan.coverage.words
@@ -52,7 +52,7 @@ def show_finetune_plan(plan: "FinetunePlan") -> None:
             f"{plan.steps:,} steps of {request.batch_size} samples, {request.micro_batch} at once",
             "rates": f"adapter {request.adapter_lr:g}{scales}, {request.schedule}, warm-up {request.warmup:g}, "
             f"decay {request.adapter_weight_decay:g}, clip {request.clip:g}",
-            "compute": f"{plan.device}, {plan.precision}",
+            "compute": f"{plan.device}, {plan.precision}{in_parts(plan.sharded)}",
             "predicted": f"peak memory {binary(cost.peak_memory)} (base {binary(cost.base)}, what trains "
             f"{binary(cost.training)}, activations {binary(cost.activations)}; Python and its libraries the rest)",
         }
@@ -74,6 +74,11 @@ def read_by_block(times: int) -> str:
     """What is said of a full-precision model that is not loaded."""
     often = f"{times:,} times" if times > 1 else "once"
     return f"; all of the full-precision model is read {often}, block by block" if times else ""
+
+
+def in_parts(sharded: bool) -> str:
+    """What is said of a model of which each process holds a part."""
+    return "; each process holds a part of the blocks as the whole model trains" if sharded else ""
 
 
 def binary(count: float) -> str:

@@ -132,9 +132,9 @@ def test_second_moments_are_summed(pair: tuple[Path, Path], count: int) -> None:
 
 
 @work("parted")
-def test_all_go_on_with_what_one_process_solved(pair: tuple[Path, Path]) -> None:
+def test_all_go_on_with_what_one_process_solved(pair: tuple[Path, Path], count: int) -> None:
     _, two = map(quantized, pair)
-    assert two.processes == 2
+    assert two.processes == count
     assert different_codes(*pair) < 0.02
 
 
@@ -175,6 +175,45 @@ def test_the_whole_model_trains_as_in_one_process(pair: tuple[Path, Path]) -> No
     assert (both.epochs, both.steps) == (alone.epochs, alone.steps)
     assert both.start_error == pytest.approx(alone.start_error, rel=1e-5)
     assert both.start_error - both.end_error == pytest.approx(alone.start_error - alone.end_error, rel=0.05)
+    assert distance(*pair) < 1e-3
+
+
+@work("sharded")
+def test_processes_that_hold_parts_of_a_model_train_it_as_one_does(
+    pair: tuple[Path, Path], inputs: Path, count: int
+) -> None:
+    alone, both = (json.loads((folder / "found.json").read_text()) for folder in pair)
+    for found in both.values():
+        assert 1 / count <= found["held"] < 1.15 / count
+    going_on = together.goes_on_alone(inputs, pair[1])
+    for found in (both["ended"], going_on):
+        for kind in ("losses", "evaluations"):
+            expected = [loss for _, loss in alone["ended"]["last"][kind]]
+            assert [loss for _, loss in found["last"][kind]] == pytest.approx(expected, rel=1e-4)
+    states = [load_file(pair[0] / "step-0000004.safetensors"), load_file(pair[1] / "step-0000004.safetensors")]
+    for name, tensor in states[0].items():
+        if not name.startswith("generator"):
+            assert (states[1][name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+
+
+@work("sharded end-to-end")
+def test_a_packed_model_and_its_teacher_are_sharded(pair: tuple[Path, Path]) -> None:
+    alone, both = (quantized(folder).end_to_end for folder in pair)
+    assert alone is not None
+    assert both is not None
+    assert (both.epochs, both.steps) == (2, alone.steps)
+    assert both.start_error == pytest.approx(alone.start_error, rel=1e-5)
+    assert both.start_error - both.end_error == pytest.approx(alone.start_error - alone.end_error, rel=0.05)
+    assert distance(*pair) < 1e-3
+
+
+@work("sharded finetune")
+def test_an_adapter_and_scales_of_a_sharded_model_learn_as_in_one_process(pair: tuple[Path, Path]) -> None:
+    alone, both = (quantized(folder).finetune for folder in pair)
+    assert alone is not None
+    assert both is not None
+    assert [loss for _, loss in both.losses] == pytest.approx([loss for _, loss in alone.losses], rel=1e-3)
+    assert both.end_loss == pytest.approx(alone.end_loss, rel=1e-3)
     assert distance(*pair) < 1e-3
 
 
@@ -219,6 +258,7 @@ def test_sums_over_what_some_lack(pair: tuple[Path, Path], count: int) -> None:
         assert found["total"] == [5, count / 2]
         assert not found["agreed"]
         assert found["rows"] == [row // count for row in (4, 1, 0) if row % count == rank]
+        assert found["fewest"] == (4 if count == 2 else 1)
         assert found["shared"] == [[0.0], [1.0], [2.0]]
     assert alone["agreed"]
     assert "double quotes" in alone["caught"]

@@ -5,34 +5,74 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.models.stored import pack_some
+from tests.models.tiny import save_tiny, tiny_config, tiny_model
 from ulbq import distributed
+from ulbq.config.adapter import AdapterConfig
+from ulbq.config.finetuning import FinetuneSettings
 from ulbq.config.quantize import QuantizeRequest
 from ulbq.config.saliency import SaliencyRequest
 from ulbq.errors import InputError
 from ulbq.evaluation.fidelity import fidelity
 from ulbq.evaluation.lm import LanguageModel
 from ulbq.evaluation.perplexity import perplexity
-from ulbq.models.blocks import load_block
+from ulbq.finetuning.checkpoint import TrainerCheckpoint
+from ulbq.finetuning.examples import Examples
+from ulbq.finetuning.student import Student
+from ulbq.finetuning.teacher import StreamedTeacher
+from ulbq.finetuning.trainer import Trainer
+from ulbq.formats import (
+    AffineScheme,
+    BinaryMosScheme,
+    CodebookScheme,
+    DualBinaryScheme,
+    KQuantScheme,
+    TrellisScheme,
+    k_quant,
+)
+from ulbq.models.blocks import block_list, load_block
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
+from ulbq.nn.adapter import Adapter
 from ulbq.pipeline import finetune_plan
 from ulbq.pipeline.finetune_run import finetune
 from ulbq.pipeline.quantize import quantize
 from ulbq.pipeline.saliency import saliency
+from ulbq.pipeline.samples import sharded_model
+from ulbq.pipeline.student import fixed_quantizer
 from ulbq.pipeline.tasks import load_task
 from ulbq.progress import Silent
+from ulbq.quantizers.fixed import FixedAffine
 from ulbq.solvers import claq
+from ulbq.solvers.k_quant import find_grids
+from ulbq.training.linear import TrainedLinear
+from ulbq.training.pieces import Pieces
+from ulbq.training.precision import Precision
+from ulbq.training.sharding import join, shard
 
 MODEL, TOKENS, BASE, ROWS = "model", "tokens.safetensors", "base", "rows.jsonl"
 CPU = torch.device("cpu")
+PRECISION = Precision(CPU, torch.float32)
+# Of the seven layers of a block.
+FORMATS = (
+    AffineScheme(bits=3, group_size=32),
+    BinaryMosScheme(experts=4),
+    CodebookScheme(bits=3),
+    DualBinaryScheme(group_size=32),
+    KQuantScheme(bits=3),
+    TrellisScheme(bits=2),
+    AffineScheme(bits=2, group_size=32),
+)
 _SIZE = {"bits": 3, "group_size": 32, "samples": 7, "sequence_length": 32, "precision": "fp32"}
 _TRAINING = {"method": "efficientqat", "epochs": 2, "batch_size": 3}
 
@@ -110,7 +150,7 @@ def resumed(inputs: Path, folder: Path) -> None:
     quantize(_request(inputs, folder / "q", method="gptq"))
 
 
-def finetuned(inputs: Path, folder: Path) -> None:
+def finetuned(inputs: Path, folder: Path, **changes: Any) -> None:
     """Learn questions and answers, and keep checkpoints on the way; an epoch's last step leaves one process idle."""
     options = {
         "data": (str(inputs / ROWS),),
@@ -122,7 +162,102 @@ def finetuned(inputs: Path, folder: Path) -> None:
     }
     options |= {"samples": 13, "validation_samples": 3, "epochs": 2, "adapter_lr": 0.01, "save_every": 4}
     options |= {"precision": "fp32", "device": "cpu", "offline": True, "out": folder / "q"}
-    finetune(finetune_plan.prepare(str(inputs / BASE), load_task("instructions"), options, Silent()))
+    finetune(finetune_plan.prepare(str(inputs / BASE), load_task("instructions"), options | changes, Silent()))
+
+
+def finetuned_sharded(inputs: Path, folder: Path) -> None:
+    """The same with scales, each of several processes with a part of the model."""
+    finetuned(inputs, folder, train="adapter-scales", scale_lr=0.01, shard=_several())
+
+
+def quantized_sharded(inputs: Path, folder: Path) -> None:
+    """Train end to end by a teacher that runs beside it, each of several processes with a part of both."""
+    phase = {"end_to_end": "kl", "teacher": "streamed", "end_to_end_epochs": 2, "gradient_accumulation": 3}
+    given = {"method": "efficientqat", "epochs": 0, "end_to_end_lr_factor": 0.05, "shard": _several(), **phase}
+    quantize(_request(inputs, folder / "q", **given))
+
+
+def _several() -> bool | None:
+    return True if distributed.size() > 1 else None
+
+
+def _student(count: int) -> Student:
+    """A student of two blocks with layers of every format, one of them with an adapter; sharded for several."""
+    torch.manual_seed(3)
+    model = tiny_model(tiny_config("llama", num_hidden_layers=2, hidden_size=256, intermediate_size=256))
+    _, blocks = block_list(model)
+    wide = torch.randn(256, 256, generator=torch.Generator().manual_seed(4)) / 16
+    for block in blocks:
+        layers = [(name, layer) for name, layer in block.named_modules() if isinstance(layer, torch.nn.Linear)]
+        for (name, layer), scheme in zip(layers, FORMATS, strict=True):
+            rows, columns = layer.weight.shape
+            if isinstance(scheme, KQuantScheme):
+                packed = dict(k_quant.pack(scheme, find_grids(wide[:rows], scheme)))
+            else:
+                packed = pack_some(scheme, rows, columns)
+            quantizer = fixed_quantizer(layer.weight.detach(), packed, scheme)
+            if isinstance(quantizer, FixedAffine):
+                quantizer.let_zeros_train()
+            adapter = Adapter(AdapterConfig(rank=4), columns, rows) if name.endswith("q_proj") else None
+            block.set_submodule(name, TrainedLinear(quantizer, None, adapter))
+        if count > 1:
+            shard(block, CPU)
+    if count > 1:
+        join(blocks, CPU)
+    return Student(model, blocks, PRECISION)
+
+
+def _held(student: Student) -> float:
+    """Share of the blocks' bytes that this process holds."""
+    parameters = [*student.blocks.parameters(), *student.blocks.buffers()]
+    held = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in parameters)
+    return held / sum(p.nbytes for p in parameters)
+
+
+def _go_on(inputs: Path, folder: Path, last: TrainerCheckpoint | None, until: int) -> dict[str, Any]:
+    """Train students of all formats until a step, with a teacher that runs beside them; tells what came of it."""
+    count = distributed.size()
+    student, source = _student(count), resolve(str(inputs / MODEL))
+    teacher = load_model(source, dtype=torch.float32) if count == 1 else sharded_model(source, PRECISION)
+    examples = Examples(load_file(inputs / TOKENS)["tokens"][:10].long(), 7)
+    # Portions that three and five examples make cannot be dealt out evenly.
+    values = {"loss": "kl", "train": "scales-zeros", "epochs": 2, "batch_size": 5, "micro_batch": 1, "base_share": 0.4}
+    values |= {"scale_lr": 0.02, "norm_lr": 0.02, "zero_lr": 0.1, "router_lr": 0.02, "adapter_lr": 0.02, "clip": 0.5}
+    trainer = Trainer(
+        student,
+        StreamedTeacher(teacher, examples, PRECISION),
+        examples,
+        FinetuneSettings.model_validate(values),
+        schedule=lambda settings, steps: lambda step: 1.0,
+        seeds=lambda epoch: epoch,
+        folder=folder,
+    )
+    noted: list[TrainerCheckpoint] = []
+
+    def on_checkpoint(checkpoint: TrainerCheckpoint, files: list[Path]) -> None:
+        noted.append(checkpoint)
+        if checkpoint.step == until:
+            raise KeyboardInterrupt
+
+    with Silent().phase("") as bar, suppress(KeyboardInterrupt):
+        trainer.train(last, bar, on_checkpoint)
+    return {"held": _held(student), "last": noted[-1].model_dump(mode="json")}
+
+
+def sharded(inputs: Path, folder: Path) -> None:
+    """Students of all formats, stopped after one of two passes; whoever stopped goes on."""
+    begun = _go_on(inputs, folder, None, 2)
+    distributed.on_main(shutil.copyfile, folder / "step-0000002.safetensors", folder / "begun.safetensors")
+    ended = _go_on(inputs, folder, TrainerCheckpoint.model_validate(begun["last"]), 4)
+    distributed.on_main((folder / "found.json").write_text, json.dumps({"begun": begun, "ended": ended}))
+
+
+def goes_on_alone(inputs: Path, folder: Path) -> dict[str, Any]:
+    """One process goes on with what several began."""
+    begun = json.loads((folder / "found.json").read_text())["begun"]["last"]
+    (folder / "alone").mkdir()
+    shutil.copyfile(folder / "begun.safetensors", folder / "alone" / "step-0000002.safetensors")
+    return _go_on(inputs, folder / "alone", TrainerCheckpoint.model_validate(begun), 4)
 
 
 def scores(inputs: Path, folder: Path) -> None:
@@ -151,6 +286,12 @@ def evaluated(inputs: Path, folder: Path) -> None:
     if any(other != every[0] for other in every):
         raise RuntimeError("the processes know different results")
     distributed.on_main((folder / "found.json").write_text, json.dumps(found))
+
+
+def _pieces(most: int) -> Pieces:
+    pieces = Pieces()
+    pieces.most = most if most < 8 else None
+    return pieces
 
 
 def primitives(inputs: Path, folder: Path) -> None:
@@ -184,6 +325,7 @@ def primitives(inputs: Path, folder: Path) -> None:
         "caught": caught,
         "agreed": agreed,
         "shared": [one.tolist() for one in distributed.shared([0, 1, 2], lambda n: torch.tensor([float(n)]), CPU)],
+        "fewest": _pieces(8 >> rank).fewest(),
         "rows": distributed.rows(torch.tensor([4, 1, 0])).tolist(),
     }
     every = distributed.gather(found)
@@ -214,6 +356,9 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
         teacher="cached",
         teacher_top_k=200,
     ),
+    "sharded": sharded,
+    "sharded end-to-end": quantized_sharded,
+    "sharded finetune": finetuned_sharded,
     "parted": parted,
     "interrupted": interrupted,
     "finetune": finetuned,
@@ -225,8 +370,6 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
 
 def prepare(inputs: Path) -> None:
     """What all work is done on: a tiny model, plain and quantized, tokens, questions and answers."""
-    from tests.models.tiny import save_tiny
-
     save_tiny("llama", inputs / MODEL, tied=False)
     tokens = torch.randint(3, 250, (12, 32), generator=torch.Generator().manual_seed(7))
     save_file({"tokens": tokens.int()}, inputs / TOKENS)

@@ -251,23 +251,23 @@ def load(model: Source, *, device: str = "auto", precision: "PrecisionName" = "a
 
     Args:
         model: an artifact, or a full-precision model.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; or several with commas, for a model that one has no room for.
         precision: ``auto``, ``fp32`` or ``bf16``; dtype of parameters and products.
         offline: never touch the network.
     """
     from ulbq import runtime
     from ulbq.config.run import PrecisionName
     from ulbq.errors import UsageError
-    from ulbq.models.load import load_model
     from ulbq.models.source import resolve
+    from ulbq.models.spread import load_spread
     from ulbq.training.precision import Precision
 
     if precision not in get_args(PrecisionName):
         raise UsageError(f"There is no `precision={precision}`.", hint=f"Known: {', '.join(get_args(PrecisionName))}.")
-    where = runtime.resolve_device(device)
+    where = runtime.resolve_devices(device)
     source = resolve(os.fspath(model), offline=offline)
-    dtype = Precision.choose(where, precision).dtype
-    return Loaded(load_model(source, dtype=dtype, device=where), source.tokenizer())
+    dtype = Precision.choose(where[0], precision).dtype
+    return Loaded(load_spread(source, where, dtype=dtype), source.tokenizer())
 
 
 def _given(function: str, options: Mapping[str, Any], **named: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from ulbq import distributed, limits
-from ulbq.errors import ResourceError
+from ulbq.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,30 @@ def resolve_device(name: str = "auto") -> "torch.device":
             ) from error
     distributed.check_device(device)
     return device
+
+
+def resolve_devices(name: str = "auto") -> "tuple[torch.device, ...]":
+    """Where a model may lie: devices with commas between them; ``auto`` and ``cuda`` are all GPUs, or a process's own.
+
+    Raises:
+        ResourceError, UsageError: as :func:`resolve_device`; or several processes have several devices each.
+    """
+    import torch
+
+    names = name.split(",")
+    if len(names) > 1:
+        if distributed.size() > 1:
+            raise UsageError(f"`device={name}` would be every process's.", hint="Each process takes its own GPU.")
+        found = tuple(resolve_device(one.strip()) for one in names)
+        if len({*found}) < len(found) or any(device.type == "cpu" for device in found[:-1]):
+            raise UsageError(
+                f"`device={name}`: each device once, and the CPU last.", hint="As in `cuda:0,cuda:1` or `cuda:0,cpu`."
+            )
+        return found
+    device = resolve_device(name)
+    if device.type != "cuda" or device.index is not None or distributed.size() > 1:
+        return (device,)
+    return (device, *(torch.device("cuda", index) for index in range(1, torch.cuda.device_count())))
 
 
 def _why_not(name: str) -> str:

@@ -206,7 +206,7 @@ def test_steps_without_room_are_taken_in_pieces(tmp_path: Path, monkeypatch: pyt
         student = make_student()
         trainer = make_trainer(tmp_path / name, _made(tmp_path / name, student), batch_size=4)
         run(trainer)
-        ends.append((state(student), trainer.pieces.said))
+        ends.append((state(student), trainer.pieces.said()))
         monkeypatch.setattr(Student, "run", limited)
     assert [said for _, said in ends] == ["", "The device had no room for a step's samples: 1 ran at a time."]
     for name, value in ends[0][0].items():

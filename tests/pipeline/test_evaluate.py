@@ -18,6 +18,7 @@ from ulbq.evaluation.metrics.fidelity import FIDELITY_WINDOWS
 from ulbq.evaluation.results import ModelScores, Results
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
+from ulbq.models.spread import load_spread
 from ulbq.pipeline.evaluate import evaluate
 from ulbq.pipeline.evaluation_plan import DEFAULT_PROMPT
 from ulbq.pipeline.quantize import quantize
@@ -50,11 +51,11 @@ def loads(monkeypatch) -> list[str]:
     """Names of the models that were loaded, in order."""
     names: list[str] = []
 
-    def load(source, **options):
+    def load(source, devices, **options):
         names.append(source.name)
-        return load_model(source, **options)
+        return load_spread(source, devices, **options)
 
-    monkeypatch.setattr(measurer, "load_model", load)
+    monkeypatch.setattr(measurer, "load_spread", load)
     return names
 
 

@@ -165,7 +165,7 @@ def test_names_of_lm_eval_stay_lm_evals(made):
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(made, monkeypatch, changes, error, sentence):
-    monkeypatch.setattr(measurer, "load_model", None)
+    monkeypatch.setattr(measurer, "load_spread", None)
     with pytest.raises(error, match=sentence) as caught:
         evaluate(request(made, "q4", **changes))
     assert caught.value.hint
@@ -182,6 +182,6 @@ def test_a_chat_template_has_to_be_there(made, monkeypatch, tmp_path):
             file.write_text(json.dumps(settings), encoding="utf-8")
         else:
             file.unlink(missing_ok=True)
-    monkeypatch.setattr(measurer, "load_model", None)
+    monkeypatch.setattr(measurer, "load_spread", None)
     with pytest.raises(UsageError, match="no chat template"):
         evaluate(request(made, str(folder), tasks=("svamp",), template="chat"))

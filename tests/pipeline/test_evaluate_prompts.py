@@ -24,6 +24,7 @@ from ulbq.evaluation.table import footnotes, rows
 from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model, model_memory
 from ulbq.models.source import resolve
+from ulbq.models.spread import load_spread
 from ulbq.pipeline.evaluate import evaluate
 from ulbq.pipeline.quantize import quantize
 
@@ -53,11 +54,11 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the models that were loaded, in order."""
     names: list[str] = []
 
-    def load(source, **options):
+    def load(source, devices, **options):
         names.append(source.name)
-        return load_model(source, **options)
+        return load_spread(source, devices, **options)
 
-    monkeypatch.setattr(measurer, "load_model", load)
+    monkeypatch.setattr(measurer, "load_spread", load)
     return names
 
 

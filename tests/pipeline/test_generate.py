@@ -15,6 +15,7 @@ from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.formats import AffineScheme
 from ulbq.models.load import load_model, model_memory
 from ulbq.models.source import ModelSource, resolve
+from ulbq.models.spread import load_spread
 from ulbq.pipeline.generate import Generation, generate
 
 PROMPT = "once upon a time"
@@ -161,10 +162,10 @@ def test_predictions_that_are_not_finite(
     parent: ModelSource, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
     def broken(*args: Any, **options: Any) -> Any:
-        model = load_model(*args, **options)
+        model = load_spread(*args, **options)
         model.lm_head.weight.data.fill_(float("nan"))
         return model
 
-    monkeypatch.setattr("ulbq.serving.generator.load_model", broken)
+    monkeypatch.setattr("ulbq.serving.generator.load_spread", broken)
     with pytest.raises(NumericsError, match="not finite"):
         written(parent.path, temperature=temperature)

@@ -52,8 +52,8 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*given: Any, **options: Any) -> None:
         pytest.fail("a model was loaded")
 
-    for module in (measurer, samples_module):
-        monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(measurer, "load_spread", load)
+    monkeypatch.setattr(samples_module, "load_model", load)
 
 
 def evaluated(made: Path, told: Silent | None = None, **changes: Any) -> EvaluationManifest:

@@ -25,8 +25,8 @@ from ulbq.config.sweep import SweepRequest
 from ulbq.errors import InputError, NumericsError, ResourceError, UsageError
 from ulbq.evaluation import measurer
 from ulbq.evaluation.results import Results
-from ulbq.models.load import load_model
 from ulbq.models.source import ModelSource, resolve
+from ulbq.models.spread import load_spread
 from ulbq.pipeline import samples, sweep_runs
 from ulbq.pipeline.evaluate import evaluate
 from ulbq.pipeline.listing import artifacts
@@ -521,11 +521,11 @@ def test_the_parent_is_asked_once_and_says_what_it_says_to_eval(
 ) -> None:
     loads: list[str] = []
 
-    def load(source: ModelSource, **options: Any) -> Any:
+    def load(source: ModelSource, devices: Any, **options: Any) -> Any:
         loads.append(source.name)
-        return load_model(source, **options)
+        return load_spread(source, devices, **options)
 
-    monkeypatch.setattr(measurer, "load_model", load)
+    monkeypatch.setattr(measurer, "load_spread", load)
     asked = request(made, method=("rtn",), samples=None, sequence_length=None, calibration=None, out=tmp_path / "s")
     path, manifest = sweep(asked)
     # For its perplexity, and for what it says of the text.

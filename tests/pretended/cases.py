@@ -20,6 +20,8 @@ CALIBRATED = f"{SMALL} {SAMPLES} --activation-memory 1K"
 BLOCKS = f"{CALIBRATED} --group-size 32 --set batch_size=2 --set micro_batch=1"
 TRAINED = f"{BLOCKS} --epochs 1"
 SOLVED = f"quantize base {CALIBRATED}"
+LITTLE = 20_000
+"""Bytes of a device that has no room for two blocks."""
 END = "--set end_to_end_epochs=1 --set gradient_accumulation=2 --set end_to_end_samples=4"
 
 CASES: dict[str, str] = {
@@ -63,6 +65,9 @@ CASES: dict[str, str] = {
     "eval streamed": f"eval rtn {SMALL} --perplexity wikitext2 --data-dir mirror --fidelity --limit 2 --context 32 "
     "--stream -o scored-streamed",
     "generate": f"generate rtn {SMALL} --prompt Hello -n 6",
+    "generate spread": f"generate gptq {SMALL} --device cuda:0,cpu --prompt Hello -n 6",
+    "eval spread": f"eval gptq {SMALL} --device cuda:0,cpu --perplexity wikitext2 --data-dir mirror --limit 2 "
+    "--context 32 --no-stream -o scored-spread",
     "generate adapter": f"generate apiq {SMALL} --prompt Hello -n 6 --top-p 0.9 --temperature 0.7",
     "generate kernel by kernel": f"generate rtn {SMALL} --prompt Hello -n 6 --no-cuda-graphs",
     "kernels generate": f"generate rtn {SMALL} --prompt Hello -n 2 --dtype fp32",
@@ -106,10 +111,11 @@ def prepare() -> None:
 
 def run(name: str, words: list[str]) -> dict[str, Any]:
     """A command as it is typed."""
-    from tests.pretended.device import SENT, STEPS, WAITS, interpret_kernels
+    from tests.pretended.device import MEMORY, SENT, STEPS, WAITS, interpret_kernels, set_memory
     from ulbq.commands.app import main
 
     interpret_kernels(name.startswith("kernels"))
+    set_memory(LITTLE if name.endswith("spread") else MEMORY)
     WAITS.clear()
     STEPS.clear()
     SENT.clear()

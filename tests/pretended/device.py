@@ -197,6 +197,11 @@ def pretend() -> None:
     _Pretending().__enter__()
 
 
+def set_memory(size: int) -> None:
+    """Say that the device has so many bytes, all of them free."""
+    torch.cuda.mem_get_info = lambda *_, **__: (size, size)  # type: ignore[assignment]
+
+
 def interpret_kernels(wanted: bool) -> None:
     """Whether products are Triton's, in its interpreter, on the values; else torch's."""
     from triton.runtime.interpreter import GridExecutor

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, ValidationInfo
 
 from ulbq.config.options import HOW, MEASURE, Option, Settings
-from ulbq.config.run import DataDir, Device, DtypeName, Force, Offline, Out, PrefillCache, Seed, Template, Verify
+from ulbq.config.run import DataDir, Devices, DtypeName, Force, Offline, Out, PrefillCache, Seed, Template, Verify
 from ulbq.errors import UsageError
 
 _TASKS = (
@@ -144,7 +144,7 @@ class EvaluateRequest(ScoreOptions):
         Option("Read a model block by block as it runs, or load it.", HOW, default="by what memory has room for"),
     ] = None
     seed: Seed = 0
-    device: Device = "auto"
+    device: Devices = "auto"
     data_dir: DataDir = None
     offline: Offline = False
     verify: Verify = True

@@ -35,6 +35,7 @@ from ulbq.config.run import (
     Precision,
     RecipeRecord,
     Seed,
+    Shard,
     Template,
 )
 
@@ -42,7 +43,19 @@ VALIDATION = 64
 """Examples that are held out where nobody says how many; fewer where few are asked for."""
 
 NOT_IN_FINGERPRINT = frozenset(
-    {"source", "out", "force", "offline", "data_dir", "device", "recipe", "save_every", "log_to", "deterministic"}
+    {
+        "source",
+        "out",
+        "force",
+        "offline",
+        "data_dir",
+        "device",
+        "recipe",
+        "save_every",
+        "log_to",
+        "deterministic",
+        "shard",
+    }
 )
 """Fields that do not decide what a run makes."""
 
@@ -116,6 +129,7 @@ class FinetuneRequest(FinetuneForm):
             "Steps between two checkpoints, from which a stopped run goes on.", HOW, "N", default="a tenth of the run"
         ),
     ] = None
+    shard: Shard = None
     precision: Precision = "auto"
     deterministic: Deterministic = False
     fresh: Annotated[

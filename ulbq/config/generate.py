@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from ulbq.config.options import ADDRESS, HOW, SAMPLING, SAY, Option, Settings
-from ulbq.config.run import Device, DtypeName, Offline, PrefillCache, Seed, Verify
+from ulbq.config.run import Devices, DtypeName, Offline, PrefillCache, Seed, Verify
 
 _MOST_TOKENS = 2**31 - 1
 
@@ -42,7 +42,7 @@ class GenerationSettings(Settings):
     ] = None
     seed: Seed = 0
     dtype: Annotated[DtypeName, Option("What the model computes in.", HOW)] = "bf16"
-    device: Device = "auto"
+    device: Devices = "auto"
     adapter: Annotated[bool, Option("With the adapter of the artifact, or its base alone.", HOW)] = True
     prefill_cache: PrefillCache = False
     cuda_graphs: Annotated[

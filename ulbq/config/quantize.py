@@ -34,6 +34,7 @@ from ulbq.config.run import (
     PrecisionName,
     RecipeRecord,
     Seed,
+    Shard,
     Stream,
 )
 from ulbq.config.trained import EndToEndOptions
@@ -186,6 +187,7 @@ class _OfCalibrated(BaseModel):
     ] = None
     activation_memory: ActivationMemory | None = None
     stream: Stream = None
+    shard: Shard = None
     precision: Precision | None = None
     deterministic: Deterministic | None = None
 
@@ -217,7 +219,7 @@ class QuantizeRequest(_Asked):
 NOT_IN_FINGERPRINT = frozenset(
     {
         *("source", "out", "force", "allow_partial", "data_dir", "offline", "activation_memory", "preset", "recipe"),
-        *("stream", "deterministic"),
+        *("stream", "shard", "deterministic"),
         *("calibration", "end_to_end_data", "device", "precision", "saliency", "log_to", "plan"),
     }
 )
@@ -274,6 +276,7 @@ class Quantization(_OfAll):
     sequence_length: int = 0
     activation_memory: int = 0
     stream: bool | None = None
+    shard: bool | None = None
     fit_temperature: bool = False
 
     @property

@@ -19,6 +19,16 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED), Option("Seed of everything rando
 Device = Annotated[
     str, Option("auto, cpu, cuda or cuda:N.", RUN, metavar="NAME", offers=("auto", "cpu", "cuda"), primary=True)
 ]
+Devices = Annotated[
+    str,
+    Option(
+        "auto, cpu, cuda or cuda:N; or several, as cuda:0,cuda:1,cpu, for a model that the first has no room for.",
+        RUN,
+        metavar="NAME,…",
+        offers=("auto", "cpu", "cuda"),
+        primary=True,
+    ),
+]
 DataDir = Annotated[
     Path | None,
     Option("Folder of data sets laid out like the Hub, looked at first.", RUN, "DIR", default="ULBQ_DATA_DIR"),
@@ -54,6 +64,14 @@ Stream = Annotated[
     Option(
         "Read the full-precision model block by block where all of it is wanted, as by teachers and for samples of its "
         "own, or load it.",
+        COMPUTE,
+        default="by what memory has room for",
+    ),
+]
+Shard = Annotated[
+    bool | None,
+    Option(
+        "Of several processes that train all of a model, each holds a part of its blocks, or all of them.",
         COMPUTE,
         default="by what memory has room for",
     ),

@@ -24,7 +24,8 @@ from ulbq.evaluation.metrics import METRICS
 from ulbq.evaluation.results import ModelScores, WeightSize
 from ulbq.evaluation.sizes import weight_size
 from ulbq.evaluation.text import text_windows
-from ulbq.models.load import load_model, loading_memory, model_memory
+from ulbq.models.load import loading_memory, model_memory
+from ulbq.models.spread import load_spread
 from ulbq.progress import Progress
 
 T = TypeVar("T")
@@ -151,20 +152,20 @@ class Measurer:
         """A model as it is measured: whole, or one block at a time where memory has no room for it."""
         options: dict[str, Any] = {
             "dtype": self.measures.dtype,
-            "device": self.measures.device,
             "adapter": candidate.adapter,
             "prefill_cache": self.request.prefill_cache,
         }
         if not self._streams(candidate):
-            return load_model(candidate.source, **options)
-        return StreamedModel(candidate.source, directory=self._writer.scratch, progress=self.progress, **options)
+            return load_spread(candidate.source, runtime.resolve_devices(self.request.device), **options)
+        options |= {"device": self.measures.device, "directory": self._writer.scratch, "progress": self.progress}
+        return StreamedModel(candidate.source, **options)
 
     def _streams(self, candidate: EvaluatedModel) -> bool:
         """Whether a model is streamed, by what was asked or by its size."""
         if self.request.stream is not None:
             return self.request.stream
         needed = loading_memory(candidate.source, self.measures.dtype) + _BESIDE
-        free = runtime.free_memory(self.measures.device)
+        free = sum(map(runtime.free_memory, runtime.resolve_devices(self.request.device)))
         if needed <= free:
             return False
         self.progress.note(

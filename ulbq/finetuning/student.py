@@ -19,6 +19,7 @@ from ulbq.training.fused import FusedParts
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.optimizer import parameters_by_role
 from ulbq.training.precision import Precision
+from ulbq.training.sharding import is_sharded
 
 
 class Student:
@@ -27,7 +28,7 @@ class Student:
     Args:
         model: all of it, on the device, in eval mode; float32, but for embeddings and head where these are wanted as
             they are stored.
-        blocks: its decoder blocks.
+        blocks: its decoder blocks, sharded or not.
         precision: device and dtype of the matrix products.
         checkpointing: keep only the blocks' inputs for the backward pass, and run each block a second time there.
             Without it everything that autograd keeps of every block, the quantized weights among it, lives at once.
@@ -35,6 +36,8 @@ class Student:
 
     Attributes:
         model: as given.
+        blocks: as given.
+        sharded: whether the blocks are, and processes run them together.
         layers: the trained layers by full name.
         roles: parameters of the blocks by role.
         head: from what :meth:`run` gives to logits.
@@ -50,6 +53,8 @@ class Student:
         adapters: Sequence[nn.Module] = (),
     ) -> None:
         self.model = model
+        self.blocks = blocks
+        self.sharded = is_sharded(blocks[0])
         self._precision = precision
         named = model.named_modules()
         self.layers = {name: layer for name, layer in named if isinstance(layer, TrainedLinear)}

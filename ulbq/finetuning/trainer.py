@@ -22,6 +22,7 @@ from ulbq.progress import Phase
 from ulbq.tracking import Log, nowhere
 from ulbq.training.optimizer import Group, make_optimizer
 from ulbq.training.pieces import Pieces
+from ulbq.training.sharding import Gradients, clip_parts, like, on_host
 
 # Float32 copies of a chunk's logits that live together: themselves, log-probabilities, gradients; the teacher's too.
 LOGIT_COPIES, LOGIT_COPIES_TAUGHT = 4, 10
@@ -78,6 +79,7 @@ class Trainer:
         self.trained = [p for group in self._groups for p in group.parameters]
         for parameter in self.trained:
             parameter.requires_grad_(True)
+        self._gradients = Gradients(student.blocks, self.trained) if student.sharded else None
         adapted = any(layer.adapter is not None for layer in student.layers.values())
         self._share = settings.base_share if adapted else 0.0
         self.pieces = Pieces()
@@ -140,12 +142,17 @@ class Trainer:
         """Examples in the portions that run at once, each with its share of all predictions that count.
 
         Of several processes each gets its share of the portions, which may be none, and cuts them as its memory wants.
+        Those that run a sharded model run it equally often: who has one portion less repeats one that does not count.
         """
         whole = self._examples.predictions(indices)
         share = -(-len(indices) // distributed.size())
-        parts = distributed.own(indices.split(min(share, self._settings.together(self._examples.length))))
+        every = indices.split(min(share, self._settings.together(self._examples.length)))
+        parts = distributed.own(every)
         pieces = [piece for part in parts for piece in self.pieces.split(part)]
-        return [(piece, self._examples.predictions(piece) / whole) for piece in pieces]
+        found = [(piece, self._examples.predictions(piece) / whole) for piece in pieces]
+        if self._student.sharded and len(parts) < math.ceil(len(every) / distributed.size()):
+            found.append((every[0], 0.0))
+        return found
 
     def _loss(self, indices: torch.Tensor, adapted: bool) -> torch.Tensor:
         """Loss of a few examples, a scalar in nats a token (and the hidden states' error)."""
@@ -245,10 +252,9 @@ class Trainer:
                 layer.matrix = None
 
         at_once = min(self._settings.together(self._examples.length), len(batch))
-        summed = self.pieces.run(at_once, gradients, undo)
-        distributed.sum_gradients(self.trained)
-        # Without a limit it only measures.
-        norm = nn.utils.clip_grad_norm_(self.trained, self._settings.clip or math.inf).double()
+        # The others would not know of a second try.
+        summed = gradients() if self._student.sharded else self.pieces.run(at_once, gradients, undo)
+        norm = self._joined_gradients().double()
         # Read together: a GPU is waited for once a step.
         own, size = torch.stack([summed.to(norm), norm]).tolist()
         (total,) = distributed.total(own)
@@ -262,6 +268,15 @@ class Trainer:
         losses = last.losses if failed else (*last.losses, (step, total))
         return last.model_copy(update={"step": step, "losses": losses, "failed": failed})
 
+    def _joined_gradients(self) -> torch.Tensor:
+        """Add up what processes have found, and clip it; returns the norm before that."""
+        largest = self._settings.clip or math.inf  # without a limit it only measures
+        if self._gradients is not None:
+            self._gradients.settle()
+            return clip_parts(self.trained, largest)
+        distributed.sum_gradients(self.trained)
+        return nn.utils.clip_grad_norm_(self.trained, largest)
+
     def _evaluated(self, last: TrainerCheckpoint, bar: Phase) -> TrainerCheckpoint:
         error = self.evaluate(bar)
         bar.advance(0, f"validation loss {error:.4f}")
@@ -273,7 +288,8 @@ class Trainer:
         self, last: TrainerCheckpoint, optimizer: torch.optim.AdamW, on_checkpoint: OnCheckpoint
     ) -> TrainerCheckpoint:
         """Write the state of a checkpoint that did not fail, tell of it, and remove what nothing goes back to."""
-        distributed.check_agreement(self.trained, f"what step {last.step} of the training left")
+        if not self._student.sharded:
+            distributed.check_agreement(self.trained, f"what step {last.step} of the training left")
         files = [] if last.failed else [self._file(last.step)]
         for file in files:
             write_shard(file, self._state(optimizer))
@@ -298,9 +314,9 @@ class Trainer:
         """Parameters, moments, and the generators of all processes."""
         tensors: dict[str, torch.Tensor] = {}
         for index, parameter in enumerate(self.trained):
-            tensors[f"{index:06d}.value"] = parameter
+            tensors[f"{index:06d}.value"] = on_host(parameter)
             for name, value in optimizer.state[parameter].items():
-                tensors[f"{index:06d}.{name}"] = value
+                tensors[f"{index:06d}.{name}"] = on_host(value)
         own = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
         for rank, states in enumerate(distributed.gather(own)):
             tensors |= {f"generator.{rank}.{number}": state for number, state in enumerate(states)}
@@ -311,11 +327,14 @@ class Trainer:
         """Read a step's parameters, and its moments and generators where an optimizer is to go on from them."""
         stored = LazyTensors([self._file(step)])
         for index, parameter in enumerate(self.trained):
-            parameter.copy_(stored.read(f"{index:06d}.value"))
+            parameter.copy_(like(parameter, stored.read(f"{index:06d}.value")))
             prefix = f"{index:06d}."
             if optimizer is not None:
                 state = {name: stored.read(prefix + name) for name in _MOMENTS if prefix + name in stored.names}
-                optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in state.items()}
+                optimizer.state[parameter] = {
+                    name: like(parameter, value) if value.dim() else value.to(parameter.device)
+                    for name, value in state.items()
+                }
         if optimizer is not None:
             prefix = f"generator.{distributed.rank()}."
             torch.set_rng_state(stored.read(f"{prefix}0"))

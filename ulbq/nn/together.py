@@ -19,7 +19,12 @@ class Together:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
-        packed = [layer for layer in layers if type(layer) is QuantLinear and "forward" not in vars(layer)]
+        # Of a sharded block codes are parameters, whose memory comes and goes.
+        packed = [
+            layer
+            for layer in layers
+            if type(layer) is QuantLinear and "forward" not in vars(layer) and layer._parameters.keys() <= {"bias"}
+        ]
         shapes = {(layer.out_features, layer.in_features) for layer in packed}
         self._banks = _banks(packed, *shapes.pop()) if len(packed) == len(layers) and len(shapes) == 1 else []
         # A layer that was loaded, moved or assigned anew has another layout, or none.

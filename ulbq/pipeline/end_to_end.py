@@ -23,11 +23,12 @@ from ulbq.finetuning.trainer import Trainer
 from ulbq.formats import AnyScheme
 from ulbq.pipeline.finish import TUNED, layer_record, recorded_schemes
 from ulbq.pipeline.quantization_plan import Job
-from ulbq.pipeline.samples import parent_model
+from ulbq.pipeline.samples import parent_model, sharded_model
 from ulbq.pipeline.student import Folders, build_student, write_tuned
 from ulbq.progress import Progress
 from ulbq.tracking import Log, nowhere
 from ulbq.training.optimizer import lr_factor
+from ulbq.training.sharding import gathered
 
 _EXCHANGED = "tuned shards in place"
 
@@ -120,8 +121,8 @@ def _train(phase: _Phase, log: Log) -> TrainerCheckpoint:
     )
     with phase.progress.phase("Training end to end", trainer.steps) as bar:
         last = trainer.train(latest(writer), bar, partial(note, writer))
-    if trainer.pieces.said:
-        phase.progress.note(trainer.pieces.said)
+    if said := trainer.pieces.said():
+        phase.progress.note(said)
     if last.best[0]:
         _write(phase, student)
     return last
@@ -130,6 +131,9 @@ def _train(phase: _Phase, log: Log) -> TrainerCheckpoint:
 def _teacher(phase: _Phase) -> Teacher:
     """The full-precision model in the dtype of the run's products, or what a pass through it left."""
     job, settings, examples = phase.job, phase.settings, phase.examples
+    if job.plan.sharded and settings.teacher == "streamed" and not job.streamed:
+        parts = sharded_model(job.source, job.precision)
+        return StreamedTeacher(parts, examples, job.precision, hidden=settings.loss == "kl-hidden")
     model = parent_model(job.request, job.source, job.precision, phase.writer, phase.progress, streamed=job.streamed)
     if settings.teacher == "streamed":
         hidden = settings.loss == "kl-hidden"
@@ -160,12 +164,13 @@ def _write(phase: _Phase, student: Student) -> None:
         if f"{TUNED}{index}" in phase.writer.journal:
             continue
         prefix, linears = job.names(index)
-        packed = write_tuned(job, student, index, phase.before, phase.after, sizes)
         names = {linear: prefix + linear for linear in linears}
-        layers = [
-            layer_record(job, name, _original(job, name), packed[linear], schemes[name])
-            for linear, name in names.items()
-        ]
+        with gathered(student.blocks[index]):
+            packed = write_tuned(job, student, index, phase.before, phase.after, sizes)
+            layers = [
+                layer_record(job, name, _original(job, name), packed[linear], schemes[name])
+                for linear, name in names.items()
+            ]
         files = [phase.after.block(index)]
         if job.method.needs.adapter is not None:
             files.append(phase.after.adapter(index))

@@ -69,7 +69,7 @@ def prepare(request: EvaluateRequest, progress: Progress) -> EvaluationJob:
     for prompt in request.prompts:
         check_prompt(prompt)
     _check_generative(request)
-    device = runtime.resolve_device(request.device)
+    device = runtime.resolve_devices(request.device)[0]
     # A finished evaluation alone is no model to evaluate, and resolving it will say so.
     recorded, sources = read_recorded(request.sources) if len(request.sources) > 1 else ([], list(request.sources))
     candidates = open_candidates(

@@ -35,11 +35,13 @@ from ulbq.pipeline.memory import (
     Sizes,
     layer_size,
     load_memory,
+    part_of_blocks,
     trained_activations,
     trained_layer,
     wide,
 )
 from ulbq.pipeline.recipe_files import Recipe
+from ulbq.pipeline.samples import choose_sharded
 from ulbq.pipeline.tasks import request_of, settings_of
 from ulbq.progress import Progress
 from ulbq.tracking import check_tracker
@@ -77,6 +79,7 @@ class FinetunePlan(Record):
         data: what :meth:`~ulbq.data.examples.ExampleSet.record` says.
         template: how questions are laid out; None for plain text.
         steps: optimiser steps.
+        sharded: whether each of several processes holds a part of the blocks.
     """
 
     request: FinetuneRequest
@@ -92,6 +95,7 @@ class FinetunePlan(Record):
     steps: int
     device: str
     precision: str
+    sharded: bool = False
     cost: FinetuneCost
 
 
@@ -166,7 +170,11 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
         progress=progress,
     )
     settings = settings_of(request, len(examples.train))
-    parameters, cost = _cost(request, source, manifest, model, adapter, linears, examples, precision)
+    asked = (request, source, manifest, model, adapter, linears, examples, precision)
+    parameters, cost = _cost(*asked)
+    needed = cost.base + cost.training + cost.activations
+    if sharded := choose_sharded(request.shard, needed, device, progress):
+        cost = _cost(*asked, sharded=True)[1]
     plan = FinetunePlan(
         request=request,
         model=manifest.name,
@@ -181,6 +189,7 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
         steps=settings.steps(len(examples.train)),
         device=runtime.describe_device(device),
         precision=str(precision.dtype).removeprefix("torch."),
+        sharded=sharded,
         cost=cost,
     )
     return FinetuneJob(request, source, manifest, examples, settings, precision, adapter, trained, linears, plan)
@@ -248,6 +257,8 @@ def _cost(
     linears: tuple[str, ...],
     examples: ExampleSet,
     precision: Precision,
+    *,
+    sharded: bool = False,
 ) -> tuple[int, FinetuneCost]:
     """How many parameters train, and what the run needs."""
     layers = {name: linear_layer(model, name) for name in source.packed}
@@ -276,6 +287,10 @@ def _cost(
     # Opened again beside what has trained.
     opening = held + FLOAT * (parameters + scales) + loading
     started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
+    if sharded:
+        blocks = len(sizes.inside)
+        held += part_of_blocks(packed, blocks) - packed
+        training = part_of_blocks(training, blocks)
     peak = started + max(loading, adapting, held + training + activations, opening)
     cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=activations)
     return parameters + scales, cost

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from ulbq import distributed, runtime
 from ulbq.artifacts.disk import writing
@@ -35,12 +36,13 @@ from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.finetune_plan import FinetuneJob
 from ulbq.pipeline.finetuned import take_over, write_artifact
 from ulbq.pipeline.proof import proof
-from ulbq.pipeline.scales import adapter_student, pack_scales, restore_packed, train_scales
+from ulbq.pipeline.scales import adapter_student, pack_scales, shard_packed, train_scales
 from ulbq.pipeline.warned import Recording
 from ulbq.progress import Progress, Silent
 from ulbq.tracking import Log, tracked
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.optimizer import task_lr_factor
+from ulbq.training.sharding import whole
 
 _CURVE = 1000  # points of a loss curve
 
@@ -83,15 +85,15 @@ def finetune(
         with watch.phase("training"):
             last = _train(job, trainer, writer, progress)
         with watch.phase("finish"):
-            base = model.get_base_model()
+            base = _base(model)
             packed = pack_scales(base) if job.scales else None
-            if packed is not None:
-                restore_packed(base, packed)
             round_as_stored(model)
             _check_packed(job, base)
             record = _record(job, last, _measure(trainer, progress))
-            adapter = {key: parameter.detach() for key, parameter in adapter_parameters(model).items()}
-        learnt = [*adapter.values(), *(tensor for tensors in (packed or {}).values() for tensor in tensors.values())]
+            adapter = {key: whole(parameter.detach()) for key, parameter in adapter_parameters(model).items()}
+        learnt = list(adapter.values())
+        if not job.plan.sharded:
+            learnt += [tensor for tensors in (packed or {}).values() for tensor in tensors.values()]
         distributed.check_agreement(learnt, "what they learnt")
         form = adapter_form(model)
         if record.end_loss >= record.start_loss:
@@ -126,7 +128,9 @@ def _decisive(job: FinetuneJob) -> dict[str, Any]:
 def _load(job: FinetuneJob) -> PeftModel:
     """The packed model with the adapter that trains; scales that train in layers that let them."""
     precision = job.precision
-    model = load_model(job.source, dtype=precision.dtype, device=precision.device, adapter=False)
+    # A GPU gets the blocks one by one, when it need not hold all of them.
+    device = torch.device("cpu") if job.plan.sharded else precision.device
+    model = load_model(job.source, dtype=precision.dtype, device=device, adapter=False)
     if job.scales:
         train_scales(model, job.source)
     runtime.seed_everything(job.request.seed)  # a new adapter is drawn
@@ -134,8 +138,18 @@ def _load(job: FinetuneJob) -> PeftModel:
         wrapped = fresh_adapter(model, job.adapter, job.linears, job.source.given)
     else:
         wrapped = trained_adapter(model, job.trained, dropout=job.request.dropout)
-    _check_packed(job, wrapped.get_base_model())
+    base = _base(wrapped)
+    _check_packed(job, base)
+    if job.plan.sharded:
+        shard_packed(base, precision.device)
     return wrapped
+
+
+def _base(model: PeftModel) -> PreTrainedModel:
+    base = model.get_base_model()
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError("no model of transformers")
+    return base
 
 
 def _check_packed(job: FinetuneJob, model: nn.Module) -> None:
@@ -188,8 +202,8 @@ def _train(job: FinetuneJob, trainer: Trainer, writer: ArtifactWriter, progress:
 
     with progress.phase(f"Learning {job.request.task}", job.plan.steps) as bar, writing(writer.out):
         last = trainer.train(latest(writer), bar, on_checkpoint)
-    if trainer.pieces.said:
-        progress.note(trainer.pieces.said)
+    if said := trainer.pieces.said():
+        progress.note(said)
     return last
 
 

@@ -66,15 +66,17 @@ def generate(
         tokens = generator.chat_tokens([{"role": "user", "content": request.prompt}])
     else:
         tokens = generator.text_tokens(request.prompt)
-    source, device = generator.source, generator.device
+    source = generator.source
     check_room(source, len(tokens), request.max_new_tokens)
     model = generator.load(progress)
     stream = TextStream(generator.tokenizer, on_text)
     generator.write(tokens, generator.settings(request.max_new_tokens, chat=request.chat), stream)
     memory = model_memory(model)
+    used = sorted({tensor.device for tensor in (*model.parameters(), *model.buffers())}, key=str, reverse=True)
+    gpus = [device for device in used if device.type == "cuda"]
     return Generation(
         model=source.name,
-        device=runtime.describe_device(device),
+        device=" and ".join(runtime.describe_device(device) for device in used),
         text=stream.text,
         prompt_tokens=len(tokens),
         new_tokens=stream.new_tokens,
@@ -84,5 +86,5 @@ def generate(
         weight_memory=memory.weights,
         cache_memory=memory.cache,
         peak_memory=runtime.peak_memory(),
-        device_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        device_memory=sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ulbq import distributed
 from ulbq.data.generate import writing_memory
 from ulbq.methods.base import Needs
 from ulbq.models.blocks import Linear, block_list
@@ -140,6 +141,14 @@ def load_memory(stored: int, table: int) -> int:
         table: bytes of its largest matrix.
     """
     return stored + table
+
+
+def part_of_blocks(held: int, blocks: int) -> int:
+    """Bytes in one of several processes of what so many sharded blocks hold: its part, and two blocks that are whole.
+
+    The second is the next one, gathered while the first is at work.
+    """
+    return held // distributed.size() + 2 * held // blocks
 
 
 def wide(linears: Sequence[Linear]) -> int:

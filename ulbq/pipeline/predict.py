@@ -30,6 +30,7 @@ from ulbq.pipeline.memory import (
     input_groups,
     layer_size,
     load_memory,
+    part_of_blocks,
     passed_activations,
     solving_memory,
     trained_activations,
@@ -100,6 +101,7 @@ def predict(
     halves: bool = False,
     blocks_stay: bool = False,
     streamed: bool = False,
+    sharded: bool = False,
     tables: Mapping[Linear, AnyScheme] = {},
     schemes: Mapping[str, AnyScheme] = {},
 ) -> Cost:
@@ -113,10 +115,11 @@ def predict(
         halves: its matrices are stored in half precision.
         blocks_stay: an artifact's blocks are taken as they are.
         streamed: where all of the full-precision model is wanted, its blocks are read one after the other.
+        sharded: each process holds a part of the blocks of a whole model that trains, and of its teacher.
         tables: matrices outside the blocks that are packed, and how.
         schemes: of the layers that have one of their own, by full name.
     """
-    run = _Sizes(request, method, found, model, precision, gguf_size, streamed, halves, tables, schemes)
+    run = _Sizes(request, method, found, model, precision, gguf_size, streamed, sharded, halves, tables, schemes)
     adapters = 2 * sum(run.adapter_values(block) for block in found.linears)
     whole_tables, packed_tables = run.tables_held()
     artifact = run.packed() + 2 * (run.sizes.weights - sum(run.quantized) - whole_tables) + packed_tables + adapters
@@ -158,11 +161,25 @@ def predict(
     return Cost(peak_memory=memory, device_memory=device, disk=disk, artifact=artifact)
 
 
-def whole_memory(
+def trained_memory(
     request: Quantization, method: Method, found: ModelStructure, model: PreTrainedModel, precision: Precision
 ) -> int:
+    """Bytes of the training of a whole model that each process holds, beside a teacher that is read; 0 without one."""
+    return _Sizes(request, method, found, model, precision, 0, streamed=True).end_to_end().memory
+
+
+def whole_memory(
+    request: Quantization,
+    method: Method,
+    found: ModelStructure,
+    model: PreTrainedModel,
+    precision: Precision,
+    *,
+    sharded: bool = False,
+) -> int:
     """Bytes of the largest phase that wants all of the full-precision model, if it is loaded; 0 where none does."""
-    run, settings = _Sizes(request, method, found, model, precision, 0, streamed=False), method.needs.end_to_end
+    run = _Sizes(request, method, found, model, precision, 0, streamed=False, sharded=sharded)
+    settings = method.needs.end_to_end
     taught = run.end_to_end().memory if settings is not None and settings.needs_teacher else 0
     return max(taught, run.writing() if run.writes else 0)
 
@@ -191,6 +208,7 @@ class _Sizes:
     precision: Precision
     gguf_size: int
     streamed: bool
+    sharded: bool = False
     halves: bool = False
     tables: Mapping[Linear, AnyScheme] = field(default_factory=dict)
     schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
@@ -413,7 +431,7 @@ class _Sizes:
             held = self.packed() if a_weight is None else round(a_weight * sum(self.quantized))
             inside = held + FLOAT * (sum(sizes.inside) - sum(self.quantized))
         reading = teacher + (0 if sizes.halved and self.itemsize < FLOAT else FLOAT * (sizes.outer + sizes.table))
-        student = self.itemsize * sizes.outer + inside + FLOAT * beside + 3 * FLOAT * trained
+        student = self.itemsize * sizes.outer + self._of_blocks(inside + FLOAT * beside + 3 * FLOAT * trained)
         copies = LOGIT_COPIES_TAUGHT if settings.needs_teacher else LOGIT_COPIES
         logits = logits_memory(sizes.vocabulary, copies, tokens, self.precision.device)
         cached = settings.needs_teacher and settings.teacher == "cached"
@@ -427,12 +445,18 @@ class _Sizes:
         device = max(asking - kept - passed, reading - kept, training - kept)
         return _Need(memory, _TRAINING_LIBRARY + kept + passed, states + on_disk, device)
 
+    def _of_blocks(self, held: int) -> int:
+        """Bytes in one process of what all blocks hold together."""
+        return part_of_blocks(held, self.found.n_blocks) if self.sharded else held
+
     def _teacher(self, settings: FinetuneSettings) -> tuple[int, int, int, int]:
         """Bytes of a teacher beside the student, and of one before it is there: in all, of its states, and on disk."""
         if not settings.needs_teacher:
             return 0, 0, 0, 0
         sizes = self.sizes
         held = sizes.held_at_once(self.itemsize, streamed=self.streamed)
+        if self.sharded and settings.teacher == "streamed" and not self.streamed:
+            held = self.itemsize * sizes.outer + self._of_blocks(self.itemsize * sum(sizes.inside))
         asking = load_memory(held, self.itemsize * sizes.table)
         if settings.teacher == "streamed":
             return held, asking, 0, 0

@@ -36,8 +36,8 @@ from ulbq.models.selection import ASKED, Selection, fitting, of_artifact, select
 from ulbq.models.source import ModelSource
 from ulbq.pipeline.layer_plan import planned_schemes, read_plan, skipped_by
 from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_saliency, rotation_seed
-from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits, whole_memory, whole_passes
-from ulbq.pipeline.samples import choose_streamed, default_calibration
+from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits, trained_memory, whole_memory, whole_passes
+from ulbq.pipeline.samples import choose_sharded, choose_streamed, default_calibration
 from ulbq.progress import Progress, Silent
 from ulbq.sensitivity import KINDS, Saliency
 from ulbq.tracking import check_tracker
@@ -56,6 +56,7 @@ class QuantizePlan(Record):
         adapter_bits: those of them that are the adapter's.
         rotation: of the weights before they are quantized; None for none.
         reads: how often all of the full-precision model is read, block by block; 0 where it is loaded, or not wanted.
+        sharded: whether the whole model trains in parts, one for each process.
         schemes: of the layers by full name, as far as they are known; left_out: those that were to be left out.
     """
 
@@ -75,6 +76,7 @@ class QuantizePlan(Record):
     rotation: RotationRecord | None = None
     stored_as: tuple[str, float] | None = None
     reads: int = 0
+    sharded: bool = False
     cost: Cost
     schemes: Mapping[str, AnyScheme] = Field(default={}, exclude=True)
     left_out: tuple[str, ...] = Field(default=(), exclude=True)
@@ -202,17 +204,19 @@ def prepare(request: QuantizeRequest, progress: Progress, *, outline: bool = Fal
     if method.needs.target_bits is not None:
         _check_target_bits(run, method, found, schemes)
     stay = _blocks_stay(run.fit_temperature, method.needs, start)
-    whole = whole_memory(run, method, found, model, precision)
+    trained = trained_memory(run, method, found, model, precision)
+    sharded = choose_sharded(run.shard, trained, device, progress)
+    whole = whole_memory(run, method, found, model, precision, sharded=sharded)
     streamed = choose_streamed(run.stream, whole, device, progress)
     sized: dict[str, Any] = {"gguf_size": source.gguf_size, "blocks_stay": stay, "streamed": streamed}
-    sized |= {"halves": source.halves, "tables": tables, "schemes": schemes}
+    sized |= {"sharded": sharded, "halves": source.halves, "tables": tables, "schemes": schemes}
     cost = predict(run, method, found, model, precision, **sized)
     reads = whole_passes(run, method, found, model, precision) if streamed else 0
     check_coverage(covered, found, progress, allow_partial=run.allow_partial or start is not None)
     described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered, reads, bits)
     named = {layer.name: schemes.get(layer.name, method.scheme) for layer in found.layers}
     left = tuple(name for name, why in selected.reasons.items() if why == ASKED)
-    described = described.model_copy(update={"schemes": named, "left_out": left})
+    described = described.model_copy(update={"schemes": named, "left_out": left, "sharded": sharded})
     saliency = open_saliency(method.needs.saliency, source)
     if method.needs.survey:
         _check_score(method, saliency)

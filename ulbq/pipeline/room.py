@@ -83,6 +83,7 @@ def _cost(job: Job, **changes: Any) -> Cost:
         halves=job.source.halves,
         blocks_stay=job.blocks_stay,
         streamed=job.streamed,
+        sharded=job.plan.sharded,
         tables=job.tables,
         schemes=job.schemes,
     )

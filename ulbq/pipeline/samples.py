@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from ulbq import distributed, runtime
 from ulbq.artifacts.store import ArtifactWriter
@@ -28,11 +29,13 @@ from ulbq.data.image_rows import names_images
 from ulbq.data.images import image_samples
 from ulbq.data.registry import available
 from ulbq.errors import InputError, UsageError
-from ulbq.models.load import load_model
+from ulbq.models.blocks import block_list, load_outer, materialize
+from ulbq.models.load import load_model, unfilled_model
 from ulbq.models.processor import load_processor, placeholders
 from ulbq.models.source import ModelSource
 from ulbq.progress import Progress
 from ulbq.training.precision import Precision
+from ulbq.training.sharding import join, shard
 
 _WRITTEN = "samples in "
 
@@ -154,11 +157,44 @@ def choose_streamed(asked: bool | None, needed: int, device: torch.device, progr
             "`stream` means nothing here: no phase of this run wants all of the full-precision model.",
             hint="It is for `calibration=self` and for teachers, as of `end_to_end=kl`. Leave it out.",
         )
-    if asked is not None or needed <= (free := runtime.free_memory(device)):
+    if asked is not None or needed <= (free := min(distributed.gather(runtime.free_memory(device)))):
         return bool(asked)
     progress.note(
         f"With the full-precision model loaded this takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: "
         "it is read block by block (`stream`)."
+    )
+    return True
+
+
+def choose_sharded(asked: bool | None, needed: int, device: torch.device, progress: Progress) -> bool:
+    """Whether each of several processes holds a part of the model that they train.
+
+    Args:
+        asked: for or against it; None to go by the memory.
+        needed: bytes of the training where each holds all of it; 0 where no whole model trains.
+        device: that computes.
+        progress: told of a choice that nobody made.
+
+    Raises:
+        UsageError: asked for, and there is one process, or nothing to shard.
+    """
+    if asked is not None and not needed:
+        raise UsageError(
+            "`shard` means nothing here: no phase of this run trains all of the model.",
+            hint="It is for `end_to_end` and for 'ulbq finetune'. Leave it out.",
+        )
+    alone = distributed.size() == 1
+    if asked and alone:
+        raise UsageError(
+            "`shard` spreads a model over processes, and there is one.", hint="Start several with torchrun."
+        )
+    if asked is not None or alone or not needed:
+        return bool(asked)
+    if needed <= (free := min(distributed.gather(runtime.free_memory(device)))):
+        return False
+    progress.note(
+        f"With all of the model in each process its training takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} "
+        "are free: each holds a part of it (`shard`)."
     )
     return True
 
@@ -178,6 +214,18 @@ def parent_model(
         return load_model(source, **options)
     limit = request.activation_memory or 0
     return StreamedModel(source, directory=writer.scratch, limit=limit, progress=progress, **options)
+
+
+def sharded_model(source: ModelSource, precision: Precision) -> PreTrainedModel:
+    """The full-precision model in the dtype of a run's products, its blocks sharded over the processes."""
+    device, model = precision.device, unfilled_model(source, precision.dtype)
+    load_outer(model, source, None, device)
+    prefix, blocks = block_list(model)
+    for index, block in enumerate(blocks):
+        materialize(block, source, None, prefix=f"{prefix}.{index}.", device=device)
+        shard(block, device)
+    join(blocks, device)
+    return model
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from ulbq import distributed
 from ulbq.finetuning.student import Student
 from ulbq.methods.training import pack_layer
 from ulbq.models.adapter_training import adapter_parameters
@@ -17,6 +18,7 @@ from ulbq.nn.quant_linear import QuantLinear
 from ulbq.pipeline.student import fixed_quantizer
 from ulbq.training.linear import TrainedLinear
 from ulbq.training.precision import Precision
+from ulbq.training.sharding import gathered, is_sharded, join, like, shard
 
 
 def adapter_student(model: PeftModel, precision: Precision, *, checkpointing: bool) -> Student:
@@ -38,6 +40,22 @@ def adapter_student(model: PeftModel, precision: Precision, *, checkpointing: bo
     return student
 
 
+def shard_packed(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a packed model, with peft's adapter or without, to a device, its blocks sharded over the processes."""
+    blocks = block_list(model)[1]
+    held = [*blocks]
+    del blocks[:]  # meanwhile the rest is the model
+    nn.Module.to(model, device)
+    for block in held:
+        block.to(device)
+        for layer in block.modules():
+            if isinstance(layer, QuantLinear):
+                layer.prepare()
+        shard(block, device)
+    blocks.extend(held)
+    join(blocks, device)
+
+
 def train_scales(model: nn.Module, source: ModelSource) -> None:
     """Exchange the packed layers of a model for ones whose codes are fixed and whose scales train."""
     for name, scheme in source.packed.items():
@@ -51,17 +69,42 @@ def train_scales(model: nn.Module, source: ModelSource) -> None:
         model.set_submodule(name, TrainedLinear(quantizer, layer.bias))
 
 
-def pack_scales(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """Packed tensors of the layers whose scales trained, by the layers' full names.
+@torch.no_grad()
+def pack_scales(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
+    """Packed tensors of the layers whose scales trained, by the layers' full names; what is stored runs from here on.
+
+    Of sharded blocks the first process gets them, in the host's memory.
 
     Raises:
         NumericsError: what was packed is not what was trained.
     """
-    with torch.no_grad():
-        return {name: dict(pack_layer(name, layer.quantizer, 1.0)) for name, layer in _scaled(model).items()}
+    blocks, layers = block_list(model)[1], _scaled(model)
+    if not is_sharded(blocks[0]):
+        found = {name: dict(pack_layer(name, layer.quantizer, 1.0)) for name, layer in layers.items()}
+        _restore_packed(model, found)
+        return found
+    found = {}
+    for block in blocks:
+        inside = set(block.modules())
+        own = {name: layer.quantizer for name, layer in layers.items() if layer in inside}
+        parts = {name: _tensors(quantizer) for name, quantizer in own.items()}
+        with gathered(block):
+            for name, quantizer in own.items():
+                packed = pack_layer(name, quantizer, 1.0)
+                if distributed.is_main():
+                    found[name] = {short: tensor.to("cpu", copy=True) for short, tensor in packed.items()}
+                shape = quantizer.dense(quantizer()).shape
+                stored = fixed_quantizer(packed["codes"].new_zeros(()).expand(shape), packed, quantizer.scheme)
+                for short, value in _tensors(stored).items():
+                    parts[name][short].copy_(like(parts[name][short], value))
+    return found
 
 
-def restore_packed(model: nn.Module, packed: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+def _tensors(quantizer: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(quantizer.named_parameters()), **dict(quantizer.named_buffers())}
+
+
+def _restore_packed(model: nn.Module, packed: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """Put packed layers in the place of those whose scales trained; what is stored is what runs from here on."""
     for module_name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, TrainedLinear)]:
         scheme = layer.quantizer.scheme

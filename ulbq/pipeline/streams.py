@@ -198,7 +198,8 @@ def _mean_squares(block: nn.Module, linears: tuple[str, ...]) -> Iterator[_Seen]
         if last is None or last[0] is not inputs:
             last = (inputs, inputs.float().square().flatten(0, -2).sum(0))
         square = last[1]
-        sums[linear] = sums[linear] + square if linear in sums else square
+        # Each its own: those of other processes are added in place.
+        sums[linear] = sums[linear] + square if linear in sums else square.clone()
         counts[linear] = counts.get(linear, 0) + inputs[..., 0].numel()
 
     with watching({linear: block.get_submodule(linear) for linear in linears}, add):

@@ -23,6 +23,7 @@ from ulbq.quantizers.base import Quantizer
 from ulbq.quantizers.fixed import FixedAffine
 from ulbq.quantizers.trainable import TRAINABLE
 from ulbq.training.linear import TrainedLinear
+from ulbq.training.sharding import join, shard
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Folders:
 
 
 def build_student(job: Job, folders: Folders, *, train: Trained | TrainedBeside, checkpointing: bool) -> Student:
-    """The whole model as its shards have it, ready to train on.
+    """The whole model as its shards have it, ready to train on; sharded over processes where the plan says so.
 
     One weight after the other is read in full precision and becomes the quantizer's latents; at no time is there a
     second copy of more than a block. Weights whose codes are fixed are not read at all, but for codebooks'.
@@ -73,6 +74,10 @@ def build_student(job: Job, folders: Folders, *, train: Trained | TrainedBeside,
         raise TypeError("the blocks are no list")
     for index in range(job.found.n_blocks):
         blocks[index] = _block(job, folders, index, train)
+        if job.plan.sharded:
+            shard(blocks[index], precision.device)
+    if job.plan.sharded:
+        join(blocks, precision.device)
     return Student(model, blocks, precision, checkpointing=checkpointing)
 
 

@@ -47,6 +47,10 @@ class Quantizer(nn.Module, ABC):
 
     scheme: AnyScheme
 
+    def get_buffer(self, target: str) -> torch.Tensor:
+        """What lies beside what trains; where the layer is sharded (``training/sharding.py``), it is a parameter."""
+        return super().get_buffer(target) if target in self._buffers else self.get_parameter(target)
+
     @abstractmethod
     def forward(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix ``[out, in]`` that the layer multiplies by, in ``dtype``; differentiable in what trains."""

@@ -96,7 +96,7 @@ class FixedKQuant(FixedCodes):
 
     def trainable(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by role: ``scales``."""
-        return {"weights": [], "scales": list(self.parameters())}
+        return {"weights": [], "scales": [self.factors, *([] if self.minima is None else [self.minima])]}
 
     @torch.no_grad()
     def finalize(self) -> dict[str, torch.Tensor]:

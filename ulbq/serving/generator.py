@@ -10,8 +10,9 @@ from ulbq.config.generate import GenerationSettings
 from ulbq.data.prompts import render_chat
 from ulbq.errors import InputError, UsageError
 from ulbq.models.decoding import Ending, TextStream, check_prompt, greedy, write_on
-from ulbq.models.load import DTYPES, load_model
+from ulbq.models.load import DTYPES
 from ulbq.models.source import resolve
+from ulbq.models.spread import load_spread
 from ulbq.progress import Progress
 
 _CHAT_PENALTY = 1.1  # of repetitions in an answer
@@ -28,7 +29,7 @@ class TextGenerator:
         source: the model's files.
         tokenizer: the model's own.
         model: None before :meth:`load`.
-        device: where it computes.
+        devices: where it may lie; it computes on the first where that has room for it.
 
     Raises:
         UsageError: options that do not go together.
@@ -43,7 +44,7 @@ class TextGenerator:
                 hint="Leave one of them out.",
             )
         self._request = request
-        self.device = runtime.resolve_device(request.device)
+        self.devices = runtime.resolve_devices(request.device)
         self.source = resolve(request.source, offline=request.offline, verify=request.verify)
         self.source.tell(progress)
         self.tokenizer: PreTrainedTokenizerBase = self.source.tokenizer()
@@ -52,10 +53,10 @@ class TextGenerator:
     def load(self, progress: Progress) -> PreTrainedModel:
         """Read the weights. Raises InputError, or ResourceError where memory does not hold them."""
         with progress.phase(f"Loading {self.source.name}"):
-            self.model = load_model(
+            self.model = load_spread(
                 self.source,
+                self.devices,
                 dtype=DTYPES[self._request.dtype],
-                device=self.device,
                 adapter=self._request.adapter,
                 prefill_cache=self._request.prefill_cache,
             )

@@ -106,7 +106,7 @@ class BlockTrainer:
             fallback=bool(ends) and not steps,
             diverged=any(end.diverged for end in ends),
             sinks=end.sinks,
-            at_once=self._pieces.most or 0,
+            at_once=self._pieces.fewest(),
         )
 
     def _stage(self, stage: Stage, seed: int, on_epoch: Callable[[float], None]) -> "_StageEnd":

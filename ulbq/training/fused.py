@@ -18,6 +18,7 @@ from ulbq.kernels import between
 from ulbq.models.watch import watching
 from ulbq.quantizers.base import remember_cast
 from ulbq.training.precision import Precision
+from ulbq.training.sharding import gathered
 
 _ROTATION = "apply_rotary_pos_emb"
 _WIDTH = 8
@@ -42,10 +43,13 @@ class FusedParts:
         self._modules: list[ModuleType] = []
         if not between.takes(torch.empty(0, device=precision.device)):
             return
-        modules = list(block.modules())
-        self._norms = [module for module in modules if _is_rms_norm(module)]
-        self._gates = [module for module in modules if _is_gated(module)]
-        defined = {sys.modules[type(module).__module__] for module in modules}
+        defined: set[ModuleType] = set()
+        for part in block if isinstance(block, nn.ModuleList) else (block,):
+            modules = list(part.modules())
+            defined |= {sys.modules[type(module).__module__] for module in modules}
+            with gathered(part):
+                self._norms += [module for module in modules if _is_rms_norm(module)]
+                self._gates += [module for module in modules if _is_gated(module)]
         self._modules = [one for one in defined if _rotates(getattr(one, _ROTATION, None))]
 
     @contextmanager

@@ -95,7 +95,7 @@ class LayerwiseTrainer:
             fallback=all(end.fallback for end in ends),
             diverged=any(end.diverged for end in ends),
             sinks=end.sinks,
-            at_once=self._pieces.most or 0,
+            at_once=self._pieces.fewest(),
         )
 
     def _group(self, names: Sequence[str], layers: dict[str, TrainedLinear]) -> BlockTrainer:

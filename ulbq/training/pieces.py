@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import torch
 
+from ulbq import distributed
+
 T = TypeVar("T")
 
 
@@ -21,10 +23,14 @@ class Pieces:
     def __init__(self) -> None:
         self.most: int | None = None
 
-    @property
+    def fewest(self) -> int:
+        """Samples at once in the process that has the least room, 0 where all fitted; all processes take part."""
+        return min((most for most in distributed.gather(self.most) if most is not None), default=0)
+
     def said(self) -> str:
-        """What a person has to know; empty where everything fitted."""
-        return f"The device had no room for a step's samples: {self.most} ran at a time." if self.most else ""
+        """What a person has to know; empty where everything fitted. All processes take part."""
+        fewest = self.fewest()
+        return f"The device had no room for a step's samples: {fewest} ran at a time." if fewest else ""
 
     def split(self, samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Samples that should run at once, in pieces for which there is room."""
