@@ -128,11 +128,16 @@ def test_the_server(tmp_path: Path) -> None:
         for model, texts in own.items():
             assert ask(model, prompts[0]) == texts[0]
             assert list(pool.map(partial(ask, model), prompts)) == texts
+        message = {"role": "user", "content": "Who are you?"}
+        chat = source.tokenizer().apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        asked = {"max_tokens": 12, "temperature": 0, "extra_body": {"skip_special_tokens": False}}
+        answer = client.chat.completions.create(model="base", messages=[message], **asked).choices[0].message.content
+        assert answer.rstrip(HALF) == text(source, chat, False, add_special_tokens=False)
 
 
-def text(source: ModelSource, prompt: str, adapter: bool) -> str:
+def text(source: ModelSource, prompt: str, adapter: bool, **how: bool) -> str:
     tokenizer = source.tokenizer()
-    given = tokenizer(prompt, return_tensors="pt")
+    given = tokenizer(prompt, return_tensors="pt", **how)
     model = load_model(source, dtype=torch.float32, adapter=adapter)
     tokens = model.generate(**given, max_new_tokens=12, do_sample=False)[0, given["input_ids"].shape[1] :]
     return str(tokenizer.decode(tokens)).rstrip(HALF)

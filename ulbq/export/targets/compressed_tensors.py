@@ -124,7 +124,7 @@ class CompressedTensorsTarget(Target):
     opened = packed.OPENED
     readers: ClassVar = {
         "vllm": Reader(rules.VLLM, "NVIDIA GPU", 0, (*rules.SERVED, rules.ANY_GROUPS), elsewhere=rules.ON_CPU),
-        "vllm-cpu": Reader(rules.VLLM_CPU, "CPU", 0, (rules.bits(4), *rules.SERVED), needs=rules.W4A8),
+        "vllm-cpu": Reader(rules.VLLM_CPU_INT4, "CPU", 0, (rules.bits(4), *rules.SERVED), needs=rules.W4A8),
         "transformers": Reader(
             rules.AUTO_MODEL, rank=1, rules=(_no_zero_points,), needs="It needs the package compressed-tensors."
         ),
