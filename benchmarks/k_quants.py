@@ -1,7 +1,8 @@
 """Q2_K, Q3_K and Q4_K as ``gptq --k-quant`` finds them, beside llama.cpp's own quantizer with an importance matrix.
 
     python tests/export/readers/environments.py /tmp/readers llama-cpp
-    python benchmarks/k_quants.py --readers /tmp/readers [--bits 2 3 4] [--mixed] [--folder DIR] [--results FILE]
+    python benchmarks/k_quants.py --readers /tmp/readers [--bits 2 3 4] [--seed 0] [--mixed] [--folder DIR]
+        [--results FILE]
 
 256 does not divide the default model's hidden size of 576. A copy of it has 768, three heads and a key-value head more,
 all zeros: it computes the same. Both sides quantize all linear layers of its blocks and nothing else, from the same
@@ -9,7 +10,8 @@ samples of 512 tokens of WikiText-2 ``train``. The importance matrix is llama.cp
 layer in full precision. Its quantizer is the compiled one (``ggml_quantize_chunk``), with one type for all layers;
 ``--mixed`` adds what ``llama-quantize … Q2_K`` mixes: Q3_K for values, attention outputs and ``down_proj``. Perplexity
 is that of WikiText-2 ``test``, context 1024, of the weights that the blocks decode to, in bf16; llama.cpp rounds
-activations to eight bits besides.
+activations to eight bits besides. A file of results (``benchmarks/results/k-quants-cpu.json``, which ``tables.py``
+reads) may be filled by several runs, each with another seed, which draws the samples.
 """
 
 import argparse
@@ -108,50 +110,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readers", type=Path, required=True, help="where the environment llama-cpp is")
     parser.add_argument("--bits", type=int, nargs="+", default=[2], choices=KINDS)
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--mixed", action="store_true", help="llama.cpp's mixture of types, too")
     parser.add_argument("--samples", default="32", help="that both sides see")
     parser.add_argument("--windows", default="32", help="that perplexity is taken of")
     parser.add_argument("--folder", type=Path, help="where models stay; artifacts that are there are not made again")
-    parser.add_argument("--results", type=Path, help="write the rows as JSON")
+    parser.add_argument("--results", type=Path, help="add the rows to a file of JSON")
     options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp())
-    wide, found = folder / "wide", {"full precision": 16.0}
+    measured: dict[str, Any] = {"samples": int(options.samples), "windows": int(options.windows), "rows": []}
+    if options.results and options.results.is_file():
+        before = json.loads(options.results.read_text(encoding="utf-8"))
+        if any(before[name] != measured[name] for name in ("samples", "windows")):
+            parser.error(f"{options.results} has {before['samples']} samples and {before['windows']} windows")
+        measured = before
+    folder = (options.folder or Path(tempfile.mkdtemp())).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    wide, found, seed = folder / "wide", {"wide": 16.0}, str(options.seed)
     if not wide.is_dir():
         widened(wide)
     for bits in options.bits:
-        name = f"gptq-q{bits}_k"
+        name = f"gptq-q{bits}_k-s{seed}"
         if not (folder / name).is_dir():
+            method = ("--method", "gptq", "--bits", str(bits), "--k-quant", "--seed", seed)
             drawn = ("--calibration", "wikitext2", "--samples", options.samples, "--sequence-length", "512")
-            ulbq(
-                "quantize",
-                "wide",
-                "--method",
-                "gptq",
-                "--bits",
-                str(bits),
-                "--k-quant",
-                *drawn,
-                "-o",
-                name,
-                folder=folder,
-            )
+            ulbq("quantize", "wide", *method, *drawn, "-o", name, folder=folder)
         manifest = read_manifest(folder / name)
         found[name] = manifest.bits.bits_per_weight if isinstance(manifest, QuantizedManifest) else 0.0
-    samples = load_calibration(folder / f"gptq-q{options.bits[0]}_k" / CALIBRATION_FILE).tokens
+    samples = load_calibration(folder / f"gptq-q{options.bits[0]}_k-s{seed}" / CALIBRATION_FILE).tokens
     keys = [*options.bits, *([0] if options.mixed else [])]
-    names = {key: f"llama-q{key}_k" if key else "llama-q2_k-mixed" for key in keys}
+    names = {key: f"llama-q{key or 2}_k{'' if key else '-mixed'}-s{seed}" for key in keys}
     made = theirs(wide, samples, {key: folder / name for key, name in names.items()}, options.readers)
     found |= {names[key]: bits for key, bits in made.items()}
-    rows = []
+    rows = {row["setting"]: row for row in measured["rows"]}
     for name, bits in found.items():
-        text = ("--perplexity", "wikitext2", "--context", "1024", "--limit", options.windows)
-        place = "wide" if name == "full precision" else name
-        score = evaluation(place, "ppl", folder, *text)["perplexity"]["wikitext2"]["value"]
-        rows.append({"setting": name, "true_bits": round(bits, 4), "perplexity": round(score, 2)})
-        print(json.dumps(rows[-1]), flush=True)
+        asked = ("--perplexity", "wikitext2", "--context", "1024", "--limit", options.windows)
+        score = evaluation(name, "ppl", folder, *asked)["perplexity"]["wikitext2"]["value"]
+        rows[name] = {"setting": name, "true_bits": round(bits, 4), "perplexity": round(score, 2)}
+        print(json.dumps(rows[name]), flush=True)
     if options.results:
         about = {"device": describe_device(torch.device("cpu")), "versions": versions()}
-        options.results.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(measured | about | {"rows": list(rows.values())}, indent=2)
+        options.results.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

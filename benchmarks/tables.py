@@ -4,12 +4,14 @@
 
 A page says where a figure comes from, in a comment before it: ``<!-- gptq-w2 -->109.0`` is a setting's perplexity,
 ``<!-- gptq-w2 bits -->2.28`` its true bits, ``<!-- apiq-r16 base -->82.51`` the perplexity without the adapter, and
-``<!-- eqat-w2-s0 eqat-w2-s1 eqat-w2-s2 mean -->73.5 ± 3.8`` mean and standard deviation of several. The page
-``docs/perplexity.md`` has every row of ours and of other programs (``quality-peers-cpu.json``), and the drawing;
-``docs/guides/experts.md`` those of ``upcycle-cpu.json``, which ``mixture.py`` writes; ``docs/guides/running.md`` those
-of ``decode-cpu.json``, which ``decode.py`` writes; ``docs/guides/converting.md`` those of ``export-cpu.json``, which
-``export.py`` writes; ``docs/gpu.md`` those of every ``gpu-*.json``, which ``gpu.py`` writes. ``<!-- sweep NAME -->``
-on any page is the table of ``swept-NAME-cpu.json``, which ``swept.py`` writes.
+``<!-- eqat-w2-s0 eqat-w2-s1 eqat-w2-s2 mean -->73.5 ± 3.8`` mean and standard deviation of several; the settings of
+``k-quants-cpu.json``, which ``k_quants.py`` writes, are among them. The page ``docs/perplexity.md`` has every row of
+ours and of other programs (``quality-peers-cpu.json``), and the drawing; ``docs/guides/experts.md`` those of
+``upcycle-cpu.json``, which ``mixture.py`` writes; ``docs/guides/running.md`` those of ``decode-cpu.json``, which
+``decode.py`` writes; ``docs/guides/converting.md`` those of ``export-cpu.json``, which ``export.py`` writes;
+``docs/guides/vllm.md`` those of ``vllm-cpu.json``, which ``vllm_cpu.py`` writes; ``docs/gpu.md`` those of every
+``gpu-*.json``, which ``gpu.py`` writes; ``<!-- sweep NAME -->`` on any page is the table of
+``swept-NAME-cpu.json``, which ``swept.py`` writes.
 """
 
 import argparse
@@ -32,6 +34,8 @@ PEERS = "quality-peers-cpu.json"
 MIXTURE_PAGE, MIXTURE = ROOT / "docs" / "guides" / "experts.md", ROOT / "benchmarks" / "results" / "upcycle-cpu.json"
 DECODE_PAGE, DECODE = ROOT / "docs" / "guides" / "running.md", ROOT / "benchmarks" / "results" / "decode-cpu.json"
 ENGINES_PAGE, ENGINES = ROOT / "docs" / "guides" / "converting.md", ROOT / "benchmarks" / "results" / "export-cpu.json"
+K_QUANTS = ROOT / "benchmarks" / "results" / "k-quants-cpu.json"
+VLLM_PAGE, VLLM = ROOT / "docs" / "guides" / "vllm.md", ROOT / "benchmarks" / "results" / "vllm-cpu.json"
 GPU_PAGE = ROOT / "docs" / "gpu.md"
 GPU_PARTS = ("tests", "kernels", "training", "methods", "resume", "decoding", "large")
 FULL, MOST, WIDEST = 24.19, 1200.0, 5.5
@@ -44,6 +48,7 @@ _TABLE = re.compile(r"(<!-- every row -->\n).*(<!-- end -->)", re.DOTALL)
 _MIXTURE = re.compile(r"(<!-- mixture -->\n).*(<!-- end -->)", re.DOTALL)
 _DECODE = re.compile(r"(<!-- decode ([\w]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _ENGINES = re.compile(r"(<!-- engines -->\n).*(<!-- end -->)", re.DOTALL)
+_VLLM = re.compile(r"(<!-- vllm -->\n).*(<!-- end -->)", re.DOTALL)
 _GPU = re.compile(r"(<!-- gpu -->\n).*(<!-- end -->)", re.DOTALL)
 _SWEPT = re.compile(r"(<!-- sweep ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _COLOURS = ("#2f6bd8", "#d9730d", "#12907d", "#b1458f", "#7b5bd6", "#a3851c", "#c2410c", "#4d7c0f", "#0e7490")
@@ -78,6 +83,9 @@ def _made(row: Row) -> Row:
 def pages() -> Iterator[tuple[Path, str]]:
     """Every page with figures, and the drawing, as they have to be."""
     found = rows()
+    figures = dict(found)
+    if K_QUANTS.is_file():
+        figures |= {row["setting"]: row for row in json.loads(K_QUANTS.read_text(encoding="utf-8"))["rows"]}
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = path.read_text(encoding="utf-8")
         if path == PAGE:
@@ -91,9 +99,12 @@ def pages() -> Iterator[tuple[Path, str]]:
             lines = "\n".join(engines(json.loads(ENGINES.read_text(encoding="utf-8"))["tiny"]))
             text = _ENGINES.sub(lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text)
         text = _SWEPT.sub(lambda match: match[1] + "\n".join(swept(match[2])) + "\n" + match[3], text)
+        if path == VLLM_PAGE:
+            lines = "\n".join(vllm(json.loads(VLLM.read_text(encoding="utf-8"))))
+            text = _VLLM.sub(lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text)
         if path == GPU_PAGE:
             text = _GPU.sub(lambda match: match[1] + "\n".join(gpus()) + "\n" + match[2], text)
-        yield path, _FIGURE.sub(lambda match: f"<!-- {match[1]}{match[2] or ''} -->{_figure(match, found)}", text)
+        yield path, _FIGURE.sub(lambda match: f"<!-- {match[1]}{match[2] or ''} -->{_figure(match, figures)}", text)
     yield DRAWING, drawing(list(found.values())) + "\n"
 
 
@@ -208,6 +219,19 @@ def _over_seeds(values: Sequence[float], *, bold: bool) -> str:
     shown = perplexity(mean(values))
     whole = f"**{shown}**" if bold else shown
     return whole if len(values) == 1 else f"{whole} ({perplexity(min(values))} to {perplexity(max(values))})"
+
+
+def vllm(measured: Row) -> Iterator[str]:
+    """Markdown: tokens per second by the clock, and how many times those of the dense model."""
+    yield from ("", "| | one request | eight at once |", "| --- " * 3 + "|")
+    names = {"plug-in": f"packed, {measured['true_bits']:.2f} bits", "dense": "dense, bfloat16"}
+    for key, name in names.items():
+        rates = {count: turn["wall_tokens_per_s"] for count, turn in measured[key].items()}
+        cells = [
+            f"{rate:.1f} ({rate / measured['dense'][count]['wall_tokens_per_s']:.2f})" for count, rate in rates.items()
+        ]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
 
 
 def gpus() -> Iterator[str]:

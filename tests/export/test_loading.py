@@ -34,15 +34,16 @@ def of(scheme: AnyScheme, adapter: str = "", name: str = "model.layers.0.mlp.up_
 
 def test_what_the_card_of_an_artifact_says() -> None:
     assert of_artifact(of(AffineScheme(bits=2, group_size=64)))[2:] == [
-        "**vLLM**: with the plug-in ulbq-vllm, `vllm serve DIR` loads it packed on a CPU; on a GPU that was not run.",
+        "**vLLM**: with the plug-in ulbq-vllm, `python -m vllm.entrypoints.openai.api_server --model DIR` "
+        "loads it packed on a CPU; on a GPU that was not run.",
         "**Engines** load what `ulbq convert DIR --for NAME -o OUT` writes, with the NAME in brackets. "
         "Bits are those of the quantized layers.",
         """\
 | engine | command | hardware | bits a weight |
 | --- | --- | --- | --- |
 | vLLM (`vllm`) | `vllm serve OUT` | NVIDIA GPU | 2.28 |
-| vLLM on a CPU (`vllm-cpu`) | `vllm serve OUT`. Not packed: convert it with `ulbq convert DIR --for NAME --to dense`. \
-| CPU | 16 |
+| vLLM on a CPU (`vllm-cpu`) | `python -m vllm.entrypoints.openai.api_server --model OUT`. Not packed: convert it with \
+`ulbq convert DIR --for NAME --to dense`. | CPU | 16 |
 | SGLang (`sglang`) | `python -m sglang.launch_server --model-path OUT --quantization humming` | NVIDIA GPU | 2.28 |
 | transformers (`transformers`) | `AutoModelForCausalLM.from_pretrained(OUT)`. It needs the packages optimum and \
 gptqmodel. | CPU or GPU | 2.41 |

@@ -80,5 +80,8 @@ def test_rows_are_those_of_the_whole(bits: int, device: str) -> None:
         layout = by_name["triton"]
         tensors = layout.pack(scheme, stored, 300, 128)
     chosen = torch.tensor([299, 0, 64, 63, 64, 130])
-    rows = layout.picked(scheme, tensors, chosen, 128)
-    assert torch.equal(formats.dequantize(scheme, rows, 128), formats.dequantize(scheme, stored, 128)[chosen])
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        rows = layout.rows(scheme, tensors, chosen, 128, dtype)
+        assert torch.equal(rows, formats.dequantize(scheme, stored, 128, dtype)[chosen])
+    with pytest.raises(IndexError):
+        layout.rows(scheme, tensors, torch.tensor([384]), 128, torch.float32)

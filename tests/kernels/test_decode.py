@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=s
 OUTS, COLUMNS = 208, 192
 SCHEMES: list[AnyScheme] = [
     *(AffineScheme(bits=bits, group_size=size) for bits, size in ((1, 64), (2, 32), (3, 64), (4, -1))),
+    *(AffineScheme(bits=bits, group_size=size) for bits, size in ((6, 32), (8, 64), (8, -1))),
     *(AffineScheme(bits=2, group_size=64, symmetric=True, mid_rise=mid_rise) for mid_rise in (False, True)),
     DualBinaryScheme(group_size=64),
     *(BinaryMosScheme(experts=experts, zeros=zeros) for experts, zeros in ((1, "none"), (4, "input"), (3, "output"))),

@@ -28,6 +28,8 @@ from ulbq.kernels import build
 from ulbq.models import decoding
 from ulbq.models.compiled_decoding import Decoder, products, unsupported_reason
 from ulbq.models.decoding import TextStream, greedy, write_on
+from ulbq.models.packed_tables import chosen_tables
+from ulbq.nn.quant_embedding import QuantEmbedding, swap_table
 from ulbq.nn.quant_linear import QuantLinear
 
 pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
@@ -128,9 +130,30 @@ def test_rotary_positions_of_a_part_of_a_head_are_left_to_transformers() -> None
     assert products(model) is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_head(tied: bool, bits: int, dtype: torch.dtype) -> None:
+    model = packed_model("llama", SCHEMES[0], dtype, tied=tied)
+    [(head, scheme)] = chosen_tables(model, None, bits).items()
+    tensors = random_matrix(scheme, head.out_features, head.in_features)
+    if tied:
+        table = QuantEmbedding(scheme, model.get_input_embeddings(), dtype=dtype)
+        table.assign(tensors)
+        swap_table(model, head.name, table, ["lm_head"])
+    else:
+        model.lm_head = QuantLinear(scheme, head.in_features, head.out_features, dtype=dtype)
+        model.lm_head.assign(tensors)
+    assert_same(model)
+    compiled = products(model)
+    assert compiled is not None
+    assert compiled.head is not None  # or each token takes another call
+
+
 def test_a_head_of_another_kind_makes_its_logits() -> None:
     model = packed_model("llama", SCHEMES[0], tied=False)
     model.lm_head = copy.deepcopy(model.base_model.layers[0].mlp.gate_proj)
+    model.lm_head.__class__ = _Tripled
     assert_same(model)
 
 

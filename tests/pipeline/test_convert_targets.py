@@ -6,7 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -136,6 +136,15 @@ def test_auto_round_takes_no_adapter(parent: Path, tmp_path: Path) -> None:
     source = artifact(parent, tmp_path / "q", adapter=AdapterConfig(rank=4, alpha=8))
     with pytest.raises(InputError, match="puts none beside auto-round's layers"):
         convert(ask(source, tmp_path / "x", to="auto-round"))
+
+
+@pytest.mark.parametrize("adapter", ["LoRA", "DoRA"])
+def test_transformers_has_no_adapter_beside_compressed_tensors(adapter: Literal["LoRA", "DoRA"]) -> None:
+    layers = {"model.layers.0.mlp.up_proj": Layer(_W4S, (64, 64))}
+    candidate = Candidate("q", tiny_config("llama"), layers, adapter)
+    with pytest.raises(InputError, match="puts none beside compressed-tensors' layers"):
+        judge("transformers", candidate, "compressed-tensors")
+    assert judge("vllm", replace(candidate, adapter="LoRA"), "compressed-tensors")[0].name == "compressed-tensors"
 
 
 def test_transformers_gets_zero_points_of_several_widths_by_auto_round(parent: Path, tmp_path: Path) -> None:

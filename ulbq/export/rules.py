@@ -15,7 +15,9 @@ from ulbq.models.skeleton import auto_class
 
 AUTO_MODEL = "AutoModelForCausalLM.from_pretrained(DIR)"
 VLLM = "vllm serve DIR"
-VLLM_CPU = f"VLLM_CPU_INT4_W4A8=0 {VLLM}"
+VLLM_CPU = "python -m vllm.entrypoints.openai.api_server --model DIR"
+"""The same server. The command ``vllm`` of the package vllm-cpu 0.32 asks for a package named vllm, and ends."""
+VLLM_CPU_INT4 = f"VLLM_CPU_INT4_W4A8=0 {VLLM_CPU}"
 W4A8 = "Without VLLM_CPU_INT4_W4A8=0 it rounds activations to 8 bits where the processor has AMX."
 SGLANG = "python -m sglang.launch_server --model-path DIR"
 HUMMING = "--quantization humming"

@@ -69,6 +69,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ulbq_widen_trellis": (*_TRELLIS, _LONG, _LONG, _AT, _INT, _INT),
     "ulbq_turn": (_AT, _INT, _LONG, _LONG, _LONG, _AT, _AT, _AT, _AT, _INT, _INT),
     "ulbq_multiply_bytes": (*(_AT,) * 3, _FLOAT, *(_LONG,) * 3, _AT, _LONG, _AT, _INT),
+    "ulbq_bytes_linear": (*(_AT,) * 3, _FLOAT, *(_LONG,) * 3, _AT, _INT, _AT),
     "ulbq_multiply_k_quant": (_INT, _LONG, _LONG, *(_AT,) * 6, _LONG, _AT, _INT),
     "ulbq_k_quant_linear": (_INT, _LONG, _LONG, *(_AT,) * 7),
     "ulbq_tiles_linear": (*_MATRIX, _AT, _INT, _AT),

@@ -12,6 +12,7 @@ from ulbq.formats import AffineScheme
 from ulbq.formats.bits import pack_planes, unpack_planes
 from ulbq.kernels import build
 from ulbq.kernels.build import library
+from ulbq.kernels.product import Product
 from ulbq.kernels.tiles import FLOATS
 
 FEW_ROWS = 8
@@ -61,3 +62,13 @@ def multiply(
         *(x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads()),
     )
     return y.to(rows.dtype)
+
+
+def product(
+    scheme: AffineScheme, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, *, exact: bool
+) -> Product:
+    """What tokens are multiplied with. Groups that 64 does not divide round nothing but in float32."""
+    codes, scales = packed["byte_codes"], packed["byte_scales"]
+    group = codes.shape[1] // scales.shape[1]
+    matrix = (codes, scales, packed.get("byte_zeros"), scheme.centre if scheme.symmetric else 0.0, *codes.shape, group)
+    return Product("ulbq_bytes_linear", *matrix, bias, exact)

@@ -206,6 +206,28 @@ def slabs(packed: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) 
         yield slice(begin, begin + count), dense.T
 
 
+def rows(packed: Mapping[str, torch.Tensor], shape: Shape, chosen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Dense rows ``[n, in]`` in ``dtype``, with the bits of :func:`slabs`.
+
+    Args:
+        packed: the matrix.
+        shape: its own, but for the outputs.
+        chosen: int64 ``[n]`` numbers of outputs.
+        dtype: of the rows.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    shape, kind = shape._replace(outs=len(packed["tiled_codes"]) * TILE), dtype if dtype in FLOATS else torch.float32
+    found, tile = (torch.empty(size, dtype=kind) for size in ((len(chosen), shape.columns), (shape.columns, TILE)))
+    for row, at in enumerate(chosen.tolist()):
+        if not 0 <= at < shape.outs:
+            raise IndexError(f"row {at} of {shape.outs}")
+        library().ulbq_widen(*_matrix(packed, shape), at - at % TILE, TILE, tile.data_ptr(), FLOATS[kind], 1)
+        found[row] = tile[:, at % TILE]
+    return found.to(dtype)
+
+
 def _scales(scheme: AnyScheme, stored: Mapping[str, torch.Tensor], outs: int, tiles: int) -> torch.Tensor:
     """``[tiles, parts, G, 64]`` float16."""
     if isinstance(scheme, BinaryMosScheme):

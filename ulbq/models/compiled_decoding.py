@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ulbq import runtime
 from ulbq.kernels import Product, attention, between, build, decode
 from ulbq.kernels.tiles import FLOATS
+from ulbq.nn.quant_embedding import TiedHead
 from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
 _MODELS = frozenset(f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3"))
@@ -65,10 +66,9 @@ class Compiled:
     def __init__(self, model: Any, blocks: list[decode.CompiledBlock], state: Hashable) -> None:
         base, attention = model.base_model, model.base_model.layers[0].self_attn
         self.blocks, self.state, self.dtype, width = blocks, state, model.dtype, attention.head_dim
-        self.head: tuple[Product, int] | None = None
-        if type(model.lm_head) is nn.Linear:  # one of another kind makes its logits itself
-            found = decode.dense(model.lm_head.weight.detach(), _floats(model.lm_head.bias))
-            self.head = found, model.lm_head.out_features
+        found = _product(model.lm_head, model.dtype)
+        # One that has no product makes its logits itself.
+        self.head = None if found is None else (found, model.lm_head.out_features)
         self.sizes = decode.CompiledSizes(
             hidden=model.config.hidden_size,
             intermediate=model.config.intermediate_size,
@@ -237,7 +237,7 @@ def _block(block: Any, dtype: torch.dtype) -> decode.CompiledBlock | None:
 
 def _product(layer: nn.Module, dtype: torch.dtype) -> Product | None:
     """What tokens are multiplied with; None for an adapter, or a layout that has nothing for them."""
-    if type(layer) is QuantLinear:
+    if type(layer) is QuantLinear or type(layer) is TiedHead:
         # What is rounded costs about what bfloat16 does, and ten times what float16 does.
         return layer.product(exact=dtype != torch.bfloat16)
     if is_dense_linear(layer) and layer.weight.dtype in FLOATS:

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from ulbq import formats
 from ulbq.formats import AffineScheme, AnyScheme
+from ulbq.kernels import Product
 from ulbq.nn.quant_linear import QuantLinear, is_dense_linear
 
 
@@ -34,8 +34,7 @@ class QuantEmbedding(QuantLinear):
         """``[..., width]`` in ``dtype``, of int64 ``tokens`` ``[...]``."""
         self.prepare()
         layout, tensors = self._ready()
-        rows = layout.picked(self.scheme, tensors, tokens.flatten(), self.in_features)
-        found = formats.dequantize(self.scheme, rows, self.in_features, self.dtype)
+        found = layout.rows(self.scheme, tensors, tokens.flatten(), self.in_features, self.dtype)
         return found.view(*tokens.shape, self.in_features)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,6 +63,10 @@ class TiedHead(nn.Module):
     def weight(self) -> torch.Tensor:
         """``[tokens, width]`` the dequantized weight, to be read only."""
         return self._table[0].weight
+
+    def product(self, *, exact: bool) -> Product | None:
+        """As :meth:`QuantLinear.product`; None where there is a bias."""
+        return self._table[0].product(exact=exact) if self.bias is None else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., width]`` to ``[..., tokens]``."""

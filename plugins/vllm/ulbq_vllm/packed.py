@@ -144,7 +144,7 @@ class PackedConfig(QuantizationConfig):
         if self._config.adapter and (current is None or current.lora_config is None):
             raise UsageError(
                 "The model was trained with an adapter, and without it is another one.",
-                hint="Add --enable-lora --lora-modules tuned=DIR/adapter to 'vllm serve', and ask for the model "
+                hint="Start the server with --enable-lora --lora-modules tuned=DIR/adapter, and ask for the model "
                 "'tuned'.",
             )
         parent, _, own = prefix.rpartition(".")

@@ -112,6 +112,13 @@ def _no_zero_points(candidate: Candidate, name: str) -> Obstacle | None:
     return Obstacle(f"it has zero points, and {name} loads no packed ones", change)
 
 
+def _no_adapter(candidate: Candidate, name: str) -> Obstacle | None:
+    if not candidate.adapter:
+        return None
+    # 5.23 leaves its layers without a weight, of which peft takes the dimensions.
+    return Obstacle("it has an adapter, and peft 0.21 puts none beside compressed-tensors' layers", rules.MERGE)
+
+
 def _is_symmetric(candidate: Candidate) -> bool:
     return all(scheme.symmetric for scheme in affine_schemes(candidate))
 
@@ -124,9 +131,12 @@ class CompressedTensorsTarget(Target):
     opened = packed.OPENED
     readers: ClassVar = {
         "vllm": Reader(rules.VLLM, "NVIDIA GPU", 0, (*rules.SERVED, rules.ANY_GROUPS), elsewhere=rules.ON_CPU),
-        "vllm-cpu": Reader(rules.VLLM_CPU, "CPU", 0, (rules.bits(4), *rules.SERVED), needs=rules.W4A8),
+        "vllm-cpu": Reader(rules.VLLM_CPU_INT4, "CPU", 0, (rules.bits(4), *rules.SERVED), needs=rules.W4A8),
         "transformers": Reader(
-            rules.AUTO_MODEL, rank=1, rules=(_no_zero_points,), needs="It needs the package compressed-tensors."
+            rules.AUTO_MODEL,
+            rank=1,
+            rules=(_no_zero_points, _no_adapter),
+            needs="It needs the package compressed-tensors.",
         ),
         "sglang": Reader(rules.SGLANG, "NVIDIA GPU", 0, rules.SERVED, humming=rules.beyond_marlin),
     }

@@ -11,7 +11,7 @@ from ulbq.config.run import DtypeName
 from ulbq.export import dense, packed
 from ulbq.export.dense import open_again
 from ulbq.export.fit import Candidate
-from ulbq.export.rules import AUTO_MODEL, SGLANG, VLLM, Reader
+from ulbq.export.rules import AUTO_MODEL, SGLANG, VLLM, VLLM_CPU, Reader
 from ulbq.export.targets.base import Conversion, Target, Written, layer_reason
 from ulbq.models.source import ModelSource
 
@@ -25,7 +25,7 @@ class DenseTarget(Target):
     readers: ClassVar = {
         "transformers": Reader(AUTO_MODEL, rank=3),
         "vllm": Reader(VLLM, "GPU", 2),
-        "vllm-cpu": Reader(VLLM, "CPU", 2),
+        "vllm-cpu": Reader(VLLM_CPU, "CPU", 2),
         "sglang": Reader(SGLANG, "GPU", 2),
     }
 

@@ -163,7 +163,7 @@ class GptqTarget(Target):
             rules.AUTO_MODEL, rules=(rules.uniform, _no_dora), needs="It needs the packages optimum and gptqmodel."
         ),
         "vllm": Reader(rules.VLLM, "NVIDIA GPU", 1, _SERVED, humming=_wants_humming, elsewhere=rules.ON_CPU),
-        "vllm-cpu": Reader(rules.VLLM_CPU, "CPU", 1, (*_FOUR, *rules.SERVED), needs=rules.W4A8),
+        "vllm-cpu": Reader(rules.VLLM_CPU_INT4, "CPU", 1, (*_FOUR, *rules.SERVED), needs=rules.W4A8),
         "sglang": Reader(rules.SGLANG, "NVIDIA GPU", 1, _SERVED, humming=_wants_humming),
         # AutoGPTQ computes with an empty head where that is tied.
         "auto-gptq": Reader(

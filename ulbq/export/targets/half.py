@@ -19,7 +19,7 @@ from ulbq.data.calibration import CALIBRATION_FILE, TEXT_FILE
 from ulbq.errors import InputError, NumericsError, UsageError
 from ulbq.export import packed
 from ulbq.export.fit import Candidate
-from ulbq.export.rules import AUTO_MODEL, VLLM, Reader, lora_only, no_experts, no_tables
+from ulbq.export.rules import AUTO_MODEL, VLLM, VLLM_CPU, Reader, lora_only, no_experts, no_tables
 from ulbq.export.targets.base import FULL_PRECISION, Conversion, Target, Written
 from ulbq.formats.rounding import vanishes
 from ulbq.models.adapter_files import ADAPTER_FOLDER
@@ -60,7 +60,7 @@ class HalfTarget(Target):
     library = "ulbq"
     readers: ClassVar = {
         "transformers": Reader(AUTO_MODEL, rank=None, needs="It needs ulbq."),
-        "vllm-cpu": Reader(VLLM, "CPU", 3, _OF_PLUGIN, needs=f"{PLUGIN}."),
+        "vllm-cpu": Reader(VLLM_CPU, "CPU", 3, _OF_PLUGIN, needs=f"{PLUGIN}."),
         "vllm": Reader(VLLM, "NVIDIA GPU", None, _OF_PLUGIN, needs=f"{PLUGIN}, which was not run on a GPU."),
     }
 

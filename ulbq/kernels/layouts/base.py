@@ -84,9 +84,12 @@ class Layout:
         stored = self.unpack(scheme, tensors, out_features, in_features)
         return formats.matrix(scheme, stored, in_features, dtype)
 
-    def picked(self, scheme: AnyScheme, tensors: Tensors, chosen: torch.Tensor, in_features: int) -> Tensors:
-        """Rows of an affine matrix, int64 ``[n]`` their numbers, as the stored tensors of a symmetric one have them."""
-        return {"codes": tensors["codes"][:, chosen], "scales": tensors["scales"][chosen]}
+    def rows(
+        self, scheme: Any, tensors: Tensors, chosen: torch.Tensor, in_features: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Rows ``[n, in]`` of a symmetric affine matrix in ``dtype``, int64 ``[n]`` their numbers."""
+        some = {"codes": tensors["codes"][:, chosen], "scales": tensors["scales"][chosen]}
+        return formats.dequantize(scheme, some, in_features, dtype)
 
     def prefers_dense(self, x: torch.Tensor) -> bool:
         """Whether one who kept the dense weight does better with it than :meth:`multiply` does."""

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ulbq.formats import AnyScheme
 from ulbq.kernels import byte_codes
 from ulbq.kernels.layouts.base import Layout, Tensors
+from ulbq.kernels.product import Product
 
 
 class BytesLayout(Layout):
@@ -27,8 +27,15 @@ class BytesLayout(Layout):
     def unpack(self, scheme: Any, tensors: Tensors, out_features: int, in_features: int) -> Tensors:
         return byte_codes.unpack(scheme, tensors)
 
-    def picked(self, scheme: AnyScheme, tensors: Tensors, chosen: torch.Tensor, in_features: int) -> Tensors:
-        return self.unpack(scheme, {name: tensor[chosen] for name, tensor in tensors.items()}, 0, in_features)
+    def rows(
+        self, scheme: Any, tensors: Tensors, chosen: torch.Tensor, in_features: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return byte_codes.weight(tensors["byte_codes"][chosen], tensors["byte_scales"][chosen], scheme.centre, dtype)
+
+    def product(
+        self, scheme: Any, tensors: Tensors, shape: tuple[int, int], bias: torch.Tensor | None, *, exact: bool
+    ) -> Product | None:
+        return byte_codes.product(scheme, tensors, bias, exact=exact)
 
     def prefers_dense(self, x: torch.Tensor) -> bool:
         return not byte_codes.takes(x.reshape(-1, x.shape[-1]))

@@ -1,5 +1,7 @@
 """Tiles (:mod:`ulbq.kernels.tiles`): codes in the order in which the processor's dot products take them."""
 
+from typing import Any
+
 import torch
 
 from ulbq.formats import AnyScheme, BinaryMosScheme
@@ -40,12 +42,10 @@ class TilesLayout(Layout):
         found = {**tensors, **tiles.unpack(scheme, tensors, out_features, in_features)}
         return super().unpack(scheme, found, out_features, in_features)
 
-    def picked(self, scheme: AnyScheme, tensors: Tensors, chosen: torch.Tensor, in_features: int) -> Tensors:
-        kinds, places = (chosen // tiles.TILE).unique(return_inverse=True)
-        some = tiles.unpack(
-            scheme, {name: tensor[kinds] for name, tensor in tensors.items()}, len(kinds) * tiles.TILE, in_features
-        )
-        return super().picked(scheme, some, places * tiles.TILE + chosen % tiles.TILE, in_features)
+    def rows(
+        self, scheme: Any, tensors: Tensors, chosen: torch.Tensor, in_features: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return tiles.rows(tensors, tiles.shape_of(scheme, 0, in_features), chosen, dtype)
 
     def bank(self, scheme: AnyScheme) -> type[Bank] | None:
         # What goes around the signs of BinaryMoS, a router and two scales a matrix, takes more calls than they do.

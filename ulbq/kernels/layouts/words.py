@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ulbq import formats
 from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme
 from ulbq.kernels import triton_launch, words
 from ulbq.kernels.banks import Bank
@@ -39,9 +40,11 @@ class WordsLayout(Layout):
         found = {**tensors, **words.unpack(scheme, tensors, out_features, in_features)}
         return super().unpack(scheme, found, out_features, in_features)
 
-    def picked(self, scheme: AnyScheme, tensors: Tensors, chosen: torch.Tensor, in_features: int) -> Tensors:
+    def rows(
+        self, scheme: Any, tensors: Tensors, chosen: torch.Tensor, in_features: int, dtype: torch.dtype
+    ) -> torch.Tensor:
         some = {name: tensor[..., chosen] for name, tensor in tensors.items() if name.startswith("word_")}
-        return words.unpack(scheme, some, len(chosen), in_features)
+        return formats.dequantize(scheme, words.unpack(scheme, some, len(chosen), in_features), in_features, dtype)
 
     def bank(self, scheme: AnyScheme) -> type[Bank] | None:
         # Column codebooks are several parts and outliers, each of another size in every matrix; signs as for tiles.
