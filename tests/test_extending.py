@@ -143,7 +143,7 @@ def test_no_kernel_takes_a_format_that_it_does_not_know(ternary: Path) -> None:
         choice = choose(Case(TernaryScheme(), 64, 128, device, torch.bfloat16, 1))  # type: ignore[arg-type]
         assert choice.layout is LAYOUTS[-1]
     told = io.StringIO()
-    kernel_table.show_kernels(Console(file=told, width=300), inspect(ternary).manifest)
+    kernel_table.show_kernels(Console(file=told, width=300), inspect(ternary))
     assert "affine, dual_binary, binary_mos only" in told.getvalue()
 
 

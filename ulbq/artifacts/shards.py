@@ -180,26 +180,31 @@ class LazyTensors:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU as it is stored, in memory of its own."""
-        tensor = torch.empty(self._find(name).shape, dtype=self.dtype(name))
+        tensor = torch.empty(self._readable(name).shape, dtype=self.dtype(name))
         self._read_into(name, [(0, tensor)])
         return tensor
 
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Some rows ``[n, ...]`` of a tensor, as :meth:`read` gives it. Raises IndexError for one that it has not."""
-        whole = self._find(name).shape
+        whole = self._readable(name).shape
         if any(not 0 <= row < whole[0] for row in rows):
             raise IndexError(f"'{name}' has {whole[0]} rows, and others are asked for")
         tensor = torch.empty((len(rows), *whole[1:]), dtype=self.dtype(name))
         self._read_into(name, [(row * part.nbytes, part) for row, part in zip(rows, tensor, strict=True)])
         return tensor
 
-    def _read_into(self, name: str, parts: Sequence[tuple[int, torch.Tensor]]) -> None:
-        """Read a tensor's bytes from some places on, as many as the tensors have that they are read into."""
+    def _readable(self, name: str) -> _Stored:
+        """Where a tensor lies, in a file that is there whole and as it was."""
         stored = self._find(name)
         if not stored.here:
             raise HeaderOnlyError(f"Only the header of '{stored.file.name}' was fetched: it holds no tensors.")
         check_unchanged(stored.file, stored.stamp)
         self._check(stored.file)
+        return stored
+
+    def _read_into(self, name: str, parts: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Read a tensor's bytes from some places on, as many as the tensors have that they are read into."""
+        stored = self._find(name)
         # Not through safetensors: it maps the whole file, and a mapped file pins pages, dies with the file, and may not
         # be larger than the memory.
         try:
