@@ -16,7 +16,8 @@ from transformers.cache_utils import StaticLayer
 from ulbq.errors import ResourceError
 from ulbq.kernels.triton_launch import on
 from ulbq.models.compiled_decoding import ROTATIONS, addresses, watched
-from ulbq.nn.experts import Experts
+from ulbq.nn.experts import Experts, Fusion
+from ulbq.printable import one_line
 
 Made = TypeVar("Made")
 
@@ -28,6 +29,8 @@ _AMPLE = 4
 """Room kept from the text before is taken for another if it is at most so many times too large: all of it is read."""
 _WARM_UPS = 2
 _ATTENTIONS = ("sdpa", "eager")
+# What calls of a module depend on that is no tensor: factors, of attention and adapters, and which adapters peft takes.
+_SWITCHES = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 
 
 def unsupported_reason(model: PreTrainedModel, device: torch.device | None = None) -> str | None:
@@ -38,12 +41,14 @@ def unsupported_reason(model: PreTrainedModel, device: torch.device | None = Non
         return f"on {kind}: CUDA GPUs"
     if not type(model).__module__.startswith("transformers.") or not model._can_compile_fullgraph:
         return f"{name}: models whose kernels do not depend on values"
-    if any(isinstance(module, Experts) for module in model.modules()):
+    if any(isinstance(module, Experts) or Fusion.of(module) for module in model.modules()):
         return "experts: which of them are called has to be known on the host"
     if model.config._attn_implementation not in _ATTENTIONS:
         return f"attention '{model.config._attn_implementation}': {' or '.join(_ATTENTIONS)}"
     if any(type(layer) is not StaticLayer for layer in StaticCache(model.config, 1).layers):
         return "attention of a window, or none: of all tokens"
+    if getattr(model.config, "alibi", False):
+        return "distances added to the scores: rotary positions"
     rotation = getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", None)
     if rotation not in ROTATIONS:
         return f"rotary positions '{rotation}': one of {', '.join(sorted(ROTATIONS))}"
@@ -81,7 +86,7 @@ class GraphDecoder:
     def keep(self) -> None:
         """Leave what was recorded to the next text of this model. No more tokens may come."""
         if self._step is not None:
-            _KEPT[self._model] = addresses(self._model), self._step
+            _KEPT[self._model] = _state(self._model), self._step
         self._step = None
 
     def _read(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -90,7 +95,7 @@ class GraphDecoder:
         wanted = max(_LEAST, min(self._most, len(tokens) + _AHEAD))
         # Taken away: another thread may write a text of its own. And first, so that two lie in memory at no time.
         state, step = _KEPT.pop(self._model, (None, None))
-        if step is None or state != addresses(self._model) or not wanted <= step.room <= _AMPLE * wanted:
+        if step is None or state != _state(self._model) or not wanted <= step.room <= _AMPLE * wanted:
             step = None
             step = RecordedStep(self._model, 1 << (wanted - 1).bit_length())
         step.take(cache, len(tokens))
@@ -167,6 +172,14 @@ class RecordedStep:
 _KEPT = WeakKeyDictionary[nn.Module, tuple[Hashable, RecordedStep]]()
 
 
+def _state(model: nn.Module) -> Hashable:
+    """What changes with all that a recording holds for: addresses, those of kept dense weights too, and switches."""
+    held = [vars(module) for module in model.modules()]
+    kept = tuple(value.data_ptr() for own in held for value in own.values() if isinstance(value, torch.Tensor))
+    # Spelled out, since peft changes lists and dictionaries in place.
+    return addresses(model), kept, repr([[own.get(name) for name in _SWITCHES] for own in held])
+
+
 def record(step: Callable[[], Made], rewind: Callable[[], object]) -> tuple[Made, Callable[[], object]]:
     """Record what a function launches on the current GPU.
 
@@ -180,24 +193,24 @@ def record(step: Callable[[], Made], rewind: Callable[[], object]) -> tuple[Made
     Raises:
         ResourceError: the driver refuses.
     """
-    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side, current, graph = torch.cuda.Stream(), torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     side.wait_stream(current)
+    # The stream is ours: torch's own for recordings is on the GPU of the first one, and a failure leaves it current.
     with torch.cuda.stream(side):
         for _ in range(_WARM_UPS):  # compiles kernels, and takes what memory they keep
             rewind()
             step()
         rewind()
+        try:
+            # What other threads do on the GPU meanwhile does not end the recording.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                made = step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ResourceError(
+                f"A token's work cannot be recorded as a CUDA graph ({one_line(str(error))}).",
+                hint="Launch it kernel by kernel: `cuda_graphs=false`.",
+            ) from error
     current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # What other threads do on the GPU meanwhile does not end the recording.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            made = step()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise ResourceError(
-            f"A token's work cannot be recorded as a CUDA graph ({' '.join(str(error).split())}).",
-            hint="Launch it kernel by kernel: `cuda_graphs=false`.",
-        ) from error
     return made, graph.replay
