@@ -30,12 +30,16 @@ MEMORY = 8 << 30
 WAITS: Counter[str] = Counter()
 """How often the host waited, by our ``file:function``."""
 STEPS: Counter[str] = Counter()
-"""The same within the steps of a training, what is measured between them left out, and within recorded steps."""
+"""The same within the steps of a training, what is measured between them left out, and within recorded steps.
+
+What is sent to the device counts in recorded steps too: from memory that is not pinned, no graph takes it.
+"""
 
 SENT: set[str] = set()
 """What was sent to the device: our ``file:function``, and the dtype."""
 
-_STEPS = {"finetuning/trainer.py:_step", "training/block.py:_attempt", "models/graph_decoding.py:_run"}
+_RECORDED = "models/graph_decoding.py:_run"
+_STEPS = {"finetuning/trainer.py:_step", "training/block.py:_attempt", _RECORDED}
 _BETWEEN = {"training/objective.py:validation_loss", "training/objective.py:validation_output"}
 
 _ROOT = Path(__file__).resolve().parents[2] / "ulbq"
@@ -138,7 +142,10 @@ def _check(name: str, args: tuple[Any, ...], near: list[torch.Tensor]) -> None:
 
 def _count(name: str, args: tuple[Any, ...], far: list[Far], device: torch.device) -> None:
     if name in _COPIES and device.type == "cuda" and not isinstance(args[name == "aten::copy_"], Far):
-        SENT.add(f"{_lines()[0]} {str(args[name == 'aten::copy_'].dtype).removeprefix('torch.')}")
+        lines = _lines()
+        SENT.add(f"{lines[0]} {str(args[name == 'aten::copy_'].dtype).removeprefix('torch.')}")
+        if _RECORDED in lines:
+            STEPS[lines[0]] += 1
     masks = name in _INDEXED and any(one is not None and one.dtype == torch.bool for one in args[1])
     home = name == "aten::_to_copy" and device.type == "cpu"
     home = home or (name == "aten::copy_" and not isinstance(args[0], Far))
