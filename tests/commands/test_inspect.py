@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from tests.artifacts.sample import SCHEME, parent_of, quantized, write_artifact
@@ -25,7 +26,9 @@ from ulbq.commands.app import main
 from ulbq.commands.inspection import scheme, show, size
 from ulbq.evaluation.results import ModelScores
 from ulbq.kernels import build
+from ulbq.models.adapter_files import ADAPTER_FOLDER
 from ulbq.pipeline.inspect import inspect
+from ulbq.pipeline.kernels import writers
 from ulbq.runtime import PhaseRecord
 
 SEEN = ((700, 1200, 300, 900), (0, 0, 800, 100))
@@ -94,6 +97,9 @@ class TestCommand:
         shown = " ".join(capsys.readouterr().out.split())
         here = build.unavailable_reason()
         assert f"compiled {here or 'yes'} cuda graph on cpu: CUDA GPUs transformers {'yes' if here else 'not'}" in shown
+        # Of an adapter its folder is looked at.
+        (Path("q") / ADAPTER_FOLDER).mkdir()
+        assert writers("q", torch.device("cpu"))["compiled"] == (here or "an adapter: none, as of `adapter=false`")
 
     def test_json_is_the_manifest(self, capsys: pytest.CaptureFixture[str]) -> None:
         write_artifact(Path("q"))

@@ -10,6 +10,7 @@ from ulbq.errors import InputError
 from ulbq.formats import read_scheme
 from ulbq.kernels import Case, choose
 from ulbq.models import compiled_decoding, graph_decoding
+from ulbq.models.adapter_files import adapter_folder
 from ulbq.models.load import unfilled_model
 from ulbq.models.source import resolve
 
@@ -72,5 +73,9 @@ def writers(path: str, device: torch.device) -> dict[str, str | None]:
     Raises:
         InputError: the artifact makes no model.
     """
-    model = unfilled_model(resolve(path, offline=True, verify=False), torch.bfloat16)
-    return {name: reason(model, device) for name, reason in WRITERS.items()}
+    source = resolve(path, offline=True, verify=False)
+    model = unfilled_model(source, torch.bfloat16)
+    found = {name: reason(model, device) for name, reason in WRITERS.items()}
+    if adapter_folder(source) is not None:  # beside layers that compiled code takes alone
+        found["compiled"] = found["compiled"] or "an adapter: none, as of `adapter=false`"
+    return found
