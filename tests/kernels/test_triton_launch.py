@@ -261,6 +261,24 @@ def test_many_rows_take_the_elements_of_a_trellis(slab: int, device: str, monkey
     assert_near(found.cpu(), should, torch.float32, slack=2)
 
 
+@on_devices
+@pytest.mark.parametrize("scheme", [TrellisScheme(bits=2), BinaryMosScheme(experts=2, zeros="none")], ids=str)
+def test_many_large_rows_of_float16(scheme: AnyScheme, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs and elements of a trellis make sums of them that are beyond float16, before scales make these small."""
+    outs, columns = 144, 96
+    stored = random_matrix(scheme, outs, columns)
+    if isinstance(scheme, TrellisScheme):
+        stored |= {"su": stored["su"].sign(), "sv": torch.full((outs,), 0.02).half()}
+    else:
+        shapes = {name: stored[name].shape for name in ("in_scales", "out_scales")}
+        stored |= {"in_scales": torch.ones(shapes["in_scales"]).half()}
+        stored |= {"out_scales": torch.full(shapes["out_scales"], 0.02).half()}
+    ready = in_layout("triton", scheme, {name: tensor.to(device) for name, tensor in stored.items()}, outs, columns)
+    x = (6000 * fresh(17, columns, torch.float32, device)).half()
+    monkeypatch.setattr(triton_launch, "dense_rows", lambda *_: DenseRows(16, 8))
+    assert_near(multiply(scheme, ready, x, outs).cpu(), exact(scheme, stored, x.cpu()), torch.float16, slack=4)
+
+
 def test_a_dense_weight_that_is_kept_is_taken_from_fewer_rows_on(monkeypatch: pytest.MonkeyPatch) -> None:
     made, kept = block_sizes.dense_rows("", 2)
     assert kept < made

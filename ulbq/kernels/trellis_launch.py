@@ -11,7 +11,16 @@ import torch
 
 from ulbq.formats import TrellisScheme, trellis
 from ulbq.kernels.block_sizes import Kernel, blocks
-from ulbq.kernels.triton_launch import SLAB, SPLIT_ROWS, VECTOR_ROWS, device_facts, is_many, on, unavailable_reason
+from ulbq.kernels.triton_launch import (
+    HEADROOM,
+    SLAB,
+    SPLIT_ROWS,
+    VECTOR_ROWS,
+    device_facts,
+    is_many,
+    on,
+    unavailable_reason,
+)
 
 Tensor = torch.Tensor
 
@@ -39,13 +48,16 @@ def multiply(x: Tensor, scheme: TrellisScheme, codes: Tensor, su: Tensor, sv: Te
     if not len(x):
         return x.new_empty(0, len(sv))
     vector = len(x) <= VECTOR_ROWS
-    inner = scaled_transform(x, torch.float32 if vector else x.dtype, before=su)
     rows, columns, outs = len(x), len(su), len(sv)
     if is_many(x, scheme.bits):
+        # What makes elements as small as weights are is in sv.
+        less = HEADROOM if x.dtype == torch.float16 else 1.0
+        inner = scaled_transform(x, x.dtype, before=su.float() * less)
         product = x.new_empty(rows, outs)
         for some, weight in slabs(scheme, codes, x):
             torch.mm(inner, weight, out=product[:, some])
-        return scaled_transform(product, x.dtype, after=sv)
+        return scaled_transform(product, x.dtype, after=sv.float() / less)
+    inner = scaled_transform(x, torch.float32 if vector else x.dtype, before=su)
     cut = cut_of("vector" if vector else "small" if rows <= SPLIT_ROWS else "large", scheme, codes, [rows], inner.dtype)
     partial = x.new_empty(cut.splits, rows, outs, dtype=torch.float32)
     across = -(-codes.shape[1] // cut.tiles)
@@ -134,7 +146,7 @@ def scaled_transform(
     Args:
         x: ``[rows, n]``, or ``[splits, rows, n]`` to be added up.
         dtype: of the result.
-        before, after: ``[n]`` float16; ones where not given.
+        before, after: ``[n]`` floating; ones where not given.
     """
     if trellis.is_mixed(x.shape[-1]):
         return mix(blocks_transform(x, torch.float32, before, None), dtype, after)

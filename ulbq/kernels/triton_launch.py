@@ -25,6 +25,8 @@ EXPONENT = 150 << 23
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 SLAB = 1 << 26
 """Weights that are dense at a time."""
+HEADROOM = 2.0**-6
+"""What float16 is multiplied by where weights are of size one in a dense product, and made small behind it."""
 # Outputs of a program that makes them, and its warps.
 _DENSE_OUTS, _DENSE_WARPS = 128, 4
 
@@ -201,11 +203,17 @@ def _by_weight(
     rows, outs = result.shape
     plain = not outliers and mixture is None and result.dtype == x.dtype
     product = result if plain else x.new_empty(rows, words.padded(outs))
+    less = 1.0
+    if mixture is not None and x.dtype == torch.float16:  # whose outer scales come behind
+        (signs,), less = matrix, HEADROOM
+        assert signs.scales is not None
+        matrix = [signs._replace(scales=signs.scales * less)]
     for some, weight in slabs(matrix, outs, x.shape[1], x):
         torch.mm(x, weight, out=product[:, some])
     if not plain:
         with on(x):
-            reduce(product.float()[None], result, x, outliers, mixture)
+            wide = product.float() if less == 1 else product.float() / less
+            reduce(wide[None], result, x, outliers, mixture)
     return result
 
 
