@@ -288,3 +288,18 @@ def test_recorded_steps_go_with_their_model() -> None:
     del model, decoder
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stands in: steps are recorded and replayed, for two texts each that outgrow their room."""
+    for name, value in {"record": record, "_LEAST": 8, "_AHEAD": 4}.items():
+        monkeypatch.setattr(graph_decoding, name, value)
+    for index in range(torch.cuda.device_count()):
+        model = packed_model("llama", SCHEME).to(torch.device("cuda", index))
+        assert unsupported_reason(model) is None
+        for seed in range(2):
+            tokens = some_tokens(40, seed).to(model.device)
+            found = logits(model, tokens, 5, room=200)
+            torch.testing.assert_close(found, plain(model, tokens, 5), rtol=1e-3, atol=1e-3)
