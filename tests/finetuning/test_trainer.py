@@ -246,6 +246,20 @@ def test_training_goes_on_from_its_files_to_the_same_values(
         assert torch.equal(state(resumed)[name], value), name
 
 
+def test_a_process_more_than_there_were_draws_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, make_student(), save_every=1)
+    monkeypatch.setattr(trainer, "_tidy", lambda last: None)
+    run(trainer)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    drawn = []
+    with torch.random.fork_rng():
+        for step in (2, 3):
+            trainer._load(step, torch.optim.AdamW(trainer.trained))
+            drawn.append(torch.rand(()).item())
+        torch.manual_seed(3 + 2 + 7907)  # of the second epoch, whose first step is the third
+        assert drawn == [torch.rand(()).item()] * 2
+
+
 def _folder(path: Path, name: str) -> Path:
     (path / name).mkdir()
     return path / name

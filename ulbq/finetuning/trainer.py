@@ -206,7 +206,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(self._examples.training, generator=generator)
         if not before:
-            torch.manual_seed(seed + 7907 * distributed.rank())
+            _seed_own(seed)
         for number, batch in enumerate(order.split(self._settings.batch_size)):
             adapted = not (self._share and torch.rand((), generator=generator).item() < self._share)
             if number < before:
@@ -337,6 +337,9 @@ class Trainer:
                 }
         if optimizer is not None:
             prefix = f"generator.{distributed.rank()}."
+            if f"{prefix}0" not in stored.names:  # of a process more than there were
+                _seed_own(self._seeds(1 + step // self._steps_per_epoch))
+                return
             torch.set_rng_state(stored.read(f"{prefix}0"))
             for number, device in enumerate(self._devices, 1):
                 torch.cuda.set_rng_state(stored.read(f"{prefix}{number}"), device)
@@ -347,3 +350,8 @@ class Trainer:
         for path in self._folder.glob("step-*.safetensors"):
             if path not in kept:
                 path.unlink()
+
+
+def _seed_own(seed: int) -> None:
+    """Have torch's own generators draw something else in each process."""
+    torch.manual_seed(seed + 7907 * distributed.rank())
