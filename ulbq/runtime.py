@@ -59,10 +59,14 @@ def resolve_device(name: str = "auto") -> "torch.device":
 
     Raises:
         ResourceError: the named device is missing, or there are fewer than processes.
-        UsageError: one GPU was named for several processes.
+        UsageError: one GPU was named for several processes, or several devices.
     """
     import torch
 
+    if "," in name:
+        raise UsageError(
+            f"`device={name}`: this computes on one device.", hint="Several are for `generate`, `serve` and `eval`."
+        )
     if name == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     else:
@@ -90,7 +94,9 @@ def resolve_devices(name: str = "auto") -> "tuple[torch.device, ...]":
         if distributed.size() > 1:
             raise UsageError(f"`device={name}` would be every process's.", hint="Each process takes its own GPU.")
         found = tuple(resolve_device(one.strip()) for one in names)
-        if len({*found}) < len(found) or any(device.type == "cpu" for device in found[:-1]):
+        # `cuda` is the first GPU.
+        different = {(device.type, device.index or 0) for device in found}
+        if len(different) < len(found) or any(device.type == "cpu" for device in found[:-1]):
             raise UsageError(
                 f"`device={name}`: each device once, and the CPU last.", hint="As in `cuda:0,cuda:1` or `cuda:0,cpu`."
             )

@@ -1,6 +1,8 @@
 """A model's blocks over several devices; that nothing is mixed then shows on a pretended GPU (``test_pretended``)."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ import torch
 from tests.models.tiny import save_tiny
 from ulbq import runtime
 from ulbq.errors import ResourceError, UsageError
+from ulbq.evaluation import measurer
 from ulbq.models import spread
 from ulbq.models.load import load_model
 from ulbq.models.source import resolve
+from ulbq.progress import Silent
 
 GPUS = (torch.device("cuda:0"), torch.device("cuda:1"))
 CPU = torch.device("cpu")
@@ -52,6 +56,22 @@ def test_blocks_are_shared_by_what_is_free(
     assert spread.block_places(sizes, devices) == places
 
 
+def test_eval_reads_block_by_block_what_would_not_be_spread(
+    rooms: dict[torch.device, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "resolve_device", torch.device)
+    monkeypatch.setattr(measurer, "loading_memory", lambda source, dtype: 0)
+    asked = SimpleNamespace(stream=None, device="cuda:0,cuda:1")
+    one = SimpleNamespace(request=asked, measures=SimpleNamespace(dtype=torch.float32), progress=Silent())
+    candidate: Any = SimpleNamespace(source=None, name="it")
+    for share, streams in ((0.54, True), (0.56, False)):
+        rooms |= dict.fromkeys(GPUS, round(share * measurer._BESIDE))
+        assert measurer.Measurer._streams(one, candidate) == streams  # type: ignore[arg-type]
+    rooms[CPU] = measurer._BESIDE
+    asked.device = "cpu"
+    assert not measurer.Measurer._streams(one, candidate)  # type: ignore[arg-type]
+
+
 def test_a_model_that_one_device_holds_stays_there(tmp_path: Path, rooms: dict[torch.device, int]) -> None:
     save_tiny("llama", tmp_path / "model")
     source, tokens = resolve(str(tmp_path / "model")), torch.arange(3, 19).view(1, 16)
@@ -85,3 +105,12 @@ def test_all_gpus_are_looked_at_where_none_is_named(monkeypatch: pytest.MonkeyPa
     assert runtime.resolve_devices("cuda:1") == (torch.device("cuda:1"),)
     assert runtime.resolve_devices("cuda:1, cuda:0") == (torch.device("cuda:1"), torch.device("cuda:0"))
     assert runtime.resolve_devices("cpu") == (CPU,)
+    for twice in ("cuda,cuda:0", "cuda:1,cuda:1", "cpu:0,cuda", "cpu,cpu:0"):
+        with pytest.raises(UsageError, match="each device once"):
+            runtime.resolve_devices(twice)
+
+
+def test_what_computes_on_one_device_says_so() -> None:
+    with pytest.raises(UsageError, match="computes on one device") as error:
+        runtime.resolve_device("cuda:0,cpu")
+    assert error.value.hint == "Several are for `generate`, `serve` and `eval`."

@@ -25,7 +25,7 @@ from ulbq.evaluation.results import ModelScores, WeightSize
 from ulbq.evaluation.sizes import weight_size
 from ulbq.evaluation.text import text_windows
 from ulbq.models.load import loading_memory, model_memory
-from ulbq.models.spread import load_spread
+from ulbq.models.spread import load_spread, room_of
 from ulbq.progress import Progress
 
 T = TypeVar("T")
@@ -165,7 +165,7 @@ class Measurer:
         if self.request.stream is not None:
             return self.request.stream
         needed = loading_memory(candidate.source, self.measures.dtype) + _BESIDE
-        free = sum(map(runtime.free_memory, runtime.resolve_devices(self.request.device)))
+        free = room_of(runtime.resolve_devices(self.request.device))
         if needed <= free:
             return False
         self.progress.note(

@@ -61,6 +61,13 @@ def load_spread(
     return model if folder is None else attach_adapter(model, folder)
 
 
+def room_of(devices: Sequence[torch.device]) -> float:
+    """Bytes that :func:`load_spread` may put on some devices."""
+    if len(devices) == 1:
+        return runtime.free_memory(devices[0])
+    return sum((1.0 if device.type == "cpu" else _FILLED) * runtime.free_memory(device) for device in devices)
+
+
 def block_places(sizes: Sequence[int], devices: Sequence[torch.device]) -> list[int]:
     """Which device each block goes to: GPUs get shares in proportion to their room, the CPU what is left over.
 
