@@ -217,6 +217,38 @@ def test_of_too_few_tokens_the_diagonal_alone_is_kept(tmp_path: Path, monkeypatc
     assert {name for name, inputs in met.items() if not inputs.few} == {"out"}
 
 
+class Crossed(nn.Module):
+    """One layer reads what each sample is called with beside its hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.key = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.out(hidden) + self.key(states).sum(1, keepdim=True)
+        return result
+
+
+def test_the_first_samples_images_say_nothing_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_sequence, "FEWEST_TOKENS", 10)  # 160 of 16 columns; of the hidden states there are 120
+    asked, met = task(tmp_path), dict[str, HessianSum]()
+    assert asked.data is not None
+    states = [{"states": torch.ones(1, 1 + 50 * (row > 0), WIDTH)} for row in range(SAMPLES + 2)]
+    data = dataclasses.replace(asked.data, kwargs=states)
+    asked = dataclasses.replace(asked, block=Crossed().requires_grad_(False), linears=("out", "key"), data=data)
+
+    def keep(linears, inputs):  # type: ignore[no-untyped-def]
+        met.update(dict.fromkeys(linears, inputs))
+        return {}
+
+    solve_in_sequence(asked, keep, one_by_one=False, rounds_few=True)
+    assert met["key"].tokens == 1 + 5 * 51
+    assert met["key"].matrix.shape == (WIDTH, WIDTH)
+    with pytest.raises(ValueError, match="diagonal"):
+        _ = met["out"].matrix
+
+
 def test_what_a_layer_was_is_kept_in_half_precision_where_that_changes_nothing(tmp_path: Path) -> None:
     asked = task(tmp_path)
     layer = linear_layer(asked.block, "out")

@@ -216,7 +216,7 @@ def _empty(
         name = one.layers[0]
         width = linear_layer(task.block, name).in_features
         alone = _place(task.block, name) == name
-        few = rounds_few and alone and 0 < one.rows * _activations(task).training < FEWEST_TOKENS * width
+        few = rounds_few and alone and _has_few(_activations(task), one, width)
         drift = Drift(width, device, relative=relative) if drifts and alone and not few else None
         costs = {} if task.outputs is None else {layer: task.outputs[layer].tokens.shape[2] for layer in one.layers}
         own = {layer: HessianSum(width, device, groups=groups, diagonal=few) for layer, groups in costs.items()}
@@ -224,6 +224,13 @@ def _empty(
         hessian.heldout = HessianSum(width, device, relative=relative) if heldout else None
         sums[name] = _InputSums(hessian, drift, own)
     return sums
+
+
+def _has_few(data: BlockData, one: Input, width: int) -> bool:
+    """Whether an input of so many columns will have too few tokens, by what the first sample gave of it."""
+    # A sample's own arguments, as states of its images are, may have other rows than those of the first.
+    alike = isinstance(data.kwargs, dict) or one.rows == data.inputs.shape[1]
+    return alike and 0 < one.rows * data.training < FEWEST_TOKENS * width
 
 
 def _wanted(
