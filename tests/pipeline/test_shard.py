@@ -9,9 +9,14 @@ import torch
 from tests import together
 from tests.models.tiny import save_tiny
 from ulbq import distributed, runtime
+from ulbq.config.quantize import QuantizeRequest
 from ulbq.errors import UsageError
-from ulbq.pipeline.quantize import plan
-from ulbq.pipeline.samples import choose_sharded
+from ulbq.models.blocks import block_list, skeleton
+from ulbq.pipeline import finetune_plan
+from ulbq.pipeline.memory import part_of_blocks
+from ulbq.pipeline.quantize import plan, quantize
+from ulbq.pipeline.samples import choose_sharded, choose_streamed
+from ulbq.pipeline.tasks import load_task
 from ulbq.progress import Silent
 
 CPU = torch.device("cpu")
@@ -44,6 +49,14 @@ def test_the_process_with_the_least_room_decides(asked: bool | None, needed: int
     assert choose_sharded(asked, needed, CPU, Silent()) == sharded
 
 
+def test_the_process_that_needs_most_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_world", distributed._World(0, 2, None))
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, value + 20])
+    monkeypatch.setattr(runtime, "free_memory", lambda device: 100)
+    for choose in (choose_sharded, choose_streamed):
+        assert [choose(None, needed, CPU, Silent()) for needed in (80, 81)] == [False, True]
+
+
 @pytest.mark.parametrize("teacher", ["streamed", "cached"])
 def test_parts_are_predicted(teacher: str, tmp_path: Path, several: None, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path / together.MODEL, hidden_size=512, num_hidden_layers=24)
@@ -55,3 +68,18 @@ def test_parts_are_predicted(teacher: str, tmp_path: Path, several: None, monkey
     assert [one.sharded for one in found] == [False, True]
     memory = [one.cost.peak_memory for one in found]
     assert memory[1] < memory[0] - 100_000_000
+
+
+def test_packed_tables_are_whole_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together.prepare(tmp_path)
+    values: dict[str, Any] = {"method": "rtn", "bits": 3, "group_size": 32, "embedding_bits": 8, "head_bits": 8}
+    values |= {"source": str(tmp_path / together.MODEL), "device": "cpu", "offline": True, "out": tmp_path / "tables"}
+    path, manifest = quantize(QuantizeRequest(**values))
+    options: dict[str, Any] = {"data": (str(tmp_path / together.ROWS),), "sequence_length": 128, "samples": 8}
+    options |= {"validation_samples": 3, "device": "cpu", "offline": True, "out": tmp_path / "q"}
+    job = finetune_plan.prepare(str(path), load_task("instructions"), options, Silent())
+    asked = (job.request, job.source, job.manifest, skeleton(job.source), job.adapter, job.linears, job.examples)
+    monkeypatch.setattr(distributed, "_world", distributed._World(0, 4, None))
+    whole, parts = (finetune_plan._cost(*asked, job.precision, sharded=on)[1].base for on in (False, True))
+    inside = sum(sum(layer.bits.values()) for layer in manifest.layers) // 8
+    assert whole - parts == inside - part_of_blocks(inside, len(block_list(skeleton(job.source))[1]))

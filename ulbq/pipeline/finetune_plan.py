@@ -288,8 +288,8 @@ def _cost(
     opening = held + FLOAT * (parameters + scales) + loading
     started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
     if sharded:
-        blocks = len(sizes.inside)
-        held += part_of_blocks(packed, blocks) - packed
+        blocks, inside = len(sizes.inside), packed - tables // 8
+        held += part_of_blocks(inside, blocks) - inside
         training = part_of_blocks(training, blocks)
     peak = started + max(loading, adapting, held + training + activations, opening)
     cost = FinetuneCost(peak_memory=peak, base=held, training=training, activations=activations)

@@ -157,8 +157,11 @@ def choose_streamed(asked: bool | None, needed: int, device: torch.device, progr
             "`stream` means nothing here: no phase of this run wants all of the full-precision model.",
             hint="It is for `calibration=self` and for teachers, as of `end_to_end=kl`. Leave it out.",
         )
-    if asked is not None or needed <= (free := min(distributed.gather(runtime.free_memory(device)))):
-        return bool(asked)
+    if asked is not None:
+        return asked
+    needed, free = _room(needed, device)
+    if needed <= free:
+        return False
     progress.note(
         f"With the full-precision model loaded this takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: "
         "it is read block by block (`stream`)."
@@ -190,13 +193,19 @@ def choose_sharded(asked: bool | None, needed: int, device: torch.device, progre
         )
     if asked is not None or alone or not needed:
         return bool(asked)
-    if needed <= (free := min(distributed.gather(runtime.free_memory(device)))):
+    needed, free = _room(needed, device)
+    if needed <= free:
         return False
     progress.note(
         f"With all of the model in each process its training takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} "
         "are free: each holds a part of it (`shard`)."
     )
     return True
+
+
+def _room(needed: int, device: torch.device) -> tuple[int, int]:
+    """The most that a process needs and the least that one has free: all decide alike, whatever their GPUs are."""
+    return max(distributed.gather(needed)), min(distributed.gather(runtime.free_memory(device)))
 
 
 def parent_model(
