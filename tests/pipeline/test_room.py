@@ -16,8 +16,9 @@ from ulbq.errors import ResourceError
 from ulbq.methods.base import set_aside
 from ulbq.models.blocks import structure
 from ulbq.models.skeleton import empty_model
-from ulbq.pipeline import room
-from ulbq.pipeline.predict import Cost, predict
+from ulbq.models.source import resolve as resolved
+from ulbq.pipeline import quantization_plan, room
+from ulbq.pipeline.predict import Cost, predict, trained_memory, whole_memory
 from ulbq.pipeline.quantization_plan import Job, build_method, prepare
 from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent
@@ -147,6 +148,48 @@ def predicted_70b(method: str, **options: Any) -> Cost:
     run = resolve(request, "quick", rotate=False, calibration="wikitext2")
     precision = Precision(torch.device("cuda"), torch.bfloat16)
     return predict(run, build_method(request), structure(model), model, precision, halves=True)
+
+
+def wanting_all(**options: Any) -> tuple[Any, ...]:
+    """What is predicted of the end-to-end training of two blocks of Llama-70B's shape, the precision left out."""
+    config = AutoConfig.for_model("llama", **_70B, vocab_size=128256, dtype="bfloat16", tie_word_embeddings=False)
+    model = empty_model(config, torch.bfloat16)
+    request = QuantizeRequest(
+        source="", method="efficientqat", calibration="wikitext2", end_to_end="kl", epochs=0, offline=True, **options
+    )
+    run = resolve(request, "quick", rotate=False, calibration="wikitext2")
+    return run, build_method(request), structure(model), model
+
+
+def test_what_wants_all_of_a_model_reads_halves_as_such() -> None:
+    precision = Precision(torch.device("cpu"), torch.bfloat16)
+    asked = wanting_all(teacher="cached")
+    for predicted in (whole_memory, trained_memory):
+        halved, plain = (predicted(*asked, precision, halves=halves) for halves in (True, False))
+        assert halved < plain
+
+
+def test_guesses_of_a_teacher_do_not_count_against_a_gpu() -> None:
+    memory = []
+    for name in ("cpu", "cuda"):
+        precision = Precision(torch.device(name), torch.bfloat16)
+        asked = [wanting_all(teacher="cached", activation_memory=room) for room in (0, 1 << 20)]
+        memory.append([(trained_memory(*one, precision), whole_memory(*one, precision)) for one in asked])
+    assert memory[0][0] != memory[0][1]
+    assert memory[1][0] == memory[1][1]
+
+
+def test_a_plan_asks_what_halves_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+
+    def ask(*_: Any, halves: bool, **__: Any) -> int:
+        told.append(halves)
+        return 0
+
+    for name in ("trained_memory", "whole_memory"):
+        monkeypatch.setattr(quantization_plan, name, ask)
+    prepare(asked(tmp_path, end_to_end="kl", epochs=0), Silent())
+    assert told == [resolved(str(tmp_path / "m")).halves] * 2
 
 
 _70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedModel
 
@@ -89,6 +90,12 @@ class _Need(NamedTuple):
     disk: int = 0
     device: int | None = None
 
+    def at_work(self, device: torch.device) -> int:
+        """Bytes where it computes: on a GPU, or in the process's memory, which is all there is then."""
+        if device.type != "cuda":
+            return self.memory
+        return self.memory - self.host if self.device is None else self.device
+
 
 def predict(
     request: Quantization,
@@ -130,8 +137,7 @@ def predict(
     if run.writes:
         phases.append(_Need(run.writing()))
     on_gpu = precision.device.type == "cuda"
-    needed = (phase.memory - phase.host if phase.device is None else phase.device for phase in phases)
-    device = max(needed) if on_gpu else 0
+    device = max(phase.at_work(precision.device) for phase in phases) if on_gpu else 0
     # What goes to a GPU passes the process's memory, one tensor after the other.
     held = (phase.host + run.passing() if on_gpu else phase.memory for phase in phases)
     memory = started + gguf_size + max(held)
@@ -162,10 +168,20 @@ def predict(
 
 
 def trained_memory(
-    request: Quantization, method: Method, found: ModelStructure, model: PreTrainedModel, precision: Precision
+    request: Quantization,
+    method: Method,
+    found: ModelStructure,
+    model: PreTrainedModel,
+    precision: Precision,
+    *,
+    halves: bool = False,
 ) -> int:
-    """Bytes of the training of a whole model that each process holds, beside a teacher that is read; 0 without one."""
-    return _Sizes(request, method, found, model, precision, 0, streamed=True).end_to_end().memory
+    """Bytes, where it computes, of a whole model that trains in each process, beside a teacher that is read by blocks.
+
+    Arguments are those of :func:`predict`; 0 without such a phase.
+    """
+    run = _Sizes(request, method, found, model, precision, 0, streamed=True, halves=halves)
+    return run.end_to_end().at_work(precision.device)
 
 
 def whole_memory(
@@ -176,11 +192,16 @@ def whole_memory(
     precision: Precision,
     *,
     sharded: bool = False,
+    halves: bool = False,
 ) -> int:
-    """Bytes of the largest phase that wants all of the full-precision model, if it is loaded; 0 where none does."""
-    run = _Sizes(request, method, found, model, precision, 0, streamed=False, sharded=sharded)
+    """Bytes, where it computes, of the largest phase that wants all of the full-precision model, if it is loaded.
+
+    Arguments are those of :func:`predict`; 0 without such a phase.
+    """
+    run = _Sizes(request, method, found, model, precision, 0, streamed=False, sharded=sharded, halves=halves)
     settings = method.needs.end_to_end
-    taught = run.end_to_end().memory if settings is not None and settings.needs_teacher else 0
+    needs_teacher = settings is not None and settings.needs_teacher
+    taught = run.end_to_end().at_work(precision.device) if needs_teacher else 0
     return max(taught, run.writing() if run.writes else 0)
 
 

@@ -204,9 +204,9 @@ def prepare(request: QuantizeRequest, progress: Progress, *, outline: bool = Fal
     if method.needs.target_bits is not None:
         _check_target_bits(run, method, found, schemes)
     stay = _blocks_stay(run.fit_temperature, method.needs, start)
-    trained = trained_memory(run, method, found, model, precision)
+    trained = trained_memory(run, method, found, model, precision, halves=source.halves)
     sharded = choose_sharded(run.shard, trained, device, progress)
-    whole = whole_memory(run, method, found, model, precision, sharded=sharded)
+    whole = whole_memory(run, method, found, model, precision, sharded=sharded, halves=source.halves)
     streamed = choose_streamed(run.stream, whole, device, progress)
     sized: dict[str, Any] = {"gguf_size": source.gguf_size, "blocks_stay": stay, "streamed": streamed}
     sized |= {"sharded": sharded, "halves": source.halves, "tables": tables, "schemes": schemes}

@@ -119,7 +119,8 @@ def prepare(request: SaliencyRequest, progress: Progress, *, outline: bool = Fal
     check_complete(source, model)
     if request.kind != "magnitude":
         check_length(model, request.sequence_length or 0)
-    streamed = choose_streamed(request.stream, _writing(request, model, precision, streamed=False), device, progress)
+    whole = _writing(request, Sizes.of(model), model, precision, streamed=False)
+    streamed = choose_streamed(request.stream, whole, device, progress)
     sized: dict[str, Any] = {"gguf_size": source.gguf_size, "halves": source.halves, "streamed": streamed}
     peak_memory, disk, artifact = predict_scoring(request, model, found, precision, **sized)
     reads = writing_passes(model.config, precision.dtype, *_amounts(request)) if streamed else 0
@@ -207,16 +208,18 @@ def predict_scoring(
         two = _TWO_BLOCKS_BACKWARD if backward else _TWO_BLOCKS
         memory = max(memory + kept, two * block + kept + step, sizes.walk_begins(kept))
         disk += activations - kept
-    memory = max(memory, _writing(request, model, precision, streamed=streamed))
+    memory = max(memory, _writing(request, sizes, model, precision, streamed=streamed))
     return started + memory, disk, artifact
 
 
-def _writing(request: SaliencyRequest, model: PreTrainedModel, precision: Precision, *, streamed: bool) -> int:
+def _writing(
+    request: SaliencyRequest, sizes: Sizes, model: PreTrainedModel, precision: Precision, *, streamed: bool
+) -> int:
     """Bytes of the model that writes its own samples; 0 where none does."""
     if request.calibration != "self":
         return 0
     samples, length, room = _amounts(request)
-    return Sizes.of(model).writing(model.config, precision.dtype, samples, length, room if streamed else None)
+    return sizes.writing(model.config, precision.dtype, samples, length, room if streamed else None)
 
 
 def _amounts(request: SaliencyRequest) -> tuple[int, int, int]:
