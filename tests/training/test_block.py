@@ -224,6 +224,24 @@ def test_what_a_step_without_room_drew_is_drawn_again(problem: Any, monkeypatch:
     assert same(*states)
 
 
+def test_every_gpu_draws_again_and_not_the_current_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, tries = [torch.zeros(1, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8)], iter([False, True])
+    set_again: dict[int, torch.Tensor] = {}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda.random, "device_count", lambda: 2)
+    for module in (torch.cuda, torch.cuda.random):
+        monkeypatch.setattr(module, "get_rng_state", lambda device=0: states[device])
+        monkeypatch.setattr(module, "set_rng_state", lambda state, device=0: set_again.update({device: state}))
+
+    def step() -> bool:
+        if fits := next(tries):
+            return fits
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert Pieces().run(2, step, lambda: None)
+    assert set_again == dict(enumerate(states))
+
+
 def test_what_did_not_fit_once_is_not_tried_in_the_next_block(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces, settings = Pieces(), TrainSettings(epochs=1, batch_size=4)
     device = Device(monkeypatch, room=2)

@@ -66,11 +66,10 @@ class Pieces:
 
 
 def _drawn() -> list[torch.Tensor]:
-    """How far torch's own generators are: the CPU's, and that of the GPU in use."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+    """How far torch's own generators are: the CPU's, and those of all GPUs: the current one may not be at work."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
 def _draw_again(states: list[torch.Tensor]) -> None:
     torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state)
+    torch.cuda.set_rng_state_all(states[1:])
