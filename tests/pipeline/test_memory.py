@@ -43,6 +43,14 @@ def test_sizes_of_a_model(tied: bool, tmp_path: Path) -> None:
     assert sizes.embedded == sizes.ending == table + 64
 
 
+@pytest.mark.parametrize(("halves", "rotated", "rows"), [(False, False, 0), (True, False, 256 * 64), (True, True, 0)])
+def test_a_rotated_embedding_is_not_read_by_its_rows(halves: bool, rotated: bool, rows: int, tmp_path: Path) -> None:
+    model = skeleton(resolve(str(save_tiny("llama", tmp_path / "tiny", tied=False, vocab=256))))
+    sizes = Sizes.of(model, halves=halves, rotated=rotated)
+    assert sizes.held_at_once(2, streamed=True) == 2 * (sizes.outer - rows + max(sizes.inside))
+    assert sizes.halved == halves * 256 * 64
+
+
 def test_solving_without_second_moments_takes_the_largest_layer() -> None:
     assert solving_memory(_BLOCK, Needs(layer_bytes=10.5), 100) == 10.5 * 64 * 256
 

@@ -169,6 +169,15 @@ def test_what_wants_all_of_a_model_reads_halves_as_such() -> None:
         assert halved < plain
 
 
+def test_a_teacher_that_is_rotated_holds_its_embedding() -> None:
+    precision = Precision(torch.device("cpu"), torch.bfloat16)
+    run, *rest = wanting_all()
+    plain, rotated = (
+        trained_memory(run.model_copy(update={"rotate": on}), *rest, precision, halves=True) for on in (False, True)
+    )
+    assert rotated - plain == 2 * 128256 * 8192
+
+
 def test_guesses_of_a_teacher_do_not_count_against_a_gpu() -> None:
     memory = []
     for name in ("cpu", "cuda"):

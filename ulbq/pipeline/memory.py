@@ -49,6 +49,7 @@ class Sizes:
         head: of the matrix that gives the logits.
         table: of the largest matrix outside the blocks.
         halved: of the embedding, where a walk looks it up in half precision.
+        by_rows: whether a model that is read block by block leaves the embedding on disk.
     """
 
     hidden: int
@@ -60,10 +61,11 @@ class Sizes:
     head: int
     table: int
     halved: int = 0
+    by_rows: bool = False
 
     @classmethod
-    def of(cls, model: PreTrainedModel, *, halves: bool = False) -> "Sizes":
-        """Of a skeleton, and whether its matrices are stored in half precision."""
+    def of(cls, model: PreTrainedModel, *, halves: bool = False, rotated: bool = False) -> "Sizes":
+        """Of a skeleton, whether its matrices are stored in half precision, and whether they are rotated then."""
         config = model.config.get_text_config()
         weights = sum(p.numel() for p in model.parameters())
         inside = tuple(sum(p.numel() for p in block.parameters()) for block in block_list(model)[1])
@@ -83,6 +85,7 @@ class Sizes:
             head=tables[1],
             table=max(tables),
             halved=tables[0] if half else 0,
+            by_rows=half and not rotated,
         )
 
     @property
@@ -113,9 +116,9 @@ class Sizes:
     def held_at_once(self, itemsize: int, *, streamed: bool) -> int:
         """Bytes of the weights that are in memory while the model is called: all, or one block of them.
 
-        With one block, rows of an embedding in half precision come from the disk, unless it is the head.
+        With one block, rows of an embedding in half precision come from the disk, unless it is the head or rotated.
         """
-        outer = self.ending if self.halved else self.outer
+        outer = self.ending if self.by_rows else self.outer
         return itemsize * (outer + max(self.inside) if streamed else self.weights)
 
     def passed(self, itemsize: int, kept: int, tokens: int, widest: int, logits: int) -> int:

@@ -235,7 +235,7 @@ class _Sizes:
     schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sizes = Sizes.of(self.model, halves=self.halves)
+        self.sizes = Sizes.of(self.model, halves=self.halves, rotated=self.request.rotate)
         self.needs = self.method.needs
         self.samples, self.length = self.request.samples, self.request.sequence_length
         self.limit = self.request.activation_memory
