@@ -226,6 +226,8 @@ def _as_ulbq_error(error: Exception) -> UlbqError | None:
             )
         case OSError():
             return ResourceError(f"{error.strerror or error}{_at(error)}.")
+        case RuntimeError() if (early := distributed.ended_early(error)) is not None:
+            return early
         case RuntimeError() if type(error).__name__ == "OutOfMemoryError":  # torch may not even be imported
             return ResourceError(
                 "The GPU has no room left.",

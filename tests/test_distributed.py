@@ -20,6 +20,7 @@ from tests.processes import run
 from ulbq import distributed
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
 from ulbq.artifacts.whole import verify
+from ulbq.commands.app import _as_ulbq_error
 from ulbq.errors import ResourceError, UsageError
 from ulbq.pipeline.quantize import plan
 from ulbq.sensitivity import Saliency
@@ -357,3 +358,24 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     world.shared_gpu = True
     with pytest.raises(ResourceError, match="more processes"):
         distributed.check_device(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "early"),
+    [
+        ("torch.distributed.distributed_c10d", RuntimeError, True),
+        ("torch.distributed.distributed_c10d", torch.OutOfMemoryError, False),
+        ("torch.nn.modules.linear", RuntimeError, False),
+    ],
+)
+def test_a_process_that_is_gone_is_told_from_a_defect(
+    module: str, kind: type[RuntimeError], early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    within: dict[str, Any] = {"__name__": module, "kind": kind}
+    exec("def wait():\n    raise kind('Connection reset by peer')", within)
+    with pytest.raises(kind) as caught:
+        within["wait"]()
+    assert distributed.ended_early(caught.value) is None
+    monkeypatch.setattr(distributed, "_world", distributed._World(0, 2, None))
+    found = _as_ulbq_error(caught.value)
+    assert (found is not None and "ended early" in found.message) == early

@@ -10,6 +10,7 @@ Samples are dealt like cards: process ``r`` of ``n`` holds the samples ``r, r + 
 import os
 import pickle
 import socket
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,6 +165,17 @@ def end_together(code: int, speak: Callable[[], None]) -> int:
         return int(store.get(_CODE))
     except RuntimeError:
         return code  # who kept the store is gone: it was the first
+
+
+def ended_early(error: RuntimeError) -> ResourceError | None:
+    """What is to be said of an error that came as torch waited for other processes; None for any other.
+
+    A sharded model talks with them in the midst of its own work, of which errors tell of something else.
+    """
+    if _world is None or type(error).__name__ == "OutOfMemoryError":
+        return None
+    frames = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return _left_alone() if frames[-1:] == ["torch.distributed.distributed_c10d"] else None
 
 
 def check_device(device: "torch.device") -> None:
