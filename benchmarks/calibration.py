@@ -1,7 +1,7 @@
 """What the kind and the number of calibration samples bring: settings for ``ulbq sweep``, and chats for them.
 
     python benchmarks/calibration.py /tmp/kinds --tokens 16 64
-    cd /tmp/kinds && ulbq sweep smollm2-135m --settings settings.yaml -o sweep
+    (cd /tmp/kinds && ulbq sweep smollm2-135m --settings settings.yaml -o sweep)
     python benchmarks/swept.py /tmp/kinds/sweep benchmarks/results/swept-calibration-cpu.json
 
 Kinds are WikiText-2 (``train``), samples that the model writes itself, and chats: questions and answers of GSM8K

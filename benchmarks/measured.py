@@ -3,8 +3,8 @@
     python benchmarks/measured.py [--check]
 
 A setting of ``quality-*.json`` that went on from another's artifact stands there as the one command that does both, its
-seeds together. One of a sweep, ``swept-*.json``, takes the place of those with its options. Other programs, and those
-that lost the model, are left out.
+seeds together. One of a sweep, ``swept-*.json``, takes the place of that with its options on its model. Other programs,
+and those that lost the model, are left out.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def options(name: str) -> dict[str, Any]:
 
 def table() -> list[Evidence]:
     """Every setting."""
-    found = {json.dumps(one.options, sort_keys=True): one for one in (*single(), *swept())}
+    found = {(one.model, json.dumps(one.options, sort_keys=True)): one for one in (*single(), *swept())}
     return sorted(found.values(), key=lambda one: one.name)
 
 

@@ -87,3 +87,13 @@ def test_what_stays_of_a_sweep_becomes_a_table(monkeypatch: pytest.MonkeyPatch, 
         "| `rtn-w2` | 2.56 | 0 MB | **0.25** | 0 s | 0.45 GB |",
         "| `rtn-w3` | 3.59 | 0 MB | **0.08** | 0 s | 0.58 GB |",
     ]
+
+
+def test_a_sweep_takes_the_place_of_runs_with_its_options_on_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    measured = importlib.import_module("measured")
+    run = measured.Evidence(name="one", options={"bits": 2}, model="small", weights=1, ratios=(2.0,))
+    swept = [run.model_copy(update=changes) for changes in ({"name": "two"}, {"name": "three", "model": "large"})]
+    monkeypatch.setattr(measured, "single", lambda: [run])
+    monkeypatch.setattr(measured, "swept", lambda: swept)
+    assert [one.name for one in measured.table()] == ["three", "two"]

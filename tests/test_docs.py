@@ -30,6 +30,8 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 _ENVIRONMENT = re.compile(r"[A-Za-z_]\w*=")
 _ENDS = frozenset({"|", "||", "&&", ";", "&", ">", ">>", "<", "2>", "(", ")"})
+_BENCHMARK = re.compile(r"python\s+benchmarks/(\w+)\.py((?:\s+[^\s`|;()]+)*)")
+_WANTED = re.compile(r'add_argument\("(--[\w-]+)".*required=True')
 _LEFT_OUT = "…"
 _WORK = {
     "saliency": ("saliency.saliency", "saliency.plan"),
@@ -221,6 +223,16 @@ def test_links_and_anchors_lead_somewhere(page: Path) -> None:
 def test_command_lines_are_those_that_ulbq_takes(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = list(command_lines(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8")))
     wrong = [f"{line}: {why}" for line in lines if (why := complaint(line, monkeypatch))]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_command_lines_of_benchmarks_have_what_these_want(page: Path) -> None:
+    wrong = []
+    for name, given in _BENCHMARK.findall(page.read_text(encoding="utf-8")):
+        wanted = _WANTED.findall((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
+        # A script alone stands for itself.
+        wrong += [f"{name}.py wants {option}" for option in wanted if given and option not in given.split()]
     assert wrong == []
 
 

@@ -146,6 +146,11 @@ def test_library_never_prints_exits_or_catches_everything():
     assert not wrong
 
 
+def test_one_function_puts_a_cause_in_one_line():
+    found = [path for path in LIBRARY if re.search(r"""(" "|' ')\.join\(.*\.split\(\)\)""", path.read_text("utf-8"))]
+    assert [str(path.relative_to(ROOT)) for path in found] == ["ulbq/printable.py"]
+
+
 # Whole commands, such as 'ulbq inspect --verify', and options of other programs.
 _FOREIGN = re.compile(
     r"['`]ulbq \w+ .*|ulbq (quantize --method|finetune --task|convert DIR --for)|pip install|llama-gguf-split|vLLM|"

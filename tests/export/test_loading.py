@@ -10,7 +10,7 @@ from tests.models.tiny import save_tiny, tiny_config
 from ulbq.config.convert import ENGINES, ConvertRequest
 from ulbq.export.engines import services
 from ulbq.export.fit import Candidate, Layer
-from ulbq.export.loading import of_artifact
+from ulbq.export.loading import of_artifact, of_converted
 from ulbq.export.targets import target
 from ulbq.formats import AffineScheme, AnyScheme, DualBinaryScheme
 from ulbq.models.source import resolve
@@ -108,6 +108,15 @@ def test_an_adapter_lies_beside_or_is_merged() -> None:
     assert "optimum and gptqmodel" not in dora
     assert "MLX: it has an adapter, and mlx-lm reads none" in lora
     assert "`ulbq convert DIR --to dense --merge-adapter` writes" in lora
+
+
+@pytest.mark.parametrize(("name", "peft"), [("gptq", True), ("compressed-tensors", False)])
+def test_a_card_names_only_those_that_take_the_adapter(name: str, peft: bool) -> None:
+    scheme = AffineScheme(bits=4, group_size=64, symmetric=True)
+    lora, dora = (of_converted(of(scheme, kind), target(name), 4.25, merged=False)[-1] for kind in ("LoRA", "DoRA"))
+    assert ("PeftModel" in lora) == peft
+    assert "--enable-lora" in lora
+    assert dora.startswith("**The adapter**: no engine is known to take it beside these weights. Without it")
 
 
 def test_vllms_plug_in_has_no_experts_and_no_tables() -> None:

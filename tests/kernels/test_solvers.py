@@ -295,11 +295,11 @@ def test_other_processors_find_the_same_to_the_bit(
             *round_to_nearest(weights(), AffineScheme(bits=1, group_size=6, symmetric=True)),
             search_scales(weights(), costs(), 48),
         ]
-        solved = [
+        compensated = [
             solved(weights(), moments(COLUMNS, 600), AffineScheme(bits=3, group_size=32), GptqSettings(act_order=order))
             for order in (False, True)
         ]
-        return plain + [tensor for one in solved for tensor in one.codes]
+        return plain + [tensor for one in compensated for tensor in one.codes]
 
     here = found()
     monkeypatch.setattr(build, "cpu_features", lambda: frozenset(features))

@@ -80,15 +80,16 @@ def of_artifact(candidate: Candidate) -> list[str]:
 
 def of_converted(candidate: Candidate, target: Target, bits: float, *, merged: bool) -> list[str]:
     """Paragraphs for what was converted to a target, whose packed weights take so many ``bits`` now."""
-    rows = [
-        _Row(ENGINES[engine], reader, _number(bits))
+    able = {
+        engine: _Row(ENGINES[engine], reader, _number(bits))
         for engine, reader in target.readers.items()
         if reader.obstacle(candidate, ENGINES[engine]) is None
-    ]
-    paragraphs = [_table(candidate, rows)] if rows else []
+    }
+    paragraphs = [_table(candidate, able.values())] if able else []
     if candidate.adapter and not merged:
+        ways = "; ".join(way for engine, way in target.adapter_commands.items() if engine in able)
         alone = "Without it the weights are those of the quantized model alone."
-        paragraphs.append(f"**The adapter**: {target.adapter_command} {alone}")
+        paragraphs.append(f"**The adapter**: {ways or 'no engine is known to take it beside these weights'}. {alone}")
     return paragraphs
 
 

@@ -77,7 +77,7 @@ class Target(ABC):
         library: for the Hub.
         opened: what is said once transformers has opened what was written, the begin of a sentence.
         adapter_place: where an adapter lies that is not merged, and for whom.
-        adapter_command: how it is taken, for the card.
+        adapter_commands: how it is taken by the engines that take one, for the card.
     """
 
     name: ClassVar[str]
@@ -89,10 +89,11 @@ class Target(ABC):
     library: ClassVar[str] = "transformers"
     opened: ClassVar[str] = "Opened again"
     adapter_place: ClassVar[str] = "in `adapter/`, for peft"
-    adapter_command: ClassVar[str] = (
-        '`PeftModel.from_pretrained(model, "DIR/adapter")` on the model that transformers loaded; vLLM takes '
-        "`--enable-lora --lora-modules tuned=DIR/adapter`, with `--max-lora-rank` for ranks above 16."
-    )
+    adapter_commands: ClassVar[Mapping[str, str]] = {
+        "transformers": '`PeftModel.from_pretrained(model, "DIR/adapter")` on the model that transformers loaded',
+        "vllm": "vLLM takes `--enable-lora --lora-modules tuned=DIR/adapter`, with `--max-lora-rank` for ranks above "
+        "16",
+    }
 
     @abstractmethod
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:

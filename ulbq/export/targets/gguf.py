@@ -258,7 +258,9 @@ class GgufTarget(Target):
     library = "gguf"
     opened = "Opened again by transformers' reader of GGUF files"
     adapter_place = f"in `{gguf_adapter.FILE_NAME}`, for llama.cpp"
-    adapter_command = "`llama-cli -m DIR/model.gguf --lora DIR/adapter.gguf`, and `llama-server` alike."
+    adapter_commands: ClassVar = {
+        "llama.cpp": "`llama-cli -m DIR/model.gguf --lora DIR/adapter.gguf`, and `llama-server` alike"
+    }
     readers: ClassVar = {"llama.cpp": Reader("llama-server -m DIR/model.gguf")}
 
     def unsupported_reason(self, candidate: Candidate, *, merge_adapter: bool = False) -> str | None:
