@@ -76,7 +76,7 @@ def test_a_single_token_has_no_speed(source):
 def test_speed_is_that_of_the_tokens_behind_the_first_of_the_second_go(source, monkeypatch):
     goes: list[list[float]] = []
 
-    def run(model, tokenizer, tokens, settings, stream):
+    def run(model, tokenizer, tokens, settings, stream, *, cuda_graphs):
         # The prompt, and five tokens: half a second each in the first go, a tenth in the second.
         step = 0.1 if goes else 0.5
         stream.put(torch.tensor([tokens]))

@@ -303,3 +303,12 @@ def test_on_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             tokens = some_tokens(40, seed).to(model.device)
             found = logits(model, tokens, 5, room=200)
             torch.testing.assert_close(found, plain(model, tokens, 5), rtol=1e-3, atol=1e-3)
+
+
+def test_a_text_that_was_left_to_the_next_takes_no_more_tokens() -> None:
+    model, tokens = tiny_model(tiny_config("llama")), some_tokens(6)
+    decoder = GraphDecoder(model, 8, last_logits(model))
+    decoder(tokens[:5])
+    decoder.keep()
+    with pytest.raises(RuntimeError, match="left to the next"):
+        decoder(tokens[5:])

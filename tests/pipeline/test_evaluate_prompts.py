@@ -68,6 +68,21 @@ def request(made: Path, *names: str, **changes) -> EvaluateRequest:
     return EvaluateRequest(sources=tuple(str(made / name) for name in names), **(values | changes))
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_work_of_a_token_is_recorded_where_it_is_asked(
+    made: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    given, write_on = [], continuations.write_on
+
+    def spy(*args, cuda_graphs: bool, **options):
+        given.append(cuda_graphs)
+        return write_on(*args, cuda_graphs=cuda_graphs, **options)
+
+    monkeypatch.setattr(continuations, "write_on", spy)
+    evaluate(request(made, "base", cuda_graphs=asked))
+    assert given == [asked] * 2
+
+
 def scores_of(manifest: EvaluationManifest) -> dict[str, ModelScores]:
     return {scores.subject.name: scores for scores in Results.model_validate(manifest.results).models}
 

@@ -5,7 +5,19 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, ValidationInfo
 
 from ulbq.config.options import HOW, MEASURE, Option, Settings
-from ulbq.config.run import DataDir, Devices, DtypeName, Force, Offline, Out, PrefillCache, Seed, Template, Verify
+from ulbq.config.run import (
+    CudaGraphs,
+    DataDir,
+    Devices,
+    DtypeName,
+    Force,
+    Offline,
+    Out,
+    PrefillCache,
+    Seed,
+    Template,
+    Verify,
+)
 from ulbq.errors import UsageError
 
 _TASKS = (
@@ -139,6 +151,7 @@ class EvaluateRequest(ScoreOptions):
         bool, Option("Keep scores of full-precision models for later runs, and take those that are kept.", HOW)
     ] = True
     prefill_cache: PrefillCache = False
+    cuda_graphs: CudaGraphs = True
     stream: Annotated[
         bool | None,
         Option("Read a model block by block as it runs, or load it.", HOW, default="by what memory has room for"),

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from ulbq.config.options import ADDRESS, HOW, SAMPLING, SAY, Option, Settings
-from ulbq.config.run import Devices, DtypeName, Offline, PrefillCache, Seed, Verify
+from ulbq.config.run import CudaGraphs, Devices, DtypeName, Offline, PrefillCache, Seed, Verify
 
 _MOST_TOKENS = 2**31 - 1
 
@@ -45,9 +45,7 @@ class GenerationSettings(Settings):
     device: Devices = "auto"
     adapter: Annotated[bool, Option("With the adapter of the artifact, or its base alone.", HOW)] = True
     prefill_cache: PrefillCache = False
-    cuda_graphs: Annotated[
-        bool, Option("On a GPU, record the work of a token once and replay it, or launch it kernel by kernel.", HOW)
-    ] = True
+    cuda_graphs: CudaGraphs = True
     offline: Offline = False
     verify: Verify = True
 

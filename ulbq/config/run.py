@@ -92,6 +92,9 @@ PrefillCache = Annotated[
         flag="--prefill-cache",
     ),
 ]
+CudaGraphs = Annotated[
+    bool, Option("On a GPU, record the work of a token once and replay it, or launch it kernel by kernel.", HOW)
+]
 Checkpointing = Annotated[
     bool, Option("Run each block again for its gradients, or keep all that they need in memory.", HOW)
 ]

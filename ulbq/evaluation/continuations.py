@@ -39,6 +39,7 @@ def continue_prompts(
     *,
     template: Template | None = None,
     new_tokens: int = NEW_TOKENS,
+    cuda_graphs: bool = True,
     progress: Progress | None = None,
     label: str = "the model",
 ) -> tuple[Continuation, ...]:
@@ -54,12 +55,13 @@ def continue_prompts(
         prompts: texts.
         template: how they are laid out; None: as bare text.
         new_tokens: the most that are written.
+        cuda_graphs: as of :func:`~ulbq.models.decoding.write_on`.
         progress: told about every prompt.
         label: what the progress calls the model.
 
     Raises:
         UsageError, InputError: as :func:`opening`.
-        NumericsError: the model's predictions are not finite.
+        NumericsError, ResourceError: as of :func:`~ulbq.models.decoding.write_on`.
     """
     found, whole, device = [], whole_model(model), runtime.describe_device(model.device)
     if whole is not model:
@@ -68,8 +70,9 @@ def continue_prompts(
         for prompt in prompts:
             tokens = opening(prompt, tokenizer, template)
             written, timed = TextStream(tokenizer), TextStream(tokenizer)
-            write_on(whole, tokenizer, tokens, greedy(new_tokens), written)
-            write_on(whole, tokenizer, tokens, greedy(new_tokens, at_least=new_tokens), timed)
+            for least, stream in ((0, written), (new_tokens, timed)):
+                settings = greedy(new_tokens, at_least=least)
+                write_on(whole, tokenizer, tokens, settings, stream, cuda_graphs=cuda_graphs)
             found.append(
                 Continuation(
                     prompt=prompt,

@@ -205,9 +205,8 @@ def _by_weight(
     product = result if plain else x.new_empty(rows, words.padded(outs))
     less = 1.0
     if mixture is not None and x.dtype == torch.float16:  # whose outer scales come behind
-        (signs,), less = matrix, HEADROOM
-        assert signs.scales is not None
-        matrix = [signs._replace(scales=signs.scales * less)]
+        less = HEADROOM
+        matrix = [part._replace(scales=part.scales * less) for part in matrix if part.scales is not None]
     for some, weight in slabs(matrix, outs, x.shape[1], x):
         torch.mm(x, weight, out=product[:, some])
     if not plain:

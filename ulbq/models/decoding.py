@@ -261,24 +261,22 @@ def write_on(
     all_ends = ends if isinstance(ends, list) else [ends]
     padding = all_ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = torch.tensor([list(tokens)], device=model.device)
-    config = GenerationConfig(**settings, eos_token_id=ends, pad_token_id=padding)
     compiled, room = products(model), len(tokens) + settings["max_new_tokens"]
     if compiled is not None:
         _write(Decoder(model, compiled, room), ids, settings, all_ends, stream)
-        return "stop" if stream.stopped or stream.last_token in all_ends else "length"
-    if cuda_graphs and graph_decoding.unsupported_reason(model) is None:
+    elif cuda_graphs and graph_decoding.unsupported_reason(model) is None:
         decoder = GraphDecoder(model, room, last_logits(model))
         _write(decoder, ids, settings, all_ends, stream)
         decoder.keep()
-        return "stop" if stream.stopped or stream.last_token in all_ends else "length"
-    model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        logits_processor=LogitsProcessorList([_Finite()]),
-        stopping_criteria=StoppingCriteriaList([_Stopped(stream)]),
-        streamer=stream,
-    )
+    else:
+        model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(**settings, eos_token_id=ends, pad_token_id=padding),
+            logits_processor=LogitsProcessorList([_Finite()]),
+            stopping_criteria=StoppingCriteriaList([_Stopped(stream)]),
+            streamer=stream,
+        )
     return "stop" if stream.stopped or stream.last_token in all_ends else "length"
 
 

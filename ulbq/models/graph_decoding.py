@@ -76,7 +76,8 @@ class GraphDecoder:
         self._length += len(tokens)
         if length == 0:
             return self._read(tokens)
-        assert self._step is not None
+        if self._step is None:
+            raise RuntimeError("this text has been left to the next")
         if length == self._step.room:
             wider = RecordedStep(self._model, 2 * length)
             wider.take(self._step.cache, length)

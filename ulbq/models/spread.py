@@ -10,7 +10,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ulbq import runtime
-from ulbq.artifacts.manifest import QuantizedManifest
 from ulbq.errors import ResourceError
 from ulbq.models.adapter_files import adapter_folder, attach_adapter
 from ulbq.models.blocks import block_list, load_outer, materialize
@@ -96,7 +95,7 @@ def block_places(sizes: Sequence[int], devices: Sequence[torch.device]) -> list[
 
 def _block_sizes(source: ModelSource, model: PreTrainedModel, prefix: str) -> list[int]:
     """Bytes of each block, packed layers as they are stored."""
-    layers = source.manifest.layers if isinstance(source.manifest, QuantizedManifest) else ()
+    layers = source.quantized.layers if source.quantized else ()
     packed = {f"{layer.name}.weight": sum(layer.bits.values()) // 8 for layer in layers}
     found = []
     for index, block in enumerate(block_list(model)[1]):

@@ -159,14 +159,10 @@ def choose_streamed(asked: bool | None, needed: int, device: torch.device, progr
         )
     if asked is not None:
         return asked
-    needed, free = _room(needed, device)
-    if needed <= free:
-        return False
-    progress.note(
-        f"With the full-precision model loaded this takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: "
-        "it is read block by block (`stream`)."
-    )
-    return True
+    lack = _lack(needed, device)
+    if lack is not None:
+        progress.note(f"With the full-precision model loaded this takes {lack}: it is read block by block (`stream`).")
+    return lack is not None
 
 
 def choose_sharded(asked: bool | None, needed: int, device: torch.device, progress: Progress) -> bool:
@@ -193,19 +189,21 @@ def choose_sharded(asked: bool | None, needed: int, device: torch.device, progre
         )
     if asked is not None or alone or not needed:
         return bool(asked)
-    needed, free = _room(needed, device)
-    if needed <= free:
-        return False
-    progress.note(
-        f"With all of the model in each process its training takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} "
-        "are free: each holds a part of it (`shard`)."
-    )
-    return True
+    lack = _lack(needed, device)
+    if lack is not None:
+        progress.note(
+            f"With all of the model in each process its training takes {lack}: each holds a part of it (`shard`)."
+        )
+    return lack is not None
 
 
-def _room(needed: int, device: torch.device) -> tuple[int, int]:
-    """The most that a process needs and the least that one has free: all decide alike, whatever their GPUs are."""
-    return max(distributed.gather(needed)), min(distributed.gather(runtime.free_memory(device)))
+def _lack(needed: int, device: torch.device) -> str | None:
+    """How the most that a process needs exceeds the least that one has free; None where it does not.
+
+    All processes decide alike, whatever their GPUs are.
+    """
+    most, free = max(distributed.gather(needed)), min(distributed.gather(runtime.free_memory(device)))
+    return None if most <= free else f"{most / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
 
 
 def parent_model(

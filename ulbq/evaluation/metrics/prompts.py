@@ -37,6 +37,7 @@ class PromptsMetric(Metric):
                 measurer.measures.prompts,
                 template=measurer.request.template,
                 new_tokens=measurer.request.max_new_tokens or NEW_TOKENS,
+                cuda_graphs=measurer.request.cuda_graphs,
                 progress=measurer.progress,
                 label=candidate.name,
             )
