@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from ulbq.config.quantize import QuantizeRequest, check_options
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 GOLDEN = Path(__file__).parent / "golden" / "artifacts"
@@ -43,6 +46,20 @@ def test_what_a_gpu_is_asked_wants_no_data(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["bf16", "['gptq', 'efficientqat']"]
+
+
+@pytest.mark.parametrize(("comparison", "files", "count"), [("ulb-sapr", 2, 30), ("binary-mos", 3, 20)])
+def test_settings_are_options_of_quantize(
+    comparison: str, files: int, count: int, data_dir: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, str(BENCHMARKS / "settings.py"), comparison, str(tmp_path), "--data", str(data_dir)]
+    subprocess.run(words, check=True)
+    settings = [yaml.safe_load(path.read_text()) for path in tmp_path.glob("*.yaml")]
+    assert len(settings) == files
+    assert sum(map(len, settings)) == count
+    for setting in (one for each in settings for one in each):
+        del setting["name"]
+        check_options(QuantizeRequest.model_validate(setting))
 
 
 @pytest.mark.slow
