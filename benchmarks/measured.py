@@ -66,31 +66,35 @@ def single() -> Iterator[Evidence]:
     """Every setting of the runs one by one, its seeds together."""
     files = sorted((ROOT / "benchmarks" / "results").glob("quality-*.json"))
     rows = {row["setting"]: row for file in files for row in json.loads(file.read_text(encoding="utf-8"))}
-    grouped: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for name, row in rows.items():
         if "program" not in row and row["perplexity"] / FULL <= MOST:
-            grouped.setdefault(re.sub(r"-s\d+(?=-|$)", "", name), []).append(row)
-    for name, members in sorted(grouped.items()):
-        times = [_seconds(row["setting"], rows) for row in members]
-        known = [seconds for seconds in times if seconds is not None]
+            groups.setdefault(_unseeded(name), []).append(row)
+    for name, members in sorted(groups.items()):
+        seconds = _seconds(members[0]["setting"], groups)
         yield Evidence(
             name=name,
             options=options(members[0]["setting"]),
             model=MODEL,
             weights=WEIGHTS,
             ratios=tuple(round(row["perplexity"] / FULL, 4) for row in members),
-            seconds=round(mean(known)) if known else None,
-            device=members[0].get("device", ""),
+            seconds=None if seconds is None else round(seconds),
+            device=next((row["device"] for row in members if "seconds" in row), ""),
         )
 
 
-def _seconds(name: str, rows: dict[str, dict[str, Any]]) -> float | None:
-    """Of a setting, and of those that it went on from; None where one of them is not known."""
-    found, start = rows.get(name, {}).get("seconds"), SETTINGS[name].start
-    if found is None or start is None:
-        return found
-    before = _seconds(start, rows)
-    return None if before is None else found + before
+def _unseeded(name: str) -> str:
+    return re.sub(r"-s\d+(?=-|$)", "", name)
+
+
+def _seconds(name: str, groups: dict[str, list[dict[str, Any]]]) -> float | None:
+    """Of a setting, and of those that it went on from, the mean over seeds; None where one of them is not known."""
+    known = [row["seconds"] for row in groups.get(_unseeded(name), ()) if "seconds" in row]
+    start = SETTINGS[name].start
+    if not known or start is None:
+        return mean(known) if known else None
+    before = _seconds(start, groups)
+    return None if before is None else mean(known) + before
 
 
 def text() -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -456,6 +457,8 @@ def test_the_page_shows_every_setting(swept: Path) -> None:
     assert "(seeds 0, 1); method gptq, bits 2" in page
     assert page.count('<td data-key="') == 4 * 6
     assert "http://" not in page.replace("http://www.w3.org", "")
+    # A baseline any higher would cut letters off.
+    assert min(float(y) for y in re.findall(r'<text x="[^"]*" y="([^"]*)"', page)) >= 12
 
 
 def run(setting: str, bits: float, seed: int = 0) -> SweepRun:

@@ -16,7 +16,7 @@ from ulbq.evaluation.table import footnotes, size
 from ulbq.pipeline.sweep_points import MEAN_ACCURACY, Point, by_setting, front, measured
 
 _WIDTH, _RIGHT = 800.0, 24.0
-_LEFT, _TOP, _BOTTOM = 76.0, 16.0, 300.0
+_LEFT, _TOP, _BOTTOM = 76.0, 36.0, 320.0
 
 
 class Cell(NamedTuple):
