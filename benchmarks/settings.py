@@ -25,6 +25,10 @@ scores come from other samples than the training's, by another seed and more of 
 
 ``binary-mos``: distillation of the whole model over more and more tokens, ``choose.yaml`` for its rates on the same
 held-out text, ``tokens.yaml`` for the curve, ``experts.yaml`` for the number of experts.
+
+``defaults``: what the defaults of ``apiq``, ``ulb-sapr`` and ``binary-mos`` were chosen from, on the held-out text, with
+the first six blocks alone quantized: ``penalties.yaml``, ``rates.yaml``, ``adapters.yaml``, ``experts.yaml``. The
+figures that chose them, ``results/sweep-*.json``, are of a program before ``ulbq sweep``, on 10 windows of that text.
 """
 
 import argparse
@@ -155,6 +159,65 @@ def _hidden(weight: float) -> dict[str, Any]:
     return {"end_to_end_hidden_weight": weight} if weight else {"end_to_end": "kl"}
 
 
+def _six_blocks(name: str, **own: Any) -> dict[str, Any]:
+    few = {"only": [f"layers.{block}" for block in range(6)], "allow_partial": True}
+    return {"name": name, "samples": SAMPLES, "epochs": 4, **_TEXT, **few, **own}
+
+
+def defaults(options: argparse.Namespace) -> Iterator[tuple[str, Settings]]:
+    """Penalties, rates, adapters and experts, of the first six blocks."""
+    held_out(options.folder / "held-out", options.data)
+    apiq: dict[str, Any] = {"method": "apiq", "rank": 16}
+    sapr: dict[str, Any] = {"method": "ulb-sapr", "rank": 16, "saliency": "fisher"}
+    yield (
+        "penalties",
+        [
+            _six_blocks("none", **apiq),
+            *(_six_blocks(f"{penalty}", **sapr, penalty=penalty) for penalty in (0.003, 0.01, 0.03, 0.1, 0.3)),
+            *(
+                _six_blocks(f"{penalty}-after", **sapr, penalty=penalty, penalize="after-adapter")
+                for penalty in (0.03, 0.1)
+            ),
+            _six_blocks("0.03-power-1", **sapr, penalty=0.03, saliency_power=1.0),
+            _six_blocks("0.1-unweighted", **(sapr | {"saliency": "none"}), penalty=0.1),
+        ],
+    )
+    yield (
+        "rates",
+        [
+            _six_blocks(f"{weights}-{scales}-{batch}", **apiq, weight_lr=weights, scale_lr=scales, batch_size=batch)
+            for weights, scales, batch in (
+                *((0.015, 0.005, 4), (0.02, 0.005, 4), (0.03, 0.005, 4), (0.03, 0.01, 4), (0.045, 0.01, 4)),
+                *((0.02, 0.005, 2), (0.03, 0.005, 2)),
+            )
+        ],
+    )
+    yield (
+        "adapters",
+        [
+            _six_blocks("none", method="apiq", adapter=False),
+            *(_six_blocks(f"rate-{rate:g}", **apiq, adapter_lr=rate) for rate in (1e-3, 5e-3, 2e-2)),
+            _six_blocks("base-share-0.3", **apiq, base_share=0.3),
+            _six_blocks("frozen", **apiq, train_weights=False),
+        ],
+    )
+    yield (
+        "experts",
+        [
+            _six_blocks(
+                f"experts-{count}-rates-{factor}",
+                method="binary-mos",
+                experts=count,
+                weight_lr=0.015 * factor,
+                scale_lr=0.005 * factor,
+                **({"router_lr": 0.005 * factor} if count > 1 else {}),
+            )
+            for count in (1, 4)
+            for factor in (1, 3, 6, 12)
+        ],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("comparison", choices=COMPARISONS)
@@ -171,7 +234,7 @@ def main() -> None:
         (options.folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
-COMPARISONS = {"calibration": calibration, "ulb-sapr": ulb_sapr, "binary-mos": binary_mos}
+COMPARISONS = {"calibration": calibration, "ulb-sapr": ulb_sapr, "binary-mos": binary_mos, "defaults": defaults}
 
 if __name__ == "__main__":
     main()

@@ -48,7 +48,9 @@ def test_what_a_gpu_is_asked_wants_no_data(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["bf16", "['gptq', 'efficientqat']"]
 
 
-@pytest.mark.parametrize(("comparison", "files", "count"), [("ulb-sapr", 2, 30), ("binary-mos", 3, 20)])
+@pytest.mark.parametrize(
+    ("comparison", "files", "count"), [("ulb-sapr", 2, 30), ("binary-mos", 3, 20), ("defaults", 4, 31)]
+)
 def test_settings_are_options_of_quantize(
     comparison: str, files: int, count: int, data_dir: Path, tmp_path: Path
 ) -> None:

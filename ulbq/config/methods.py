@@ -55,7 +55,7 @@ class GptqOptions(SaliencyOptions, CompensationOptions, RoundingOptions, Uniform
 
 
 class ApiQOptions(WeightOptions, AffineOptions, BudgetOptions):
-    """Options of ``apiq``; the defaults come from ``benchmarks/sweep.py``."""
+    """Options of ``apiq``; the defaults come from ``benchmarks/settings.py defaults``."""
 
     adapter: bool = True
     batch_size: Count = 2
@@ -91,7 +91,7 @@ class BinaryMosOptions(ExpertOptions, WeightOptions):
     """Options of ``binary-mos``; neither an adapter nor a penalty unless asked for.
 
     A sign changes where a weight has moved by its whole size, so the rates are higher than those of a finer grid
-    (``benchmarks/sweep.py mos``).
+    (``benchmarks/settings.py defaults``).
     """
 
     weight_lr: Number = 0.09
