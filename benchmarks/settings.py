@@ -26,7 +26,7 @@ scores come from other samples than the training's, by another seed and more of 
 ``binary-mos``: distillation of the whole model over more and more tokens, ``choose.yaml`` for its rates on the same
 held-out text, ``tokens.yaml`` for the curve, ``experts.yaml`` for the number of experts.
 
-``defaults``: what the defaults of ``apiq``, ``ulb-sapr`` and ``binary-mos`` were chosen from, on the held-out text, with
+``defaults``: what the defaults of ``apiq``, ``ulb-sapr`` and ``binary-mos`` were chosen from, on that text too, with
 the first six blocks alone quantized: ``penalties.yaml``, ``rates.yaml``, ``adapters.yaml``, ``experts.yaml``. The
 figures that chose them, ``results/sweep-*.json``, are of a program before ``ulbq sweep``, on 10 windows of that text.
 """
