@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ulbq.config.methods import method_options
 from ulbq.config.options import CALIBRATION, COMPUTE, RUN, SECTIONS, Option, options, typed, words
 from ulbq.config.quantize import QuantizeRequest, usual
+from ulbq.evaluation.table import binary
 
 from . import console
 
@@ -79,15 +80,6 @@ def read_by_block(times: int) -> str:
 def in_parts(sharded: bool) -> str:
     """What is said of a model of which each process holds a part."""
     return "; each process holds a part of the blocks as the whole model trains" if sharded else ""
-
-
-def binary(count: float) -> str:
-    """Bytes in powers of two: ``512 B``, ``15.2 MiB``, ``1.25 GiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 999.5:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def show_rows(rows: Mapping[str, str]) -> None:

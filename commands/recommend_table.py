@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ulbq.config.convert import ENGINES
-from ulbq.evaluation.table import size
+from ulbq.evaluation.table import binary, size
 from ulbq.pipeline.recommend import Proposal, Recommendation
 
 from .progress import duration
@@ -25,8 +25,8 @@ def show(report: Console, told: Recommendation) -> None:
         "model": f"{told.model}, within {', '.join(told.limits).replace('_', ' ')}",
         "command": best.command,
         "size": f"{size(best.weights)} of weights, {best.bits:.3f} bits a quantized weight",
-        "running": f"{size(best.running)} with its cache{served}",
-        "quantizing": f"{_time(best.seconds)}, {size(told.peak_memory)} of memory, {size(told.disk)} of disk",
+        "running": f"{binary(best.running)} with its cache{served}",
+        "quantizing": f"{_time(best.seconds)}, {binary(told.peak_memory)} of memory, {size(told.disk)} of disk",
         "expected": f"perplexity {best.ratio:.2f} times the full-precision model's ({low:.2f} to {high:.2f})",
         "how sure": f"measured {on}: {best.measured}",
         "next": f"ulbq convert --for {told.engine}" if told.engine else "ulbq eval",
@@ -41,7 +41,7 @@ def show(report: Console, told: Recommendation) -> None:
 
 
 def _cells(one: Proposal) -> tuple[str, ...]:
-    return (one.name, f"{one.bits:.3f}", size(one.weights), size(one.running), _time(one.seconds), f"{one.ratio:.2f}")
+    return (one.name, f"{one.bits:.3f}", size(one.weights), binary(one.running), _time(one.seconds), f"{one.ratio:.2f}")
 
 
 def _time(seconds: float | None) -> str:

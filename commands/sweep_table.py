@@ -8,12 +8,11 @@ from rich.text import Text
 
 from ulbq.artifacts import SweepManifest
 from ulbq.evaluation.results import Results
-from ulbq.evaluation.table import size
+from ulbq.evaluation.table import binary, size
 from ulbq.pipeline.sweep_plan import SweepPlan
 from ulbq.pipeline.sweep_points import by_setting, front, measured
 
 from . import console
-from .plan_table import binary
 from .progress import duration
 from .tables import add, columns
 

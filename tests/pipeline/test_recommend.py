@@ -115,10 +115,22 @@ def test_an_engine_that_takes_nothing_packed(tiny_llama: Path, monkeypatch: pyte
 def test_what_would_be_the_least_is_told(tiny_llama: Path) -> None:
     with pytest.raises(UsageError) as refused:
         ask(tiny_llama, bits=1.5, fit=MIB)
-    assert refused.value.message == "Nothing that was measured keeps `fit` 1.0 MB, `bits` 1.50."
+    assert refused.value.message == "Nothing that was measured keeps `fit` 1.0 MiB, `bits` 1.50."
     assert "; `bits` takes at least 2." in refused.value.hint
     with pytest.raises(UsageError, match="keeps `max_time` 0 min"):
         ask(tiny_llama, max_time="1s")
+
+
+@pytest.mark.parametrize(("limit", "tight"), [("fit", MIB), ("bits", 1.1), ("max_time", "1s")])
+def test_the_least_that_the_hint_names_is_enough(
+    limit: str, tight: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = evidence("rtn-w3", 2.0, method="rtn", bits=3, group_size=32)
+    monkeypatch.setattr(module, "shipped", lambda: [slow])
+    with pytest.raises(UsageError) as refused:
+        ask(tiny_llama, **{limit: tight})
+    least = refused.value.hint.split("takes at least ")[1].split(" (")[0]
+    assert ask(tiny_llama, **{limit: least}).best.name == "rtn-w3"
 
 
 def test_where_it_runs_counts_cache_and_program(tiny_llama: Path) -> None:
@@ -130,7 +142,7 @@ def test_where_it_runs_counts_cache_and_program(tiny_llama: Path) -> None:
 
 def test_without_a_limit_the_memory_of_the_machine_is_one(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.runtime, "available_memory", lambda: 1 << 33)
-    assert ask(tiny_llama).limits == ("fit 8.6 GB",)
+    assert ask(tiny_llama).limits == ("fit 8.00 GiB",)
 
 
 def test_a_setting_that_the_model_has_no_place_for_is_passed_over(

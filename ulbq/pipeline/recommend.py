@@ -20,7 +20,7 @@ from ulbq.config.quantize import QuantizeRequest
 from ulbq.config.quantize import resolve as resolve_request
 from ulbq.config.recommend import RecommendRequest
 from ulbq.errors import InputError, UlbqError, UsageError
-from ulbq.evaluation.table import size
+from ulbq.evaluation.table import binary
 from ulbq.export.engines import services
 from ulbq.export.fit import Candidate, Layer, left_dense, nameless
 from ulbq.formats import AnyScheme
@@ -96,12 +96,18 @@ class Recommendation(Record):
 
 
 class _Limit(NamedTuple):
-    """A limit, what it bounds, and how both are told."""
+    """A limit, what it bounds, how both are told, and the step of the last digit told."""
 
     name: str
     most: float
     of: Callable[[Proposal], float]
     told: Callable[[float], str]
+    step: Callable[[float], float]
+
+    def enough(self, least: float) -> float:
+        """``least``, rounded up to what `told` shows: who types that number keeps the limit."""
+        step = self.step(least)
+        return least if math.isinf(least) else math.ceil(least / step) * step
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ def recommend(request: RecommendRequest, progress: Progress | None = None) -> tu
             places.append((f"on {runtime.describe_device(device)}", cost.device_memory, runtime.free_memory(device)))
         if short := [(where, wanted) for where, wanted, free in places if wanted > free]:
             where, wanted = short[0]
-            progress.note(f"{best.name} wants {size(wanted)} to quantize, more than is free {where}.")
+            progress.note(f"{best.name} wants {binary(wanted)} to quantize, more than is free {where}.")
             continue
         return _told(source, best, kept[number + 1 :], planned, limits, request), asked
     raise UsageError("Nothing that keeps the limits can be made on this machine.", hint="Free memory, or widen them.")
@@ -313,11 +319,16 @@ def _limits(request: RecommendRequest, device: torch.device) -> list[_Limit]:
     if fit is None and request.bits is None and request.max_time is None:
         fit = _memory(device)
     wanted = [
-        _Limit("fit", fit or 0, lambda one: one.running, size),
-        _Limit("bits", request.bits or 0, lambda one: one.bits, "{:.2f}".format),
-        _Limit("max_time", request.max_time or 0, lambda one: _known(one.seconds), _minutes),
+        _Limit("fit", fit or 0, lambda one: one.running, binary, _shown_memory),
+        _Limit("bits", request.bits or 0, lambda one: one.bits, "{:.2f}".format, lambda _: 0.01),
+        _Limit("max_time", request.max_time or 0, lambda one: _known(one.seconds), _minutes, lambda _: 60),
     ]
     return [limit for limit in wanted if limit.most]
+
+
+def _shown_memory(count: float) -> float:
+    """The last digit that `binary` shows, or more, in bytes."""
+    return 2**20 if count < 998 * 2**20 else 2**30 / 100
 
 
 def _known(seconds: float | None) -> float:
@@ -325,7 +336,7 @@ def _known(seconds: float | None) -> float:
 
 
 def _minutes(seconds: float) -> str:
-    return "an unknown time" if math.isinf(seconds) else f"{seconds / 60:,.0f} min"
+    return "an unknown time" if math.isinf(seconds) else f"{seconds / 60:.0f} min"
 
 
 def _memory(device: torch.device) -> int:
@@ -345,7 +356,7 @@ def _too_tight(found: Sequence[Proposal], limits: Sequence[_Limit]) -> UsageErro
     for limit in limits:
         others = _kept(found, [other for other in limits if other is not limit]) or found
         best = min(others, key=limit.of)
-        least[limit.name] = f"`{limit.name}` takes at least {limit.told(limit.of(best))} ({best.name})"
+        least[limit.name] = f"`{limit.name}` takes at least {limit.told(limit.enough(limit.of(best)))} ({best.name})"
     asked = ", ".join(f"`{limit.name}` {limit.told(limit.most)}" for limit in limits)
     return UsageError(f"Nothing that was measured keeps {asked}.", hint=f"{'; '.join(least.values())}.")
 
