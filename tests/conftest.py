@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from ulbq.models.source import ModelSource
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the whole first: the longest are among them, and no worker shall end with one alone."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.parent != here)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_wait_for_the_disk() -> Iterator[None]:
     """Flushing guards against power failures, which no test causes; tiny models wait as long for it as they work."""

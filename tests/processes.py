@@ -1,5 +1,6 @@
 """Work in processes of their own, which are children of this one: they have all libraries imported."""
 
+import logging
 import os
 import shlex
 import signal
@@ -62,11 +63,15 @@ def start(work: Work, folder: Path, streams: tuple[int, int, int]) -> int:
             os.dup2(stream, number)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # ends of pipes, above all
         sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, range(3), "rww")
+        for handler in [reference() for reference in logging._handlerList]:
+            if "stream" in vars(handler):
+                handler.stream = sys.stderr  # theirs are closed, and their numbers other files' soon
         os.chdir(folder)
         code = work()
         sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(code)
 

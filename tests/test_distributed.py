@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.run
 from safetensors.torch import load_file
 
 from tests import together
 from tests.pipeline.runs import logits
 from tests.processes import run
+from tests.told import Told
 from ulbq import distributed
 from ulbq.artifacts.manifest import QuantizedManifest, read_manifest
 from ulbq.artifacts.whole import verify
@@ -42,6 +44,17 @@ def torchrun(*words: object, cwd: Path = ROOT, count: int = 2) -> subprocess.Com
         timeout=300,
         check=False,
     )
+
+
+def forked(file: str, *words: object, cwd: Path = ROOT) -> Told:
+    """The same with a file, by children of this process, which have all libraries imported."""
+    asked = ["--standalone", "--nproc-per-node", "2", "--start-method", "fork", "--run-path", str(ROOT / file)]
+
+    def launch() -> int:
+        torch.distributed.run.main([*asked, *map(str, words)])
+        return 0
+
+    return run([launch], cwd)
 
 
 @pytest.fixture(scope="module")
@@ -287,19 +300,19 @@ def test_the_command_line_gives_one_path(inputs: Path, tmp_path: Path) -> None:
 def test_who_fails_alone_speaks_for_all(inputs: Path, tmp_path: Path) -> None:
     words = ["quantize", inputs / together.MODEL, "--method", "gptq", "--group-size", 32, "--device", "cpu"]
     data = ["--calibration", inputs / together.TOKENS, "--samples", 4, "--sequence-length", 32, "-o", tmp_path / "q"]
-    done = torchrun("tests.together", *words, *data)
-    assert done.returncode
-    assert done.stdout == ""
-    assert done.stderr.count("error:") == 1
-    assert "The second one stumbles." in done.stderr
-    assert "exitcode  : 3" in done.stderr.partition("Root Cause")[2]
+    done = forked("tests/together.py", *words, *data)
+    assert done.code
+    assert done.out == ""
+    assert done.err.count("error:") == 1
+    assert "The second one stumbles." in done.err
+    assert "exitcode  : 3" in done.err.partition("Root Cause")[2]
     assert not (tmp_path / "q").exists()
 
 
 def test_what_all_refuse_is_said_once(tmp_path: Path) -> None:
-    done = torchrun("ulbq", "convert", "q", cwd=tmp_path)
-    assert done.stderr.count("error: 'ulbq convert' does not split its work over processes.") == 1
-    assert "exitcode  : 2" in done.stderr.partition("Root Cause")[2]
+    done = forked("ulbq/__main__.py", "convert", "q", cwd=tmp_path)
+    assert done.err.count("error: 'ulbq convert' does not split its work over processes.") == 1
+    assert "exitcode  : 2" in done.err.partition("Root Cause")[2]
 
 
 @pytest.mark.parametrize(

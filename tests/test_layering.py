@@ -146,6 +146,32 @@ def test_library_never_prints_exits_or_catches_everything():
     assert not wrong
 
 
+def test_library_asserts_nothing():
+    """What cannot be is an error with a message, or the types say so: Python's ``-O`` leaves assertions out."""
+    wrong = [
+        _where(path, node.lineno)
+        for path in [*LIBRARY, *COMMANDS]
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.Assert)
+    ]
+    assert not wrong
+
+
+def test_functions_fit_a_screen():
+    """At most 60 lines and 10 parameters, but for kernels, whose parameters are a launch's."""
+    wrong = []
+    for path in [*LIBRARY, *COMMANDS]:
+        for node in ast.walk(_tree(path)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            kernel = any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+            if not kernel and (lines > 60 or len(parameters) > 10):
+                wrong.append(f"{_where(path, node.lineno)}: {lines} lines, {len(parameters)} parameters")
+    assert not wrong
+
+
 def test_one_function_puts_a_cause_in_one_line():
     found = [path for path in LIBRARY if re.search(r"""(" "|' ')\.join\(.*\.split\(\)\)""", path.read_text("utf-8"))]
     assert [str(path.relative_to(ROOT)) for path in found] == ["ulbq/printable.py"]

@@ -1,6 +1,6 @@
 """What one process or two together do, for ``test_distributed``: each piece of work has a folder of its own.
 
-``torchrun -m tests.together WORD …`` is the command line, in which the second process cannot read blocks.
+``torchrun tests/together.py WORD …`` is the command line, in which the second process cannot read blocks.
 """
 
 import json

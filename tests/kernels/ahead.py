@@ -1,8 +1,8 @@
 """Triton's kernels compiled for GPUs that are not here, as the launching code starts them.
 
 Starts are recorded on the CPU instead of run, so what is compiled is what would be started: block sizes, warps, types
-and which numbers are multiples of 16. ``python -m tests.kernels.ahead CAPABILITY,… CASE …`` prints a JSON list, a row
-for each kernel and GPU. Triton must not interpret in that process.
+and which numbers are multiples of 16. ``python -m tests.kernels.ahead '{"CAPABILITY": ["CASE", …], …}'`` prints a JSON
+list, a row for each kernel and GPU. Triton must not interpret in that process.
 """
 
 import inspect
@@ -260,13 +260,16 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def main(capabilities: list[int], names: list[str]) -> list[dict[str, Any]]:
-    """What all kernels of these cases take on these GPUs; without names, all cases."""
-    with recorded() as starts:
-        for name in names or CASES:
-            CASES[name]()
-    return [compiled(start, capability) for start in starts for capability in capabilities]
+def main(asked: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """What all kernels of these cases take on the GPU of each capability; without names, all cases."""
+    found = []
+    for capability, names in asked.items():
+        with recorded() as starts:
+            for name in names or CASES:
+                CASES[name]()
+        found += [compiled(start, int(capability)) for start in starts]
+    return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(main([int(word) for word in sys.argv[1].split(",")], sys.argv[2:]), indent=1))
+    print(json.dumps(main(json.loads(sys.argv[1])), indent=1))

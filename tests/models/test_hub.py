@@ -1,9 +1,11 @@
 """Plans of a model on the Hub fetch headers; whatever reads a tensor fetches it first."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from hashlib import sha256
@@ -11,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants, hf_api
 
 from tests.models.tiny import save_tiny
+from tests.processes import run
 from tests.stand_in import Answers, StandIn
+from tests.told import Told
 from ulbq.artifacts.shards import LazyTensors
+from ulbq.commands.app import main
 from ulbq.errors import InputError
-from ulbq.models.hub import _write_outline
+from ulbq.models.hub import _OUTLINES, _write_outline
 
 PROGRAM = "import sys; from ulbq.commands.app import main; sys.exit(main())"
 COMMIT = "1" * 40
@@ -94,6 +100,23 @@ def command(hub: Hub, home: Path, *words: Any) -> subprocess.CompletedProcess[st
     )
 
 
+def as_if_typed(hub: Hub, home: Path, *words: Any) -> Told:
+    """The same by a child of this process, which has all libraries imported: the client reads its settings anew."""
+    (home / "temporary").mkdir(exist_ok=True)
+
+    def work() -> int:
+        del os.environ["HF_HUB_OFFLINE"]
+        os.environ |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+        tempfile.tempdir = str(home / "temporary")
+        importlib.reload(constants)
+        hf_api.api.endpoint = constants.ENDPOINT
+        code = main([str(word) for word in words])
+        _OUTLINES.clear()  # as a process does at its end
+        return code
+
+    return run([work], home)
+
+
 def weights(hub: Hub) -> tuple[int, int]:
     """Bytes of weights that were asked for, and that there are."""
     given = sum(count for name, count in hub.given.items() if name.endswith(".safetensors"))
@@ -102,24 +125,24 @@ def weights(hub: Hub) -> tuple[int, int]:
 
 def test_a_plan_fetches_headers_and_a_run_the_weights(hub: Hub, tmp_path: Path) -> None:
     asked = ("quantize", "me/model", "--method", "rtn", "--bits", "2")
-    planned = command(hub, tmp_path, *asked, "--dry-run", "--json")
-    assert planned.returncode == 0, planned.stderr
+    planned = as_if_typed(hub, tmp_path, *asked, "--dry-run", "--json")
+    assert planned.code == 0, planned.err
     some, all_ = weights(hub)
     assert 0 < some < all_ / 4
-    told = command(hub, tmp_path, "recommend", "me/model", "--fit", "8GB", "-q")
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.startswith("ulbq quantize me/model ")
+    told = as_if_typed(hub, tmp_path, "recommend", "me/model", "--fit", "8GB", "-q")
+    assert told.code == 0, told.err
+    assert told.out.startswith("ulbq quantize me/model ")
     assert weights(hub)[0] < all_ / 2
     assert list(tmp_path.glob("temporary/*")) == []
-    made = command(hub, tmp_path, *asked, "-q", "-o", tmp_path / "q")
-    assert made.returncode == 0, made.stderr
+    made = as_if_typed(hub, tmp_path, *asked, "-q", "-o", tmp_path / "q")
+    assert made.code == 0, made.err
     assert weights(hub)[0] >= all_
     manifest = json.loads((tmp_path / "q" / "manifest.json").read_text())
-    plan = json.loads(planned.stdout)
+    plan = json.loads(planned.out)
     assert manifest["coverage"] == plan["coverage"]
     hub.given.clear()
-    again = command(hub, tmp_path, *asked, "--dry-run", "--json")
-    assert json.loads(again.stdout)["coverage"] == plan["coverage"]
+    again = as_if_typed(hub, tmp_path, *asked, "--dry-run", "--json")
+    assert json.loads(again.out)["coverage"] == plan["coverage"]
     assert weights(hub)[0] == 0
 
 
@@ -138,6 +161,7 @@ def test_a_model_that_has_to_be_looked_into_is_fetched(tmp_path: Path) -> None:
         told = command(server, home, "quantize", "me/model", "--method", "rtn", "--dry-run", "--json")
         server.shutdown()
     assert told.returncode == 0, told.stderr
+    assert list(home.glob("temporary/*")) == []
 
 
 def test_no_tensor_of_an_outline_is_given(tmp_path: Path) -> None:

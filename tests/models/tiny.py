@@ -111,6 +111,8 @@ def tiny_config(family: str, *, tied: bool | None = None, vocab: int = 256, **ch
     """Configuration of a model with three blocks and hidden size 64; ``tied`` None: as the family does."""
     model_type, special = (_FAMILIES | _MIXTURES | _HYBRIDS | _LIKE_LLAMA | _OTHERS)[family]
     values = {**_COMMON, "vocab_size": vocab, **special, **changes}
+    if "layer_types" in special and "layer_types" not in changes:
+        values["layer_types"] = special["layer_types"][: values["num_hidden_layers"]]
     if tied is not None:
         values["tie_word_embeddings"] = tied
     return AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if v is not None})

@@ -43,7 +43,7 @@ def test_families_are_packed_and_reload_to_the_simulated_model(
     samples: Path,
     tmp_path: Path,
 ) -> None:
-    dense = save_tiny(family, tmp_path / family)
+    dense = save_tiny(family, tmp_path / family, num_hidden_layers=2)
     path, manifest = quantize(asked(dense, tmp_path / "q", samples, target_bits=4.6, refit=False))
     torch.testing.assert_close(logits(path), simulated_logits(dense, path), atol=1e-5, rtol=1e-5)
     assert 4.5 < manifest.bits.bits_per_weight <= 4.6

@@ -18,7 +18,7 @@ from ulbq.models.blocks import structure
 from ulbq.models.skeleton import empty_model
 from ulbq.models.source import resolve as resolved
 from ulbq.pipeline import quantization_plan, room
-from ulbq.pipeline.predict import Cost, predict, trained_memory, whole_memory
+from ulbq.pipeline.predict import Cost, RunSizes, predict, trained_memory, whole_memory
 from ulbq.pipeline.quantization_plan import Job, build_method, prepare
 from ulbq.pipeline.quantize import quantize
 from ulbq.progress import Silent
@@ -147,43 +147,37 @@ def predicted_70b(method: str, **options: Any) -> Cost:
     )
     run = resolve(request, "quick", rotate=False, calibration="wikitext2")
     precision = Precision(torch.device("cuda"), torch.bfloat16)
-    return predict(run, build_method(request), structure(model), model, precision, halves=True)
+    return predict(RunSizes(run, build_method(request), structure(model), model, precision, halves=True))
 
 
-def wanting_all(**options: Any) -> tuple[Any, ...]:
-    """What is predicted of the end-to-end training of two blocks of Llama-70B's shape, the precision left out."""
+def wanting_all(device: str = "cpu", *, halves: bool = False, rotate: bool = False, **options: Any) -> RunSizes:
+    """What is predicted of the end-to-end training of two blocks of Llama-70B's shape."""
     config = AutoConfig.for_model("llama", **_70B, vocab_size=128256, dtype="bfloat16", tie_word_embeddings=False)
     model = empty_model(config, torch.bfloat16)
     request = QuantizeRequest(
         source="", method="efficientqat", calibration="wikitext2", end_to_end="kl", epochs=0, offline=True, **options
     )
-    run = resolve(request, "quick", rotate=False, calibration="wikitext2")
-    return run, build_method(request), structure(model), model
+    run = resolve(request, "quick", rotate=rotate, calibration="wikitext2")
+    precision = Precision(torch.device(device), torch.bfloat16)
+    return RunSizes(run, build_method(request), structure(model), model, precision, halves=halves)
 
 
 def test_what_wants_all_of_a_model_reads_halves_as_such() -> None:
-    precision = Precision(torch.device("cpu"), torch.bfloat16)
-    asked = wanting_all(teacher="cached")
+    halved, plain = (wanting_all(teacher="cached", halves=halves) for halves in (True, False))
     for predicted in (whole_memory, trained_memory):
-        halved, plain = (predicted(*asked, precision, halves=halves) for halves in (True, False))
-        assert halved < plain
+        assert predicted(halved) < predicted(plain)
 
 
 def test_a_teacher_that_is_rotated_holds_its_embedding() -> None:
-    precision = Precision(torch.device("cpu"), torch.bfloat16)
-    run, *rest = wanting_all()
-    plain, rotated = (
-        trained_memory(run.model_copy(update={"rotate": on}), *rest, precision, halves=True) for on in (False, True)
-    )
+    plain, rotated = (trained_memory(wanting_all(halves=True, rotate=rotate)) for rotate in (False, True))
     assert rotated - plain == 2 * 128256 * 8192
 
 
 def test_guesses_of_a_teacher_do_not_count_against_a_gpu() -> None:
     memory = []
-    for name in ("cpu", "cuda"):
-        precision = Precision(torch.device(name), torch.bfloat16)
-        asked = [wanting_all(teacher="cached", activation_memory=room) for room in (0, 1 << 20)]
-        memory.append([(trained_memory(*one, precision), whole_memory(*one, precision)) for one in asked])
+    for device in ("cpu", "cuda"):
+        asked = [wanting_all(device, teacher="cached", activation_memory=room) for room in (0, 1 << 20)]
+        memory.append([(trained_memory(one), whole_memory(one)) for one in asked])
     assert memory[0][0] != memory[0][1]
     assert memory[1][0] == memory[1][1]
 
@@ -191,8 +185,8 @@ def test_guesses_of_a_teacher_do_not_count_against_a_gpu() -> None:
 def test_a_plan_asks_what_halves_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[bool] = []
 
-    def ask(*_: Any, halves: bool, **__: Any) -> int:
-        told.append(halves)
+    def ask(sizes: RunSizes) -> int:
+        told.append(sizes.halves)
         return 0
 
     for name in ("trained_memory", "whole_memory"):

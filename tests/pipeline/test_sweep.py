@@ -286,6 +286,14 @@ def test_runs_at_a_time_give_what_they_give_in_turn(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.fixture
+def forking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of runs are copies of this one, instead of new ones that import everything."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(sweep_runs.multiprocessing, "get_context", lambda _: context)
+
+
+@pytest.mark.usefixtures("forking")
 def test_a_process_that_is_ended_is_told_and_its_run_goes_on(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +312,7 @@ def _ended(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("forking")
 def test_a_stopped_sweep_goes_on_with_several_runs_at_a_time(made: Path, tmp_path: Path) -> None:
     """The second run is done, and nobody has seen it, when the first one's scores are broken off."""
     asked = request(made, method=("gptq",), bits=(2,), seeds=(0, 1, 2), parallel=2, out=tmp_path / "s")

@@ -13,9 +13,7 @@ def takes(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in FLOATS and build.unavailable_reason() is None
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, half: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, half: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """``weight · x / √(mean(x²) + ε)`` over the last dimension.
 
     Args:
@@ -25,10 +23,10 @@ def rms_norm(
         half: give the result in bfloat16 too.
 
     Returns:
-        The result in float32, and the same rounded to bfloat16 or None.
+        The result in float32, and the same rounded to bfloat16, or itself.
     """
     whole, rounded = _Norm.apply(x, weight, epsilon, half)  # type: ignore[no-untyped-call]
-    return whole, rounded
+    return whole, rounded if half else whole
 
 
 class _Norm(torch.autograd.Function):

@@ -31,11 +31,11 @@ class _InWords(Bank):
 
     def __init__(self, scheme: Any, matrices: Mapping[int, Mapping[str, Tensor]], outs: int, columns: int) -> None:
         super().__init__(scheme, matrices, outs, columns)
-        number, first = next(iter(matrices.items()))
-        self.given = [first.get(name) for name in self.names]
-        sizes = torch.tensor([1 if one is None else one.element_size() for one in self.given])
+        number, self.first = next(iter(matrices.items()))
+        given = map(self.first.get, self.names)
+        sizes = torch.tensor([1 if one is None else one.element_size() for one in given])
         self.aligned = not (self.table % _ALIGNED).any()
-        self.offsets = ((self.table - self.table[number]) // sizes).to(first[self.names[0]].device)
+        self.offsets = ((self.table - self.table[number]) // sizes).to(self.first[self.names[0]].device)
 
     def takes(self, dtype: torch.dtype, rows: int) -> bool:
         return dtype in triton_launch.FLOATS and self.aligned
@@ -48,9 +48,7 @@ class WordsBank(_InWords):
 
     def fill(self, y: Tensor, x: Tensor, routes: Routes, jobs: list[Job], share: int) -> None:
         bits, centre = (self.scheme.bits, self.scheme.centre) if isinstance(self.scheme, AffineScheme) else (1, 0.0)
-        codes, scales, zeros = self.given
-        assert codes is not None
-        assert scales is not None
+        codes, scales, zeros = self.first["word_codes"], self.first["word_scales"], self.first.get("word_zeros")
         part = triton_launch.part(codes, scales, zeros, bits, centre, self.scheme.group_size, self.columns)
         kernel, counts = _kernel(jobs)
         cut = triton_launch.cut_of(part, kernel, counts, self.outs, x)
@@ -93,8 +91,7 @@ class TrellisWordsBank(_InWords):
         return super().takes(dtype, rows) and not mixed
 
     def fill(self, y: Tensor, x: Tensor, routes: Routes, jobs: list[Job], share: int) -> None:
-        codes, su, sv = self.given
-        assert codes is not None
+        codes, su, sv = self.first["word_codes"], self.first.get("su"), self.first.get("sv")
         kernel, counts = _kernel(jobs)
         numbers = torch.tensor([number for number, begin, end in jobs for _ in range(begin, end)], device=x.device)
         own = self.offsets[numbers if routes.order is None else numbers[routes.order.argsort()]]

@@ -68,19 +68,9 @@ def solve_in_sequence(
             else is added up of one that will have too few. Of members of a list nobody knows that before.
         settle: called after each pass, when what it served is solved.
     """
-    stages: dict[str, list[Input]] = {}
-    known: dict[str, str] = {}
-    # The first sample is the first process's; with experts, another sample may well call other layers.
-    inputs = distributed.on_main(lambda: distinct_inputs(_layers(task.block, task.linears), lambda: _run(task, 0)))
-    for one in inputs:
-        places = [_place(task.block, layer) for layer in one.layers]
-        # An expert that the first sample missed comes where its like do.
-        stage = known.get(places[0], places[0]) if one_by_one else ""
-        known |= dict.fromkeys(places, stage)
-        stages.setdefault(stage, []).append(one)
     reference = copy.deepcopy(task.block) if full_inputs and _activations(task).originals is not None else None
     mixtures = [module for module in task.block.modules() if isinstance(module, Experts)]
-    for together in stages.values():
+    for together in _passes(task, one_by_one=one_by_one):
         with showing({mixture: range(len(mixture)) for mixture in mixtures} if all_experts else {}):
             empty = _empty(
                 task, together, weighting, drifts=reference is not None, heldout=heldout, rounds_few=rounds_few
@@ -102,6 +92,21 @@ def solve_in_sequence(
                 _put(task, solve((name,), own.pop(name)))
         if settle is not None:
             settle()
+
+
+def _passes(task: BlockTask, *, one_by_one: bool) -> list[list[Input]]:
+    """The inputs that each pass over the samples serves, in execution order."""
+    passes: dict[str, list[Input]] = {}
+    known: dict[str, str] = {}
+    # The first sample is the first process's; with experts, another sample may well call other layers.
+    inputs = distributed.on_main(lambda: distinct_inputs(_layers(task.block, task.linears), lambda: _run(task, 0)))
+    for one in inputs:
+        places = [_place(task.block, layer) for layer in one.layers]
+        # An expert that the first sample missed comes where its like do.
+        stage = known.get(places[0], places[0]) if one_by_one else ""
+        known |= dict.fromkeys(places, stage)
+        passes.setdefault(stage, []).append(one)
+    return list(passes.values())
 
 
 def _put(task: BlockTask, weights: Mapping[str, torch.Tensor]) -> None:

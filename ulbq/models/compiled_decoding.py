@@ -158,9 +158,7 @@ class Decoder:
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Rows in bfloat16."""
-        rounded = between.rms_norm(x, weight, self._sizes.epsilon, half=True)[1]
-        assert rounded is not None
-        return rounded
+        return between.rms_norm(x, weight, self._sizes.epsilon, half=True)[1]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """``[heads, n, width]`` of ``[n, heads · width]``."""

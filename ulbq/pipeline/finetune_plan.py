@@ -157,18 +157,7 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
     if request.data is not None and len(request.data) == 1:  # of several, some may be missing
         check_training_text(request.data[0], data_dir=request.data_dir, offline=request.offline)
     _check_whole(source.path, manifest, adapter=trained is not None)
-    examples = draw_examples(
-        request.data or (),
-        source.tokenizer(),
-        template=request.template,
-        samples=request.samples,
-        heldout=request.held_out,
-        length=request.sequence_length,
-        seed=request.seed,
-        data_dir=request.data_dir,
-        offline=request.offline,
-        progress=progress,
-    )
+    examples = _examples(request, source, progress)
     settings = settings_of(request, len(examples.train))
     asked = (request, source, manifest, model, adapter, linears, examples, precision)
     parameters, cost = _cost(*asked)
@@ -193,6 +182,21 @@ def prepare(given: str, task: Recipe, options: Mapping[str, Any], progress: Prog
         cost=cost,
     )
     return FinetuneJob(request, source, manifest, examples, settings, precision, adapter, trained, linears, plan)
+
+
+def _examples(request: FinetuneRequest, source: ModelSource, progress: Progress) -> ExampleSet:
+    return draw_examples(
+        request.data or (),
+        source.tokenizer(),
+        template=request.template,
+        samples=request.samples,
+        heldout=request.held_out,
+        length=request.sequence_length,
+        seed=request.seed,
+        data_dir=request.data_dir,
+        offline=request.offline,
+        progress=progress,
+    )
 
 
 def open_quantized(given: str, what: str, *, offline: bool, verify: bool) -> tuple[ModelSource, QuantizedManifest]:

@@ -1,7 +1,7 @@
 """What a quantization run will cost, told before it starts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -97,38 +97,10 @@ class _Need(NamedTuple):
         return self.memory - self.host if self.device is None else self.device
 
 
-def predict(
-    request: Quantization,
-    method: Method,
-    found: ModelStructure,
-    model: PreTrainedModel,
-    precision: Precision,
-    *,
-    gguf_size: int = 0,
-    halves: bool = False,
-    blocks_stay: bool = False,
-    streamed: bool = False,
-    sharded: bool = False,
-    tables: Mapping[Linear, AnyScheme] = {},
-    schemes: Mapping[str, AnyScheme] = {},
-) -> Cost:
-    """Predict memory and disk of a run.
-
-    Args:
-        request: in full.
-        model: the skeleton of which ``found`` tells.
-        precision: of the run.
-        gguf_size: bytes of the model's GGUF file, which is mapped and dequantized; 0 where it has none.
-        halves: its matrices are stored in half precision.
-        blocks_stay: an artifact's blocks are taken as they are.
-        streamed: where all of the full-precision model is wanted, its blocks are read one after the other.
-        sharded: each process holds a part of the blocks of a whole model that trains, and of its teacher.
-        tables: matrices outside the blocks that are packed, and how.
-        schemes: of the layers that have one of their own, by full name.
-    """
-    run = _Sizes(request, method, found, model, precision, gguf_size, streamed, sharded, halves, tables, schemes)
-    adapters = 2 * sum(run.adapter_values(block) for block in found.linears)
+def predict(run: "RunSizes", *, blocks_stay: bool = False) -> Cost:
+    """Predict memory and disk of a run. With ``blocks_stay`` an artifact's blocks are taken as they are."""
     whole_tables, packed_tables = run.tables_held()
+    adapters = 2 * sum(run.adapter_values(block) for block in run.found.linears)
     artifact = run.packed() + 2 * (run.sizes.weights - sum(run.quantized) - whole_tables) + packed_tables + adapters
     started = runtime.peak_memory() + runtime.LIBRARY_MEMORY
     blocks, whole = run.untouched() if blocks_stay else run.blocks(), run.end_to_end()
@@ -136,16 +108,16 @@ def predict(
     phases = [run.copying(), blocks, run.temperature(), whole]
     if run.writes:
         phases.append(_Need(run.writing()))
-    on_gpu = precision.device.type == "cuda"
-    device = max(phase.at_work(precision.device) for phase in phases) if on_gpu else 0
+    on_gpu = run.precision.device.type == "cuda"
+    device = max(phase.at_work(run.precision.device) for phase in phases) if on_gpu else 0
     # What goes to a GPU passes the process's memory, one tensor after the other.
     held = (phase.host + run.passing() if on_gpu else phase.memory for phase in phases)
-    memory = started + gguf_size + max(held)
+    memory = started + run.gguf_size + max(held)
     # Opened again at the end; block by block where all of it would be the most there is.
     opened = load_memory(artifact, 2 * run.sizes.table)
     if OPENED_COPIES * artifact > memory:
         # A block as it is read, and in the layout of its products.
-        block = 2 * run.packed() // found.n_blocks
+        block = 2 * run.packed() // run.found.n_blocks
         ending = run.sizes.ending + run.sizes.head
         opened = _COPIED * max(run.sizes.embedded, ending) + block
     memory = max(memory, started + opened)
@@ -153,84 +125,72 @@ def predict(
     beside = adapters + packed_tables + _TOKENIZER_BYTES * run.sizes.vocabulary
     tuned = whole.disk and whole.disk + run.packed() + adapters
     disk = artifact + beside + max(blocks.disk, tuned)
-    if method.needs.saliency in KINDS and not blocks_stay:
-        kind: SaliencyKind = TypeAdapter(SaliencyKind).validate_python(method.needs.saliency)
+    if run.needs.saliency in KINDS and not blocks_stay:
+        kind: SaliencyKind = TypeAdapter(SaliencyKind).validate_python(run.needs.saliency)
         peak, on_disk, scores = run.scoring(kind)
-        memory, device = run.placed(kind, memory, device, started, peak) if on_gpu else (max(memory, peak), 0)
+        memory, device = run.placed(kind, memory, device, started, peak)
         disk = max(disk + scores, on_disk)
     if run.needs.output_groups and not blocks_stay:
-        costs = sum(run.output_costs(block) for block in found.linears)
+        costs = [run.output_costs(block) for block in run.found.linears]
         peak, on_disk, _ = run.scoring("fisher")
-        peak += max(map(run.output_costs, found.linears))
-        memory, device = run.placed("fisher", memory, device, started, peak) if on_gpu else (max(memory, peak), 0)
-        disk = max(disk, on_disk) + costs
+        memory, device = run.placed("fisher", memory, device, started, peak + max(costs))
+        disk = max(disk, on_disk) + sum(costs)
     return Cost(peak_memory=memory, device_memory=device, disk=disk, artifact=artifact)
 
 
-def trained_memory(
-    request: Quantization,
-    method: Method,
-    found: ModelStructure,
-    model: PreTrainedModel,
-    precision: Precision,
-    *,
-    halves: bool = False,
-) -> int:
+def trained_memory(run: "RunSizes") -> int:
     """Bytes, where it computes, of a whole model that trains in each process, beside a teacher that is read by blocks.
 
-    Arguments are those of :func:`predict`; 0 without such a phase.
+    0 without such a phase.
     """
-    run = _Sizes(request, method, found, model, precision, 0, streamed=True, halves=halves)
-    return run.end_to_end().at_work(precision.device)
+    return replace(run, streamed=True).end_to_end().at_work(run.precision.device)
 
 
-def whole_memory(
-    request: Quantization,
-    method: Method,
-    found: ModelStructure,
-    model: PreTrainedModel,
-    precision: Precision,
-    *,
-    sharded: bool = False,
-    halves: bool = False,
-) -> int:
+def whole_memory(run: "RunSizes") -> int:
     """Bytes, where it computes, of the largest phase that wants all of the full-precision model, if it is loaded.
 
-    Arguments are those of :func:`predict`; 0 without such a phase.
+    0 without such a phase.
     """
-    run = _Sizes(request, method, found, model, precision, 0, streamed=False, sharded=sharded, halves=halves)
-    settings = method.needs.end_to_end
+    run, settings = replace(run, streamed=False), run.needs.end_to_end
     needs_teacher = settings is not None and settings.needs_teacher
-    taught = run.end_to_end().at_work(precision.device) if needs_teacher else 0
+    taught = run.end_to_end().at_work(run.precision.device) if needs_teacher else 0
     return max(taught, run.writing() if run.writes else 0)
 
 
-def whole_passes(
-    request: Quantization, method: Method, found: ModelStructure, model: PreTrainedModel, precision: Precision
-) -> int:
+def whole_passes(run: "RunSizes") -> int:
     """How often all of the full-precision model is read in a run that reads it block by block."""
-    run, settings = _Sizes(request, method, found, model, precision, 0, streamed=True), method.needs.end_to_end
-    passes = 0
+    settings, passes = run.needs.end_to_end, 0
     if run.writes:
-        passes += writing_passes(model.config, precision.dtype, run.drawn(), run.length, run.limit)
+        passes += writing_passes(run.model.config, run.precision.dtype, run.drawn(), run.length, run.limit)
     if settings is not None and settings.needs_teacher:
         passes += 1 if settings.teacher == "cached" else run.taught_batches(settings)
     return passes
 
 
 @dataclass
-class _Sizes:
-    """The sizes of a run, and what its phases make of them."""
+class RunSizes:
+    """The sizes of a run, and what its phases make of them.
+
+    Attributes:
+        request: in full.
+        model: the skeleton of which ``found`` tells.
+        gguf_size: bytes of the model's GGUF file, which is mapped and dequantized; 0 where it has none.
+        halves: its matrices are stored in half precision.
+        streamed: where all of the full-precision model is wanted, its blocks are read one after the other.
+        sharded: each process holds a part of the blocks of a whole model that trains, and of its teacher.
+        tables: matrices outside the blocks that are packed, and how.
+        schemes: of the layers that have one of their own, by full name.
+    """
 
     request: Quantization
     method: Method
     found: ModelStructure
     model: PreTrainedModel
     precision: Precision
-    gguf_size: int
-    streamed: bool
-    sharded: bool = False
+    gguf_size: int = 0
     halves: bool = False
+    streamed: bool = False
+    sharded: bool = False
     tables: Mapping[Linear, AnyScheme] = field(default_factory=dict)
     schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
 
@@ -261,7 +221,9 @@ class _Sizes:
         return sum(adapter.bits(x.out_features, x.in_features) for x in linears if adapter.matches(x.name)) // 16
 
     def placed(self, kind: SaliencyKind, memory: int, device: int, started: int, peak: int) -> tuple[int, int]:
-        """The host's and a GPU's bytes, scoring counted: activations that are kept lie on the host."""
+        """The host's and a GPU's bytes, scoring counted: activations that are kept lie on the host of a GPU."""
+        if self.precision.device.type != "cuda":
+            return max(memory, peak), 0
         kept = peak - self.scoring(kind, limit=_NOTHING_KEPT)[0]
         on_host = started + self.gguf_size + kept + self.passing()
         return max(memory, on_host), max(device, peak - kept - self.gguf_size - started)

@@ -1,7 +1,7 @@
 """Everything about a quantization run that is settled before the first tensor is read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from pydantic import Field
@@ -36,7 +36,16 @@ from ulbq.models.selection import ASKED, Selection, fitting, of_artifact, select
 from ulbq.models.source import ModelSource
 from ulbq.pipeline.layer_plan import planned_schemes, read_plan, skipped_by
 from ulbq.pipeline.origins import Start, check_saliency, open_origins, open_saliency, rotation_seed
-from ulbq.pipeline.predict import Cost, planned_bits, predict, scheme_bits, trained_memory, whole_memory, whole_passes
+from ulbq.pipeline.predict import (
+    Cost,
+    RunSizes,
+    planned_bits,
+    predict,
+    scheme_bits,
+    trained_memory,
+    whole_memory,
+    whole_passes,
+)
 from ulbq.pipeline.samples import choose_sharded, choose_streamed, default_calibration
 from ulbq.progress import Progress, Silent
 from ulbq.sensitivity import KINDS, Saliency
@@ -203,20 +212,17 @@ def prepare(request: QuantizeRequest, progress: Progress, *, outline: bool = Fal
     _check_model(run, method, source, model, found)
     if method.needs.target_bits is not None:
         _check_target_bits(run, method, found, schemes)
-    stay = _blocks_stay(run.fit_temperature, method.needs, start)
-    trained = trained_memory(run, method, found, model, precision, halves=source.halves)
-    sharded = choose_sharded(run.shard, trained, device, progress)
-    whole = whole_memory(run, method, found, model, precision, sharded=sharded, halves=source.halves)
-    streamed = choose_streamed(run.stream, whole, device, progress)
-    sized: dict[str, Any] = {"gguf_size": source.gguf_size, "blocks_stay": stay, "streamed": streamed}
-    sized |= {"sharded": sharded, "halves": source.halves, "tables": tables, "schemes": schemes}
-    cost = predict(run, method, found, model, precision, **sized)
-    reads = whole_passes(run, method, found, model, precision) if streamed else 0
+    stored: dict[str, Any] = {"gguf_size": source.gguf_size, "halves": source.halves}
+    sizes = RunSizes(run, method, found, model, precision, **stored, tables=tables, schemes=schemes)
+    sizes = replace(sizes, sharded=choose_sharded(run.shard, trained_memory(sizes), device, progress))
+    sizes = replace(sizes, streamed=choose_streamed(run.stream, whole_memory(sizes), device, progress))
+    cost = predict(sizes, blocks_stay=_blocks_stay(run.fit_temperature, method.needs, start))
+    reads = whole_passes(sizes) if sizes.streamed else 0
     check_coverage(covered, found, progress, allow_partial=run.allow_partial or start is not None)
     described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered, reads, bits)
     named = {layer.name: schemes.get(layer.name, method.scheme) for layer in found.layers}
     left = tuple(name for name, why in selected.reasons.items() if why == ASKED)
-    described = described.model_copy(update={"schemes": named, "left_out": left, "sharded": sharded})
+    described = described.model_copy(update={"schemes": named, "left_out": left, "sharded": sizes.sharded})
     saliency = open_saliency(method.needs.saliency, source)
     if method.needs.survey:
         _check_score(method, saliency)

@@ -6,7 +6,7 @@ from typing import Any
 from ulbq import distributed, runtime
 from ulbq.config.groups import TrainOptions
 from ulbq.errors import ResourceError
-from ulbq.pipeline.predict import Cost, predict
+from ulbq.pipeline.predict import Cost, RunSizes, predict
 from ulbq.pipeline.quantization_plan import Job
 from ulbq.progress import Progress
 
@@ -73,7 +73,7 @@ def _one_by_one(job: Job) -> dict[str, Any]:
 
 def _cost(job: Job, **changes: Any) -> Cost:
     """What the run would take with some values changed."""
-    return predict(
+    sizes = RunSizes(
         job.request.model_copy(update=changes),
         job.method,
         job.found,
@@ -81,12 +81,12 @@ def _cost(job: Job, **changes: Any) -> Cost:
         job.precision,
         gguf_size=job.source.gguf_size,
         halves=job.source.halves,
-        blocks_stay=job.blocks_stay,
         streamed=job.streamed,
         sharded=job.plan.sharded,
         tables=job.tables,
         schemes=job.schemes,
     )
+    return predict(sizes, blocks_stay=job.blocks_stay)
 
 
 def _gib(count: int) -> str:

@@ -1,6 +1,7 @@
 """What ``saliency`` is asked to do, and everything about a run that is settled before the first tensor is read."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -124,8 +125,7 @@ def prepare(request: SaliencyRequest, progress: Progress, *, outline: bool = Fal
     sized: dict[str, Any] = {"gguf_size": source.gguf_size, "halves": source.halves, "streamed": streamed}
     peak_memory, disk, artifact = predict_scoring(request, model, found, precision, **sized)
     reads = writing_passes(model.config, precision.dtype, *_amounts(request)) if streamed else 0
-    disk += _TOLD_BYTES * len(found.layers) + _PAGE_BYTES
-    disk += _TOKEN_BYTES * (request.samples or 0) * (request.sequence_length or 0)
+    disk += _TOLD_BYTES * len(found.layers) + _PAGE_BYTES + _TOKEN_BYTES * prod(_amounts(request)[:2])
     plan = SaliencyPlan(
         request=request,
         model=source.name,

@@ -162,7 +162,6 @@ class _Endpoints:
 
     async def _whole(self, job: AnswerJob, envelope: Envelope) -> Response:
         text = "".join([piece async for piece in self._worker.answer(job)])
-        assert job.ending is not None
         counted = usage(len(job.tokens), job.new_tokens)
         self._tell(job)
         return JSONResponse(envelope.whole(text, job.ending, counted))
@@ -180,7 +179,6 @@ class _Endpoints:
         except Exception as error:
             yield event(error_object(_defect(error), status=500))
             raise
-        assert job.ending is not None
         counted = usage(len(job.tokens), job.new_tokens) if with_usage else None
         for chunk in envelope.closing(job.ending, counted):
             yield event(chunk)
@@ -188,7 +186,8 @@ class _Endpoints:
         self._tell(job)
 
     def _tell(self, job: AnswerJob) -> None:
-        assert job.stream is not None
+        if job.stream is None:  # nothing was written
+            return
         pace = job.stream.tokens_per_second
         speed = "" if pace is None else f", {pace:.1f} tokens per second"
         self._progress.note(

@@ -21,7 +21,7 @@ class AnswerJob:
         settings: as of :meth:`TextGenerator.settings`.
         stops: strings that end it.
         seed: of its draws; None goes on with those of the answer before.
-        ending: why it ended; None before.
+        ending: why it ended; ``stop`` before.
         new_tokens: how many there are so far.
     """
 
@@ -29,7 +29,7 @@ class AnswerJob:
     settings: dict[str, Any]
     stops: Sequence[str] = ()
     seed: int | None = None
-    ending: Ending | None = field(default=None, init=False)
+    ending: Ending = field(default="stop", init=False)
     stream: TextStream | None = field(default=None, init=False)
 
     @property

@@ -113,7 +113,7 @@ def _norm(
         return plain(x, *gate, **more)
     half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     whole, rounded = between.rms_norm(x.contiguous(), norm.get_parameter("weight"), epsilon, half=half)
-    if rounded is not None:
+    if half:
         remember_cast(whole, rounded)
     return whole
 
