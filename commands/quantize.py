@@ -62,6 +62,11 @@ def quantize(
     progress, emit = console.session(json=json, quiet=quiet, debug=debug)
     check_out(given["out"], force=given["force"])
 
+    if write_plan is not None:
+        from ulbq.pipeline.layer_plan import check_plan_file
+
+        check_plan_file(write_plan, given["out"])
+
     from ulbq.pipeline.recipes import OPTIONS, load, request_of
 
     given |= read_settings(settings or (), OPTIONS, given, former_names(QuantizeRequest))

@@ -158,3 +158,11 @@ def test_sizes_are_read(text: Any, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         read_size(text)
+
+
+@pytest.mark.parametrize("name", ["bits", "samples", "damping", "calibration"])
+def test_a_switch_is_no_number(name: str) -> None:
+    """YAML's ``true``, ``yes`` and ``on`` were taken for 1."""
+    with pytest.raises(UsageError, match=f"`{name}` wants a value, not true"):
+        QuantizeRequest.model_validate({"method": "gptq", name: True})
+    assert QuantizeRequest.model_validate({"method": "gptq", "symmetric": True}).symmetric

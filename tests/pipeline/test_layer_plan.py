@@ -15,7 +15,7 @@ from ulbq.export import engines
 from ulbq.export.fit import Candidate
 from ulbq.models.source import resolve
 from ulbq.pipeline.convert import convert
-from ulbq.pipeline.layer_plan import read_plan, write_plan
+from ulbq.pipeline.layer_plan import check_plan_file, read_plan, write_plan
 from ulbq.pipeline.quantize import plan, quantize
 
 PLAN = "mlp.down_proj: {bits: 4, group_size: 64}\nlayers.1: {group_size: 16}\nlayers.0.self_attn.o_proj: {skip: true}\n"
@@ -95,8 +95,11 @@ def test_what_is_written_is_what_was_planned_and_made(parent: Path, file: str, t
     ("text", "method", "error", "said"),
     [
         ("nowhere: {bits: 4}", "rtn", InputError, "'nowhere' matches no linear layer"),
-        ("q_proj: {bits: 5}", "rtn", InputError, "q_proj|bits: input should be"),
-        ("q_proj: {widths: 5}", "rtn", InputError, "widths: extra inputs"),
+        ("q_proj: {bits: 5}", "rtn", InputError, r"q_proj\.bits: input should be"),
+        ("q_proj: {bits: true}", "rtn", InputError, r"q_proj\.bits: input should be a number"),
+        ("q_proj: {widths: 5}", "rtn", InputError, r"q_proj\.widths: extra inputs"),
+        ("q_proj: {bits: 4}\nq_proj: {group_size: 32}", "rtn", InputError, "it has 'q_proj' twice"),
+        ("q_proj:", "rtn", InputError, "'q_proj' has no map of settings"),
         ("q_proj: {group_size: 0}", "rtn", UsageError, "makes no groups"),
         ("- q_proj", "rtn", InputError, "no map of patterns"),
         ("q_proj: [", "rtn", InputError, "cannot be read"),
@@ -116,6 +119,37 @@ def test_what_is_no_plan_is_refused(
     more = {} if method == "rtn" else {"calibration": str(samples)}
     with pytest.raises(error, match=said):
         plan(request(parent, tmp_path / "q", method=method, plan=str(file), **more))
+
+
+def test_a_group_size_of_a_plan_that_does_not_divide_names_the_plan(parent: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("mlp: {group_size: 48}")
+    with pytest.raises(InputError, match="groups of 48 do not divide") as refused:
+        plan(request(parent, tmp_path / "q", method="rtn", group_size=32, plan=str(tmp_path / "plan.yaml")))
+    assert "in the plan" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (".", "is no file"),
+        ("nowhere/plan.yaml", "is in no folder"),
+        ("text.txt", "exists and is no plan"),
+        ("q", "is the artifact"),
+        ("q/plan.yaml", "lies in it"),
+        ("plan.yaml", None),
+        ("empty.yaml", None),
+        ("new.yaml", None),
+    ],
+)
+def test_where_a_plan_cannot_be_written_is_said_before_the_run(
+    name: str, said: str | None, file: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("Not to be lost.")
+    (tmp_path / "empty.yaml").touch()
+    if said is None:
+        return check_plan_file(tmp_path / name, tmp_path / "q")
+    with pytest.raises(InputError, match=said):
+        check_plan_file(tmp_path / name, tmp_path / "q")
 
 
 def test_an_artifact_is_gone_on_from_with_its_widths(parent: Path, file: str, samples: Path, tmp_path: Path) -> None:

@@ -111,6 +111,9 @@ def test_a_table_that_computes_more_is_refused(tmp_path: Path) -> None:
     parent = save_tiny("gemma3", tmp_path / "parent")
     with pytest.raises(InputError, match="wants a plain table of tokens in the model, and it is a Gemma3"):
         made(parent, tmp_path / "q", embedding_bits=8)
+    with pytest.raises(InputError, match="`head_bits` wants a plain table of tokens") as refused:
+        made(parent, tmp_path / "q", head_bits=8)
+    assert refused.value.hint == "Leave out `head_bits`."
 
 
 def test_trained_and_gone_on_from(parent: Path, tmp_path: Path, samples: Path) -> None:

@@ -76,7 +76,15 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _by_the_names_of_today(cls, data: Any) -> Any:
-        return renamed(cls, data) if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        values = renamed(cls, data)
+        for name, value in values.items():
+            if isinstance(value, bool) and name in cls.model_fields:  # which Python takes for 0 or 1
+                kind, _ = bare(cls.model_fields[name])
+                if kind is not Any and bool not in (kind, *get_args(kind)):
+                    raise UsageError(f"`{name}` wants a value, not {str(value).lower()}.")
+        return values
 
 
 @cache

@@ -44,22 +44,22 @@ def chosen_tables(
             "table of tokens.",
             hint="Give one of the two: it counts for both.",
         )
+    option = "embedding_bits" if embedding_bits is not None else "head_bits"
     if tied:
         embedding_bits, head_bits = embedding_bits or head_bits, None
     found: dict[Linear, AffineScheme] = {}
     if embedding_bits is not None:
         if type(embedding) is not nn.Embedding or (tied and not is_dense_linear(head)):
-            raise _no_table("embedding_bits", embedding)
+            raise _no_table(option, "a plain table of tokens", embedding)
         shape = (embedding.num_embeddings, embedding.embedding_dim)
         found[Linear(names[embedding], *shape)] = table_scheme(embedding_bits, shape[1])
     if head_bits is not None:
         if head is None or not is_dense_linear(head):
-            raise _no_table("head_bits", head)
+            raise _no_table("head_bits", "a plain linear head", head)
         found[Linear(names[head], head.out_features, head.in_features)] = table_scheme(head_bits, head.in_features)
     return found
 
 
-def _no_table(option: str, module: nn.Module | None) -> InputError:
+def _no_table(option: str, wanted: str, module: nn.Module | None) -> InputError:
     what = "there is none" if module is None else f"it is a {type(module).__name__}, which computes more"
-    wanted = "a plain table of tokens" if option == "embedding_bits" else "a plain linear head"
     return InputError(f"`{option}` wants {wanted} in the model, and {what}.", hint=f"Leave out `{option}`.")

@@ -18,6 +18,8 @@ _DECIDES = re.compile(
 )
 # Share of the weights that a group size or a format may leave out: more is a mistake in what was asked for.
 _UNFIT = 0.1
+_UNEVEN = "groups of"
+_ANOTHER_FORMAT = "Take another format, as that of `method=gptq` without `k_quant`."
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,15 @@ def fitting(
         reason = (own or scheme).unsupported_reason(layer.out_features, layer.in_features)
         size = group_size if own is None else own.group_size
         if size != -1 and layer.in_features % size:
-            reason = f"groups of {size} do not divide its {layer.in_features} inputs"
+            reason = f"{_UNEVEN} {size} do not divide its {layer.in_features} inputs"
         if reason is not None:
             reasons[layer.name] = reason
     unfit = sum(layer.weights for layer in layers if layer.name in reasons)
     if unfit > _UNFIT * sum(layer.weights for layer in layers):
         check_group_size(selected.found, group_size)
         name, reason = next(iter(reasons.items()))
-        raise InputError(
-            f"'{name}': {reason}.", hint="Take another format, as that of `method=gptq` without `k_quant`."
-        )
+        another = "Give it another `group_size` in the plan." if reason.startswith(_UNEVEN) else _ANOTHER_FORMAT
+        raise InputError(f"'{name}': {reason}.", hint=another)
     return selected.without(reasons)
 
 

@@ -1,11 +1,12 @@
 """Per-layer plans: a YAML file that gives layers, by patterns of their names, settings of their own."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError, field_validator
 
 from ulbq import limits
 from ulbq.artifacts.disk import write_atomically, writing
@@ -32,6 +33,13 @@ class LayerSettings(Record):
     group_size: int | None = None
     skip: bool = False
 
+    @field_validator("bits", "group_size", mode="before")
+    @classmethod
+    def _no_switch(cls, value: object) -> object:
+        if isinstance(value, bool):  # which Python takes for 0 or 1
+            raise ValueError("input should be a number")
+        return value
+
 
 _OWN: dict[str, frozenset[str]] = {
     **dict.fromkeys(FORMATS, frozenset()),
@@ -46,6 +54,9 @@ LayerPlan = Mapping[str, LayerSettings]
 """Settings by pattern, as ``skip`` has them; where several match a layer, the later ones win, setting by setting."""
 
 
+_PLAN = TypeAdapter(dict[str, LayerSettings])
+
+
 def read_plan(given: str | None) -> LayerPlan:
     """A plan's settings; none where none is given. Raises InputError where it cannot be read or is no plan."""
     if given is None:
@@ -55,13 +66,16 @@ def read_plan(given: str | None) -> LayerPlan:
         content = parse_yaml(read_small(path, limits.MANIFEST_SIZE).decode())
         if not isinstance(content, dict) or not all(isinstance(one, str) for one in content):
             raise ValueError("it is no map of patterns")
-        found = {pattern: LayerSettings.model_validate(settings) for pattern, settings in content.items()}
+        if idle := [pattern for pattern, settings in content.items() if not isinstance(settings, dict)]:
+            raise ValueError(f"'{one_line(idle[0])}' has no map of settings")
+        found = _PLAN.validate_python(content)
     except OSError as error:
         raise InputError(f"The plan '{given}' cannot be read: {error.strerror}.", hint=_HINT) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the settings of a pattern"
-        raise InputError(f"The plan '{given}' cannot be read: {where}: {first['msg'].lower()}.", hint=_HINT) from error
+        said = first["msg"].removeprefix("Value error, ").lower()
+        where = one_line(".".join(map(str, first["loc"])))
+        raise InputError(f"The plan '{given}' cannot be read: {where}: {said}.", hint=_HINT) from error
     except (ValueError, yaml.YAMLError) as error:
         cause = one_line(str(error))
         raise InputError(f"The plan '{given}' cannot be read: {cause}.", hint=_HINT) from error
@@ -105,6 +119,36 @@ def planned_schemes(plan: LayerPlan, layers: Sequence[Linear], scheme: AnyScheme
             said = error.errors(include_url=False)[0]["msg"].lower()
             raise UsageError(f"The plan's settings of '{layer.name}' do not go: {said}.") from error
     return schemes
+
+
+def check_plan_file(path: Path, out: Path | None) -> None:
+    """Refuse a file that a plan cannot be written to: what may be known before hours of work should be.
+
+    Args:
+        path: of the file.
+        out: the artifact that the run writes, which holds files of its own alone; None where its name is not given.
+
+    Raises:
+        InputError: no file can be made there, or one that is no plan would be lost.
+    """
+    reason, folder = None, path.absolute().parent
+    if out is not None and path.absolute().is_relative_to(out.absolute()):
+        reason = "is the artifact, or lies in it"
+    elif not folder.is_dir():
+        reason = "is in no folder that exists"
+    elif path.exists() and not path.is_file():
+        reason = "is no file"
+    elif not os.access(folder, os.W_OK):
+        reason = "lies in a folder that cannot be written"
+    elif path.is_file() and path.stat().st_size:
+        try:
+            read_plan(str(path))
+        except (InputError, UsageError):
+            reason = "exists and is no plan"
+    if reason is not None:
+        raise InputError(
+            f"`write_plan`: '{path}' {reason}.", hint="Give the name of a new file, or of an earlier plan."
+        )
 
 
 def write_plan(path: Path, planned: "QuantizePlan", layers: Sequence[LayerRecord] | None = None) -> None:
