@@ -56,7 +56,7 @@ class QuantizePlan(Record):
         adapter_bits: those of them that are the adapter's.
         rotation: of the weights before they are quantized; None for none.
         reads: how often all of the full-precision model is read, block by block; 0 where it is loaded, or not wanted.
-        sharded: whether the whole model trains in parts, one for each process.
+        sharded: whether each process holds a part of what trains.
         schemes: of the layers by full name, as far as they are known; left_out: those that were to be left out.
     """
 
@@ -204,7 +204,7 @@ def prepare(request: QuantizeRequest, progress: Progress, *, outline: bool = Fal
     if method.needs.target_bits is not None:
         _check_target_bits(run, method, found, schemes)
     stay = _blocks_stay(run.fit_temperature, method.needs, start)
-    trained = trained_memory(run, method, found, model, precision, halves=source.halves)
+    trained = trained_memory(run, method, found, model, precision, halves=source.halves, blocks_stay=stay)
     sharded = choose_sharded(run.shard, trained, device, progress)
     whole = whole_memory(run, method, found, model, precision, sharded=sharded, halves=source.halves)
     streamed = choose_streamed(run.stream, whole, device, progress)
