@@ -170,6 +170,16 @@ def test_blocks_train_as_in_one_process(pair: tuple[Path, Path]) -> None:
     assert distance(*pair) < 1e-3
 
 
+@pytest.mark.parametrize("name", sorted(together.BLOCKS))
+def test_blocks_train_in_parts(name: str, two: Path) -> None:
+    plain, parts = (quantized(two / folder) for folder in (name, f"{name} sharded"))
+    for one, other in zip(plain.blocks, parts.blocks, strict=True):
+        assert other.end_error == pytest.approx(one.end_error, rel=1e-3)
+        assert (other.steps, other.retries) == (one.steps, one.retries)
+    # One tipped code of a trellis tips those after it.
+    assert distance(two / name, two / f"{name} sharded") < (0.05 if name == "trellis" else 1e-3)
+
+
 @work("efficientqat")
 def test_a_temperature_is_fitted_to_all_samples(pair: tuple[Path, Path]) -> None:
     alone, both = (quantized(folder).temperature for folder in pair)
@@ -210,7 +220,7 @@ def test_processes_that_hold_parts_of_a_model_train_it_as_one_does(
             assert (states[1][name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
-@work("sharded end-to-end")
+@pytest.mark.parametrize("pair", ["sharded end-to-end", "sharded mixture"], indirect=True)
 def test_a_packed_model_and_its_teacher_are_sharded(pair: tuple[Path, Path]) -> None:
     alone, both = (quantized(folder).end_to_end for folder in pair)
     assert alone is not None
@@ -278,11 +288,15 @@ def test_sums_over_what_some_lack(pair: tuple[Path, Path], count: int) -> None:
     assert "double quotes" in alone["caught"]
 
 
-@work("gptq")
-def test_one_process_goes_on_with_what_two_began(pair: tuple[Path, Path], inputs: Path, two: Path) -> None:
-    began = two / "interrupted"
+@pytest.mark.parametrize(
+    ("pair", "left"),
+    [("gptq", "interrupted"), ("efficientqat sharded", "interrupted sharded")],
+    indirect=["pair"],
+)
+def test_one_process_goes_on_with_what_two_began(pair: tuple[Path, Path], left: str, inputs: Path, two: Path) -> None:
+    began = two / left
     first = (began / "q.partial" / "model-block-00000.safetensors").read_bytes()
-    together.resumed(inputs, began)
+    together.resumed(inputs, began, pair[0].name.removesuffix(" sharded"))
     assert (began / "q" / "model-block-00000.safetensors").read_bytes() == first
     assert quantized(began).processes == 1
     assert different_codes(pair[0], began) < 0.02

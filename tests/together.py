@@ -60,7 +60,7 @@ from ulbq.training.pieces import Pieces
 from ulbq.training.precision import Precision
 from ulbq.training.sharding import join, shard
 
-MODEL, TOKENS, BASE, ROWS = "model", "tokens.safetensors", "base", "rows.jsonl"
+MODEL, MIXTURE, TOKENS, BASE, ROWS = "model", "mixture", "tokens.safetensors", "base", "rows.jsonl"
 CPU = torch.device("cpu")
 PRECISION = Precision(CPU, torch.float32)
 # Of the seven layers of a block.
@@ -75,6 +75,17 @@ FORMATS = (
 )
 _SIZE = {"bits": 3, "group_size": 32, "samples": 7, "sequence_length": 32, "precision": "fp32"}
 _TRAINING = {"method": "efficientqat", "epochs": 2, "batch_size": 3}
+_STAGES = [{"name": "wpt", "epochs": 1}, {"name": "mixed", "epochs": 1}]
+BLOCKS: dict[str, dict[str, Any]] = {
+    "efficientqat": {**_TRAINING, "fit_temperature": True},
+    "uniform": {**_TRAINING, "micro_batch": 2, "token_weighting": "uniform"},
+    "apiq": {"method": "apiq", "epochs": 2, "batch_size": 3, "granularity": "layer", "adapter": True, "rank": 4},
+    "db-llm": {"method": "db-llm", "bits": None, "epochs": 1, "batch_size": 3},
+    "binary-mos": {"method": "binary-mos", "bits": None, "group_size": None, "epochs": 1, "batch_size": 3},
+    "ulb-sapr": {"method": "ulb-sapr", "batch_size": 3, "stages": _STAGES},
+    "mixture": {**_TRAINING, "source": MIXTURE, "bits": 2, "epochs": 1},
+    "trellis": {"method": "trellis", "group_size": None, "epochs": 1, "batch_size": 3},
+}
 
 
 class _StopAfter(Silent):
@@ -98,16 +109,16 @@ class _StopAfter(Silent):
         return Phase()
 
 
-def _quantized(**options: Any) -> Callable[[Path, Path], None]:
+def _quantized(*, sharded: bool = False, **options: Any) -> Callable[[Path, Path], None]:
     def work(inputs: Path, folder: Path) -> None:
-        quantize(_request(inputs, folder / "q", **options))
+        quantize(_request(inputs, folder / "q", shard=_several() if sharded else None, **options))
 
     return work
 
 
 def _request(inputs: Path, out: Path, **options: Any) -> QuantizeRequest:
     common = {"device": "cpu", "offline": True, "calibration": str(inputs / TOKENS), "out": out, **_SIZE}
-    return QuantizeRequest(source=str(inputs / MODEL), **{**common, **options})
+    return QuantizeRequest(source=str(inputs / options.pop("source", MODEL)), **{**common, **options})
 
 
 def parted(inputs: Path, folder: Path) -> None:
@@ -136,18 +147,23 @@ def unshared(inputs: Path, folder: Path) -> None:
         distributed.shared = shared
 
 
-def interrupted(inputs: Path, folder: Path) -> None:
+def interrupted(inputs: Path, folder: Path, **options: Any) -> None:
     """Leave a run behind that has done one block."""
     try:
-        quantize(_request(inputs, folder / "q", method="gptq"), _StopAfter())
+        quantize(_request(inputs, folder / "q", **{"method": "gptq", **options}), _StopAfter())
     except KeyboardInterrupt:
         return
     raise RuntimeError("nobody stopped it")
 
 
-def resumed(inputs: Path, folder: Path) -> None:
+def interrupted_sharded(inputs: Path, folder: Path) -> None:
+    """The same of blocks that train."""
+    interrupted(inputs, folder, **BLOCKS["efficientqat"], shard=_several())
+
+
+def resumed(inputs: Path, folder: Path, method: str = "gptq") -> None:
     """Go on with what was left behind."""
-    quantize(_request(inputs, folder / "q", method="gptq"))
+    quantize(_request(inputs, folder / "q", **BLOCKS.get(method, {"method": method})))
 
 
 def finetuned(inputs: Path, folder: Path, **changes: Any) -> None:
@@ -170,11 +186,16 @@ def finetuned_sharded(inputs: Path, folder: Path) -> None:
     finetuned(inputs, folder, train="adapter-scales", scale_lr=0.01, shard=_several())
 
 
-def quantized_sharded(inputs: Path, folder: Path) -> None:
+def quantized_sharded(inputs: Path, folder: Path, **changes: Any) -> None:
     """Train end to end by a teacher that runs beside it, each of several processes with a part of both."""
     phase = {"end_to_end": "kl", "teacher": "streamed", "end_to_end_epochs": 2, "gradient_accumulation": 3}
     given = {"method": "efficientqat", "epochs": 0, "end_to_end_lr_factor": 0.05, "shard": _several(), **phase}
-    quantize(_request(inputs, folder / "q", **given))
+    quantize(_request(inputs, folder / "q", **given | changes))
+
+
+def mixture_sharded(inputs: Path, folder: Path) -> None:
+    """The same for a mixture, of whose experts a process calls some and another others."""
+    quantized_sharded(inputs, folder, source=MIXTURE, bits=2, end_to_end_lr_factor=0.5)
 
 
 def _several() -> bool | None:
@@ -336,17 +357,10 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
     "rtn": _quantized(method="rtn", **dict.fromkeys(("samples", "sequence_length", "calibration", "precision"))),
     "claq": _quantized(method="claq", group_size=None, refit=True),
     "unshared": unshared,
-    "trellis": _quantized(method="trellis", group_size=None, epochs=1, batch_size=3),
     "gptq": _quantized(method="gptq"),
     "drift": _quantized(method="gptq", target_inputs="full"),
-    "efficientqat": _quantized(**_TRAINING, fit_temperature=True),
-    "uniform": _quantized(**_TRAINING, micro_batch=2, token_weighting="uniform"),
-    "apiq": _quantized(method="apiq", epochs=2, batch_size=3, granularity="layer", adapter=True, rank=4),
-    "db-llm": _quantized(method="db-llm", bits=None, epochs=1, batch_size=3),
-    "binary-mos": _quantized(method="binary-mos", bits=None, group_size=None, epochs=1, batch_size=3),
-    "ulb-sapr": _quantized(
-        method="ulb-sapr", batch_size=3, stages=[{"name": "wpt", "epochs": 1}, {"name": "mixed", "epochs": 1}]
-    ),
+    **{name: _quantized(**options) for name, options in BLOCKS.items()},
+    **{f"{name} sharded": _quantized(sharded=True, **options) for name, options in BLOCKS.items()},
     "end-to-end": _quantized(
         **_TRAINING | {"epochs": 0},
         end_to_end="kl",
@@ -359,8 +373,10 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
     "sharded": sharded,
     "sharded end-to-end": quantized_sharded,
     "sharded finetune": finetuned_sharded,
+    "sharded mixture": mixture_sharded,
     "parted": parted,
     "interrupted": interrupted,
+    "interrupted sharded": interrupted_sharded,
     "finetune": finetuned,
     "saliency": scores,
     "evaluation": evaluated,
@@ -371,6 +387,7 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
 def prepare(inputs: Path) -> None:
     """What all work is done on: a tiny model, plain and quantized, tokens, questions and answers."""
     save_tiny("llama", inputs / MODEL, tied=False)
+    save_tiny("qwen3_moe", inputs / MIXTURE, num_experts=8, num_hidden_layers=2)
     tokens = torch.randint(3, 250, (12, 32), generator=torch.Generator().manual_seed(7))
     save_file({"tokens": tokens.int()}, inputs / TOKENS)
     base = {"source": str(inputs / MODEL), "method": "rtn", "bits": 3, "group_size": 32, "device": "cpu"}

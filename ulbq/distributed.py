@@ -278,6 +278,24 @@ def _sum_bucket(parameters: Sequence["torch.Tensor"]) -> None:
         parameter.grad = values.view_as(parameter).to(parameter.dtype) if anybody else None
 
 
+def sum_of_own(values: "torch.Tensor") -> "torch.Tensor":
+    """This process's stretch ``[n]`` of the sum over all processes of vectors ``[n · processes]``."""
+    from torch import distributed
+
+    found = values.new_empty(len(values) // size())
+    with _talking():
+        distributed.reduce_scatter_tensor(found, values)
+    return found
+
+
+def join_own(values: "torch.Tensor", into: "torch.Tensor") -> None:
+    """Have a vector ``[n · processes]`` hold the stretches ``[n]`` of all processes, in their order."""
+    from torch import distributed
+
+    with _talking():
+        distributed.all_gather_into_tensor(into, values)
+
+
 def gather(value: T) -> list[T]:
     """What every process has, in their order."""
     if _world is None:

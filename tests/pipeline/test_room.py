@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from tests.models.tiny import save_tiny
-from ulbq import runtime
+from ulbq import distributed, runtime
 from ulbq.config.quantize import QuantizeRequest, resolve
 from ulbq.errors import ResourceError
 from ulbq.methods.base import set_aside
@@ -138,7 +138,7 @@ def test_what_passes_a_teacher_that_is_read_by_blocks_is_on_the_host(
     assert large.peak_memory - small.peak_memory == beside
 
 
-def predicted_70b(method: str, **options: Any) -> Cost:
+def predicted_70b(method: str, *, sharded: bool = False, **options: Any) -> Cost:
     """What a model of Llama-70B's shape takes on a GPU."""
     config = AutoConfig.for_model("llama", **_70B, vocab_size=128256, dtype="bfloat16", tie_word_embeddings=False)
     model = empty_model(config, torch.float32)
@@ -147,7 +147,9 @@ def predicted_70b(method: str, **options: Any) -> Cost:
     )
     run = resolve(request, "quick", rotate=False, calibration="wikitext2")
     precision = Precision(torch.device("cuda"), torch.bfloat16)
-    return predict(RunSizes(run, build_method(request), structure(model), model, precision, halves=True))
+    return predict(
+        RunSizes(run, build_method(request), structure(model), model, precision, halves=True, sharded=sharded)
+    )
 
 
 def wanting_all(device: str = "cpu", *, halves: bool = False, rotate: bool = False, **options: Any) -> RunSizes:
@@ -185,7 +187,7 @@ def test_guesses_of_a_teacher_do_not_count_against_a_gpu() -> None:
 def test_a_plan_asks_what_halves_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[bool] = []
 
-    def ask(sizes: RunSizes) -> int:
+    def ask(sizes: RunSizes, **_: bool) -> int:
         told.append(sizes.halves)
         return 0
 
@@ -205,6 +207,25 @@ _70B |= {"num_hidden_layers": 2}
 def test_a_block_of_70b_fits_in_24_gb(method: str, batch_size: int | None) -> None:
     options = {"batch_size": batch_size} if batch_size else {"bits": 3}
     assert predicted_70b(method, samples=128, sequence_length=1024, **options).device_memory < 24e9
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("efficientqat", [16.5, 13.0, 11.3, 10.5]),
+        ("db-llm", [16.5, 13.1, 11.4, 10.5]),
+        ("apiq", [16.8, 13.3, 11.6, 10.7]),
+        ("ulb-sapr", [21.9, 18.4, 16.7, 16.7]),
+    ],
+)
+def test_a_block_of_70b_is_shared_by_gpus(method: str, expected: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``docs/guides/devices.md`` has it."""
+    found = []
+    for count in (1, 2, 4, 8):
+        monkeypatch.setattr(distributed, "_world", distributed._World(0, count, None))
+        cost = predicted_70b(method, sharded=count > 1, samples=128, sequence_length=1024, micro_batch=1)
+        found.append(round(cost.device_memory / 1e9, 1))
+    assert found == expected
 
 
 def test_moments_in_bfloat16_take_half_as_much() -> None:

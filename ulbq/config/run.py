@@ -71,7 +71,7 @@ Stream = Annotated[
 Shard = Annotated[
     bool | None,
     Option(
-        "Of several processes that train all of a model, each holds a part of its blocks, or all of them.",
+        "Of several processes that train a block or all of a model, each holds a part of what trains, or all of it.",
         COMPUTE,
         default="by what memory has room for",
     ),

@@ -70,6 +70,7 @@ class BlockTask:
         schemes: how layers are stored that are to be stored otherwise than by the method's scheme, by their names.
         originals: full-precision weights ``[out, in]`` of layers whose weight in the block is not it any more, those
             that were set aside in half precision.
+        sharded: each of several processes has a part of what training holds beside the weights.
     """
 
     index: int
@@ -87,6 +88,7 @@ class BlockTask:
     outputs: Mapping[str, OutputCosts] | None = None
     schemes: Mapping[str, AnyScheme] = field(default_factory=dict)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    sharded: bool = False
 
     def weight(self, linear: str) -> torch.Tensor:
         """Weight ``[out, in]`` of a layer, in full precision as long as the block was not changed."""
@@ -180,6 +182,7 @@ class Needs:
         target_bits: true bits a weight that the layers will have, where that is not what the scheme tells.
         extra_bits: how many more than the scheme tells they will have, about.
         copies: float32 copies of a block's weights that live as it trains; 0 for methods that do not train.
+        parted: those of them of which each process has a part where training is sharded.
         layer_bytes: memory that the closed form of a layer takes at its peak, for each of its weights beside itself.
         stacked: whether layers that read the same input are solved as one.
         at_once: weights of a matrix that are solved at a time; 0 for all.
@@ -205,6 +208,7 @@ class Needs:
     target_bits: float | None = None
     extra_bits: float = 0.0
     copies: int = 0
+    parted: int = 0
     layer_bytes: float = 0.0
     stacked: bool = False
     at_once: int = 0

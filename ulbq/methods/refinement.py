@@ -5,6 +5,7 @@ layers that are still to come, the vectors around the codes that are there, and 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,8 @@ class Refinement:
                 quantizers[linear] = fixed.from_packed(weight, stored, scheme, train_weights=False)
             block.set_submodule(linear, TrainedLinear(quantizers[linear].to(weight.device), layer.bias))
         with torch.enable_grad(), own_randomness(task.seed, task.precision.device):
-            trainer = BlockTrainer(block, self._data, self._settings, task.precision, pieces=self._pieces)
+            given: dict[str, Any] = {"pieces": self._pieces, "sharded": task.sharded}
+            trainer = BlockTrainer(block, self._data, self._settings, task.precision, **given)
             self._outcomes.append(trainer.train(task.seed, task.on_epoch))
         block.requires_grad_(False)
         for linear, layer in dense.items():

@@ -32,6 +32,10 @@ GoOn = Callable[[torch.Tensor, Packed, AnyScheme], Quantizer]
 """A quantizer from a weight ``[out, in]`` and what is packed of it (:meth:`Quantizer.from_packed`)."""
 
 
+COPIES_HELD = 2
+"""Copies of a block's weights that each process holds of a block that trains: as read, and as latents."""
+
+
 class BlockTraining:
     """Block training as a method's options ask for it.
 
@@ -52,7 +56,7 @@ class BlockTraining:
     def needs(self) -> Needs:
         """What the blocks' tasks must hold."""
         options = self._options
-        weighted = self._penalized(self._stages(0))
+        weighted, copies = self._penalized(self._stages(0)), self._copies()
         return Needs(
             epochs=sum(stage.epochs for stage in self._stages(0)),
             augmented=options.augmented_loss,
@@ -61,7 +65,8 @@ class BlockTraining:
             adapter=self._adapter,
             saliency=options.saliency if weighted and options.saliency != "none" else None,
             end_to_end=options.end_to_end_settings(),
-            copies=self._copies(),
+            copies=copies,
+            parted=copies - COPIES_HELD,
         )
 
     def _copies(self) -> int:
@@ -93,10 +98,11 @@ class BlockTraining:
         # After the copy: the reference keeps the model's own norms, the block goes on from the artifact's.
         beside = beginning_vectors(task)
         layers = {linear: self._install(task, linear, make) for linear in task.linears}
+        shared: dict[str, Any] = {"stages": stages, "pieces": self._pieces, "sharded": task.sharded}
         if reference is None:
             penalty = self._penalty(task, originals, task.linears, stages)
             trainer: BlockTrainer | LayerwiseTrainer = BlockTrainer(
-                task.block, task.data, settings, task.precision, stages=stages, penalty=penalty, pieces=self._pieces
+                task.block, task.data, settings, task.precision, penalty=penalty, **shared
             )
         else:
             trainer = LayerwiseTrainer(
@@ -105,9 +111,8 @@ class BlockTraining:
                 task.data,
                 settings,
                 task.precision,
-                stages=stages,
                 penalty=lambda names: self._penalty(task, originals, names, stages),
-                pieces=self._pieces,
+                **shared,
             )
         with own_randomness(task.seed, task.precision.device):
             outcome = trainer.train(task.seed, task.on_epoch)
@@ -181,7 +186,7 @@ class BlockTraining:
 def copies_of_weights(optimizer: OptimizerKind, *, trained: bool) -> int:
     """Copies of a block's weights: as read and as latents; of what trains gradients, moments and two snapshots."""
     moments = {"adamw": 2, "adamw-bf16": 1, "sign": 0}[optimizer]
-    return 2 + (1 + moments + 2 if trained else 0)
+    return COPIES_HELD + (1 + moments + 2 if trained else 0)
 
 
 @torch.no_grad()

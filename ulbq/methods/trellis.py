@@ -21,7 +21,7 @@ from ulbq.formats.trellis import TrellisScheme
 from ulbq.methods.base import BlockResult, BlockTask, Needs, Packed, check_packed
 from ulbq.methods.in_sequence import solve_in_sequence
 from ulbq.methods.refinement import Refinement
-from ulbq.methods.training import copies_of_weights
+from ulbq.methods.training import COPIES_HELD, copies_of_weights
 from ulbq.solvers.hessian import HessianSum, output_cost
 from ulbq.solvers.trellis import Demand, allocate, demand, solve
 
@@ -43,9 +43,11 @@ class TrellisMethod:
         self.options = options
         self.scheme = TrellisScheme(bits=options.bits, state_bits=options.state_bits)
         budget = options.target_bits is not None
+        copies = copies_of_weights(options.optimizer, trained=options.weight_lr > 0) if options.epochs else 0
         self.needs = Needs(
             epochs=options.epochs,
-            copies=copies_of_weights(options.optimizer, trained=options.weight_lr > 0) if options.epochs else 0,
+            copies=copies,
+            parted=max(0, copies - COPIES_HELD),
             full_precision=options.target_inputs == "full" or options.epochs > 0,
             drifts=options.target_inputs == "full",
             searches=True,

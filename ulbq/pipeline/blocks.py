@@ -171,6 +171,7 @@ class BlockQuantizer:
             outputs=output_costs(job, self._writer.scratch, index),
             schemes={name: job.schemes[prefix + name] for name in linears if prefix + name in job.schemes},
             originals=originals,
+            sharded=job.plan.sharded,
         )
 
     def _by_method(self, task: BlockTask, streams: Streams | None) -> BlockResult:

@@ -9,7 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedModel
 
-from ulbq import formats, runtime
+from ulbq import distributed, formats, runtime
+from ulbq.artifacts.shards import EXPERT
 from ulbq.config.finetuning import FinetuneSettings
 from ulbq.config.quantize import Quantization
 from ulbq.config.saliency import SaliencyKind, SaliencyRequest
@@ -138,12 +139,14 @@ def predict(run: "RunSizes", *, blocks_stay: bool = False) -> Cost:
     return Cost(peak_memory=memory, device_memory=device, disk=disk, artifact=artifact)
 
 
-def trained_memory(run: "RunSizes") -> int:
-    """Bytes, where it computes, of a whole model that trains in each process, beside a teacher that is read by blocks.
+def trained_memory(run: "RunSizes", *, blocks_stay: bool = False) -> int:
+    """Bytes, where it computes, of training in each process with all that trains, the teacher being read by blocks.
 
-    0 without such a phase.
+    0 where nothing trains; ``blocks_stay`` as in :func:`predict`.
     """
-    return replace(run, streamed=True).end_to_end().at_work(run.precision.device)
+    run = replace(run, streamed=True)
+    blocks = run.blocks().at_work(run.precision.device) if run.needs.epochs and not blocks_stay else 0
+    return max(blocks, run.end_to_end().at_work(run.precision.device))
 
 
 def whole_memory(run: "RunSizes") -> int:
@@ -177,7 +180,8 @@ class RunSizes:
         gguf_size: bytes of the model's GGUF file, which is mapped and dequantized; 0 where it has none.
         halves: its matrices are stored in half precision.
         streamed: where all of the full-precision model is wanted, its blocks are read one after the other.
-        sharded: each process holds a part of the blocks of a whole model that trains, and of its teacher.
+        sharded: each process holds a part of the blocks of a whole model that trains, and of its teacher; of a block
+            that trains alone it holds a part of all but the weights.
         tables: matrices outside the blocks that are packed, and how.
         schemes: of the layers that have one of their own, by full name.
     """
@@ -304,7 +308,7 @@ class RunSizes:
 
     def _aside(self, index: int) -> int:
         """Bytes of what a GPU may have no room for while a block trains: the weights as read, and snapshots."""
-        snapshots = 2 * FLOAT * self._trains(index) if self.needs.trains else 0
+        snapshots = 2 * FLOAT * self._trains(index) // self._parts if self.needs.trains else 0
         return snapshots + self._as_read(index)
 
     def _as_read(self, index: int) -> int:
@@ -316,6 +320,11 @@ class RunSizes:
     def _aside_bytes(self) -> int:
         """Bytes of a weight that is set aside."""
         return HALF if self.halves and not self.request.rotate else FLOAT
+
+    @property
+    def _parts(self) -> int:
+        """In how many parts lies what processes share where training is sharded."""
+        return distributed.size() if self.sharded else 1
 
     def _trains(self, index: int) -> int:
         """Weights of a block that train at once: all, or those of layers that read the same input."""
@@ -364,9 +373,15 @@ class RunSizes:
         trains = self._trains(index)
         if self.needs.layerwise:  # a reference
             fixed += FLOAT * (self.sizes.inside[index] + quantized - trains)
-        gradients = FLOAT * trains if copies > 1 else 0
+        gradients = FLOAT * trains // self._parts if copies > 1 else 0
         kept = tokens * trained_activations(self.sizes.hidden, wide(linears), self.itemsize)
         back = max(self.itemsize * trains + kept, gradients) - gradients
+        if self.needs.parted and self._parts > 1:
+            # A gradient is whole until it was added up; in a mixture they wait for each other.
+            mixture = any(EXPERT.search(linear.name) for linear in linears)
+            fixed += FLOAT * (trains if mixture else layer_size(linears))
+            copies -= self.needs.parted
+            fixed += FLOAT * self.needs.parted * trains // self._parts
         return fixed + FLOAT * copies * trains + back + trained_layer(layer_size(linears))
 
     def _widths(self) -> list[int]:

@@ -65,7 +65,7 @@ class QuantizePlan(Record):
         adapter_bits: those of them that are the adapter's.
         rotation: of the weights before they are quantized; None for none.
         reads: how often all of the full-precision model is read, block by block; 0 where it is loaded, or not wanted.
-        sharded: whether the whole model trains in parts, one for each process.
+        sharded: whether each process holds a part of what trains.
         schemes: of the layers by full name, as far as they are known; left_out: those that were to be left out.
     """
 
@@ -212,11 +212,13 @@ def prepare(request: QuantizeRequest, progress: Progress, *, outline: bool = Fal
     _check_model(run, method, source, model, found)
     if method.needs.target_bits is not None:
         _check_target_bits(run, method, found, schemes)
+    stay = _blocks_stay(run.fit_temperature, method.needs, start)
     stored: dict[str, Any] = {"gguf_size": source.gguf_size, "halves": source.halves}
     sizes = RunSizes(run, method, found, model, precision, **stored, tables=tables, schemes=schemes)
-    sizes = replace(sizes, sharded=choose_sharded(run.shard, trained_memory(sizes), device, progress))
+    trained = trained_memory(sizes, blocks_stay=stay)
+    sizes = replace(sizes, sharded=choose_sharded(run.shard, trained, device, progress))
     sizes = replace(sizes, streamed=choose_streamed(run.stream, whole_memory(sizes), device, progress))
-    cost = predict(sizes, blocks_stay=_blocks_stay(run.fit_temperature, method.needs, start))
+    cost = predict(sizes, blocks_stay=stay)
     reads = whole_passes(sizes) if sizes.streamed else 0
     check_coverage(covered, found, progress, allow_partial=run.allow_partial or start is not None)
     described = _described(run, method, source, found, precision, cost, origins.model.stored_as, covered, reads, bits)

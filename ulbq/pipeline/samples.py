@@ -166,11 +166,11 @@ def choose_streamed(asked: bool | None, needed: int, device: torch.device, progr
 
 
 def choose_sharded(asked: bool | None, needed: int, device: torch.device, progress: Progress) -> bool:
-    """Whether each of several processes holds a part of the model that they train.
+    """Whether each of several processes holds a part of what they train.
 
     Args:
         asked: for or against it; None to go by the memory.
-        needed: bytes of the training where each holds all of it; 0 where no whole model trains.
+        needed: bytes of the training where each holds all of it; 0 where nothing trains.
         device: that computes.
         progress: told of a choice that nobody made.
 
@@ -179,21 +179,19 @@ def choose_sharded(asked: bool | None, needed: int, device: torch.device, progre
     """
     if asked is not None and not needed:
         raise UsageError(
-            "`shard` means nothing here: no phase of this run trains all of the model.",
-            hint="It is for `end_to_end` and for 'ulbq finetune'. Leave it out.",
+            "`shard` means nothing here: nothing trains in this run.",
+            hint="It is for methods that train, `end_to_end` and 'ulbq finetune'. Leave it out.",
         )
     alone = distributed.size() == 1
     if asked and alone:
         raise UsageError(
-            "`shard` spreads a model over processes, and there is one.", hint="Start several with torchrun."
+            "`shard` spreads what trains over processes, and there is one.", hint="Start several with torchrun."
         )
     if asked is not None or alone or not needed:
         return bool(asked)
     lack = _lack(needed, device)
     if lack is not None:
-        progress.note(
-            f"With all of the model in each process its training takes {lack}: each holds a part of it (`shard`)."
-        )
+        progress.note(f"With all that trains in each process this takes {lack}: each holds a part of it (`shard`).")
     return lack is not None
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +14,13 @@ from ulbq.config.training import OptimizerKind, Role, TrainSettings
 from ulbq.training.objective import BlockData, Objective, Penalty, Validation
 from ulbq.training.optimizer import (
     Group,
-    clip_gradients,
     half_adamw,
     lr_factor,
     make_optimizer,
     parameters_by_role,
-    restore,
     sign_descent,
-    snapshot,
 )
+from ulbq.training.parts import SplitTrained, Trained
 from ulbq.training.pieces import Pieces
 from ulbq.training.precision import Precision
 
@@ -65,6 +64,7 @@ class BlockTrainer:
         stages: what to minimize and how long; None for the output loss over ``settings.epochs``.
         penalty: on the weights, for the stages that want it.
         pieces: that steps of this run had to be taken in before.
+        sharded: each of several processes has a part of gradients, moments and snapshots.
     """
 
     def __init__(
@@ -77,8 +77,11 @@ class BlockTrainer:
         stages: Sequence[Stage] | None = None,
         penalty: Penalty | None = None,
         pieces: Pieces | None = None,
+        sharded: bool = False,
     ) -> None:
+        self._block = block
         self._settings = settings
+        self._sharded = sharded
         self._pieces = pieces or Pieces()
         self._samples = data.training
         self._stages = [Stage(epochs=settings.epochs)] if stages is None else list(stages)
@@ -114,16 +117,19 @@ class BlockTrainer:
         groups = self._groups(stage)
         if not groups or not self._objective.learns(stage):
             return _StageEnd(0, 0, False)
-        trained = [p for group in groups for p in group.parameters]
-        start, start_output = snapshot(trained), self._output
+        with closing(SplitTrained(groups, self._block) if self._sharded else Trained(groups)) as trained:
+            return self._attempts(stage, trained, seed, on_epoch)
+
+    def _attempts(self, stage: Stage, trained: Trained, seed: int, on_epoch: Callable[[float], None]) -> "_StageEnd":
+        start, start_output = trained.snapshot(), self._output
         start_error = self._objective.validation_loss(stage, start_output)
         rate, retries, diverged = 1.0, 0, False
         while True:
-            error, steps = self._attempt(stage, groups, rate, seed, on_epoch)
+            error, steps = self._attempt(stage, trained, rate, seed, on_epoch)
             diverged = diverged or not math.isfinite(error)
             if error < start_error:
                 return _StageEnd(steps, retries, diverged)
-            restore(trained, start)
+            trained.restore(start)
             self._output = start_output
             if retries == self._settings.retries:
                 return _StageEnd(0, retries, diverged)
@@ -131,27 +137,25 @@ class BlockTrainer:
             rate *= _RETRY_FACTOR
 
     def _attempt(
-        self, stage: Stage, groups: Sequence[Group], rate: float, seed: int, on_epoch: Callable[[float], None]
+        self, stage: Stage, trained: Trained, rate: float, seed: int, on_epoch: Callable[[float], None]
     ) -> tuple[float, int]:
         """One run over a stage's epochs, leaving the best parameters; returns the best held-out loss and the steps."""
         settings = self._settings
         steps_per_epoch = math.ceil(self._samples / settings.batch_size)
-        optimizer = _OPTIMIZERS[settings.optimizer](groups, rate)
+        optimizer = _OPTIMIZERS[settings.optimizer](trained.groups, rate)
         factor = lr_factor(settings, stage.epochs * steps_per_epoch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        trained = [p for group in groups for p in group.parameters]
         generator = torch.Generator().manual_seed(seed)
-        best, best_error, waited, steps = snapshot(trained), math.inf, 0, 0
+        best, best_error, waited, steps = trained.snapshot(), math.inf, 0, 0
         for _ in range(stage.epochs):
             order = torch.randperm(self._samples, generator=generator)
             total = torch.zeros((), device=self._device)
             for batch in order.split(settings.batch_size):
                 total += self._gradients(batch, stage, generator, trained)
-                distributed.sum_gradients(trained)
-                if settings.clip:
-                    clip_gradients(trained, settings.clip)
+                trained.settle(settings.clip)
                 optimizer.step()
                 optimizer.zero_grad()
+                trained.moved()
                 schedule.step()
                 steps += 1
             output = self._objective.validation_output() if stage.output else None
@@ -161,17 +165,17 @@ class BlockTrainer:
             if not (math.isfinite(error) and torch.isfinite(total)):
                 return math.inf, steps
             if error < best_error:
-                best, best_error, waited = snapshot(trained), error, 0
+                best, best_error, waited = trained.snapshot(), error, 0
                 self._output = output
             else:
                 waited += 1
                 if waited >= settings.patience:
                     break
-        restore(trained, best)
+        trained.restore(best)
         return best_error, steps
 
     def _gradients(
-        self, batch: torch.Tensor, stage: Stage, generator: torch.Generator, trained: Sequence[torch.Tensor]
+        self, batch: torch.Tensor, stage: Stage, generator: torch.Generator, trained: Trained
     ) -> torch.Tensor:
         """Loss of a batch, its gradients added up; in smaller parts where the device has no room for these."""
         before, at_once = generator.get_state(), self._settings.micro_batch or len(batch)
@@ -186,14 +190,16 @@ class BlockTrainer:
                     if loss.requires_grad:
                         loss.backward()
                     total += loss.detach()
+                trained.went_back()
             return total
 
         def undo() -> None:
             generator.set_state(before)
             self._objective.forget()
-            for parameter in trained:
-                parameter.grad = None
+            trained.forget()
 
+        if self._sharded:  # the others would not know of a second try
+            return step()
         return self._pieces.run(min(at_once, len(batch)), step, undo)
 
     def _groups(self, stage: Stage) -> list[Group]:

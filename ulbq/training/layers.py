@@ -48,6 +48,7 @@ class LayerwiseTrainer:
         stages: as :class:`~ulbq.training.block.BlockTrainer` takes them, for every group anew.
         penalty: makes the penalty of some layers, by their names; None where they have none.
         pieces: as :class:`~ulbq.training.block.BlockTrainer` takes them.
+        sharded: as it takes that.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class LayerwiseTrainer:
         stages: Sequence[Stage] | None = None,
         penalty: Callable[[Sequence[str]], Penalty | None] = lambda names: None,
         pieces: Pieces | None = None,
+        sharded: bool = False,
     ) -> None:
         if data.originals is None:
             raise ValueError("layer-wise training needs the full-precision inputs")
@@ -73,6 +75,7 @@ class LayerwiseTrainer:
         self._stages = stages
         self._penalty = penalty
         self._pieces = pieces or Pieces()
+        self._sharded = sharded
 
     def train(self, seed: int, on_epoch: Callable[[float], None] = lambda error: None) -> TrainOutcome:
         """Train group after group; errors are of the whole block. ``on_epoch`` hears of the last group's epochs."""
@@ -118,6 +121,7 @@ class LayerwiseTrainer:
             stages=self._stages,
             penalty=penalty,
             pieces=self._pieces,
+            sharded=self._sharded,
         )
 
     def _capture(self, block: nn.Module, names: Sequence[str], hidden: ActivationStore) -> ActivationStore:

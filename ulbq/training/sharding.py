@@ -108,10 +108,14 @@ def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def clip_parts(parameters: Iterable[nn.Parameter], largest: float) -> torch.Tensor:
-    """As torch's ``clip_grad_norm_``, for sharded parameters: scales their gradients, and returns the norm of all."""
-    parts = [p.grad.to_local() for p in parameters if p.grad is not None]  # type: ignore[attr-defined]
-    norm = nn.utils.get_total_norm(parts).double().square()
+def clip_parts(parameters: Sequence[nn.Parameter], largest: float) -> torch.Tensor:
+    """As torch's ``clip_grad_norm_``, for sharded parameters and stretches of whole ones.
+
+    Scales their gradients, and returns the norm of all.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    parts = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
+    norm = nn.utils.get_total_norm(parts).to(parameters[0].device).double().square()
     distributed.sum_(norm)
     norm = norm.sqrt_()
     if parts and math.isfinite(largest):
