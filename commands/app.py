@@ -215,7 +215,10 @@ def _as_ulbq_error(error: Exception) -> UlbqError | None:
             message = error.format_message().replace(": Value error, ", ": ")
             return UsageError(message, hint=f"{_meant(message)}{_help_hint(error)}")
         case ValidationError():  # a request that does not hold together; manifests have their own sentences
-            return UsageError("; ".join(_complaint(problem["loc"], problem["msg"]) for problem in error.errors()))
+            first: dict[tuple[int | str, ...], str] = {}  # what is wrong in a list is said once
+            for problem in error.errors():
+                first.setdefault(problem["loc"][:1], _complaint(problem["loc"], problem["msg"]))
+            return UsageError("; ".join(first.values()))
         case MemoryError():
             return _out_of_memory()
         case OSError() | ImportError() | RuntimeError() | SystemError() if (what := lacking(error)) is not None:
@@ -252,7 +255,8 @@ def _help_hint(error: typer.TyperException) -> str:
 
 
 def _complaint(location: tuple[int | str, ...], message: str) -> str:
-    name = "".join(f".{part}" if index else f"`{part}`" for index, part in enumerate(location))
+    parts = [part for part in location if isinstance(part, str)]  # not where in a list
+    name = "".join(f".{part}" if index else f"`{part}`" for index, part in enumerate(parts))
     text = message.removeprefix("Value error, ")
     return f"{name}: {text}" if name else text
 

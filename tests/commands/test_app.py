@@ -220,3 +220,10 @@ def test_full_disk_behind_standard_output():
         done = subprocess.run([*ULBQ, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr.startswith("error: The disk is full")
+
+
+def test_what_is_wrong_in_a_list_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from ulbq.commands.app import main
+
+    assert main(["sweep", "nowhere", "--method", "rtn", "--bits", "4", "--seeds", "-1"]) == 2
+    assert capsys.readouterr().err == "error: --seeds: Input should be greater than or equal to 0\n"
