@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from tests.models.tiny import save_tiny
+from ulbq.artifacts.shards import LazyTensors
 from ulbq.blockwise import streamed as streamed_module
 from ulbq.blockwise.streamed import StreamedModel, whole_model
+from ulbq.models import tables
 from ulbq.models.load import load_model, loading_memory, model_memory
 from ulbq.models.source import ModelSource, resolve
 from ulbq.nn.quant_linear import QuantLinear
@@ -125,6 +128,43 @@ def test_an_embedding_that_is_no_head_stays_on_disk(
     assert torch.equal(model.get_input_embeddings()(TOKENS), expected)
     with pytest.raises(IndexError):
         model.get_input_embeddings()(torch.tensor([[10**6]]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_samples_pass_with_embedding_and_head_on_disk(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, parts = resolve(save_tiny("llama", tmp_path / "m", tied=tied)), list[int]()
+    expected = load_model(source, dtype=torch.bfloat16)(TOKENS[:2], use_cache=False).logits
+    read, rows = ModelSource.read, LazyTensors.read_rows
+
+    def blocks_alone(self: ModelSource, name: str) -> torch.Tensor:
+        assert "embed" not in name
+        assert "head" not in name
+        return read(self, name)
+
+    def noting(self: LazyTensors, name: str, chosen: Sequence[int]) -> torch.Tensor:
+        parts.append(len(chosen))
+        return rows(self, name, chosen)
+
+    monkeypatch.setattr(ModelSource, "read", blocks_alone)
+    monkeypatch.setattr(LazyTensors, "read_rows", noting)
+    monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 96)
+    passed = streamed(source, tmp_path, torch.bfloat16).pass_blocks(TOKENS[:2], 2, head_on_disk=True)
+    parts.clear()
+    assert torch.equal(passed.logits(slice(0, 2)), expected)
+    assert parts == [96, 96, 64]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_on_disk_adds_its_bias(bias: bool, tiny_llama: Path) -> None:
+    model = load_model(resolve(tiny_llama), dtype=torch.float32)
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.arange(256.0)) if bias else None
+    weight, expected = head.weight, head(x := torch.randn(3, 64))
+    assert tables.head_from_disk(model, lambda name: lambda rows: weight[rows], torch.float32, torch.device("cpu"))
+    assert not head.weight.numel()
+    assert torch.equal(head(x), expected)
 
 
 def test_what_loading_takes_is_known_before(tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ def test_a_rotated_embedding_is_not_read_by_its_rows(halves: bool, rotated: bool
     sizes = Sizes.of(model, halves=halves, rotated=rotated)
     assert sizes.held_at_once(2, streamed=True) == 2 * (sizes.outer - rows + max(sizes.inside))
     assert sizes.halved == halves * 256 * 64
+    # Before the first block: the last norm and, unless its rows are read, the embedding beside what is read.
+    beside = sizes.inside[0] if rows else 256 * 64 + max(256 * 64, sizes.inside[0])
+    ending = sizes.ending + sizes.head
+    passed = sizes.passed(2, 0, 0, 0, 0)
+    assert passed == 2 * max(64 + beside, max(sizes.inside), ending)
 
 
 def test_solving_without_second_moments_takes_the_largest_layer() -> None:

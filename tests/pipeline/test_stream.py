@@ -16,8 +16,11 @@ from ulbq.config.quantize import QuantizeRequest
 from ulbq.config.saliency import SaliencyRequest
 from ulbq.errors import UsageError
 from ulbq.evaluation import measurer
+from ulbq.finetuning.student import Student
+from ulbq.pipeline import end_to_end
 from ulbq.pipeline import samples as samples_module
 from ulbq.pipeline.evaluate import evaluate
+from ulbq.pipeline.quantization_plan import Job
 from ulbq.pipeline.quantize import plan, quantize
 from ulbq.pipeline.saliency import saliency
 from ulbq.progress import Silent
@@ -102,7 +105,10 @@ def test_memory_chooses_and_says_so(
     assert any(note.startswith("base takes 1.0 GiB, and 0.0 are free: it is read block") for note in told.notes)
 
 
-@pytest.mark.parametrize("changes", [{"teacher": "cached"}, {"teacher": "streamed"}, {"end_to_end": "kl-hidden"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"teacher": "cached"}, {"teacher": "streamed"}, {"end_to_end": "kl-hidden"}, {"precision": "bf16"}],
+)
 def test_a_teacher_that_is_read_block_by_block_teaches_the_same(
     changes: dict[str, Any], tiny_llama: Path, samples: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -129,6 +135,26 @@ def test_a_model_that_is_read_block_by_block_writes_the_same_samples(
     found, _ = saliency(SaliencyRequest(out=tmp_path / "t", stream=True, **scored))
     assert shards(streamed) == shards(loaded)
     assert shards(found) == shards(wanted)
+
+
+def test_a_student_beside_a_streamed_teacher_leaves_its_embedding_on_disk(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = save_tiny("llama", tmp_path / "wide", tied=False, vocab=900)
+    held: dict[bool, int] = {}
+    build = end_to_end.build_student
+
+    def watched(job: Job, *arguments: Any, **named: Any) -> Student:
+        student = build(job, *arguments, **named)
+        held[job.streamed] = sum(p.nbytes for p in student.model.parameters())
+        return student
+
+    monkeypatch.setattr(end_to_end, "build_student", watched)
+    values: dict[str, Any] = {"method": "db-llm", "group_size": 32, "epochs": 0, "calibration": str(samples)}
+    values |= {"samples": 4, "sequence_length": 32, "precision": "bf16", "end_to_end": "kl", "teacher": "cached"}
+    for on in (False, True):
+        quantize(asked(wide, tmp_path / f"{on}", stream=on, **values))
+    assert held[False] - held[True] == 2 * 900 * 64
 
 
 def test_a_plan_knows_what_is_streamed(

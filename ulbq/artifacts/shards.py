@@ -190,7 +190,10 @@ class LazyTensors:
         if any(not 0 <= row < whole[0] for row in rows):
             raise IndexError(f"'{name}' has {whole[0]} rows, and others are asked for")
         tensor = torch.empty((len(rows), *whole[1:]), dtype=self.dtype(name))
-        self._read_into(name, [(row * part.nbytes, part) for row, part in zip(rows, tensor, strict=True)])
+        if rows and rows == range(rows[0], rows[0] + len(rows)):
+            self._read_into(name, [(rows[0] * tensor[0].nbytes, tensor)])
+        else:
+            self._read_into(name, [(row * part.nbytes, part) for row, part in zip(rows, tensor, strict=True)])
         return tensor
 
     def _readable(self, name: str) -> _Stored:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ulbq.blockwise.activations import Hidden
 from ulbq.models.blocks import block_list, empty_copy, materialize
 from ulbq.models.source import ModelSource
+from ulbq.models.tables import head_from_disk
 
 
 class ModelEnd:
@@ -21,6 +22,7 @@ class ModelEnd:
         dtype: of the parameters; None for the skeleton's own.
         device: where they lie.
         extras: values that a block returns behind the hidden states; None where it returns no tuple.
+        head_on_disk: read the head anew for all logits that are asked for at a time, where it can be read in parts.
 
     Attributes:
         device: as given.
@@ -38,10 +40,13 @@ class ModelEnd:
         device: torch.device,
         *,
         extras: int | None,
+        head_on_disk: bool = False,
     ) -> None:
         self.device = device
         self._outer = empty_copy(model)
         prefix, blocks = block_list(self._outer)
+        if head_on_disk:
+            head_from_disk(self._outer, source.rows, dtype or model.dtype, device)
         unread = _untied_embedding(self._outer)
         materialize(self._outer, source, dtype, device=device, without=(f"{prefix}.", *unread))
         # The stand-ins know this list and not the model, which would be a cycle that keeps the head in memory.

@@ -17,7 +17,7 @@ from ulbq.models.adapter_files import adapter_folder, load_adapters
 from ulbq.models.blocks import block_list, empty_copy, load_block, load_outer
 from ulbq.models.load import model_memory, unfilled_model
 from ulbq.models.source import ModelSource
-from ulbq.models.tables import has_plain_tables
+from ulbq.models.tables import embed_from_disk
 from ulbq.nn.adapter import AdaptedLinear, Adapter
 from ulbq.nn.quant_linear import QuantLinear
 from ulbq.progress import Progress, Silent
@@ -80,37 +80,20 @@ class StreamedModel:
         Of an embedding that the head does not share, rows are read as their tokens come.
         """
         model = empty_copy(self._model)
-        self._read_by_rows(model)
+        embed_from_disk(model, self._source.rows, self.dtype, self.device)
         load_outer(model, self._source, None, self.device)
         for index, block in enumerate(block_list(model)[1]):
             block.forward = partial(self._call, index)
         return model
 
-    def _read_by_rows(self, model: PreTrainedModel) -> None:
-        """Leave an embedding on disk, if it lies there as it is."""
-        table, head = model.get_input_embeddings(), model.get_output_embeddings()
-        name = next(name for name, module in model.named_modules() if module is table)
-        rows = self._source.rows(f"{name}.weight") if has_plain_tables(model) else None
-        if rows is None or head.weight is table.weight:
-            return
-
-        def look_up(tokens: torch.Tensor) -> torch.Tensor:
-            distinct, places = tokens.unique(return_inverse=True)
-            found = rows(distinct.tolist()).to(self.device, self.dtype)
-            return found[places]
-
-        table.forward = look_up
-        # Who asks the model for its device looks at its first parameter.
-        width = table.get_parameter("weight").shape[1]
-        table.weight = nn.Parameter(torch.empty(0, width, dtype=self.dtype, device=self.device), False)
-
     @torch.no_grad()
-    def pass_blocks(self, tokens: torch.Tensor, batch_size: int) -> "PassedBlocks":
+    def pass_blocks(self, tokens: torch.Tensor, batch_size: int, *, head_on_disk: bool = False) -> "PassedBlocks":
         """Run samples through all blocks, each of which is read once.
 
         Args:
             tokens: int64 ``[samples, length]``.
             batch_size: samples that run at once.
+            head_on_disk: read the head anew for every batch of logits, a part at a time, where it can be read so.
 
         Raises:
             InputError: tokens beyond the vocabulary, or a model whose blocks are no plain chain.
@@ -130,7 +113,8 @@ class StreamedModel:
             for index in range(len(self._prefixes)):
                 self._pass(walk, index, batch_size)
                 phase.advance()
-        return PassedBlocks(ModelEnd(self._model, self._source, None, self.device, extras=walk.extras), walk.hidden)
+        end = ModelEnd(self._model, self._source, None, self.device, extras=walk.extras, head_on_disk=head_on_disk)
+        return PassedBlocks(end, walk.hidden)
 
     @property
     def held(self) -> int:

@@ -17,7 +17,7 @@ from ulbq.blockwise.samples import Samples
 from ulbq.errors import InputError
 from ulbq.models.blocks import block_list, check_values, empty_copy, load_block, materialize
 from ulbq.models.source import ModelSource
-from ulbq.models.tables import tables_as_stored
+from ulbq.models.tables import embed_from_disk, tables_as_stored
 
 
 class BlockWalk:
@@ -209,7 +209,9 @@ def _without_head(
 ) -> PreTrainedModel:
     """A copy of the skeleton that can run up to its last block; the head, often the largest part, stays on meta."""
     outer = empty_copy(model)
-    if embeddings and halved:
+    if embeddings and dtype is None:
+        embed_from_disk(outer, source.rows, outer.dtype, device, head=False)
+    elif embeddings and halved:
         tables_as_stored(outer, partial(_read_stored, source), device, head=False)
     elif not embeddings:
         table = outer.get_input_embeddings()

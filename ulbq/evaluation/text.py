@@ -103,7 +103,7 @@ def predictions(
     size = batch_size or max(1, tokens_per_batch(model) // windows.shape[1])
     parts = [slice(start, start + size) for start in range(0, len(windows), size)]
     if isinstance(model, StreamedModel):
-        passed = model.pass_blocks(windows, size)
+        passed = model.pass_blocks(windows, size, head_on_disk=True)
         return ((windows[rows].to(model.device), passed.logits(rows)) for rows in parts)
     return ((batch, logits_of(model, batch)) for batch in (windows[rows].to(model.device) for rows in parts))
 

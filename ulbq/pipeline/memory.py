@@ -131,7 +131,8 @@ class Sizes:
             widest: outputs of the widest layer.
             logits: bytes of those that are made at once.
         """
-        embedding = itemsize * (self.embedded + max(self.table, self.inside[0]))
+        embedded, table = (self.embedded - self.halved, 0) if self.by_rows else (self.embedded, self.table)
+        embedding = itemsize * (embedded + max(table, self.inside[0]))
         block = itemsize * (max(self.inside) + tokens * passed_activations(self.hidden, widest) // FLOAT)
         return kept + max(embedding, block, itemsize * self.ending + self.head_at_work(itemsize) + logits)
 

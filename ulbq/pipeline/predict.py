@@ -429,7 +429,8 @@ class RunSizes:
             held = self.packed() if a_weight is None else round(a_weight * sum(self.quantized))
             inside = held + FLOAT * (sum(sizes.inside) - sum(self.quantized))
         reading = teacher + (0 if sizes.halved and self.itemsize < FLOAT else FLOAT * (sizes.outer + sizes.table))
-        student = self.itemsize * sizes.outer + self._of_blocks(inside + FLOAT * beside + 3 * FLOAT * trained)
+        outer = sizes.ending if self.streamed and sizes.by_rows and self.itemsize < FLOAT else sizes.outer
+        student = self.itemsize * outer + self._of_blocks(inside + FLOAT * beside + 3 * FLOAT * trained)
         copies = LOGIT_COPIES_TAUGHT if settings.needs_teacher else LOGIT_COPIES
         logits = logits_memory(sizes.vocabulary, copies, tokens, self.precision.device)
         cached = settings.needs_teacher and settings.teacher == "cached"
