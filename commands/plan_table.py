@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ulbq.config.methods import method_options
 from ulbq.config.options import CALIBRATION, COMPUTE, RUN, SECTIONS, Option, options, typed, words
 from ulbq.config.quantize import QuantizeRequest, usual
-from ulbq.evaluation.table import binary
+from ulbq.printable import binary
 
 from . import console
 

@@ -4,8 +4,9 @@ from rich.console import Console
 from rich.text import Text
 
 from ulbq.config.convert import ENGINES
-from ulbq.evaluation.table import binary, size
+from ulbq.evaluation.table import size
 from ulbq.pipeline.recommend import Proposal, Recommendation
+from ulbq.printable import binary
 
 from .progress import duration
 from .tables import add, columns, grid

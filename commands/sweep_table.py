@@ -8,9 +8,10 @@ from rich.text import Text
 
 from ulbq.artifacts import SweepManifest
 from ulbq.evaluation.results import Results
-from ulbq.evaluation.table import binary, size
+from ulbq.evaluation.table import size
 from ulbq.pipeline.sweep_plan import SweepPlan
 from ulbq.pipeline.sweep_points import by_setting, front, measured
+from ulbq.printable import binary
 
 from . import console
 from .progress import duration

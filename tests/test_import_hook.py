@@ -20,6 +20,28 @@ def test_importing_ulbq_loads_nothing_heavy() -> None:
     assert _run(f"import ulbq; print(sorted(sys.modules.keys() & {heavy}))") == "[]"
 
 
+# As where nothing is installed but the command line's own needs.
+_HELP = """
+import sys
+
+sys.modules |= dict.fromkeys(
+    ("torch", "transformers", "datasets", "peft", "safetensors", "numpy", "yaml", "markupsafe", "jinja2")
+)
+from typer.main import get_command
+
+from ulbq.commands.app import app, main
+
+for name in get_command(app).commands:
+    sys.argv = ["ulbq", name, "--help"]
+    assert not main(), name
+"""
+
+
+def test_the_help_of_no_command_imports_a_library():
+    shown = _run(_HELP)
+    assert shown.count("Usage: ulbq ") > 10
+
+
 @pytest.mark.parametrize(
     "program",
     [

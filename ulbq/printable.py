@@ -21,3 +21,12 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """The same in one line."""
     return " ".join(printable(" ".join(text.split())).split())
+
+
+def binary(count: float) -> str:
+    """Bytes in powers of two: ``512 B``, ``15.2 MiB``, ``1.25 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -36,15 +36,6 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def binary(count: float) -> str:
-    """Bytes in powers of two: ``512 B``, ``15.2 MiB``, ``1.25 GiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 999.5:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
 def rows(results: Results) -> list[Row]:
     """Every quantity that was measured of any model: size, then metric by metric."""
     models = results.models

@@ -20,7 +20,6 @@ from ulbq.config.quantize import QuantizeRequest
 from ulbq.config.quantize import resolve as resolve_request
 from ulbq.config.recommend import RecommendRequest
 from ulbq.errors import InputError, UlbqError, UsageError
-from ulbq.evaluation.table import binary
 from ulbq.export.engines import services
 from ulbq.export.fit import Candidate, Layer, left_dense, nameless
 from ulbq.formats import AnyScheme
@@ -31,6 +30,7 @@ from ulbq.models.source import DEFAULT_NAME, ModelSource, resolve
 from ulbq.pipeline.evidence import Evidence, shipped, swept
 from ulbq.pipeline.quantization_plan import QuantizedShare, QuantizePlan, build_method, quantized_share
 from ulbq.pipeline.quantization_plan import plan as plan_run
+from ulbq.printable import binary
 from ulbq.progress import Progress, Silent
 
 PROGRAM = 512 << 20
