@@ -93,3 +93,34 @@ def test_what_nobody_used_has_no_gradient(summed: list[int]) -> None:
     assert second.grad is None
     assert first.grad is not None
     assert first.grad.norm() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_process_may_have_no_part_of_what_is_small(summed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_world", distributed._World(3, 4, None))
+    monkeypatch.setattr(distributed, "sum_of_own", lambda values: values[len(values) // 4 * 3 :].clone())
+    monkeypatch.setattr(distributed, "join_own", lambda values, into: into[len(values) * 3 :].copy_(values))
+    chain = _Chain()
+    trained = _split(chain)
+    assert [p.numel() for group in trained.groups for p in group.parameters] == [3, 0, 0]
+    for make in (make_optimizer, half_adamw, sign_descent):
+        optimizer = make(trained.groups, 1.0)
+        chain(torch.ones(3, 3)).sum().backward()
+        trained.went_back()
+        trained.settle(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        trained.moved()
+    trained.restore(trained.snapshot())
+    assert (chain.first.flatten()[9:] < 1).all()
+    assert all((values == 1).all() for values in (chain.first.flatten()[:9], chain.norm, chain.second))
+
+
+def test_matrices_do_not_wait_for_an_adapter_that_a_step_leaves_out(summed: list[int]) -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(32, 32))
+    module.adapter = nn.Parameter(torch.ones(1, 8))
+    trained = SplitTrained([Group(list(module.parameters()), 0.1, 0.0)], module)
+    module.weight.sum().backward()
+    assert summed == [1024]
+    trained.went_back()
+    assert summed == [1024, 8]

@@ -14,6 +14,9 @@ from ulbq import distributed
 from ulbq.training.optimizer import Group, clip_gradients, restore, snapshot
 from ulbq.training.sharding import clip_parts
 
+_SMALL = 1 / 64
+"""Of the largest parameter: below that a gradient may be whole until all went back."""
+
 
 class Trained:
     """Parameters that train together, whole in every process.
@@ -74,9 +77,10 @@ class SplitTrained(Trained):
     def __init__(self, groups: Sequence[Group], module: nn.Module) -> None:
         found = {p: _Part(p) for group in groups for p in group.parameters}
         super().__init__([Group([found[p].values for p in g.parameters], g.lr, g.weight_decay) for g in groups])
-        # About as the way back comes by; vectors are registered anywhere, and small enough to wait.
-        back = list(module.parameters())[::-1]
-        back.sort(key=lambda p: p.dim() < 2)
+        # About as the way back comes by. What is small can wait: vectors are registered anywhere, and a step may leave
+        # adapters out, so that whatever came behind them would wait as well.
+        back, largest = list(module.parameters())[::-1], max(p.numel() for p in found)
+        back.sort(key=lambda p: p.dim() < 2 or p.numel() < _SMALL * largest)
         self._parts = [found[p] for p in back if p in found]
         self._known = torch.zeros(len(found), device=self._parts[0].values.device)
         self._next = 0
