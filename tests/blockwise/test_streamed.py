@@ -14,8 +14,10 @@ from tests.models.tiny import save_tiny
 from ulbq.artifacts.shards import LazyTensors
 from ulbq.blockwise import streamed as streamed_module
 from ulbq.blockwise.streamed import StreamedModel, whole_model
+from ulbq.errors import InputError
 from ulbq.models import tables
-from ulbq.models.load import load_model, loading_memory, model_memory
+from ulbq.models.blocks import empty_copy
+from ulbq.models.load import load_model, loading_memory, model_memory, unfilled_model
 from ulbq.models.source import ModelSource, resolve
 from ulbq.nn.quant_linear import QuantLinear
 
@@ -156,13 +158,29 @@ def test_samples_pass_with_embedding_and_head_on_disk(
     assert parts == [96, 96, 64]
 
 
+@pytest.mark.parametrize("vocabulary", [200, 300])
+def test_an_embedding_and_a_head_of_another_shape_are_refused(vocabulary: int, tmp_path: Path) -> None:
+    config = save_tiny("llama", tmp_path / "m", tied=False) / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 256', f'"vocab_size": {vocabulary}'))
+    model = streamed(resolve(tmp_path / "m"), tmp_path, torch.bfloat16)
+    tokens = TOKENS[:2] % 200
+    with pytest.raises(InputError, match=r"holds 'model\.embed_tokens\.weight' as"):
+        model.pass_blocks(tokens, 2, head_on_disk=True)
+    with pytest.raises(InputError, match=r"holds 'model\.embed_tokens\.weight' as"):
+        model.whole()
+    outer = empty_copy(unfilled_model(resolve(tmp_path / "m"), torch.bfloat16))
+    assert not tables.head_from_disk(outer, resolve(tmp_path / "m").rows, torch.bfloat16, model.device)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_head_on_disk_adds_its_bias(bias: bool, tiny_llama: Path) -> None:
     model = load_model(resolve(tiny_llama), dtype=torch.float32)
     head = model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.arange(256.0)) if bias else None
     weight, expected = head.weight, head(x := torch.randn(3, 64))
-    assert tables.head_from_disk(model, lambda name: lambda rows: weight[rows], torch.float32, torch.device("cpu"))
+    assert tables.head_from_disk(
+        model, lambda name, shape: lambda rows: weight[rows], torch.float32, torch.device("cpu")
+    )
     assert not head.weight.numel()
     assert torch.equal(head(x), expected)
 

@@ -5,7 +5,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,6 +196,11 @@ class LazyTensors:
         else:
             self._read_into(name, [(row * part.nbytes, part) for row, part in zip(rows, tensor, strict=True)])
         return tensor
+
+    def rows(self, name: str, shape: Sequence[int]) -> Callable[[Sequence[int]], torch.Tensor] | None:
+        """What reads rows of a floating tensor, see :meth:`read_rows`; None where there is none of that shape."""
+        found = name in self.names and self.shape(name) == tuple(shape) and self.dtype(name).is_floating_point
+        return partial(self.read_rows, name) if found else None
 
     def _readable(self, name: str) -> _Stored:
         """Where a tensor lies, in a file that is there whole and as it was."""

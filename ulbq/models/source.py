@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -134,12 +134,13 @@ class ModelSource:
             self._fused[part.fused] = self.tensors.read(part.fused)
         return part.take(self._fused[part.fused])
 
-    def rows(self, name: str) -> Callable[[Sequence[int]], torch.Tensor] | None:
-        """Reads rows of a matrix as :meth:`read` gives it; None for one that is not stored as it is, by its name."""
-        stored = self.stored if type(self.stored) is LazyTensors else None
-        if stored is None or self.rotation is not None or name not in stored.names:
-            return None
-        return partial(stored.read_rows, name)
+    def rows(self, name: str, shape: Sequence[int]) -> Callable[[Sequence[int]], torch.Tensor] | None:
+        """Reads rows of a matrix as :meth:`read` gives it; None for one that is not stored so, by its name and shape.
+
+        That one is read whole, which refuses another shape with a sentence.
+        """
+        stored = self.stored if type(self.stored) is LazyTensors and self.rotation is None else None
+        return None if stored is None else stored.rows(name, shape)
 
     @property
     def single_experts(self) -> frozenset[str]:

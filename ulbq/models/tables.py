@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 Rows = Callable[[Sequence[int]], torch.Tensor]
 """Reads some rows ``[n, width]`` of a matrix, as they are stored."""
+RowsOf = Callable[[str, torch.Size], Rows | None]
+"""What reads rows of a parameter by its name and shape; None for one that cannot be read so."""
 
 _HALVES = (torch.bfloat16, torch.float16)
 _ROWS_AT_ONCE = 1 << 14
@@ -21,7 +23,7 @@ def tables_as_stored(
     device: torch.device,
     *,
     head: bool,
-    rows: Callable[[str], Rows | None] = lambda name: None,
+    rows: RowsOf | None = None,
 ) -> None:
     """Fill in the embedding, and the head, in half precision where they are stored so; what they compute stays.
 
@@ -33,13 +35,14 @@ def tables_as_stored(
         read: gives a parameter by its name as it is stored; None for one that is not.
         device: of the tables.
         head: the head too, which then has to be multiplied under autocast.
-        rows: reads rows of a parameter by its name; None for one that memory shall hold. See :func:`embed_from_disk`.
+        rows: leave the embedding on disk, see :func:`embed_from_disk`; None: memory holds it.
     """
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     if not has_plain_tables(model):
         return
     tables = [embedding, output] if head else [embedding]
-    embed_from_disk(model, rows, None, device)
+    if rows is not None:
+        embed_from_disk(model, rows, None, device)
     for name, parameter in list(model.named_parameters()):
         held = [table for table in tables if table.weight is parameter and parameter.is_meta]
         stored = read(name) if held else None
@@ -54,7 +57,7 @@ def tables_as_stored(
 
 def embed_from_disk(
     model: PreTrainedModel,
-    rows: Callable[[str], Rows | None],
+    rows: RowsOf,
     dtype: torch.dtype | None,
     device: torch.device,
     *,
@@ -64,7 +67,7 @@ def embed_from_disk(
 
     Args:
         model: a skeleton; it is changed in place.
-        rows: gives what reads rows of a parameter by its name; None for one that cannot be read so.
+        rows: gives what reads rows of it.
         dtype: of what is looked up; None for the stored one.
         device: of the tokens.
         head: the head runs as well; an embedding that it shares stays as it is.
@@ -73,7 +76,7 @@ def embed_from_disk(
         Whether it stays there.
     """
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    found = rows(f"{_name(model, embedding)}.weight") if has_plain_tables(model) else None
+    found = _stored(model, embedding, rows) if has_plain_tables(model) else None
     if found is None or (head and output.weight is embedding.weight):
         return False
     read, kept = found, dtype or found([0]).dtype
@@ -87,9 +90,7 @@ def embed_from_disk(
     return True
 
 
-def head_from_disk(
-    model: PreTrainedModel, rows: Callable[[str], Rows | None], dtype: torch.dtype, device: torch.device
-) -> bool:
+def head_from_disk(model: PreTrainedModel, rows: RowsOf, dtype: torch.dtype, device: torch.device) -> bool:
     """Leave the head on disk: a part of its rows is read at a time, for every product. It takes no gradient.
 
     Arguments and result are those of :func:`embed_from_disk`. An embedding that is the head too is left unread.
@@ -98,7 +99,7 @@ def head_from_disk(
     if not has_plain_tables(model):
         return False
     tied = [embedding] if head.weight is embedding.weight else []
-    read = next((found for one in (head, *tied) if (found := rows(f"{_name(model, one)}.weight"))), None)
+    read = next((found for one in (head, *tied) if (found := _stored(model, one, rows))), None)
     if read is None:
         return False
     count = len(head.weight)
@@ -122,9 +123,9 @@ def _leave(table: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     table.weight = nn.Parameter(torch.empty(0, width, dtype=dtype, device=device), False)
 
 
-def _name(model: PreTrainedModel, module: nn.Module) -> str:
-    found: str = next(name for name, one in model.named_modules() if one is module)
-    return found
+def _stored(model: PreTrainedModel, table: nn.Module, rows: RowsOf) -> Rows | None:
+    name = next(name for name, module in model.named_modules() if module is table)
+    return rows(f"{name}.weight", table.get_parameter("weight").shape)
 
 
 def has_plain_tables(model: PreTrainedModel) -> bool:

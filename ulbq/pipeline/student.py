@@ -15,7 +15,7 @@ from ulbq.formats import AnyScheme
 from ulbq.methods.base import BlockResult, Packed, check_finite
 from ulbq.methods.training import half_vector, pack_layer
 from ulbq.models.blocks import empty_block, empty_copy, load_outer, materialize
-from ulbq.models.tables import Rows, tables_as_stored
+from ulbq.models.tables import tables_as_stored
 from ulbq.nn.quant_linear import linear_layer
 from ulbq.pipeline import layout
 from ulbq.pipeline.quantization_plan import Job
@@ -63,7 +63,7 @@ def build_student(job: Job, folders: Folders, *, train: Trained | TrainedBeside,
     model = empty_copy(job.model)
     outer = LazyTensors([folders.blocks / layout.OUTER_SHARD])
     if precision.dtype != torch.float32:
-        rows = partial(_rows, outer) if job.streamed else lambda name: None
+        rows = outer.rows if job.streamed else None
         tables_as_stored(model, partial(_table, job, outer), precision.device, head=True, rows=rows)
     load_outer(model, job.embedded or job.source, torch.float32, precision.device)
     with torch.no_grad():
@@ -87,11 +87,6 @@ def _table(job: Job, outer: LazyTensors, name: str) -> torch.Tensor | None:
     if job.embedded is not None and name in {f"{table.name}.weight" for table in job.tables}:
         return job.embedded.read(name).to(job.precision.dtype)
     return outer.read(name) if name in outer.names else None
-
-
-def _rows(outer: LazyTensors, name: str) -> Rows | None:
-    """What reads rows of a matrix outside the blocks; None for one that is packed."""
-    return partial(outer.read_rows, name) if name in outer.names else None
 
 
 def _quantizer(
