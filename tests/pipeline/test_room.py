@@ -1,6 +1,7 @@
 """A run that memory has no room for is refused before its work begins, with a setting that fits."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,11 @@ def test_what_passes_a_teacher_that_is_read_by_blocks_is_on_the_host(
 
 def predicted_70b(method: str, *, sharded: bool = False, **options: Any) -> Cost:
     """What a model of Llama-70B's shape takes on a GPU."""
+    return predict(replace(sizes_of_70b(method, **options), sharded=sharded))
+
+
+def sizes_of_70b(method: str, **options: Any) -> RunSizes:
+    """A run on a model of Llama-70B's shape, on a GPU."""
     config = AutoConfig.for_model("llama", **_70B, vocab_size=128256, dtype="bfloat16", tie_word_embeddings=False)
     model = empty_model(config, torch.float32)
     request = QuantizeRequest.model_validate(
@@ -147,9 +153,7 @@ def predicted_70b(method: str, *, sharded: bool = False, **options: Any) -> Cost
     )
     run = resolve(request, "quick", rotate=False, calibration="wikitext2")
     precision = Precision(torch.device("cuda"), torch.bfloat16)
-    return predict(
-        RunSizes(run, build_method(request), structure(model), model, precision, halves=True, sharded=sharded)
-    )
+    return RunSizes(run, build_method(request), structure(model), model, precision, halves=True)
 
 
 def wanting_all(device: str = "cpu", *, halves: bool = False, rotate: bool = False, **options: Any) -> RunSizes:
@@ -226,6 +230,12 @@ def test_a_block_of_70b_is_shared_by_gpus(method: str, expected: list[float], mo
         cost = predicted_70b(method, sharded=count > 1, samples=128, sequence_length=1024, micro_batch=1)
         found.append(round(cost.device_memory / 1e9, 1))
     assert found == expected
+
+
+def test_blocks_are_not_sharded_for_what_fewer_samples_at_once_would_save() -> None:
+    few, many = (sizes_of_70b("efficientqat", samples=128, sequence_length=4096, micro_batch=count) for count in (1, 4))
+    assert predict(few).device_memory < predict(many).device_memory
+    assert trained_memory(few) == trained_memory(many)
 
 
 def test_moments_in_bfloat16_take_half_as_much() -> None:

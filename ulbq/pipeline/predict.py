@@ -142,10 +142,13 @@ def predict(run: "RunSizes", *, blocks_stay: bool = False) -> Cost:
 def trained_memory(run: "RunSizes", *, blocks_stay: bool = False) -> int:
     """Bytes, where it computes, of training in each process with all that trains, the teacher being read by blocks.
 
-    0 where nothing trains; ``blocks_stay`` as in :func:`predict`.
+    0 where nothing trains; ``blocks_stay`` as in :func:`predict`. A block counts with one sample at once: training goes
+    down to that by itself where there is no room for more, but not in parts.
     """
     run = replace(run, streamed=True)
-    blocks = run.blocks().at_work(run.precision.device) if run.needs.epochs and not blocks_stay else 0
+    options = run.request.options.model_copy(update={"micro_batch": 1})
+    single = replace(run, request=run.request.model_copy(update={"options": options}))
+    blocks = single.blocks().at_work(run.precision.device) if run.needs.epochs and not blocks_stay else 0
     return max(blocks, run.end_to_end().at_work(run.precision.device))
 
 
