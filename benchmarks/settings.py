@@ -34,6 +34,7 @@ figures that chose them, ``results/sweep-*.json``, are of a program before ``ulb
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,10 @@ def chats(path: Path) -> None:
             print(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}), file=file)
 
 
-def held_out(folder: Path, data: Path) -> None:
+def held_out(folder: Path, data: Path | None) -> None:
     """Lay out the data sets anew, with WikiText-2's ``train`` alone, cut in two at four fifths."""
+    if data is None:
+        sys.exit("The text that is held out is cut from a mirror of the data sets: give --data or ULBQ_DATA_DIR.")
     lines = (data / WIKITEXT / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     cut = len(lines) * 4 // 5
     own = folder / WIKITEXT

@@ -78,8 +78,8 @@ def read_by_block(times: int) -> str:
 
 
 def in_parts(sharded: bool) -> str:
-    """What is said of a model of which each process holds a part."""
-    return "; each process holds a part of the blocks as the whole model trains" if sharded else ""
+    """What is said of training of which each process holds a part."""
+    return "; each process holds a part of what trains" if sharded else ""
 
 
 def show_rows(rows: Mapping[str, str]) -> None:

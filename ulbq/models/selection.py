@@ -18,7 +18,6 @@ _DECIDES = re.compile(
 )
 # Share of the weights that a group size or a format may leave out: more is a mistake in what was asked for.
 _UNFIT = 0.1
-_UNEVEN = "groups of"
 _ANOTHER_FORMAT = "Take another format, as that of `method=gptq` without `k_quant`."
 
 
@@ -93,19 +92,21 @@ def fitting(
     if not layers:
         raise InputError("No layer is left to be quantized.", hint="Leave out less with `skip` and `only`.")
     reasons: dict[str, str] = {}
+    uneven: set[str] = set()
     for layer in layers:
         own = schemes.get(layer.name)
         reason = (own or scheme).unsupported_reason(layer.out_features, layer.in_features)
         size = group_size if own is None else own.group_size
         if size != -1 and layer.in_features % size:
-            reason = f"{_UNEVEN} {size} do not divide its {layer.in_features} inputs"
+            reason = f"groups of {size} do not divide its {layer.in_features} inputs"
+            uneven.add(layer.name)
         if reason is not None:
             reasons[layer.name] = reason
     unfit = sum(layer.weights for layer in layers if layer.name in reasons)
     if unfit > _UNFIT * sum(layer.weights for layer in layers):
         check_group_size(selected.found, group_size)
         name, reason = next(iter(reasons.items()))
-        another = "Give it another `group_size` in the plan." if reason.startswith(_UNEVEN) else _ANOTHER_FORMAT
+        another = "Give it another `group_size` in the plan." if name in uneven else _ANOTHER_FORMAT
         raise InputError(f"'{name}': {reason}.", hint=another)
     return selected.without(reasons)
 
